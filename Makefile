@@ -1,0 +1,54 @@
+# Each goal makes .venv first if there is none. PYTHON chooses the interpreter (3.11 to 3.13).
+
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
+	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null \
+	&& echo $$python && break; done)
+VENV := .venv
+RUN := $(VENV)/bin/python
+PYTEST := $(RUN) -m pytest
+# One worker a core, but no more than the tests can keep busy.
+WORKERS ?= auto
+
+.PHONY: quickstart test test-all test-peers check tables
+.DEFAULT_GOAL := test
+
+quickstart: $(VENV)/.installed
+	$(RUN) -m specjax.main --config=configs/quickstart.py --workdir=runs/quickstart
+
+test: $(VENV)/.installed-dev
+	$(PYTEST) -n $(WORKERS) --dist loadfile -m "not slow and not peers"
+
+test-all: check $(VENV)/.installed-tpu-compiler
+	$(PYTEST) -n $(WORKERS) --dist loadfile -m "not peers"
+
+test-peers: $(VENV)/.installed-peers
+	$(PYTEST) -m peers tests/peers
+
+check: $(VENV)/.installed-dev
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(PYTEST) tests/test_structure.py
+
+# The README's tables, from the committed records.
+tables: $(VENV)/.installed
+	$(RUN) -m specjax.reporting.sync README.md configs/records
+
+$(RUN):
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 to 3.13 on the PATH; install one, or make PYTHON=..." >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: requirements.txt | $(RUN)
+	$(RUN) -m pip install --quiet --requirement $<
+	touch $@
+
+$(VENV)/.installed-%: requirements-%.txt $(VENV)/.installed | $(RUN)
+	$(RUN) -m pip install --quiet --requirement requirements.txt --requirement $<
+	touch $@
+
+# The comparison is driven by pytest.
+$(VENV)/.installed-peers: $(VENV)/.installed-dev
+
+# In a folder of its own: on the path of every run, it would have JAX look for a TPU.
+$(VENV)/.installed-tpu-compiler: requirements-tpu-compiler.txt $(VENV)/.installed-dev
+	$(RUN) -m pip install --quiet --no-deps --upgrade --target $(VENV)/tpu-compiler --requirement $<
+	touch $@

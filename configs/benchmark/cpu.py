@@ -1,0 +1,111 @@
+"""What decoding costs on this machine: our loop beside the barest one, verification, blocks, context, memory.
+
+    python -m specjax.main --config=configs/benchmark/cpu.py --workdir=runs/benchmark_cpu
+
+Hardware: 2 CPU cores; under 4 minutes, most of it compilation. Weights are random: nothing here depends on
+what a model says. Expect the ratio of plain decoding to the minimal loop to lie within 3% of 1 on an idle machine.
+`configs/benchmark/cpu.py:smoke` runs in seconds.
+"""
+
+from ml_collections import ConfigDict
+
+SEED = 0
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    if variant not in ("", "smoke"):
+        raise ValueError(f"configs/benchmark/cpu.py has one variant, smoke; not {variant!r}.")
+    config = ConfigDict()
+    config.binary = "benchmark"
+    config.seed = SEED
+    # Devices along each axis; the benchmarks are of one device.
+    config.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1})
+    config.repeats = 7  # measurements of which the median is taken
+    config.steps = 24  # steps of a loop on the device in one measurement of a step
+    config.models = ConfigDict(
+        {
+            "draft": _model(layers=1, width=256, heads=4),
+            "narrow": _model(layers=6, width=256, heads=4),
+            "medium": _model(layers=6, width=384, heads=6),
+            "wide": _model(layers=4, width=640, heads=10),
+        }
+    )
+    # Plain decoding: prompt tokens, tokens emitted, batch 1.
+    config.plain = ConfigDict({"models": ("narrow", "medium", "wide"), "prompt": 32, "new_tokens": 96})
+    # Verification of gamma + 1 tokens beside one step.
+    config.verification = ConfigDict(
+        {
+            "models": ("narrow", "medium", "wide"),
+            "gammas": (1, 2, 3, 4, 5, 6, 7),
+            "context": 96,
+            "capacity": 256,
+        }
+    )
+    # Seconds of a whole block; gamma 0 is plain decoding.
+    config.blocks = ConfigDict(
+        {
+            "target": "wide",
+            "draft": "draft",
+            "gammas": (0, 1, 2, 4, 6),
+            "batch_sizes": (1, 4, 8),
+            "prompt": 32,
+            "new_tokens": 48,
+            "temperature": 1.0,
+        }
+    )
+    # One step against the length of the text at one capacity, and against the capacity for one short text.
+    config.context = ConfigDict(
+        {
+            "model": "wide",
+            "contexts": (64, 128, 256, 512, 1024),
+            "capacity": 1088,
+            "short_context": 64,
+            "capacities": (256, 512, 1024, 2048),
+        }
+    )
+    # Temporary memory of a distillation step, compiled only: heads in chunks of positions, and all at once.
+    config.memory = ConfigDict(
+        {
+            "target": "wide",
+            "draft": "draft",
+            "vocabularies": (2048, 4096, 8192, 16384, 32768),
+            "batch_size": 8,
+            "sequence_length": 256,
+            "chunk": 32,
+            "divergence": "forward_kl",
+        }
+    )
+    if variant == "smoke":
+        _shrink(config)
+    return config
+
+
+def _model(layers: int, width: int, heads: int) -> dict:
+    return {
+        "vocab_size": 1024,
+        "width": width,
+        "layers": layers,
+        "heads": heads,
+        "kv_heads": heads // 2,
+        "head_size": width // heads,
+        "mlp_width": width * 11 // 4,
+        "max_positions": 4096,
+        "rope_theta": 10000.0,
+        "norm_epsilon": 1e-5,
+        "tied_head": True,
+        "param_dtype": "float32",
+        "compute_dtype": "float32",
+    }
+
+
+def _shrink(config: ConfigDict) -> None:
+    """Every benchmark once, on models that compile in a moment."""
+    config.repeats, config.steps = 2, 2
+    config.models = ConfigDict({"draft": _model(1, 16, 2), "wide": _model(2, 32, 2)})
+    for model in config.models.values():
+        model.vocab_size = 32
+    config.plain.update({"models": ("wide",), "prompt": 4, "new_tokens": 4})
+    config.verification.update({"models": ("wide",), "gammas": (1, 2), "context": 8, "capacity": 16})
+    config.blocks.update({"gammas": (0, 2), "batch_sizes": (1, 2), "prompt": 4, "new_tokens": 4})
+    config.context.update({"contexts": (8, 16), "capacity": 32, "short_context": 8, "capacities": (16, 256)})
+    config.memory.update({"vocabularies": (256,), "batch_size": 2, "sequence_length": 32, "chunk": 8})

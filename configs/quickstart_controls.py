@@ -1,0 +1,71 @@
+"""How much of the quickstart's gain is the target's probabilities, and how much is on-policy text? Three seeds.
+
+    python -m specjax.main --config=configs/quickstart_controls.py --workdir=runs/controls
+
+Hardware: 2 CPU cores, about 25 minutes. One target (the quickstart's), and for each seed one draft trained plainly to
+its plateau, from which four drafts go on: `distilled` (on-policy), `fixed` (the same divergence and steps on the
+corpus), `control_steps` (plainly, equal steps) and
+`control_clock` (plainly, at least as long by the clock as `distilled`). The results are committed as
+configs/records/study.json; README.md says what they show.
+"""
+
+import importlib.util
+import pathlib
+
+from ml_collections import ConfigDict
+
+SEEDS = (0, 1, 2)
+RECIPES = ("distilled", "fixed", "control_steps", "control_clock")
+
+
+def _quickstart(variant: str) -> ConfigDict:
+    """The quickstart's own config, which this one varies."""
+    path = pathlib.Path(__file__).with_name("quickstart.py")
+    spec = importlib.util.spec_from_file_location("quickstart", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(variant)
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    base = _quickstart(variant)
+    config = ConfigDict()
+    config.seed = base.seed
+    config.target = base.target
+    stages, drafters, pairs = ["target"], {}, []
+    for seed in SEEDS[:1] if variant else SEEDS:
+        for recipe in ("supervised", *RECIPES):
+            name = f"{recipe}_{seed}"
+            config[name] = _stage(base, recipe, seed)
+            stages.append(name)
+            drafters[name] = {"kind": "model", "path": f"stage:{name}", "lossless": (4,), "coupled": ()}
+        pairs += [(f"distilled_{seed}", f"{other}_{seed}") for other in ("supervised", *RECIPES[1:])]
+        pairs.append((f"fixed_{seed}", f"control_clock_{seed}"))
+    config.evaluation = base.evaluation
+    config.evaluation.drafters = ConfigDict(drafters)
+    config.evaluation.compare = tuple(pairs)
+    config.evaluation.prompts.count = 3 if variant else 40
+    config.evaluation.measure_parts = False
+    config.stages = (*stages, "evaluation")
+    return config
+
+
+def _stage(base: ConfigDict, recipe: str, seed: int) -> ConfigDict:
+    """One training stage: the quickstart's, with this recipe's text and this seed."""
+    plain = recipe.startswith("control")
+    section = base[
+        recipe if recipe == "supervised" else "control" if plain else "distilled"
+    ].copy_and_resolve_references()
+    section.seed = seed
+    if recipe != "supervised":
+        section.model.init = f"stage:supervised_{seed}"
+        section.train.steps = base.distilled.train.steps
+    if plain:
+        section.train.min_seconds_of = f"workdir:distilled_{seed}" if recipe == "control_clock" else ""
+        section.data.batch_size = base.distilled.data.batch_size
+    else:
+        sources = {"fixed": "fixed", "distilled": "draft"}
+        for source in ("fixed", "draft", "target"):
+            section.data[source] = float(source == sources.get(recipe, "fixed"))
+    section.speculative_eval.every = 0
+    return section

@@ -1,0 +1,123 @@
+#!/usr/bin/env bash
+# Runs a config on a Cloud TPU slice: asks for it, waits, copies this checkout there, runs on every host, fetches
+# the workdir of the first host, and gives the slice back.
+#
+#   launch/tpu_vm.sh --project=P --zone=Z --type=v5litepod-8 --runtime=v2-alpha-tpuv5-lite \
+#       --config=configs/quickstart.py --workdir=runs/quickstart [--on_demand] [--keep] [--dry_run] \
+#       [-- --config.section.key=value ...]
+#
+#   --name       of the slice (default: specjax)
+#   --on_demand  not preemptible; without it the slice is a spot slice, and running the same command again resumes
+#                what the last one fetched
+#   --keep       does not give the slice back at the end; one that was there before is used and kept anyway
+#   --dry_run    prints the commands and runs none of them
+#
+# A slice of several hosts needs a --workdir that all of them share (an absolute path to a mounted file system): the
+# checkpoint of a sharded model is written by all hosts. Such a workdir is neither copied there nor fetched.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+name=specjax project="" zone="" type="" runtime="" config="" workdir=""
+provisioning=(--spot)
+keep=false
+dry_run=false
+
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+while (($#)); do
+  case $1 in
+    --name=* | --project=* | --zone=* | --type=* | --runtime=* | --config=* | --workdir=*)
+      key=${1%%=*}
+      printf -v "${key#--}" '%s' "${1#*=}"
+      ;;
+    --on_demand) provisioning=() ;;
+    --keep) keep=true ;;
+    --dry_run) dry_run=true ;;
+    --)
+      shift
+      break
+      ;;
+    *) fail "$1 is not understood; see the first lines of $0" ;;
+  esac
+  shift
+done
+overrides=("$@")
+for required in project zone type runtime config workdir; do
+  [[ -n ${!required} ]] || fail "--$required is missing; see the first lines of $0"
+done
+
+run() {
+  printf '+ %s\n' "$(printf '%q ' "$@")" >&2
+  $dry_run || "$@"
+}
+
+place=(--project="$project" --zone="$zone")
+
+on_all() {
+  run gcloud compute tpus tpu-vm ssh "$name" "${place[@]}" --worker=all --command="$1"
+}
+
+state() {
+  gcloud compute tpus queued-resources describe "$name" "${place[@]}" --format='value(state.state)'
+}
+
+give_back() {
+  $keep || run gcloud compute tpus queued-resources delete "$name" "${place[@]}" --force --quiet
+}
+
+# The results are on the slice and nowhere else, so it stays, and goes on costing money.
+fetch_failed() {
+  keep=true
+  fail "$workdir could not be fetched, so the slice is kept; fetch it, then give the slice back with:" \
+    "gcloud compute tpus queued-resources delete $name ${place[*]} --force"
+}
+
+wait_for_slice() {
+  printf '+ %s\n' "gcloud compute tpus queued-resources describe $name ${place[*]}  # until ACTIVE" >&2
+  $dry_run && return
+  local now
+  until now=$(state) && [[ $now == ACTIVE ]]; do
+    case $now in
+      FAILED | SUSPENDED | SUSPENDING) fail "the slice $name is $now; try again, or in another zone" ;;
+    esac
+    echo "$name is ${now:-not to be seen}; waiting" >&2
+    sleep 30
+  done
+}
+
+if $dry_run || ! state >/dev/null 2>&1; then
+  run gcloud compute tpus queued-resources create "$name" --node-id="$name" "${place[@]}" \
+    --accelerator-type="$type" --runtime-version="$runtime" ${provisioning[@]+"${provisioning[@]}"}
+  # From here on the slice costs money: it is given back however this ends.
+  trap give_back EXIT
+fi
+wait_for_slice
+
+archive=${TMPDIR:-/tmp}/$name.$$.tar.gz
+shared=false
+[[ $workdir == /* ]] && shared=true
+content=(specjax configs pyproject.toml requirements.txt)
+if ! $shared && [[ -d $workdir ]]; then
+  content+=("$workdir")
+fi
+run tar --exclude=__pycache__ -czf "$archive" "${content[@]}"
+run gcloud compute tpus tpu-vm scp "$archive" "$name:specjax.tar.gz" "${place[@]}" --worker=all
+run rm "$archive"
+# The images carry Python 3.10; uv brings a newer one.
+on_all "mkdir -p specjax && tar -xzf specjax.tar.gz -C specjax && cd specjax && \
+python3 -m pip install --quiet --user uv && python3 -m uv venv --quiet --allow-existing --python 3.13 .venv && \
+python3 -m uv pip install --quiet --python .venv/bin/python 'jax[tpu]' --requirement requirements.txt"
+
+command="cd specjax && SPECJAX_MULTIPROCESS=1 .venv/bin/python -m specjax.main"
+command+=$(printf ' %q' --config="$config" --workdir="$workdir" ${overrides[@]+"${overrides[@]}"})
+finished=true
+on_all "$command" || finished=false
+if ! $shared; then
+  run mkdir -p "$(dirname "$workdir")"
+  run gcloud compute tpus tpu-vm scp --recurse "$name:specjax/$workdir" "$(dirname "$workdir")/" \
+    "${place[@]}" --worker=0 || fetch_failed
+fi
+$finished || fail "the run did not end well; what it left is in $workdir, and the same command resumes it"

@@ -1,0 +1,159 @@
+"""The notebook's door: load, generate, save.
+
+from specjax import api
+target = api.load("path/to/target")
+draft = api.load("path/to/draft")
+out = api.generate(target, ["def main("], drafter=draft, gamma=4, temperature=1.0, max_new_tokens=64, seed=0)
+out.texts, out.stats.block_efficiency
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from specjax.decoding import batch, loop, rules
+from specjax.decoding.drafters.table import make_drafter
+from specjax.decoding.sampling import Sampling
+from specjax.hub.model import Model, check_pair, load, save
+from specjax.reporting import metrics
+from specjax.runtime import mesh as meshes
+from specjax.runtime.errors import UserError
+
+__all__ = ["Generation", "Model", "Stats", "generate", "load", "save"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """Counts of a generation, summed over prompts, and its seconds."""
+
+    counts: metrics.Counts
+    seconds: float
+    iterations: int
+
+    @property
+    def emitted_tokens(self) -> int:
+        return int(self.counts.emitted.sum())
+
+    @property
+    def target_calls(self) -> int:
+        return int(self.counts.target_calls.sum())
+
+    @property
+    def block_efficiency(self) -> float:
+        """Emitted tokens a target call, 1 .. gamma + 1."""
+        return self.emitted_tokens / self.target_calls
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Accepted over drafted tokens; None where nothing was drafted."""
+        drafted = int(self.counts.drafted.sum())
+        return int(self.counts.accepted.sum()) / drafted if drafted else None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Prefill included; the first call of a shape also compiles."""
+        return self.emitted_tokens / self.seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What `generate` returns: per prompt the text, the emitted ids (prompt not repeated) and their origins."""
+
+    texts: list[str]
+    tokens: list[list[int]]
+    origins: list[list[str]]
+    stats: Stats
+
+
+def generate(
+    target: Model,
+    prompts: Sequence[str] | Sequence[Sequence[int]],
+    *,
+    drafter: Model | str | None = None,
+    gamma: int = 4,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    rule: str = "lossless",
+    max_new_tokens: int = 64,
+    batch_size: int = 8,
+    eos_ids: Sequence[int] | None = None,
+    seed: int = 0,
+    exit_layer: int = 1,
+    shortest: int = 2,
+    longest: int = 4,
+) -> Generation:
+    """Continues prompts, speculatively where there is a drafter; repeated calls of the same shapes do not recompile.
+
+    Args:
+      prompts: strings, or lists of token ids.
+      drafter: a loaded draft model, "ngram" (with `shortest`, `longest`), "early_exit" (with `exit_layer`), or None
+        for plain decoding.
+      gamma: most tokens drafted a block.
+      rule: "lossless" or "coupled".
+      eos_ids: ids that end a row; the tokenizer's when None, () for none.
+
+    Raises:
+      UserError: for settings out of range, empty or too long prompts, ids outside the vocabulary, different
+        vocabularies or tokenizers.
+    """
+    ids = [target.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+    config = target.decoder.config
+    batch.check_prompts(
+        ids, vocab_size=config.vocab_size, max_new_tokens=max_new_tokens, max_positions=config.max_positions
+    )
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, not {batch_size}")
+    options = {"exit_layer": exit_layer, "shortest": shortest, "longest": longest}
+    gamma, proposer = _proposer(target, drafter, gamma, options)
+    slots = batch.prompt_slots(ids)
+    plan = loop.Plan(
+        target=target.decoder,
+        drafter=proposer,
+        rule=rules.rule_named(rule),
+        gamma=gamma,
+        capacity=batch.capacity_bucket(slots, max_new_tokens, gamma),
+        greedy=temperature == 0,
+    )
+    with meshes.use(target.mesh) if target.mesh is not None else contextlib.nullcontext():
+        results = batch.decode_all(
+            plan,
+            target.params,
+            drafter.params if isinstance(drafter, Model) else None,
+            ids,
+            batch_size=min(batch_size, len(ids)),
+            slots=slots,
+            seed=seed,
+            sampling=Sampling.of(temperature, top_k, top_p),
+            max_new_tokens=max_new_tokens,
+            eos_ids=target.tokenizer.eos_ids if eos_ids is None else tuple(eos_ids),
+            put=batch.placer(target.mesh),
+        )
+    return _generation(target, results)
+
+
+def _generation(target: Model, results: Sequence[tuple[int, batch.BatchResult]]) -> Generation:
+    """Joins batches of (rows that count, result)."""
+    tokens = [row for count, result in results for row in result.tokens[:count]]
+    origins = [row for count, result in results for row in result.origins[:count]]
+    return Generation(
+        texts=[target.tokenizer.decode(row) for row in tokens],
+        tokens=tokens,
+        origins=[[loop.ORIGINS[origin] for origin in row] for row in origins],
+        stats=Stats(
+            counts=metrics.Counts(**batch.join_counts([result.counts(count) for count, result in results])),
+            seconds=sum(result.seconds for _, result in results),
+            iterations=sum(result.iterations for _, result in results),
+        ),
+    )
+
+
+def _proposer(target: Model, drafter: Model | str | None, gamma: int, options: dict[str, Any]) -> tuple[int, Any]:
+    """The gamma that is meant (0 without a drafter) and the static drafter object."""
+    if drafter is None:
+        return 0, None
+    if isinstance(drafter, Model):
+        check_pair(target, drafter)
+        return gamma, make_drafter("model", target.decoder, gamma, {**options, "model": drafter.decoder})
+    return gamma, make_drafter(drafter, target.decoder, gamma, options)

@@ -1,0 +1,295 @@
+"""Examples to arrays: packed and padded rows in batches, and the prompts of an evaluation.
+
+A batch is a dict of int32 arrays:
+
+  tokens          [B, T]  right-padded with the tokenizer's pad id
+  lengths         [B]     how many of them are real
+  loss_start      [B]     position of the first token that is a prediction target
+  prompt_lengths  [B]     how many leading tokens are the prompt when a model is to continue the row
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from absl import logging
+from jaxtyping import Int32
+
+from specjax.data.tasks import Example, Task
+from specjax.hub.tokenizer import Tokenizer
+from specjax.runtime.errors import UserError
+
+Batch = dict[str, Int32[np.ndarray, "..."]]
+
+# Texts are tokenised this many characters at a time, which bounds the memory of the tokenizer's own records.
+_CHARACTERS_AT_ONCE = 1_000_000
+
+# A window of n tokens is cut from n times this many characters. Code has about 4 per token.
+_CHARACTERS_PER_TOKEN = 16
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt of an evaluation.
+
+    Attributes:
+      index: its place in the evaluation; with a prompt task, also the example's place in `task.validation`.
+      tokens: its ids, never empty.
+      text: what the ids say.
+      reference: the text that should follow; "" where there is none.
+      category: the kind of prompt, where the task has kinds.
+    """
+
+    index: int
+    tokens: tuple[int, ...]
+    text: str
+    reference: str
+    category: str
+
+
+def training_batches(
+    task: Task,
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int,
+    sequence_length: int,
+    prompt_length: tuple[int, int],
+    seed: int,
+) -> Iterator[Batch]:
+    """Returns a grain iterator over batches of the training split, without end.
+
+    Every epoch visits every row once, in an order of its own; a batch may straddle two epochs. Equal
+    arguments give equal batches. `get_state()` is a small JSON-compatible value and `set_state()` returns to
+    it exactly, at once.
+
+    Language modelling packs: documents, each ended by EOS, stand one after another and are cut into full rows
+    (less than one row is left over); `prompt_lengths` are drawn from `prompt_length`, bounds included, by row
+    and seed. With prompts and completions a row is one example ended by EOS and cut at `sequence_length`;
+    examples whose prompt leaves no room are dropped and counted in the log.
+
+    Raises UserError for a task without training data, and for sizes that do not fit each other or the data.
+    """
+    import grain
+
+    if not task.train:
+        raise UserError(f'task "{task.name}" is for evaluation only; train on another task')
+    rows = _rows(task, task.train, tokenizer, sequence_length, prompt_length, batch_size, seed)
+    epochs = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
+    # Rows lie in memory, so threads that read ahead would only cost time. Batching comes after the turn to an
+    # iterator because the endless map's length overflows when it is divided by a batch size of 1.
+    stream = epochs.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    return iter(stream.batch(batch_size))
+
+
+def validation_batches(
+    task: Task,
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int,
+    sequence_length: int,
+    count: int,
+    seed: int,
+) -> list[Batch]:
+    """Returns `count` batches of the validation split, its rows in an order drawn from `seed`.
+
+    A split with fewer rows than `count * batch_size` is gone through again from the start, as training does.
+    With language modelling `prompt_lengths` are 1: these rows are for a loss, not to be continued.
+    Raises UserError as `training_batches` does, and for a task without completions.
+    """
+    if count < 1:
+        raise UserError(f"{count} validation batches were asked for; ask for one at least")
+    if not any(example.completion for example in task.validation):
+        raise UserError(f'task "{task.name}" has no completions to compute a loss on; use it for evaluation only')
+    rows = _rows(task, task.validation, tokenizer, sequence_length, (1, 1), batch_size, seed)
+    order = np.resize(np.random.default_rng([seed, 1]).permutation(len(rows)), (count, batch_size))
+    batches = []
+    for indices in order.tolist():
+        members = [rows[index] for index in indices]
+        batches.append({name: np.stack([row[name] for row in members]) for name in members[0]})
+    return batches
+
+
+def evaluation_prompts(
+    task: Task, tokenizer: Tokenizer, *, count: int, prompt_length: tuple[int, int], seed: int
+) -> list[Prompt]:
+    """Returns `count` prompts of the validation split; more of them begin with the same ones.
+
+    Language modelling: windows of the documents that begin where a line does, places and token lengths drawn
+    from `seed` (lengths within `prompt_length`, bounds included), without a reference. Otherwise: the first
+    examples, as they are.
+
+    Raises UserError if there are fewer than `count`, or if an example's prompt has more than
+    `prompt_length[1]` tokens.
+    """
+    _check_prompt_length(prompt_length)
+    _check_seed(seed)
+    if count < 1:
+        raise UserError(f"{count} evaluation prompts were asked for; ask for one at least")
+    if task.is_language_modelling:
+        return _windows(task, tokenizer, count, prompt_length, seed)
+    if count > len(task.validation):
+        raise UserError(f'task "{task.name}" has {len(task.validation)} prompts, fewer than the {count} asked for')
+    examples = task.validation[:count]
+    prompts = []
+    for index, tokens in enumerate(_tokenise(tokenizer, [example.prompt for example in examples])):
+        if len(tokens) > prompt_length[1]:
+            raise UserError(
+                f'prompt {index} of task "{task.name}" ("{examples[index].prompt[:40]}...") has '
+                f"{len(tokens)} tokens, more than the limit of {prompt_length[1]}; raise that limit"
+            )
+        example = examples[index]
+        prompts.append(Prompt(index, tuple(tokens.tolist()), example.prompt, example.completion, example.category))
+    return prompts
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Random access to rows, as grain's sources have it."""
+
+    rows: Int32[np.ndarray, "rows T"] | list[np.ndarray]
+    loss_start: Int32[np.ndarray, " rows"]
+    prompt_lengths: Int32[np.ndarray, " rows"]
+    sequence_length: int
+    pad_id: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        row = self.rows[index]
+        tokens = np.full(self.sequence_length, self.pad_id, np.int32)
+        tokens[: len(row)] = row
+        return {
+            "tokens": tokens,
+            "lengths": np.asarray(len(row), np.int32),
+            "loss_start": self.loss_start[index],
+            "prompt_lengths": self.prompt_lengths[index],
+        }
+
+
+def _rows(
+    task: Task,
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    sequence_length: int,
+    prompt_length: tuple[int, int],
+    batch_size: int,
+    seed: int,
+) -> _Rows:
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}; it must be 1 or more")
+    if sequence_length < 2:
+        raise UserError(f"sequence_length is {sequence_length}; a row needs two tokens at least")
+    _check_seed(seed)
+    if task.is_language_modelling:
+        _check_prompt_length(prompt_length)
+        if prompt_length[1] >= sequence_length:
+            raise UserError(
+                f"prompts of up to {prompt_length[1]} tokens leave nothing to continue in rows of "
+                f"{sequence_length}; lower the prompt length or raise sequence_length"
+            )
+        return _packed_rows(examples, tokenizer, sequence_length, prompt_length, seed)
+    return _paired_rows(task, examples, tokenizer, sequence_length)
+
+
+def _packed_rows(
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    sequence_length: int,
+    prompt_length: tuple[int, int],
+    seed: int,
+) -> _Rows:
+    end = np.asarray(tokenizer.eos_ids[:1], np.int32)
+    documents = _tokenise(tokenizer, [example.completion for example in examples])
+    stream = np.concatenate([part for document in documents for part in (document, end)])
+    number = len(stream) // sequence_length
+    if number == 0:
+        raise UserError(
+            f"the text has {len(stream)} tokens, not enough for one row of {sequence_length}; "
+            "lower sequence_length or give more text"
+        )
+    low, high = prompt_length
+    prompts = np.random.default_rng([seed, 0]).integers(low, high + 1, number, dtype=np.int32)
+    rows = stream[: number * sequence_length].reshape(number, sequence_length)
+    return _Rows(rows, np.ones(number, np.int32), prompts, sequence_length, tokenizer.pad_id)
+
+
+def _paired_rows(task: Task, examples: Sequence[Example], tokenizer: Tokenizer, sequence_length: int) -> _Rows:
+    end = np.asarray(tokenizer.eos_ids[:1], np.int32)
+    # Apart from each other, so that a prompt has the tokens here that it has when a model is to continue it.
+    prompts = _tokenise(tokenizer, [example.prompt for example in examples])
+    completions = _tokenise(tokenizer, [example.completion for example in examples])
+    rows, starts = [], []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        if len(prompt) < sequence_length:
+            rows.append(np.concatenate([prompt, completion, end])[:sequence_length])
+            starts.append(len(prompt))
+    if not rows:
+        raise UserError(
+            f'every prompt of task "{task.name}" has {sequence_length} tokens or more; raise sequence_length'
+        )
+    dropped = len(examples) - len(rows)
+    if dropped:
+        logging.warning(
+            "%s: %d of %d examples dropped, their prompts have %d tokens or more",
+            task.name,
+            dropped,
+            len(examples),
+            sequence_length,
+        )
+    start = np.asarray(starts, np.int32)
+    return _Rows(rows, start, start, sequence_length, tokenizer.pad_id)
+
+
+def _windows(task: Task, tokenizer: Tokenizer, count: int, prompt_length: tuple[int, int], seed: int) -> list[Prompt]:
+    documents = [example.completion for example in task.validation]
+    places = [(document, start) for document, text in enumerate(documents) for start in _line_starts(text)]
+    draw = np.random.default_rng([seed, 2])
+    prompts: list[Prompt] = []
+    for place in draw.permutation(len(places)):
+        document, start = places[place]
+        length = int(draw.integers(prompt_length[0], prompt_length[1] + 1))
+        text = documents[document][start : start + length * _CHARACTERS_PER_TOKEN]
+        tokens = tuple(tokenizer.encode(text)[:length])
+        if len(tokens) < length:  # too near the document's end (or nothing but a ruler)
+            continue
+        prompts.append(Prompt(len(prompts), tokens, tokenizer.decode(tokens), "", ""))
+        if len(prompts) == count:
+            return prompts
+    raise UserError(
+        f'the validation text of task "{task.name}" offers {len(prompts)} prompts of {prompt_length[0]} to '
+        f"{prompt_length[1]} tokens, fewer than the {count} asked for; ask for fewer or shorter ones"
+    )
+
+
+def _line_starts(text: str) -> Iterator[int]:
+    """Yields the offset of each line that is not blank."""
+    start = 0
+    for line in text.split("\n"):
+        if line.strip():
+            yield start
+        start += len(line) + 1
+
+
+def _tokenise(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
+    arrays: list[np.ndarray] = []
+    chunk: list[str] = []
+    characters = 0
+    for text in texts:
+        chunk.append(text)
+        characters += len(text)
+        if characters >= _CHARACTERS_AT_ONCE:
+            arrays += [np.asarray(ids, np.int32) for ids in tokenizer.encode_batch(chunk)]
+            chunk, characters = [], 0
+    return arrays + [np.asarray(ids, np.int32) for ids in tokenizer.encode_batch(chunk)]
+
+
+def _check_prompt_length(prompt_length: tuple[int, int]) -> None:
+    low, high = prompt_length
+    if not 1 <= low <= high:
+        raise UserError(f"prompt lengths from {low} to {high} make no sense; the first must be 1 to the second")
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed is {seed}; it must be within 0 and {2**32 - 1}")

@@ -1,0 +1,135 @@
+"""Multi-step arithmetic word problems with worked answers, generated without end from a seed."""
+
+import random
+
+from specjax.data.corpora import stable_hash
+
+VALIDATION_PROBLEMS = 512
+
+_NAMES = (
+    "Ada",
+    "Ben",
+    "Chloe",
+    "Daniel",
+    "Elif",
+    "Farid",
+    "Grace",
+    "Hugo",
+    "Ines",
+    "Jonas",
+    "Kim",
+    "Lena",
+    "Marco",
+    "Nadia",
+)
+_ITEMS = (
+    "apples",
+    "beads",
+    "cards",
+    "coins",
+    "marbles",
+    "pencils",
+    "shells",
+    "stamps",
+    "stickers",
+    "tickets",
+)
+_BOXES = ("bags", "boxes", "jars", "packs")
+
+Problem = tuple[str, str]
+Splits = tuple[list[Problem], list[Problem]]
+
+
+def generate_split(seed: int, size: int) -> Splits:
+    """Returns `size` training and VALIDATION_PROBLEMS validation problems, as (question, answer), none twice.
+
+    A hash of the question decides its side, so no seed's training problems are another seed's validation
+    problems. The validation problems do not depend on `size`.
+    """
+    draw = random.Random(f"word problems {seed}")
+    train, validation, seen = [], [], set()
+    while len(train) < size or len(validation) < VALIDATION_PROBLEMS:
+        problem = generate(draw)
+        if problem[0] in seen:
+            continue
+        seen.add(problem[0])
+        side, wanted = (train, size) if stable_hash(problem[0]) % 10 else (validation, VALIDATION_PROBLEMS)
+        if len(side) < wanted:
+            side.append(problem)
+    return train, validation
+
+
+def generate(draw: random.Random) -> Problem:
+    """Returns one problem of two to four steps: the question, and an answer that ends in "#### <number>"."""
+    name, friend = draw.sample(_NAMES, 2)
+    item = draw.choice(_ITEMS)
+    count = draw.randrange(5, 60)
+    story, working = [f"{name} has {count} {item}."], []
+    for _ in range(draw.randrange(2, 5)):
+        step = draw.choice([_buy, _find, _give, _double, _share])
+        sentence, work, count = step(draw, name, friend, item, count)
+        story.append(sentence)
+        working.append(work)
+    if draw.random() < 0.3:
+        price = draw.randrange(2, 10)
+        story.append(f"{name} then sells all the {item} for {price} dollars each. How many dollars does {name} get?")
+        working.append(f"Selling {count} {item} brings {count} * {price} = {count * price} dollars.")
+        count *= price
+    else:
+        story.append(f"How many {item} does {name} have now?")
+    return " ".join(story), "\n".join([*working, f"#### {count}"])
+
+
+# Each step returns (sentence of the story, sentence of the working, new count); counts stay positive.
+_Step = tuple[str, str, int]
+
+
+def _buy(draw: random.Random, name: str, friend: str, item: str, count: int) -> _Step:
+    number, each, boxes = draw.randrange(2, 10), draw.randrange(3, 13), draw.choice(_BOXES)
+    bought = number * each
+    total = count + bought
+    return (
+        f"{name} buys {number} {boxes} with {each} {item} in each.",
+        f"The {boxes} hold {number} * {each} = {bought} {item}, so there are {count} + {bought} = {total}.",
+        total,
+    )
+
+
+def _find(draw: random.Random, name: str, friend: str, item: str, count: int) -> _Step:
+    found = draw.randrange(2, 40)
+    return (
+        f"{name} finds {found} more {item}.",
+        f"With those found there are {count} + {found} = {count + found}.",
+        count + found,
+    )
+
+
+def _give(draw: random.Random, name: str, friend: str, item: str, count: int) -> _Step:
+    if count < 2:
+        return _find(draw, name, friend, item, count)
+    given = draw.randrange(1, count)
+    return (
+        f"{name} gives {given} {item} to {friend}.",
+        f"After giving some to {friend} there are {count} - {given} = {count - given}.",
+        count - given,
+    )
+
+
+def _double(draw: random.Random, name: str, friend: str, item: str, count: int) -> _Step:
+    return (
+        f"{name} wins a game and doubles the number of {item}.",
+        f"Doubled, there are {count} * 2 = {count * 2}.",
+        count * 2,
+    )
+
+
+def _share(draw: random.Random, name: str, friend: str, item: str, count: int) -> _Step:
+    divisors = [people for people in range(2, 9) if count % people == 0]
+    if not divisors:
+        return _give(draw, name, friend, item, count)
+    people = draw.choice(divisors)
+    return (
+        f"{name} shares the {item} equally among {people} people and keeps one share.",
+        f"One share is {count} / {people} = {count // people}.",
+        count // people,
+    )

@@ -1,0 +1,192 @@
+"""From lists of token ids to the loop and back: checks, padding, timing of one batch."""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specjax.decoding import loop
+from specjax.decoding.sampling import Sampling, row_keys
+from specjax.runtime import mesh as meshes
+from specjax.runtime.errors import UserError
+
+# Prompts and capacities are padded to multiples of these, so that neighbouring lengths share an executable.
+PROMPT_BUCKET = 32
+CAPACITY_BUCKET = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchResult:
+    """What one batch emitted.
+
+    Attributes:
+      tokens: emitted ids of each row, the prompt not repeated.
+      origins: where each came from (indices into `loop.ORIGINS`).
+      statistics: `loop.Statistics` as numpy arrays.
+      prefill_seconds: prompts through target and drafter.
+      decode_seconds: everything after.
+      iterations: blocks run.
+    """
+
+    tokens: list[list[int]]
+    origins: list[list[int]]
+    statistics: loop.Statistics
+    prefill_seconds: float
+    decode_seconds: float
+    iterations: int
+
+    @property
+    def seconds(self) -> float:
+        return self.prefill_seconds + self.decode_seconds
+
+    def counts(self, rows: int) -> dict[str, np.ndarray]:
+        """The statistics of the first `rows` rows by the names that reports use (the others are padding)."""
+        statistics = self.statistics
+        return {
+            "emitted": np.asarray([len(row) for row in self.tokens[:rows]], np.int32),
+            "target_calls": statistics.target_calls[:rows],
+            "drafted": statistics.drafted[:rows],
+            "accepted": statistics.accepted_at[:rows].sum(1, dtype=np.int32),
+            "drafted_at": statistics.drafted_at[:rows],
+            "accepted_at": statistics.accepted_at[:rows],
+            "emitted_more_than": statistics.emitted_more_than[:rows],
+        }
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def prompt_slots(prompts: Sequence[Sequence[int]]) -> int:
+    """The padded prompt length that holds all of these prompts."""
+    return _round_up(max(len(prompt) for prompt in prompts), PROMPT_BUCKET)
+
+
+def capacity_bucket(slots: int, max_new_tokens: int, gamma: int) -> int:
+    """The padded capacity; gammas up to the bucket's slack share it."""
+    return _round_up(loop.capacity_for(slots, max_new_tokens, gamma), CAPACITY_BUCKET)
+
+
+def check_prompts(
+    prompts: Sequence[Sequence[int]], *, vocab_size: int, max_new_tokens: int, max_positions: int
+) -> None:
+    """Raises UserError for an empty prompt, an id outside the vocabulary, or a text longer than the positions."""
+    if not prompts:
+        raise UserError("There are no prompts to continue; give at least one.")
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
+    for number, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise UserError(f"Prompt {number} is empty; decoding starts from at least one token.")
+        low, high = min(prompt), max(prompt)
+        if low < 0 or high >= vocab_size:
+            bad = low if low < 0 else high
+            raise UserError(
+                f"Prompt {number} has token id {bad}, outside the vocabulary of {vocab_size}; "
+                "encode it with this model's tokenizer."
+            )
+        if len(prompt) + max_new_tokens > max_positions:
+            raise UserError(
+                f"Prompt {number} has {len(prompt)} tokens, which with {max_new_tokens} new ones exceed the model's "
+                f"{max_positions} positions; shorten the prompt or lower max_new_tokens."
+            )
+
+
+def pad(prompts: Sequence[Sequence[int]], slots: int) -> tuple[np.ndarray, np.ndarray]:
+    """Right-padded ids `[B, slots]` and lengths `[B]`."""
+    tokens = np.zeros((len(prompts), slots), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    return tokens, np.asarray([len(prompt) for prompt in prompts], np.int32)
+
+
+def placer(mesh: jax.sharding.Mesh | None):
+    """A function that places a host array: on the default device, or over the mesh's batch axes where it divides."""
+    if mesh is None:
+        return jax.device_put
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def put(array):
+        axes = ("batch" if array.shape[0] % parts == 0 else None, *[None] * (array.ndim - 1))
+        return jax.device_put(array, jax.NamedSharding(mesh, meshes.spec(axes)))
+
+    return put
+
+
+def decode(
+    plan: loop.Plan,
+    params: Any,
+    draft_params: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    slots: int,
+    indices: Sequence[int],
+    seed: int,
+    sampling: Sampling,
+    max_new_tokens: int,
+    eos_ids: Sequence[int],
+    put=jax.device_put,
+) -> BatchResult:
+    """Continues one batch of prompts.
+
+    Args:
+      slots: padded prompt length.
+      indices: index of each prompt in the whole run; with `seed` it determines the row's randomness.
+      put: places the batch on devices (by default on the default device).
+    """
+    tokens, lengths = pad(prompts, slots)
+    keys = row_keys(seed, np.asarray(indices, np.int32))
+    limits = loop.Limits(
+        put(np.full(len(prompts), max_new_tokens, np.int32)), jnp.asarray(tuple(eos_ids) or (-1,), jnp.int32)
+    )
+    tokens, lengths, keys = put(tokens), put(lengths), put(keys)
+    jax.block_until_ready((tokens, lengths, keys, limits))
+    started = time.perf_counter()
+    state = jax.block_until_ready(loop.begin(plan, params, draft_params, tokens, lengths, keys))
+    prefilled = time.perf_counter()
+    state = jax.block_until_ready(loop.run(plan, params, draft_params, state, sampling, limits))
+    ended = time.perf_counter()
+    host = jax.device_get((state.tokens, state.origins, state.lengths, state.statistics, state.iterations))
+    all_tokens, all_origins, ends, statistics, iterations = host
+    spans = [slice(len(prompt), int(end)) for prompt, end in zip(prompts, ends, strict=True)]
+    return BatchResult(
+        tokens=[row[span].tolist() for row, span in zip(all_tokens, spans, strict=True)],
+        origins=[row[span].tolist() for row, span in zip(all_origins, spans, strict=True)],
+        statistics=statistics,
+        prefill_seconds=prefilled - started,
+        decode_seconds=ended - prefilled,
+        iterations=int(iterations),
+    )
+
+
+def decode_batch_of(
+    plan: loop.Plan, params: Any, draft_params: Any, prompts, *, first: int, batch_size: int, **settings
+) -> tuple[int, BatchResult]:
+    """`decode` of the prompts from number `first`; the last batch is filled up to keep the compiled shape.
+
+    Returns:
+      how many rows are prompts of their own, and the result.
+    """
+    part = list(prompts[first : first + batch_size])
+    padded = part + [part[-1]] * (batch_size - len(part))
+    indices = range(first, first + batch_size)
+    return len(part), decode(plan, params, draft_params, padded, indices=indices, **settings)
+
+
+def decode_all(
+    plan: loop.Plan, params: Any, draft_params: Any, prompts, *, batch_size: int, **settings
+) -> list[tuple[int, BatchResult]]:
+    """`decode_batch_of` for every batch of the prompts, in order."""
+    return [
+        decode_batch_of(plan, params, draft_params, prompts, first=first, batch_size=batch_size, **settings)
+        for first in range(0, len(prompts), batch_size)
+    ]
+
+
+def join_counts(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Counts of several batches as one, prompts in order."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

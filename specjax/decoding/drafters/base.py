@@ -1,0 +1,106 @@
+"""The contract between the decoding loop and whatever proposes tokens.
+
+A drafter is a hashable static object; its parameters and state are pytrees. It may read and advance the target's
+cache, which is how self-drafts share the target's first layers.
+
+  init(params, target_params, prefill, row_keys) -> state
+  propose(params, target_params, state, target_cache, context) -> (Proposal, state, target_cache)
+  commit(params, state, outcome) -> state
+
+A drafter may stop early (`num_drafted < gamma`), judging by distributions and earlier tokens, never by the value of
+the token it discards: that would bend the output law.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from specjax.decoding.sampling import Noise, Sampling, Stream, probabilities
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prefill:
+    """What the target saw of the prompts.
+
+    Attributes:
+      prompts: right-padded token ids.
+      lengths: tokens of each prompt, the last of which is pending (in no cache yet).
+      tap_states: hidden states `[B, P, D]` after each of the drafter's `taps`.
+      capacity: cache slots a row may need.
+    """
+
+    prompts: Int[Array, "B P"]
+    lengths: Int[Array, "B"]
+    tap_states: tuple[Float[Array, "B P D"], ...]
+    capacity: int = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a block starts from.
+
+    Attributes:
+      last_two_tokens: the last two committed tokens; a row with one token has it twice.
+      lengths: committed tokens a row, the pending one included.
+      noise: the block's random numbers.
+      sampling: how logits become probabilities.
+    """
+
+    last_two_tokens: Int[Array, "B 2"]
+    lengths: Int[Array, "B"]
+    noise: Noise
+    sampling: Sampling
+
+    def draw(
+        self, logits: Float[Array, "B V"], offset: Int[Array, ""] | int
+    ) -> tuple[Int[Array, "B"], Float[Array, "B V"] | None]:
+        """Draws the token at `lengths + offset` from the draft's logits; probs are None where it is an argmax."""
+        probs = probabilities(logits[:, None], self.sampling, greedy=self.noise.greedy)[:, 0]
+        offsets = jax.numpy.full_like(self.lengths, offset)
+        tokens = self.noise.choose(probs, offsets, Stream.DRAFT)
+        return tokens, None if self.noise.greedy else probs
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Proposal:
+    """Drafted tokens of one block.
+
+    Attributes:
+      tokens: the draft; entries from `num_drafted[b]` on are ignored.
+      probs: the distribution each was drawn from, or None where the draft is deterministic (one-hot).
+      num_drafted: how many tokens of each row count.
+      resume_hidden: hidden states of the pending and every drafted token after layer `resume_layer - 1` of the
+        target, or None to verify from the tokens.
+      resume_layer: the target layer at which verification resumes.
+    """
+
+    tokens: Int[Array, "B gamma"]
+    probs: Float[Array, "B gamma V"] | None
+    num_drafted: Int[Array, "B"]
+    resume_hidden: Float[Array, "B gamma_plus_1 D"] | None = None
+    resume_layer: int = dataclasses.field(default=0, metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What became of a block.
+
+    Attributes:
+      tokens: emitted tokens; entries from `num_emitted[b]` on are ignored.
+      num_emitted: 1 .. gamma + 1 for a live row, 0 for a finished one.
+      num_accepted: drafted tokens among them.
+      lengths: committed length before the block.
+      tap_states: hidden states `[B, gamma + 1, D]` of the verified tokens after each tapped layer.
+    """
+
+    tokens: Int[Array, "B gamma_plus_1"]
+    num_emitted: Int[Array, "B"]
+    num_accepted: Int[Array, "B"]
+    lengths: Int[Array, "B"]
+    tap_states: tuple[Any, ...]

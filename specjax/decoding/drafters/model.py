@@ -1,0 +1,56 @@
+"""An independent draft model with its own cache."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from specjax.decoding.drafters.base import Context, Outcome, Prefill, Proposal
+from specjax.models.decoder import Decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelDrafter:
+    """Drafts gamma tokens with a separate language model (arXiv 2211.17192).
+
+    The first step of a block feeds the last two committed tokens. Re-writing the older one's keys and values changes
+    nothing, except after full acceptance: the last drafted token was never fed, and this fills its slot.
+    """
+
+    model: Decoder
+    gamma: int
+    taps = ()
+
+    def init(self, params, target_params, prefill: Prefill, row_keys):
+        cache = self.model.start(params, prefill.prompts, prefill.lengths, prefill.capacity)
+        positions = jnp.broadcast_to(jnp.arange(prefill.prompts.shape[1])[None], prefill.prompts.shape)
+        return self.model.extend(params, cache, prefill.prompts, positions)[1]
+
+    def propose(self, params, target_params, state, target_cache, context: Context):
+        model, cache = self.model, state
+        # A one-token prompt has no second-last token: feed slots 0 and 1, read slot 0; slot 1 is rewritten later.
+        start = jnp.maximum(context.lengths - 2, 0)
+        positions = start[:, None] + jnp.arange(2)[None]
+        hidden, cache = model.extend(params, cache, context.last_two_tokens, positions)
+        last = (context.lengths - 1 - start)[:, None, None]
+        hidden = jnp.take_along_axis(hidden, last, axis=1)
+        first, first_probs = context.draw(model.head(params, hidden)[:, 0], 0)
+
+        def step(carry, offset):
+            token, cache = carry
+            positions = context.lengths[:, None] + offset - 1
+            hidden, cache = model.extend(params, cache, token[:, None], positions)
+            token, probs = context.draw(model.head(params, hidden)[:, 0], offset)
+            return (token, cache), (token, probs)
+
+        (_, cache), (tokens, probs) = jax.lax.scan(step, (first, cache), jnp.arange(1, self.gamma))
+        join = lambda head, rest: jnp.concatenate([head[:, None], jnp.moveaxis(rest, 0, 1)], axis=1)
+        proposal = Proposal(
+            tokens=join(first, tokens),
+            probs=None if first_probs is None else join(first_probs, probs),
+            num_drafted=jnp.full_like(context.lengths, self.gamma),
+        )
+        return proposal, cache, target_cache
+
+    def commit(self, params, state, outcome: Outcome):
+        return state  # rolling back is continuing from an earlier position

@@ -1,0 +1,59 @@
+"""Prompt lookup: what followed the last occurrence of the current n-gram, in the row's own text."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from specjax.decoding.drafters.base import Context, Outcome, Prefill, Proposal
+from specjax.models import kv_cache
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class History:
+    """The committed text of each row: `tokens[b, :lengths[b]]`."""
+
+    tokens: Int[Array, "B S"]
+    lengths: Int[Array, "B"]
+
+
+@dataclasses.dataclass(frozen=True)
+class NGramDrafter:
+    """Copies the continuation of the longest, then latest, earlier match of the row's last tokens.
+
+    A match has at least `shortest` and at most `longest` tokens; without one nothing is drafted. The proposal is
+    deterministic, so its distribution is one-hot.
+    """
+
+    gamma: int
+    shortest: int
+    longest: int
+    taps = ()
+
+    def init(self, params, target_params, prefill: Prefill, row_keys):
+        padding = prefill.capacity - prefill.prompts.shape[1]
+        return History(jnp.pad(prefill.prompts, ((0, 0), (0, padding))), prefill.lengths)
+
+    def propose(self, params, target_params, state: History, target_cache, context: Context):
+        tokens, lengths = state.tokens, state.lengths
+        ends = jnp.arange(tokens.shape[1])[None]
+        matched = jnp.zeros_like(tokens)
+        unbroken = ends < lengths[:, None] - 1
+        for back in range(self.longest):
+            earlier = jnp.pad(tokens, ((0, 0), (back, 0)), constant_values=-1)[:, : tokens.shape[1]]
+            current = jnp.take_along_axis(tokens, jnp.maximum(lengths - 1 - back, 0)[:, None], axis=1)
+            unbroken &= (earlier == current) & (lengths > back)[:, None]
+            matched += unbroken.astype(matched.dtype)
+        found = jnp.max(matched, axis=1) >= self.shortest
+        end = jnp.argmax(matched * tokens.shape[1] + ends, axis=1).astype(lengths.dtype)
+        source = end[:, None] + 1 + jnp.arange(self.gamma)[None]
+        drafted = jnp.take_along_axis(tokens, jnp.minimum(source, tokens.shape[1] - 1), axis=1)
+        available = jnp.where(found, lengths - 1 - end, 0)
+        proposal = Proposal(drafted, None, jnp.minimum(available, self.gamma).astype(jnp.int32))
+        return proposal, state, target_cache
+
+    def commit(self, params, state: History, outcome: Outcome):
+        tokens = kv_cache.write_rows(state.tokens, outcome.tokens, outcome.lengths, axis=1)
+        return History(tokens, outcome.lengths + outcome.num_emitted)

@@ -1,0 +1,46 @@
+"""Drafters by name: the one table that a new drafter joins."""
+
+from typing import Any
+
+from specjax.decoding.drafters.early_exit import EarlyExitDrafter
+from specjax.decoding.drafters.model import ModelDrafter
+from specjax.decoding.drafters.ngram import NGramDrafter
+from specjax.models.decoder import Decoder
+from specjax.runtime.errors import UserError, nearest
+
+
+def _model(target: Decoder, gamma: int, options: dict) -> ModelDrafter:
+    return ModelDrafter(options["model"], gamma)
+
+
+def _ngram(target: Decoder, gamma: int, options: dict) -> NGramDrafter:
+    shortest, longest = options["shortest"], options["longest"]
+    if not 1 <= shortest <= longest:
+        raise UserError(f"ngram needs 1 <= shortest <= longest, not shortest={shortest}, longest={longest}.")
+    return NGramDrafter(gamma, shortest, longest)
+
+
+def _early_exit(target: Decoder, gamma: int, options: dict) -> EarlyExitDrafter:
+    layer = options["exit_layer"]
+    if not 1 <= layer < target.layers:
+        raise UserError(f"exit_layer must lie in 1 .. {target.layers - 1} for this target, not {layer}.")
+    return EarlyExitDrafter(target, layer, gamma)
+
+
+DRAFTERS = {"model": _model, "ngram": _ngram, "early_exit": _early_exit}
+
+
+def make_drafter(kind: str, target: Decoder, gamma: int, options: dict[str, Any]) -> Any:
+    """Builds the drafter called `kind`; None when gamma is 0 (plain decoding).
+
+    Args:
+      options: `model` (a Decoder) for "model"; `shortest`, `longest` for "ngram"; `exit_layer` for "early_exit".
+
+    Raises:
+      UserError: for an unknown kind, a negative gamma, or options outside their range.
+    """
+    if kind not in DRAFTERS:
+        raise UserError(f"Unknown drafter {kind!r}{nearest(kind, DRAFTERS)}.")
+    if gamma < 0:
+        raise UserError(f"gamma must be 0 (plain decoding) or more, not {gamma}.")
+    return DRAFTERS[kind](target, gamma, options) if gamma else None

@@ -1,0 +1,72 @@
+"""Is speculative output token for token the plain one? Where not, how close was the call?
+
+Two correct programs may differ where the two best candidates are nearly equal. A difference is a tie when the
+reference's top-2 gap there is below `TIE` (float32); anything else is a bug.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specjax.decoding.loop import Plan
+from specjax.decoding.sampling import Noise, Sampling, Stream, probabilities, row_keys
+
+TIE = 1e-5
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _gap(plan: Plan, params: Any, text, keys, position, sampling: Sampling):
+    """Top-2 gap of what the reference chose by, for the token at `position` of one row."""
+    positions = jnp.arange(text.shape[1], dtype=jnp.int32)[None]
+    hidden, _ = plan.target.extend(params, None, text, positions)
+    logits = plan.target.head(params, jax.lax.dynamic_slice_in_dim(hidden, position - 1, 1, axis=1))
+    if plan.greedy:
+        scores = logits[:, 0]
+    else:
+        noise = Noise(keys, position[None], plan.greedy, plan.rule.shared_noise)
+        probs = probabilities(logits, sampling, greedy=False)[:, 0]
+        scores = noise.scores(probs, jnp.zeros((1,), jnp.int32), Stream.RECOVER)
+    best, second = jax.lax.top_k(scores[0], 2)[0]
+    return best - second
+
+
+def compare(
+    plan: Plan,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    reference: Sequence[Sequence[int]],
+    output: Sequence[Sequence[int]],
+    *,
+    slots: int,
+    seed: int,
+    sampling: Sampling,
+) -> dict:
+    """Compares emitted tokens with those of plain decoding, prompt by prompt.
+
+    Returns:
+      {"equal", "of", "differences": [{"prompt", "position", "top2_gap"}]}: position counts emitted tokens; of each
+      differing prompt the first difference is listed.
+    """
+    differences = []
+    for index, (prompt, plain, speculative) in enumerate(zip(prompts, reference, output, strict=True)):
+        if list(plain) == list(speculative):
+            continue
+        pairs = zip(plain, speculative, strict=False)
+        shared = min(len(plain), len(speculative))
+        first = next((i for i, (a, b) in enumerate(pairs) if a != b), shared)
+        text = np.zeros((1, slots), np.int32)
+        row = [*prompt, *plain][:slots]
+        text[0, : len(row)] = row
+        keys = row_keys(seed, np.asarray([index], np.int32))
+        gap = _gap(plan, params, jnp.asarray(text), keys, jnp.int32(len(prompt) + first), sampling)
+        differences.append({"prompt": index, "position": first, "top2_gap": float(gap)})
+    return {"equal": len(prompts) - len(differences), "of": len(prompts), "differences": differences}
+
+
+def only_ties(identical: dict) -> bool:
+    """Whether every difference is a tie."""
+    return all(difference["top2_gap"] < TIE for difference in identical["differences"])

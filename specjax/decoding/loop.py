@@ -1,0 +1,349 @@
+"""The one decoding loop: propose, verify, apply the rule, commit, until every row is done.
+
+Walk-through of one block with gamma = 2 (numbers are positions, `*` is the pending token, in no cache yet):
+
+  committed   0 1 2*            the target's cache holds 0 1
+  propose     d3 d4             two drafted tokens
+  verify      [2 d3 d4]         one target call at positions 2 3 4 gives three rows of logits
+  rule        d3 stands, d4 is refused, r4 is recovered from row 4's residual
+  commit      0 1 2 3 4*        two tokens emitted; slot 4 of the caches is stale and is rewritten next block
+
+gamma = 0 is plain decoding through the same code. Every target call emits 1 .. gamma + 1 tokens.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from specjax.decoding.drafters.base import Context, Outcome, Prefill, Proposal
+from specjax.decoding.rules import Lossless
+from specjax.decoding.sampling import Noise, Sampling, probabilities
+from specjax.models import kv_cache
+from specjax.models.decoder import Decoder
+from specjax.runtime.mesh import constrain
+
+# Where an emitted token came from; what the report colours.
+PROMPT, ACCEPTED, RECOVERED, BONUS, PLAIN = range(5)
+ORIGINS = ("prompt", "accepted", "recovered", "bonus", "plain")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything static about a decode: together with array shapes this is the compile key.
+
+    Attributes:
+      target: the model whose law the text follows.
+      drafter: what proposes tokens; None for plain decoding (gamma = 0).
+      rule: a rule of `decoding.rules`.
+      gamma: most tokens drafted a block.
+      capacity: cache slots and token slots a row; see `capacity_for`.
+      greedy: temperature 0.
+    """
+
+    target: Decoder
+    drafter: Any
+    rule: Any
+    gamma: int
+    capacity: int
+    greedy: bool
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Where rows end. Traced.
+
+    Attributes:
+      max_new_tokens: most tokens a row may emit.
+      eos_ids: ids that end a row; -1 is padding. The EOS itself is emitted and counted, nothing after it is.
+    """
+
+    max_new_tokens: Int[Array, "B"]
+    eos_ids: Int[Array, "E"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """Counts a row, over its live blocks only; what lies beyond EOS or the limit counts nowhere.
+
+    Arrays of the device while decoding, of numpy once fetched.
+
+    Attributes:
+      target_calls: verification passes.
+      drafted: tokens drafted.
+      drafted_at: how often position i of a block was drafted and reached (all before it accepted).
+      accepted_at: how often it was accepted and emitted.
+      emitted_more_than: target calls that emitted more than w tokens, w = 1 .. gamma.
+    """
+
+    target_calls: Int[Array | np.ndarray, "B"]
+    drafted: Int[Array | np.ndarray, "B"]
+    drafted_at: Int[Array | np.ndarray, "B gamma"]
+    accepted_at: Int[Array | np.ndarray, "B gamma"]
+    emitted_more_than: Int[Array | np.ndarray, "B gamma"]
+
+    @classmethod
+    def zeros(cls, batch: int, gamma: int) -> "Statistics":
+        row, wide = jnp.zeros((batch,), jnp.int32), jnp.zeros((batch, gamma), jnp.int32)
+        return cls(row, row, wide, wide, wide)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """What the loop carries.
+
+    Attributes:
+      tokens: prompt and emitted tokens, row b's up to `lengths[b]`; what lies beyond is scratch.
+      origins: for each token slot where it came from (`ORIGINS`).
+      lengths: committed tokens, the pending one included.
+      prompt_lengths: tokens of the prompt.
+      done: rows that have ended.
+      row_keys: one random key a row.
+      target_cache: the target's keys and values, valid below `lengths - 1`.
+      drafter_state: whatever the drafter keeps.
+      statistics: counts.
+      iterations: blocks run for the batch.
+    """
+
+    tokens: Int[Array, "B S"]
+    origins: Int[Array, "B S"]
+    lengths: Int[Array, "B"]
+    prompt_lengths: Int[Array, "B"]
+    done: Bool[Array, "B"]
+    row_keys: Key[Array, "B"]
+    target_cache: Any
+    drafter_state: Any
+    statistics: Statistics
+    iterations: Int[Array, ""]
+
+    @property
+    def num_emitted(self) -> Int[Array, "B"]:
+        return self.lengths - self.prompt_lengths
+
+
+def capacity_for(prompt_slots: int, max_new_tokens: int, gamma: int) -> int:
+    """Slots that can never run over: a row one short of its limit still writes gamma + 1 of them."""
+    return prompt_slots + max_new_tokens + gamma + 1
+
+
+def _through_target(plan: Plan, params, cache, inputs, positions, first_layer: int, taps):
+    """Runs the target from `first_layer` on, collecting hidden states after each tapped layer."""
+    states = []
+    for layer in sorted(tap for tap in taps if tap > first_layer):
+        inputs, cache = plan.target.extend(params, cache, inputs, positions, layers=(first_layer, layer))
+        states.append(inputs)
+        first_layer = layer
+    span = (first_layer, plan.target.layers)
+    hidden, cache = plan.target.extend(params, cache, inputs, positions, layers=span)
+    return hidden, cache, tuple(states)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def begin(
+    plan: Plan,
+    params: Any,
+    draft_params: Any,
+    prompts: Int[Array, "B P"],
+    lengths: Int[Array, "B"],
+    row_keys: Key[Array, "B"],
+) -> DecodeState:
+    """Prefill: fills the caches with `prompt[:-1]`, leaves the last token pending, emits nothing.
+
+    Prompts are right-padded and have at least one token. All P columns are run; what the last token and the padding
+    write is stale by contract and rewritten before it is visible.
+    """
+    batch, slots = prompts.shape
+    prompts, lengths = constrain(prompts, ("batch", None)), constrain(lengths, ("batch",))
+    cache = plan.target.start(params, prompts, lengths, plan.capacity)
+    cache = jax.tree.map(lambda x: constrain(x, kv_cache.AXES), cache)
+    positions = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32)[None], prompts.shape)
+    taps = plan.drafter.taps if plan.gamma else ()
+    with jax.named_scope("prefill"):
+        _, cache, tap_states = _through_target(plan, params, cache, prompts, positions, 0, taps)
+    drafter_state = ()
+    if plan.gamma:
+        prefill = Prefill(prompts, lengths, tap_states, plan.capacity)
+        with jax.named_scope("drafter_init"):
+            drafter_state = plan.drafter.init(draft_params, params, prefill, row_keys)
+    tokens = jnp.pad(prompts, ((0, 0), (0, plan.capacity - slots)))
+    return DecodeState(
+        tokens=tokens,
+        origins=jnp.where(jnp.arange(plan.capacity)[None] < lengths[:, None], PROMPT, PLAIN).astype(jnp.int32),
+        lengths=lengths,
+        prompt_lengths=lengths,
+        done=jnp.zeros((batch,), bool),
+        row_keys=row_keys,
+        target_cache=cache,
+        drafter_state=drafter_state,
+        statistics=Statistics.zeros(batch, plan.gamma),
+        iterations=jnp.zeros((), jnp.int32),
+    )
+
+
+def verify(plan: Plan, params, cache, pending: Int[Array, "B"], lengths: Int[Array, "B"], proposal: Proposal):
+    """One target call on `[pending, d_1 .. d_gamma]`: gamma + 1 rows of logits, the cache, tapped hidden states."""
+    gamma = proposal.tokens.shape[1]
+    positions = lengths[:, None] - 1 + jnp.arange(gamma + 1, dtype=jnp.int32)[None]
+    taps = plan.drafter.taps if plan.gamma else ()
+    if proposal.resume_hidden is None:
+        inputs, first = jnp.concatenate([pending[:, None], proposal.tokens], axis=1), 0
+    else:
+        inputs, first = proposal.resume_hidden, proposal.resume_layer
+    hidden, cache, tap_states = _through_target(plan, params, cache, inputs, positions, first, taps)
+    return plan.target.head(params, hidden), cache, tap_states
+
+
+def _emission(proposal: Proposal, num_accepted, next_token, room, live, eos_ids):
+    """Cuts a block at EOS and at the row's limit.
+
+    Returns:
+      tokens `[B, gamma + 1]`, how many of them are emitted, how many drafted tokens count, and whether EOS is among
+      the emitted.
+    """
+    gamma = proposal.tokens.shape[1]
+    index = jnp.arange(gamma + 1, dtype=jnp.int32)[None]
+    padded = jnp.pad(proposal.tokens, ((0, 0), (0, 1)))
+    tokens = jnp.where(index == num_accepted[:, None], next_token[:, None], padded)
+    is_eos = jnp.any(tokens[..., None] == eos_ids[None, None], axis=-1) & (index <= num_accepted[:, None])
+    until_eos = jnp.min(jnp.where(is_eos, index + 1, gamma + 2), axis=1)
+    num_emitted = jnp.minimum(jnp.minimum(num_accepted + 1, until_eos), room)
+    ended = num_emitted == until_eos
+    countable = jnp.minimum(proposal.num_drafted, jnp.where(ended, num_emitted, room))
+    zero_unless_live = lambda count: jnp.where(live, count, 0)
+    return tokens, zero_unless_live(num_emitted), zero_unless_live(countable), ended & live
+
+
+def _count(statistics: Statistics, num_accepted, num_emitted, num_drafted) -> Statistics:
+    gamma = statistics.drafted_at.shape[1]
+    index = jnp.arange(gamma, dtype=jnp.int32)[None]
+    stood = jnp.minimum(num_accepted, num_emitted)[:, None]
+    ones = lambda happened: happened.astype(jnp.int32)
+    return Statistics(
+        target_calls=statistics.target_calls + ones(num_emitted > 0),
+        drafted=statistics.drafted + num_drafted,
+        drafted_at=statistics.drafted_at + ones((index < num_drafted[:, None]) & (index <= stood)),
+        accepted_at=statistics.accepted_at + ones(index < stood),
+        emitted_more_than=statistics.emitted_more_than + ones(num_emitted[:, None] > index + 1),
+    )
+
+
+def settle(
+    plan: Plan,
+    draft_params: Any,
+    state: DecodeState,
+    proposal: Proposal,
+    logits: Float[Array, "B gamma_plus_1 V"],
+    tap_states: tuple[Any, ...],
+    noise: Noise,
+    sampling: Sampling,
+    limits: Limits,
+) -> DecodeState:
+    """What follows the target call: the rule decides, the row is cut at EOS and limit, everything is committed."""
+    with jax.named_scope("rule"):
+        target_probs = probabilities(logits, sampling, greedy=plan.greedy)
+        num_accepted, next_token = plan.rule(noise, proposal, target_probs, None)
+    with jax.named_scope("commit"):
+        room = limits.max_new_tokens - state.num_emitted
+        tokens, num_emitted, num_drafted, ended = _emission(
+            proposal, num_accepted, next_token, room, ~state.done, limits.eos_ids
+        )
+        drafter_state = state.drafter_state
+        if plan.gamma:
+            outcome = Outcome(tokens, num_emitted, jnp.minimum(num_accepted, num_emitted), state.lengths, tap_states)
+            drafter_state = plan.drafter.commit(draft_params, drafter_state, outcome)
+        origins = state.origins
+        if plan.gamma:  # otherwise they are what `begin` wrote
+            new_origins = _origins(proposal, num_accepted)
+            origins = kv_cache.write_rows(origins, new_origins, state.lengths, axis=1)
+        return dataclasses.replace(
+            state,
+            tokens=kv_cache.write_rows(state.tokens, tokens, state.lengths, axis=1),
+            origins=origins,
+            lengths=state.lengths + num_emitted,
+            done=state.done | ended | (num_emitted >= room),
+            drafter_state=drafter_state,
+            statistics=_count(state.statistics, num_accepted, num_emitted, num_drafted),
+            iterations=state.iterations + 1,
+        )
+
+
+def propose(plan: Plan, params, draft_params, state: DecodeState, noise: Noise, sampling: Sampling):
+    """The drafter's proposal (the empty one of plain decoding when gamma is 0) and the state that it moved on."""
+    batch = state.lengths.shape[0]
+    if plan.gamma == 0:
+        return Proposal(jnp.zeros((batch, 0), jnp.int32), None, jnp.zeros((batch,), jnp.int32)), state
+    recent = jnp.maximum(state.lengths[:, None] + jnp.arange(-2, 0)[None], 0)
+    last_two = jnp.take_along_axis(state.tokens, recent, axis=1)
+    context = Context(last_two, state.lengths, noise, sampling)
+    with jax.named_scope("propose"):
+        proposal, drafter_state, cache = plan.drafter.propose(
+            draft_params, params, state.drafter_state, state.target_cache, context
+        )
+    return proposal, dataclasses.replace(state, drafter_state=drafter_state, target_cache=cache)
+
+
+def block(
+    plan: Plan, params: Any, draft_params: Any, state: DecodeState, sampling: Sampling, limits: Limits
+) -> DecodeState:
+    """One round: propose, one target call, the rule, commit. Finished rows run along and change nothing."""
+    noise = Noise(state.row_keys, state.lengths, plan.greedy, plan.rule.shared_noise)
+    proposal, state = propose(plan, params, draft_params, state, noise, sampling)
+    pending = jnp.take_along_axis(state.tokens, state.lengths[:, None] - 1, axis=1)[:, 0]
+    with jax.named_scope("verify"):
+        logits, cache, taps = verify(plan, params, state.target_cache, pending, state.lengths, proposal)
+    state = dataclasses.replace(state, target_cache=cache)
+    return settle(plan, draft_params, state, proposal, logits, taps, noise, sampling, limits)
+
+
+def _origins(proposal: Proposal, num_accepted) -> Int[Array, "B gamma_plus_1"]:
+    """The origin of each token that the block may emit."""
+    index = jnp.arange(proposal.tokens.shape[1] + 1, dtype=jnp.int32)[None]
+    last = jnp.where(num_accepted < proposal.num_drafted, RECOVERED, BONUS)[:, None]
+    return jnp.where(index < num_accepted[:, None], ACCEPTED, last).astype(jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+def run(
+    plan: Plan, params: Any, draft_params: Any, state: DecodeState, sampling: Sampling, limits: Limits
+) -> DecodeState:
+    """Blocks until every row has ended. One `while_loop`; the host is asked nothing in between."""
+    state = dataclasses.replace(state, done=state.done | (limits.max_new_tokens <= 0))
+    return jax.lax.while_loop(
+        lambda state: ~jnp.all(state.done),
+        lambda state: block(plan, params, draft_params, state, sampling, limits),
+        state,
+    )
+
+
+def sample(
+    model: Decoder,
+    params: Any,
+    prompts: Int[Array, "B P"],
+    lengths: Int[Array, "B"],
+    row_keys: Key[Array, "B"],
+    *,
+    sampling: Sampling,
+    greedy: bool,
+    max_new_tokens: int,
+    eos_ids: tuple[int, ...],
+) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
+    """Plain sampling through the loop (gamma = 0): each row continues right after its own prompt.
+
+    Returns:
+      tokens `[B, P + max_new_tokens]`, zero beyond each row's end, and the rows' lengths.
+    """
+    batch, slots = prompts.shape
+    plan = Plan(model, None, Lossless(), 0, capacity_for(slots, max_new_tokens, 0), greedy)
+    limits = Limits(jnp.full((batch,), max_new_tokens, jnp.int32), jnp.asarray(eos_ids or (-1,), jnp.int32))
+    state = begin(plan, params, None, prompts, lengths, row_keys)
+    state = run(plan, params, None, state, sampling, limits)
+    width = slots + max_new_tokens
+    index = jnp.arange(width, dtype=jnp.int32)[None]
+    return jnp.where(index < state.lengths[:, None], state.tokens[:, :width], 0), state.lengths

@@ -1,0 +1,131 @@
+"""From logits to adjusted probabilities, and from probabilities to tokens by noise keyed to prompt and position."""
+
+import dataclasses
+import enum
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from specjax.runtime.errors import UserError
+
+
+class Stream(enum.IntEnum):
+    """What a draw is for. Draws of different streams at one position are independent."""
+
+    DRAFT = 0
+    ACCEPT = 1
+    RECOVER = 2
+    SHARED = 3
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How logits become probabilities, for target and draft alike. Traced: changing a value never recompiles.
+
+    Attributes:
+      temperature: divides the logits; 0 is greedy (and is compiled apart, see `Plan.greedy`).
+      top_k: keep the k most probable tokens; 0 keeps all.
+      top_p: then keep the smallest set whose mass reaches p; 1 keeps all.
+    """
+
+    temperature: Float[Array, ""]
+    top_k: Int[Array, ""]
+    top_p: Float[Array, ""]
+
+    @classmethod
+    def of(cls, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> "Sampling":
+        """Checks the values and makes arrays of them. Raises UserError for values outside their range."""
+        tiny = float(jnp.finfo(jnp.float32).tiny)  # what is smaller would be 0 on the device
+        if temperature != 0 and not tiny <= temperature < float("inf"):
+            raise UserError(f"temperature must be 0 (greedy) or a positive number, not {temperature}.")
+        if top_k < 0:
+            raise UserError(f"top_k must be 0 (off) or a positive number of tokens, not {top_k}.")
+        if not tiny <= top_p <= 1:
+            raise UserError(f"top_p must lie in (0, 1], not {top_p}.")
+        return cls(jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p))
+
+
+def _truncate(probs: Float[Array, "B T V"], sampling: Sampling) -> Float[Array, "B T V"]:
+    """Keeps the top k, then the top p of what is left, renormalised. Ties at either edge are all kept."""
+    vocab = probs.shape[-1]
+    descending = -jnp.sort(-probs, axis=-1)
+    k = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, vocab), vocab)
+    kth = jnp.take_along_axis(descending, jnp.broadcast_to(k - 1, (*probs.shape[:-1], 1)), axis=-1)
+    descending = jnp.where(descending >= kth, descending, 0)
+    before = jnp.cumsum(descending, axis=-1) - descending
+    wanted = sampling.top_p * jnp.sum(descending, axis=-1, keepdims=True)
+    inside = (before < wanted) | (sampling.top_p >= 1)  # rounding must not drop a tail that nobody asked to drop
+    edge = jnp.min(jnp.where(inside & (descending > 0), descending, jnp.inf), axis=-1, keepdims=True)
+    kept = jnp.where(probs >= edge, probs, 0)
+    return kept / jnp.sum(kept, axis=-1, keepdims=True)
+
+
+def probabilities(logits: Float[Array, "B T V"], sampling: Sampling, *, greedy: bool) -> Float[Array, "B T V"]:
+    """The adjusted distribution: softmax at the temperature, cut to top-k, then to top-p; one-hot when greedy."""
+    if greedy:
+        return jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=jnp.float32)
+    logits = logits.astype(jnp.float32)
+    # The maximum goes first: a small temperature must not make two infinities of the two best logits.
+    logits = logits - jnp.max(logits, axis=-1, keepdims=True)
+    probs = jax.nn.softmax(logits / sampling.temperature, axis=-1)
+    cuts = (sampling.top_k > 0) | (sampling.top_p < 1)
+    return jax.lax.cond(cuts, _truncate, lambda probs, _: probs, probs, sampling)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Noise:
+    """Random numbers of one block, a pure function of (row key, emitted position, stream).
+
+    Nothing of the batch enters, so a row's text does not depend on its neighbours, its slot or the mesh.
+
+    Attributes:
+      row_keys: one key a row, folded from the run's seed and the prompt's index.
+      lengths: position of the first token that this block may emit (the committed length).
+      greedy: draw nothing, take the most probable token.
+      shared: draft and target draw from one stream (the `coupled` rule).
+    """
+
+    row_keys: Key[Array, "B"]
+    lengths: Int[Array, "B"]
+    greedy: bool = dataclasses.field(metadata={"static": True})
+    shared: bool = dataclasses.field(metadata={"static": True})
+
+    def _keys(self, offsets: Int[Array, "B"], stream: Stream) -> Key[Array, "B"]:
+        fold = jax.vmap(lambda key, position: jax.random.fold_in(jax.random.fold_in(key, position), stream))
+        return fold(self.row_keys, self.lengths + offsets)
+
+    def uniforms(self, count: int) -> Float[Array, "B count"]:
+        """Uniforms in [0, 1) for the acceptance of the block's drafted positions."""
+        draws = [
+            jax.vmap(lambda key: jax.random.uniform(key, ()))(
+                self._keys(jnp.full_like(self.lengths, offset), Stream.ACCEPT)
+            )
+            for offset in range(count)
+        ]
+        return jnp.stack(draws, axis=1) if draws else jnp.zeros((self.lengths.shape[0], 0), jnp.float32)
+
+    def scores(self, weights: Float[Array, "B V"], offsets: Int[Array, "B"], stream: Stream) -> Float[Array, "B V"]:
+        """Log-weights plus Gumbel noise (none when greedy): their argmax is a draw in proportion to `weights`."""
+        if self.greedy:
+            return jnp.log(weights)
+        keys = self._keys(offsets, Stream.SHARED if self.shared else stream)
+        gumbel = jax.vmap(lambda key: jax.random.gumbel(key, weights.shape[-1:]))(keys)
+        return jnp.log(weights) + gumbel
+
+    def choose(self, weights: Float[Array, "B V"], offsets: Int[Array, "B"], stream: Stream) -> Int[Array, "B"]:
+        """Draws a token in proportion to `weights` for position `lengths + offsets`.
+
+        Needs no normalisation and no gather over a sharded vocabulary; a weight of 0 is never drawn.
+        """
+        if self.greedy:
+            return jnp.argmax(weights, axis=-1).astype(jnp.int32)
+        return jnp.argmax(self.scores(weights, offsets, stream), axis=-1).astype(jnp.int32)
+
+
+def row_keys(seed: int, indices: Int[Array | np.ndarray, "B"]) -> Key[Array, "B"]:
+    """One key for each prompt, folded from the seed and the prompt's index in the whole run."""
+    return jax.vmap(lambda index: jax.random.fold_in(jax.random.key(seed), index))(jnp.asarray(indices))

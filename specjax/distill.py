@@ -1,0 +1,188 @@
+"""Trains a model and exports it: a target or a draft, plainly or distilled, on or off its own text.
+
+    python -m specjax.distill --config=FILE --workdir=DIR [--config.section.key=value ...]
+
+One trainer serves all: `loss.divergence` "cross_entropy" without a `target` is plain training, and the
+fractions under `data` say whose text a target's probabilities are learned on.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from specjax.data import batches, tasks
+from specjax.distillation.evaluator import make_evaluator
+from specjax.distillation.trainer import Material, Outcome, Trainer
+from specjax.hub import load as hub_load
+from specjax.hub import save as hub_save
+from specjax.hub.tokenizer import Tokenizer, train_byte_bpe
+from specjax.models.config import DecoderConfig
+from specjax.models.decoder import Decoder, Params
+from specjax.reporting import records
+from specjax.runtime import cli, dtypes
+from specjax.runtime import config as configs
+from specjax.runtime import mesh as meshes
+from specjax.runtime.errors import UserError
+
+# What `model.init` says for a model without a past.
+RANDOM = "random"
+
+# Fields of `config.model` that are fields of the decoder.
+_SHAPE = (
+    "width",
+    "layers",
+    "heads",
+    "kv_heads",
+    "head_size",
+    "mlp_width",
+    "max_positions",
+    "rope_theta",
+    "norm_epsilon",
+    "tied_head",
+)
+
+
+def run(config: Any, workdir: str | Path) -> dict:
+    """Trains, writes `workdir/export` and `workdir/results.json`, and returns what the latter holds.
+
+    Args:
+      config: with every key that `configs/quickstart.py` writes for a training stage.
+      workdir: where an interrupted run left off it continues.
+
+    Raises:
+      UserError: for settings, files and vocabularies that do not fit, and for a loss that is not finite.
+    """
+    workdir = Path(workdir)
+    min_seconds = _min_seconds(config.train.min_seconds_of)
+    mesh = meshes.make_mesh(config.mesh)
+    task = tasks.load_task(config.task)
+    tokenizer = _tokenizer(config.tokenizer, task)
+    material = _material(config, task, tokenizer, mesh)
+    evaluator = None
+    if config.speculative_eval.every:
+        if material.target is None:
+            raise UserError(
+                "speculative_eval.every needs a target to draft for: set `target`, or speculative_eval.every to 0"
+            )
+        evaluator = make_evaluator(config, material, task, tokenizer)
+    trainer = Trainer(config, workdir, material, mesh, min_seconds=min_seconds, evaluator=evaluator)
+    outcome = trainer.run()
+    several = jax.process_count() > 1
+    params = multihost_utils.process_allgather(outcome.params, tiled=True) if several else outcome.params
+    path = workdir / "results.json"
+    if jax.process_index() == 0:
+        hub_save.save(workdir / "export", material.draft, params, tokenizer)
+        rows = [_row(config, material.draft, outcome)]
+        records.write_results(path, binary="distill", config=configs.to_plain(config), rows=rows)
+    if several:
+        multihost_utils.sync_global_devices("the results are written")
+    return records.read_results(path)
+
+
+def _row(config: Any, draft: Decoder, outcome: Outcome) -> dict:
+    last = outcome.validation[-1]
+    return {
+        "task": config.task.name,
+        "target": config.target,
+        "divergence": config.loss.divergence,
+        "seed": config.seed,
+        "params": draft.config.num_params,
+        "steps": outcome.steps,
+        "train_seconds": outcome.train_seconds,
+        "tokens": outcome.tokens,
+        "loss": outcome.loss,
+        "validation_loss": last["validation_loss"],
+        "validation_acceptance": last.get("validation_acceptance"),
+        "last_quarter_improvement": outcome.last_quarter_improvement,
+        "validation": list(outcome.validation),
+    }
+
+
+def _min_seconds(stage: str) -> float:
+    """The training time of an earlier stage, 0 where none is named."""
+    if not stage:
+        return 0.0
+    path = Path(stage) / "results.json"
+    rows = records.read_results(path)["rows"]
+    if len(rows) != 1 or "train_seconds" not in rows[0]:
+        raise UserError(f"{path} tells no train_seconds; let train.min_seconds_of name a training stage")
+    return rows[0]["train_seconds"]
+
+
+def _tokenizer(config: Any, task: tasks.Task) -> Tokenizer:
+    if config.path:
+        return Tokenizer.load(config.path)
+    texts = (text for example in task.train for text in (example.prompt, example.completion))
+    return train_byte_bpe(texts, config.vocab_size)
+
+
+def _material(config: Any, task: tasks.Task, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Material:
+    data, train = config.data, config.train
+    draft, params = _model(config, tokenizer, mesh)
+    target, target_params = None, None
+    if config.target:
+        _check_same_tokenizer(config.target, tokenizer)
+        target, target_params = _load(config.target, config.model.param_dtype, config.model.compute_dtype, mesh)
+        if target.vocab_size != draft.vocab_size:
+            raise UserError(
+                f"the target in {config.target} has a vocabulary of {target.vocab_size} and the model one of "
+                f"{draft.vocab_size}; a draft must share its target's vocabulary"
+            )
+    rows = dict(batch_size=data.batch_size, sequence_length=data.sequence_length, seed=config.seed)
+    prompt_length = (data.prompt_length_min, data.prompt_length_max)
+    return Material(
+        draft=draft,
+        params=params,
+        target=target,
+        target_params=target_params,
+        batches=batches.training_batches(task, tokenizer, prompt_length=prompt_length, **rows),
+        validation=batches.validation_batches(task, tokenizer, count=train.eval_batches, **rows),
+        eos_ids=tokenizer.eos_ids,
+        longest_prompt=data.prompt_length_max if task.is_language_modelling else data.sequence_length - 1,
+    )
+
+
+def _model(config: Any, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> tuple[Decoder, Params]:
+    """The model to train: from an export, or random with the tokenizer's vocabulary."""
+    model = config.model
+    if model.init != RANDOM:
+        _check_same_tokenizer(model.init, tokenizer)
+        decoder, params = _load(model.init, model.param_dtype, model.compute_dtype, mesh)
+        if decoder.vocab_size < tokenizer.vocab_size:
+            raise UserError(
+                f"the tokenizer has {tokenizer.vocab_size} ids and the model in {model.init} only "
+                f"{decoder.vocab_size}; take the tokenizer that the model was trained with"
+            )
+        return decoder, params
+    try:
+        shape = DecoderConfig(
+            vocab_size=tokenizer.vocab_size,
+            param_dtype=model.param_dtype,
+            compute_dtype=dtypes.compute_dtype(model.compute_dtype),
+            **{name: model[name] for name in _SHAPE},
+        )
+    except ValueError as error:
+        raise UserError(f"config.model: {error}") from None
+    decoder = Decoder(shape)
+    init = jax.jit(decoder.init, out_shardings=meshes.shardings(decoder.axes(), mesh))
+    return decoder, init(jax.random.key(config.seed))
+
+
+def _load(directory: str, param_dtype: str, compute_dtype: str, mesh) -> tuple[Decoder, Params]:
+    """Reads an export straight onto the mesh."""
+    _, config = hub_load.read_config(Path(directory), param_dtype=param_dtype, compute_dtype=compute_dtype)
+    shardings = meshes.shardings(Decoder(config).axes(), mesh)
+    return hub_load.load(directory, param_dtype=param_dtype, compute_dtype=compute_dtype, shardings=shardings)
+
+
+def _check_same_tokenizer(directory: str, tokenizer: Tokenizer) -> None:
+    if Tokenizer.load(directory).fingerprint() != tokenizer.fingerprint():
+        raise UserError(
+            f"the model in {directory} has another tokenizer than the one used here; set tokenizer.path to {directory}"
+        )
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.launch(run, "specjax.distill"))

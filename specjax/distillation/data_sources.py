@@ -1,0 +1,114 @@
+"""Where a step's text comes from: the data itself, the draft (on-policy), the target, or a mixture of them.
+
+As in DistillSpec (arXiv 2310.08461, algorithm 1 of its appendix) one source is drawn for a whole step. The
+draw and the generated text are functions of (seed, step) and the parameters alone, so a resumed run repeats
+them.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from specjax.decoding import loop, sampling
+from specjax.models.decoder import Decoder
+from specjax.runtime.errors import UserError
+
+FIXED, DRAFT, TARGET = SOURCES = ("fixed", "draft", "target")
+
+# Sets these random numbers apart from others that are drawn from the same seed.
+_STREAM = 0x5EED
+
+
+def fractions_of(config: Any) -> dict[str, float]:
+    """The fraction of each source in a config's `data` section."""
+    return {name: config[name] for name in SOURCES}
+
+
+def check_fractions(fractions: Mapping[str, float], *, has_target: bool) -> None:
+    """Refuses fractions that are no mixture.
+
+    Raises:
+      UserError: naming the fractions.
+    """
+    stated = ", ".join(f"data.{name} {fractions[name]}" for name in SOURCES)
+    if not all(fractions[name] >= 0 for name in SOURCES):
+        raise UserError(f"the fractions of the data sources ({stated}) must not be negative")
+    if abs(sum(fractions[name] for name in SOURCES) - 1) > 1e-6:
+        raise UserError(f"the fractions of the data sources ({stated}) must sum to 1")
+    if fractions[TARGET] > 0 and not has_target:
+        raise UserError(f"data.target is {fractions[TARGET]} but there is no target: set `target`")
+
+
+def source_of_step(fractions: Mapping[str, float], seed: int, step: int) -> str:
+    """The source of this step's text, drawn with the given probabilities from (seed, step)."""
+    weights = np.asarray([fractions[name] for name in SOURCES], np.float64)
+    draw = np.random.default_rng([seed, _STREAM, step]).random()
+    # A source of fraction 0 is never drawn: its edge equals the one before it.
+    index = int(np.searchsorted(np.cumsum(weights) / weights.sum(), draw, side="right"))
+    return SOURCES[index]
+
+
+def prompt_width(prompt_lengths: Int[np.ndarray, "B"], narrow: int, wide: int) -> int:
+    """Columns for a batch of prompts: `narrow` doubled as often as needed, at most `wide`.
+
+    So that few different shapes, and compilations, arise from prompts of any length.
+    """
+    width = narrow
+    while width < int(prompt_lengths.max()):
+        width *= 2
+    return min(width, wide)
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """How a model continues prompts; its temperature is not that of the loss.
+
+    Attributes:
+      temperature: 0 is greedy.
+      top_k: 0 is off.
+      top_p: 1 is off.
+      max_new_tokens: most tokens added to a prompt.
+      eos_ids: ids that end a row.
+      seed: what the row keys are folded from, with the step and the row.
+    """
+
+    temperature: float
+    top_k: int
+    top_p: float
+    max_new_tokens: int
+    eos_ids: Sequence[int]
+    seed: int
+
+    def __post_init__(self):
+        sampling.Sampling.of(self.temperature, self.top_k, self.top_p)
+        if self.max_new_tokens < 1:
+            raise UserError(f"data.generation.max_new_tokens is {self.max_new_tokens}; there must be one to learn from")
+
+    def __call__(
+        self,
+        model: Decoder,
+        params: dict,
+        prompts: Int[Array, "B P"],
+        lengths: Int[Array, "B"],
+        step: Int[Array, ""],
+    ) -> dict[str, Int[Array, "..."]]:
+        """Continues each prompt: a batch `[B, P + max_new_tokens]` whose loss starts after the prompt."""
+        step_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), _STREAM), step)
+        row_keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, jnp.arange(prompts.shape[0]))
+        tokens, ends = loop.sample(
+            model,
+            params,
+            prompts,
+            lengths,
+            row_keys,
+            sampling=sampling.Sampling.of(self.temperature, self.top_k, self.top_p),
+            greedy=self.temperature == 0,
+            max_new_tokens=self.max_new_tokens,
+            eos_ids=tuple(self.eos_ids),
+        )
+        return {"tokens": tokens, "lengths": ends, "loss_start": lengths, "prompt_lengths": lengths}

@@ -1,0 +1,47 @@
+"""Speculative decoding in training: how many tokens a target call the draft is worth by now."""
+
+from collections.abc import Callable
+from typing import Any
+
+from specjax.data import batches, tasks
+from specjax.decoding import batch, loop, rules
+from specjax.decoding.drafters.table import make_drafter
+from specjax.decoding.sampling import Sampling
+from specjax.hub.tokenizer import Tokenizer
+
+
+def make_evaluator(config: Any, material: Any, task: tasks.Task, tokenizer: Tokenizer) -> Callable:
+    """The trainer's in-training speculative evaluation: (draft params, step) -> {"block_efficiency": ...}."""
+    section = config.speculative_eval
+    lengths = (config.data.prompt_length_min, config.data.prompt_length_max)
+    prompts = batches.evaluation_prompts(
+        task, tokenizer, count=section.prompts, prompt_length=lengths, seed=config.seed
+    )
+    ids = [prompt.tokens for prompt in prompts]
+    slots = batch.prompt_slots(ids)
+    plan = loop.Plan(
+        target=material.target,
+        drafter=make_drafter("model", material.target, section.gamma, {"model": material.draft}),
+        rule=rules.rule_named("lossless"),
+        gamma=section.gamma,
+        capacity=batch.capacity_bucket(slots, section.max_new_tokens, section.gamma),
+        greedy=section.temperature == 0,
+    )
+
+    def evaluate(params: Any, step: int) -> dict[str, float]:
+        result = batch.decode(
+            plan,
+            material.target_params,
+            params,
+            ids,
+            slots=slots,
+            indices=range(len(ids)),
+            seed=config.seed,
+            sampling=Sampling.of(section.temperature),
+            max_new_tokens=section.max_new_tokens,
+            eos_ids=tokenizer.eos_ids,
+        )
+        counts = result.counts(len(ids))
+        return {"block_efficiency": float(counts["emitted"].sum() / counts["target_calls"].sum())}
+
+    return evaluate

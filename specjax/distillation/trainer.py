@@ -1,0 +1,372 @@
+"""One trainer for plain training and every kind of distillation: the loop around the optimiser step.
+
+The device is never waited for inside the loop: while step k + 1 runs, the host reads the metrics of step k
+and looks for a loss that is not finite. Whatever is saved was read, and found finite, before.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from specjax.distillation import data_sources, objective, update
+from specjax.distillation.meter import Clock, Interval
+from specjax.models.decoder import Decoder, Params
+from specjax.reporting.records import MetricsLog
+from specjax.runtime import mesh as meshes
+from specjax.runtime.checkpoint import Checkpointer
+from specjax.runtime.errors import UserError, nearest
+from specjax.runtime.timing import progress
+
+# What `train.best_metric` may name, and which way it is better.
+BEST_METRICS = {"validation_loss": "min", "validation_acceptance": "max"}
+
+Evaluator = Callable[[Params, int], Mapping[str, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What training came to.
+
+    Attributes:
+      params: the last ones.
+      steps: updates made.
+      train_seconds: by the training clock, over all sittings.
+      tokens: positions learned from.
+      loss: training loss by the last line of the log.
+      validation: one dict an evaluation, with its `step`.
+    """
+
+    params: Params
+    steps: int
+    train_seconds: float
+    tokens: float
+    loss: float | None
+    validation: Sequence[Mapping[str, float | int]]
+
+    @property
+    def last_quarter_improvement(self) -> float | None:
+        """Relative fall of the validation loss over the last quarter of the steps; None where unknown.
+
+        The quarter begins at the last evaluation that is not later than 3/4 of the steps.
+        """
+        before = [line for line in self.validation if line["step"] <= 0.75 * self.steps]
+        if not before or not self.steps or not before[-1]["validation_loss"]:
+            return None
+        return 1 - self.validation[-1]["validation_loss"] / before[-1]["validation_loss"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Material:
+    """What is trained on what.
+
+    Attributes:
+      draft: the model that learns, from `params`.
+      params: its parameters before step 0.
+      target: the model to learn from, with `target_params`; None for plain training. With the divergence
+        "cross_entropy" it only measures the acceptance on validation data.
+      target_params: the target's parameters, laid out on the mesh.
+      batches: an endless iterator with `get_state` and `set_state`, see `data.batches`.
+      validation: batches of the same layout.
+      eos_ids: ids that end a generated row.
+      longest_prompt: most tokens of a prompt that a row of `batches` can have.
+    """
+
+    draft: Decoder
+    params: Params
+    target: Decoder | None
+    target_params: Params | None
+    batches: Iterator[Mapping[str, np.ndarray]]
+    validation: Sequence[Mapping[str, np.ndarray]]
+    eos_ids: tuple[int, ...]
+    longest_prompt: int
+
+
+def check(config: Any, material: Material) -> None:
+    """Refuses settings of training that make no sense together, before anything is compiled.
+
+    Raises:
+      UserError: naming the setting.
+    """
+    has_target = material.target is not None
+    data, train, loss = config.data, config.train, config.loss
+    objective.check(loss.divergence, loss.beta, loss.temperature, loss.chunk, has_target=has_target)
+    data_sources.check_fractions(data_sources.fractions_of(data), has_target=has_target)
+    for name in ("steps", "log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_last"):
+        if train[name] < 1:
+            raise UserError(f"train.{name} is {train[name]}; it must be 1 or more")
+    if train.checkpoint_every % train.eval_every:
+        raise UserError(
+            f"train.checkpoint_every ({train.checkpoint_every}) must be a multiple of train.eval_every "
+            f"({train.eval_every}), so that each checkpoint has its validation metrics"
+        )
+    known = [name for name in BEST_METRICS if has_target or name != "validation_acceptance"]
+    if train.best_metric not in known:
+        raise UserError(f'train.best_metric "{train.best_metric}" is not measured{nearest(train.best_metric, known)}')
+    rows = config.optimizer.accumulation * config.mesh.data * config.mesh.fsdp
+    if data.batch_size % rows:
+        raise UserError(
+            f"data.batch_size ({data.batch_size}) must be a multiple of optimizer.accumulation * mesh.data * "
+            f"mesh.fsdp ({rows})"
+        )
+    generated = material.longest_prompt + data.generation.max_new_tokens if data.fixed < 1 else 0
+    longest = max(data.sequence_length, generated)
+    for role, model in (("model", material.draft), ("target", material.target)):
+        if model is not None and longest > model.config.max_positions:
+            raise UserError(
+                f"rows of {longest} tokens do not fit the {role}'s {model.config.max_positions} positions; "
+                "lower data.sequence_length or data.generation.max_new_tokens"
+            )
+
+
+class Trainer:
+    """Trains until `train.steps` and, where asked for, until a time has passed; resumes what was cut off.
+
+    `workdir` gets metrics.jsonl and checkpoints/. A run that is killed at any moment and started again
+    arrives, on CPU, at the very bits that it would have arrived at.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        workdir: str | Path,
+        material: Material,
+        mesh: jax.sharding.Mesh,
+        *,
+        min_seconds: float,
+        evaluator: Evaluator | None,
+    ):
+        """Builds the functions of the loop; nothing is compiled yet.
+
+        Args:
+          config: with the sections seed, data, loss, optimizer, train, speculative_eval and mesh.
+          min_seconds: training goes on at the final learning rate until its clock shows this; 0 is off.
+          evaluator: called with (params, step) every `speculative_eval.every` steps; its numbers are logged.
+
+        Raises:
+          UserError: for settings that make no sense.
+        """
+        check(config, material)
+        self.config, self.material, self.mesh = config, material, mesh
+        self.workdir, self.min_seconds, self.evaluator = Path(workdir), min_seconds, evaluator
+        optimizer = update.make_optimizer(config.optimizer, config.train.steps)
+        self.state = update.initial_state(material.params, material.draft.axes(), optimizer, mesh)
+        self.clock = Clock()
+        self.step, self.saved, self.seconds = 0, None, 0.0  # seconds as of the last checkpoint
+        self.tokens, self.loss, self.validation = 0.0, None, []
+        self._log: MetricsLog | None = None  # the first process alone has one
+        self._pending: tuple[int, dict] | None = None
+        self._interval = Interval(self.clock.seconds)
+        self._executables: dict[str, Callable] = {}
+        self._build(optimizer)
+
+    def _build(self, optimizer) -> None:
+        config, material = self.config, self.material
+        settings = (config.loss.divergence, config.loss.beta, config.loss.temperature, config.loss.chunk)
+        # Hard labels need no teacher: its forward would only cost time in training.
+        plain = config.loss.divergence == objective.CROSS_ENTROPY
+        teacher = None if plain else material.target
+        self._teacher_params = None if plain else material.target_params
+        self._fractions = data_sources.fractions_of(config.data)
+        rate = update.learning_rate(config.optimizer, config.train.steps)
+        step = update.make_step(
+            update.Loss(material.draft, teacher, *settings), optimizer, rate, config.optimizer.accumulation
+        )
+        placed = jax.tree.map(lambda leaf: leaf.sharding, self.state)
+        whole = jax.NamedSharding(self.mesh, jax.P())
+        self._update = jax.jit(step, donate_argnums=0, out_shardings=(placed, whole))
+        self._validation_loss = jax.jit(update.Loss(material.draft, material.target, *settings), out_shardings=whole)
+        generation = config.data.generation
+        generate = data_sources.Generation(
+            generation.temperature,
+            generation.top_k,
+            generation.top_p,
+            generation.max_new_tokens,
+            material.eos_ids,
+            config.seed,
+        )
+        batch_placed = meshes.shardings(update.BATCH_AXES, self.mesh)
+        self._generate = jax.jit(generate, static_argnums=0, out_shardings=batch_placed)
+
+    def run(self) -> Outcome:
+        """Trains to the end, from the last checkpoint if there is one.
+
+        Raises:
+          UserError: where the loss is no longer finite; the last checkpoint stays as it is.
+        """
+        train = self.config.train
+        checkpoints = Checkpointer(
+            self.workdir / "checkpoints",
+            keep_last=train.keep_last,
+            best_metric=train.best_metric,
+            best_mode=BEST_METRICS[train.best_metric],
+        )
+        with contextlib.closing(checkpoints), meshes.use(self.mesh), contextlib.ExitStack() as stack:
+            resumed = self._restore(checkpoints)
+            if jax.process_index() == 0:
+                log = MetricsLog(self.workdir, resume_step=self.step if resumed else None)
+                self._log = stack.enter_context(log)
+            stack.enter_context(self.clock.running())
+            if not resumed:
+                self._evaluate()
+            self._loop(checkpoints)
+        return Outcome(self.state.params, self.step, self.seconds, self.tokens, self.loss, tuple(self.validation))
+
+    def _loop(self, checkpoints: Checkpointer) -> None:
+        train = self.config.train
+        finished = self._finished()
+        with progress(total=train.steps, description=self.workdir.name, unit="step") as bar:
+            # The time left is reckoned from the steps of this sitting.
+            bar.initial = bar.n = self.step
+            while not finished:
+                self._advance(next(self.material.batches))
+                bar.update()
+                finished = self._finished()
+                if finished or self.step % train.eval_every == 0:
+                    self._evaluate()
+                if finished or self.step % train.checkpoint_every == 0:
+                    self._save(checkpoints)
+
+    def _finished(self) -> bool:
+        if self.step < self.config.train.steps:
+            return False
+        finished = self.clock.seconds >= self.min_seconds
+        if self.min_seconds and jax.process_count() > 1:
+            # Clocks differ, and processes that disagree about another step would wait for each other forever.
+            finished = bool(multihost_utils.broadcast_one_to_all(np.asarray(finished)))
+        return finished
+
+    def _advance(self, batch: Mapping[str, np.ndarray]) -> None:
+        """Dispatches one step, then reads the metrics of the one before it, which the device has ended."""
+        source = data_sources.source_of_step(self._fractions, self.config.seed, self.step)
+        rows = self._text(source, batch)
+        name = f"update {rows['tokens'].shape}"
+        self.state, metrics = self._call(name, self._update, (), self.state, self._teacher_params, rows)
+        self.step += 1
+        previous, self._pending = self._pending, (self.step, metrics)
+        self._read(previous)
+
+    def _text(self, source: str, batch: Mapping[str, np.ndarray]) -> Mapping[str, jax.Array]:
+        """The batch itself, or its prompts continued by a model."""
+        if source == data_sources.FIXED:
+            return meshes.shard(dict(batch), update.BATCH_AXES, self.mesh)
+        material = self.material
+        width = data_sources.prompt_width(
+            batch["prompt_lengths"], self.config.data.prompt_length_max, material.longest_prompt
+        )
+        prompts = {"tokens": batch["tokens"][:, :width], "lengths": batch["prompt_lengths"]}
+        axes = {name: update.BATCH_AXES[name] for name in prompts}
+        prompts = meshes.shard(prompts, axes, self.mesh)
+        of_target = source == data_sources.TARGET
+        model = material.target if of_target else material.draft
+        params = material.target_params if of_target else self.state.params
+        return self._call(
+            f"{source} {width}",
+            self._generate,
+            (model,),
+            params,
+            prompts["tokens"],
+            prompts["lengths"],
+            np.int32(self.step),
+        )
+
+    def _call(self, name: str, function: Any, static: tuple, *arguments: Any) -> Any:
+        """Calls the compiled function; compiles it first, off the clock, where the name is new."""
+        if name not in self._executables:
+            self._settle()
+            with self.clock.paused():
+                self._executables[name] = function.lower(*static, *arguments).compile()
+        return self._executables[name](*arguments)
+
+    def _settle(self) -> None:
+        """Waits for the last step and reads its metrics."""
+        previous, self._pending = self._pending, None
+        self._read(previous)
+
+    def _read(self, pending: tuple[int, dict] | None) -> None:
+        if pending is None:
+            return
+        step, metrics = pending
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        # A finite gradient of a finite loss, clipped, gives finite parameters: these two are enough.
+        self._check_finite("training loss", step, values["loss"], values["grad_norm"])
+        self.tokens += values["tokens"]
+        self._interval.add(values)
+        if step % self.config.train.log_every == 0:
+            has_target = self._teacher_params is not None
+            line = self._interval.line(self.clock.seconds, has_target)
+            self.loss = line["loss"]
+            self._write(step, line)
+            self._interval = Interval(self.clock.seconds)
+
+    def _write(self, step: int, line: Mapping[str, float]) -> None:
+        if self._log is not None:
+            self._log.write(step, line)
+
+    def _check_finite(self, what: str, step: int, *values: float) -> None:
+        if all(math.isfinite(value) for value in values):
+            return
+        kept = "there is no checkpoint yet" if self.saved is None else f"the checkpoint of step {self.saved} stays"
+        raise UserError(
+            f"the {what} or its gradient is no longer finite at step {step} ({kept}); run again in a new "
+            "workdir with a lower optimizer.peak_learning_rate or optimizer.clip_norm, or more "
+            "optimizer.warmup_steps"
+        )
+
+    def _evaluate(self) -> None:
+        """Validation loss (and acceptance), and every so often the evaluator's numbers; off the clock."""
+        self._settle()
+        with self.clock.paused():
+            sums = []
+            for batch in self.material.validation:
+                rows = meshes.shard(dict(batch), update.BATCH_AXES, self.mesh)
+                sums.append(self._validation_loss(self.state.params, self.material.target_params, rows))
+            sums = jax.device_get(sums)
+            tokens = max(sum(float(part.tokens) for part in sums), 1.0)
+            line = {"validation_loss": sum(float(part.loss) for part in sums) / tokens}
+            self._check_finite("validation loss", self.step, line["validation_loss"])
+            if self.material.target is not None:
+                line["validation_acceptance"] = sum(float(part.acceptance) for part in sums) / tokens
+            self.validation.append({"step": self.step, **line})
+            every = self.config.speculative_eval.every
+            if self.evaluator is not None and every and self.step % every == 0:
+                line |= self.evaluator(self.state.params, self.step)
+            self._write(self.step, {**line, "train_seconds": self.clock.seconds})
+
+    def _save(self, checkpoints: Checkpointer) -> None:
+        self._settle()
+        with self.clock.paused():
+            self.seconds = self.clock.seconds
+            host = {
+                "batches": self.material.batches.get_state(),
+                "seconds": self.seconds,
+                "tokens": self.tokens,
+                "loss": self.loss,
+                "validation": self.validation,
+            }
+            metrics = {name: value for name, value in self.validation[-1].items() if name != "step"}
+            checkpoints.save(self.step, self.state, host=host, metrics=metrics)
+            self.saved = self.step
+
+    def _restore(self, checkpoints: Checkpointer) -> bool:
+        """Continues from the last checkpoint; says whether there was one."""
+        abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), self.state
+        )
+        restored = checkpoints.restore(abstract)
+        if restored is None:
+            return False
+        self.state, host, self.step = restored
+        self.saved = self.step
+        self.material.batches.set_state(host["batches"])
+        self.seconds = host["seconds"]
+        self.clock = Clock(self.seconds)
+        self.tokens, self.loss, self.validation = host["tokens"], host["loss"], host["validation"]
+        self._interval = Interval(self.clock.seconds)
+        return True

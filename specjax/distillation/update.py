@@ -1,0 +1,180 @@
+"""The optimiser step: from a batch to new parameters, in microbatches, on a mesh."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from specjax.distillation import objective
+from specjax.models.decoder import Decoder, Params
+from specjax.runtime import mesh as meshes
+from specjax.runtime.errors import UserError
+
+# Logical axes of a batch, see `data.batches`.
+BATCH_AXES = {
+    "tokens": ("batch", None),
+    "lengths": ("batch",),
+    "loss_start": ("batch",),
+    "prompt_lengths": ("batch",),
+}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What a step reads and replaces; trees of shardings and of shapes have this form too.
+
+    Attributes:
+      params: of the draft (or of whatever is trained).
+      optimizer_state: optax's.
+      step: updates made so far, int32.
+    """
+
+    params: Any
+    optimizer_state: Any
+    step: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """`objective.distillation_loss` with its models and settings: (params, target_params, batch) -> Sums."""
+
+    draft: Decoder
+    target: Decoder | None
+    divergence: str
+    beta: float
+    temperature: float
+    chunk: int
+
+    def __call__(self, params: Params, target_params: Params | None, batch: Mapping) -> objective.Sums:
+        return objective.distillation_loss(
+            self.draft,
+            params,
+            self.target,
+            target_params,
+            batch["tokens"],
+            batch["lengths"],
+            batch["loss_start"],
+            divergence=self.divergence,
+            beta=self.beta,
+            loss_temperature=self.temperature,
+            chunk=self.chunk,
+        )
+
+
+def learning_rate(config: Any, steps: int) -> Callable[[Int[Array, ""]], Float[Array, ""]]:
+    """Linear warm-up to the peak, reached at step `warmup_steps - 1`, then a cosine to a fraction of it.
+
+    The fraction is `final_fraction`; it is held for the last `hold_fraction` of the steps and from then on. A
+    validation loss that no longer falls while the rate is held has reached a plateau; one that falls along with a
+    cosine tells nothing of the kind. `config` is the `optimizer` section.
+    """
+    decay_steps = max(steps * (1 - config.hold_fraction) - config.warmup_steps, 1)
+
+    def rate(step: Int[Array, ""]) -> Float[Array, ""]:
+        step = jnp.asarray(step).astype(jnp.float32)
+        warm = jnp.minimum((step + 1) / max(config.warmup_steps, 1), 1.0)
+        progress = jnp.clip((step - config.warmup_steps) / decay_steps, 0.0, 1.0)
+        cosine = 0.5 * (1 + jnp.cos(jnp.pi * progress))
+        fraction = config.final_fraction + (1 - config.final_fraction) * cosine
+        return config.peak_learning_rate * warm * fraction
+
+    return rate
+
+
+def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
+    """AdamW (arXiv 1711.05101) behind clipping by the global norm; matrices decay, gains of norms do not.
+
+    Raises:
+      UserError: for settings that make no sense.
+    """
+    positive = ("peak_learning_rate", "clip_norm", "accumulation")
+    for name in positive:
+        if not config[name] > 0:
+            raise UserError(f"optimizer.{name} is {config[name]}; it must be above 0")
+    if not 0 <= config.warmup_steps < steps:
+        raise UserError(
+            f"optimizer.warmup_steps is {config.warmup_steps}; it must be 0 or more and below train.steps ({steps})"
+        )
+    if not 0 <= config.hold_fraction < 1:
+        raise UserError(f"optimizer.hold_fraction is {config.hold_fraction}; it must lie in [0, 1)")
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            learning_rate(config, steps),
+            b1=config.beta1,
+            b2=config.beta2,
+            weight_decay=config.weight_decay,
+            mask=functools.partial(jax.tree.map, lambda leaf: leaf.ndim > 1),
+        ),
+    )
+
+
+def make_step(loss: Loss, optimizer: optax.GradientTransformation, rate: Callable, accumulation: int) -> Callable:
+    """The update `(state, target_params, batch) -> (state, metrics)`; `accumulation` microbatches at a time.
+
+    The gradient is that of the mean over all counted positions of the batch, however it is cut up.
+    """
+
+    def step(state: TrainState, target_params: Params | None, batch: Mapping):
+        sums, gradient = _gradient_of_sum(loss, state.params, target_params, batch, accumulation)
+        gradient = jax.tree.map(lambda total: objective.mean(total, sums.tokens), gradient)
+        # optax mixes dtypes freely, which our own modules do not.
+        with jax.numpy_dtype_promotion("standard"), jax.named_scope("optimizer"):
+            updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "loss": sums.loss,
+            "acceptance": sums.acceptance,
+            "tokens": sums.tokens,
+            "grad_norm": optax.tree.norm(gradient),
+            "learning_rate": rate(state.step),
+        }
+        return TrainState(params, optimizer_state, state.step + 1), metrics
+
+    return step
+
+
+def _gradient_of_sum(loss, params, target_params, batch, accumulation):
+    def total(params, batch):
+        sums = loss(params, target_params, batch)
+        return sums.loss, sums
+
+    gradient = jax.grad(total, has_aux=True)
+    if accumulation == 1:
+        gradients, sums = gradient(params, batch)
+        return sums, gradients
+
+    # Neighbouring rows go to different microbatches, so that each is spread over all devices as the batch is.
+    split = lambda rows: rows.reshape(-1, accumulation, *rows.shape[1:]).swapaxes(0, 1)
+
+    def add(carry, microbatch):
+        gradients, sums = gradient(params, microbatch)
+        return jax.tree.map(jnp.add, carry, (sums, gradients)), None
+
+    zeros = (objective.Sums.zeros(), jax.tree.map(jnp.zeros_like, params))
+    return jax.lax.scan(add, zeros, jax.tree.map(split, dict(batch)))[0]
+
+
+def initial_state(
+    params: Params, axes: Params, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> TrainState:
+    """The state of step 0 on the mesh: what the optimiser keeps of a parameter lies where that does."""
+    placed = meshes.shardings(axes, mesh, shapes=params)
+    whole = jax.NamedSharding(mesh, jax.P())
+    # A copy: the state is donated to every step, the caller's parameters are not.
+    params = jax.jit(functools.partial(jax.tree.map, jnp.copy), out_shardings=placed)(params)
+    optimizer_placed = optax.tree.map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        jax.eval_shape(optimizer.init, params),
+        placed,
+        transform_non_params=lambda _: whole,
+    )
+    optimizer_state = jax.jit(optimizer.init, out_shardings=optimizer_placed)(params)
+    return TrainState(params, optimizer_state, jax.device_put(jnp.zeros((), jnp.int32), whole))

@@ -1,0 +1,136 @@
+"""Seconds of each part of a block, on this device, at a given context: loops on the device, never lone dispatches."""
+
+import dataclasses
+import functools
+import statistics
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from specjax.decoding import loop
+from specjax.decoding.drafters.base import Proposal
+from specjax.decoding.sampling import Noise, Sampling
+from specjax.draft_design.throughput import Parts
+from specjax.models import kv_cache
+
+_STEPS = 24
+_REPEATS = 5
+
+
+def _noise(plan: loop.Plan, state: loop.DecodeState) -> Noise:
+    return Noise(state.row_keys, state.lengths, plan.greedy, plan.rule.shared_noise)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+def _draft_and_verify_loop(plan, params, draft_params, state, sampling):
+    """A proposal and a target call, one pair after another from the same committed text.
+
+    The draft alone would keep its weights in the processor's cache; behind a target call, as in a real block, it
+    has to fetch them again. Its seconds are those of the pair less those of the target call.
+    """
+
+    def step(_, state):
+        proposal, state = loop.propose(plan, params, draft_params, state, _noise(plan, state), sampling)
+        pending = jnp.take_along_axis(state.tokens, state.lengths[:, None] - 1, axis=1)[:, 0]
+        logits, cache, _ = loop.verify(plan, params, state.target_cache, pending, state.lengths, proposal)
+        # The next pair starts from what this one chose, or the compiler would hoist or drop it.
+        chosen = jnp.sum(jnp.argmax(logits, axis=-1).astype(jnp.int32), axis=1)
+        following = (chosen % plan.target.vocab_size)[:, None]
+        tokens = kv_cache.write_rows(state.tokens, following, state.lengths - 1, axis=1)
+        return dataclasses.replace(state, tokens=tokens, target_cache=cache)
+
+    return jax.lax.fori_loop(0, _STEPS, step, state)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _verify_loop(plan, params, state, proposal):
+    """Target calls one after another; the next pending token is the last call's most probable one."""
+
+    def step(_, carry):
+        cache, pending, total = carry
+        moved = proposal
+        if proposal.resume_hidden is not None:  # hidden states that never change would be projected once for all
+            drift = 1e-9 * total.astype(proposal.resume_hidden.dtype)
+            moved = dataclasses.replace(proposal, resume_hidden=proposal.resume_hidden + drift)
+        logits, cache, _ = loop.verify(plan, params, cache, pending, state.lengths, moved)
+        # Every row of logits is used, or the compiler would compute only the first.
+        chosen = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return cache, chosen[:, 0], jnp.sum(chosen)
+
+    pending = jnp.zeros_like(state.lengths)
+    return jax.lax.fori_loop(0, _STEPS, step, (state.target_cache, pending, jnp.int32(0)))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _rule_loop(plan, draft_params, state, proposal, logits, sampling, limits):
+    """The rule and the commit on the same logits, moved a little by what the last step emitted."""
+
+    def step(_, state):
+        moved = logits + 1e-6 * jnp.sum(state.lengths).astype(jnp.float32)
+        state_after = loop.settle(plan, draft_params, state, proposal, moved, (), _noise(plan, state), sampling, limits)
+        return dataclasses.replace(state_after, done=state.done)
+
+    return jax.lax.fori_loop(0, _STEPS, step, state)
+
+
+def _median_seconds(call) -> float:
+    """Median seconds of a step of `call`, after one warm-up; `call` makes its own fresh inputs."""
+    times = []
+    for repeat in range(_REPEATS + 1):
+        inputs, run = call()
+        jax.block_until_ready(inputs)
+        started = time.perf_counter()
+        jax.block_until_ready(run(inputs))
+        if repeat:
+            times.append(time.perf_counter() - started)
+    return statistics.median(times) / _STEPS
+
+
+def measure(
+    plan: loop.Plan, params: Any, draft_params: Any, tokens, lengths, row_keys, sampling: Sampling
+) -> dict[str, float]:
+    """Seconds of the proposal, of verification and of the rule for one plan at the context `lengths`.
+
+    Args:
+      tokens: `[B, P]` texts to stand in for prompts plus half of what is to be emitted: the mean context.
+
+    Returns:
+      {"propose", "verify", "rule"} in seconds a block ("propose" is 0 at gamma 0).
+    """
+    limits = loop.Limits(jnp.full_like(lengths, 2**30), jnp.full((1,), -1, jnp.int32))
+    fresh = lambda: loop.begin(plan, params, draft_params, tokens, lengths, row_keys)
+    proposal, logits = _example(plan, params, draft_params, fresh(), sampling)
+    seconds = {"propose": 0.0}
+    seconds["verify"] = _median_seconds(lambda: (fresh(), lambda state: _verify_loop(plan, params, state, proposal)))
+    if plan.gamma:
+        pair = lambda state: _draft_and_verify_loop(plan, params, draft_params, state, sampling)
+        seconds["propose"] = max(_median_seconds(lambda: (fresh(), pair)) - seconds["verify"], 0.0)
+    seconds["rule"] = _median_seconds(
+        lambda: (
+            fresh(),
+            lambda state: _rule_loop(plan, draft_params, state, proposal, logits, sampling, limits),
+        )
+    )
+    return seconds
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _example(plan, params, draft_params, state, sampling) -> tuple[Proposal, jax.Array]:
+    """A real proposal and the target's logits for it."""
+    proposal, state = loop.propose(plan, params, draft_params, state, _noise(plan, state), sampling)
+    pending = jnp.zeros_like(state.lengths)
+    logits, _, _ = loop.verify(plan, params, state.target_cache, pending, state.lengths, proposal)
+    return proposal, logits
+
+
+def parts_of(speculative: dict[str, float], plain: dict[str, float], gamma: int) -> Parts:
+    """Joins the measurements of a speculative plan and of plain decoding (both from `measure`)."""
+    return Parts(
+        draft_step=speculative["propose"] / gamma if gamma else 0.0,
+        target_step=plain["verify"],
+        verify=speculative["verify"],
+        rule=speculative["rule"],
+        baseline_rule=plain["rule"],
+    )

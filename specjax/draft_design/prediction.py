@@ -1,0 +1,88 @@
+"""Predicted beside measured: parts of a block timed at a run's mean context, and the speed-up they foretell."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from specjax.decoding import batch, loop
+from specjax.decoding.sampling import Sampling, row_keys
+from specjax.draft_design import latency, throughput
+
+_KEYS = (
+    "draft_step_seconds",
+    "target_step_seconds",
+    "verify_seconds",
+    "rule_seconds",
+    "cost_ratio",
+    "predicted_speedup",
+    "mbsu",
+)
+
+
+def nothing() -> dict[str, None]:
+    """The keys of a prediction where there is none."""
+    return dict.fromkeys(_KEYS)
+
+
+def measure_parts(
+    plan: loop.Plan,
+    plain_plan: loop.Plan,
+    params: Any,
+    draft_params: Any,
+    texts: Sequence[Sequence[int]],
+    *,
+    batch_size: int,
+    sampling: Sampling,
+    seed: int,
+    put: Callable,
+) -> throughput.Parts:
+    """Times the parts of `plan` and of plain decoding on rows as long as the run's mean context.
+
+    The plain step is measured beside each plan, not once for all: a machine's speed drifts between minutes.
+
+    Args:
+      texts: each prompt with half of what plain decoding emitted for it.
+    """
+    mean = int(np.mean([len(text) for text in texts]))
+    rows = [(tuple(text) * mean)[:mean] for text in sorted(texts, key=len)[-batch_size:]]
+    tokens, lengths = batch.pad(rows, batch.prompt_slots(rows))
+    keys = put(row_keys(seed, np.arange(len(rows), dtype=np.int32)))
+    measure = lambda plan, draft: latency.measure(plan, params, draft, put(tokens), put(lengths), keys, sampling)
+    return latency.parts_of(measure(plan, draft_params), measure(plain_plan, None), plan.gamma)
+
+
+def predict(
+    parts: throughput.Parts,
+    plan: loop.Plan,
+    block_efficiency: float,
+    draft_params: int,
+    output: Sequence[tuple[int, batch.BatchResult]],
+    baseline: Sequence[tuple[int, batch.BatchResult]],
+) -> dict[str, float | None]:
+    """The parts and the speed-up predicted from them for the blocks that a run needed.
+
+    Args:
+      draft_params: parameters of the draft, 0 where it has none of its own (then there is no MBSU).
+      output: (rows that count, result) of each batch; `baseline` the same of plain decoding.
+    """
+    emitted = lambda results: sum(len(row) for rows, result in results for row in result.tokens[:rows])
+    iterations = lambda results: sum(result.iterations for _, result in results)
+    prefill = lambda results: sum(result.prefill_seconds for _, result in results)
+    predicted = throughput.predicted_speedup(
+        parts,
+        plan.gamma,
+        emitted=emitted(output),
+        iterations=iterations(output),
+        prefill_seconds=prefill(output),
+        baseline_emitted=emitted(baseline),
+        baseline_iterations=iterations(baseline),
+        baseline_prefill_seconds=prefill(baseline),
+    )
+    mbsu = None
+    if draft_params:
+        mbsu = throughput.memory_bound_speedup(
+            block_efficiency, plan.gamma, plan.target.config.num_params, draft_params
+        )
+    steps = (parts.draft_step, parts.target_step, parts.verify, parts.rule, parts.cost_ratio())
+    return dict(zip(_KEYS, (*steps, predicted, mbsu), strict=True))

@@ -1,0 +1,371 @@
+"""Evaluates task x drafter x rule x gamma: exactness, efficiency, quality and wall-clock time.
+
+    python -m specjax.evaluate --config=FILE --workdir=DIR [--config.section.key=value ...]
+
+Plain decoding (gamma = 0, the same loop) runs in the same process, interleaved with every drafter prompt by prompt, so
+that a slow moment of the machine hits all alike.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from specjax.data import batches, tasks
+from specjax.decoding import batch, identity, loop, rules
+from specjax.decoding.drafters.table import make_drafter
+from specjax.decoding.sampling import Sampling
+from specjax.draft_design import prediction
+from specjax.hub import model as hub_model
+from specjax.reporting import metrics, page, records, tables
+from specjax.runtime import cli
+from specjax.runtime import config as configs
+from specjax.runtime import mesh as meshes
+from specjax.runtime.errors import UserError, nearest
+from specjax.runtime.timing import progress
+
+BASELINE = "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One drafter at one gamma; `BASELINE` at gamma 0 is plain decoding."""
+
+    name: str
+    kind: str
+    gamma: int
+    options: dict[str, Any]
+    params: Any
+    num_params: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What all cases of a group share."""
+
+    rule: str
+    temperature: float
+    batch_size: int
+    sampling: Sampling = dataclasses.field(compare=False)  # arrays, made of what is compared
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What all groups share."""
+
+    config: Any
+    target: hub_model.Model
+    task: tasks.Task
+    prompts: list[batches.Prompt]
+    drafters: dict[str, hub_model.Model]
+
+    @property
+    def ids(self) -> list[tuple[int, ...]]:
+        return [prompt.tokens for prompt in self.prompts]
+
+
+def run(config: Any, workdir: str | Path) -> dict:
+    """Runs every case of the config; writes results.json, figures and report.html; returns the results.
+
+    Raises:
+      UserError: for unknown names, settings out of range, models and prompts that do not fit.
+    """
+    workdir = Path(workdir)
+    job = _job(config)
+    rows, counts, samples = [], {}, []
+    settings = _settings(config)
+    for setting in settings:
+        _cases(job, setting)  # refuses what does not fit before the first group takes its minutes
+    for setting in settings:
+        group_rows, group_counts, group_samples = _run_group(job, setting)
+        rows += group_rows
+        counts.update({(setting, name, gamma): c for (name, gamma), c in group_counts.items()})
+        samples += group_samples
+    comparisons = _comparisons(config, counts)
+    path = workdir / "results.json"
+    records.write_results(
+        path,
+        binary="evaluate",
+        config=configs.to_plain(config),
+        rows=rows,
+        comparisons=comparisons,
+        samples=samples,
+    )
+    results = records.read_results(path)
+    print(tables.summary_table(results["rows"]))
+    page.write_run(workdir, results, stages={})
+    return results
+
+
+def _job(config: Any) -> Job:
+    mesh = meshes.make_mesh(config.mesh)
+    load = lambda path: hub_model.load(
+        path, param_dtype=config.param_dtype, compute_dtype=config.compute_dtype, mesh=mesh
+    )
+    target = load(config.target)
+    drafters = {}
+    for name, section in config.drafters.items():
+        if section.kind == "model":
+            drafters[name] = load(section.path)
+            hub_model.check_pair(target, drafters[name])
+    task = tasks.load_task(config.task)
+    prompts = batches.evaluation_prompts(
+        task,
+        target.tokenizer,
+        count=config.prompts.count,
+        prompt_length=(config.prompts.length_min, config.prompts.length_max),
+        seed=config.seed,
+    )
+    batch.check_prompts(
+        [prompt.tokens for prompt in prompts],
+        vocab_size=target.decoder.vocab_size,
+        max_new_tokens=config.max_new_tokens,
+        max_positions=target.decoder.config.max_positions,
+    )
+    for name in (name for pair in config.compare for name in pair):
+        if name not in config.drafters:
+            raise UserError(f"compare names no drafter of this config: {name!r}{nearest(name, config.drafters)}.")
+    for size in config.batch_sizes:
+        if not 1 <= size <= config.prompts.count:
+            raise UserError(f"A batch size must lie in 1 .. prompts.count = {config.prompts.count}, not {size}.")
+    return Job(config, target, task, prompts, drafters)
+
+
+def _settings(config: Any) -> list[Setting]:
+    """Groups in order: every batch size and temperature under `lossless`, then under `coupled` where sampled."""
+    make = lambda rule, temperature, size: Setting(
+        rule, temperature, size, Sampling.of(temperature, config.top_k, config.top_p)
+    )
+    settings = []
+    for size in config.batch_sizes:
+        for temperature in config.temperatures:
+            settings.append(make("lossless", temperature, size))
+            if temperature > 0 and any(section.coupled for section in config.drafters.values()):
+                settings.append(make("coupled", temperature, size))
+    return settings
+
+
+def _cases(job: Job, setting: Setting) -> list[Case]:
+    cases = [Case(BASELINE, "model", 0, {}, None, 0)]
+    for name, section in job.config.drafters.items():
+        options = section.to_dict()
+        model = job.drafters.get(name)
+        if model is not None:
+            options["model"] = model.decoder
+        for gamma in section[setting.rule]:
+            make_drafter(section.kind, job.target.decoder, gamma, options)  # refuses what does not fit
+            params = model.params if model else None
+            size = model.decoder.config.num_params if model else 0
+            cases.append(Case(name, section.kind, gamma, options, params, size))
+    return cases
+
+
+def _plan(job: Job, setting: Setting, case: Case, slots: int) -> loop.Plan:
+    return loop.Plan(
+        target=job.target.decoder,
+        drafter=make_drafter(case.kind, job.target.decoder, case.gamma, case.options),
+        rule=rules.rule_named(setting.rule),
+        gamma=case.gamma,
+        capacity=batch.capacity_bucket(slots, job.config.max_new_tokens, case.gamma),
+        greedy=setting.temperature == 0,
+    )
+
+
+def _run_group(job: Job, setting: Setting):
+    """Every case of one setting, interleaved batch by batch; rows, counts by (drafter, gamma), samples."""
+    cases = _cases(job, setting)
+    slots = batch.prompt_slots(job.ids)
+    plans = [_plan(job, setting, case, slots) for case in cases]
+    outputs = _decode_all(job, setting, cases, plans, slots)
+    baseline = outputs[0]
+    rows, counts, samples = [], {}, []
+    favourite = job.config.compare[0][0] if job.config.compare else cases[-1].name
+    shown = max(cases, key=lambda case: (case.name == favourite, case.gamma))
+    for case, plan, output in zip(cases, plans, outputs, strict=True):
+        joined = metrics.Counts(**batch.join_counts([result.counts(size) for size, result in output]))
+        counts[case.name, case.gamma] = joined
+        row = _row(job, setting, case, plan, joined, output, baseline)
+        row |= _prediction(job, setting, case, plan, row, output, baseline, plans[0])
+        row["identical_to_baseline"] = _identical(job, setting, case, plan, output, baseline)
+        rows.append(row)
+        if case is shown:
+            samples = _samples(job, setting, case, output)
+    return rows, counts, samples
+
+
+def _decode_all(job: Job, setting: Setting, cases, plans, slots) -> list[list]:
+    """For each case a list of (rows that count, BatchResult), one per batch of prompts."""
+    ids, size = job.ids, setting.batch_size
+    put = batch.placer(job.target.mesh)
+    starts = range(0, len(ids), size)
+
+    def decode(case, plan, first):
+        return batch.decode_batch_of(
+            plan,
+            job.target.params,
+            case.params,
+            ids,
+            first=first,
+            batch_size=size,
+            slots=slots,
+            seed=job.config.seed,
+            sampling=setting.sampling,
+            max_new_tokens=job.config.max_new_tokens,
+            eos_ids=job.target.tokenizer.eos_ids,
+            put=put,
+        )
+
+    label = f"{setting.rule} T={setting.temperature:g} batch {size}"
+    outputs = [[] for _ in cases]
+    with meshes.use(job.target.mesh):
+        with progress(total=len(cases), description=f"{label}: compile", unit="case") as bar:
+            for case, plan in zip(cases, plans, strict=True):
+                decode(case, plan, 0)
+                bar.update(1)
+        with progress(total=len(starts) * len(cases), description=label, unit="run") as bar:
+            for number, first in enumerate(starts):
+                # Each batch begins with another case, so that none always follows the same neighbour.
+                for turn in range(len(cases)):
+                    index = (turn + number) % len(cases)
+                    outputs[index].append(decode(cases[index], plans[index], first))
+                    bar.update(1)
+    return outputs
+
+
+def _emitted(output) -> list[list[int]]:
+    return [row for size, result in output for row in result.tokens[:size]]
+
+
+def _row(job: Job, setting: Setting, case: Case, plan, counts, output, baseline) -> dict:
+    config = job.config
+    timing = metrics.Timing(
+        seconds=np.asarray([result.seconds for _, result in output]),
+        baseline_seconds=np.asarray([result.seconds for _, result in baseline]),
+        unit_of_prompt=np.arange(len(job.prompts)) // setting.batch_size,
+        baseline_emitted=np.asarray([len(row) for row in _emitted(baseline)]),
+        prefill_seconds=sum(result.prefill_seconds for _, result in output),
+    )
+    settings = {
+        "task": config.task.name,
+        "prompts": len(job.prompts),
+        "target": config.target,
+        "drafter": case.name,
+        "rule": setting.rule,
+        "lenience": None,
+        "gamma": case.gamma,
+        "temperature": setting.temperature,
+        "top_k": config.top_k,
+        "top_p": config.top_p,
+        "batch_size": setting.batch_size,
+        "max_new_tokens": config.max_new_tokens,
+        "seed": config.seed,
+    }
+    measured = metrics.evaluate_row(counts, timing, seed=config.seed)
+    iterations = sum(result.iterations for _, result in output)
+    return settings | measured | {"iterations": iterations, "quality": _quality(job, output)}
+
+
+def _quality(job: Job, output) -> dict[str, float]:
+    """Task metrics averaged over prompts; empty for language modelling."""
+    if job.task.is_language_modelling or job.task.metric is None:
+        return {}
+    decode = job.target.tokenizer.decode
+    scores = [
+        tasks.score(job.task, decode(row), job.task.validation[prompt.index])
+        for row, prompt in zip(_emitted(output), job.prompts, strict=True)
+    ]
+    return {name: float(np.mean([score[name] for score in scores])) for name in scores[0]}
+
+
+def _prediction(job: Job, setting: Setting, case: Case, plan, row: dict, output, baseline, plain_plan) -> dict:
+    """Measured parts and the speed-up they predict; None at gamma 0 or where parts are not measured."""
+    if case.gamma == 0 or not job.config.measure_parts:
+        return prediction.nothing()
+    texts = [(*prompt, *row[: len(row) // 2]) for prompt, row in zip(job.ids, _emitted(baseline), strict=True)]
+    with meshes.use(job.target.mesh):
+        parts = prediction.measure_parts(
+            plan,
+            plain_plan,
+            job.target.params,
+            case.params,
+            texts,
+            batch_size=setting.batch_size,
+            sampling=setting.sampling,
+            seed=job.config.seed,
+            put=batch.placer(job.target.mesh),
+        )
+    return prediction.predict(parts, plan, row["block_efficiency"], case.num_params, output, baseline)
+
+
+def _identical(job: Job, setting: Setting, case: Case, plan, output, baseline) -> dict | None:
+    """Equality with plain decoding where it is claimed: at temperature 0, and under `coupled` at any."""
+    if case.gamma == 0 or not (plan.greedy or setting.rule == "coupled"):
+        return None
+    return identity.compare(
+        plan,
+        job.target.params,
+        job.ids,
+        _emitted(baseline),
+        _emitted(output),
+        slots=plan.capacity,
+        seed=job.config.seed,
+        sampling=setting.sampling,
+    )
+
+
+def _samples(job: Job, setting: Setting, case: Case, output) -> list[dict]:
+    """The first texts, token by token with origins, for the report."""
+    tokens = _emitted(output)
+    origins = [row for size, result in output for row in result.origins[:size]]
+    pieces = job.target.tokenizer.pieces
+    shown = range(min(job.config.samples, len(tokens)))
+    return [
+        {
+            "title": f"{case.name}, {setting.rule}, temperature {setting.temperature:g}, gamma {case.gamma}",
+            "prompt": job.prompts[i].text,
+            "tokens": [
+                [piece, loop.ORIGINS[origin]] for piece, origin in zip(pieces(tokens[i]), origins[i], strict=True)
+            ],
+        }
+        for i in shown
+    ]
+
+
+def _comparisons(config: Any, counts: dict) -> list[dict]:
+    """Each pair of `compare`, prompt by prompt, wherever both drafters ran alike."""
+    found = []
+    for first, second in config.compare:
+        for (setting, name, gamma), mine in counts.items():
+            theirs = counts.get((setting, second, gamma))
+            if name != first or theirs is None:
+                continue
+            found.append(
+                {
+                    "drafter": first,
+                    "against": second,
+                    "rule": setting.rule,
+                    "temperature": setting.temperature,
+                    "batch_size": setting.batch_size,
+                    "gamma": gamma,
+                    **metrics.paired_difference(mine, theirs, config.seed),
+                }
+            )
+    return found
+
+
+def write_run_report(workdir: str | Path, config: Any) -> None:
+    """The report of a run of several stages: the last evaluation, with the training curves of every stage."""
+    workdir = Path(workdir)
+    stages = {
+        name: records.read_metrics(workdir / name / "metrics.jsonl")
+        for name in config.stages
+        if (workdir / name / "metrics.jsonl").exists()
+    }
+    last = records.read_results(workdir / config.stages[-1] / "results.json")
+    results = last | records.read_results(workdir / "results.json")
+    page.write_run(workdir, results, stages)
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.launch(run, "specjax.evaluate"))

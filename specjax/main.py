@@ -1,0 +1,98 @@
+"""Reads --config and --workdir, and runs the config's stages in order, skipping finished ones.
+
+    python -m specjax.main --config=configs/quickstart.py --workdir=runs/quickstart
+
+A config either names its `binary`, or `stages`, each of them a section with a binary of its own.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from specjax.runtime import cli
+from specjax.runtime import config as configs
+from specjax.runtime.errors import UserError, nearest
+
+
+def run(config: ConfigDict, workdir: str | Path) -> dict:
+    """Runs what the config asks for and returns the content of `workdir/results.json`.
+
+    Raises:
+      UserError: for a binary or a stage that does not exist, and whatever the binaries raise.
+    """
+    if "stages" not in config:
+        return binary(config)(config, workdir)
+    from specjax.reporting import records
+
+    workdir, results = Path(workdir), Path(workdir) / "results.json"
+    _check_stages(config)
+    configs.assert_same_run(config, workdir)
+    rows, comparisons = [], []
+    for number, name in enumerate(config.stages):
+        finished = workdir / name / "results.json"
+        if not finished.exists():
+            print(f"[{number + 1}/{len(config.stages)}] {name}", file=sys.stderr, flush=True)
+            results.unlink(missing_ok=True)
+            configs.assert_same_run(config[name], workdir / name)
+            section = configs.resolve(config[name], workdir, config.stages[:number])
+            binary(section)(section, workdir / name)
+            if jax.process_count() > 1:
+                # The first process writes the results that all of them read next.
+                multihost_utils.sync_global_devices(name)
+        outcome = records.read_results(finished)
+        rows += [{"stage": name, **row} for row in outcome["rows"]]
+        comparisons += outcome.get("comparisons", [])
+    if not results.exists():
+        plain = configs.to_plain(config)
+        records.write_results(results, binary="main", config=plain, rows=rows, comparisons=comparisons)
+    if config[config.stages[-1]].binary == "evaluate":
+        from specjax import evaluate
+
+        evaluate.write_run_report(workdir, config)
+    return records.read_results(results)
+
+
+def binary(config: ConfigDict) -> Callable[[ConfigDict, str | Path], Any]:
+    """The `run` of the binary that the config names."""
+    if config.binary not in _BINARIES:
+        raise UserError(f'there is no binary "{config.binary}"{nearest(config.binary, _BINARIES)}')
+    return _BINARIES[config.binary]
+
+
+def _distill(config: ConfigDict, workdir: str | Path) -> dict:
+    from specjax import distill
+
+    return distill.run(config, workdir)
+
+
+def _evaluate(config: ConfigDict, workdir: str | Path) -> dict:
+    from specjax import evaluate
+
+    return evaluate.run(config, workdir)
+
+
+def _benchmark(config: ConfigDict, workdir: str | Path) -> dict:
+    from specjax import benchmark
+
+    return benchmark.run(config, workdir)
+
+
+_BINARIES = {"distill": _distill, "evaluate": _evaluate, "benchmark": _benchmark}
+
+
+def _check_stages(config: ConfigDict) -> None:
+    """All stages, before the first of them takes its hours."""
+    for number, name in enumerate(config.stages):
+        if name not in config:
+            raise UserError(f'stage "{name}" has no section in the config{nearest(name, config.keys())}')
+        binary(config[name])
+        configs.resolve(config[name], ".", config.stages[:number])
+
+
+if __name__ == "__main__":
+    sys.exit(cli.launch(run, "specjax.main"))

@@ -1,0 +1,159 @@
+"""From counts and seconds to the numbers of an evaluation: ratios of sums with bootstrap intervals.
+
+Every figure is a ratio of sums over prompts, never a mean of ratios, so that long and short answers weigh by
+the work that they caused. Intervals are 95% percentile intervals of the bootstrap (Efron and Tibshirani 1993,
+chapter 13).
+"""
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Float, Int
+
+RESAMPLES = 2000
+LEVEL = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """What decoding counted, a row per prompt: live rows only, and tokens up to EOS or the length limit.
+
+    Raises ValueError where the counts contradict each other: then the loop counted wrongly, and any ratio of
+    them would be wrong too.
+    """
+
+    emitted: Int[np.ndarray, "N"]
+    """Tokens handed to the user."""
+    target_calls: Int[np.ndarray, "N"]
+    """Verifications by the target; the prefill is none."""
+    drafted: Int[np.ndarray, "N"]
+    """Drafted tokens, whether reached by the rule or not."""
+    accepted: Int[np.ndarray, "N"]
+    """Emitted tokens that were drafted."""
+    drafted_at: Int[np.ndarray, "N gamma"]
+    """How often position i of a block was drafted and reached (all earlier positions accepted)."""
+    accepted_at: Int[np.ndarray, "N gamma"]
+    """How often position i of a block was accepted."""
+    emitted_more_than: Int[np.ndarray, "N gamma"]
+    """Target calls that emitted more than w tokens; column w - 1, for w = 1..gamma."""
+
+    def __post_init__(self):
+        claims = {
+            "emitted = target_calls + sum of emitted_more_than": np.array_equal(
+                self.emitted, self.target_calls + self.emitted_more_than.sum(1)
+            ),
+            "accepted = sum of accepted_at": np.array_equal(self.accepted, self.accepted_at.sum(1)),
+            "accepted_at <= drafted_at": bool((self.accepted_at <= self.drafted_at).all()),
+            "accepted <= drafted": bool((self.accepted <= self.drafted).all()),
+        }
+        broken = [claim for claim, holds in claims.items() if not holds]
+        if broken:
+            raise ValueError(f"the counts of decoding contradict each other: not {'; not '.join(broken)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds per timed unit (a batch; at batch size 1 a prompt), method and baseline on the same prompts."""
+
+    seconds: Float[np.ndarray, "U"]
+    """Wall-clock of the method, prefill included, compilation excluded."""
+    baseline_seconds: Float[np.ndarray, "U"]
+    """Wall-clock of plain decoding of the same unit, measured in turn with the method."""
+    unit_of_prompt: Int[np.ndarray, "N"]
+    """The unit that each prompt was in, 0..U-1."""
+    baseline_emitted: Int[np.ndarray, "N"]
+    """Tokens that plain decoding emitted for each prompt."""
+    prefill_seconds: float
+    """Seconds of `seconds` spent in prefill, all units together."""
+
+
+def evaluate_row(counts: Counts, timing: Timing, *, seed: int) -> dict:
+    """The measured part of one evaluate row: sums, ratios, speed, and their intervals (None where undefined).
+
+    `block_efficiency = 1 + sum(ctar)` holds exactly in integers, by the check in `Counts`. `speedup` is the
+    ratio of tokens per second; its interval resamples units, method and baseline together, so that a unit
+    that is slow for both does not widen it. An interval over fewer than two prompts (or units) is None.
+    """
+    emitted, calls, drafted, accepted = (
+        int(array.sum()) for array in (counts.emitted, counts.target_calls, counts.drafted, counts.accepted)
+    )
+    units = len(timing.seconds)
+    unit_emitted = np.bincount(timing.unit_of_prompt, weights=counts.emitted, minlength=units)
+    unit_baseline = np.bincount(timing.unit_of_prompt, weights=timing.baseline_emitted, minlength=units)
+    speed = _ratio(unit_emitted.sum(), timing.seconds.sum())
+    baseline_speed = _ratio(unit_baseline.sum(), timing.baseline_seconds.sum())
+
+    over_prompts = _resampling_weights(len(counts.emitted), seed)
+    over_units = _resampling_weights(units, seed)
+    return {
+        "emitted_tokens": emitted,
+        "target_calls": calls,
+        "drafted_tokens": drafted,
+        "accepted_tokens": accepted,
+        "block_efficiency": _ratio(emitted, calls),
+        "block_efficiency_ci": _interval(_ratios(over_prompts, counts.emitted, counts.target_calls)),
+        "acceptance_rate": _ratio(accepted, drafted),
+        "acceptance_rate_ci": _interval(_ratios(over_prompts, counts.accepted, counts.drafted)),
+        "sequence_acceptance": _ratio(accepted, emitted),
+        "acceptance_by_position": [
+            _ratio(*pair) for pair in zip(counts.accepted_at.sum(0), counts.drafted_at.sum(0), strict=True)
+        ],
+        "ctar": [_ratio(more, calls) for more in counts.emitted_more_than.sum(0)],
+        "tokens_per_second": speed,
+        "baseline_tokens_per_second": baseline_speed,
+        "speedup": None if speed is None or not baseline_speed else speed / baseline_speed,
+        "speedup_ci": _interval(
+            _ratios(over_units, unit_emitted, timing.seconds)
+            / _ratios(over_units, unit_baseline, timing.baseline_seconds)
+        ),
+        "prefill_seconds": float(timing.prefill_seconds),
+    }
+
+
+def paired_difference(counts_a: Counts, counts_b: Counts, seed: int) -> dict:
+    """Block efficiency of `a` against `b` on the same prompts: difference a - b and ratio a / b.
+
+    Each resample draws the same prompts for both, so what makes a prompt easy for both cancels. Raises
+    ValueError where the two do not have equally many prompts.
+    """
+    prompts = len(counts_a.emitted)
+    if len(counts_b.emitted) != prompts:
+        raise ValueError(f"a paired comparison needs the same prompts: {prompts} against {len(counts_b.emitted)}")
+    one, weights = np.ones((1, prompts)), _resampling_weights(prompts, seed)
+    efficiency_a, efficiency_b = (_ratios(one, c.emitted, c.target_calls)[0] for c in (counts_a, counts_b))
+    resampled_a, resampled_b = (_ratios(weights, c.emitted, c.target_calls) for c in (counts_a, counts_b))
+    return {
+        "prompts": prompts,
+        "block_efficiency_difference": _number(efficiency_a - efficiency_b),
+        "block_efficiency_difference_ci": _interval(resampled_a - resampled_b),
+        "block_efficiency_ratio": _number(efficiency_a / efficiency_b),
+        "block_efficiency_ratio_ci": _interval(resampled_a / resampled_b),
+    }
+
+
+def _resampling_weights(size: int, seed: int) -> Float[np.ndarray, "R N"]:
+    """How often each of `size` items is drawn in each resample; no resamples of fewer than two items."""
+    if size < 2:
+        return np.zeros((0, size))
+    return np.random.default_rng(seed).multinomial(size, np.full(size, 1 / size), size=RESAMPLES).astype(float)
+
+
+def _ratios(weights: np.ndarray, numerator: np.ndarray, denominator: np.ndarray) -> Float[np.ndarray, "R"]:
+    """Ratio of weighted sums per resample, NaN where the denominator is 0."""
+    below = weights @ denominator
+    return np.divide(weights @ numerator, below, out=np.full(len(weights), np.nan), where=below > 0)
+
+
+def _interval(values: Float[np.ndarray, "R"]) -> list[float] | None:
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return None
+    return [float(edge) for edge in np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])]
+
+
+def _ratio(numerator: float | int | np.number, denominator: float | int | np.number) -> float | None:
+    return float(numerator) / float(denominator) if denominator else None
+
+
+def _number(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None

@@ -1,0 +1,287 @@
+"""report.html: one self-contained page that asks nothing of the network; desk and phone, light and dark.
+
+A page is sections, a section is blocks (`Cards`, `Table`, `Figures`, `Samples`, `Details`); page.html knows
+how each kind of block looks. `write_report` takes any sections; `run_sections` makes the usual ones from the
+records of a run.
+"""
+
+import base64
+import collections
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import ClassVar
+
+from specjax.reporting import plots, tables
+from specjax.reporting.records import json_clean, write_atomically
+
+ORIGINS = {
+    "prompt": "given",
+    "accepted": "drafted, and accepted by the target",
+    "recovered": "sampled by the target after a rejection",
+    "bonus": "sampled by the target after a whole block was accepted",
+    "plain": "decoded without a draft",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """One headline number."""
+
+    label: str
+    value: str
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cards:
+    kind: ClassVar[str] = "cards"
+    cards: Sequence[Card]
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    heading: str
+    text: bool
+    """Set flush left (words) rather than right (numbers)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    kind: ClassVar[str] = "table"
+    columns: Sequence[Column]
+    lines: Sequence[Sequence[str]]
+    best: frozenset[int] = frozenset()
+    """Numbers of the lines to set apart."""
+    caption: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    path: Path
+    """A PNG; its dark twin (see plots.dark_twin) is shown on dark screens where there is one."""
+    caption: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    kind: ClassVar[str] = "figures"
+    figures: Sequence[Figure]
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """Generated text, each token in the colour of its origin (a key of `ORIGINS`).
+
+    A sample is `{"prompt": str, "title": str, "tokens": [(text, origin), ...]}`. Raises ValueError on another
+    origin.
+    """
+
+    kind: ClassVar[str] = "samples"
+    samples: Sequence[Mapping]
+
+    def __post_init__(self):
+        unknown = {origin for sample in self.samples for _, origin in sample["tokens"]} - ORIGINS.keys()
+        if unknown:
+            raise ValueError(f"tokens come from {', '.join(ORIGINS)}, not from {', '.join(sorted(unknown))}")
+
+    @property
+    def legend(self) -> dict[str, str]:
+        """The origins that occur, in the order of ORIGINS, with what each means."""
+        found = {origin for sample in self.samples for _, origin in sample["tokens"]}
+        return {origin: meaning for origin, meaning in ORIGINS.items() if origin in found}
+
+
+@dataclasses.dataclass(frozen=True)
+class Details:
+    """Folded away until asked for: a mapping shown as JSON."""
+
+    kind: ClassVar[str] = "details"
+    title: str
+    content: Mapping
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    title: str
+    blocks: Sequence[Cards | Table | Figures | Samples | Details]
+    intro: str = ""
+
+
+def write_report(
+    path: str | Path, *, title: str, subtitle: str, environment: Mapping, sections: Sequence[Section]
+) -> None:
+    """Writes the page at once: a reader sees the old one or the whole new one."""
+    import jinja2
+
+    engine = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    engine.filters.update(data_uri=_data_uri, pretty=_pretty, tally=_tally)
+    engine.tests["present"] = lambda file: Path(file).is_file()
+    template = engine.from_string(resources.files("specjax.reporting").joinpath("page.html").read_text("utf-8"))
+    html = template.render(
+        title=title,
+        subtitle=subtitle,
+        environment=json_clean(environment),
+        sections=sections,
+        dark_twin=plots.dark_twin,
+    )
+    write_atomically(path, html)
+
+
+def run_sections(
+    *,
+    figures: str | Path,
+    rows: Sequence[Mapping] = (),
+    stages: Mapping[str, Sequence[Mapping]] | None = None,
+    samples: Sequence[Mapping] = (),
+    config: Mapping | None = None,
+) -> list[Section]:
+    """The usual sections of a run: headline, results, training, samples, config; without material, none.
+
+    `rows` are evaluate rows, `stages` the metrics.jsonl lines of each training stage, `samples` as in
+    `Samples`. Draws speedup.png, acceptance.png and training_*.png into the folder `figures`.
+    """
+    figures, stages = Path(figures), stages or {}
+    sections = []
+    drafted = [row for row in rows if row["gamma"] > 0 and row["drafted_tokens"]]
+    timed = [row for row in drafted if row["speedup"] is not None]
+    palette = list(dict.fromkeys([*(row["drafter"] for row in drafted), *stages]))
+    if timed:
+        sections.append(Section("At a glance", [Cards(headline(rows))]))
+    if rows:
+        drawn = []
+        if timed:
+            plots.speedup_figure(timed, figures / "speedup.png", palette=palette)
+            caption = "Speed-up over plain decoding, with 95% intervals; dashed, predicted from the parts."
+            drawn.append(Figure(figures / "speedup.png", caption))
+        if drafted:
+            plots.acceptance_figure(drafted, figures / "acceptance.png", palette=palette)
+            caption = "How often a drafted token is accepted once its position is reached, at the largest gamma."
+            drawn.append(Figure(figures / "acceptance.png", caption))
+        table = results_table(rows)
+        sections.append(Section("Results", [Figures(drawn), table] if drawn else [table]))
+    curves = plots.training_figures(stages, figures, palette=palette)
+    if curves:
+        captioned = [Figure(path, f"{path.stem.replace('_', ' ').capitalize()} by step.") for path in curves]
+        intro = "Running means over raw values; dashed, held-out data. Each stage counts its own steps."
+        sections.append(Section("Training", [Figures(captioned)], intro))
+    if samples:
+        sections.append(Section("Samples", [Samples(samples)], "Every token in the colour of where it came from."))
+    if config is not None:
+        sections.append(Section("Settings", [Details("Config", config)]))
+    return sections
+
+
+def write_run(workdir: Path, results: Mapping, stages: Mapping[str, Sequence[Mapping]]) -> Path:
+    """Writes report.html and figures/ of a run from its results and its training stages' metrics; says where."""
+    sections = run_sections(
+        figures=workdir / "figures",
+        rows=[row for row in results["rows"] if "drafter" in row],
+        stages=stages,
+        samples=results.get("samples", ()),
+        config=results["config"],
+    )
+    if results.get("comparisons"):
+        intro = "Block efficiency on the same prompts; 95% intervals by paired bootstrap over prompts."
+        sections.insert(2, Section("Compared, prompt by prompt", [comparison_table(results["comparisons"])], intro))
+    path = workdir / "report.html"
+    write_report(
+        path,
+        title="Speculative decoding, measured",
+        subtitle=workdir.name,
+        environment=results["environment"],
+        sections=sections,
+    )
+    print(f"report: {path}")
+    return path
+
+
+def comparison_table(comparisons: Sequence[Mapping]) -> Table:
+    """Paired differences and ratios of block efficiency, one line a pair and setting."""
+    columns = [
+        Column("drafter", True),
+        Column("against", True),
+        Column("rule", True),
+        *(Column(heading, False) for heading in ("T", "gamma", "difference", "interval", "ratio", "interval")),
+    ]
+    between = lambda ends: "–" if ends is None else f"{ends[0]:.2f} to {ends[1]:.2f}"
+    lines = [
+        [
+            row["drafter"],
+            row["against"],
+            row["rule"],
+            f"{row['temperature']:g}",
+            str(row["gamma"]),
+            f"{row['block_efficiency_difference']:+.2f}",
+            between(row["block_efficiency_difference_ci"]),
+            f"{row['block_efficiency_ratio']:.2f}",
+            between(row["block_efficiency_ratio_ci"]),
+        ]
+        for row in comparisons
+    ]
+    return Table(columns, lines)
+
+
+def headline(rows: Sequence[Mapping]) -> list[Card]:
+    """The best speed-up at each temperature, how well it was predicted, whether outputs stayed the same."""
+    timed = [row for row in rows if row["gamma"] > 0 and row["speedup"] is not None]
+    cards = []
+    for temperature in sorted({row["temperature"] for row in timed}):
+        best = max((row for row in timed if row["temperature"] == temperature), key=lambda row: row["speedup"])
+        interval = best["speedup_ci"]
+        spread = f", 95% interval {interval[0]:.2f}–{interval[1]:.2f}" if interval else ""
+        note = f"{best['drafter']}, gamma {best['gamma']}{spread}"
+        cards.append(Card(f"Best speed-up, temperature {temperature:g}", f"{best['speedup']:.2f}×", note))
+        per_call = f"of at most {best['gamma'] + 1}, by {best['drafter']}"
+        cards.append(
+            Card(
+                f"Tokens per target call, temperature {temperature:g}",
+                f"{best['block_efficiency']:.2f}",
+                per_call,
+            )
+        )
+    ratios = sorted(row["speedup"] / row["predicted_speedup"] for row in timed if row.get("predicted_speedup"))
+    if ratios:
+        middle = ratios[len(ratios) // 2] if len(ratios) % 2 else sum(ratios[len(ratios) // 2 - 1 :][:2]) / 2
+        note = f"median of {len(ratios)} settings, {ratios[0]:.2f} to {ratios[-1]:.2f}"
+        cards.append(Card("Measured / predicted", f"{middle:.2f}", note))
+    compared = [row["identical_to_baseline"] for row in rows if row["gamma"] > 0 and row.get("identical_to_baseline")]
+    if compared:
+        equal, total = (sum(result[key] for result in compared) for key in ("equal", "of"))
+        ties = sum(len(result["differences"]) for result in compared)
+        note = "token for token as without a draft" + (f"; {ties} differences listed in results.json" if ties else "")
+        cards.append(Card("Identical outputs", f"{equal} of {total}", note))
+    return cards
+
+
+def results_table(rows: Sequence[Mapping]) -> Table:
+    """All rows, the fastest at each temperature set apart."""
+    keys = tables.summary_columns(rows)
+    best = {}
+    for number, row in enumerate(rows):
+        if row["gamma"] > 0 and row["speedup"] is not None:
+            leader = best.setdefault((row.get("task"), row["temperature"]), number)
+            if row["speedup"] > rows[leader]["speedup"]:
+                best[row.get("task"), row["temperature"]] = number
+    return Table(
+        columns=[Column(tables.heading(key), tables.is_text(rows, key)) for key in keys],
+        lines=[[tables.cell(row, key) for key in keys] for row in rows],
+        best=frozenset(best.values()),
+        caption="± is half the 95% bootstrap interval. Marked: the fastest at each temperature.",
+    )
+
+
+def _data_uri(path: str | Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(Path(path).read_bytes()).decode("ascii")
+
+
+def _pretty(content: Mapping) -> str:
+    return json.dumps(json_clean(content), indent=2, ensure_ascii=False)
+
+
+def _tally(sample: Mapping) -> str:
+    """How many tokens came from where: "72 accepted, 9 bonus"."""
+    found = collections.Counter(origin for _, origin in sample["tokens"])
+    return ", ".join(f"{found[origin]} {origin}" for origin in ORIGINS if found[origin] and origin != "prompt")

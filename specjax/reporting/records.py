@@ -1,0 +1,207 @@
+"""What a run leaves behind in JSON: results.json, metrics.jsonl, and the environment that they came from."""
+
+import json
+import math
+import os
+import platform
+import subprocess
+import tempfile
+import tomllib
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from specjax.runtime.errors import UserError
+
+SCHEMA = 1
+REQUIRED_KEYS = ("schema", "binary", "config", "environment", "rows")
+
+
+def environment(seed: int) -> dict:
+    """Where numbers come from. The commit of a checkout with uncommitted changes ends in `-dirty`."""
+    import jax
+
+    device = jax.devices()[0]
+    return {
+        "git_commit": _git_commit(),
+        "specjax": _own_version(),
+        "jax": jax.__version__,
+        "flax": metadata.version("flax"),
+        "python": platform.python_version(),
+        "platform": device.platform,
+        "device_kind": device.device_kind,
+        "device_count": jax.device_count(),
+        "process_count": jax.process_count(),
+        "seed": seed,
+    }
+
+
+def write_results(path: str | Path, *, binary: str, config: Mapping, rows: Sequence[Mapping], **extra: Any) -> None:
+    """Writes results.json at once: a reader sees the old file or the whole new one.
+
+    `extra` adds top-level keys. The environment is looked up here, with the config's seed, unless given in
+    `extra`.
+    """
+    if "environment" not in extra:
+        extra["environment"] = environment(config["seed"])
+    record = {"schema": SCHEMA, "binary": binary, "config": config, **extra, "rows": rows}
+    write_atomically(path, json.dumps(json_clean(record), indent=1, allow_nan=False) + "\n")
+
+
+def read_results(path: str | Path) -> dict:
+    """Reads a results.json. Raises UserError where it is missing, damaged, or of another schema."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; run the stage that writes it first")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete it and run the stage again") from error
+    schema = record.get("schema") if isinstance(record, dict) else None
+    if schema != SCHEMA:
+        raise UserError(f"{path} has schema {schema!r}, this version reads {SCHEMA}; run the stage again to rewrite it")
+    missing = [key for key in REQUIRED_KEYS if key not in record]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}; run the stage again to rewrite it")
+    return record
+
+
+class MetricsLog:
+    """metrics.jsonl, one line per logged step, and a TensorBoard event file beside it.
+
+    `resume_step=None` begins a run: lines of an earlier attempt are dropped. After a resume from the
+    checkpoint of step s, `resume_step=s` keeps the lines up to s and drops the later ones, which the run is
+    about to write again. In a run of several processes only the first opens a log.
+    """
+
+    def __init__(self, workdir: str | Path, *, resume_step: int | None = None):
+        from tensorboardX import SummaryWriter
+
+        workdir = Path(workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+        path = workdir / "metrics.jsonl"
+        kept = []
+        if resume_step is not None and path.is_file():
+            kept = [line for line in read_metrics(path) if line["step"] <= resume_step]
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._lines = path.open("a", encoding="utf-8")
+        # Event files are named by the second; without a suffix of its own a quick restart would overwrite the
+        # last.
+        suffix = f".{os.getpid()}.{sum(1 for _ in workdir.glob('events.out.tfevents.*'))}"
+        purge_step = 0 if resume_step is None else resume_step + 1
+        self._board = SummaryWriter(str(workdir), purge_step=purge_step, filename_suffix=suffix)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Appends one line. Numbers (or 0-d arrays) go to TensorBoard too; the non-finite become null."""
+        if "step" in values:
+            raise ValueError("the step is an argument of its own, not one of the values")
+        step, values = int(step), json_clean(values)
+        self._lines.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
+        self._lines.flush()
+        for name, value in values.items():
+            if isinstance(value, (int, float)):
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._lines.close()
+        self._board.close()
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def read_metrics(path: str | Path) -> list[dict]:
+    """The lines of a metrics.jsonl; without a torn last line, where the run was killed while writing.
+
+    Raises UserError where the file is missing or another line is damaged, with its number.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; run the training stage that writes it first")
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    records = []
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            record = json.loads(line)
+            valid = isinstance(record, dict) and isinstance(record["step"], int)
+        except (json.JSONDecodeError, KeyError):
+            valid = False
+        if not valid:
+            raise UserError(f"{path}, line {number}, is no metrics record; delete the line, or the file, and run again")
+        records.append(record)
+    return records
+
+
+def write_atomically(path: str | Path, text: str) -> None:
+    """Replaces the file in one step, so that a crash leaves the old one or the new one, never a part."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+    ) as file:
+        try:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+def json_clean(value: Any) -> Any:
+    """The same value in JSON's own types: arrays as lists, 0-d as numbers, NaN and infinity as None."""
+    if isinstance(value, Mapping):
+        return {str(key): json_clean(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_clean(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "dtype"):
+        array = np.asarray(value)
+        # bfloat16 is no subtype of numpy's floating, but knows how to become one.
+        return json_clean(array.tolist() if array.dtype.kind in "biuf" else array.astype(np.float64).tolist())
+    raise TypeError(f"{type(value).__name__} has no place in a JSON record: {value!r}")
+
+
+def _git_commit() -> str:
+    """The commit of this checkout; "unknown" where the package is installed or git is not at hand."""
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        # An installed package may lie inside somebody else's checkout, whose commit says nothing about this
+        # code.
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+            return "unknown"
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def _own_version() -> str:
+    """The version that pyproject.toml beside the package states, else that of the installed distribution."""
+    pyproject = Path(__file__).resolve().parents[2] / "pyproject.toml"
+    if pyproject.is_file():
+        project = tomllib.loads(pyproject.read_text(encoding="utf-8")).get("project", {})
+        if project.get("name") == "specjax" and "version" in project:
+            return project["version"]
+    try:
+        return metadata.version("specjax")
+    except metadata.PackageNotFoundError:
+        return "unknown"

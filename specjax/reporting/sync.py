@@ -1,0 +1,170 @@
+"""Writes the README's tables from the committed records, so that no number in it is typed by hand.
+
+    python -m specjax.reporting.sync README.md configs/records
+
+A record is `NAME.json`; its table goes between `<!-- table:NAME -->` and `<!-- /table -->`. A record that is
+not there leaves its table as it is.
+"""
+
+import json
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from specjax.reporting import records, tables
+from specjax.runtime.errors import UserError
+
+
+def quickstart(record: Mapping) -> str:
+    """The evaluate rows of a results.json, and its paired comparisons where it has any."""
+    rows = [row for row in record["rows"] if "block_efficiency" in row]
+    parts = [tables.markdown_table(rows, tables.summary_columns(rows))]
+    if record.get("comparisons"):
+        compared = [_comparison(row) for row in record["comparisons"]]
+        parts.append(tables.markdown_table(compared, list(compared[0])))
+    made = record["environment"]
+    source = f"jax {made['jax']}, Python {made['python']}, {made['device_kind']}, commit {made['git_commit'][:12]}"
+    return "\n\n".join([*parts, source])
+
+
+def _comparison(row: Mapping) -> dict:
+    settings = {key: row[key] for key in ("drafter", "against", "rule", "temperature", "gamma")}
+    ratio, interval = row["block_efficiency_ratio"], row["block_efficiency_ratio_ci"]
+    said = f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
+    return settings | {"ratio of block efficiencies [95%]": f"{ratio:.3f}{said}"}
+
+
+def study(record: Mapping) -> str:
+    """Each recipe over its seeds: mean block efficiency, the seeds' values, and its gain over each control.
+
+    Gains are paired: a seed's recipe against the same seed's control. The record is the results.json of
+    configs/quickstart_controls.py, whose stages and drafters are named RECIPE_SEED.
+    """
+    groups: dict[tuple, dict[str, list[Mapping]]] = {}
+    for row in _study_rows(record):
+        recipes = groups.setdefault((row["temperature"], row["gamma"]), {})
+        recipes.setdefault(row["recipe"], []).append(row)
+    lines = []
+    for (temperature, gamma), recipes in groups.items():
+        for recipe, rows in recipes.items():
+            values = {row["seed"]: row["block_efficiency"] for row in rows}
+            line = {
+                "recipe": recipe,
+                "temperature": temperature,
+                "gamma": gamma,
+                "steps": _mean(rows, "steps"),
+                "train_seconds": _mean(rows, "train_seconds"),
+                "block_efficiency": statistics.fmean(values.values()),
+                "by seed": " ".join(f"{values[seed]:.3f}" for seed in sorted(values)),
+            }
+            for control in (name for name in recipes if name.startswith("control")):
+                line[f"over {control}"] = _gain(values, recipes[control]) if control != recipe else None
+            lines.append(line)
+    columns = list(dict.fromkeys(key for line in lines for key in line))
+    return tables.markdown_table(lines, columns)
+
+
+def _study_rows(record: Mapping) -> list[dict]:
+    """Each evaluated draft with its recipe, its seed and what its training took."""
+    trained = {row["stage"]: row for row in record["rows"] if "train_seconds" in row}
+    rows = []
+    for row in record["rows"]:
+        if row.get("drafter") not in trained:
+            continue
+        recipe, _, seed = row["drafter"].rpartition("_")
+        training = {key: trained[row["drafter"]][key] for key in ("steps", "train_seconds")}
+        settings = {key: row[key] for key in ("temperature", "gamma", "block_efficiency")}
+        rows.append({"recipe": recipe, "seed": int(seed), **settings, **training})
+    return rows
+
+
+def _mean(rows: Sequence[Mapping], key: str) -> float | None:
+    values = [row[key] for row in rows if row.get(key) is not None]
+    return statistics.fmean(values) if values else None
+
+
+def _gain(values: Mapping[int, float], control: Sequence[Mapping]) -> str | None:
+    """Mean and range of the gain in percent, over the seeds that both have."""
+    theirs = {row["seed"]: row["block_efficiency"] for row in control}
+    gains = [100 * (values[seed] / theirs[seed] - 1) for seed in values if seed in theirs]
+    if not gains:
+        return None
+    return f"{statistics.fmean(gains):+.1f}% ({min(gains):+.1f} to {max(gains):+.1f})"
+
+
+def benchmark(record: Mapping) -> str:
+    """One table for each benchmark; nested values are left to the record."""
+    parts: dict[str, list[Mapping]] = {}
+    for row in record["rows"]:
+        parts.setdefault(row["benchmark"], []).append(row)
+    written = []
+    for name, rows in parts.items():
+        flat = [key for key, value in rows[0].items() if not isinstance(value, (Mapping, list))]
+        columns = [key for key in flat if key != "benchmark"]
+        written.append(f"{tables.heading(name)}\n\n{tables.markdown_table(rows, columns)}")
+    return "\n\n".join(written)
+
+
+def peers(record: Mapping) -> str:
+    """Tokens per second of each system at its best setting, and what was run."""
+    table = tables.markdown_table(record["rows"], ("system", "setting", "tokens_per_second"))
+    run = (
+        f"{record['prompts']} prompts of {record['prompt_tokens']} tokens, "
+        f"{record['max_new_tokens']} new tokens, "
+        f"{record['cpus']} CPU cores, {'trained' if record['trained'] else 'untrained'} pair."
+    )
+    return f"{table}\n\n{run}"
+
+
+# The name of a record and of its table -> what writes the table.
+TABLES: dict[str, Callable[[Mapping], str]] = {
+    "quickstart": quickstart,
+    "study": study,
+    "benchmark": benchmark,
+    "peers": peers,
+}
+
+
+def synced(readme_text: str, directory: str | Path) -> str:
+    """The README's text with the table of every record in `directory`.
+
+    Raises:
+      UserError: for a damaged record, one that lacks what its table shows, and missing markers.
+    """
+    written = {}
+    for name, write in TABLES.items():
+        path = Path(directory) / f"{name}.json"
+        if not path.is_file():
+            continue
+        try:
+            written[name] = write(json.loads(path.read_text(encoding="utf-8")))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise UserError(f"{path} is damaged ({error}); write the record again") from error
+        except KeyError as error:
+            raise UserError(f"{path} lacks {error}, which its table shows; write the record again") from error
+    return tables.sync_readme(readme_text, written)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Rewrites the file; returns the exit code, 2 for a mistake of the user's."""
+    if len(arguments) != 2:
+        print("error: give two arguments, README.md and the folder of the records", file=sys.stderr)
+        return 2
+    path, directory = map(Path, arguments)
+    try:
+        old = path.read_text(encoding="utf-8")
+        new = synced(old, directory)
+        if new != old:
+            records.write_atomically(path, new)
+    except OSError as error:
+        print(f"error: {path} cannot be rewritten ({error}); name a README that exists", file=sys.stderr)
+        return 2
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

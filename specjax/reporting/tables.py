@@ -1,0 +1,129 @@
+"""Tables as pure functions of result rows: for the terminal, for Markdown, into the README."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from specjax.runtime.errors import UserError, nearest
+
+NOTHING = "–"
+SETTINGS = ("task", "target", "rule", "lenience", "top_k", "top_p", "batch_size", "max_new_tokens", "seed")
+SUMMARY = (
+    "drafter",
+    "temperature",
+    "gamma",
+    "block_efficiency",
+    "acceptance_rate",
+    "tokens_per_second",
+    "speedup",
+    "predicted_speedup",
+    "identical_to_baseline",
+)
+HEADINGS = {
+    "temperature": "T",
+    "acceptance_rate": "acceptance",
+    "tokens_per_second": "tok/s",
+    "baseline_tokens_per_second": "plain tok/s",
+    "speedup": "speed-up",
+    "predicted_speedup": "predicted",
+    "identical_to_baseline": "identical",
+}
+
+
+def summary_table(rows: Sequence[Mapping]) -> str:
+    """A short aligned table for the terminal; settings in which the rows differ get a column of their own."""
+    columns = summary_columns(rows)
+    cells = [[heading(key) for key in columns], *([cell(row, key) for key in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    lines = []
+    for line in cells:
+        padded = (
+            text.ljust(width) if is_text(rows, key) else text.rjust(width)
+            for key, text, width in zip(columns, line, widths, strict=True)
+        )
+        lines.append("  ".join(padded).rstrip())
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def markdown_table(rows: Sequence[Mapping], columns: Sequence[str] | Mapping[str, str]) -> str:
+    """A Markdown table. `columns` names keys of the rows; a mapping also gives their headings.
+
+    Raises UserError for a column that no row has.
+    """
+    keys = list(columns)
+    known = sorted({key for row in rows for key in row})
+    for key in keys:
+        if rows and key not in known:
+            raise UserError(f'no row has the column "{key}"{nearest(key, known)}')
+    titles = [columns[key] if isinstance(columns, Mapping) else heading(key) for key in keys]
+    rules = ["---" if is_text(rows, key) else "---:" for key in keys]
+    lines = [titles, rules, *([cell(row, key) for key in keys] for row in rows)]
+    return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
+
+
+def sync_readme(readme_text: str, tables: Mapping[str, str]) -> str:
+    """The text with each table put between `<!-- table:NAME -->` and `<!-- /table -->`, the rest untouched.
+
+    Raises UserError where a table's markers are missing or not closed before the next table.
+    """
+    for name, table in tables.items():
+        opening, closing = f"<!-- table:{name} -->", "<!-- /table -->"
+        if opening not in readme_text:
+            raise UserError(f"the README has no marker {opening}; add it, and {closing} below it")
+        before, _, rest = readme_text.partition(opening)
+        body, end, after = rest.partition(closing)
+        if not end or "<!-- table:" in body:
+            raise UserError(f"the README's marker {opening} is never closed; add {closing} below it")
+        readme_text = f"{before}{opening}\n{table.strip()}\n{closing}{after}"
+    return readme_text
+
+
+def summary_columns(rows: Sequence[Mapping]) -> list[str]:
+    """The columns that tell these rows apart and say how they did."""
+    return [*varying(rows, SETTINGS), *SUMMARY]
+
+
+def varying(rows: Iterable[Mapping], keys: Iterable[str]) -> list[str]:
+    """Those of `keys` for which the rows do not all have the same value."""
+    rows = list(rows)
+    return [key for key in keys if len({repr(row.get(key)) for row in rows}) > 1]
+
+
+def heading(key: str) -> str:
+    return HEADINGS.get(key, key.replace("_", " "))
+
+
+def is_text(rows: Sequence[Mapping], key: str) -> bool:
+    """Whether a column is set flush left."""
+    return any(isinstance(row.get(key), str) for row in rows)
+
+
+def cell(row: Mapping, key: str) -> str:
+    """One value for a reader: with half its 95% interval where the row has one, a dash for none."""
+    value = row.get(key)
+    if value is None:
+        return NOTHING
+    if key == "identical_to_baseline":
+        ties = len(value["differences"])
+        return f"{value['equal']}/{value['of']}" + (f" ({ties} tie{'s' * (ties > 1)})" if ties else "")
+    if key in ("block_efficiency", "acceptance_rate", "speedup", "predicted_speedup"):
+        low_high = row.get(f"{key}_ci")
+        return f"{value:.2f}" + (f" ± {(low_high[1] - low_high[0]) / 2:.2f}" if low_high else "")
+    return _plain(value)
+
+
+def _plain(value: Any) -> str:
+    if value is None or value in ({}, [], ()):
+        return NOTHING
+    match value:
+        case bool():
+            return "yes" if value else "no"
+        case float() if abs(value) >= 100:
+            return f"{value:.0f}"
+        case float():
+            return f"{value:.3g}"
+        case Mapping():
+            return re.sub(r"\s+", " ", ", ".join(f"{name} {_plain(item)}" for name, item in value.items()))
+        case list() | tuple():
+            return " ".join(_plain(item) for item in value)
+    return str(value)

@@ -1,0 +1,128 @@
+"""The command line of every binary: reads --config and --workdir, runs, tells a mistake in one sentence."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from specjax.runtime import config as configs
+from specjax.runtime.errors import UserError, nearest
+
+_USAGE = """python -m {module} --config=FILE[:variant] --workdir=DIR [--config.section.key=value ...]
+
+  --config   a config file, such as configs/quickstart.py; ":smoke" runs it in seconds
+  --workdir  where results, checkpoints and the report go; the same command again resumes
+  --config.section.key=value overrides one key; the file says what each key means
+"""
+
+
+def launch(run: Callable[[ConfigDict, str], Any], module: str, argv: Sequence[str] | None = None) -> int:
+    """Runs a binary and returns its exit code: 0, 2 for a mistake of the user's, 130 for an interrupt.
+
+    Args:
+      run: the binary, `run(config, workdir)`.
+      module: its name, for the usage.
+      argv: the arguments without the program's name; those of the process by default.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if any(argument in ("-h", "-help", "--help") for argument in argv):
+        print(_USAGE.format(module=module), end="")
+        return 0
+    try:
+        config, workdir = parse(argv)
+        start_processes(os.environ)
+        configs.assert_same_run(config, workdir)
+        run(config, workdir)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse(argv: Sequence[str]) -> tuple[ConfigDict, str]:
+    """The locked config with its overrides, and the workdir.
+
+    Raises:
+      UserError: for anything missing, misspelt or of the wrong type.
+    """
+    given: dict[str, str] = {}
+    arguments = list(argv)
+    while arguments:
+        name, equals, value = arguments.pop(0).partition("=")
+        if name in ("--config", "--workdir") and not equals and arguments:
+            value = arguments.pop(0)
+        elif not equals or not (name in ("--config", "--workdir") or name.startswith("--config.")):
+            raise UserError(
+                f'"{name}{equals}{value}" is not understood; arguments are --config=FILE, --workdir=DIR and '
+                "--config.section.key=value"
+            )
+        given[name] = value
+    for name in ("--config", "--workdir"):
+        if not given.get(name):
+            raise UserError(f"{name} is missing; see --help")
+    config = configs.load(given.pop("--config")).lock()
+    workdir = given.pop("--workdir")
+    for name, text in given.items():
+        _override(config, name.removeprefix("--config."), text)
+    return config, workdir
+
+
+def _override(config: ConfigDict, key: str, text: str) -> None:
+    holder, old = config, config
+    for name in key.split("."):
+        if not isinstance(old, ConfigDict):
+            raise UserError(f'config.{key} does not exist: "{name}" is asked of a value that has no keys')
+        if name not in old:
+            raise UserError(f"config.{key} does not exist{nearest(name, old.keys())}")
+        holder, old = old, old[name]
+    if isinstance(old, ConfigDict):
+        raise UserError(f"config.{key} is a section; override one of its keys: {', '.join(old.keys())}")
+    try:
+        holder[name] = _value(text, old)
+    except ValueError as error:
+        expected = type(old).__name__
+        raise UserError(
+            f'config.{key} is of type {expected}, such as {old!r}, and "{text}" is not; give such a value'
+        ) from error
+
+
+def _value(text: str, like: Any) -> Any:
+    """The value that `text` writes, of the type of `like`. Raises ValueError where it writes none."""
+    if like is None:
+        return None if text in ("", "None") else text
+    if isinstance(like, bool):
+        if text.lower() not in ("true", "false"):
+            raise ValueError(text)
+        return text.lower() == "true"
+    if isinstance(like, (tuple, list)):
+        parts = [part.strip(" \"'") for part in text.strip("()[] ").split(",")]
+        # "(3,)" and "" end in nothing.
+        parts = parts if parts[-1] else parts[:-1]
+        return type(like)(_value(part, like[0] if like else "") for part in parts)
+    return type(like)(text)
+
+
+def start_processes(environment: Any) -> None:
+    """Joins the other processes of the run, where the environment says that there are any.
+
+    JAX finds out the rest by itself on Cloud TPU, Slurm and Open MPI. SPECJAX_MULTIPROCESS=1 is for launchers
+    on machines whose environment does not tell.
+    """
+    if several_processes(environment) and not jax.distributed.is_initialized():
+        jax.distributed.initialize()
+
+
+def several_processes(environment: Any) -> bool:
+    """Whether this process is one of several. Inside an allocation but outside `srun` it is not."""
+    return (
+        environment.get("SPECJAX_MULTIPROCESS") == "1"
+        or "," in environment.get("TPU_WORKER_HOSTNAMES", "")
+        or int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+        or int(environment.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
+    )

@@ -1,0 +1,130 @@
+"""Configs: loading the file, naming the outputs of earlier stages, and keeping a workdir to one config."""
+
+import importlib.util
+import json
+import sys
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from specjax.runtime.errors import UserError, nearest
+
+# "stage:NAME" is what stage NAME exported, "workdir:NAME" the folder it ran in.
+_REFERENCES = {"stage": "export", "workdir": ""}
+
+
+def load(path_and_variant: str) -> ConfigDict:
+    """Calls `get_config` of the file: `path.py`, or `path.py:variant` to call `get_config("variant")`.
+
+    Raises:
+      UserError: for a file that is missing, not Python, or without a `get_config` that takes this variant.
+    """
+    name, colon, variant = path_and_variant.partition(":")
+    path = Path(name)
+    if not path.is_file():
+        siblings = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        raise UserError(f"there is no config file {name}{nearest(name, siblings)}")
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{name} is not a Python file; a config is a .py file with a get_config function")
+    module = importlib.util.module_from_spec(spec)
+    # A config may import a helper that lies beside it.
+    sys.path.insert(0, str(path.parent.resolve()))
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UserError(f"{name} is not valid Python ({error}); correct it") from error
+    finally:
+        sys.path.pop(0)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"{name} has no get_config function; name a config file, such as configs/quickstart.py")
+    if colon and not module.get_config.__code__.co_argcount:
+        raise UserError(f'{name} has no variants; leave out ":{variant}"')
+    try:
+        return module.get_config(variant) if colon else module.get_config()
+    except ValueError as error:  # how a config refuses a variant that it does not have
+        raise UserError(f"{path_and_variant}: {error}") from error
+
+
+def to_plain(config: Mapping | ConfigDict) -> dict:
+    """The config as what JSON gives back: dicts, lists, strings, numbers, booleans and None."""
+    return json.loads(json.dumps(config.to_dict() if isinstance(config, ConfigDict) else config))
+
+
+def resolve(config: ConfigDict, workdir: str | Path, earlier: Collection[str]) -> ConfigDict:
+    """A copy in which "stage:NAME" is the folder stage NAME exported and "workdir:NAME" the one it ran in.
+
+    Args:
+      config: the section of one stage.
+      workdir: of the whole run.
+      earlier: the stages that come before this one.
+
+    Raises:
+      UserError: for a reference to a stage that does not come before this one.
+    """
+
+    def value(x: Any) -> Any:
+        if isinstance(x, Mapping):
+            return {key: value(item) for key, item in x.items()}
+        if isinstance(x, (list, tuple)):
+            return type(x)(value(item) for item in x)
+        kind, colon, name = x.partition(":") if isinstance(x, str) else ("", "", "")
+        if not colon or kind not in _REFERENCES:
+            return x
+        if name not in earlier:
+            raise UserError(f'"{x}" names no earlier stage{nearest(name, earlier)}')
+        return str(Path(workdir) / name / _REFERENCES[kind])
+
+    resolved = ConfigDict(value(config.to_dict()))
+    resolved.lock()
+    return resolved
+
+
+def assert_same_run(config: ConfigDict, workdir: str | Path) -> None:
+    """Writes `workdir/config.json`, or checks that the one there says the same.
+
+    References to earlier stages are written as they stand, so that a workdir may be moved.
+
+    Raises:
+      UserError: listing the keys that differ, as `key: there -> asked for`.
+    """
+    path = Path(workdir) / "config.json"
+    new = to_plain(config)
+    if not path.exists():
+        if jax.process_index():
+            return  # The first process writes it.
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name("config.json.partial")
+        partial.write_text(json.dumps(new, indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+        return
+    try:
+        old = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is damaged ({error}); choose another --workdir") from error
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    differing = [
+        f"{key}: {_shown(before, key)} -> {_shown(after, key)}"
+        for key in sorted(before.keys() | after.keys())
+        if _shown(before, key) != _shown(after, key)
+    ]
+    if differing:
+        raise UserError(
+            f"{workdir} belongs to a run with another config ({'; '.join(differing)}); choose another "
+            "--workdir, or ask for what it was started with"
+        )
+
+
+def _shown(leaves: dict[str, Any], key: str) -> str:
+    return json.dumps(leaves[key]) if key in leaves else "absent"
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict) and tree:
+        for key, value in tree.items():
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, tree

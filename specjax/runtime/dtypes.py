@@ -1,0 +1,23 @@
+"""Names of array dtypes in configs, and which one a device wants."""
+
+import jax
+import jax.numpy as jnp
+
+from specjax.runtime.errors import UserError, nearest
+
+_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
+
+def dtype_named(name: str):
+    """The JAX dtype called `name`. Raises UserError for a name that is none."""
+    if name not in _DTYPES:
+        raise UserError(f"Unknown dtype {name!r}{nearest(name, _DTYPES)}.")
+    return _DTYPES[name]
+
+
+def compute_dtype(name: str) -> str:
+    """`name` itself, or for "auto" float32 on CPU and bfloat16 on accelerators."""
+    if name != "auto":
+        dtype_named(name)
+        return name
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"

@@ -1,0 +1,239 @@
+"""Bad input at the public doors: one sentence with the thing and the remedy, exit code 2, nothing begun.
+
+What belongs to one room alone is tested there: damaged checkpoints in test_checkpoint.py, malformed lines and
+files in test_data.py, missing and extra tensors in test_hub.py, the loss that is no longer finite in
+test_trainer.py.
+"""
+
+import pathlib
+import shutil
+
+import pytest
+import tiny
+
+from specjax import api, distill, evaluate, main
+from specjax.hub.tokenizer import train_byte_bpe
+from specjax.runtime import cli
+from specjax.runtime.errors import UserError
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+POSITIONS = 96
+TEXT = "".join(f"def add_{i}(x):\n    return x + {i}\n\n\n" for i in range(300))
+
+EVALUATION = """
+from specjax.runtime import config as configs
+
+def get_config():
+    config = configs.load("{root}/configs/quickstart.py:smoke").evaluation
+    config.task.update({{"name": "text", "path": "{home}/text.py", "size": 0}})
+    config.target = "{home}/target"
+    config.drafters = {{
+        "draft": {{"kind": "model", "path": "{home}/draft", "lossless": (2,), "coupled": ()}},
+        "ngram": {{"kind": "ngram", "shortest": 1, "longest": 2, "lossless": (2,), "coupled": (2,)}},
+        "early_exit": {{"kind": "early_exit", "exit_layer": 1, "lossless": (2,), "coupled": ()}},
+    }}
+    config.compare = (("draft", "ngram"),)
+    return config
+"""
+
+TRAINING = """
+from specjax.runtime import config as configs
+
+def get_config():
+    config = configs.load("{root}/configs/quickstart.py:smoke").distilled
+    config.task.update({{"name": "text", "path": "{home}/text.py", "size": 0}})
+    config.tokenizer.path = config.target = "{home}/target"
+    config.model.init = "{home}/draft"
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with `target` and `draft`, which fit, `narrow` and `foreign`, which do not, two configs."""
+    home = tmp_path_factory.mktemp("home")
+    tokenizer = train_byte_bpe([TEXT], 280)
+    foreign = train_byte_bpe([TEXT.upper()], 280)
+    assert foreign.vocab_size == tokenizer.vocab_size
+    narrow = train_byte_bpe([TEXT], 270)
+    models = {
+        "target": (tokenizer, 2),
+        "draft": (tokenizer, 1),
+        "foreign": (foreign, 1),
+        "narrow": (narrow, 1),
+    }
+    for seed, (name, (tokens, layers)) in enumerate(models.items()):
+        shape = dict(vocab_size=tokens.vocab_size, layers=layers, max_positions=POSITIONS)
+        decoder, params = tiny.decoder(seed, **shape)
+        api.save(api.Model(decoder, params, tokens), home / name)
+    (home / "text.py").write_text(TEXT)
+    (home / "evaluation.py").write_text(EVALUATION.format(root=ROOT, home=home))
+    (home / "training.py").write_text(TRAINING.format(root=ROOT, home=home))
+    return home
+
+
+@pytest.fixture(scope="module")
+def target(home):
+    return api.load(home / "target")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"drafter": "ngrma"}, "Unknown drafter 'ngrma'; did you mean \"ngram\""),
+        ({"rule": "losless"}, "Unknown rule 'losless'; did you mean \"lossless\""),
+        ({"drafter": "ngram", "gamma": -1}, "gamma must be 0 .* or more, not -1"),
+        ({"drafter": "early_exit", "exit_layer": 2}, "exit_layer must lie in 1 .. 1 .* not 2"),
+        ({"drafter": "ngram", "shortest": 3, "longest": 2}, "1 <= shortest <= longest, not shortest=3"),
+        ({"temperature": -0.5}, r"temperature must be 0 .* or a positive number, not -0\.5"),
+        ({"temperature": float("nan")}, "temperature must be 0 .* not nan"),
+        ({"top_p": 0.0}, r"top_p must lie in \(0, 1\], not 0\.0"),
+        ({"top_p": 1.5}, r"top_p must lie in \(0, 1\], not 1\.5"),
+        ({"top_k": -2}, "top_k must be 0 .* or a positive number of tokens, not -2"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused(target, settings, said):
+    with pytest.raises(UserError, match=f"(?i){said}"):
+        api.generate(target, ["def"], **{"max_new_tokens": 4, **settings})
+
+
+@pytest.mark.parametrize(
+    ("prompts", "said"),
+    [
+        ([], "There are no prompts to continue; give at least one"),
+        (["def", ""], "Prompt 1 is empty; decoding starts from at least one token"),
+        ([[]], "Prompt 0 is empty"),
+        ([[1, 280]], "Prompt 0 has token id 280, outside the vocabulary of 280; encode it"),
+        ([[1, -1]], "Prompt 0 has token id -1, outside the vocabulary"),
+        (
+            [[1] * 93],
+            "Prompt 0 has 93 tokens, .* exceed the model's 96 positions; shorten the prompt or lower max_new",
+        ),
+    ],
+)
+def test_a_prompt_that_cannot_be_continued_is_refused(target, prompts, said):
+    with pytest.raises(UserError, match=f"(?i){said}"):
+        api.generate(target, prompts, max_new_tokens=4)
+
+
+def test_logits_of_ids_outside_the_vocabulary_are_refused(target):
+    with pytest.raises(UserError, match=r"token ids must lie in 0 \.\. 279"):
+        target.logits([[0, 280]])
+
+
+@pytest.mark.parametrize(
+    ("draft", "said"),
+    [
+        ("narrow", "target has a vocabulary of 280 and the draft one of 270; take a draft"),
+        ("foreign", "different tokenizers; take a draft trained with the target's"),
+    ],
+)
+def test_a_draft_of_another_vocabulary_is_refused(target, home, draft, said):
+    with pytest.raises(UserError, match=f"(?i){said}"):
+        api.generate(target, ["def"], drafter=api.load(home / draft), max_new_tokens=4)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "said"),
+    [
+        ("model.safetensors", pathlib.Path.unlink, "neither model.safetensors nor .*index.json"),
+        ("model.safetensors", cut, "model.safetensors is damaged or cut short"),
+        ("config.json", pathlib.Path.unlink, "there is no .*config.json; name the directory"),
+        ("tokenizer.json", pathlib.Path.unlink, "there is no .*tokenizer.json; name the directory"),
+    ],
+)
+def test_a_damaged_model_directory_is_named(home, tmp_path, name, damage, said):
+    directory = shutil.copytree(home / "target", tmp_path / "damaged")
+    damage(directory / name)
+    with pytest.raises(UserError, match=f"(?i){said}"):
+        api.load(directory)
+
+
+def refused(run, config, workdir, capsys, *overrides):
+    """The one line that the command line prints; asserts exit code 2 and that no result was written."""
+    argv = [f"--config={config}", f"--workdir={workdir}", *(f"--config.{change}" for change in overrides)]
+    assert cli.launch(run, "specjax.main", argv) == 2
+    line = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(line) == 1
+    assert not (workdir / "results.json").exists()
+    return line[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("drafters.ngram.kind=ngrma", "Unknown drafter 'ngrma'; did you mean \"ngram\""),
+        ("drafters.ngram.lossless=-1", "gamma must be 0 (plain decoding) or more, not -1"),
+        ("drafters.ngram.coupled=-1", "gamma must be 0 (plain decoding) or more, not -1"),
+        ("drafters.early_exit.exit_layer=7", "exit_layer must lie in 1 .. 1 for this target, not 7"),
+        ("drafters.draft.path={home}/narrow", "a vocabulary of 280 and the draft one of 270"),
+        ("drafters.draft.path={home}/foreign", "different tokenizers; take a draft"),
+        ("drafters.draft.path={home}/nowhere", "there is no {home}/nowhere/config.json; name the directory"),
+        ("target={home}/nowhere", "there is no {home}/nowhere/config.json; name the directory"),
+        ("task.name=txt", 'unknown task "txt"; did you mean "text"'),
+        ("task.path={home}/nowhere.py", "{home}/nowhere.py"),
+        ("temperatures=1.0,-1.0", "temperature must be 0 (greedy) or a positive number, not -1.0"),
+        ("top_p=0.0", "top_p must lie in (0, 1], not 0.0"),
+        ("top_k=-1", "top_k must be 0 (off) or a positive number of tokens, not -1"),
+        ("max_new_tokens=90", "exceed the model's 96 positions; shorten the prompt or lower max_new_tokens"),
+        ("batch_sizes=5", "A batch size must lie in 1 .. prompts.count = 3, not 5"),
+        ("compute_dtype=float23", "float23"),
+        ("mesh.tensor=3", "a mesh of data 1 x fsdp 1 x tensor 3 needs 3 devices and there are"),
+        ("max_new_tokns=4", 'config.max_new_tokns does not exist; did you mean "max_new_tokens"?'),
+        ("max_new_tokens=four", 'config.max_new_tokens is of type int, such as 12, and "four" is not'),
+    ],
+)
+def test_an_evaluation_that_cannot_be_is_refused_before_anything_is_decoded(
+    home, tmp_path, capsys, monkeypatch, change, said
+):
+    monkeypatch.setattr(evaluate, "_decode_all", lambda *_: pytest.fail("decoded"))
+    line = refused(evaluate.run, home / "evaluation.py", tmp_path / "w", capsys, change.format(home=home))
+    assert said.format(home=home).lower() in line.lower()
+
+
+def test_a_comparison_of_a_drafter_that_is_not_there_is_refused(home, tmp_path, capsys):
+    written = (home / "evaluation.py").read_text().replace('(("draft", ', '(("drfat", ')
+    (tmp_path / "evaluation.py").write_text(written)
+    line = refused(evaluate.run, tmp_path / "evaluation.py", tmp_path / "w", capsys)
+    assert "'drfat'; did you mean \"draft\"" in line
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("loss.divergence=forward_lk", 'unknown divergence "forward_lk"; did you mean "forward_kl"'),
+        ("task.name=txt", 'unknown task "txt"; did you mean "text"'),
+        ("target={home}/foreign", "another tokenizer"),
+        ("target={home}/nowhere", "there is no {home}/nowhere/"),
+        ("data.draft=0.5", "must sum to 1"),
+        ("data.generation.temperature=-1.0", "temperature must be 0 (greedy) or a positive number, not -1.0"),
+        ("loss.temperature=0.0", "loss.temperature is 0.0; it must be above 0"),
+        ("train.min_seconds_of={home}", "{home}/results.json does not exist; run the stage that writes it"),
+    ],
+)
+def test_a_training_that_cannot_be_is_refused_before_its_first_step(home, tmp_path, capsys, change, said):
+    run = distill.run
+    line = refused(run, home / "training.py", tmp_path / "w", capsys, change.format(home=home))
+    assert said.format(home=home).lower() in line.lower()
+
+
+def test_a_variant_that_a_config_lacks_is_refused(tmp_path, capsys):
+    line = refused(main.run, ROOT / "configs/quickstart.py:smkoe", tmp_path / "w", capsys)
+    assert "smkoe" in line and "smoke" in line
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_workdir_of_another_config_is_refused_and_left_alone(tmp_path, capsys):
+    config, workdir = ROOT / "configs/quickstart.py:smoke", tmp_path / "w"
+    assert cli.launch(lambda *_: None, "specjax.main", [f"--config={config}", f"--workdir={workdir}"]) == 0
+    before = (workdir / "config.json").read_bytes()
+    line = refused(main.run, config, workdir, capsys, "supervised.train.steps=5")
+    assert "supervised.train.steps: 4 -> 5" in line and "choose another --workdir" in line
+    assert (workdir / "config.json").read_bytes() == before
+    assert [path.name for path in workdir.iterdir()] == ["config.json"]

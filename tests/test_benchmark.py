@@ -1,0 +1,85 @@
+"""The benchmark measures what it says: every table is there, and what is compared is the same work."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from specjax import benchmark
+from specjax.decoding import loop
+from specjax.runtime import config as configs
+from specjax.runtime.errors import UserError
+
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "benchmark" / "cpu.py"
+
+
+def smoke():
+    return configs.load(f"{CONFIG}:smoke")
+
+
+@pytest.mark.slow
+@pytest.mark.standard_promotion
+def test_a_run_leaves_a_row_for_every_setting(tmp_path, capsys):
+    config = smoke()
+    results = benchmark.run(config, tmp_path)
+    of = lambda name: [row for row in results["rows"] if row["benchmark"] == name]
+    assert {row["benchmark"] for row in results["rows"]} == set(benchmark.BENCHMARKS)
+    assert [row["model"] for row in of("plain_decoding")] == list(config.plain.models)
+    assert [row["gamma"] for row in of("verification")] == list(config.verification.gammas)
+    settings = [(row["batch_size"], row["gamma"]) for row in of("blocks")]
+    assert settings == [(b, g) for b in config.blocks.batch_sizes for g in config.blocks.gammas]
+    assert len(of("context")) == len(config.context.contexts) + len(config.context.capacities)
+    for row in of("distillation_memory"):
+        assert row["chunked_megabytes"] < row["whole_megabytes"]
+    assert all(value > 0 for row in results["rows"] for key, value in row.items() if "second" in key)
+    assert "verification" in capsys.readouterr().out
+
+
+def test_the_minimal_loop_emits_what_ours_emits():
+    model, params = tiny.decoder()
+    prompts, lengths = tiny.prompts(0, 1, 5, 24)
+    plan = tiny.plan(model, gamma=0, slots=5, max_new=9, greedy=True)
+    ours = tiny.decode(plan, params, None, prompts, lengths, 9)
+    keys = jax.random.split(jax.random.key(0), 1)
+    state = loop.begin(plan, params, None, prompts, lengths, keys)
+    _, tokens, length = benchmark._minimal_loop(model, 9, params, state.target_cache, state.tokens, state.lengths[0])
+    np.testing.assert_array_equal(length, ours.lengths[0])
+    np.testing.assert_array_equal(tokens[0, :length], ours.tokens[0, :length])
+
+
+def test_the_bare_product_reads_every_matrix_of_a_step():
+    model, params = tiny.decoder()
+    kernels = benchmark._kernels(params)
+    norms = model.config.layers * 2 + 1
+    assert sum(kernel.size for kernel in kernels) == model.config.num_step_params - norms * model.config.width
+    x = jnp.ones((1, model.config.width))
+    reference = benchmark._matvec_loop(1, kernels, x)
+    assert reference.shape == x.shape and bool(jnp.all(jnp.isfinite(reference)))
+    for number in range(len(kernels)):
+        changed = [kernel.at[:, 0].multiply(-3) if i == number else kernel for i, kernel in enumerate(kernels)]
+        assert not np.allclose(benchmark._matvec_loop(1, changed, x), reference)
+
+
+def test_a_model_that_is_not_described_is_named():
+    config = smoke()
+    config.plain.models = ("wied",)
+    with pytest.raises(UserError, match='describes no model "wied"; did you mean "wide"'):
+        benchmark.plain_decoding(config)
+
+
+def test_a_text_that_does_not_fit_its_cache_is_refused():
+    config = smoke()
+    config.context.contexts = (64,)
+    with pytest.raises(UserError, match="a context of 64 tokens and 1 more do not fit a capacity of 32"):
+        benchmark.context(config)
+
+
+def test_measurements_are_taken_in_turns_and_the_first_round_is_left_out():
+    calls = []
+    cases = [(lambda: jnp.zeros(()), lambda x, name=name: calls.append(name)) for name in "ab"]
+    seconds = benchmark._in_turns(cases, 2)
+    assert [len(case) for case in seconds] == [2, 2]
+    assert calls == ["a", "b", "b", "a", "a", "b"]

@@ -1,0 +1,326 @@
+"""Divergences against values worked by hand, finite differences and limits; masks and chunks of the loss."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from specjax.distillation import divergences, objective
+from specjax.models.config import DecoderConfig
+from specjax.models.decoder import Decoder
+from specjax.runtime.errors import UserError
+
+NAMES = ("forward_kl", "reverse_kl", "jsd", "total_variation")
+TARGET = (0.5, 0.25, 0.25)
+DRAFT = (0.25, 0.5, 0.25)
+
+
+def logits_of(*probs):
+    return jnp.log(jnp.asarray(probs, jnp.float32))[None, None] + 3.0  # a shift of logits changes nothing
+
+
+def random_logits(seed, vocab=7, scale=2.0):
+    return scale * jax.random.normal(jax.random.key(seed), (2, 3, vocab))
+
+
+LITERALS = {
+    # Worked by hand: sum_v P log(P / Q) = 1/2 log 2 - 1/4 log 2, and the same the other way round.
+    "forward_kl": 0.25 * math.log(2),
+    "reverse_kl": 0.25 * math.log(2),
+    # M = (3/8, 3/8, 1/4): 1/2 (1/2 log 4/3 + 1/4 log 2/3) twice.
+    "jsd": 0.5 * math.log(4 / 3) + 0.25 * math.log(2 / 3),
+    "total_variation": 0.25,
+}
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_each_divergence_has_its_value_worked_by_hand(name, jitted):
+    function = divergences.divergence(name, 0.5)
+    function = jax.jit(function) if jitted else function
+    value = function(logits_of(*TARGET), logits_of(*DRAFT))
+    assert value.shape == (1, 1) and value.dtype == jnp.float32
+    np.testing.assert_allclose(value[0, 0], LITERALS[name], rtol=1e-5)
+
+
+def test_the_kls_point_where_their_names_say():
+    target, draft = logits_of(0.75, 0.25), logits_of(0.5, 0.5)
+    forward = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    reverse = 0.5 * math.log(2 / 3) + 0.5 * math.log(2)
+    np.testing.assert_allclose(divergences.forward_kl(target, draft)[0, 0], forward, rtol=1e-5)
+    np.testing.assert_allclose(divergences.reverse_kl(target, draft)[0, 0], reverse, rtol=1e-5)
+
+
+def test_jsd_weighs_the_target_by_beta():
+    target, draft = logits_of(0.75, 0.25), logits_of(0.5, 0.5)
+    p, q, m = (0.75, 0.25), (0.5, 0.5), (0.1 * 0.75 + 0.9 * 0.5, 0.1 * 0.25 + 0.9 * 0.5)
+    kl = lambda a, b: sum(x * math.log(x / y) for x, y in zip(a, b, strict=True))
+    expected = 0.1 * kl(p, m) + 0.9 * kl(q, m)
+    np.testing.assert_allclose(divergences.jsd(target, draft, beta=0.1)[0, 0], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_divergence_is_zero_between_equals_and_positive_otherwise(name):
+    function = divergences.divergence(name, 0.3)
+    target, draft = random_logits(0), random_logits(1)
+    np.testing.assert_allclose(function(target, target + 5.0), 0, atol=1e-6)
+    assert (function(target, draft) > 0.01).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_gradient_is_that_of_finite_differences(name):
+    target, draft = np.asarray(random_logits(0), np.float64), np.asarray(random_logits(1), np.float64)
+    function = divergences.divergence(name, 0.3)
+    gradient = jax.grad(lambda draft: jnp.sum(function(jnp.float32(target), draft)))(jnp.float32(draft))
+    numeric = np.zeros_like(draft)
+    for index in np.ndindex(*draft.shape):
+        step = np.zeros_like(draft)
+        step[index] = 1e-5
+        numeric[index] = (in_float64(name, target, draft + step) - in_float64(name, target, draft - step)) / 2e-5
+    np.testing.assert_allclose(gradient, numeric, atol=2e-6, rtol=1e-4)
+
+
+def in_float64(name, target, draft, beta=0.3):
+    """The formulas once more, in probability space and double precision."""
+    softmax = lambda x: np.exp(x) / np.exp(x).sum(-1, keepdims=True)
+    p, q = softmax(target), softmax(draft)
+    m = beta * p + (1 - beta) * q
+    kl = lambda a, b: (a * np.log(a / b)).sum()
+    return {
+        "forward_kl": lambda: kl(p, q),
+        "reverse_kl": lambda: kl(q, p),
+        "jsd": lambda: beta * kl(p, m) + (1 - beta) * kl(q, m),
+        "total_variation": lambda: 0.5 * np.abs(p - q).sum(),
+    }[name]()
+
+
+def test_scaled_jsd_goes_to_the_kls_at_its_ends():
+    target, draft = random_logits(0, scale=1.0), random_logits(1, scale=1.0)
+    low, high = (divergences.jsd(target, draft, beta=beta) for beta in (1e-3, 1 - 1e-3))
+    np.testing.assert_allclose(low / 1e-3, divergences.forward_kl(target, draft), rtol=0.02)
+    np.testing.assert_allclose(high / 1e-3, divergences.reverse_kl(target, draft), rtol=0.02)
+
+
+def test_total_variation_is_one_minus_acceptance():
+    target, draft = random_logits(0), random_logits(1)
+    total = divergences.total_variation(target, draft) + divergences.acceptance(target, draft)
+    np.testing.assert_allclose(total, 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("far", [200.0, 1e9, float("inf")])
+@pytest.mark.parametrize("name", NAMES)
+def test_underflowing_probabilities_give_finite_values_and_gradients(name, far):
+    target = jnp.asarray([[[0.0, 1.0, -far]]])
+    draft = jnp.asarray([[[0.5, 0.0, -far]]])
+    function = divergences.divergence(name, 0.5)
+    value, gradient = jax.value_and_grad(lambda draft: function(target, draft)[0, 0])(draft)
+    two = function(target[..., :2], draft[..., :2])[0, 0]
+    np.testing.assert_allclose(value, two, rtol=1e-6)
+    assert jnp.isfinite(gradient).all()
+
+
+def test_bfloat16_logits_are_compared_in_float32():
+    target, draft = random_logits(0).astype(jnp.bfloat16), random_logits(1).astype(jnp.bfloat16)
+    for name in NAMES:
+        function = divergences.divergence(name, 0.5)
+        assert function(target, draft).dtype == jnp.float32
+        wide = function(target.astype(jnp.float32), draft.astype(jnp.float32))
+        np.testing.assert_array_equal(function(target, draft), wide)
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0, -0.1, 1.5, float("nan")])
+def test_a_degenerate_beta_is_refused_and_points_to_the_kls(beta):
+    with pytest.raises(UserError, match="forward_kl.*reverse_kl"):
+        divergences.divergence("jsd", beta)
+    with pytest.raises(UserError, match="beta"):
+        divergences.jsd(random_logits(0), random_logits(1), beta=beta)
+
+
+def test_an_unknown_divergence_is_refused_with_the_nearest_name():
+    with pytest.raises(UserError, match='"forward_lk".*did you mean "forward_kl"'):
+        divergences.divergence("forward_lk", 0.5)
+
+
+# The objective.
+
+VOCAB = 11
+
+
+def tiny(width, layers=1):
+    config = DecoderConfig(
+        vocab_size=VOCAB,
+        width=width,
+        layers=layers,
+        heads=2,
+        kv_heads=1,
+        head_size=4,
+        mlp_width=2 * width,
+        max_positions=64,
+        rope_theta=10000.0,
+        norm_epsilon=1e-5,
+        tied_head=False,
+        param_dtype="float32",
+        compute_dtype="float32",
+    )
+    return Decoder(config)
+
+
+@functools.cache
+def pair():
+    draft, target = tiny(8), tiny(12, layers=2)
+    return draft, draft.init(jax.random.key(0)), target, target.init(jax.random.key(1))
+
+
+def a_batch(seed=0, batch=3, positions=10):
+    tokens = jax.random.randint(jax.random.key(seed), (batch, positions), 0, VOCAB, jnp.int32)
+    return tokens, jnp.asarray([10, 7, 4][:batch], jnp.int32), jnp.asarray([1, 3, 2][:batch], jnp.int32)
+
+
+def loss_of(divergence, chunk=64, temperature=1.0):
+    draft, _, target, target_params = pair()
+    if divergence == "cross_entropy":
+        target, target_params = None, None
+
+    def loss(params, tokens, lengths, loss_start):
+        settings = dict(divergence=divergence, beta=0.3, loss_temperature=temperature, chunk=chunk)
+        return objective.distillation_loss(
+            draft, params, target, target_params, tokens, lengths, loss_start, **settings
+        )
+
+    return loss
+
+
+@pytest.mark.parametrize("divergence", [*NAMES, "cross_entropy"])
+def test_the_loss_is_the_sum_over_counted_positions_of_whole_logits(divergence):
+    draft, params, target, target_params = pair()
+    tokens, lengths, loss_start = a_batch()
+    sums = jax.jit(loss_of(divergence, chunk=12, temperature=0.5))(params, tokens, lengths, loss_start)
+    positions = jnp.broadcast_to(jnp.arange(10)[None], tokens.shape)
+    whole = lambda model, params: model.head(params, model.extend(params, None, tokens, positions)[0])
+    logits, wide = jax.jit(whole, static_argnums=0)(draft, params), whole(target, target_params)
+    if divergence == "cross_entropy":
+        losses = -jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1] / 0.5), tokens[:, 1:, None], 2)[..., 0]
+        overlaps = jnp.zeros_like(losses)
+    else:
+        losses = divergences.divergence(divergence, 0.3)(wide / 0.5, logits / 0.5)
+        overlaps = divergences.acceptance(wide, logits)
+    # Position t is judged by the logits at t - 1.
+    places = [(row, t - 1) for row in range(3) for t in range(int(loss_start[row]), int(lengths[row]))]
+    loss, overlap = (sum(float(x[place]) for place in places) for x in (np.asarray(losses), np.asarray(overlaps)))
+    count = len(places)
+    np.testing.assert_allclose(sums.tokens, count)
+    np.testing.assert_allclose(sums.loss, loss, rtol=1e-5)
+    np.testing.assert_allclose(sums.acceptance, overlap, rtol=1e-5)
+
+
+@functools.cache
+def value_and_gradient(divergence, chunk):
+    loss = loss_of(divergence, chunk)
+    return jax.jit(jax.value_and_grad(lambda *args: loss(*args).loss))
+
+
+@pytest.mark.parametrize("divergence, chunk", [("jsd", 9), ("cross_entropy", 1)])
+def test_chunks_change_neither_the_loss_nor_its_gradient(divergence, chunk):
+    _, params, _, _ = pair()
+    whole, whole_gradient = value_and_gradient(divergence, 64)(params, *a_batch())
+    value, gradient = value_and_gradient(divergence, chunk)(params, *a_batch())
+    np.testing.assert_allclose(value, whole, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), gradient, whole_gradient)
+
+
+@pytest.mark.parametrize("divergence", ["jsd", "cross_entropy"])
+def test_padding_changes_nothing(divergence):
+    _, params, _, _ = pair()
+    tokens, lengths, loss_start = a_batch()
+    padding = jnp.arange(10)[None] >= lengths[:, None]
+    other = jnp.where(padding, (tokens + 1) % VOCAB, tokens)
+    gradient = value_and_gradient(divergence, 64)
+    for left, right in zip(
+        jax.tree.leaves(gradient(params, tokens, lengths, loss_start)),
+        jax.tree.leaves(gradient(params, other, lengths, loss_start)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(left, right)
+
+
+class Bigram:
+    """A "model" without context: each token's logits are a row of its table."""
+
+    def extend(self, params, cache, tokens, positions):
+        return params["table"][tokens], cache
+
+    def head(self, params, hidden):
+        return hidden
+
+
+def test_what_a_prompt_says_is_no_prediction_target():
+    params = {"table": jax.random.normal(jax.random.key(0), (VOCAB, VOCAB))}
+    tokens, lengths, _ = a_batch()
+    loss_start = jnp.asarray([4, 3, 3], jnp.int32)
+    # Without context all of a prompt but its last token, which the first prediction reads, is of no account.
+    prompt = jnp.arange(10)[None] < loss_start[:, None] - 1
+    other = jnp.where(prompt, (tokens + 1) % VOCAB, tokens)
+    settings = dict(divergence="cross_entropy", beta=0.5, loss_temperature=1.0, chunk=4)
+    model = Bigram()
+    run = lambda t: objective.distillation_loss(model, params, None, None, t, lengths, loss_start, **settings)
+    np.testing.assert_array_equal(run(tokens).loss, run(other).loss)
+    assert run(tokens).tokens == (10 - 4) + (7 - 3) + (4 - 3)
+    first_target = tokens.at[0, 4].set((tokens[0, 4] + 1) % VOCAB)
+    assert run(first_target).loss != run(tokens).loss
+
+
+def test_no_gradient_reaches_the_target():
+    draft, params, target, target_params = pair()
+    settings = dict(divergence="jsd", beta=0.5, loss_temperature=1.0, chunk=4)
+    loss = lambda target_params: (
+        objective.distillation_loss(draft, params, target, target_params, *a_batch(), **settings).loss
+    )
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(jax.grad(loss)(target_params)))
+
+
+def test_chunks_keep_whole_logits_out_of_memory():
+    vocab, batch, positions = 32768, 2, 128
+    table = {"table": jax.ShapeDtypeStruct((vocab, 16), jnp.float32)}
+    rows = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    tokens = jax.ShapeDtypeStruct((batch, positions), jnp.int32)
+
+    class Tied(Bigram):
+        def head(self, params, hidden):
+            return jnp.einsum("BTD,VD->BTV", hidden, params["table"])
+
+    def temporary_bytes(chunk):
+        settings = dict(divergence="jsd", beta=0.5, loss_temperature=1.0, chunk=chunk)
+        loss = lambda params, other, *batch: (
+            objective.distillation_loss(Tied(), params, Tied(), other, *batch, **settings).loss
+        )
+        compiled = jax.jit(jax.grad(loss)).lower(table, table, tokens, rows, rows).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    whole_logits = batch * positions * vocab * 4
+    assert temporary_bytes(batch * positions) > 2 * whole_logits  # the draft's and the target's
+    assert temporary_bytes(16) < whole_logits
+
+
+def test_a_divergence_without_its_target_is_refused():
+    draft, params, _, _ = pair()
+    settings = dict(beta=0.5, loss_temperature=1.0, chunk=4)
+    with pytest.raises(UserError, match='"jsd" compares with a target'):
+        objective.distillation_loss(draft, params, None, None, *a_batch(), divergence="jsd", **settings)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(divergence="cross_entrpy"), "cross_entropy"),
+        (dict(loss_temperature=0.0), "loss.temperature is 0.0"),
+        (dict(chunk=0), "loss.chunk is 0"),
+        (dict(divergence="jsd", beta=1.0), "beta"),
+    ],
+)
+def test_senseless_settings_of_the_loss_are_refused(settings, message):
+    good = dict(divergence="forward_kl", beta=0.5, loss_temperature=1.0, chunk=4)
+    with pytest.raises(UserError, match=message):
+        objective.check(**{**good, **settings}, has_target=True)

@@ -1,0 +1,373 @@
+"""The decoding loop: its caches, its counts, what a row may depend on, and what may make it compile again."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from specjax.decoding import loop
+from specjax.decoding.drafters.base import Context, Prefill, Proposal
+from specjax.decoding.drafters.table import make_drafter
+from specjax.decoding.rules import Lossless
+from specjax.decoding.sampling import Noise, Sampling, row_keys
+from specjax.models.decoder import Decoder
+from specjax.runtime.errors import UserError
+
+SLOTS, MAX_NEW, BATCH, VOCAB = 6, 20, 8, 24
+
+
+@pytest.fixture(scope="module")
+def models():
+    """A target, its parameters, and parameters of a draft of the same shape that agrees about half of the time."""
+    target, params = tiny.decoder(1)
+    noise = tiny.decoder(2)[1]
+    return target, params, jax.tree.map(lambda a, b: a + 0.15 * b, params, noise)
+
+
+def options(kind, target):
+    return {
+        "model": {"model": target},
+        "ngram": {"shortest": 1, "longest": 2},
+        "early_exit": {"exit_layer": 1},
+    }[kind]
+
+
+def make_plan(models, kind, gamma, **changes):
+    how = {"slots": SLOTS, "max_new": MAX_NEW, **changes}
+    return tiny.plan(models[0], kind, options(kind, models[0]), gamma=gamma, **how)
+
+
+# --- caches --------------------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def one_block(plan, params, draft_params, state, limits):
+    """`loop.block`, which also shows the proposal and the logits that the caches gave."""
+    noise = Noise(state.row_keys, state.lengths, plan.greedy, plan.rule.shared_noise)
+    adjust = Sampling.of(1.0)
+    proposal, state = loop.propose(plan, params, draft_params, state, noise, adjust)
+    pending = jnp.take_along_axis(state.tokens, state.lengths[:, None] - 1, axis=1)[:, 0]
+    logits, cache, taps = loop.verify(plan, params, state.target_cache, pending, state.lengths, proposal)
+    state = dataclasses.replace(state, target_cache=cache)
+    state = loop.settle(plan, draft_params, state, proposal, logits, taps, noise, adjust, limits)
+    return state, logits, proposal
+
+
+@pytest.mark.parametrize("kind", ["model", "early_exit"])
+def test_after_every_block_the_caches_say_what_a_full_forward_says(models, kind):
+    target, params, draft_params = models
+    gamma = 3
+    plan = make_plan(models, kind, gamma)
+    texts, lengths = tiny.prompts(3, BATCH, SLOTS, VOCAB)
+    state = loop.begin(plan, params, draft_params, texts, lengths, row_keys(4, jnp.arange(BATCH)))
+    limits = tiny.limits(BATCH, MAX_NEW)
+    stood, rows = set(), np.arange(BATCH)[:, None]
+    while not np.all(np.asarray(state.done)):
+        before = state
+        state, logits, proposal = one_block(plan, params, draft_params, before, limits)
+        live, at = ~np.asarray(before.done), np.asarray(before.lengths)[:, None] - 1 + np.arange(gamma + 1)
+        text = np.asarray(before.tokens).copy()  # the committed text and the draft
+        text[rows, at[:, 1:]] = np.asarray(proposal.tokens)
+        full = np.asarray(tiny.full_logits(target, params, jnp.asarray(text)))[rows, at]
+        np.testing.assert_allclose(np.asarray(logits)[live], full[live], atol=1e-4)
+        if kind == "model":
+            drafted = tiny.full_logits(plan.drafter.model, draft_params, jnp.asarray(text))
+        else:
+            drafted = tiny.full_logits(target, params, jnp.asarray(text), layers=(0, plan.drafter.exit_layer))
+        expected = np.asarray(jax.nn.softmax(drafted, axis=-1))[rows, at[:, :-1]]
+        np.testing.assert_allclose(np.asarray(proposal.probs)[live], expected[live], atol=1e-4)
+        stood |= set((np.asarray(state.lengths) - at[:, 0] - 2)[live].tolist())
+    assert stood == set(range(gamma + 1)), "every number of accepted tokens has to occur"
+
+
+@pytest.mark.parametrize("kind", ["ngram", pytest.param("model", marks=pytest.mark.slow)])
+def test_rows_that_fill_the_capacity_lose_nothing(models, kind):
+    """Every slot is used: with spare slots the same text, with one slot less another one."""
+    texts = jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, (BATCH, SLOTS)), jnp.int32)
+    lengths = jnp.full((BATCH,), SLOTS, jnp.int32)
+    run = lambda spare: tiny.texts_of(
+        tiny.decode(make_plan(models, kind, 3, spare=spare), *models[1:], texts, lengths, MAX_NEW)
+    )
+    tight = run(0)
+    assert [len(text) for text in tight] == [SLOTS + MAX_NEW] * BATCH
+    assert tight == run(64)
+    assert tight != run(-1), "the capacity is larger than it need be, or clamping goes unnoticed"
+
+
+def test_prompts_longer_than_the_cache_are_refused(models):
+    plan = dataclasses.replace(make_plan(models, "ngram", 2), capacity=SLOTS - 1)
+    texts, lengths = tiny.prompts(0, 2, SLOTS, VOCAB)
+    with pytest.raises(ValueError, match="do not fit"):
+        loop.begin(plan, models[1], None, texts, lengths, row_keys(0, jnp.arange(2)))
+
+
+def test_decoding_leaves_the_callers_arrays_alive(models):
+    texts, lengths = tiny.prompts(3, BATCH, SLOTS, VOCAB)
+    keys = row_keys(0, jnp.arange(BATCH))
+    plan = make_plan(models, "model", 3)
+    state = loop.begin(plan, *models[1:], texts, lengths, keys)
+    jax.block_until_ready(loop.run(plan, *models[1:], state, Sampling.of(1.0), tiny.limits(BATCH, MAX_NEW)))
+    assert not any(x.is_deleted() for x in (texts, lengths, keys, *jax.tree.leaves(models[1:])))
+
+
+# --- what a row may depend on --------------------------------------------------------------------------------------
+
+
+SLOW_KINDS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("ngram", "early_exit")]
+
+
+@pytest.mark.parametrize("kind", ["model", *SLOW_KINDS])
+def test_a_rows_text_does_not_depend_on_its_batch(models, kind):
+    texts, lengths = tiny.prompts(3, BATCH, SLOTS, VOCAB)
+    run = lambda texts, lengths, indices, **how: tiny.texts_of(
+        tiny.decode(
+            make_plan(models, kind, 3, **how),
+            *models[1:],
+            texts,
+            lengths,
+            MAX_NEW,
+            eos=(5,),
+            seed=2,
+            indices=indices,
+        )
+    )
+    whole = run(texts, lengths, np.arange(BATCH))
+    # Other slots, and other neighbours in half of them.
+    order = np.random.default_rng(1).permutation(BATCH)
+    moved, strangers = np.arange(BATCH) % 2 == 0, order + 100
+    other_texts, other_lengths = tiny.prompts(8, BATCH, SLOTS, VOCAB)
+    mixed = run(
+        jnp.where(moved[:, None], texts[order], other_texts),
+        jnp.where(moved, lengths[order], other_lengths),
+        np.where(moved, order, strangers),
+    )
+    assert [mixed[i] for i in np.flatnonzero(moved)] == [whole[i] for i in order[moved]]
+    # Alone, in a wider padding.
+    wide = jnp.pad(texts, ((0, 0), (0, SLOTS)))
+    for row in range(BATCH):
+        assert run(wide[row : row + 1], lengths[row : row + 1], [row], slots=2 * SLOTS) == [whole[row]]
+
+
+def test_a_rows_text_depends_on_its_index_and_the_seed(models):
+    plan = make_plan(models, "model", 3)
+    texts, lengths = tiny.prompts(3, BATCH, SLOTS, VOCAB)
+    run = lambda **how: tiny.texts_of(tiny.decode(plan, *models[1:], texts, lengths, MAX_NEW, eos=(5,), **how))
+    base = run(seed=2)
+    assert all(a != b for a, b in zip(base, run(seed=3), strict=True))
+    assert all(a != b for a, b in zip(base, run(seed=2, indices=np.arange(BATCH) + 50), strict=True))
+
+
+# --- compilation ---------------------------------------------------------------------------------------------------
+
+
+def test_one_compile_serves_every_prompt_length_and_every_traced_setting(models):
+    plan = make_plan(models, "model", 3)
+    texts, lengths = tiny.prompts(3, BATCH, SLOTS, VOCAB)
+    tiny.decode(plan, *models[1:], texts, lengths, MAX_NEW, eos=(5,))
+    compiled = loop.begin._cache_size(), loop.run._cache_size()
+    settings = [
+        Sampling.of(0.3),
+        Sampling.of(1.5, top_k=3),
+        Sampling.of(1.0, top_p=0.5),
+        Sampling.of(2.0, 7, 0.9),
+    ]
+    for i, adjust in enumerate(settings):
+        texts, lengths = tiny.prompts(20 + i, BATCH, SLOTS, VOCAB)
+        tiny.decode(plan, *models[1:], texts, lengths, 3 + i, eos=(i,), seed=i, adjust=adjust)
+    equal_plan = make_plan(models, "model", 3)
+    tiny.decode(equal_plan, *models[1:], texts, lengths, np.arange(BATCH), eos=(1,))
+    assert (loop.begin._cache_size(), loop.run._cache_size()) == compiled
+    tiny.decode(make_plan(models, "ngram", 0, spare=1), *models[1:], texts, lengths, MAX_NEW, eos=(5,))
+    assert (loop.begin._cache_size(), loop.run._cache_size()) == (compiled[0] + 1, compiled[1] + 1)
+
+
+# --- counts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["model", "ngram"])
+def test_the_counts_agree_with_the_origins_and_with_each_other(models, kind):
+    plan = make_plan(models, kind, 3)
+    texts, lengths = tiny.prompts(3, BATCH, SLOTS, VOCAB)
+    state = tiny.decode(plan, *models[1:], texts, lengths, np.arange(BATCH) * 3, eos=(5,), seed=2)
+    emitted, counts = np.asarray(state.num_emitted), jax.tree.map(np.asarray, state.statistics)
+    # Block efficiency is 1 + the sum of CTAR(w), exactly and in each row.
+    np.testing.assert_array_equal(emitted, counts.target_calls + counts.emitted_more_than.sum(-1))
+    origins, width = np.asarray(state.origins), np.arange(plan.capacity)[None]
+    inside = (width >= np.asarray(lengths)[:, None]) & (width < np.asarray(state.lengths)[:, None])
+    accepted = ((origins == loop.ACCEPTED) & inside).sum(-1)
+    np.testing.assert_array_equal(accepted, counts.accepted_at.sum(-1))
+    others = (np.isin(origins, (loop.RECOVERED, loop.BONUS)) & inside).sum(-1)
+    assert np.all(others <= counts.target_calls)
+    np.testing.assert_array_equal(accepted + others, emitted)
+    assert np.all(origins[width < np.asarray(lengths)[:, None]] == loop.PROMPT)
+    assert np.all(counts.accepted_at <= counts.drafted_at)
+    assert np.all(counts.drafted_at.sum(-1) <= counts.drafted)
+    assert np.all(counts.drafted <= 3 * counts.target_calls)
+    # A position is reached exactly where all before it were accepted.
+    assert np.all(counts.drafted_at[:, 1:] <= counts.accepted_at[:, :-1])
+    assert emitted[0] == counts.target_calls[0] == counts.drafted[0] == 0, "row 0 may emit nothing"
+
+
+def test_the_baselines_calls_are_its_emitted_tokens(models):
+    plan = make_plan(models, "ngram", 0)
+    texts, lengths = tiny.prompts(3, BATCH, SLOTS, VOCAB)
+    state = tiny.decode(plan, models[1], None, texts, lengths, np.arange(BATCH) * 3, eos=(5,), seed=2)
+    emitted = np.asarray(state.num_emitted)
+    np.testing.assert_array_equal(np.asarray(state.statistics.target_calls), emitted)
+    assert int(state.iterations) == emitted.max()
+    for row, (start, end) in enumerate(zip(np.asarray(lengths), np.asarray(state.lengths), strict=True)):
+        assert np.all(np.asarray(state.origins)[row, start:end] == loop.PLAIN)
+
+
+def test_sample_is_the_loop_without_a_drafter(models):
+    target, params, _ = models
+    texts, lengths = tiny.prompts(3, BATCH, SLOTS, VOCAB)
+    keys = row_keys(2, jnp.arange(BATCH))
+    tokens, ends = loop.sample(
+        target,
+        params,
+        texts,
+        lengths,
+        keys,
+        sampling=Sampling.of(1.0),
+        greedy=False,
+        max_new_tokens=MAX_NEW,
+        eos_ids=(5,),
+    )
+    assert tokens.shape == (BATCH, SLOTS + MAX_NEW)
+    state = tiny.decode(make_plan(models, "ngram", 0), params, None, texts, lengths, MAX_NEW, eos=(5,), seed=2)
+    for row, text in enumerate(tiny.texts_of(state)):
+        assert np.asarray(tokens)[row, : int(ends[row])].tolist() == text
+        assert not np.asarray(tokens)[row, int(ends[row]) :].any()
+
+
+# --- scripted model and drafter ------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Counter(Decoder):
+    """A target that always says: after t comes t + 1. Its hidden state is the token, its cache nothing."""
+
+    def start(self, params, prompts, lengths, capacity):
+        return ()
+
+    def extend(self, params, cache, inputs, positions, mask=None, *, layers=None):
+        return inputs[..., None].astype(jnp.float32), cache
+
+    def head(self, params, hidden):
+        return jax.nn.one_hot(hidden[..., 0].astype(jnp.int32) + 1, self.vocab_size)
+
+
+COUNTER = Counter(tiny.config(vocab_size=20, layers=1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Script:
+    """Proposes what `blocks[b][k]` says in the k-th block of row b."""
+
+    blocks: tuple
+    gamma: int
+    taps = ()
+
+    def init(self, params, target_params, prefill, row_keys):
+        return jnp.zeros((), jnp.int32)
+
+    def propose(self, params, target_params, state, target_cache, context: Context):
+        padded = [[(*block, *(0,) * self.gamma)[: self.gamma] for block in row] for row in self.blocks]
+        tokens = jnp.asarray(padded, jnp.int32)[:, state]
+        counts = jnp.asarray([[len(block) for block in row] for row in self.blocks], jnp.int32)[:, state]
+        return Proposal(tokens, None, counts), state, target_cache
+
+    def commit(self, params, state, outcome):
+        return state + 1
+
+
+def test_a_scripted_decode_gives_the_exact_tokens_origins_and_counts():
+    blocks = (
+        ((3, 9), (5, 6), (8, 9)),  # the loop's docstring; then all accepted; then cut at the limit of 6
+        ((11,), (), (9, 9)),  # one drafted and accepted; nothing drafted; then refused at once, EOS recovered
+        ((15, 16), (0, 0), (0, 0)),  # EOS drafted and accepted in the middle of a block
+        ((0, 0), (0, 0), (0, 0)),  # may emit one token only
+    )
+    plan = loop.Plan(COUNTER, Script(blocks, 2), Lossless(), 2, loop.capacity_for(3, 6, 2), True)
+    texts = jnp.asarray([[0, 1, 2], [10, 0, 0], [13, 14, 0], [4, 0, 0]], jnp.int32)
+    lengths = jnp.asarray([3, 1, 2, 1], jnp.int32)
+    state = tiny.decode(plan, (), (), texts, lengths, [6, 6, 6, 1], eos=(14, 15))
+    assert tiny.texts_of(state) == [
+        [0, 1, 2, 3, 4, 5, 6, 7, 8],
+        [10, 11, 12, 13, 14],
+        [13, 14, 15],
+        [4, 5],
+    ]
+    p, a, r, b = loop.PROMPT, loop.ACCEPTED, loop.RECOVERED, loop.BONUS
+    origins = [row[:n].tolist() for row, n in zip(np.asarray(state.origins), np.asarray(state.lengths), strict=True)]
+    assert origins == [[p, p, p, a, r, a, a, b, a], [p, a, b, b, r], [p, p, a], [p, r]]
+    counts = jax.tree.map(np.asarray, state.statistics)
+    np.testing.assert_array_equal(counts.target_calls, [3, 3, 1, 1])
+    # What lies beyond EOS or the limit was not drafted: one of row 0's last block, one of row 2's, one of row 3's.
+    np.testing.assert_array_equal(counts.drafted, [2 + 2 + 1, 1 + 0 + 1, 1, 1])
+    np.testing.assert_array_equal(counts.drafted_at, [[3, 2], [2, 0], [1, 0], [1, 0]])
+    np.testing.assert_array_equal(counts.accepted_at, [[3, 1], [1, 0], [1, 0], [0, 0]])
+    np.testing.assert_array_equal(counts.emitted_more_than, [[2, 1], [1, 0], [0, 0], [0, 0]])
+    assert int(state.iterations) == 3
+    assert np.all(np.asarray(state.done))
+
+
+def test_a_row_that_may_emit_nothing_is_left_as_it_was():
+    plan = loop.Plan(COUNTER, None, Lossless(), 0, loop.capacity_for(2, 2, 0), True)
+    texts, lengths = jnp.asarray([[7, 8], [3, 0]], jnp.int32), jnp.asarray([2, 1], jnp.int32)
+    state = tiny.decode(plan, (), None, texts, lengths, [0, 2])
+    assert tiny.texts_of(state) == [[7, 8], [3, 4, 5]]
+    np.testing.assert_array_equal(np.asarray(state.statistics.target_calls), [0, 2])
+
+
+# --- drafters ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "shortest, longest, drafted",
+    [
+        (
+            1,
+            2,
+            [
+                ([1, 2, 3, 4, 1, 2], [3, 4, 1]),
+                ([1, 2, 7, 5, 2, 8, 1, 2], [7, 5, 2]),  # the longer match wins over the later one
+                ([5, 2, 7, 6, 2, 8, 9, 2], [8, 9, 2]),  # of equal matches the latest
+                ([1, 2, 3, 4], []),  # no match
+                ([6, 6, 6], [6]),  # an overlapping match drafts only what is there
+                ([0], []),  # the padding of a short text is not a match
+            ],
+        ),
+        (2, 3, [([4, 2, 3, 2], []), ([0, 4, 2, 3, 4, 2], [3, 4, 2])]),  # a match of one token is too short
+    ],
+)
+def test_ngram_copies_what_followed_the_longest_then_latest_match(models, shortest, longest, drafted):
+    batch, slots = len(drafted), 12
+    texts = jnp.asarray([text + [0] * (slots - len(text)) for text, _ in drafted], jnp.int32)
+    lengths = jnp.asarray([len(text) for text, _ in drafted], jnp.int32)
+    drafter = make_drafter("ngram", models[0], 3, {"shortest": shortest, "longest": longest})
+    state = drafter.init(None, None, Prefill(texts, lengths, (), slots), None)
+    noise = Noise(row_keys(0, jnp.arange(batch)), lengths, False, False)
+    context = Context(jnp.zeros((batch, 2), jnp.int32), lengths, noise, Sampling.of(1.0))
+    proposal, _, _ = jax.jit(lambda state, context: drafter.propose(None, None, state, None, context))(state, context)
+    assert proposal.probs is None
+    counts = np.asarray(proposal.num_drafted)
+    found = [row[:n].tolist() for row, n in zip(np.asarray(proposal.tokens), counts, strict=True)]
+    assert found == [continuation for _, continuation in drafted]
+
+
+def test_bad_drafter_options_are_refused_in_one_sentence(models):
+    target = models[0]
+    for kind, gamma, given, says in (
+        ("modle", 2, {}, "modle.*model"),
+        ("ngram", -1, {"shortest": 1, "longest": 2}, "gamma.*-1"),
+        ("ngram", 2, {"shortest": 3, "longest": 2}, "shortest=3"),
+        ("early_exit", 2, {"exit_layer": 2}, "exit_layer.*1 .. 1.*2"),
+    ):
+        with pytest.raises(UserError, match=says):
+            make_drafter(kind, target, gamma, given)

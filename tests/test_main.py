@@ -1,0 +1,323 @@
+"""The command line: overrides, stages, resuming, and one sentence for every mistake."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from specjax import main
+from specjax.reporting import records
+from specjax.runtime import cli, timing
+from specjax.runtime import config as configs
+from specjax.runtime.errors import UserError, nearest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+CONFIG = """
+from ml_collections import ConfigDict
+
+def get_config(variant=""):
+    config = ConfigDict()
+    config.seed = 0
+    config.rate = 0.1
+    config.gammas = (1, 2)
+    config.name = "plain"
+    config.wide = False
+    config.train = ConfigDict({"steps": 3 if variant == "smoke" else 300})
+    return config
+"""
+
+STAGES = """
+from ml_collections import ConfigDict
+
+def get_config():
+    config = ConfigDict({"seed": 0, "stages": ("target", "draft")})
+    config.target = ConfigDict({"seed": 0, "binary": "distill", "target": "", "steps": 5})
+    config.draft = ConfigDict({"seed": 0, "binary": "distill", "target": "stage:target", "steps": 5})
+    return config
+"""
+
+
+def written(path, text):
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    return written(tmp_path / "some_config.py", CONFIG)
+
+
+@pytest.fixture
+def stages_file(tmp_path):
+    return written(tmp_path / "stages.py", STAGES)
+
+
+def parse(*argv):
+    return cli.parse([*argv, "--workdir=here"])[0]
+
+
+def test_a_variant_and_overrides_of_every_type_reach_the_config(config_file):
+    overrides = ["--config.rate=1", "--config.gammas=3,4,5", "--config.name=other", "--config.wide=true"]
+    config = parse(f"--config={config_file}:smoke", *overrides, "--config.seed=7")
+    assert config.to_dict() == {
+        "seed": 7,
+        "rate": 1.0,
+        "gammas": (3, 4, 5),
+        "name": "other",
+        "wide": True,
+        "train": {"steps": 3},
+    }
+    assert config.is_locked
+
+
+@pytest.mark.parametrize(
+    ("text", "like", "value"),
+    [
+        ("3,4", (1, 2), (3, 4)),
+        ("(3,)", (1, 2), (3,)),
+        ("[3, 4]", (1, 2), (3, 4)),
+        ("", (1, 2), ()),
+        ("1e-3,1", (0.5,), (0.001, 1.0)),
+        ("ngram,none", ("model",), ("ngram", "none")),
+        ("('ngram', \"none\")", ("model",), ("ngram", "none")),
+        ("None", None, None),
+        ("runs/a", None, "runs/a"),
+        ("1e3", 0.5, 1000.0),
+    ],
+)
+def test_values_are_written_plainly(text, like, value):
+    assert cli._value(text, like) == value
+
+
+def test_one_parse_leaves_nothing_behind_for_the_next(config_file):
+    assert parse(f"--config={config_file}", "--config.seed=7").seed == 7
+    assert parse(f"--config={config_file}").seed == 0
+
+
+BAD_ARGUMENTS = [
+    (["--config.trian.steps=3"], 'config.trian.steps does not exist; did you mean "train"?'),
+    (["--config.train.stesp=3"], 'config.train.stesp does not exist; did you mean "steps"?'),
+    (["--config.seed.more=3"], '"more" is asked of a value that has no keys'),
+    (["--config.train.steps=abc"], 'config.train.steps is of type int, such as 300, and "abc" is not'),
+    (["--config.train.steps=1.5"], 'config.train.steps is of type int, such as 300, and "1.5" is not'),
+    (["--config.rate="], 'config.rate is of type float, such as 0.1, and "" is not'),
+    (["--config.wide=perhaps"], 'config.wide is of type bool, such as False, and "perhaps" is not'),
+    (["--config.train=3"], "config.train is a section; override one of its keys: steps"),
+    (["--config.gammas=a,b"], 'config.gammas is of type tuple, such as (1, 2), and "a,b" is not'),
+    (["--config.gammas=1,,2"], '"1,,2" is not'),
+    (["--confg.seed=3"], '"--confg.seed=3" is not understood'),
+    (["--steps=3"], '"--steps=3" is not understood'),
+    (["--config.seed", "3"], '"--config.seed" is not understood'),
+]
+
+
+@pytest.mark.parametrize(("arguments", "said"), BAD_ARGUMENTS)
+def test_a_wrong_argument_gets_one_sentence_and_exit_code_2(config_file, tmp_path, capsys, arguments, said):
+    argv = [f"--config={config_file}", f"--workdir={tmp_path / 'work'}", *arguments]
+    assert cli.launch(lambda config, workdir: pytest.fail("ran"), "specjax.main", argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert said in error
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("{}/some_confg.py", "there is no config file .*did you mean .*some_config.py"),
+        ("{}/some_config.py:nope:", None),
+        ("{}/stages.py:smoke", 'has no variants; leave out ":smoke"'),
+        ("{}/broken.py", "not valid Python"),
+        ("{}/empty.py", "has no get_config function"),
+        ("{}/text.txt", "is not a Python file"),
+    ],
+)
+def test_a_wrong_config_file_is_named(config_file, stages_file, tmp_path, argument, said):
+    written(tmp_path / "broken.py", "def get_config(:")
+    written(tmp_path / "empty.py", "")
+    written(tmp_path / "text.txt", "seed: 3")
+    if said is None:
+        assert configs.load(argument.format(tmp_path)).train.steps == 300
+        return
+    with pytest.raises(UserError, match=said):
+        configs.load(argument.format(tmp_path))
+
+
+@pytest.mark.parametrize("missing", ["config", "workdir"])
+def test_a_missing_flag_is_named(config_file, missing):
+    given = {"config": config_file, "workdir": "here"}
+    del given[missing]
+    with pytest.raises(UserError, match=f"--{missing} is missing"):
+        cli.parse([f"--{name}={value}" for name, value in given.items()])
+
+
+def test_an_interrupt_ends_with_130_and_a_bug_with_its_traceback(config_file, tmp_path):
+    argv = [f"--config={config_file}", f"--workdir={tmp_path / 'work'}"]
+
+    def interrupted(config, workdir):
+        raise KeyboardInterrupt
+
+    def broken(config, workdir):
+        raise ZeroDivisionError
+
+    assert cli.launch(interrupted, "specjax.main", argv) == 130
+    with pytest.raises(ZeroDivisionError):
+        cli.launch(broken, "specjax.main", argv)
+
+
+def test_a_changed_config_in_an_old_workdir_is_refused_with_the_difference(config_file, tmp_path):
+    config = configs.load(config_file)
+    configs.assert_same_run(config, tmp_path)
+    configs.assert_same_run(configs.load(config_file), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["gammas"] == [1, 2]
+    config.train.steps, config.gammas = 400, (1,)
+    with pytest.raises(UserError, match=r"gammas: \[1, 2\] -> \[1\]; train.steps: 300 -> 400"):
+        configs.assert_same_run(config, tmp_path)
+    del config.name
+    with pytest.raises(UserError, match='name: "plain" -> absent'):
+        configs.assert_same_run(config, tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json is damaged"):
+        configs.assert_same_run(config, tmp_path)
+
+
+def test_references_to_earlier_stages_become_paths(stages_file):
+    config = configs.load(stages_file)
+    config.draft.others = ("workdir:target", "C:stage", 3)
+    resolved = configs.resolve(config.draft, "runs/a", ("target",))
+    assert resolved.target == "runs/a/target/export"
+    assert resolved.others == ("runs/a/target", "C:stage", 3)
+    assert config.draft.target == "stage:target"
+    with pytest.raises(UserError, match='names no earlier stage; did you mean "targets"'):
+        configs.resolve(config.draft, "runs/a", ("targets",))
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What the stages were run with; each leaves a result of one row, as a binary does."""
+    calls = []
+
+    def run(config, workdir):
+        calls.append((Path(workdir).name, config.target))
+        if config.steps < 0:
+            raise UserError("steps is negative")
+        row = {"steps": config.steps}
+        records.write_results(workdir / "results.json", binary="distill", config=config.to_dict(), rows=[row])
+
+    monkeypatch.setitem(main._BINARIES, "distill", run)
+    return calls
+
+
+def test_stages_run_in_order_and_finished_ones_are_skipped(stages_file, tmp_path, calls):
+    workdir = tmp_path / "work"
+    argv = [f"--config={stages_file}", f"--workdir={workdir}"]
+    assert cli.launch(main.run, "specjax.main", argv) == 0
+    assert calls == [("target", ""), ("draft", f"{workdir}/target/export")]
+    results = records.read_results(workdir / "results.json")
+    assert results["binary"] == "main"
+    assert results["rows"] == [{"stage": "target", "steps": 5}, {"stage": "draft", "steps": 5}]
+
+    assert cli.launch(main.run, "specjax.main", argv) == 0
+    assert len(calls) == 2
+    (workdir / "draft" / "results.json").unlink()
+    assert cli.launch(main.run, "specjax.main", argv) == 0
+    assert [name for name, _ in calls] == ["target", "draft", "draft"]
+
+
+def test_a_workdir_may_be_moved(stages_file, tmp_path, calls):
+    assert cli.launch(main.run, "specjax.main", [f"--config={stages_file}", f"--workdir={tmp_path / 'a'}"]) == 0
+    (tmp_path / "a").rename(tmp_path / "b")
+    (tmp_path / "b" / "draft" / "results.json").unlink()
+    assert cli.launch(main.run, "specjax.main", [f"--config={stages_file}", f"--workdir={tmp_path / 'b'}"]) == 0
+    assert calls[-1] == ("draft", f"{tmp_path}/b/target/export")
+
+
+def test_a_stage_that_fails_leaves_the_finished_ones_and_no_result_for_the_whole(stages_file, tmp_path, calls, capsys):
+    argv = [f"--config={stages_file}", f"--workdir={tmp_path / 'w'}", "--config.draft.steps=-1"]
+    assert cli.launch(main.run, "specjax.main", argv) == 2
+    assert "error: steps is negative\n" in capsys.readouterr().err
+    assert (tmp_path / "w" / "target" / "results.json").exists()
+    assert not (tmp_path / "w" / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("--config.draft.binary=destill", 'there is no binary "destill"; did you mean "distill"'),
+        (
+            "--config.stages=target,drafft",
+            'stage "drafft" has no section in the config; did you mean "draft"',
+        ),
+        ("--config.target.target=stage:draft", '"stage:draft" names no earlier stage'),
+    ],
+)
+def test_a_stage_that_cannot_run_is_found_before_the_first_one_starts(
+    stages_file, tmp_path, calls, capsys, change, said
+):
+    argv = [f"--config={stages_file}", f"--workdir={tmp_path / 'w'}", change]
+    assert cli.launch(main.run, "specjax.main", argv) == 2
+    assert said in capsys.readouterr().err
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("environment", "several"),
+    [
+        ({}, False),
+        ({"SLURM_NTASKS": "8"}, False),  # a shell inside an allocation
+        ({"SLURM_STEP_NUM_TASKS": "8"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, False),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "t0,t1"}, True),
+        ({"SPECJAX_MULTIPROCESS": "1"}, True),
+    ],
+)
+def test_only_one_of_several_processes_waits_for_others(environment, several):
+    assert cli.several_processes(environment) is several
+
+
+def test_the_module_runs_from_the_command_line(tmp_path):
+    def run(*argv):
+        command = [sys.executable, "-m", "specjax.main", *argv]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=dict(os.environ))
+
+    shown = run("--help")
+    assert shown.returncode == 0 and "--workdir=DIR" in shown.stdout
+    refused = run("--config=nowhere.py", f"--workdir={tmp_path / 'w'}")
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1].startswith("error: there is no config file nowhere.py")
+
+
+def test_the_nearest_name_is_offered_or_all_of_them():
+    assert nearest("losless", ["lossless", "coupled"]) == '; did you mean "lossless"?'
+    assert nearest("xyz", ["lossless", "coupled"]) == "; the options are coupled, lossless"
+    assert nearest("xyz", []) == "; there is nothing to choose from"
+
+
+def test_measurements_leave_out_the_first_call():
+    calls = []
+    seconds = timing.block_seconds(lambda x: calls.append(x) or jax.numpy.sin(x), np.float32(1), repeats=4)
+    assert len(calls) == 5 and len(seconds.all) == 4
+    assert 0 < seconds.best <= seconds.median and seconds.spread >= 0
+    assert timing.Seconds((1.0, 2.0, 3.0)).spread == 0.5
+    with pytest.raises(ValueError, match="at least 1 repeat"):
+        timing.block_seconds(lambda: 0, repeats=0)
+
+
+def test_progress_in_a_log_file_is_whole_lines(capsys):
+    assert list(timing.progress(range(3), description="prompts", unit="prompt")) == [0, 1, 2]
+    with timing.progress(total=4, description="steps", unit="step") as bar:
+        bar.update(4)
+    error = capsys.readouterr().err
+    assert "\r" not in error
+    lines = error.splitlines()
+    assert any(line.startswith("prompts: 100%") for line in lines)
+    assert any("4/4" in line for line in lines)
+    assert all(lines)

@@ -1,0 +1,288 @@
+"""The decoder: its forward against a plain writing of it, and every cached way through it against the forward."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from specjax.models import kv_cache
+from specjax.models.config import DecoderConfig
+from specjax.models.decoder import Decoder
+from specjax.runtime.errors import UserError
+
+TIGHT = {"atol": 1e-4, "rtol": 1e-4}
+
+
+@functools.partial(jax.jit, static_argnames=("model", "layers"))
+def extend(model, params, cache, inputs, positions, mask=None, layers=None):
+    return model.extend(params, cache, inputs, positions, mask, layers=layers)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def head(model, params, hidden):
+    return model.head(params, hidden)
+
+
+def positions_from(start, steps):
+    return jnp.asarray(np.asarray(start)[:, None] + np.arange(steps)[None], jnp.int32)
+
+
+@pytest.fixture(scope="module")
+def grouped():
+    return tiny.decoder(3, heads=4, kv_heads=2, width=24, tied_head=False)
+
+
+# --- the forward ---------------------------------------------------------------------------------------------------
+
+
+def plain_forward(config: DecoderConfig, params, tokens):
+    """One text through the architecture in float64 numpy, one head and one query at a time."""
+    array = lambda x: np.asarray(x, np.float64)
+    norm = lambda x, scale: x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_epsilon) * array(scale)
+    half = config.head_size // 2
+    frequencies = config.rope_theta ** (-np.arange(half) / half)
+
+    def rotate(head):
+        angles = np.arange(len(head))[:, None] * frequencies
+        turned = (head[:, :half] + 1j * head[:, half:]) * np.exp(1j * angles)
+        return np.concatenate([turned.real, turned.imag], axis=1)
+
+    hidden = array(params["embedding"])[tokens]
+    for layer in range(config.layers):
+        block = params["blocks"][layer]
+        attention, mlp = block["attention"], block["mlp"]
+        normed = norm(hidden, block["attention_norm"]["scale"])
+        split = lambda name, n: np.split(normed @ array(attention[name]["kernel"]), n, axis=1)  # noqa: B023
+        keys = [rotate(head) for head in split("key", config.kv_heads)]
+        values = split("value", config.kv_heads)
+        mixed = []
+        for i, query in enumerate(rotate(head) for head in split("query", config.heads)):
+            group = i // (config.heads // config.kv_heads)
+            scores = query @ keys[group].T / np.sqrt(config.head_size)
+            weights = np.exp(np.where(np.tri(len(tokens)) > 0, scores, -np.inf))
+            mixed.append(weights / weights.sum(-1, keepdims=True) @ values[group])
+        hidden = hidden + np.concatenate(mixed, axis=1) @ array(attention["output"]["kernel"])
+        normed = norm(hidden, block["mlp_norm"]["scale"])
+        gate = normed @ array(mlp["gate"]["kernel"])
+        hidden = hidden + (gate / (1 + np.exp(-gate)) * (normed @ array(mlp["up"]["kernel"]))) @ array(
+            mlp["down"]["kernel"]
+        )
+    normed = norm(hidden, params["norm"]["scale"])
+    return normed @ (array(params["embedding"]).T if config.tied_head else array(params["unembedding"]["kernel"]))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"heads": 4, "kv_heads": 2, "width": 24, "tied_head": False},
+        {"heads": 2, "kv_heads": 2, "rope_theta": 100.0},
+    ],
+    ids=["tied", "grouped_untied", "one_head_each"],
+)
+def test_the_forward_is_the_plain_writing_of_it(shape):
+    model, params = tiny.decoder(3, **shape)
+    texts, _ = tiny.prompts(0, 2, 9, model.vocab_size)
+    ours = np.asarray(tiny.full_logits(model, params, texts))
+    for row in range(2):
+        np.testing.assert_allclose(ours[row], plain_forward(model.config, params, np.asarray(texts[row])), **TIGHT)
+
+
+def test_grouped_heads_are_shared_heads(grouped):
+    model, params = grouped
+    repeat = lambda kernel: jnp.repeat(kernel.reshape(24, 2, 1, 8), 2, axis=2).reshape(24, 32)
+    wide = jax.tree.map_with_path(
+        lambda path, x: repeat(x) if {"key", "value"} & {getattr(entry, "key", None) for entry in path} else x,
+        params,
+    )
+    whole = Decoder(tiny.config(heads=4, kv_heads=4, width=24, tied_head=False))
+    texts, _ = tiny.prompts(0, 3, 9, model.vocab_size)
+    ours, shared = tiny.full_logits(model, params, texts), tiny.full_logits(whole, wide, texts)
+    np.testing.assert_allclose(np.asarray(ours), np.asarray(shared), **TIGHT)
+
+
+def test_no_position_sees_a_later_token(grouped):
+    model, params = grouped
+    texts, _ = tiny.prompts(0, 1, 9, model.vocab_size)
+    texts = jnp.broadcast_to(texts, (9, 9))
+    changed = texts.at[jnp.arange(9), jnp.arange(9)].add(1) % model.vocab_size  # row i differs at position i
+    ours, other = (np.asarray(tiny.full_logits(model, params, x)) for x in (texts, changed))
+    for row in range(9):
+        np.testing.assert_array_equal(ours[row, :row], other[row, :row])
+        assert np.all(np.abs(ours[row, row:] - other[row, row:]).max(-1) > 1e-4)
+
+
+# --- the cache -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunks", [[1] * 11, [5, 1, 4, 1], [3, 8]], ids=str)
+def test_cached_logits_equal_the_full_forward_at_every_chunking(grouped, chunks):
+    model, params = grouped
+    texts, lengths = tiny.prompts(0, 3, 11, model.vocab_size)
+    full = np.asarray(tiny.full_logits(model, params, texts))
+    cache, start, pieces = model.start(params, texts, lengths, 16), 0, []
+    for steps in chunks:
+        positions = positions_from(np.full(3, start), steps)
+        hidden, cache = extend(model, params, cache, texts[:, start : start + steps], positions)
+        pieces.append(hidden)
+        start += steps
+    cached = np.asarray(head(model, params, jnp.concatenate(pieces, axis=1)))
+    np.testing.assert_allclose(cached, full, **TIGHT)
+
+
+def test_rows_at_different_positions_cross_the_cache_prefixes(grouped):
+    """Rows start apart, and their slots cross one prefix or another while other rows stay below."""
+    model, params = grouped
+    short, steps, batch = kv_cache.prefixes(10**6)[0], 20, 4
+    slots = 2 * short + 40
+    assert kv_cache.prefixes(slots) == [short, 2 * short, slots]
+    texts = jnp.asarray(np.random.default_rng(0).integers(0, model.vocab_size, (batch, slots)), jnp.int32)
+    full = np.asarray(tiny.full_logits(model, params, texts))
+    edge = short - steps  # the last start that stays inside the first prefix
+    last = slots - steps
+    for starts in ([0, 3, 17, edge], [0, 30, 45, edge + 1], [5, short - 1, short, short + edge], [9, 0, 1, last]):
+        # The prompt is written up to the row's start (and, stale, beyond it), then extended from there.
+        cache = model.start(params, texts, jnp.full((batch,), slots, jnp.int32), slots)
+        garbage = jnp.where(np.arange(slots)[None] < np.asarray(starts)[:, None], texts, 7)
+        _, cache = extend(model, params, cache, garbage, positions_from(np.zeros(batch), slots))
+        positions = positions_from(starts, steps)
+        tokens = jnp.take_along_axis(texts, positions, axis=1)
+        hidden, _ = extend(model, params, cache, tokens, positions)
+        logits = np.asarray(head(model, params, hidden))
+        np.testing.assert_allclose(logits, full[np.arange(batch)[:, None], np.asarray(positions)], **TIGHT)
+
+
+def test_prefixes_double_up_to_the_whole():
+    lengths = kv_cache.prefixes(1000)
+    assert lengths[-1] == 1000
+    assert all(b == 2 * a for a, b in itertools.pairwise(lengths[:-1]))
+    assert kv_cache.prefixes(lengths[0]) == [lengths[0]] and kv_cache.prefixes(5) == [5]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_write_touches_only_the_named_slots_of_each_row(batch):
+    slots = jnp.arange(batch * 2 * 9 * 4, dtype=jnp.float32).reshape(batch, 2, 9, 4)
+    new = -jnp.ones((batch, 2, 3, 4))
+    start = jnp.asarray([6, 0, 2][:batch], jnp.int32)
+    expected = np.asarray(slots).copy()
+    for row in range(batch):
+        expected[row, :, int(start[row]) : int(start[row]) + 3] = -1
+    np.testing.assert_array_equal(np.asarray(kv_cache.write(slots, new, start)), expected)
+
+
+def test_a_mask_hides_slots_with_and_without_a_cache(grouped):
+    model, params = grouped
+    texts, lengths = tiny.prompts(0, 2, 8, model.vocab_size)
+    positions = positions_from(np.zeros(2), 8)
+    mask = jnp.asarray(np.random.default_rng(2).random((2, 8, 8)) < 0.6) | jnp.eye(8, dtype=bool)[None]
+    bare, _ = extend(model, params, None, texts, positions, mask)
+    cache = model.start(params, texts, lengths, 12)
+    padded = jnp.pad(mask, ((0, 0), (0, 0), (0, 4)), constant_values=True)
+    cached, _ = extend(model, params, cache, texts, positions, padded)
+    np.testing.assert_allclose(np.asarray(cached), np.asarray(bare), **TIGHT)
+    unmasked, _ = extend(model, params, None, texts, positions)
+    assert np.abs(np.asarray(bare) - np.asarray(unmasked)).max() > 1e-2
+    # A token that sees itself alone is a text of one token.
+    alone, _ = extend(model, params, None, texts, positions, jnp.broadcast_to(jnp.eye(8, dtype=bool)[None], (2, 8, 8)))
+    single, _ = extend(model, params, None, texts[:, 4:5], positions[:, :1])
+    np.testing.assert_allclose(np.asarray(alone)[:, 4], np.asarray(single)[:, 0], **TIGHT)
+
+
+@pytest.mark.parametrize("cached, cuts", [(False, (2,)), (True, (1, 2))])
+def test_any_range_of_layers_resumes_from_hidden_states(cached, cuts):
+    model, params = tiny.decoder(3, layers=3)
+    texts, lengths = tiny.prompts(0, 2, 7, model.vocab_size)
+    positions = positions_from(np.zeros(2), 7)
+    start = lambda: model.start(params, texts, lengths, 9) if cached else None
+    whole, whole_cache = extend(model, params, start(), texts, positions)
+    hidden, cache = texts, start()
+    for lo, hi in zip((0, *cuts), (*cuts, 3), strict=True):
+        before = cache
+        hidden, cache = extend(model, params, cache, hidden, positions, layers=(lo, hi))
+        if cached:
+            changed = [bool((a != b).any()) for a, b in zip(before.keys, cache.keys, strict=True)]
+            assert changed == [lo <= layer < hi for layer in range(3)]
+    np.testing.assert_allclose(np.asarray(hidden), np.asarray(whole), **TIGHT)
+    for ours, expected in zip(jax.tree.leaves(cache), jax.tree.leaves(whole_cache), strict=True):
+        np.testing.assert_allclose(np.asarray(ours), np.asarray(expected), **TIGHT)
+
+
+# --- parameters ----------------------------------------------------------------------------------------------------
+
+SHAPES = [{}, {"tied_head": False, "heads": 4, "kv_heads": 2}, {"layers": 3, "head_size": 4, "mlp_width": 40}]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_num_params_counts_the_arrays(shape):
+    config = tiny.config(**shape)
+    leaves = jax.tree.leaves(Decoder(config).abstract_params())
+    assert config.num_params == sum(x.size for x in leaves)
+    looked_up = 0 if config.tied_head else config.vocab_size * config.width
+    assert config.num_step_params == config.num_params - looked_up
+
+
+@pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
+def test_every_parameter_has_one_axis_name_a_dimension(shape):
+    model = Decoder(tiny.config(**shape))
+    params, axes = model.abstract_params(), model.axes()
+    is_axes = lambda x: isinstance(x, tuple)
+    assert jax.tree.structure(params) == jax.tree.structure(axes, is_leaf=is_axes)
+    ranks = jax.tree.map(lambda names: len(names), axes, is_leaf=is_axes)
+    assert jax.tree.map(lambda x: x.ndim, params) == ranks
+    names = {name for leaf in jax.tree.leaves(axes, is_leaf=is_axes) for name in leaf}
+    assert names == {"vocab", "embed", "heads", "kv_heads", "mlp", "norm"}
+    cache = kv_cache.zeros(model.config, 2, 8, jnp.float32)
+    assert {x.ndim for x in jax.tree.leaves(cache)} == {len(kv_cache.AXES)}
+
+
+def test_init_matches_its_abstract_tree_and_depends_on_the_key():
+    model = Decoder(tiny.config(param_dtype="bfloat16"))
+    first, second = model.init(jax.random.key(0)), model.init(jax.random.key(1))
+    described = jax.tree.map(lambda x: (x.shape, x.dtype), first)
+    assert described == jax.tree.map(lambda x: (x.shape, x.dtype), model.abstract_params())
+    differ = jax.tree.map_with_path(lambda path, a, b: bool((a != b).any()) or path[-1].key == "scale", first, second)
+    assert all(jax.tree.leaves(differ))
+
+
+def test_bfloat16_computes_in_bfloat16_and_gives_float32_logits():
+    model, params = tiny.decoder(3)
+    low = Decoder(tiny.config(compute_dtype="bfloat16"))
+    texts, lengths = tiny.prompts(0, 2, 7, model.vocab_size)
+    cache = low.start(params, texts, lengths, 9)
+    hidden, cache = extend(low, params, cache, texts, positions_from(np.zeros(2), 7))
+    logits = head(low, params, hidden)
+    assert hidden.dtype == jnp.bfloat16 and logits.dtype == jnp.float32
+    assert {x.dtype for x in jax.tree.leaves(cache)} == {jnp.dtype(jnp.bfloat16)}
+    exact = np.asarray(tiny.full_logits(model, params, texts))
+    error = np.abs(np.asarray(logits) - exact)
+    assert 0 < error.max() < 0.15 * exact.std() + 0.1
+
+
+def test_gradients_reach_every_parameter():
+    model, params = tiny.decoder(3, tied_head=False, layers=1)
+    texts, _ = tiny.prompts(0, 4, 9, model.vocab_size)
+    loss = lambda params: jnp.mean(jax.nn.log_softmax(tiny.full_logits(model, params, texts))[..., 0])
+    gradients = jax.jit(jax.grad(loss))(params)
+    assert all(float(jnp.abs(x).max()) > 0 for x in jax.tree.leaves(gradients))
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"heads": 3, "kv_heads": 2}, "multiple of kv_heads"),
+        ({"head_size": 7}, "even"),
+        ({"layers": 0}, "layers must be at least 1"),
+    ],
+)
+def test_impossible_shapes_are_refused(changes, says):
+    with pytest.raises(ValueError, match=says):
+        tiny.config(**changes)
+
+
+def test_an_unknown_dtype_is_named_with_its_nearest():
+    with pytest.raises(UserError, match='bfloat61.*"bfloat16"'):
+        tiny.config(compute_dtype="bfloat61")

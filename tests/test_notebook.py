@@ -1,0 +1,42 @@
+"""Every notebook runs from top to bottom, and is committed without what it printed."""
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "colabs").glob("*.ipynb"))
+
+
+def read(path):
+    import nbformat
+
+    return nbformat.read(path, as_version=4)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_committed_without_outputs(path):
+    cells = [cell for cell in read(path).cells if cell.cell_type == "code"]
+    assert cells
+    assert [cell.source for cell in cells if cell.outputs or cell.execution_count] == []
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # the runner's own, about sockets and event loops
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_from_top_to_bottom(path, monkeypatch):
+    from nbclient import NotebookClient
+
+    monkeypatch.delenv("XLA_FLAGS", raising=False)  # a reader has one device
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    notebook = read(path)
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(path.parent)}}).execute()
+    shown = {
+        kind
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+        for output in cell.outputs
+        if "data" in output
+        for kind in output.data
+    }
+    assert {"image/png", "text/html"} <= shown

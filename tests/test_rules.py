@@ -1,0 +1,327 @@
+"""The laws of the rules, by enumeration of every draft, every acceptance and every recovered token.
+
+Uniforms are enumerated on the grid j / G, 0 included. Targets are multiples of 1/8 and drafts powers of two, so that
+every acceptance threshold lies on the grid: then exactly the right share of grid points is accepted, and only by `<`.
+"""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from specjax.decoding.drafters.base import Proposal
+from specjax.decoding.rules import Coupled, Lossless, rule_named
+from specjax.decoding.sampling import Noise, Stream
+from specjax.runtime.errors import UserError
+
+EMITTED = 3  # the joint law of this many tokens is compared
+
+
+class EnumeratedNoise(Noise):
+    """Hands out given uniforms and keeps the weights of the draw that follows."""
+
+    __setattr__ = object.__setattr__
+
+    def __init__(self, uniforms):
+        self.given = uniforms
+        self.weights = None
+
+    def uniforms(self, count):
+        assert count == self.given.shape[1]
+        return self.given
+
+    def choose(self, weights, offsets, stream):
+        assert self.weights is None and stream == Stream.RECOVER
+        self.weights, self.offsets = weights, offsets
+        return jnp.zeros(weights.shape[:1], jnp.int32)
+
+
+class Tables:
+    """A random target and draft: one distribution for each context (a tuple of tokens)."""
+
+    def __init__(self, seed: int, vocab: int, gamma: int, mixed: bool):
+        self.random = np.random.default_rng(seed)
+        self.vocab, self.gamma, self.mixed = vocab, gamma, mixed
+        self.drawn = {}
+
+    def _draw(self):
+        eighths = self.random.multinomial(8, self.random.dirichlet(np.full(self.vocab, 0.7)))
+        shapes = {3: [(4, 2, 2), (4, 4, 0)], 4: [(4, 2, 1, 1), (2, 2, 2, 2), (4, 4, 0, 0)]}[self.vocab]
+        draft = self.random.permutation(shapes[self.random.integers(len(shapes))])
+        # How many are drafted may depend on the context, never on the token it discards.
+        count = self.random.integers(self.gamma + 1) if self.mixed else self.gamma
+        return eighths / 8, draft / 8, int(self.random.integers(self.vocab)), int(count)
+
+    def at(self, context):
+        if context not in self.drawn:
+            self.drawn[context] = self._draw()
+        return self.drawn[context]
+
+    def target(self, context):
+        return self.at(context)[0]
+
+    def target_law(self, context, count):
+        """The target's own joint law of the next `count` tokens, `[V] * count`."""
+        if count == 0:
+            return np.ones(())
+        return np.stack(
+            [self.target(context)[t] * self.target_law((*context, t), count - 1) for t in range(self.vocab)]
+        )
+
+    def paths(self, context, one_hot: bool):
+        """Every draft from here with its probability, and how many of its tokens count."""
+        num_drafted = self.at(context)[3]
+        for draft in itertools.product(range(self.vocab), repeat=num_drafted):
+            chance = 1.0
+            for i, token in enumerate(draft):
+                _, probs, argmax, _ = self.at((*context, *draft[:i]))
+                chance *= float(token == argmax) if one_hot else probs[token]
+            if chance > 0:
+                yield draft, chance, num_drafted
+
+
+@dataclasses.dataclass
+class Paths:
+    """One row of the batch for each (context, draft, uniforms)."""
+
+    contexts: list
+    chances: list
+    tokens: list
+    probs: list
+    counts: list
+    uniforms: list
+    targets: list
+
+
+def enumerate_paths(tables: Tables, one_hot: bool) -> Paths:
+    gamma, vocab = tables.gamma, tables.vocab
+    grid = 8 if one_hot else 8 if vocab == 4 else 4
+    rows = Paths([], [], [], [], [], [], [])
+    for depth in range(EMITTED):
+        for context in itertools.product(range(vocab), repeat=depth):
+            for draft, chance, count in tables.paths(context, one_hot):
+                filler = (vocab - 1,) * (gamma - count)  # entries that must be ignored, with probabilities that tempt
+                followed = (*draft, *filler)
+                before = [(*context, *followed[:i]) for i in range(gamma + 1)]
+                # Uniforms past `count` must not matter; enumerating them all would only be slow.
+                for uniforms in itertools.product(range(grid), repeat=count):
+                    rows.contexts.append(context)
+                    rows.chances.append(chance / grid**count)
+                    rows.tokens.append(followed)
+                    rows.probs.append([tables.at(c)[1] for c in before[:gamma]])
+                    rows.counts.append(count)
+                    rows.uniforms.append([u / grid for u in uniforms] + [0.0] * (gamma - count))
+                    rows.targets.append([tables.target(c) for c in before])
+    return rows
+
+
+def emitted_law(rule, tables: Tables, one_hot: bool, jitted: bool = True):
+    """The joint law of the next EMITTED tokens when blocks are verified by `rule`; also the mean number accepted."""
+    gamma, vocab = tables.gamma, tables.vocab
+    rows = enumerate_paths(tables, one_hot)
+    batch = len(rows.contexts)
+    shaped = lambda x, *shape: np.asarray(x, np.float32).reshape(batch, *shape)
+
+    def outcome(uniforms, tokens, probs, counts, targets):
+        noise = EnumeratedNoise(uniforms)
+        accepted, _ = rule(noise, Proposal(tokens, probs, counts), targets, None)
+        return accepted, noise.weights, noise.offsets
+
+    accepted, weights, offsets = (jax.jit(outcome) if jitted else outcome)(
+        jnp.asarray(shaped(rows.uniforms, gamma)),
+        jnp.asarray(shaped(rows.tokens, gamma), jnp.int32),
+        None if one_hot else jnp.asarray(shaped(rows.probs, gamma, vocab)),
+        jnp.asarray(rows.counts, jnp.int32),
+        jnp.asarray(shaped(rows.targets, gamma + 1, vocab)),
+    )
+    accepted, weights = np.asarray(accepted), np.asarray(weights, np.float64)
+    np.testing.assert_array_equal(accepted, np.asarray(offsets))  # the draw is keyed to the position it fills
+    next_law = weights / weights.sum(-1, keepdims=True)
+    grouped = {}
+    for i, context in enumerate(rows.contexts):
+        key = (context, rows.tokens[i][: accepted[i]])
+        total = grouped.setdefault(key, np.zeros(vocab))
+        total += rows.chances[i] * next_law[i]
+
+    def law(context, count):
+        if count == 0:
+            return np.ones(())
+        joint = np.zeros((vocab,) * count)
+        for (start, stood), chances in grouped.items():
+            if start != context:
+                continue
+            if len(stood) >= count:
+                joint[stood[:count]] += chances.sum()
+                continue
+            for token in range(vocab):
+                rest = count - len(stood) - 1
+                joint[(*stood, token)] += chances[token] * law((*context, *stood, token), rest)
+        return joint
+
+    at_root = [i for i, context in enumerate(rows.contexts) if context == ()]
+    mean_accepted = sum(rows.chances[i] * accepted[i] for i in at_root)
+    return law((), EMITTED), mean_accepted
+
+
+def error_of(rule, tables, one_hot, **how):
+    joint, _ = emitted_law(rule, tables, one_hot, **how)
+    return np.abs(joint - tables.target_law((), EMITTED)).max()
+
+
+CASES = [(3, gamma, mixed) for gamma in (0, 1, 2) for mixed in (False, True)] + [(4, 1, True), (4, 2, False)]
+
+
+@pytest.mark.parametrize("one_hot", [False, True], ids=["sampled", "one_hot"])
+@pytest.mark.parametrize("vocab, gamma, mixed", CASES)
+def test_lossless_emits_exactly_the_targets_joint_law(vocab, gamma, mixed, one_hot):
+    for seed in range(2):
+        assert error_of(Lossless(), Tables(seed, vocab, gamma, mixed), one_hot) < 1e-6
+
+
+@pytest.mark.parametrize("one_hot", [False, True], ids=["sampled", "one_hot"])
+def test_lossless_emits_exactly_the_targets_joint_law_three_drafted(one_hot):
+    for mixed in (False, True):
+        assert error_of(Lossless(), Tables(7, 3, 3, mixed), one_hot) < 1e-6
+
+
+def test_lossless_is_the_same_law_without_jit():
+    assert error_of(Lossless(), Tables(3, 3, 2, True), False, jitted=False) < 1e-6
+
+
+@pytest.mark.parametrize("one_hot", [False, True], ids=["sampled", "one_hot"])
+def test_lossless_accepts_the_overlap_of_the_two_distributions(one_hot):
+    for seed in range(4):
+        tables = Tables(seed, 4, 1, False)
+        target, draft, argmax, _ = tables.at(())
+        if one_hot:
+            draft = np.eye(4)[argmax]
+        _, mean_accepted = emitted_law(Lossless(), tables, one_hot)
+        assert mean_accepted == pytest.approx(np.minimum(target, draft).sum(), abs=1e-6)
+
+
+FAULTS = ["wrong residual", "unclipped residual", "no bonus", "<=", "counts all"]
+
+
+def test_the_plain_writing_without_a_fault_is_exact():
+    for one_hot in (False, True):
+        assert error_of(tiny.Planted(""), Tables(1, 3, 2, True), one_hot) < 1e-6
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_enumeration_catches_a_planted_fault(fault):
+    assert error_of(tiny.Planted(fault), Tables(1, 3, 2, True), False) > 1e-2
+
+
+@pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault != "unclipped residual"])
+def test_the_enumeration_catches_a_planted_fault_of_a_deterministic_draft(fault):
+    assert error_of(tiny.Planted(fault), Tables(1, 3, 2, True), True) > 1e-2
+
+
+def test_a_uniform_of_zero_never_accepts_a_token_of_target_probability_zero():
+    target = jnp.asarray([[[0.0, 1.0, 0.0], [0.5, 0.5, 0.0]]])
+    for probs in (None, jnp.asarray([[[0.5, 0.25, 0.25]]])):
+        for token in (0, 2):
+            noise = EnumeratedNoise(jnp.zeros((1, 1)))
+            proposal = Proposal(jnp.asarray([[token]], jnp.int32), probs, jnp.asarray([1], jnp.int32))
+            accepted, _ = Lossless()(noise, proposal, target, None)
+            assert int(accepted[0]) == 0
+            assert np.asarray(noise.weights)[0].argmax() == 1
+
+
+def test_the_largest_uniform_accepts_a_draft_that_equals_the_target():
+    probs = jax.nn.softmax(jax.random.normal(jax.random.key(0), (200, 1, 7)), axis=-1)
+    largest = np.nextafter(np.float32(1), np.float32(0))
+    for token in range(7):
+        proposal = Proposal(jnp.full((200, 1), token, jnp.int32), probs, jnp.ones((200,), jnp.int32))
+        noise = EnumeratedNoise(jnp.full((200, 1), largest))
+        accepted, _ = Lossless()(noise, proposal, jnp.concatenate([probs, probs], axis=1), None)
+        assert np.all(np.asarray(accepted) == 1)
+
+
+def test_a_residual_empty_by_rounding_falls_back_to_the_target():
+    target = jnp.asarray([[[0.25, 0.75], [0.5, 0.5]]])
+    draft = jnp.asarray([[[0.5, 0.75]]])  # nowhere below the target, as rounding can leave it
+    noise = EnumeratedNoise(jnp.asarray([[0.9]]))
+    proposal = Proposal(jnp.zeros((1, 1), jnp.int32), draft, jnp.ones((1,), jnp.int32))
+    accepted, _ = Lossless()(noise, proposal, target, None)
+    assert int(accepted[0]) == 0
+    np.testing.assert_array_equal(np.asarray(noise.weights), [[0.25, 0.75]])
+
+
+def test_greedy_lossless_accepts_exactly_the_targets_argmax():
+    one_hot = lambda *ids: jax.nn.one_hot(jnp.asarray([ids]), 5)
+    noise = Noise(jax.random.split(jax.random.key(0), 1), jnp.asarray([4], jnp.int32), True, False)
+    for draft, stood, follows in (((2, 3), 2, 4), ((2, 1), 1, 3), ((0, 3), 0, 2)):
+        proposal = Proposal(jnp.asarray([draft], jnp.int32), None, jnp.asarray([2], jnp.int32))
+        accepted, token = Lossless()(noise, proposal, one_hot(2, 3, 4), None)
+        assert (int(accepted[0]), int(token[0])) == (stood, follows)
+
+
+class PositionNoise(Noise):
+    """Inverse-CDF draws from one enumerated grid value for each emitted position, shared by draft and target."""
+
+    __setattr__ = object.__setattr__
+
+    def __init__(self, values, lengths):
+        self.values, self.lengths = values, lengths
+
+    def choose(self, weights, offsets, stream):
+        at = self.values[np.arange(len(self.lengths)), self.lengths + np.asarray(offsets)]
+        below = np.cumsum(np.asarray(weights), axis=-1) <= at[:, None]
+        return jnp.asarray(below.sum(-1), jnp.int32)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("gamma", [0, 1, 2, 3])
+def test_coupled_emits_what_plain_decoding_with_its_noise_emits(gamma, mixed):
+    tables = Tables(gamma, 3, gamma, mixed)
+    # Every value of the noise at the positions compared; later ones (looked at, not compared) stay at one half.
+    grid = np.asarray(list(itertools.product(np.arange(8) / 8 + 1 / 16, repeat=EMITTED)))
+    values = np.concatenate([grid, np.full((len(grid), gamma + 1), 0.5)], axis=1)
+    pick = lambda probs, value: int((np.cumsum(probs) <= value).sum())
+    plain = []
+    for row in values:
+        text = ()
+        for value in row[:EMITTED]:
+            text = (*text, pick(tables.target(text), value))
+        plain.append(text)
+    texts, stood = [()] * len(values), 0
+    while min(map(len, texts)) < EMITTED:
+        lengths = np.asarray([len(text) for text in texts])
+        live = lengths < EMITTED
+        lengths = np.minimum(lengths, EMITTED - 1)
+        drafts, counts, targets = [], [], []
+        for row, text in zip(values, texts, strict=True):
+            text, draft = text[: EMITTED - 1] if len(text) >= EMITTED else text, ()
+            for _ in range(gamma):
+                before = (*text, *draft)
+                draft = (*draft, pick(tables.at(before)[1], row[len(before)]))
+            drafts.append(draft)
+            counts.append(tables.at(text)[3])
+            targets.append([tables.target((*text, *draft[:i])) for i in range(gamma + 1)])
+        proposal = Proposal(
+            jnp.asarray(drafts, jnp.int32).reshape(len(values), gamma), None, jnp.asarray(counts, jnp.int32)
+        )
+        accepted, follows = Coupled()(PositionNoise(values, lengths), proposal, jnp.asarray(targets, jnp.float32), None)
+        accepted, follows = np.asarray(accepted), np.asarray(follows)
+        assert np.all(accepted <= np.asarray(counts))
+        stood += accepted[live].sum()
+        texts = [
+            (*text, *draft[:count], int(token)) if alive else text
+            for text, draft, count, token, alive in zip(texts, drafts, accepted, follows, live, strict=True)
+        ]
+    assert [text[:EMITTED] for text in texts] == plain
+    assert gamma == 0 or stood > 0
+    law = np.zeros((3,) * EMITTED)
+    for text in texts:
+        law[text[:EMITTED]] += 1 / len(texts)
+    np.testing.assert_allclose(law, tables.target_law((), EMITTED), atol=1e-9)
+
+
+def test_an_unknown_rule_is_named_with_its_nearest():
+    with pytest.raises(UserError, match="lossles.*lossless"):
+        rule_named("lossles")

@@ -1,0 +1,190 @@
+"""Adjusted probabilities against a plain reference; draws against the law they claim."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+
+from specjax.decoding.sampling import Noise, Sampling, Stream, probabilities, row_keys
+from specjax.runtime.errors import UserError
+
+
+def reference(logits, temperature, top_k, top_p):
+    """One row in float64, by the words of the definition: sort, keep k, keep p of what is left; ties stay."""
+    probs = np.exp((logits - logits.max()) / temperature)
+    probs /= probs.sum()
+    kept = probs.copy()
+    if top_k:
+        kept[probs < np.sort(probs)[::-1][min(top_k, len(probs)) - 1]] = 0
+        kept /= kept.sum()
+    if top_p < 1:
+        mass, edge = 0.0, 0.0
+        for value in np.sort(kept)[::-1]:
+            edge, mass = value, mass + value
+            if mass >= top_p:
+                break
+        kept[kept < edge] = 0
+    return kept / kept.sum()
+
+
+@jax.jit
+def adjusted(logits, sampling):
+    return probabilities(logits, sampling, greedy=False)
+
+
+@pytest.mark.parametrize("temperature", [0.4, 1.0, 2.5])
+@pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (1, 1.0), (5, 1.0), (99, 1.0), (0, 0.6), (0, 1e-6), (7, 0.7)])
+def test_probabilities_are_the_plain_references(temperature, top_k, top_p):
+    logits = np.random.default_rng(0).normal(size=(3, 4, 30)).astype(np.float32) * 2
+    ours = np.asarray(adjusted(jnp.asarray(logits), Sampling.of(temperature, top_k, top_p)))
+    expected = np.apply_along_axis(reference, -1, logits.astype(np.float64), temperature, top_k, top_p)
+    np.testing.assert_array_equal(ours > 0, expected > 0)
+    np.testing.assert_allclose(ours, expected, rtol=2e-5)
+
+
+def test_ties_at_either_edge_are_all_kept():
+    logits = jnp.log(jnp.asarray([[[0.3, 0.2, 0.2, 0.2, 0.1]]]))
+    kept = lambda **cut: (np.asarray(adjusted(logits, Sampling.of(1.0, **cut)))[0, 0] > 0).tolist()
+    assert kept(top_k=2) == [True, True, True, True, False]
+    assert kept(top_p=0.4) == [True, True, True, True, False]
+    assert kept(top_k=1) == kept(top_p=0.2) == [True, False, False, False, False]
+
+
+def test_top_p_of_one_drops_no_token_whatever_the_rounding():
+    # The cumulative sum of such a long tail passes 1 by rounding well before its end.
+    logits = jax.random.normal(jax.random.key(0), (2, 1, 5000)) * 8
+    descending = np.sort(np.asarray(adjusted(logits, Sampling.of(1.0))), axis=-1)[..., ::-1]
+    assert np.all(np.asarray(jnp.cumsum(jnp.asarray(descending), axis=-1))[..., 3000] >= 0.999999)
+    assert np.all(descending > 0)
+    cut = np.asarray(adjusted(logits, Sampling.of(1.0, top_k=4000)))
+    assert np.all((cut > 0).sum(-1) == 4000)
+
+
+def test_a_cut_is_a_distribution_of_the_uncut_ratios():
+    logits = jax.random.normal(jax.random.key(1), (4, 3, 50)) * 3
+    plain, cut = (np.asarray(adjusted(logits, s)) for s in (Sampling.of(1.0), Sampling.of(1.0, 20, 0.8)))
+    np.testing.assert_allclose(cut.sum(-1), 1, atol=1e-6)
+    ratio = np.where(cut > 0, cut / plain, np.nan)
+    np.testing.assert_allclose(np.nanmax(ratio, -1), np.nanmin(ratio, -1), rtol=1e-5)
+
+
+def test_the_smallest_temperature_is_the_argmax():
+    logits = jnp.asarray([[[7.0, 9.0, -3.0, 8.999]]])
+    for temperature in (1e-30, 1e-37):
+        probs = np.asarray(adjusted(logits, Sampling.of(temperature, top_k=2, top_p=1e-37)))
+        assert probs.tolist() == [[[0.0, 1.0, 0.0, 0.0]]]
+
+
+def test_greedy_probabilities_are_one_hot_at_the_first_argmax():
+    logits = jnp.asarray([[[0.0, 2.0, 2.0, -1.0]]])
+    probs = probabilities(logits, Sampling.of(0.0), greedy=True)
+    assert np.asarray(probs).tolist() == [[[0.0, 1.0, 0.0, 0.0]]]
+
+
+@pytest.mark.parametrize(
+    "values, says",
+    [
+        ({"temperature": -0.5}, "temperature.*-0.5"),
+        ({"temperature": float("nan")}, "temperature.*nan"),
+        ({"temperature": float("inf")}, "temperature.*inf"),
+        ({"temperature": 1e-42}, "temperature.*1e-42"),
+        ({"top_k": -1}, "top_k.*-1"),
+        ({"top_p": 1e-42}, "top_p.*1e-42"),
+        ({"top_p": 0.0}, "top_p.*0.0"),
+        ({"top_p": 1.5}, "top_p.*1.5"),
+    ],
+)
+def test_settings_outside_their_range_are_refused(values, says):
+    with pytest.raises(UserError, match=says):
+        Sampling.of(**values)
+
+
+# --- draws ---------------------------------------------------------------------------------------------------------
+
+ROWS = 20000
+
+
+@pytest.fixture(scope="module")
+def noise():
+    return Noise(row_keys(0, jnp.arange(ROWS)), jnp.full((ROWS,), 7, jnp.int32), False, False)
+
+
+def p_value(counts, expected):
+    return scipy.special.chdtrc(len(expected) - 1, ((counts - expected) ** 2 / expected).sum())
+
+
+choose = jax.jit(
+    lambda noise, weights, offset, stream: noise.choose(weights, jnp.full((ROWS,), offset, jnp.int32), stream),
+    static_argnums=(2, 3),
+)
+
+
+def drawn(noise, weights, offset=0, stream=Stream.RECOVER):
+    return np.asarray(choose(noise, jnp.broadcast_to(jnp.asarray(weights), (ROWS, len(weights))), offset, stream))
+
+
+def test_choose_draws_in_proportion_to_unnormalised_weights_and_never_a_zero(noise):
+    weights = np.asarray([3.0, 0.0, 1.0, 0.5, 0.0, 5.5, 1e-3], np.float32)
+    counts = np.bincount(drawn(noise, weights), minlength=7)
+    assert counts[1] == counts[4] == 0
+    positive = weights > 0
+    assert p_value(counts[positive], weights[positive] / weights.sum() * ROWS) > 1e-4
+    # The same counts against slightly other weights: the test could have failed.
+    assert p_value(counts[positive], np.asarray([3.3, 1, 0.5, 5.2, 1e-3]) / 10.001 * ROWS) < 1e-6
+
+
+def test_choose_finds_the_only_positive_weight_however_small(noise):
+    assert np.all(drawn(noise, [0.0, 1e-30, 0.0]) == 1)
+
+
+def test_uniforms_are_uniform_and_independent_of_position_and_draws(noise):
+    uniforms = np.asarray(jax.jit(lambda noise: noise.uniforms(3))(noise))
+    assert uniforms.min() >= 0 and uniforms.max() < 1
+    for column in uniforms.T:
+        assert p_value(np.histogram(column, 20, (0, 1))[0], np.full(20, ROWS / 20)) > 1e-4
+    token = drawn(noise, [1.0, 1.0], stream=Stream.DRAFT)
+    others = [
+        drawn(noise, [1.0, 1.0]),
+        drawn(noise, [1.0, 1.0], offset=1, stream=Stream.DRAFT),
+        uniforms[:, 0] < 0.5,
+    ]
+    for other in [*others, uniforms[:, 1] < 0.5]:
+        counts = np.histogram2d(token, np.asarray(other, int), 2)[0].ravel()
+        assert p_value(counts, np.full(4, ROWS / 4)) > 1e-4
+
+
+def test_streams_are_one_only_where_the_rule_shares_noise(noise):
+    weights = [1.0, 2.0, 3.0]
+    both = lambda noise: (
+        drawn(noise, weights, stream=Stream.DRAFT),
+        drawn(noise, weights, stream=Stream.RECOVER),
+    )
+    draft, recover = both(noise)
+    assert 0.2 < np.mean(draft == recover) < 0.6
+    draft, recover = both(Noise(noise.row_keys, noise.lengths, False, True))
+    np.testing.assert_array_equal(draft, recover)
+
+
+def test_a_draw_depends_on_row_key_and_position_alone():
+    weights = jnp.ones((4, 9))
+    noise = lambda keys, lengths: Noise(keys, lengths, False, False)
+    draw = jax.jit(lambda keys, lengths, offsets: noise(keys, lengths).choose(weights, offsets, Stream.DRAFT))
+    keys, lengths = row_keys(5, jnp.asarray([10, 11, 12, 13])), jnp.asarray([3, 8, 5, 6], jnp.int32)
+    zero = jnp.zeros((4,), jnp.int32)
+    base = np.asarray(draw(keys, lengths, zero))
+    order = jnp.asarray([2, 0, 3, 1])
+    np.testing.assert_array_equal(np.asarray(draw(keys[order], lengths[order], zero)), base[np.asarray(order)])
+    # Position 8 is position 8, whether the block began there or two tokens before.
+    np.testing.assert_array_equal(np.asarray(draw(keys, lengths - 2, zero + 2)), base)
+
+
+def test_row_keys_depend_on_seed_and_index_and_not_on_the_slot():
+    data = lambda seed, indices: jax.random.key_data(row_keys(seed, jnp.asarray(indices))).tolist()
+    assert data(0, [3, 1, 4]) == [*data(0, [3]), *data(0, [1, 4])]
+    assert len({tuple(key) for seed in range(3) for key in data(seed, list(range(50)))}) == 150
+
+
+def test_greedy_noise_takes_the_first_maximum(noise):
+    greedy = Noise(noise.row_keys, noise.lengths, True, False)
+    assert np.all(drawn(greedy, [0.2, 0.4, 0.4]) == 1)

@@ -1,0 +1,60 @@
+"""Every config's smoke run, from the command line: what it leaves, what is skipped, what is refused."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from specjax.runtime import config as configs
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = [path for path in sorted((ROOT / "configs").rglob("*.py")) if "def get_config(variant" in path.read_text()]
+
+
+def run(config, workdir, *overrides):
+    command = [
+        sys.executable,
+        "-m",
+        "specjax.main",
+        f"--config={config}:smoke",
+        f"--workdir={workdir}",
+        *overrides,
+    ]
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}  # one device
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+
+
+def sections(config, workdir):
+    """(section, its folder) of each stage, or of the config where it has no stages."""
+    return [(config[name], workdir / name) for name in config.stages] if "stages" in config else [(config, workdir)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_smoke_run_leaves_its_results_is_skipped_when_finished_and_keeps_its_config(path, tmp_path):
+    config, workdir = configs.load(f"{path}:smoke"), tmp_path / "w"
+    first = run(path, workdir)
+    assert first.returncode == 0, first.stderr
+    left = {}
+    for section, folder in [*sections(config, workdir), (config, workdir)]:
+        left[folder / "results.json"] = (folder / "results.json").read_bytes()
+        if "binary" in section and section.binary == "evaluate":
+            assert (folder / "report.html").stat().st_size > 0
+    if sections(config, workdir)[-1][0].binary == "evaluate":
+        assert (workdir / "report.html").stat().st_size > 0
+
+    if "stages" in config:
+        again = run(path, workdir)
+        assert again.returncode == 0, again.stderr
+        count = len(config.stages)
+        assert [f"[{i + 1}/{count}]" in first.stderr for i in range(count)] == [True] * count
+        assert not any(f"[{i + 1}/{count}]" in again.stderr for i in range(count))
+        assert {file: file.read_bytes() for file in left} == left
+
+    changed = run(path, workdir, f"--config.seed={config.seed + 1}")
+    assert changed.returncode == 2
+    assert f"seed: {config.seed} -> {config.seed + 1}" in changed.stderr
+    assert "choose another --workdir" in changed.stderr
+    assert {file: file.read_bytes() for file in left} == left

@@ -1,0 +1,237 @@
+"""The house against its plan: imports point one way, the core imports alone, configs and files keep rules."""
+
+import ast
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from specjax.runtime import config as configs
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = sorted((ROOT / "specjax").rglob("*.py"))
+FLOORS = (
+    ("runtime",),
+    ("models",),
+    ("hub",),
+    ("decoding", "data", "reporting"),
+    ("distillation", "draft_design"),
+    ("distill", "evaluate", "api"),
+    ("design", "benchmark"),
+    ("main",),
+)
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def room_of(path):
+    return path.relative_to(ROOT / "specjax").with_suffix("").parts[0]
+
+
+def named(path):
+    return str(path.relative_to(ROOT))
+
+
+def imported_rooms(path):
+    """The rooms that a file imports anywhere, in its functions too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno} is a relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        yield from (name.split(".")[1] for name in names if name.startswith("specjax."))
+
+
+def upward_imports(path):
+    room = room_of(path)
+    return [
+        f"{room} imports {other}"
+        for other in imported_rooms(path)
+        if other != room and FLOOR_OF[other] >= FLOOR_OF[room]
+    ]
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if room_of(p) != "__init__"], ids=named)
+def test_imports_only_go_down(path):
+    assert upward_imports(path) == []
+
+
+def test_an_import_that_goes_up_or_sideways_is_seen(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    path = tmp_path / "specjax" / "data" / "file.py"
+    path.parent.mkdir(parents=True)
+    inside = "def f():\n    from specjax import distill\n"
+    path.write_text("from specjax.hub import load\n" + inside + "import specjax.decoding.loop\n")
+    assert upward_imports(path) == ["data imports decoding", "data imports distill"]
+
+
+def test_every_init_is_empty():
+    assert [str(p) for p in SOURCES if p.name == "__init__.py" and p.stat().st_size] == []
+
+
+def test_no_file_and_no_function_is_too_long():
+    long = [f"{path}: {count} lines" for path in SOURCES if (count := len(path.read_text().splitlines())) > 400]
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and (count := node.end_lineno - node.lineno + 1) > 70:
+                long.append(f"{path}:{node.lineno} {node.name}: {count} lines")
+    assert long == []
+
+
+CORE = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked}:
+            raise ImportError(name + " is not for the core")
+sys.meta_path.insert(0, Blocked())
+import specjax.decoding.loop, specjax.models.decoder, specjax.distillation.divergences
+"""
+HEAVY = {
+    *("matplotlib", "transformers", "tensorflow_datasets", "grain", "tokenizers", "jinja2", "tensorboardX"),
+    *("orbax", "tqdm", "torch"),
+}
+
+
+def run_python(code):
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_core_imports_with_jax_flax_and_numpy_alone():
+    done = run_python(CORE.replace("{blocked}", repr(HEAVY)))
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_import_blocker_blocks():
+    done = run_python(CORE.replace("{blocked}", "{'numpy'}"))
+    assert "numpy is not for the core" in done.stderr
+
+
+def tracked_files():
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    done = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    return [ROOT / name for name in done.stdout.splitlines() if (ROOT / name).is_file()]
+
+
+def test_no_file_names_a_path_of_one_machine():
+    pattern = re.compile("|".join((r"(?<![\w.])/" + root) for root in ("work/", "root/", r"home/\w", r"Users/\w")))
+    found = []
+    for path in tracked_files():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        found += [f"{path}: {match.group()}" for match in pattern.finditer(text)]
+    assert found == []
+
+
+CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
+# The keys of these sections are names that the config itself gives.
+NAMING = ("drafters", "models")
+
+
+def keys_of(config, path=""):
+    """The keys that code has to read: not the names of stages and drafters, which it is told."""
+    given = set(config["stages"]) if "stages" in config else set()
+    for key, value in config.items():
+        if key not in given and path.split(".")[-1] not in NAMING:
+            yield key
+        if isinstance(value, ConfigDict):
+            yield from keys_of(value, f"{path}.{key}")
+
+
+def names_read():
+    """Every attribute and every string in the package: what a config key may be read by."""
+    names = set()
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute):
+                names.add(node.attr)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                names.add(node.value)
+            elif isinstance(node, (ast.arg, ast.keyword)):
+                names.add(node.arg)
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                names.add(node.target.id)
+    return names
+
+
+def is_config(path):
+    return "def get_config" in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", [p for p in CONFIGS if is_config(p)], ids=named)
+def test_every_config_key_is_read_by_something(path):
+    unread = set(keys_of(configs.load(str(path)))) - names_read()
+    assert unread == set()
+
+
+def test_no_config_key_has_a_default_in_code():
+    pattern = re.compile(r"config\w*(\.\w+)*\.get\(")
+    assert [str(p) for p in SOURCES if pattern.search(p.read_text(encoding="utf-8"))] == []
+
+
+def test_what_is_imported_is_required():
+    """Each third-party import of the package has its line in requirements.txt."""
+    listed = (ROOT / "requirements.txt").read_text(encoding="utf-8")
+    required = {re.split(r"[<>=]", line)[0].lower().replace("-", "_") for line in listed.splitlines()}
+    named_otherwise = {"absl": "absl_py", "orbax": "orbax_checkpoint"}
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            for name in (full.split(".")[0] for full in names):
+                if name not in sys.stdlib_module_names and name != "specjax":
+                    assert named_otherwise.get(name, name).lower() in required, f"{path} imports {name}"
+
+
+def test_every_module_imports():
+    for path in SOURCES:
+        importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+
+
+LAUNCHERS = sorted((ROOT / "launch").glob("*.sh"))
+
+
+@pytest.mark.parametrize("path", [*LAUNCHERS, ROOT / ".ci" / "run"], ids=named)
+def test_shell_scripts_are_clean(path):
+    beside = str(Path(sys.executable).parent)
+    shellcheck = shutil.which("shellcheck", path=os.pathsep.join((beside, os.environ["PATH"])))
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed")
+    done = subprocess.run([shellcheck, str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def launch(*arguments):
+    return subprocess.run(["bash", "launch/tpu_vm.sh", *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_launcher_prints_every_command_and_runs_none():
+    given = ["--project=p", "--zone=z", "--type=v5litepod-8", "--runtime=r"]
+    given += ["--config=configs/quickstart.py", "--workdir=runs/a"]
+    done = launch("--dry_run", *given, "--", "--config.seed=3")
+    assert done.returncode == 0, done.stderr
+    commands = [line.removeprefix("+ ") for line in done.stderr.splitlines()]
+    order = ["queued-resources create", "queued-resources describe", "scp", "ssh", "queued-resources delete"]
+    places = [next(i for i, line in enumerate(commands) if verb in line) for verb in order]
+    assert places == sorted(places)
+    assert "--spot" in commands[0]
+    assert any("--config.seed=3" in line for line in commands)
+    assert "--spot" not in launch("--dry_run", "--on_demand", *given).stderr
+    assert "delete" not in launch("--dry_run", "--keep", *given).stderr
+
+
+def test_the_launcher_names_what_is_missing():
+    done = launch("--dry_run", "--project=p")
+    assert done.returncode == 2 and "--zone is missing" in done.stderr

@@ -1,0 +1,136 @@
+"""Tiny random models, short ways to decode with them, and a rule with faults; shared by the tests."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specjax.decoding import loop, rules, sampling
+from specjax.decoding.drafters.table import make_drafter
+from specjax.decoding.sampling import Stream
+from specjax.models.config import DecoderConfig
+from specjax.models.decoder import Decoder
+
+NO_EOS = (-1,)
+
+
+def config(**changes) -> DecoderConfig:
+    """Two layers, two query heads to one key head: small enough to compile in about a second."""
+    values = dict(
+        vocab_size=24,
+        width=16,
+        layers=2,
+        heads=2,
+        kv_heads=1,
+        head_size=8,
+        mlp_width=32,
+        max_positions=512,
+        rope_theta=1e4,
+        norm_epsilon=1e-5,
+        tied_head=True,
+        param_dtype="float32",
+        compute_dtype="float32",
+    )
+    return DecoderConfig(**{**values, **changes})
+
+
+def decoder(seed: int = 0, sharpness: float = 1.0, **changes):
+    """A random model whose layers matter (kernels three times the usual size).
+
+    `sharpness` multiplies the final norm's gain and so the logits. Returns the model and its parameters.
+    """
+    model = Decoder(config(**changes))
+    params = dict(model.init(jax.random.key(seed)))
+    params["blocks"] = jax.tree.map(lambda x: 3 * x if x.ndim == 2 else x, params["blocks"])
+    params["norm"] = {"scale": sharpness * params["norm"]["scale"]}
+    return model, params
+
+
+def prompts(seed: int, batch: int, slots: int, vocab: int):
+    """Random prompts of 1 .. slots tokens, right-padded with 0, the first one of 1 and the last of all slots."""
+    random = np.random.default_rng(seed)
+    lengths = random.integers(1, slots + 1, batch)
+    lengths[0], lengths[-1] = 1, slots
+    tokens = random.integers(0, vocab, (batch, slots))
+    tokens = np.where(np.arange(slots)[None] < lengths[:, None], tokens, 0)
+    return jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "layers"))
+def full_logits(model: Decoder, params, tokens, layers=None):
+    """Logits of the uncached forward over whole rows (after layer `layers[1] - 1` where a range is given)."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
+    hidden, _ = model.extend(params, None, tokens, positions, layers=layers)
+    return model.head(params, hidden)
+
+
+def plan(
+    target: Decoder,
+    drafter: str = "ngram",
+    options: dict | None = None,
+    *,
+    gamma: int,
+    slots: int,
+    max_new: int,
+    rule="lossless",
+    greedy: bool = False,
+    spare: int = 0,
+) -> loop.Plan:
+    """A Plan; `spare` slots are added to the capacity, `rule` is a name or the rule itself."""
+    rule = rules.rule_named(rule) if isinstance(rule, str) else rule
+    made = make_drafter(drafter, target, gamma, options or {}) if gamma else None
+    return loop.Plan(target, made, rule, gamma, loop.capacity_for(slots, max_new, gamma) + spare, greedy)
+
+
+def limits(batch: int, max_new, eos=NO_EOS) -> loop.Limits:
+    """Limits from one number for all rows or one a row."""
+    return loop.Limits(jnp.asarray(np.broadcast_to(max_new, (batch,)), jnp.int32), jnp.asarray(eos, jnp.int32))
+
+
+def decode(plan, params, draft_params, texts, lengths, max_new, *, eos=NO_EOS, seed=0, adjust=None, indices=None):
+    """Runs the loop to the end. Returns the final state."""
+    batch = texts.shape[0]
+    keys = sampling.row_keys(seed, jnp.arange(batch) if indices is None else jnp.asarray(indices))
+    adjust = sampling.Sampling.of(0.0 if plan.greedy else 1.0) if adjust is None else adjust
+    state = loop.begin(plan, params, draft_params, texts, lengths, keys)
+    return loop.run(plan, params, draft_params, state, adjust, limits(batch, max_new, eos))
+
+
+def texts_of(state) -> list[list[int]]:
+    """Each row's committed tokens."""
+    tokens, lengths = np.asarray(state.tokens), np.asarray(state.lengths)
+    return [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Planted:
+    """A second, plain writing of the lossless rule with room for one fault."""
+
+    fault: str
+    shared_noise = False
+
+    def __call__(self, noise, proposal, target_probs, raw_target_probs):
+        batch, gamma = proposal.tokens.shape
+        vocab = target_probs.shape[-1]
+        rows = jnp.arange(batch)
+        draft = jax.nn.one_hot(proposal.tokens, vocab) if proposal.probs is None else proposal.probs
+        counted = jnp.full_like(proposal.num_drafted, gamma) if self.fault == "counts all" else proposal.num_drafted
+        uniforms = noise.uniforms(gamma)
+        standing, accepted = jnp.ones((batch,), bool), jnp.zeros((batch,), jnp.int32)
+        for i in range(gamma):
+            bar = uniforms[:, i] * draft[rows, i, proposal.tokens[:, i]]
+            target = target_probs[rows, i, proposal.tokens[:, i]]
+            passed = bar <= target if self.fault == "<=" else bar < target
+            standing &= passed & (i < counted)
+            accepted += standing.astype(jnp.int32)
+        draft = jnp.pad(draft, ((0, 0), (0, 1), (0, 0)))
+        draft = jnp.where((jnp.arange(gamma + 1)[None] < counted[:, None])[..., None], draft, 0)
+        row = jnp.minimum(accepted, gamma - 1) if self.fault == "no bonus" and gamma else accepted
+        residual = jnp.maximum(target_probs[rows, row] - draft[rows, accepted], 0)
+        if self.fault == "wrong residual":
+            residual = target_probs[rows, accepted]
+        if self.fault == "unclipped residual":
+            residual = jnp.abs(target_probs[rows, accepted] - draft[rows, accepted])
+        return accepted, noise.choose(residual, accepted, Stream.RECOVER)
