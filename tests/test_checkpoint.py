@@ -198,8 +198,6 @@ def empty_it(checkpoint):
     checkpoint.mkdir()
 
 
-# Where several reads fail at once, Orbax leaves the others' exceptions to the interpreter.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", [truncate, flip_a_bit, lose_the_arrays, spoil_the_note, forge_the_note, empty_it])
 def test_a_damaged_or_foreign_checkpoint_is_named_and_not_read(saved, damage):
     damage(saved / "3")
