@@ -67,7 +67,7 @@ def plain_decoding(config: Any) -> list[dict]:
         rows.append(
             {
                 "model": name,
-                "parameters": model.config.num_params,
+                "parameters": model.num_params,
                 "seconds_per_token": mine,
                 "minimal_seconds_per_token": minimal,
                 "matvec_seconds": products,
@@ -148,7 +148,7 @@ def verification(config: Any) -> list[dict]:
             rows.append(
                 {
                     "model": name,
-                    "parameters": model.config.num_params,
+                    "parameters": model.num_params,
                     "gamma": gamma,
                     "seconds": statistics.median(seconds),
                     "relative_to_one_step": relative,
@@ -271,7 +271,7 @@ BENCHMARKS: dict[str, Callable[[Any], list[dict]]] = {
 def _model_config(config: Any, name: str, **changes: Any) -> DecoderConfig:
     if name not in config.models:
         raise UserError(f'the config describes no model "{name}"{nearest(name, config.models.keys())}')
-    return DecoderConfig(**{**config.models[name].to_dict(), **changes})
+    return DecoderConfig.llama(**{**config.models[name].to_dict(), **changes})
 
 
 def _model(config: Any, name: str) -> tuple[Decoder, Params]:

@@ -31,6 +31,7 @@ RANDOM = "random"
 
 # Fields of `config.model` that are fields of the decoder.
 _SHAPE = (
+    "rope_theta",
     "width",
     "layers",
     "heads",
@@ -38,7 +39,6 @@ _SHAPE = (
     "head_size",
     "mlp_width",
     "max_positions",
-    "rope_theta",
     "norm_epsilon",
     "tied_head",
 )
@@ -88,7 +88,7 @@ def _row(config: Any, draft: Decoder, outcome: Outcome) -> dict:
         "target": config.target,
         "divergence": config.loss.divergence,
         "seed": config.seed,
-        "params": draft.config.num_params,
+        "params": draft.num_params,
         "steps": outcome.steps,
         "train_seconds": outcome.train_seconds,
         "tokens": outcome.tokens,
@@ -157,7 +157,7 @@ def _model(config: Any, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> tuple[
             )
         return decoder, params
     try:
-        shape = DecoderConfig(
+        shape = DecoderConfig.llama(
             vocab_size=tokenizer.vocab_size,
             param_dtype=model.param_dtype,
             compute_dtype=dtypes.compute_dtype(model.compute_dtype),

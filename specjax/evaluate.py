@@ -156,7 +156,7 @@ def _cases(job: Job, setting: Setting) -> list[Case]:
         for gamma in section[setting.rule]:
             make_drafter(section.kind, job.target.decoder, gamma, options)  # refuses what does not fit
             params = model.params if model else None
-            size = model.decoder.config.num_params if model else 0
+            size = model.decoder.num_params if model else 0
             cases.append(Case(name, section.kind, gamma, options, params, size))
     return cases
 

@@ -54,7 +54,7 @@ def test_the_bare_product_reads_every_matrix_of_a_step():
     model, params = tiny.decoder()
     kernels = benchmark._kernels(params)
     norms = model.config.layers * 2 + 1
-    assert sum(kernel.size for kernel in kernels) == model.config.num_step_params - norms * model.config.width
+    assert sum(kernel.size for kernel in kernels) == model.num_step_params - norms * model.config.width
     x = jnp.ones((1, model.config.width))
     reference = benchmark._matvec_loop(1, kernels, x)
     assert reference.shape == x.shape and bool(jnp.all(jnp.isfinite(reference)))

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny as tiny_models
 
 from specjax.distillation import divergences, objective
-from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
 from specjax.runtime.errors import UserError
 
@@ -150,22 +150,8 @@ VOCAB = 11
 
 
 def tiny(width, layers=1):
-    config = DecoderConfig(
-        vocab_size=VOCAB,
-        width=width,
-        layers=layers,
-        heads=2,
-        kv_heads=1,
-        head_size=4,
-        mlp_width=2 * width,
-        max_positions=64,
-        rope_theta=10000.0,
-        norm_epsilon=1e-5,
-        tied_head=False,
-        param_dtype="float32",
-        compute_dtype="float32",
-    )
-    return Decoder(config)
+    shape = dict(vocab_size=VOCAB, width=width, layers=layers, head_size=4, mlp_width=2 * width, tied_head=False)
+    return Decoder(tiny_models.config(**shape))
 
 
 @functools.cache

@@ -16,6 +16,7 @@ from specjax.hub.save import FILES, save
 from specjax.hub.tokenizer import Tokenizer, train_byte_bpe
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
+from specjax.models.rotary import Rotary
 from specjax.runtime.errors import UserError
 
 BASE = DecoderConfig(
@@ -27,7 +28,7 @@ BASE = DecoderConfig(
     head_size=8,
     mlp_width=40,
     max_positions=96,
-    rope_theta=5e4,
+    rotary=Rotary(5e4, 8),
     norm_epsilon=1e-5,
     tied_head=True,
     param_dtype="float32",
@@ -239,11 +240,11 @@ def test_parameters_or_a_tokenizer_of_another_model_are_not_saved(tokenizer, tmp
 
 def test_old_and_new_ways_to_write_the_rotary_base_are_read(copy):
     drop_config(copy, "rope_theta")
-    assert load(copy)[0].config.rope_theta == 5e4
+    assert load(copy)[0].config.rotary.theta == 5e4
     drop_config(copy, "rope_parameters")
-    assert load(copy)[0].config.rope_theta == 1e4
+    assert load(copy)[0].config.rotary.theta == 1e4
     change_config(copy, rope_theta=7e4, rope_scaling=None)
-    assert load(copy)[0].config.rope_theta == 7e4
+    assert load(copy)[0].config.rotary.theta == 7e4
     change_config(copy, rope_parameters={"rope_type": "default", "rope_theta": 6e4})
     with pytest.raises(UserError, match='"rope_theta" is given twice and differently'):
         load(copy)
@@ -266,12 +267,13 @@ def test_absent_optional_fields_have_the_values_of_the_format(copy):
     "field, value",
     [
         ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}),
-        ("rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("rope_scaling", {"type": "linear"}),
+        ("rope_scaling", {"type": "linear", "factor": 2.0, "beta_fast": 2.0}),
+        ("rope_scaling", {"type": "ntk"}),
         ("rope_scaling", 3),
-        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 5e4}),
-        ("rope_parameters", {"rope_type": "default", "rope_theta": 5e4, "partial_rotary_factor": 0.5}),
-        ("attention_bias", True),
-        ("mlp_bias", True),
+        ("partial_rotary_factor", 0.5),
+        ("attention_bias", 1),
+        ("mlp_bias", "yes"),
         ("hidden_act", "gelu"),
         ("sliding_window", 4096),
         ("quantization_config", {"quant_method": "gptq"}),
@@ -296,7 +298,7 @@ def test_a_config_that_asks_for_other_arithmetic_is_refused_by_the_field(copy, f
     [
         ({"head_dim": None, "hidden_size": 30}, '"hidden_size" 30 is no multiple of "num_attention_heads" 4'),
         ({"num_key_value_heads": 3}, r"heads \(4\) must be a multiple of kv_heads \(3\)"),
-        ({"head_dim": 7}, r"head_size \(7\) must be even"),
+        ({"head_dim": 7}, r"rotary part \(7\) must be even"),
         ({"model_type": "mamba2"}, r"'mamba2' are not supported; the supported are llama"),
     ],
 )

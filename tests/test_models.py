@@ -44,7 +44,7 @@ def plain_forward(config: DecoderConfig, params, tokens):
     array = lambda x: np.asarray(x, np.float64)
     norm = lambda x, scale: x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_epsilon) * array(scale)
     half = config.head_size // 2
-    frequencies = config.rope_theta ** (-np.arange(half) / half)
+    frequencies = config.rotary.theta ** (-np.arange(half) / half)
 
     def rotate(head):
         angles = np.arange(len(head))[:, None] * frequencies
@@ -219,10 +219,11 @@ SHAPES = [{}, {"tied_head": False, "heads": 4, "kv_heads": 2}, {"layers": 3, "he
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_num_params_counts_the_arrays(shape):
     config = tiny.config(**shape)
-    leaves = jax.tree.leaves(Decoder(config).abstract_params())
-    assert config.num_params == sum(x.size for x in leaves)
+    model = Decoder(config)
+    leaves = jax.tree.leaves(model.abstract_params())
+    assert model.num_params == sum(x.size for x in leaves)
     looked_up = 0 if config.tied_head else config.vocab_size * config.width
-    assert config.num_step_params == config.num_params - looked_up
+    assert model.num_step_params == model.num_params - looked_up
 
 
 @pytest.mark.parametrize("shape", SHAPES[:2], ids=str)

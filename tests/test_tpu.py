@@ -26,6 +26,7 @@ from specjax.decoding.sampling import Sampling
 from specjax.distillation import update
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
+from specjax.models.rotary import Rotary
 from specjax.runtime import mesh as meshes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -108,7 +109,7 @@ def model_config(layers: int) -> DecoderConfig:
         head_size=128,
         mlp_width=512,
         max_positions=2048,
-        rope_theta=1e4,
+        rotary=Rotary(1e4, 128),
         norm_epsilon=1e-5,
         tied_head=True,
         param_dtype="bfloat16",

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
+import tiny as tiny_models
 
 from specjax import distill
 from specjax.distillation import data_sources, meter, trainer, update
 from specjax.hub import load as hub_load
-from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
 from specjax.reporting import records
 from specjax.runtime import mesh as meshes
@@ -127,22 +127,8 @@ class Rows:
 
 
 def tiny(width, layers=1):
-    config = DecoderConfig(
-        vocab_size=VOCAB,
-        width=width,
-        layers=layers,
-        heads=2,
-        kv_heads=2,
-        head_size=4,
-        mlp_width=2 * width,
-        max_positions=32,
-        rope_theta=10000.0,
-        norm_epsilon=1e-5,
-        tied_head=False,
-        param_dtype="float32",
-        compute_dtype="float32",
-    )
-    return Decoder(config)
+    shape = dict(vocab_size=VOCAB, width=width, layers=layers, kv_heads=2, head_size=4, mlp_width=2 * width)
+    return Decoder(tiny_models.config(**shape, max_positions=32, tied_head=False))
 
 
 @functools.cache
@@ -592,7 +578,7 @@ def test_a_run_leaves_an_export_and_results_that_tell_how_it_went(trained_target
     assert results["binary"] == "distill" and results["config"]["task"]["name"] == "arithmetic"
     (row,) = results["rows"]
     decoder, params = hub_load.load(workdir / "export")
-    assert row["params"] == decoder.config.num_params == sum(x.size for x in jax.tree.leaves(params))
+    assert row["params"] == decoder.num_params == sum(x.size for x in jax.tree.leaves(params))
     assert row["steps"] == 4 and row["train_seconds"] > 0 and row["tokens"] > 0
     assert row["validation_loss"] < row["validation"][0]["validation_loss"]
     assert row["validation_acceptance"] is None

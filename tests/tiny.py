@@ -19,6 +19,7 @@ NO_EOS = (-1,)
 def config(**changes) -> DecoderConfig:
     """Two layers, two query heads to one key head: small enough to compile in about a second."""
     values = dict(
+        rope_theta=1e4,
         vocab_size=24,
         width=16,
         layers=2,
@@ -27,13 +28,12 @@ def config(**changes) -> DecoderConfig:
         head_size=8,
         mlp_width=32,
         max_positions=512,
-        rope_theta=1e4,
         norm_epsilon=1e-5,
         tied_head=True,
         param_dtype="float32",
         compute_dtype="float32",
     )
-    return DecoderConfig(**{**values, **changes})
+    return DecoderConfig.llama(**{**values, **changes})
 
 
 def decoder(seed: int = 0, sharpness: float = 1.0, **changes):

@@ -81,8 +81,6 @@ def predict(
     )
     mbsu = None
     if draft_params:
-        mbsu = throughput.memory_bound_speedup(
-            block_efficiency, plan.gamma, plan.target.config.num_params, draft_params
-        )
+        mbsu = throughput.memory_bound_speedup(block_efficiency, plan.gamma, plan.target.num_params, draft_params)
     steps = (parts.draft_step, parts.target_step, parts.verify, parts.rule, parts.cost_ratio())
     return dict(zip(_KEYS, (*steps, predicted, mbsu), strict=True))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specjax.hub.families import llama
+from specjax.hub.families import base, llama
 from specjax.models.decoder import Decoder, Params
 from specjax.runtime import dtypes
 from specjax.runtime.errors import UserError
@@ -49,6 +49,7 @@ def load(
     family, config = read_config(directory, param_dtype=param_dtype, compute_dtype=compute_dtype)
     decoder = Decoder(config)
     wanted = family.tensors(config)
+    outputs = base.fused_outputs(wanted)
     expected = decoder.abstract_params()
     with _open(directory) as stored:
         _check_names(directory, family, config, {tensor.name for tensor in wanted}, stored)
@@ -56,7 +57,9 @@ def load(
         for tensor in wanted:
             shape = at(expected, tensor.path).shape
             sharding = None if shardings is None else at(shardings, tensor.path)
-            array = _read(stored[tensor.name], tensor, shape, dtypes.dtype_named(param_dtype), sharding)
+            file_shape = base.shape_in_file(tensor, shape, outputs)
+            _check_tensor(stored[tensor.name], tensor.name, file_shape)
+            array = _read(stored[tensor.name], tensor, shape, file_shape, dtypes.dtype_named(param_dtype), sharding)
             _put(params, tensor.path, array)
     return decoder, params
 
@@ -171,23 +174,30 @@ def _some(names: list[str]) -> str:
     return shown if len(names) <= 8 else f"{shown} and {len(names) - 8} more tensors"
 
 
-def _read(stored, tensor, shape: tuple[int, ...], dtype, sharding) -> jax.Array:
-    """One parameter, turned and converted; only the parts that this process holds are read."""
-    turned = tuple(reversed(stored.get_shape())) if tensor.transposed else tuple(stored.get_shape())
-    if turned != shape:
-        wanted = list(reversed(shape)) if tensor.transposed else list(shape)
+def _check_tensor(stored, name: str, shape: tuple[int, ...]) -> None:
+    """Raises UserError unless the stored tensor has this shape and floats of a width that we read."""
+    if tuple(stored.get_shape()) != shape:
         raise UserError(
-            f"{tensor.name} has shape {stored.get_shape()} where {CONFIG_FILE} describes {wanted}; "
+            f"{name} has shape {stored.get_shape()} where {CONFIG_FILE} describes {list(shape)}; "
             "take the config of these weights"
         )
     if stored.get_dtype() not in _FLOATS:
         raise UserError(
-            f"{tensor.name} is stored as {stored.get_dtype()}; quantised weights are not supported, "
+            f"{name} is stored as {stored.get_dtype()}; quantised weights are not supported, "
             "take the checkpoint in float32, bfloat16 or float16"
         )
 
+
+def _read(stored, tensor, shape: tuple[int, ...], file_shape: tuple[int, ...], dtype, sharding) -> jax.Array:
+    """One parameter, turned and converted; only the parts that this process holds are read."""
+    axis = base.output_axis(tensor, len(shape))
+
     def part(index: tuple[slice, ...]) -> np.ndarray:
-        values = stored[tuple(reversed(index)) if tensor.transposed else index]
+        index = tuple(slice(*i.indices(size)[:2]) for i, size in zip(index, shape, strict=True))
+        index = tuple(reversed(index)) if tensor.transposed else index
+        runs = base.runs_in_file(tensor, index[axis], file_shape[axis])
+        values = [stored[(*index[:axis], run, *index[axis + 1 :])] for run in runs]
+        values = values[0] if len(values) == 1 else np.concatenate(values, axis=axis)
         return np.ascontiguousarray(values.T if tensor.transposed else values).astype(dtype)
 
     if sharding is None:

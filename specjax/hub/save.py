@@ -12,12 +12,9 @@ import numpy as np
 
 from specjax.hub import load as hub_load
 from specjax.hub import tokenizer as hub_tokenizer
-from specjax.hub.families import llama
+from specjax.hub.families import base
 from specjax.models.decoder import Decoder, Params
 from specjax.runtime.errors import UserError
-
-# Every decoder we can describe is a Llama; a family with arithmetic of its own chooses here by its config.
-_FAMILY = llama
 
 _GENERATION_FILE = "generation_config.json"
 _TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
@@ -91,11 +88,23 @@ def _tensors(decoder: Decoder, params: Params) -> dict[str, np.ndarray]:
         raise UserError(
             f"the parameter at {wrong[0]} is not what the config describes; save a model with its own parameters"
         )
-    tensors = {}
-    for tensor in _FAMILY.tensors(decoder.config):
+    listed = hub_load.FAMILIES[decoder.config.family].tensors(decoder.config)
+    outputs = base.fused_outputs(listed)
+    tensors: dict[str, np.ndarray] = {}
+    for tensor in listed:
         values = np.asarray(jax.device_get(hub_load.at(params, tensor.path)))
+        shape = base.shape_in_file(tensor, values.shape, outputs)
         # The writer takes the bytes as they lie in memory, so a mere view would be stored unturned.
-        tensors[tensor.name] = np.ascontiguousarray(values.T if tensor.transposed else values)
+        turned = np.ascontiguousarray(values.T if tensor.transposed else values)
+        if tensor.part is None:
+            tensors[tensor.name] = turned
+            continue
+        axis = base.output_axis(tensor, values.ndim)
+        whole, done = tensors.setdefault(tensor.name, np.empty(shape, values.dtype)), 0
+        for run in base.runs_in_file(tensor, slice(0, turned.shape[axis]), shape[axis]):
+            length = run.stop - run.start
+            whole[(slice(None),) * axis + (run,)] = turned[(slice(None),) * axis + (slice(done, done + length),)]
+            done += length
     return tensors
 
 
@@ -105,7 +114,7 @@ def _write(directory: Path, config, tensors: dict[str, np.ndarray], tokenizer) -
     tokenizer.save(directory)
     eos = list(tokenizer.eos_ids) if len(tokenizer.eos_ids) > 1 else tokenizer.eos_ids[0]
     special = {"bos_token_id": None, "eos_token_id": eos, "pad_token_id": tokenizer.pad_id}
-    fields = {**_FAMILY.write_config(config), **special, "torch_dtype": config.param_dtype}
+    fields = {**hub_load.FAMILIES[config.family].write_config(config), **special, "torch_dtype": config.param_dtype}
     _write_json(directory / hub_load.CONFIG_FILE, fields)
     _write_json(directory / _GENERATION_FILE, special)
     named = {"eos_token": hub_tokenizer.END, "pad_token": hub_tokenizer.END}

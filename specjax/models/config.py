@@ -2,12 +2,17 @@
 
 import dataclasses
 
+from specjax.models.rotary import Rotary
 from specjax.runtime.dtypes import dtype_named
+
+NORMS = ("rms", "rms_plus_one", "layer")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+ORDERS = ("pre", "post", "both", "parallel")
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Shape and arithmetic of a decoder in the Llama manner.
+    """Shape and arithmetic of a decoder. What has a default is Llama's; other families differ there.
 
     Attributes:
       vocab_size: V, rows of the embedding.
@@ -16,13 +21,33 @@ class DecoderConfig:
       heads: N, query heads.
       kv_heads: K, key/value heads; divides `heads` (grouped-query attention).
       head_size: H.
-      mlp_width: F, inner width of the gated MLP.
+      mlp_width: F, inner width of the MLP.
       max_positions: longest sequence the positions are meant for (HF `max_position_embeddings`).
-      rope_theta: base of the rotary frequencies.
-      norm_epsilon: added to the mean square in RMSNorm.
+      rotary: how queries and keys are turned by their positions; None for learned positions.
+      norm_epsilon: added to the mean square (or the variance) in a norm.
       tied_head: whether the output head is the transposed embedding.
       param_dtype: dtype in which parameters are stored.
       compute_dtype: dtype of activations and caches; logits are always float32.
+      family: whose `config.json` and tensor names an export has (a key of `hub.families`).
+      norm: "rms", "rms_plus_one" (Gemma: the gain is 1 + weight) or "layer" (with mean and bias).
+      activation: of the MLP.
+      gated_mlp: whether the MLP has a gate beside its inner projection.
+      order: "pre" norms each sublayer's input, "post" the sum with the residual (OPT-350M), "both" its input and its
+        output (Gemma 2 and 3), "parallel" runs attention and MLP on the same residual (GPT-NeoX).
+      final_norm: whether a norm stands before the head.
+      attention_bias: biases of query, key and value.
+      output_bias: bias of the attention's output projection.
+      mlp_bias: biases of the MLP.
+      qk_norm: norms of each query and key head (Qwen3, Gemma 3).
+      learned_positions: rows of a learned position table; 0 for none.
+      position_offset: row of position 0 in that table (2 in OPT).
+      local_rotary: of the layers with a window, where they have one of their own (Gemma 3).
+      windows: one number a layer, how many tokens it sees, itself included, 0 for all; empty: all layers see all.
+      query_scale: factor on the scores; None is head_size ** -0.5.
+      attention_softcap: scores are softcap * tanh(scores / softcap); 0 is off.
+      final_softcap: the same for logits.
+      embedding_scale: factor on the embeddings.
+      embedding_width: width of the embedding where it is projected to `width` (OPT-350M); 0 where it is not.
     """
 
     vocab_size: int
@@ -33,11 +58,30 @@ class DecoderConfig:
     head_size: int
     mlp_width: int
     max_positions: int
-    rope_theta: float
+    rotary: Rotary | None
     norm_epsilon: float
     tied_head: bool
     param_dtype: str
     compute_dtype: str
+    family: str = "llama"
+    norm: str = "rms"
+    activation: str = "silu"
+    gated_mlp: bool = True
+    order: str = "pre"
+    final_norm: bool = True
+    attention_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    learned_positions: int = 0
+    position_offset: int = 0
+    local_rotary: Rotary | None = None
+    windows: tuple[int, ...] = ()
+    query_scale: float | None = None
+    attention_softcap: float = 0.0
+    final_softcap: float = 0.0
+    embedding_scale: float = 1.0
+    embedding_width: int = 0
 
     def __post_init__(self):
         for field in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_size", "mlp_width"):
@@ -45,19 +89,21 @@ class DecoderConfig:
                 raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}.")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads}).")
-        if self.head_size % 2:
-            raise ValueError(f"head_size ({self.head_size}) must be even: rotary positions turn pairs.")
+        for rotary in filter(None, (self.rotary, self.local_rotary)):
+            if rotary.size > self.head_size:
+                raise ValueError(f"head_size ({self.head_size}) is less than the {rotary.size} channels to turn.")
+        if self.windows and len(self.windows) != self.layers:
+            raise ValueError(f"windows has {len(self.windows)} entries for {self.layers} layers.")
+        for field, known in (("norm", NORMS), ("activation", ACTIVATIONS), ("order", ORDERS)):
+            if getattr(self, field) not in known:
+                raise ValueError(f'{field} must be one of {", ".join(known)}, not "{getattr(self, field)}".')
         dtype_named(self.param_dtype), dtype_named(self.compute_dtype)
 
-    @property
-    def num_params(self) -> int:
-        """Parameters, the tied head counted once."""
-        attention = 2 * self.width * self.head_size * (self.heads + self.kv_heads)
-        layer = attention + 3 * self.width * self.mlp_width + 2 * self.width
-        embeddings = self.vocab_size * self.width * (1 if self.tied_head else 2)
-        return self.layers * layer + embeddings + self.width
+    @classmethod
+    def llama(cls, *, rope_theta: float, **fields) -> "DecoderConfig":
+        """A Llama whose rotary positions are told by their base alone."""
+        return cls(rotary=Rotary(rope_theta, fields["head_size"]), **fields)
 
-    @property
-    def num_step_params(self) -> int:
-        """Parameters read to decode one token: an embedding row is looked up, the head is read whole."""
-        return self.num_params - (0 if self.tied_head else self.vocab_size * self.width)
+    def window(self, layer: int) -> int:
+        """How many tokens a layer sees, itself included; 0 for all."""
+        return self.windows[layer] if self.windows else 0

@@ -6,6 +6,7 @@ and shardings apply to them directly.
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from specjax.models import kv_cache, layers
 from specjax.models.config import DecoderConfig
+from specjax.models.rotary import angles
 from specjax.runtime.dtypes import dtype_named
 
 Params = dict
@@ -23,42 +25,62 @@ class DecoderModule(nnx.Module):
     """The parameters of a decoder and what is computed with them."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-        embedding = jax.random.normal(rngs.params(), (config.vocab_size, config.width), jnp.float32)
-        embedding = (embedding * config.width**-0.5).astype(dtype_named(config.param_dtype))
-        self.embedding = nnx.Param(embedding, axes=("vocab", "embed"))
-        self.blocks = nnx.List([layers.Block(config, rngs) for _ in range(config.layers)])
-        self.norm = layers.RMSNorm(config.width, config.norm_epsilon, config.param_dtype)
+        dtype = dtype_named(config.param_dtype)
+        inner = config.embedding_width or config.width
+        embedding = jax.random.normal(rngs.params(), (config.vocab_size, inner), jnp.float32)
+        self.embedding = nnx.Param((embedding * inner**-0.5).astype(dtype), axes=("vocab", "embed"))
+        make = functools.partial(layers.Linear, dtype=config.param_dtype, rngs=rngs)
+        if config.embedding_width:
+            self.project_in = make(inner, config.width, ("embed", None), inner**-0.5)
+            self.project_out = make(config.width, inner, (None, "embed"), config.width**-0.5)
+        if config.learned_positions:
+            table = jax.random.normal(rngs.params(), (config.learned_positions, config.width), jnp.float32)
+            self.positions = nnx.Param((table * config.width**-0.5).astype(dtype), axes=(None, "embed"))
+        self.blocks = nnx.List([layers.Block(config, layer, rngs) for layer in range(config.layers)])
+        self.norm = layers.make_norm(config, config.width) if config.final_norm else None
         if not config.tied_head:
-            self.unembedding = layers.Linear(
-                config.width,
-                config.vocab_size,
-                ("embed", "vocab"),
-                config.width**-0.5,
-                config.param_dtype,
-                rngs,
-            )
+            self.unembedding = make(inner, config.vocab_size, ("embed", "vocab"), inner**-0.5)
         self.config = config
+
+    def embed(self, tokens, positions):
+        config, dtype = self.config, dtype_named(self.config.compute_dtype)
+        hidden = self.embedding[...][tokens].astype(dtype)
+        if config.embedding_scale != 1:
+            hidden = hidden * jnp.asarray(config.embedding_scale, dtype)
+        if config.embedding_width:
+            hidden = self.project_in(hidden)
+        if config.learned_positions:
+            hidden = hidden + self.positions[...][positions + config.position_offset].astype(dtype)
+        return hidden
 
     def extend(self, cache, inputs, positions, mask, lo, hi):
         config = self.config
-        hidden = inputs
-        if jnp.issubdtype(inputs.dtype, jnp.integer):
-            hidden = self.embedding[...][inputs].astype(dtype_named(config.compute_dtype))
-        angles = layers.rotary_angles(positions, config.head_size, config.rope_theta)
+        hidden = self.embed(inputs, positions) if jnp.issubdtype(inputs.dtype, jnp.integer) else inputs
+        capacity = inputs.shape[1] if cache is None else cache.capacity
+        turn = lambda rotary: None if rotary is None else angles(rotary, positions, capacity)
+        everywhere, local = turn(config.rotary), turn(config.local_rotary)
         for layer in range(lo, hi):
             keys, values = (None, None) if cache is None else (cache.keys[layer], cache.values[layer])
+            turned = local if local is not None and config.window(layer) else everywhere
             with jax.named_scope(f"layer_{layer}"):
-                hidden, keys, values = self.blocks[layer](hidden, angles, positions, mask, keys, values)
+                hidden, keys, values = self.blocks[layer](hidden, turned, positions, mask, keys, values)
             if cache is not None:
                 cache = cache.with_layer(layer, keys, values)
         return hidden, cache
 
     def head(self, hidden):
-        normed = self.norm(hidden)
-        if self.config.tied_head:
-            kernel = self.embedding[...].astype(normed.dtype)
-            return jnp.einsum("BTD,VD->BTV", normed, kernel, preferred_element_type=jnp.float32)
-        return self.unembedding(normed).astype(jnp.float32)
+        config = self.config
+        hidden = hidden if self.norm is None else self.norm(hidden)
+        if config.embedding_width:
+            hidden = self.project_out(hidden)
+        if config.tied_head:
+            kernel = self.embedding[...].astype(hidden.dtype)
+            logits = jnp.einsum("BTD,VD->BTV", hidden, kernel, preferred_element_type=jnp.float32)
+        else:
+            logits = self.unembedding(hidden).astype(jnp.float32)
+        if config.final_softcap:
+            logits = config.final_softcap * jnp.tanh(logits / config.final_softcap)
+        return logits
 
 
 @functools.cache
@@ -87,6 +109,19 @@ class Decoder:
     @property
     def vocab_size(self) -> int:
         return self.config.vocab_size
+
+    @property
+    def num_params(self) -> int:
+        """Parameters, the tied head counted once."""
+        return sum(math.prod(x.shape) for x in jax.tree.leaves(self.abstract_params()))
+
+    @property
+    def num_step_params(self) -> int:
+        """Parameters read to decode one token: of a table only a row, and the head whole."""
+        params = self.abstract_params()
+        tables = [params["positions"]] if self.config.learned_positions else []
+        tables += [] if self.config.tied_head else [params["embedding"]]
+        return self.num_params - sum(math.prod(table.shape) for table in tables)
 
     def init(self, key: jax.Array) -> Params:
         """Random parameters as a nested dict."""

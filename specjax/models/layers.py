@@ -1,55 +1,81 @@
-"""Building blocks of the decoder: norm, rotary positions, attention over a cache prefix, gated MLP."""
+"""Building blocks of the models: projections, norms, attention over a cache prefix, MLP."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from specjax.models import kv_cache
+from specjax.models.config import DecoderConfig
+from specjax.models.rotary import rotate
 from specjax.runtime.dtypes import dtype_named
+
+_ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
 
 
 class Linear(nnx.Module):
     """`x @ kernel` with the kernel stored `[in, out]` (on CPU the transposed layout made five rows cost three)."""
 
-    def __init__(self, inputs: int, outputs: int, axes: tuple[str, str], scale: float, dtype: str, rngs: nnx.Rngs):
+    def __init__(
+        self, inputs: int, outputs: int, axes: tuple[str, str], scale: float, dtype: str, rngs: nnx.Rngs, bias=False
+    ):
         kernel = jax.random.normal(rngs.params(), (inputs, outputs), jnp.float32) * scale
         self.kernel = nnx.Param(kernel.astype(dtype_named(dtype)), axes=axes)
+        self.bias = nnx.Param(jnp.zeros((outputs,), dtype_named(dtype)), axes=axes[1:]) if bias else None
 
     def __call__(self, inputs: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
-        return inputs @ self.kernel[...].astype(inputs.dtype)
+        outputs = inputs @ self.kernel[...].astype(inputs.dtype)
+        return outputs if self.bias is None else outputs + self.bias[...].astype(inputs.dtype)[None, None]
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square normalisation in float32 (arXiv 1910.07467), with a learned gain."""
+    """Root-mean-square normalisation in float32 (arXiv 1910.07467), with the learned gain `offset + scale`."""
 
-    def __init__(self, width: int, epsilon: float, dtype: str):
-        self.scale = nnx.Param(jnp.ones((width,), dtype_named(dtype)), axes=("norm",))
+    def __init__(self, width: int, epsilon: float, dtype: str, offset: float = 0.0):
+        start = jnp.zeros if offset else jnp.ones
+        self.scale = nnx.Param(start((width,), dtype_named(dtype)), axes=("norm",))
         self.epsilon = epsilon
+        self.offset = offset
 
-    def __call__(self, inputs: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, inputs: Float[Array, "*X D"]) -> Float[Array, "*X D"]:
         wide = inputs.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
         normed = wide * jax.lax.rsqrt(mean_square + self.epsilon)
-        return (normed * self.scale[...].astype(jnp.float32)[None, None]).astype(inputs.dtype)
+        gain = self.scale[...].astype(jnp.float32)
+        gain = gain + self.offset if self.offset else gain
+        return (normed * jnp.expand_dims(gain, range(inputs.ndim - 1))).astype(inputs.dtype)
 
 
-def rotary_angles(
-    positions: Int[Array, "B T"], head_size: int, theta: float
-) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
-    """Cosine and sine of the rotary angles (arXiv 2104.09864), float32."""
-    frequencies = theta ** (-jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
-    angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]
-    return jnp.cos(angles), jnp.sin(angles)
+class LayerNorm(nnx.Module):
+    """Normalisation to mean 0 and variance 1 in float32 (arXiv 1607.06450), with a learned gain and bias."""
+
+    def __init__(self, width: int, epsilon: float, dtype: str):
+        self.scale = nnx.Param(jnp.ones((width,), dtype_named(dtype)), axes=("norm",))
+        self.bias = nnx.Param(jnp.zeros((width,), dtype_named(dtype)), axes=("norm",))
+        self.epsilon = epsilon
+
+    def __call__(self, inputs: Float[Array, "*X D"]) -> Float[Array, "*X D"]:
+        wide = inputs.astype(jnp.float32)
+        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+        gain, bias = (
+            jnp.expand_dims(x[...].astype(jnp.float32), range(inputs.ndim - 1)) for x in (self.scale, self.bias)
+        )
+        return (centred * jax.lax.rsqrt(variance + self.epsilon) * gain + bias).astype(inputs.dtype)
 
 
-def rotate(heads: Float[Array, "B X T H"], angles) -> Float[Array, "B X T H"]:
-    """Turns the pairs (h, h + H/2) of each head, the half-split order of Hugging Face checkpoints."""
-    cosine, sine = (a[:, None].astype(heads.dtype) for a in angles)
-    first, second = jnp.split(heads, 2, axis=-1)
-    return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
+def make_norm(config: DecoderConfig, width: int) -> RMSNorm | LayerNorm:
+    """The config's kind of norm over `width` channels."""
+    if config.norm == "layer":
+        return LayerNorm(width, config.norm_epsilon, config.param_dtype)
+    return RMSNorm(width, config.norm_epsilon, config.param_dtype, 1.0 if config.norm == "rms_plus_one" else 0.0)
 
 
 def attend(
@@ -57,14 +83,29 @@ def attend(
     keys: Float[Array, "B K S H"],
     values: Float[Array, "B K S H"],
     visible: "Float[Array, 'B T S'] | jax.Array",
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    bias: Float[Array, "B N T S"] | None = None,
 ) -> Float[Array, "B N T H"]:
-    """Softmax attention of grouped queries over the slots where `visible` [B, T, S] holds; weights in float32."""
+    """Softmax attention of grouped queries over the slots where `visible` [B, T, S] holds; weights in float32.
+
+    Args:
+      scale: factor on the scores.
+      softcap: scores become softcap * tanh(scores / softcap), arXiv 2408.00118; 0 is off.
+      bias: added to the scores (one batch row or head may stand for all).
+    """
     batch, heads, steps, size = queries.shape
     kv_heads = keys.shape[1]
     # The query heads of a group and the T tokens become rows of one product a key head: [B, K, G*T, H].
     grouped = queries.reshape(batch, kv_heads, (heads // kv_heads) * steps, size)
     scores = jnp.einsum("BKRH,BKSH->BKRS", grouped, keys, preferred_element_type=jnp.float32)
-    scores = scores.reshape(batch, kv_heads, heads // kv_heads, steps, -1) * (size**-0.5)
+    scores = scores.reshape(batch, kv_heads, heads // kv_heads, steps, -1)
+    scores = scores if scale == 1 else scores * scale
+    if softcap:
+        scores = softcap * jnp.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias.reshape(bias.shape[0], kv_heads, heads // kv_heads, *bias.shape[2:])
     scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
     weights = weights.reshape(batch, kv_heads, (heads // kv_heads) * steps, -1)
@@ -72,20 +113,32 @@ def attend(
     return mixed.reshape(batch, heads, steps, size)
 
 
-def attend_to_prefix(queries, keys, values, positions, mask):
+def seen(positions, slots, mask, window: int):
+    """Where a query at `positions` [B, T] may look, `slots` [B or 1, 1, S] being positions: [B, T, S].
+
+    A window of 3 at position 5 sees 3, 4 and 5; 0 is no window.
+    """
+    visible = slots <= positions[..., None]
+    if window:
+        visible &= slots > positions[..., None] - window
+    return visible if mask is None else visible & mask[..., : slots.shape[-1]]
+
+
+def attend_to_prefix(queries, keys, values, positions, mask, *, window=0, bias=None, **how):
     """`attend` over the shortest listed prefix of the cache that holds every visible slot.
 
     A short text in a large cache must not pay for the large cache. The switch is around attention alone and only
-    reads the cache; around the whole forward it would copy the cache every step.
+    reads the cache; around the whole forward it would copy the cache every step. `bias` is a function of
+    (positions, slots), or None.
     """
     lengths = kv_cache.prefixes(keys.shape[2])
 
     def branch(length):
         def run(queries, keys, values, positions, mask):
-            visible = jnp.arange(length)[None, None] <= positions[..., None]
-            if mask is not None:
-                visible &= mask[..., :length]
-            return attend(queries, keys[:, :, :length], values[:, :, :length], visible)
+            slots = jnp.arange(length)[None, None]
+            added = None if bias is None else bias(positions, slots)
+            visible = seen(positions, slots, mask, window)
+            return attend(queries, keys[:, :, :length], values[:, :, :length], visible, bias=added, **how)
 
         return run
 
@@ -97,60 +150,88 @@ def attend_to_prefix(queries, keys, values, positions, mask):
 
 
 class Attention(nnx.Module):
-    """Causal grouped-query self-attention with rotary positions."""
+    """Causal grouped-query self-attention of one layer."""
 
-    def __init__(self, config, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, layer: int, rngs: nnx.Rngs):
         make = functools.partial(Linear, dtype=config.param_dtype, rngs=rngs)
-        scale = config.width**-0.5
+        scale, bias = config.width**-0.5, config.attention_bias
         inner, kv_inner = config.heads * config.head_size, config.kv_heads * config.head_size
-        self.query = make(config.width, inner, ("embed", "heads"), scale)
-        self.key = make(config.width, kv_inner, ("embed", "kv_heads"), scale)
-        self.value = make(config.width, kv_inner, ("embed", "kv_heads"), scale)
-        self.output = make(inner, config.width, ("heads", "embed"), (inner * 2 * config.layers) ** -0.5)
+        self.query = make(config.width, inner, ("embed", "heads"), scale, bias=bias)
+        self.key = make(config.width, kv_inner, ("embed", "kv_heads"), scale, bias=bias)
+        self.value = make(config.width, kv_inner, ("embed", "kv_heads"), scale, bias=bias)
+        self.output = make(
+            inner, config.width, ("heads", "embed"), (inner * 2 * config.layers) ** -0.5, bias=config.output_bias
+        )
+        self.query_norm = make_norm(config, config.head_size) if config.qk_norm else None
+        self.key_norm = make_norm(config, config.head_size) if config.qk_norm else None
         self.head_size = config.head_size
+        self.how = {
+            "scale": config.head_size**-0.5 if config.query_scale is None else config.query_scale,
+            "softcap": config.attention_softcap,
+        }
+        self.window = config.window(layer)
 
     def __call__(self, inputs, angles, positions, mask, keys, values):
         """Returns the mixed output and the updated cache arrays (None, None without a cache)."""
         split = lambda x: x.reshape(*x.shape[:2], -1, self.head_size).swapaxes(1, 2)
-        queries = rotate(split(self.query(inputs)), angles)
-        new_keys, new_values = rotate(split(self.key(inputs)), angles), split(self.value(inputs))
+        queries, new_keys, new_values = split(self.query(inputs)), split(self.key(inputs)), split(self.value(inputs))
+        if self.query_norm is not None:
+            queries, new_keys = self.query_norm(queries), self.key_norm(new_keys)
+        if angles is not None:
+            queries, new_keys = rotate(queries, angles), rotate(new_keys, angles)
         if keys is None:
-            visible = positions[:, None, :] <= positions[:, :, None]
-            mixed = attend(queries, new_keys, new_values, visible if mask is None else visible & mask)
+            visible = seen(positions, positions[:, None], mask, self.window)
+            mixed = attend(queries, new_keys, new_values, visible, **self.how)
         else:
             keys = kv_cache.write(keys, new_keys, positions[:, 0])
             values = kv_cache.write(values, new_values, positions[:, 0])
-            mixed = attend_to_prefix(queries, keys, values, positions, mask)
+            mixed = attend_to_prefix(queries, keys, values, positions, mask, window=self.window, **self.how)
         mixed = mixed.swapaxes(1, 2).reshape(*inputs.shape[:2], -1)
         return self.output(mixed), keys, values
 
 
-class GatedMLP(nnx.Module):
-    """`down(silu(gate(x)) * up(x))` (arXiv 2002.05202)."""
+class MLP(nnx.Module):
+    """`down(act(gate(x)) * up(x))` (arXiv 2002.05202), or without a gate `down(act(up(x)))`."""
 
-    def __init__(self, config, rngs: nnx.Rngs):
-        make = functools.partial(Linear, dtype=config.param_dtype, rngs=rngs)
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        make = functools.partial(Linear, dtype=config.param_dtype, rngs=rngs, bias=config.mlp_bias)
         scale = config.width**-0.5
-        self.gate = make(config.width, config.mlp_width, ("embed", "mlp"), scale)
+        self.gate = make(config.width, config.mlp_width, ("embed", "mlp"), scale) if config.gated_mlp else None
         self.up = make(config.width, config.mlp_width, ("embed", "mlp"), scale)
         self.down = make(
             config.mlp_width, config.width, ("mlp", "embed"), (config.mlp_width * 2 * config.layers) ** -0.5
         )
+        self.activation = config.activation
 
     def __call__(self, inputs: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.down(jax.nn.silu(self.gate(inputs)) * self.up(inputs))
+        activate = _ACTIVATIONS[self.activation]
+        if self.gate is None:
+            return self.down(activate(self.up(inputs)))
+        return self.down(activate(self.gate(inputs)) * self.up(inputs))
 
 
 class Block(nnx.Module):
-    """One pre-norm layer: attention, then MLP, each with its residual."""
+    """One layer: attention and MLP, each with its residual, normed in the config's order."""
 
-    def __init__(self, config, rngs: nnx.Rngs):
-        self.attention_norm = RMSNorm(config.width, config.norm_epsilon, config.param_dtype)
-        self.attention = Attention(config, rngs)
-        self.mlp_norm = RMSNorm(config.width, config.norm_epsilon, config.param_dtype)
-        self.mlp = GatedMLP(config, rngs)
+    def __init__(self, config: DecoderConfig, layer: int, rngs: nnx.Rngs):
+        self.attention_norm = make_norm(config, config.width)
+        self.attention = Attention(config, layer, rngs)
+        self.attention_output_norm = make_norm(config, config.width) if config.order == "both" else None
+        self.mlp_norm = make_norm(config, config.width)
+        self.mlp = MLP(config, rngs)
+        self.mlp_output_norm = make_norm(config, config.width) if config.order == "both" else None
+        self.order = config.order
 
     def __call__(self, hidden, angles, positions, mask, keys, values):
-        mixed, keys, values = self.attention(self.attention_norm(hidden), angles, positions, mask, keys, values)
+        inputs = hidden if self.order == "post" else self.attention_norm(hidden)
+        mixed, keys, values = self.attention(inputs, angles, positions, mask, keys, values)
+        if self.order == "parallel":
+            return hidden + mixed + self.mlp(self.mlp_norm(hidden)), keys, values
+        if self.order == "post":
+            hidden = self.attention_norm(hidden + mixed)
+            return self.mlp_norm(hidden + self.mlp(hidden)), keys, values
+        if self.order == "both":
+            hidden = hidden + self.attention_output_norm(mixed)
+            return hidden + self.mlp_output_norm(self.mlp(self.mlp_norm(hidden))), keys, values
         hidden = hidden + mixed
         return hidden + self.mlp(self.mlp_norm(hidden)), keys, values

@@ -56,8 +56,8 @@ def random_pair(directory):
         "param_dtype": "float32",
         "compute_dtype": "float32",
     }
-    target = DecoderConfig(width=512, layers=4, heads=8, kv_heads=4, mlp_width=1536, **shared)
-    draft = DecoderConfig(width=128, layers=2, heads=2, kv_heads=2, mlp_width=384, **shared)
+    target = DecoderConfig.llama(width=512, layers=4, heads=8, kv_heads=4, mlp_width=1536, **shared)
+    draft = DecoderConfig.llama(width=128, layers=2, heads=2, kv_heads=2, mlp_width=384, **shared)
     paths = []
     for name, config in (("target", target), ("draft", draft)):
         decoder = Decoder(config)

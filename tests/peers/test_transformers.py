@@ -14,6 +14,7 @@ from specjax.hub.save import save
 from specjax.hub.tokenizer import END, Tokenizer, train_byte_bpe
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
+from specjax.models.rotary import Rotary
 
 pytestmark = pytest.mark.peers
 
@@ -26,7 +27,7 @@ BASE = DecoderConfig(
     head_size=16,
     mlp_width=96,
     max_positions=128,
-    rope_theta=1e4,
+    rotary=Rotary(1e4, 16),
     norm_epsilon=1e-6,
     tied_head=True,
     param_dtype="float32",
@@ -35,8 +36,8 @@ BASE = DecoderConfig(
 VARIANTS = {
     "tied, grouped": BASE,
     "untied, one key head": dataclasses.replace(BASE, tied_head=False, kv_heads=1),
-    "all key heads, another base": dataclasses.replace(BASE, kv_heads=4, rope_theta=5e5, norm_epsilon=1e-5),
-    "wide heads": dataclasses.replace(BASE, head_size=32, tied_head=False),
+    "all key heads, another base": dataclasses.replace(BASE, kv_heads=4, rotary=Rotary(5e5, 16), norm_epsilon=1e-5),
+    "wide heads": dataclasses.replace(BASE, head_size=32, rotary=Rotary(1e4, 32), tied_head=False),
     "stored in bfloat16": dataclasses.replace(BASE, param_dtype="bfloat16"),
 }
 LARGEST_DIFFERENCE = 2e-4
@@ -198,7 +199,7 @@ def test_a_model_that_transformers_saved_loads_and_computes_alike(tmp_path, tied
     model.save_pretrained(tmp_path, max_shard_size=shard_size)
     assert (tmp_path / "model.safetensors.index.json").exists() == (shard_size == "50KB")
     decoder, params = load(tmp_path)
-    assert (decoder.config.rope_theta, decoder.config.kv_heads, decoder.config.tied_head) == (2e4, 3, tied)
+    assert (decoder.config.rotary.theta, decoder.config.kv_heads, decoder.config.tied_head) == (2e4, 3, tied)
     tokens = random_tokens((2, 30)) % 200
     # Read back, not `model.float()`: turning a model to bfloat16 in memory also rounds its rotary frequencies, which
     # no file holds; that alone moves the logits by 1e-3.

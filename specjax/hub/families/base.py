@@ -1,0 +1,387 @@
+"""What the family files share: the description of a tensor, and the reading of fields of a `config.json`."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from specjax.models.config import DecoderConfig
+from specjax.models.decoder import Decoder
+from specjax.models.rotary import Rotary
+from specjax.runtime.errors import UserError
+
+
+class Part(NamedTuple):
+    """Where an array lies in a fused tensor of the file, along the axis of its outputs.
+
+    That axis is `groups` runs of equal length; in each of them this array has the `size` entries from `start`.
+    """
+
+    start: int
+    size: int
+    groups: int = 1
+
+
+class Tensor(NamedTuple):
+    """One learned array: its name in the file, its path in our tree, and how it lies in the file.
+
+    Attributes:
+      name: several arrays have the same one where the file fuses them.
+      path: in the tree of parameters.
+      transposed: whether the file holds its transpose (kernels are [in, out] with us, mostly [out, in] in files).
+      part: of a fused tensor; None where the tensor is this array alone.
+    """
+
+    name: str
+    path: tuple[str | int, ...]
+    transposed: bool = False
+    part: Part | None = None
+
+
+# From the name in the file, in which {} is the number of the layer, to the path below "blocks", number.
+Names = Sequence[tuple[str, tuple[str, ...]]]
+
+
+def list_tensors(
+    config: DecoderConfig,
+    *,
+    first: Sequence[tuple[str, tuple[str, ...]]],
+    layer: Names,
+    last: Sequence[tuple[str, tuple[str, ...]]],
+    transposed: bool = True,
+    parts: Mapping[str, Part] | None = None,
+) -> list[Tensor]:
+    """The tensors of a decoder from tables of names, in the order of computation.
+
+    The tables may name more than a model has (biases, a head of its own): what the config does not describe is
+    left out. `Part` of an array is found in `parts` by its path joined with full stops.
+
+    Raises:
+      ValueError: if the tables leave out a parameter that the config describes.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(Decoder(config).abstract_params())
+    known = {tuple(getattr(key, "key", None) for key in path) for path, _ in leaves}
+    entries = [(name, path, path) for name, path in first]
+    for number in range(config.layers):
+        entries += [(name.format(number), ("blocks", number, *path), path) for name, path in layer]
+    entries += [(name, path, path) for name, path in last]
+    turned = lambda path: transposed and path[-1] == "kernel"
+    listed = [
+        Tensor(name, path, turned(path) or path == ("unembedding", "kernel"), (parts or {}).get(".".join(key)))
+        for name, path, key in entries
+        if path in known
+    ]
+    missing = known - {tensor.path for tensor in listed}
+    if missing:
+        raise ValueError(f"No tensor is named for {sorted(map(str, missing))[0]}.")
+    return listed
+
+
+def fused_outputs(tensors: Sequence[Tensor]) -> dict[str, int]:
+    """How many outputs each fused tensor of the file has, by its name."""
+    outputs: dict[str, int] = {}
+    for tensor in tensors:
+        if tensor.part is not None:
+            outputs[tensor.name] = outputs.get(tensor.name, 0) + tensor.part.size * tensor.part.groups
+    return outputs
+
+
+def output_axis(tensor: Tensor, dimensions: int) -> int:
+    """The axis of the file's tensor along which it is fused: that of the outputs."""
+    return 0 if tensor.transposed else dimensions - 1
+
+
+def shape_in_file(tensor: Tensor, shape: tuple[int, ...], outputs: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape of the file's tensor that holds our array of this shape; `outputs` of `fused_outputs`."""
+    turned = tuple(reversed(shape)) if tensor.transposed else shape
+    if tensor.part is None:
+        return turned
+    axis = output_axis(tensor, len(shape))
+    return (*turned[:axis], outputs[tensor.name], *turned[axis + 1 :])
+
+
+def runs_in_file(tensor: Tensor, wanted: slice, outputs: int) -> list[slice]:
+    """Where the entries `wanted` of our outputs lie among the file's; one run unless the parts are interleaved."""
+    if tensor.part is None:
+        return [wanted]
+    start, size, groups = tensor.part
+    if groups == 1:
+        return [slice(start + wanted.start, start + wanted.stop)]
+    runs = []
+    for group in range(wanted.start // size, -(-wanted.stop // size)):
+        low, high = max(wanted.start - group * size, 0), min(wanted.stop - group * size, size)
+        offset = group * (outputs // groups) + start
+        runs.append(slice(offset + low, offset + high))
+    return runs
+
+
+def number(fields: Mapping[str, Any], name: str, kind: type, *, absent: Any = None) -> Any:
+    """`fields[name]` as a positive int or float; `absent` where it is missing or null."""
+    value = fields.get(name)
+    if value is None:
+        if absent is None:
+            raise UserError(f'"{name}" is missing; take the complete config.json of the checkpoint')
+        return absent
+    allowed = (int, float) if kind is float else (int,)
+    if isinstance(value, bool) or not isinstance(value, allowed) or not value > 0:
+        raise UserError(f'"{name}" must be a positive {"number" if kind is float else "integer"}, not {value!r}')
+    return kind(value)
+
+
+def flag(fields: Mapping[str, Any], name: str, *, absent: bool) -> bool:
+    """`fields[name]` as a bool; `absent` where it is missing or null."""
+    value = fields.get(name)
+    if value is None:
+        return absent
+    if not isinstance(value, bool):
+        raise UserError(f'"{name}" must be true or false, not {value!r}')
+    return value
+
+
+# Fields that change what any model computes, with the values for which our arithmetic is the right one. Each may be
+# absent. Dropout rates and initialiser scales are recipes of training, not of the model, and are not looked at.
+_ONLY_EVERYWHERE = {
+    "quantization_config": (None,),
+    "is_encoder_decoder": (False, None),
+    "add_cross_attention": (False, None),
+    "auto_map": (None,),
+    "logit_scale": (1, None),
+    "embedding_multiplier": (1, None),
+    "residual_multiplier": (1, None),
+    "attention_multiplier": (None,),
+    "logits_scaling": (1, None),
+}
+
+
+def refuse_other_arithmetic(fields: Mapping[str, Any], architecture: str, only: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raises UserError, by its name, for a field whose value asks for arithmetic that the family here lacks.
+
+    Args:
+      architecture: the one entry that "architectures" may have.
+      only: field -> the values that are right; a field that is absent is right.
+    """
+    architectures = fields.get("architectures")
+    if architectures is not None and architectures != [architecture]:
+        raise UserError(f'"architectures" is {architectures!r}, but only ["{architecture}"] is supported')
+    for name, allowed in {**_ONLY_EVERYWHERE, **only}.items():
+        value = fields.get(name)
+        if name in fields and value not in allowed:
+            raise UserError(f'"{name}" is {value!r}, which is not supported; only {_listed(allowed)} can be loaded')
+
+
+def _listed(allowed):
+    return " or ".join("null" if value is None else repr(value) for value in allowed)
+
+
+# Names of activations in config.json that mean the same function.
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+
+
+def activation(fields: Mapping[str, Any], name: str, *, absent: str) -> str:
+    """Our name for the activation that a field names."""
+    value = fields.get(name, absent)
+    if value not in _ACTIVATIONS:
+        raise UserError(f'"{name}" is {value!r}, which is not supported; only {", ".join(_ACTIVATIONS)} can be loaded')
+    return _ACTIVATIONS[value]
+
+
+def written_activation(config: DecoderConfig) -> str:
+    """The name of the config's activation in config.json."""
+    return {"gelu_tanh": "gelu_pytorch_tanh"}.get(config.activation, config.activation)
+
+
+def head_size(fields: Mapping[str, Any], width: int, heads: int) -> int:
+    """H: "head_dim", or the width over the heads."""
+    if fields.get("head_dim") is None and width % heads:
+        raise UserError(f'"hidden_size" {width} is no multiple of "num_attention_heads" {heads}; give "head_dim"')
+    return number(fields, "head_dim", int, absent=width // heads)
+
+
+def build(family: str, **values: Any) -> DecoderConfig:
+    """The DecoderConfig, or a UserError for what no decoder can have."""
+    try:
+        return DecoderConfig(family=family, **values)
+    except ValueError as error:
+        raise UserError(f"no such decoder can be built: {str(error).rstrip('.')}; correct that field") from None
+
+
+def rotary_of(fields: Mapping[str, Any], size: int, max_positions: int, *, theta: float = 10000.0) -> Rotary:
+    """The rotary positions that a `config.json` describes.
+
+    Older files have "rope_theta" and "partial_rotary_factor" at the top level and "rope_scaling" beside them, newer
+    ones all of it inside "rope_parameters".
+
+    Args:
+      size: H, channels of a head (the partial factor is taken off here).
+      max_positions: what "dynamic", "llama3", "yarn" and "longrope" take for the original length where none is given.
+      theta: the family's own base where the file gives none.
+
+    Raises:
+      UserError: naming the field, for what is unknown or contradicts itself.
+    """
+    scaling: dict[str, Any] = {}
+    for name in ("rope_parameters", "rope_scaling"):
+        nested = fields.get(name)
+        if nested is not None and not isinstance(nested, dict):
+            raise UserError(f'"{name}" must be an object, not {nested!r}')
+        scaling |= nested or {}
+    places = [fields, *(fields[name] for name in ("rope_parameters", "rope_scaling") if fields.get(name))]
+    kind = scaling.pop("rope_type", scaling.pop("type", "default"))
+    scaling.pop("type", None)
+    kind = {"su": "longrope"}.get(kind, kind)
+    if kind not in _SCALINGS:
+        raise UserError(f'"rope_scaling" is of type {kind!r}, which is not supported; {", ".join(_SCALINGS)} are')
+    base = _once(places, "rope_theta", theta)
+    turned = int(size * _once(places, "partial_rotary_factor", 1.0))
+    for key in ("rope_theta", "partial_rotary_factor"):
+        scaling.pop(key, None)
+    try:
+        values = _SCALINGS[kind](_Scaling(kind, scaling), fields, max_positions)
+        return Rotary(theta=base, size=turned, kind=kind, **values)
+    except ValueError as error:
+        raise UserError(f"no such rotary positions can be built: {str(error).rstrip('.')}; correct them") from None
+
+
+def _once(places, name, absent) -> float:
+    """A number that several places may give, but only one value."""
+    given = [number(place, name, float) for place in places if place.get(name) is not None]
+    if len(set(given)) > 1:
+        raise UserError(f'"{name}" is given twice and differently, {given[0]:g} and {given[1]:g}; keep the right one')
+    return given[0] if given else absent
+
+
+class _Scaling:
+    """The fields of a scaling, taken out one by one: what is left over is not understood."""
+
+    def __init__(self, kind: str, fields: dict[str, Any]):
+        self.kind, self.fields = kind, dict(fields)
+
+    def take(self, name: str, absent: float | None = None, kind: type = float) -> Any:
+        value = number(self.fields, name, kind, absent=-1 if absent is None else absent)
+        self.fields.pop(name, None)
+        if value == -1:
+            raise UserError(f'"rope_scaling" of type "{self.kind}" lacks "{name}"; take the complete config.json')
+        return value
+
+    def optional(self, name: str) -> Any:
+        value = self.fields.pop(name, None)
+        return None if value is None else number({name: value}, name, float)
+
+    def done(self, values: dict[str, Any]) -> dict[str, Any]:
+        for name, value in self.fields.items():
+            if value is not None:
+                raise UserError(
+                    f'"rope_scaling" sets {name!r} to {value!r}, which "{self.kind}" rotary positions do not support'
+                )
+        return values
+
+
+def _default(scaling, fields, max_positions):
+    return scaling.done({})
+
+
+def _linear(scaling, fields, max_positions):
+    return scaling.done({"factor": scaling.take("factor")})
+
+
+def _dynamic(scaling, fields, max_positions):
+    original = scaling.take("original_max_position_embeddings", max_positions, int)
+    return scaling.done({"factor": scaling.take("factor"), "original_positions": original})
+
+
+def _llama3(scaling, fields, max_positions):
+    return scaling.done(
+        {
+            "factor": scaling.take("factor"),
+            "low_frequency": scaling.take("low_freq_factor"),
+            "high_frequency": scaling.take("high_freq_factor"),
+            "original_positions": scaling.take("original_max_position_embeddings", kind=int),
+        }
+    )
+
+
+def _yarn(scaling, fields, max_positions):
+    factor = scaling.take("factor")
+    values = {
+        "factor": factor,
+        "original_positions": scaling.take("original_max_position_embeddings", max_positions, int),
+        "beta_fast": scaling.take("beta_fast", 32.0),
+        "beta_slow": scaling.take("beta_slow", 1.0),
+        "truncate": scaling.fields.pop("truncate", True) is not False,
+        "magnitude": scaling.optional("attention_factor"),
+    }
+    mscale, every = scaling.optional("mscale"), scaling.optional("mscale_all_dim")
+    if values["magnitude"] is None and mscale is not None and every is not None:
+        grown = lambda share: 0.1 * share * math.log(factor) + 1 if factor > 1 else 1.0
+        values["magnitude"] = grown(mscale) / grown(every)
+    return scaling.done(values)
+
+
+def _longrope(scaling, fields, max_positions):
+    # Phi-3 has it at the top level.
+    original = fields.get("original_max_position_embeddings")
+    original = scaling.take("original_max_position_embeddings", original or max_positions, int)
+    factors = {}
+    for name, key in (("short_factor", "short_factors"), ("long_factor", "long_factors")):
+        values = scaling.fields.pop(name, None)
+        if not isinstance(values, list) or not all(isinstance(v, int | float) and v > 0 for v in values):
+            raise UserError(f'"{name}" must be a list of positive numbers; take the complete config.json')
+        factors[key] = tuple(map(float, values))
+    factor = scaling.take("factor", max_positions / original)
+    return scaling.done(
+        {"factor": factor, "original_positions": original, "magnitude": scaling.optional("attention_factor"), **factors}
+    )
+
+
+_SCALINGS = {
+    "default": _default,
+    "linear": _linear,
+    "dynamic": _dynamic,
+    "llama3": _llama3,
+    "yarn": _yarn,
+    "longrope": _longrope,
+}
+
+
+def written_rotary(rotary: Rotary, head_size: int) -> dict[str, Any]:
+    """The fields of `config.json` for these rotary positions; the inverse of `rotary_of`.
+
+    Readers before transformers 5 look for "rope_theta" and "rope_scaling", later ones for "rope_parameters".
+    """
+    scaling: dict[str, Any] = {"rope_type": rotary.kind}
+    keys = {
+        "linear": ("factor",),
+        "dynamic": ("factor", "original_positions"),
+        "llama3": ("factor", "low_frequency", "high_frequency", "original_positions"),
+        "yarn": ("factor", "original_positions", "beta_fast", "beta_slow", "truncate", "magnitude"),
+        "longrope": ("factor", "original_positions", "short_factors", "long_factors", "magnitude"),
+    }
+    for key in keys.get(rotary.kind, ()):
+        value = getattr(rotary, key)
+        if value is not None:
+            scaling[_WRITTEN.get(key, key)] = list(value) if isinstance(value, tuple) else value
+    partial = {} if rotary.size == head_size else {"partial_rotary_factor": rotary.size / head_size}
+    fields: dict[str, Any] = {"rope_theta": rotary.theta, **partial}
+    fields["rope_parameters"] = {"rope_theta": rotary.theta, **scaling, **partial}
+    if rotary.kind != "default":
+        fields["rope_scaling"] = scaling
+    return fields
+
+
+_WRITTEN = {
+    "original_positions": "original_max_position_embeddings",
+    "low_frequency": "low_freq_factor",
+    "high_frequency": "high_freq_factor",
+    "magnitude": "attention_factor",
+    "short_factors": "short_factor",
+    "long_factors": "long_factor",
+}

@@ -1,0 +1,135 @@
+"""Rotary positions (arXiv 2104.09864) and the ways in which checkpoints stretch them over longer texts."""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotary:
+    """Frequencies of the rotary angles.
+
+    Attributes:
+      theta: base of the frequencies.
+      size: channels of each head that are turned, an even number; the others pass unturned.
+      kind: "default"; "linear" (positions / factor, arXiv 2306.15595); "dynamic" (a base that grows with the text);
+        "llama3" (low frequencies / factor); "yarn" (arXiv 2309.00071); "longrope" (arXiv 2402.13753).
+      factor: by how much the text is stretched.
+      original_positions: longest text before stretching (all kinds but "default" and "linear").
+      low_frequency: of "llama3": wavelengths longer than original_positions / this are stretched whole.
+      high_frequency: of "llama3": shorter than original_positions / this are left alone.
+      beta_fast: of "yarn": channels that turn more often than this in the original text are left alone.
+      beta_slow: of "yarn": channels that turn less often are stretched whole.
+      truncate: of "yarn": whether the bounds between them are rounded to whole channels.
+      magnitude: factor on cosine and sine; None is what the kind prescribes.
+      short_factors: of "longrope", one a pair of channels, for texts within original_positions.
+      long_factors: the same for longer texts.
+    """
+
+    theta: float
+    size: int
+    kind: str = "default"
+    factor: float = 1.0
+    original_positions: int = 0
+    low_frequency: float = 1.0
+    high_frequency: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    magnitude: float | None = None
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        if self.size < 2 or self.size % 2:
+            raise ValueError(f"head_size or its rotary part ({self.size}) must be even: rotary positions turn pairs.")
+        if not self.theta > 0:
+            raise ValueError(f"the rotary base must be above 0, not {self.theta}.")
+        if self.kind not in KINDS:
+            raise ValueError(f'the kind of rotary positions must be one of {", ".join(KINDS)}, not "{self.kind}".')
+        if self.kind not in ("default", "linear") and self.original_positions < 1:
+            raise ValueError(f'rotary positions of kind "{self.kind}" need the original number of positions.')
+        for factors in (self.short_factors, self.long_factors):
+            if self.kind == "longrope" and len(factors) != self.size // 2:
+                raise ValueError(f"longrope has {len(factors)} factors for {self.size // 2} pairs of channels.")
+
+    def frequencies(self, capacity: int) -> tuple[np.ndarray, float]:
+        """Radians a position of each pair of channels, and the factor on cosine and sine.
+
+        Args:
+          capacity: tokens that the cache can hold (those of the call, without a cache). "dynamic" and "longrope"
+            depend on the length of the text: here on this length, for the whole generation, so that keys which
+            are already cached stay right.
+        """
+        pairs = np.arange(0, self.size, 2, dtype=np.float32) / np.float32(self.size)
+        plain = 1.0 / np.float32(self.theta) ** pairs
+        if self.kind == "linear":
+            return plain / np.float32(self.factor), 1.0
+        if self.kind == "dynamic":
+            return self._dynamic(pairs, capacity), 1.0
+        if self.kind == "llama3":
+            return self._llama3(plain), 1.0
+        if self.kind == "yarn":
+            return self._yarn(plain)
+        if self.kind == "longrope":
+            return self._longrope(plain, capacity)
+        return plain, 1.0
+
+    def _dynamic(self, pairs, capacity):
+        length = max(capacity, self.original_positions)
+        stretch = self.factor * length / self.original_positions - (self.factor - 1)
+        theta = self.theta * stretch ** (self.size / (self.size - 2))
+        return 1.0 / np.float32(theta) ** pairs
+
+    def _llama3(self, plain):
+        wavelength = 2 * np.pi / plain
+        share = self.original_positions / wavelength - self.low_frequency
+        share = np.clip(share / (self.high_frequency - self.low_frequency), 0, 1)
+        return ((1 - share) * plain / self.factor + share * plain).astype(np.float32)
+
+    def _yarn(self, plain):
+        # The channel (not rounded) that turns so many times within the original text.
+        channel = lambda turns: (
+            self.size * math.log(self.original_positions / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
+        )
+        low, high = channel(self.beta_fast), channel(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, self.size - 1)
+        stretched = np.clip((np.arange(self.size // 2) - low) / max(high - low, 0.001), 0, 1)
+        frequencies = plain / self.factor * stretched + plain * (1 - stretched)
+        magnitude = 0.1 * math.log(self.factor) + 1 if self.factor > 1 else 1.0
+        return frequencies.astype(np.float32), magnitude if self.magnitude is None else self.magnitude
+
+    def _longrope(self, plain, capacity):
+        factors = self.long_factors if capacity > self.original_positions else self.short_factors
+        magnitude = self.magnitude
+        if magnitude is None:
+            stretched = math.log(self.factor) / math.log(self.original_positions) if self.factor > 1 else 0.0
+            magnitude = math.sqrt(1 + stretched)
+        return plain / np.asarray(factors, np.float32), magnitude
+
+
+def angles(
+    rotary: Rotary, positions: Int[Array, "B T"], capacity: int
+) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
+    """Cosine and sine of the rotary angles, float32."""
+    frequencies, magnitude = rotary.frequencies(capacity)
+    turned = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies)[None, None]
+    if magnitude == 1:
+        return jnp.cos(turned), jnp.sin(turned)
+    return jnp.cos(turned) * magnitude, jnp.sin(turned) * magnitude
+
+
+def rotate(heads: Float[Array, "B X T H"], angles) -> Float[Array, "B X T H"]:
+    """Turns the pairs (h, h + half) of the leading channels, the half-split order of Hugging Face checkpoints."""
+    cosine, sine = (a[:, None].astype(heads.dtype) for a in angles)
+    half = cosine.shape[-1]
+    first, second, rest = jnp.split(heads, [half, 2 * half], axis=-1)
+    turned = [first * cosine - second * sine, second * cosine + first * sine]
+    return jnp.concatenate(turned if rest.shape[-1] == 0 else [*turned, rest], axis=-1)
