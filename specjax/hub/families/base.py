@@ -234,15 +234,17 @@ def rotary_of(fields: Mapping[str, Any], size: int, max_positions: int, *, theta
         if nested is not None and not isinstance(nested, dict):
             raise UserError(f'"{name}" must be an object, not {nested!r}')
         scaling |= nested or {}
-    places = [fields, *(fields[name] for name in ("rope_parameters", "rope_scaling") if fields.get(name))]
-    kind = scaling.pop("rope_type", scaling.pop("type", "default"))
-    scaling.pop("type", None)
+    nested = [fields[name] for name in ("rope_parameters", "rope_scaling") if fields.get(name)]
+    kinds = {place.get("rope_type", place.get("type", "default")) for place in nested} or {"default"}
+    kind = kinds.pop()
+    if kinds:
+        raise UserError(f'"rope_parameters" and "rope_scaling" disagree ({kind!r}, {kinds.pop()!r}); keep one')
     kind = {"su": "longrope"}.get(kind, kind)
     if kind not in _SCALINGS:
         raise UserError(f'"rope_scaling" is of type {kind!r}, which is not supported; {", ".join(_SCALINGS)} are')
-    base = _once(places, "rope_theta", theta)
-    turned = int(size * _once(places, "partial_rotary_factor", 1.0))
-    for key in ("rope_theta", "partial_rotary_factor"):
+    base = _once([fields, *nested], "rope_theta", theta)
+    turned = int(size * _once([fields, *nested], "partial_rotary_factor", 1.0))
+    for key in ("rope_type", "type", "rope_theta", "partial_rotary_factor"):
         scaling.pop(key, None)
     try:
         values = _SCALINGS[kind](_Scaling(kind, scaling), fields, max_positions)
