@@ -113,7 +113,7 @@ def generate(
         drafter=proposer,
         rule=rules.rule_named(rule),
         gamma=gamma,
-        capacity=batch.capacity_bucket(slots, max_new_tokens, gamma),
+        capacity=batch.capacity_bucket(target.decoder.text_slots(slots), max_new_tokens, gamma),
         greedy=temperature == 0,
     )
     with meshes.use(target.mesh) if target.mesh is not None else contextlib.nullcontext():

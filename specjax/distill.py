@@ -19,7 +19,9 @@ from specjax.hub import load as hub_load
 from specjax.hub import save as hub_save
 from specjax.hub.tokenizer import Tokenizer, train_byte_bpe
 from specjax.models.config import DecoderConfig
-from specjax.models.decoder import Decoder, Params
+from specjax.models.decoder import Decoder
+from specjax.models.language_model import LanguageModel, Params
+from specjax.models.table import model_of
 from specjax.reporting import records
 from specjax.runtime import cli, dtypes
 from specjax.runtime import config as configs
@@ -81,7 +83,7 @@ def run(config: Any, workdir: str | Path) -> dict:
     return records.read_results(path)
 
 
-def _row(config: Any, draft: Decoder, outcome: Outcome) -> dict:
+def _row(config: Any, draft: LanguageModel, outcome: Outcome) -> dict:
     last = outcome.validation[-1]
     return {
         "task": config.task.name,
@@ -125,12 +127,18 @@ def _material(config: Any, task: tasks.Task, tokenizer: Tokenizer, mesh: jax.sha
     if config.target:
         _check_same_tokenizer(config.target, tokenizer)
         target, target_params = _load(config.target, config.model.param_dtype, config.model.compute_dtype, mesh)
+        if target.reads_prompt_apart != draft.reads_prompt_apart:
+            raise UserError(
+                f"of the target in {config.target} and the model to train only one is an encoder-decoder; "
+                "take two of a kind"
+            )
         if target.vocab_size != draft.vocab_size:
             raise UserError(
                 f"the target in {config.target} has a vocabulary of {target.vocab_size} and the model one of "
                 f"{draft.vocab_size}; a draft must share its target's vocabulary"
             )
     rows = dict(batch_size=data.batch_size, sequence_length=data.sequence_length, seed=config.seed)
+    rows["start_token"] = draft.config.start_token if draft.reads_prompt_apart else None
     prompt_length = (data.prompt_length_min, data.prompt_length_max)
     return Material(
         draft=draft,
@@ -144,7 +152,7 @@ def _material(config: Any, task: tasks.Task, tokenizer: Tokenizer, mesh: jax.sha
     )
 
 
-def _model(config: Any, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> tuple[Decoder, Params]:
+def _model(config: Any, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> tuple[LanguageModel, Params]:
     """The model to train: from an export, or random with the tokenizer's vocabulary."""
     model = config.model
     if model.init != RANDOM:
@@ -170,10 +178,10 @@ def _model(config: Any, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> tuple[
     return decoder, init(jax.random.key(config.seed))
 
 
-def _load(directory: str, param_dtype: str, compute_dtype: str, mesh) -> tuple[Decoder, Params]:
+def _load(directory: str, param_dtype: str, compute_dtype: str, mesh) -> tuple[LanguageModel, Params]:
     """Reads an export straight onto the mesh."""
     _, config = hub_load.read_config(Path(directory), param_dtype=param_dtype, compute_dtype=compute_dtype)
-    shardings = meshes.shardings(Decoder(config).axes(), mesh)
+    shardings = meshes.shardings(model_of(config).axes(), mesh)
     return hub_load.load(directory, param_dtype=param_dtype, compute_dtype=compute_dtype, shardings=shardings)
 
 

@@ -167,7 +167,7 @@ def _plan(job: Job, setting: Setting, case: Case, slots: int) -> loop.Plan:
         drafter=make_drafter(case.kind, job.target.decoder, case.gamma, case.options),
         rule=rules.rule_named(setting.rule),
         gamma=case.gamma,
-        capacity=batch.capacity_bucket(slots, job.config.max_new_tokens, case.gamma),
+        capacity=batch.capacity_bucket(job.target.decoder.text_slots(slots), job.config.max_new_tokens, case.gamma),
         greedy=setting.temperature == 0,
     )
 
@@ -282,14 +282,14 @@ def _prediction(job: Job, setting: Setting, case: Case, plan, row: dict, output,
     """Measured parts and the speed-up they predict; None at gamma 0 or where parts are not measured."""
     if case.gamma == 0 or not job.config.measure_parts:
         return prediction.nothing()
-    texts = [(*prompt, *row[: len(row) // 2]) for prompt, row in zip(job.ids, _emitted(baseline), strict=True)]
     with meshes.use(job.target.mesh):
         parts = prediction.measure_parts(
             plan,
             plain_plan,
             job.target.params,
             case.params,
-            texts,
+            job.ids,
+            _emitted(baseline),
             batch_size=setting.batch_size,
             sampling=setting.sampling,
             seed=job.config.seed,

@@ -6,10 +6,15 @@ A batch is a dict of int32 arrays:
   lengths         [B]     how many of them are real
   loss_start      [B]     position of the first token that is a prediction target
   prompt_lengths  [B]     how many leading tokens are the prompt when a model is to continue the row
+
+For an encoder-decoder, which reads the prompt apart, `tokens` begin with its start token and go on behind the prompt,
+`prompt_lengths` count the prompt's tokens, and there is one array more:
+
+  sources         [B, T]  the prompts, right-padded
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from absl import logging
@@ -55,6 +60,7 @@ def training_batches(
     sequence_length: int,
     prompt_length: tuple[int, int],
     seed: int,
+    start_token: int | None = None,
 ) -> Iterator[Batch]:
     """Returns a grain iterator over batches of the training split, without end.
 
@@ -67,13 +73,15 @@ def training_batches(
     and seed. With prompts and completions a row is one example ended by EOS and cut at `sequence_length`;
     examples whose prompt leaves no room are dropped and counted in the log.
 
+    `start_token` is that of an encoder-decoder, whose rows it cuts into prompt and text; None is a decoder-only model.
+
     Raises UserError for a task without training data, and for sizes that do not fit each other or the data.
     """
     import grain
 
     if not task.train:
         raise UserError(f'task "{task.name}" is for evaluation only; train on another task')
-    rows = _rows(task, task.train, tokenizer, sequence_length, prompt_length, batch_size, seed)
+    rows = _rows(task, task.train, tokenizer, sequence_length, prompt_length, batch_size, seed, start_token)
     epochs = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
     # Rows lie in memory, so threads that read ahead would only cost time. Batching comes after the turn to an
     # iterator because the endless map's length overflows when it is divided by a batch size of 1.
@@ -89,18 +97,19 @@ def validation_batches(
     sequence_length: int,
     count: int,
     seed: int,
+    start_token: int | None = None,
 ) -> list[Batch]:
     """Returns `count` batches of the validation split, its rows in an order drawn from `seed`.
 
     A split with fewer rows than `count * batch_size` is gone through again from the start, as training does.
     With language modelling `prompt_lengths` are 1: these rows are for a loss, not to be continued.
-    Raises UserError as `training_batches` does, and for a task without completions.
+    `start_token` is as in `training_batches`. Raises UserError as that does, and for a task without completions.
     """
     if count < 1:
         raise UserError(f"{count} validation batches were asked for; ask for one at least")
     if not any(example.completion for example in task.validation):
         raise UserError(f'task "{task.name}" has no completions to compute a loss on; use it for evaluation only')
-    rows = _rows(task, task.validation, tokenizer, sequence_length, (1, 1), batch_size, seed)
+    rows = _rows(task, task.validation, tokenizer, sequence_length, (1, 1), batch_size, seed, start_token)
     order = np.resize(np.random.default_rng([seed, 1]).permutation(len(rows)), (count, batch_size))
     batches = []
     for indices in order.tolist():
@@ -151,20 +160,30 @@ class _Rows:
     prompt_lengths: Int32[np.ndarray, " rows"]
     sequence_length: int
     pad_id: int
+    start_token: int | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        row = self.rows[index]
-        tokens = np.full(self.sequence_length, self.pad_id, np.int32)
-        tokens[: len(row)] = row
+        row, prompt = self.rows[index], self.prompt_lengths[index]
+        if self.start_token is None:
+            return self._row(row, self.loss_start[index], prompt)
+        text = np.concatenate([np.asarray([self.start_token], np.int32), row[prompt:]])
+        return {**self._row(text, np.asarray(1, np.int32), prompt), "sources": self._padded(row[:prompt])}
+
+    def _row(self, tokens, loss_start, prompt_length) -> dict[str, np.ndarray]:
         return {
-            "tokens": tokens,
-            "lengths": np.asarray(len(row), np.int32),
-            "loss_start": self.loss_start[index],
-            "prompt_lengths": self.prompt_lengths[index],
+            "tokens": self._padded(tokens),
+            "lengths": np.asarray(len(tokens), np.int32),
+            "loss_start": loss_start,
+            "prompt_lengths": prompt_length,
         }
+
+    def _padded(self, tokens) -> np.ndarray:
+        padded = np.full(self.sequence_length, self.pad_id, np.int32)
+        padded[: len(tokens)] = tokens
+        return padded
 
 
 def _rows(
@@ -175,6 +194,7 @@ def _rows(
     prompt_length: tuple[int, int],
     batch_size: int,
     seed: int,
+    start_token: int | None,
 ) -> _Rows:
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; it must be 1 or more")
@@ -188,8 +208,10 @@ def _rows(
                 f"prompts of up to {prompt_length[1]} tokens leave nothing to continue in rows of "
                 f"{sequence_length}; lower the prompt length or raise sequence_length"
             )
-        return _packed_rows(examples, tokenizer, sequence_length, prompt_length, seed)
-    return _paired_rows(task, examples, tokenizer, sequence_length)
+        rows = _packed_rows(examples, tokenizer, sequence_length, prompt_length, seed)
+    else:
+        rows = _paired_rows(task, examples, tokenizer, sequence_length)
+    return replace(rows, start_token=start_token)
 
 
 def _packed_rows(

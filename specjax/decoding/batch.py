@@ -66,9 +66,9 @@ def prompt_slots(prompts: Sequence[Sequence[int]]) -> int:
     return _round_up(max(len(prompt) for prompt in prompts), PROMPT_BUCKET)
 
 
-def capacity_bucket(slots: int, max_new_tokens: int, gamma: int) -> int:
+def capacity_bucket(text_slots: int, max_new_tokens: int, gamma: int) -> int:
     """The padded capacity; gammas up to the bucket's slack share it."""
-    return _round_up(loop.capacity_for(slots, max_new_tokens, gamma), CAPACITY_BUCKET)
+    return _round_up(loop.capacity_for(text_slots, max_new_tokens, gamma), CAPACITY_BUCKET)
 
 
 def check_prompts(
@@ -150,9 +150,9 @@ def decode(
     prefilled = time.perf_counter()
     state = jax.block_until_ready(loop.run(plan, params, draft_params, state, sampling, limits))
     ended = time.perf_counter()
-    host = jax.device_get((state.tokens, state.origins, state.lengths, state.statistics, state.iterations))
-    all_tokens, all_origins, ends, statistics, iterations = host
-    spans = [slice(len(prompt), int(end)) for prompt, end in zip(prompts, ends, strict=True)]
+    wanted = (state.tokens, state.origins, state.prompt_lengths, state.lengths, state.statistics, state.iterations)
+    all_tokens, all_origins, starts, ends, statistics, iterations = jax.device_get(wanted)
+    spans = [slice(int(start), int(end)) for start, end in zip(starts, ends, strict=True)]
     return BatchResult(
         tokens=[row[span].tolist() for row, span in zip(all_tokens, spans, strict=True)],
         origins=[row[span].tolist() for row, span in zip(all_origins, spans, strict=True)],

@@ -14,15 +14,16 @@ import numpy as np
 
 from specjax.decoding.loop import Plan
 from specjax.decoding.sampling import Noise, Sampling, Stream, probabilities, row_keys
+from specjax.models.language_model import consecutive
 
 TIE = 1e-5
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _gap(plan: Plan, params: Any, text, keys, position, sampling: Sampling):
+def _gap(plan: Plan, params: Any, prompt, length, text, keys, position, sampling: Sampling):
     """Top-2 gap of what the reference chose by, for the token at `position` of one row."""
-    positions = jnp.arange(text.shape[1], dtype=jnp.int32)[None]
-    hidden, _ = plan.target.extend(params, None, text, positions)
+    start = plan.target.start(params, prompt, length, 0)
+    hidden, _ = plan.target.extend(params, start, text, consecutive(text))
     logits = plan.target.head(params, jax.lax.dynamic_slice_in_dim(hidden, position - 1, 1, axis=1))
     if plan.greedy:
         scores = logits[:, 0]
@@ -58,13 +59,19 @@ def compare(
         pairs = zip(plain, speculative, strict=False)
         shared = min(len(plain), len(speculative))
         first = next((i for i, (a, b) in enumerate(pairs) if a != b), shared)
-        text = np.zeros((1, slots), np.int32)
-        row = [*prompt, *plain][:slots]
-        text[0, : len(row)] = row
+        opening = plan.target.opening(prompt)
+        row, read = (_padded(tokens, slots) for tokens in ([*opening, *plain], prompt))
         keys = row_keys(seed, np.asarray([index], np.int32))
-        gap = _gap(plan, params, jnp.asarray(text), keys, jnp.int32(len(prompt) + first), sampling)
+        position = jnp.int32(len(opening) + first)
+        gap = _gap(plan, params, read, jnp.asarray([len(prompt)]), row, keys, position, sampling)
         differences.append({"prompt": index, "position": first, "top2_gap": float(gap)})
     return {"equal": len(prompts) - len(differences), "of": len(prompts), "differences": differences}
+
+
+def _padded(tokens: Sequence[int], slots: int) -> jax.Array:
+    row = np.zeros((1, max(slots, len(tokens))), np.int32)
+    row[0, : len(tokens)] = tokens
+    return jnp.asarray(row)
 
 
 def only_ties(identical: dict) -> bool:

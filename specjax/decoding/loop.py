@@ -24,7 +24,7 @@ from specjax.decoding.drafters.base import Context, Outcome, Prefill, Proposal
 from specjax.decoding.rules import Lossless
 from specjax.decoding.sampling import Noise, Sampling, probabilities
 from specjax.models import kv_cache
-from specjax.models.decoder import Decoder
+from specjax.models.language_model import LanguageModel, consecutive
 from specjax.runtime.mesh import constrain
 
 # Where an emitted token came from; what the report colours.
@@ -45,7 +45,7 @@ class Plan:
       greedy: temperature 0.
     """
 
-    target: Decoder
+    target: LanguageModel
     drafter: Any
     rule: Any
     gamma: int
@@ -103,7 +103,7 @@ class DecodeState:
       tokens: prompt and emitted tokens, row b's up to `lengths[b]`; what lies beyond is scratch.
       origins: for each token slot where it came from (`ORIGINS`).
       lengths: committed tokens, the pending one included.
-      prompt_lengths: tokens of the prompt.
+      prompt_lengths: tokens with which the text began: its prompt, or a start token.
       done: rows that have ended.
       row_keys: one random key a row.
       target_cache: the target's keys and values, valid below `lengths - 1`.
@@ -128,9 +128,9 @@ class DecodeState:
         return self.lengths - self.prompt_lengths
 
 
-def capacity_for(prompt_slots: int, max_new_tokens: int, gamma: int) -> int:
+def capacity_for(text_slots: int, max_new_tokens: int, gamma: int) -> int:
     """Slots that can never run over: a row one short of its limit still writes gamma + 1 of them."""
-    return prompt_slots + max_new_tokens + gamma + 1
+    return text_slots + max_new_tokens + gamma + 1
 
 
 def _through_target(plan: Plan, params, cache, inputs, positions, first_layer: int, taps):
@@ -156,33 +156,32 @@ def begin(
 ) -> DecodeState:
     """Prefill: fills the caches with `prompt[:-1]`, leaves the last token pending, emits nothing.
 
-    Prompts are right-padded and have at least one token. All P columns are run; what the last token and the padding
-    write is stale by contract and rewritten before it is visible.
+    Prompts are right-padded and have at least one token. All columns of the texts are run; what the last token and
+    the padding write is stale by contract and rewritten before it is visible.
     """
-    batch, slots = prompts.shape
     prompts, lengths = constrain(prompts, ("batch", None)), constrain(lengths, ("batch",))
     cache = plan.target.start(params, prompts, lengths, plan.capacity)
-    cache = jax.tree.map(lambda x: constrain(x, kv_cache.AXES), cache)
-    positions = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32)[None], prompts.shape)
+    cache = jax.tree.map(lambda x: constrain(x, kv_cache.AXES[: x.ndim]), cache)
+    texts, text_lengths = plan.target.open_texts(prompts, lengths)
     taps = plan.drafter.taps if plan.gamma else ()
     with jax.named_scope("prefill"):
-        _, cache, tap_states = _through_target(plan, params, cache, prompts, positions, 0, taps)
+        _, cache, tap_states = _through_target(plan, params, cache, texts, consecutive(texts), 0, taps)
     drafter_state = ()
     if plan.gamma:
-        prefill = Prefill(prompts, lengths, tap_states, plan.capacity)
+        prefill = Prefill(prompts, lengths, texts, text_lengths, tap_states, plan.capacity)
         with jax.named_scope("drafter_init"):
             drafter_state = plan.drafter.init(draft_params, params, prefill, row_keys)
-    tokens = jnp.pad(prompts, ((0, 0), (0, plan.capacity - slots)))
+    tokens = jnp.pad(texts, ((0, 0), (0, plan.capacity - texts.shape[1])))
     return DecodeState(
         tokens=tokens,
-        origins=jnp.where(jnp.arange(plan.capacity)[None] < lengths[:, None], PROMPT, PLAIN).astype(jnp.int32),
-        lengths=lengths,
-        prompt_lengths=lengths,
-        done=jnp.zeros((batch,), bool),
+        origins=jnp.where(jnp.arange(plan.capacity)[None] < text_lengths[:, None], PROMPT, PLAIN).astype(jnp.int32),
+        lengths=text_lengths,
+        prompt_lengths=text_lengths,
+        done=jnp.zeros(lengths.shape, bool),
         row_keys=row_keys,
         target_cache=cache,
         drafter_state=drafter_state,
-        statistics=Statistics.zeros(batch, plan.gamma),
+        statistics=Statistics.zeros(lengths.shape[0], plan.gamma),
         iterations=jnp.zeros((), jnp.int32),
     )
 
@@ -323,7 +322,7 @@ def run(
 
 
 def sample(
-    model: Decoder,
+    model: LanguageModel,
     params: Any,
     prompts: Int[Array, "B P"],
     lengths: Int[Array, "B"],
@@ -334,12 +333,12 @@ def sample(
     max_new_tokens: int,
     eos_ids: tuple[int, ...],
 ) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
-    """Plain sampling through the loop (gamma = 0): each row continues right after its own prompt.
+    """Plain sampling through the loop (gamma = 0): each row continues right after its own opening.
 
     Returns:
-      tokens `[B, P + max_new_tokens]`, zero beyond each row's end, and the rows' lengths.
+      tokens `[B, text_slots + max_new_tokens]`, zero beyond each row's end, and the rows' lengths.
     """
-    batch, slots = prompts.shape
+    batch, slots = prompts.shape[0], model.text_slots(prompts.shape[1])
     plan = Plan(model, None, Lossless(), 0, capacity_for(slots, max_new_tokens, 0), greedy)
     limits = Limits(jnp.full((batch,), max_new_tokens, jnp.int32), jnp.asarray(eos_ids or (-1,), jnp.int32))
     state = begin(plan, params, None, prompts, lengths, row_keys)

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from specjax.decoding import loop, sampling
-from specjax.models.decoder import Decoder
+from specjax.models.language_model import LanguageModel
 from specjax.runtime.errors import UserError
 
 FIXED, DRAFT, TARGET = SOURCES = ("fixed", "draft", "target")
@@ -91,13 +91,13 @@ class Generation:
 
     def __call__(
         self,
-        model: Decoder,
+        model: LanguageModel,
         params: dict,
         prompts: Int[Array, "B P"],
         lengths: Int[Array, "B"],
         step: Int[Array, ""],
     ) -> dict[str, Int[Array, "..."]]:
-        """Continues each prompt: a batch `[B, P + max_new_tokens]` whose loss starts after the prompt."""
+        """Continues each prompt: a batch of texts whose loss starts after their openings."""
         step_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), _STREAM), step)
         row_keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, jnp.arange(prompts.shape[0]))
         tokens, ends = loop.sample(
@@ -111,4 +111,6 @@ class Generation:
             max_new_tokens=self.max_new_tokens,
             eos_ids=tuple(self.eos_ids),
         )
-        return {"tokens": tokens, "lengths": ends, "loss_start": lengths, "prompt_lengths": lengths}
+        texts, starts = model.open_texts(prompts, lengths)
+        batch = {"tokens": tokens, "lengths": ends, "loss_start": starts, "prompt_lengths": lengths}
+        return batch if texts is prompts else {**batch, "sources": prompts}

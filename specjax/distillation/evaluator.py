@@ -24,7 +24,7 @@ def make_evaluator(config: Any, material: Any, task: tasks.Task, tokenizer: Toke
         drafter=make_drafter("model", material.target, section.gamma, {"model": material.draft}),
         rule=rules.rule_named("lossless"),
         gamma=section.gamma,
-        capacity=batch.capacity_bucket(slots, section.max_new_tokens, section.gamma),
+        capacity=batch.capacity_bucket(material.target.text_slots(slots), section.max_new_tokens, section.gamma),
         greedy=section.temperature == 0,
     )
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from specjax.distillation import divergences
+from specjax.models.language_model import consecutive
 from specjax.runtime.errors import UserError
 
 # Hard labels: the negative log-likelihood of the batch's own tokens, for which no target is needed.
@@ -83,6 +84,7 @@ def distillation_loss(
     lengths: Int[Array, "B"],
     loss_start: Int[Array, "B"],
     *,
+    prompts: tuple[Int[Array, "B P"], Int[Array, "B"]] | None = None,
     divergence: str,
     beta: float,
     loss_temperature: float,
@@ -92,6 +94,7 @@ def distillation_loss(
 
     Args:
       target: None with `cross_entropy`, or to have no acceptance beside it.
+      prompts: what an encoder-decoder reads apart from `tokens`, right-padded, and the lengths.
       divergence: a name in `divergences.DIVERGENCES`, or "cross_entropy".
       beta: of `jsd`.
       loss_temperature: divides both logits in the loss (not in `acceptance`); the loss is not rescaled by it.
@@ -101,9 +104,8 @@ def distillation_loss(
       UserError: for an unknown divergence, and for one that lacks its target.
     """
     check(divergence, beta, loss_temperature, chunk, has_target=target is not None)
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
     with jax.named_scope("draft_trunk"):
-        hidden, _ = draft.extend(draft_params, None, tokens, positions)
+        hidden = _trunk(draft, draft_params, prompts, tokens)
     parts = {
         "draft": hidden,
         "labels": jnp.roll(tokens, -1, axis=1),
@@ -112,8 +114,7 @@ def distillation_loss(
     if target is not None:
         target_params = jax.lax.stop_gradient(target_params)
         with jax.named_scope("target_trunk"):
-            target_hidden, _ = target.extend(target_params, None, tokens, positions)
-        parts["target"] = jax.lax.stop_gradient(target_hidden)
+            parts["target"] = jax.lax.stop_gradient(_trunk(target, target_params, prompts, tokens))
 
     # Inside a scan nothing can be merged across the checkpoint, so its barriers would only cost time.
     @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -132,6 +133,12 @@ def distillation_loss(
     with jax.named_scope("heads"):
         sums, _ = jax.lax.scan(lambda total, part: (total + chunk_sums(draft_params, part), None), Sums.zeros(), chunks)
     return sums
+
+
+def _trunk(model, params, prompts, tokens) -> Float[Array, "B T D"]:
+    """The last hidden states of the plain forward."""
+    start = None if prompts is None else model.start(params, *prompts, 0)
+    return model.extend(params, start, tokens, consecutive(tokens))[0]
 
 
 def _losses(target_logits, draft_logits, labels, divergence, beta, temperature) -> Float[Array, "B C"]:

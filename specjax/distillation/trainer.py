@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 
 from specjax.distillation import data_sources, objective, update
 from specjax.distillation.meter import Clock, Interval
-from specjax.models.decoder import Decoder, Params
+from specjax.models.language_model import LanguageModel, Params
 from specjax.reporting.records import MetricsLog
 from specjax.runtime import mesh as meshes
 from specjax.runtime.checkpoint import Checkpointer
@@ -78,9 +78,9 @@ class Material:
       longest_prompt: most tokens of a prompt that a row of `batches` can have.
     """
 
-    draft: Decoder
+    draft: LanguageModel
     params: Params
-    target: Decoder | None
+    target: LanguageModel | None
     target_params: Params | None
     batches: Iterator[Mapping[str, np.ndarray]]
     validation: Sequence[Mapping[str, np.ndarray]]
@@ -255,14 +255,13 @@ class Trainer:
     def _text(self, source: str, batch: Mapping[str, np.ndarray]) -> Mapping[str, jax.Array]:
         """The batch itself, or its prompts continued by a model."""
         if source == data_sources.FIXED:
-            return meshes.shard(dict(batch), update.BATCH_AXES, self.mesh)
+            return update.shard(batch, self.mesh)
         material = self.material
         width = data_sources.prompt_width(
             batch["prompt_lengths"], self.config.data.prompt_length_max, material.longest_prompt
         )
-        prompts = {"tokens": batch["tokens"][:, :width], "lengths": batch["prompt_lengths"]}
-        axes = {name: update.BATCH_AXES[name] for name in prompts}
-        prompts = meshes.shard(prompts, axes, self.mesh)
+        given = batch["sources"] if "sources" in batch else batch["tokens"]
+        prompts = update.shard({"tokens": given[:, :width], "lengths": batch["prompt_lengths"]}, self.mesh)
         of_target = source == data_sources.TARGET
         model = material.target if of_target else material.draft
         params = material.target_params if of_target else self.state.params
@@ -325,7 +324,7 @@ class Trainer:
         with self.clock.paused():
             sums = []
             for batch in self.material.validation:
-                rows = meshes.shard(dict(batch), update.BATCH_AXES, self.mesh)
+                rows = update.shard(batch, self.mesh)
                 sums.append(self._validation_loss(self.state.params, self.material.target_params, rows))
             sums = jax.device_get(sums)
             tokens = max(sum(float(part.tokens) for part in sums), 1.0)

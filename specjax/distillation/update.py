@@ -11,13 +11,14 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from specjax.distillation import objective
-from specjax.models.decoder import Decoder, Params
+from specjax.models.language_model import LanguageModel, Params
 from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError
 
 # Logical axes of a batch, see `data.batches`.
 BATCH_AXES = {
     "tokens": ("batch", None),
+    "sources": ("batch", None),
     "lengths": ("batch",),
     "loss_start": ("batch",),
     "prompt_lengths": ("batch",),
@@ -44,8 +45,8 @@ class TrainState:
 class Loss:
     """`objective.distillation_loss` with its models and settings: (params, target_params, batch) -> Sums."""
 
-    draft: Decoder
-    target: Decoder | None
+    draft: LanguageModel
+    target: LanguageModel | None
     divergence: str
     beta: float
     temperature: float
@@ -60,11 +61,17 @@ class Loss:
             batch["tokens"],
             batch["lengths"],
             batch["loss_start"],
+            prompts=(batch["sources"], batch["prompt_lengths"]) if "sources" in batch else None,
             divergence=self.divergence,
             beta=self.beta,
             loss_temperature=self.temperature,
             chunk=self.chunk,
         )
+
+
+def shard(batch: Mapping, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+    """A batch, or some of its arrays, over the mesh's batch axes."""
+    return meshes.shard(dict(batch), {name: BATCH_AXES[name] for name in batch}, mesh)
 
 
 def learning_rate(config: Any, steps: int) -> Callable[[Int[Array, ""]], Float[Array, ""]]:

@@ -89,18 +89,23 @@ def _median_seconds(call) -> float:
 
 
 def measure(
-    plan: loop.Plan, params: Any, draft_params: Any, tokens, lengths, row_keys, sampling: Sampling
+    plan: loop.Plan, params: Any, draft_params: Any, tokens, lengths, row_keys, sampling: Sampling, *, behind: int
 ) -> dict[str, float]:
     """Seconds of the proposal, of verification and of the rule for one plan at the context `lengths`.
 
     Args:
-      tokens: `[B, P]` texts to stand in for prompts plus half of what is to be emitted: the mean context.
+      tokens: `[B, P]` prompts; of a decoder-only model with half of what is to be emitted: the mean context.
+      behind: tokens that stand in the caches besides (of an encoder-decoder, half of what is to be emitted).
 
     Returns:
       {"propose", "verify", "rule"} in seconds a block ("propose" is 0 at gamma 0).
     """
     limits = loop.Limits(jnp.full_like(lengths, 2**30), jnp.full((1,), -1, jnp.int32))
-    fresh = lambda: loop.begin(plan, params, draft_params, tokens, lengths, row_keys)
+
+    def fresh():
+        state = loop.begin(plan, params, draft_params, tokens, lengths, row_keys)
+        return dataclasses.replace(state, lengths=state.lengths + behind)
+
     proposal, logits = _example(plan, params, draft_params, fresh(), sampling)
     seconds = {"propose": 0.0}
     seconds["verify"] = _median_seconds(lambda: (fresh(), lambda state: _verify_loop(plan, params, state, proposal)))

@@ -30,7 +30,8 @@ def measure_parts(
     plain_plan: loop.Plan,
     params: Any,
     draft_params: Any,
-    texts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int]],
+    emitted: Sequence[Sequence[int]],
     *,
     batch_size: int,
     sampling: Sampling,
@@ -42,13 +43,20 @@ def measure_parts(
     The plain step is measured beside each plan, not once for all: a machine's speed drifts between minutes.
 
     Args:
-      texts: each prompt with half of what plain decoding emitted for it.
+      prompts: of the run.
+      emitted: what plain decoding made of each; half of it is the mean context.
     """
+    halves = [tokens[: len(tokens) // 2] for tokens in emitted]
+    apart = plan.target.reads_prompt_apart
+    texts = prompts if apart else [(*prompt, *half) for prompt, half in zip(prompts, halves, strict=True)]
+    behind = int(np.mean([len(half) for half in halves])) if apart else 0
     mean = int(np.mean([len(text) for text in texts]))
     rows = [(tuple(text) * mean)[:mean] for text in sorted(texts, key=len)[-batch_size:]]
     tokens, lengths = batch.pad(rows, batch.prompt_slots(rows))
     keys = put(row_keys(seed, np.arange(len(rows), dtype=np.int32)))
-    measure = lambda plan, draft: latency.measure(plan, params, draft, put(tokens), put(lengths), keys, sampling)
+    measure = lambda plan, draft: latency.measure(
+        plan, params, draft, put(tokens), put(lengths), keys, sampling, behind=behind
+    )
     return latency.parts_of(measure(plan, draft_params), measure(plain_plan, None), plan.gamma)
 
 

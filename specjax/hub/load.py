@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specjax.hub.families import base, llama
-from specjax.models.decoder import Decoder, Params
+from specjax.hub.families import base, llama, t5
+from specjax.models.language_model import LanguageModel, Params
+from specjax.models.table import model_of
 from specjax.runtime import dtypes
 from specjax.runtime.errors import UserError
 
@@ -20,7 +21,7 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 # By `model_type`. A new family is one file with the members that llama.py has, and one entry here.
-FAMILIES = {family.MODEL_TYPE: family for family in (llama,)}
+FAMILIES = {family.MODEL_TYPE: family for family in (llama, t5)}
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -31,7 +32,7 @@ def load(
     param_dtype: str = "float32",
     compute_dtype: str = "auto",
     shardings: Params | None = None,
-) -> tuple[Decoder, Params]:
+) -> tuple[LanguageModel, Params]:
     """Reads the model in a Hugging Face directory.
 
     Args:
@@ -47,7 +48,7 @@ def load(
     """
     directory = Path(directory)
     family, config = read_config(directory, param_dtype=param_dtype, compute_dtype=compute_dtype)
-    decoder = Decoder(config)
+    decoder = model_of(config)
     wanted = family.tensors(config)
     outputs = base.fused_outputs(wanted)
     expected = decoder.abstract_params()

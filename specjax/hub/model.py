@@ -14,36 +14,56 @@ from jaxtyping import Array, Float, Int
 from specjax.hub import load as hub_load
 from specjax.hub import save as hub_save
 from specjax.hub.tokenizer import Tokenizer
-from specjax.models.decoder import Decoder
+from specjax.models.language_model import LanguageModel, consecutive
+from specjax.models.table import model_of
 from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(decoder: Decoder, params: Any, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
-    return decoder.head(params, decoder.extend(params, None, tokens, positions)[0])
+def _logits(
+    decoder: LanguageModel, params: Any, prompts: Int[Array, "B P"], lengths: Int[Array, "B"], texts: Int[Array, "B T"]
+) -> Float[Array, "B T V"]:
+    start = decoder.start(params, prompts, lengths, 0)
+    return decoder.head(params, decoder.extend(params, start, texts, consecutive(texts))[0])
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
     """A language model with its parameters and tokenizer; on one device where there is no mesh."""
 
-    decoder: Decoder
+    decoder: LanguageModel
     params: Any
     tokenizer: Tokenizer
     mesh: jax.sharding.Mesh | None = None
 
-    def logits(self, tokens: Sequence[Sequence[int]] | Any) -> Float[Array, "B T V"]:
-        """Teacher-forced logits of `[B, T]` ids: row t predicts the token after `tokens[:, t]`.
+    def logits(
+        self, tokens: Sequence[Sequence[int]] | Any, decoder_tokens: Sequence[Sequence[int]] | Any = None
+    ) -> Float[Array, "B T V"]:
+        """Teacher-forced logits of `[B, T]` ids: row t predicts the token after the t-th of its text.
+
+        Args:
+          tokens: the texts; of an encoder-decoder the prompts, all of one length.
+          decoder_tokens: of an encoder-decoder the texts, start token included.
 
         Raises:
-          UserError: for ids outside the vocabulary.
+          UserError: for ids outside the vocabulary, and for texts that are missing or too many.
         """
-        tokens = np.asarray(tokens, np.int32)
-        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.decoder.vocab_size:
+        apart = self.decoder.reads_prompt_apart
+        if apart != (decoder_tokens is not None):
+            raise UserError(
+                "an encoder-decoder takes logits(prompt_tokens, decoder_tokens), another model logits(tokens); "
+                f"this is a {self.decoder.config.family} model"
+            )
+        prompts, texts = self._ids(tokens), self._ids(decoder_tokens if apart else tokens)
+        lengths = jnp.full(prompts.shape[:1], prompts.shape[1], jnp.int32)
+        return _logits(self.decoder, self.params, prompts, lengths, texts)
+
+    def _ids(self, tokens) -> jax.Array:
+        ids = np.asarray(tokens, np.int32)
+        if ids.size and not 0 <= ids.min() <= ids.max() < self.decoder.vocab_size:
             raise UserError(f"token ids must lie in 0 .. {self.decoder.vocab_size - 1}, this model's vocabulary")
-        return _logits(self.decoder, self.params, jnp.asarray(tokens))
+        return jnp.asarray(ids)
 
 
 def load(
@@ -62,7 +82,7 @@ def load(
     shardings = None
     if mesh is not None:
         _, config = hub_load.read_config(Path(directory), **dtypes)
-        shardings = meshes.shardings(Decoder(config).axes(), mesh)
+        shardings = meshes.shardings(model_of(config).axes(), mesh)
     decoder, params = hub_load.load(directory, shardings=shardings, **dtypes)
     return Model(decoder, params, Tokenizer.load(directory), mesh)
 
@@ -74,6 +94,8 @@ def save(model: Model, directory: str | Path) -> None:
 
 def check_pair(target: Model, draft: Model) -> None:
     """Raises UserError unless draft and target share vocabulary and tokenizer."""
+    if target.decoder.reads_prompt_apart != draft.decoder.reads_prompt_apart:
+        raise UserError("an encoder-decoder and a decoder-only model cannot draft for each other; take two of a kind")
     if target.decoder.vocab_size != draft.decoder.vocab_size:
         raise UserError(
             f"the target has a vocabulary of {target.decoder.vocab_size} and the draft one of "

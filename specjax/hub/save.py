@@ -13,7 +13,7 @@ import numpy as np
 from specjax.hub import load as hub_load
 from specjax.hub import tokenizer as hub_tokenizer
 from specjax.hub.families import base
-from specjax.models.decoder import Decoder, Params
+from specjax.models.language_model import LanguageModel, Params
 from specjax.runtime.errors import UserError
 
 _GENERATION_FILE = "generation_config.json"
@@ -29,7 +29,7 @@ FILES = (
 )
 
 
-def save(directory: str | Path, decoder: Decoder, params: Params, tokenizer: hub_tokenizer.Tokenizer) -> None:
+def save(directory: str | Path, decoder: LanguageModel, params: Params, tokenizer: hub_tokenizer.Tokenizer) -> None:
     """Writes the model and its tokenizer, the parameters bit for bit in the dtype of `decoder.config`.
 
     Everything is written beside `directory`, read back and compared, and only then put in its place; an earlier
@@ -74,7 +74,7 @@ def _check_target(directory: Path) -> None:
         raise UserError(f"{directory} holds files of another kind ({others[0]}); export to a directory of its own")
 
 
-def _tensors(decoder: Decoder, params: Params) -> dict[str, np.ndarray]:
+def _tensors(decoder: LanguageModel, params: Params) -> dict[str, np.ndarray]:
     """The arrays on the host under their names in the file, turned as they lie there."""
     paths = lambda tree: {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     expected, given = paths(decoder.abstract_params()), paths(params)

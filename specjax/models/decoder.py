@@ -1,24 +1,18 @@
-"""The decoder-only language model behind one small interface: init, start, extend, head.
-
-Inside are Flax NNX modules; outside, parameters are a plain nested dict of arrays, so that `jax.jit`, `jax.grad`
-and shardings apply to them directly.
-"""
+"""The decoder-only language model: one for all families, told apart by their config."""
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Int
 
 from specjax.models import kv_cache, layers
 from specjax.models.config import DecoderConfig
+from specjax.models.language_model import LanguageModel, Params
 from specjax.models.rotary import angles
 from specjax.runtime.dtypes import dtype_named
-
-Params = dict
 
 
 class DecoderModule(nnx.Module):
@@ -83,103 +77,19 @@ class DecoderModule(nnx.Module):
         return logits
 
 
-@functools.cache
-def _abstract(config: DecoderConfig):
-    return nnx.split(nnx.eval_shape(lambda: DecoderModule(config, nnx.Rngs(params=0))))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _init(config: DecoderConfig, key: jax.Array) -> Params:
-    return nnx.to_pure_dict(nnx.split(DecoderModule(config, nnx.Rngs(params=key)))[1])
-
-
 @dataclasses.dataclass(frozen=True)
-class Decoder:
-    """A decoder-only language model: hashable and static; parameters are passed in.
-
-    Positions are absolute and consecutive within a call: `positions[b] = positions[b, 0] + arange(T)`.
-    """
+class Decoder(LanguageModel):
+    """A decoder-only language model."""
 
     config: DecoderConfig
-
-    @property
-    def layers(self) -> int:
-        return self.config.layers
-
-    @property
-    def vocab_size(self) -> int:
-        return self.config.vocab_size
-
-    @property
-    def num_params(self) -> int:
-        """Parameters, the tied head counted once."""
-        return sum(math.prod(x.shape) for x in jax.tree.leaves(self.abstract_params()))
-
-    @property
-    def num_step_params(self) -> int:
-        """Parameters read to decode one token: of a table only a row, and the head whole."""
-        params = self.abstract_params()
-        tables = [params["positions"]] if self.config.learned_positions else []
-        tables += [] if self.config.tied_head else [params["embedding"]]
-        return self.num_params - sum(math.prod(table.shape) for table in tables)
-
-    def init(self, key: jax.Array) -> Params:
-        """Random parameters as a nested dict."""
-        return _init(self.config, key)
-
-    def abstract_params(self) -> Params:
-        """The tree of `init` as shapes and dtypes, nothing allocated."""
-        return nnx.to_pure_dict(_abstract(self.config)[1])
-
-    def axes(self) -> Params:
-        """The tree of `init` with a tuple of logical axis names in place of each array."""
-        named = jax.tree.map(
-            lambda variable: variable.get_metadata()["axes"],
-            _abstract(self.config)[1],
-            is_leaf=lambda x: isinstance(x, nnx.Variable),
-        )
-        return nnx.to_pure_dict(named)
+    module = DecoderModule
 
     def start(
         self, params: Params, prompts: Int[Array, "B P"], lengths: Int[Array, "B"], capacity: int
-    ) -> kv_cache.Cache:
-        """An empty cache for these prompts (an encoder-decoder would encode them here).
-
-        Raises:
-          ValueError: if the prompts do not fit the capacity.
-        """
+    ) -> kv_cache.Cache | None:
         del params, lengths
+        if capacity == 0:
+            return None
         if prompts.shape[1] > capacity:
             raise ValueError(f"Prompts of {prompts.shape[1]} tokens do not fit a cache of {capacity} slots.")
         return kv_cache.zeros(self.config, prompts.shape[0], capacity, dtype_named(self.config.compute_dtype))
-
-    def extend(
-        self,
-        params: Params,
-        cache: kv_cache.Cache | None,
-        inputs: Int[Array, "B T"] | Float[Array, "B T D"],
-        positions: Int[Array, "B T"],
-        mask: Bool[Array, "B T S"] | None = None,
-        *,
-        layers: tuple[int, int] | None = None,
-    ) -> tuple[Float[Array, "B T D"], kv_cache.Cache | None]:
-        """Runs layers `lo..hi-1` on tokens, or on the hidden states that layer `lo - 1` left.
-
-        Args:
-          cache: keys and values of earlier tokens; those of this call are written at `positions`. None is the
-            plain causal forward over the T tokens alone.
-          inputs: token ids (embedded first), or hidden states to resume from.
-          positions: absolute, consecutive in each row.
-          mask: further restriction of what is visible (True: may be seen), beside causality.
-          layers: the range (lo, hi); all of them when None.
-
-        Returns:
-          hidden states after layer `hi - 1`, before the final norm; the cache with this call's slots written.
-        """
-        lo, hi = layers if layers is not None else (0, self.config.layers)
-        module = nnx.merge(_abstract(self.config)[0], params)
-        return module.extend(cache, inputs, positions, mask, lo, hi)
-
-    def head(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Final norm and output projection: float32 logits."""
-        return nnx.merge(_abstract(self.config)[0], params).head(hidden)

@@ -86,7 +86,7 @@ def attend(
     *,
     scale: float,
     softcap: float = 0.0,
-    bias: Float[Array, "B N T S"] | None = None,
+    bias: Float[Array, "_ N T S"] | None = None,
 ) -> Float[Array, "B N T H"]:
     """Softmax attention of grouped queries over the slots where `visible` [B, T, S] holds; weights in float32.
 
@@ -113,12 +113,12 @@ def attend(
     return mixed.reshape(batch, heads, steps, size)
 
 
-def seen(positions, slots, mask, window: int):
+def seen(positions, slots, mask, window: int, causal: bool = True):
     """Where a query at `positions` [B, T] may look, `slots` [B or 1, 1, S] being positions: [B, T, S].
 
     A window of 3 at position 5 sees 3, 4 and 5; 0 is no window.
     """
-    visible = slots <= positions[..., None]
+    visible = slots <= positions[..., None] if causal else jnp.full((*positions.shape, slots.shape[-1]), True)
     if window:
         visible &= slots > positions[..., None] - window
     return visible if mask is None else visible & mask[..., : slots.shape[-1]]
@@ -128,15 +128,14 @@ def attend_to_prefix(queries, keys, values, positions, mask, *, window=0, bias=N
     """`attend` over the shortest listed prefix of the cache that holds every visible slot.
 
     A short text in a large cache must not pay for the large cache. The switch is around attention alone and only
-    reads the cache; around the whole forward it would copy the cache every step. `bias` is a function of
-    (positions, slots), or None.
+    reads the cache; around the whole forward it would copy the cache every step.
     """
     lengths = kv_cache.prefixes(keys.shape[2])
 
     def branch(length):
         def run(queries, keys, values, positions, mask):
             slots = jnp.arange(length)[None, None]
-            added = None if bias is None else bias(positions, slots)
+            added = None if bias is None else bias[..., :length]
             visible = seen(positions, slots, mask, window)
             return attend(queries, keys[:, :, :length], values[:, :, :length], visible, bias=added, **how)
 
@@ -149,45 +148,67 @@ def attend_to_prefix(queries, keys, values, positions, mask, *, window=0, bias=N
     return jax.lax.switch(index, [branch(n) for n in lengths], queries, keys, values, positions, mask)
 
 
+def query_scale(config: DecoderConfig) -> float:
+    """The factor on the scores."""
+    return config.head_size**-0.5 if config.query_scale is None else config.query_scale
+
+
+def projections(config: DecoderConfig, rngs: nnx.Rngs) -> tuple[Linear, Linear, Linear, Linear]:
+    """Query, key, value and output projections of an attention."""
+    make = functools.partial(Linear, dtype=config.param_dtype, rngs=rngs)
+    scale, bias = config.width**-0.5, config.attention_bias
+    inner, kv_inner = config.heads * config.head_size, config.kv_heads * config.head_size
+    # Where scores are not scaled, the queries begin smaller by as much.
+    query = make(
+        config.width, inner, ("embed", "heads"), scale * config.head_size**-0.5 / query_scale(config), bias=bias
+    )
+    key = make(config.width, kv_inner, ("embed", "kv_heads"), scale, bias=bias)
+    value = make(config.width, kv_inner, ("embed", "kv_heads"), scale, bias=bias)
+    output_scale = (inner * 2 * config.layers) ** -0.5
+    return query, key, value, make(inner, config.width, ("heads", "embed"), output_scale, bias=config.output_bias)
+
+
+def split_heads(x: Float[Array, "B T I"], size: int) -> Float[Array, "B X T H"]:
+    """Channels to heads of `size` channels, before the tokens."""
+    return x.reshape(*x.shape[:2], -1, size).swapaxes(1, 2)
+
+
+def join_heads(x: Float[Array, "B X T H"]) -> Float[Array, "B T I"]:
+    """The inverse of `split_heads`."""
+    x = x.swapaxes(1, 2)
+    return x.reshape(*x.shape[:2], -1)
+
+
 class Attention(nnx.Module):
     """Causal grouped-query self-attention of one layer."""
 
     def __init__(self, config: DecoderConfig, layer: int, rngs: nnx.Rngs):
-        make = functools.partial(Linear, dtype=config.param_dtype, rngs=rngs)
-        scale, bias = config.width**-0.5, config.attention_bias
-        inner, kv_inner = config.heads * config.head_size, config.kv_heads * config.head_size
-        self.query = make(config.width, inner, ("embed", "heads"), scale, bias=bias)
-        self.key = make(config.width, kv_inner, ("embed", "kv_heads"), scale, bias=bias)
-        self.value = make(config.width, kv_inner, ("embed", "kv_heads"), scale, bias=bias)
-        self.output = make(
-            inner, config.width, ("heads", "embed"), (inner * 2 * config.layers) ** -0.5, bias=config.output_bias
-        )
+        self.query, self.key, self.value, self.output = projections(config, rngs)
         self.query_norm = make_norm(config, config.head_size) if config.qk_norm else None
         self.key_norm = make_norm(config, config.head_size) if config.qk_norm else None
         self.head_size = config.head_size
-        self.how = {
-            "scale": config.head_size**-0.5 if config.query_scale is None else config.query_scale,
-            "softcap": config.attention_softcap,
-        }
+        self.how = {"scale": query_scale(config), "softcap": config.attention_softcap}
         self.window = config.window(layer)
 
-    def __call__(self, inputs, angles, positions, mask, keys, values):
-        """Returns the mixed output and the updated cache arrays (None, None without a cache)."""
-        split = lambda x: x.reshape(*x.shape[:2], -1, self.head_size).swapaxes(1, 2)
+    def __call__(self, inputs, angles, positions, mask, keys, values, *, bias=None, causal=True):
+        """Returns the mixed output and the updated cache arrays (None, None without a cache).
+
+        `bias` [B or 1, N, T, S] is added to the scores; `causal` False (without a cache) sees both ways.
+        """
+        split = functools.partial(split_heads, size=self.head_size)
         queries, new_keys, new_values = split(self.query(inputs)), split(self.key(inputs)), split(self.value(inputs))
         if self.query_norm is not None:
             queries, new_keys = self.query_norm(queries), self.key_norm(new_keys)
         if angles is not None:
             queries, new_keys = rotate(queries, angles), rotate(new_keys, angles)
         if keys is None:
-            visible = seen(positions, positions[:, None], mask, self.window)
-            mixed = attend(queries, new_keys, new_values, visible, **self.how)
+            visible = seen(positions, positions[:, None], mask, self.window, causal)
+            mixed = attend(queries, new_keys, new_values, visible, bias=bias, **self.how)
         else:
             keys = kv_cache.write(keys, new_keys, positions[:, 0])
             values = kv_cache.write(values, new_values, positions[:, 0])
-            mixed = attend_to_prefix(queries, keys, values, positions, mask, window=self.window, **self.how)
-        mixed = mixed.swapaxes(1, 2).reshape(*inputs.shape[:2], -1)
-        return self.output(mixed), keys, values
+            mixed = attend_to_prefix(queries, keys, values, positions, mask, window=self.window, bias=bias, **self.how)
+        return self.output(join_heads(mixed)), keys, values
 
 
 class MLP(nnx.Module):
@@ -222,9 +243,9 @@ class Block(nnx.Module):
         self.mlp_output_norm = make_norm(config, config.width) if config.order == "both" else None
         self.order = config.order
 
-    def __call__(self, hidden, angles, positions, mask, keys, values):
+    def __call__(self, hidden, angles, positions, mask, keys, values, **attention):
         inputs = hidden if self.order == "post" else self.attention_norm(hidden)
-        mixed, keys, values = self.attention(inputs, angles, positions, mask, keys, values)
+        mixed, keys, values = self.attention(inputs, angles, positions, mask, keys, values, **attention)
         if self.order == "parallel":
             return hidden + mixed + self.mlp(self.mlp_norm(hidden)), keys, values
         if self.order == "post":

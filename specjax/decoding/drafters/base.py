@@ -27,14 +27,18 @@ class Prefill:
 
     Attributes:
       prompts: right-padded token ids.
-      lengths: tokens of each prompt, the last of which is pending (in no cache yet).
-      tap_states: hidden states `[B, P, D]` after each of the drafter's `taps`.
+      lengths: tokens of each prompt.
+      texts: what is continued: the prompts themselves, or start tokens where the target is an encoder-decoder.
+      text_lengths: tokens of each text, the last of which is pending (in no cache yet).
+      tap_states: hidden states `[B, T, D]` of the texts after each of the drafter's `taps`.
       capacity: cache slots a row may need.
     """
 
     prompts: Int[Array, "B P"]
     lengths: Int[Array, "B"]
-    tap_states: tuple[Float[Array, "B P D"], ...]
+    texts: Int[Array, "B T"]
+    text_lengths: Int[Array, "B"]
+    tap_states: tuple[Float[Array, "B T D"], ...]
     capacity: int = dataclasses.field(metadata={"static": True})
 
 

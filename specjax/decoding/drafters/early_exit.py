@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from specjax.decoding.drafters.base import Context, Outcome, Prefill, Proposal
-from specjax.models.decoder import Decoder
+from specjax.models.language_model import LanguageModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +18,7 @@ class EarlyExitDrafter:
     too, which is why nothing is missing after full acceptance.
     """
 
-    target: Decoder
+    target: LanguageModel
     exit_layer: int
     gamma: int
     taps = ()

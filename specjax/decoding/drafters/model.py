@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from specjax.decoding.drafters.base import Context, Outcome, Prefill, Proposal
-from specjax.models.decoder import Decoder
+from specjax.models.language_model import LanguageModel, consecutive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,14 +17,13 @@ class ModelDrafter:
     nothing, except after full acceptance: the last drafted token was never fed, and this fills its slot.
     """
 
-    model: Decoder
+    model: LanguageModel
     gamma: int
     taps = ()
 
     def init(self, params, target_params, prefill: Prefill, row_keys):
         cache = self.model.start(params, prefill.prompts, prefill.lengths, prefill.capacity)
-        positions = jnp.broadcast_to(jnp.arange(prefill.prompts.shape[1])[None], prefill.prompts.shape)
-        return self.model.extend(params, cache, prefill.prompts, positions)[1]
+        return self.model.extend(params, cache, prefill.texts, consecutive(prefill.texts))[1]
 
     def propose(self, params, target_params, state, target_cache, context: Context):
         model, cache = self.model, state

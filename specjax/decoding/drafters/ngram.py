@@ -13,7 +13,12 @@ from specjax.models import kv_cache
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class History:
-    """The committed text of each row: `tokens[b, :lengths[b]]`."""
+    """What each row has said and was told: `tokens[b, :lengths[b]]`.
+
+    Attributes:
+      tokens: the committed text, behind the prompt where an encoder-decoder reads that apart.
+      lengths: tokens of each row.
+    """
 
     tokens: Int[Array, "B S"]
     lengths: Int[Array, "B"]
@@ -33,8 +38,12 @@ class NGramDrafter:
     taps = ()
 
     def init(self, params, target_params, prefill: Prefill, row_keys):
-        padding = prefill.capacity - prefill.prompts.shape[1]
-        return History(jnp.pad(prefill.prompts, ((0, 0), (0, padding))), prefill.lengths)
+        if prefill.texts is prefill.prompts:
+            padding = prefill.capacity - prefill.prompts.shape[1]
+            return History(jnp.pad(prefill.prompts, ((0, 0), (0, padding))), prefill.lengths)
+        tokens = jnp.pad(prefill.prompts, ((0, 0), (0, prefill.capacity)))
+        tokens = kv_cache.write_rows(tokens, prefill.texts, prefill.lengths, axis=1)
+        return History(tokens, prefill.lengths + prefill.text_lengths)
 
     def propose(self, params, target_params, state: History, target_cache, context: Context):
         tokens, lengths = state.tokens, state.lengths
@@ -55,5 +64,5 @@ class NGramDrafter:
         return proposal, state, target_cache
 
     def commit(self, params, state: History, outcome: Outcome):
-        tokens = kv_cache.write_rows(state.tokens, outcome.tokens, outcome.lengths, axis=1)
-        return History(tokens, outcome.lengths + outcome.num_emitted)
+        tokens = kv_cache.write_rows(state.tokens, outcome.tokens, state.lengths, axis=1)
+        return History(tokens, state.lengths + outcome.num_emitted)

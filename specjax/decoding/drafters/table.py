@@ -5,22 +5,22 @@ from typing import Any
 from specjax.decoding.drafters.early_exit import EarlyExitDrafter
 from specjax.decoding.drafters.model import ModelDrafter
 from specjax.decoding.drafters.ngram import NGramDrafter
-from specjax.models.decoder import Decoder
+from specjax.models.language_model import LanguageModel
 from specjax.runtime.errors import UserError, nearest
 
 
-def _model(target: Decoder, gamma: int, options: dict) -> ModelDrafter:
+def _model(target: LanguageModel, gamma: int, options: dict) -> ModelDrafter:
     return ModelDrafter(options["model"], gamma)
 
 
-def _ngram(target: Decoder, gamma: int, options: dict) -> NGramDrafter:
+def _ngram(target: LanguageModel, gamma: int, options: dict) -> NGramDrafter:
     shortest, longest = options["shortest"], options["longest"]
     if not 1 <= shortest <= longest:
         raise UserError(f"ngram needs 1 <= shortest <= longest, not shortest={shortest}, longest={longest}.")
     return NGramDrafter(gamma, shortest, longest)
 
 
-def _early_exit(target: Decoder, gamma: int, options: dict) -> EarlyExitDrafter:
+def _early_exit(target: LanguageModel, gamma: int, options: dict) -> EarlyExitDrafter:
     layer = options["exit_layer"]
     if not 1 <= layer < target.layers:
         raise UserError(f"exit_layer must lie in 1 .. {target.layers - 1} for this target, not {layer}.")
@@ -30,11 +30,11 @@ def _early_exit(target: Decoder, gamma: int, options: dict) -> EarlyExitDrafter:
 DRAFTERS = {"model": _model, "ngram": _ngram, "early_exit": _early_exit}
 
 
-def make_drafter(kind: str, target: Decoder, gamma: int, options: dict[str, Any]) -> Any:
+def make_drafter(kind: str, target: LanguageModel, gamma: int, options: dict[str, Any]) -> Any:
     """Builds the drafter called `kind`; None when gamma is 0 (plain decoding).
 
     Args:
-      options: `model` (a Decoder) for "model"; `shortest`, `longest` for "ngram"; `exit_layer` for "early_exit".
+      options: `model` (a LanguageModel) for "model"; `shortest`, `longest` for "ngram"; `exit_layer` for "early_exit".
 
     Raises:
       UserError: for an unknown kind, a negative gamma, or options outside their range.

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax
 
 from specjax.models.config import DecoderConfig
-from specjax.models.decoder import Decoder
 from specjax.models.rotary import Rotary
+from specjax.models.table import model_of
 from specjax.runtime.errors import UserError
 
 
@@ -60,16 +60,31 @@ def list_tensors(
     Raises:
       ValueError: if the tables leave out a parameter that the config describes.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(Decoder(config).abstract_params())
+    entries = [*first, *numbered(layer, "blocks", config.layers), *last]
+    return match_tensors(config, entries, transposed=transposed, parts=parts)
+
+
+def numbered(names: Names, blocks: str, count: int) -> list[tuple[str, tuple[str | int, ...]]]:
+    """The names of one layer for each of `count` layers, their paths below `blocks`."""
+    return [(name.format(i), (blocks, i, *path)) for i in range(count) for name, path in names]
+
+
+def match_tensors(
+    config: DecoderConfig,
+    entries: Sequence[tuple[str, tuple[str | int, ...]]],
+    *,
+    transposed: bool = True,
+    parts: Mapping[str, Part] | None = None,
+) -> list[Tensor]:
+    """Those of the entries (name in the file, whole path) that the config describes; see `list_tensors`."""
+    leaves = jax.tree_util.tree_leaves_with_path(model_of(config).abstract_params())
     known = {tuple(getattr(key, "key", None) for key in path) for path, _ in leaves}
-    entries = [(name, path, path) for name, path in first]
-    for number in range(config.layers):
-        entries += [(name.format(number), ("blocks", number, *path), path) for name, path in layer]
-    entries += [(name, path, path) for name, path in last]
     turned = lambda path: transposed and path[-1] == "kernel"
+    in_layer = lambda path: path[2:] if len(path) > 2 and isinstance(path[1], int) else path
+    key = lambda path: ".".join(in_layer(path))
     listed = [
-        Tensor(name, path, turned(path) or path == ("unembedding", "kernel"), (parts or {}).get(".".join(key)))
-        for name, path, key in entries
+        Tensor(name, path, turned(path) or path == ("unembedding", "kernel"), (parts or {}).get(key(path)))
+        for name, path in entries
         if path in known
     ]
     missing = known - {tensor.path for tensor in listed}
@@ -206,10 +221,10 @@ def head_size(fields: Mapping[str, Any], width: int, heads: int) -> int:
     return number(fields, "head_dim", int, absent=width // heads)
 
 
-def build(family: str, **values: Any) -> DecoderConfig:
-    """The DecoderConfig, or a UserError for what no decoder can have."""
+def build(family: str, config_type: type[DecoderConfig] = DecoderConfig, **values: Any) -> DecoderConfig:
+    """The config, or a UserError for what no model can have."""
     try:
-        return DecoderConfig(family=family, **values)
+        return config_type(family=family, **values)
     except ValueError as error:
         raise UserError(f"no such decoder can be built: {str(error).rstrip('.')}; correct that field") from None
 

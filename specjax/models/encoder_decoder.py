@@ -1,0 +1,223 @@
+"""The encoder-decoder language model in the T5 manner (arXiv 1910.10683): relative positions, cross-attention."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from specjax.models import kv_cache, layers
+from specjax.models.config import DecoderConfig
+from specjax.models.language_model import LanguageModel, Params, consecutive
+from specjax.runtime.dtypes import dtype_named
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncoderDecoderConfig(DecoderConfig):
+    """A decoder with cross-attention, and the encoder beside it; both have the width, heads and MLP named there.
+
+    Attributes:
+      encoder_layers: blocks of the encoder (`layers` are the decoder's).
+      relative_buckets: how many different biases a head has for distances between tokens.
+      relative_distance: from this distance on all have the last one.
+      head_scale: factor on the last hidden states before the head.
+      start_token: the id with which every text begins.
+    """
+
+    encoder_layers: int
+    relative_buckets: int
+    relative_distance: int
+    head_scale: float
+    start_token: int
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.encoder_layers < 1 or self.relative_buckets < 4 or self.relative_buckets % 4:
+            raise ValueError("an encoder-decoder needs encoder layers, and relative buckets in multiples of 4.")
+        if self.relative_distance <= self.relative_buckets // 2:
+            raise ValueError(
+                f"relative_distance ({self.relative_distance}) must be above half the {self.relative_buckets} buckets."
+            )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CrossCache:
+    """What the decoder sees: its own tokens and the encoded prompt.
+
+    Attributes:
+      own: keys and values of the text; None where nothing is cached.
+      cross_keys: of the prompt, one `[B, N, P, H]` array a layer, computed once.
+      cross_values: the same for values.
+      lengths: tokens of each prompt.
+    """
+
+    own: kv_cache.Cache | None
+    cross_keys: tuple[Float[Array, "B N P H"], ...]
+    cross_values: tuple[Float[Array, "B N P H"], ...]
+    lengths: Int[Array, "B"]
+
+
+def bucket_table(buckets: int, distance: int, *, both_ways: bool) -> np.ndarray:
+    """The bucket of each distance 0 .. `distance` backwards, then (with `both_ways`) of each 1 .. `distance` forwards.
+
+    Half of the buckets are for single distances, the others for ranges that grow geometrically.
+    """
+    one_way = buckets // 2 if both_ways else buckets
+    exact = one_way // 2
+    steps = np.arange(distance + 1)
+    ranges = np.log(np.maximum(steps, 1).astype(np.float32) / exact) / math.log(distance / exact) * (one_way - exact)
+    backwards = np.where(steps < exact, steps, np.minimum(exact + ranges.astype(np.int32), one_way - 1))
+    return np.concatenate([backwards, one_way + backwards[1:]]) if both_ways else backwards
+
+
+class RelativeBias(nnx.Module):
+    """A learned bias a head and bucket of distances, shared by all layers of a stack."""
+
+    def __init__(self, config: EncoderDecoderConfig, both_ways: bool, rngs: nnx.Rngs):
+        shape = (config.relative_buckets, config.heads)
+        table = jax.random.normal(rngs.params(), shape, jnp.float32)
+        self.table = nnx.Param(table.astype(dtype_named(config.param_dtype)), axes=(None, "heads"))
+        self.buckets = (config.relative_buckets, config.relative_distance)
+        self.both_ways = both_ways
+
+    def __call__(self, positions: Int[Array, "B T"], slots: Int[Array, "_ S"]) -> Float[Array, "B N T S"]:
+        farthest = self.buckets[1]
+        by_distance = self.table[...].astype(jnp.float32)[bucket_table(*self.buckets, both_ways=self.both_ways)]
+        back = positions[:, :, None] - slots[:, None]
+        index = jnp.clip(back, 0, farthest)
+        if self.both_ways:
+            index = jnp.where(back < 0, farthest + jnp.minimum(-back, farthest), index)
+        return jnp.moveaxis(by_distance[index], -1, 1)
+
+
+class CrossAttention(nnx.Module):
+    """Attention of the text to the encoded prompt."""
+
+    def __init__(self, config: EncoderDecoderConfig, rngs: nnx.Rngs):
+        self.query, self.key, self.value, self.output = layers.projections(config, rngs)
+        self.head_size = config.head_size
+        self.scale = layers.query_scale(config)
+
+    def remember(self, memory: Float[Array, "B P D"]) -> tuple[Float[Array, "B N P H"], Float[Array, "B N P H"]]:
+        """Keys and values of the encoded prompt."""
+        return tuple(layers.split_heads(project(memory), self.head_size) for project in (self.key, self.value))
+
+    def __call__(self, inputs, keys, values, visible):
+        queries = layers.split_heads(self.query(inputs), self.head_size)
+        return self.output(layers.join_heads(layers.attend(queries, keys, values, visible, scale=self.scale)))
+
+
+class DecoderBlock(nnx.Module):
+    """One layer of the decoder: attention to the text, to the prompt, then MLP, each with norm and residual."""
+
+    def __init__(self, config: EncoderDecoderConfig, layer: int, rngs: nnx.Rngs):
+        self.attention_norm = layers.make_norm(config, config.width)
+        self.attention = layers.Attention(config, layer, rngs)
+        self.cross_norm = layers.make_norm(config, config.width)
+        self.cross = CrossAttention(config, rngs)
+        self.mlp_norm = layers.make_norm(config, config.width)
+        self.mlp = layers.MLP(config, rngs)
+
+    def __call__(self, hidden, positions, mask, keys, values, bias, cross_keys, cross_values, visible):
+        inputs = self.attention_norm(hidden)
+        mixed, keys, values = self.attention(inputs, None, positions, mask, keys, values, bias=bias)
+        hidden = hidden + mixed
+        hidden = hidden + self.cross(self.cross_norm(hidden), cross_keys, cross_values, visible)
+        return hidden + self.mlp(self.mlp_norm(hidden)), keys, values
+
+
+class EncoderDecoderModule(nnx.Module):
+    """The parameters of an encoder-decoder and what is computed with them."""
+
+    def __init__(self, config: EncoderDecoderConfig, rngs: nnx.Rngs):
+        dtype = dtype_named(config.param_dtype)
+        embedding = jax.random.normal(rngs.params(), (config.vocab_size, config.width), jnp.float32)
+        self.embedding = nnx.Param(embedding.astype(dtype), axes=("vocab", "embed"))
+        self.encoder_bias = RelativeBias(config, True, rngs)
+        self.encoder_blocks = nnx.List([layers.Block(config, i, rngs) for i in range(config.encoder_layers)])
+        self.encoder_norm = layers.make_norm(config, config.width)
+        self.bias = RelativeBias(config, False, rngs)
+        self.blocks = nnx.List([DecoderBlock(config, i, rngs) for i in range(config.layers)])
+        self.norm = layers.make_norm(config, config.width)
+        if not config.tied_head:
+            make = functools.partial(layers.Linear, dtype=config.param_dtype, rngs=rngs)
+            self.unembedding = make(config.width, config.vocab_size, ("embed", "vocab"), config.width**-0.5)
+        self.config = config
+
+    def embed(self, tokens):
+        return self.embedding[...][tokens].astype(dtype_named(self.config.compute_dtype))
+
+    def encode(self, prompts, lengths):
+        """Hidden states of the prompts; those of the padding are never looked at."""
+        hidden, positions = self.embed(prompts), consecutive(prompts)
+        there = (positions < lengths[:, None])[:, None, :]
+        bias = self.encoder_bias(positions[:1], positions[:1])
+        for layer, block in enumerate(self.encoder_blocks):
+            with jax.named_scope(f"encoder_layer_{layer}"):
+                hidden, _, _ = block(hidden, None, positions, there, None, None, bias=bias, causal=False)
+        return self.encoder_norm(hidden)
+
+    def remember(self, prompts, lengths):
+        memory = self.encode(prompts, lengths)
+        return tuple(zip(*[block.cross.remember(memory) for block in self.blocks], strict=True))
+
+    def extend(self, cache, inputs, positions, mask, lo, hi):
+        hidden = self.embed(inputs) if jnp.issubdtype(inputs.dtype, jnp.integer) else inputs
+        own = cache.own
+        slots = jnp.arange(cache.cross_keys[0].shape[2], dtype=jnp.int32)[None, None]
+        visible = jnp.broadcast_to(slots < cache.lengths[:, None, None], (*positions.shape, slots.shape[2]))
+        if own is None:  # consecutive positions: the distances are the same in every row
+            bias = self.bias(positions[:1], positions[:1])
+        else:
+            bias = self.bias(positions, jnp.arange(own.capacity, dtype=jnp.int32)[None])
+        for layer in range(lo, hi):
+            keys, values = (None, None) if own is None else (own.keys[layer], own.values[layer])
+            cross = cache.cross_keys[layer], cache.cross_values[layer]
+            with jax.named_scope(f"layer_{layer}"):
+                hidden, keys, values = self.blocks[layer](hidden, positions, mask, keys, values, bias, *cross, visible)
+            if own is not None:
+                own = own.with_layer(layer, keys, values)
+        return hidden, dataclasses.replace(cache, own=own)
+
+    def head(self, hidden):
+        config = self.config
+        hidden = self.norm(hidden)
+        if config.head_scale != 1:
+            hidden = hidden * jnp.asarray(config.head_scale, hidden.dtype)
+        if config.tied_head:
+            kernel = self.embedding[...].astype(hidden.dtype)
+            return jnp.einsum("BTD,VD->BTV", hidden, kernel, preferred_element_type=jnp.float32)
+        return self.unembedding(hidden).astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderDecoder(LanguageModel):
+    """An encoder-decoder: it reads the prompt once, in both directions, and its text begins with a start token."""
+
+    config: EncoderDecoderConfig
+    module = EncoderDecoderModule
+    reads_prompt_apart = True
+
+    def opening(self, prompt: Sequence[int]) -> list[int]:
+        return [self.config.start_token]
+
+    def text_slots(self, prompt_slots: int) -> int:
+        return 1
+
+    def open_texts(self, prompts, lengths):
+        first = jnp.full((prompts.shape[0], 1), self.config.start_token, prompts.dtype)
+        return first, jnp.ones_like(lengths)
+
+    def start(self, params: Params, prompts: Int[Array, "B P"], lengths: Int[Array, "B"], capacity: int) -> CrossCache:
+        with jax.named_scope("encode"):
+            cross_keys, cross_values = self.bind(params).remember(prompts, lengths)
+        own = None
+        if capacity:
+            own = kv_cache.zeros(self.config, prompts.shape[0], capacity, dtype_named(self.config.compute_dtype))
+        return CrossCache(own, cross_keys, cross_values, lengths)

@@ -1,0 +1,146 @@
+"""What every language model is to the rest of the program: init, start, extend, head.
+
+Inside are Flax NNX modules; outside, parameters are a plain nested dict of arrays, so that `jax.jit`, `jax.grad`
+and shardings apply to them directly.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+Params = dict
+
+
+@functools.cache
+def _abstract(module: type, config: Any):
+    return nnx.split(nnx.eval_shape(lambda: module(config, nnx.Rngs(params=0))))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _init(module: type, config: Any, key: jax.Array) -> Params:
+    return nnx.to_pure_dict(nnx.split(module(config, nnx.Rngs(params=key)))[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """A language model: hashable and static; parameters are passed in.
+
+    Positions are absolute and consecutive within a call: `positions[b] = positions[b, 0] + arange(T)`.
+
+    A *text* is what the model continues. Of a decoder-only model it begins with the prompt; an encoder-decoder reads
+    the prompt apart, and its text begins with a start token.
+    """
+
+    config: Any
+    module: ClassVar[type]
+    reads_prompt_apart: ClassVar[bool] = False
+
+    @property
+    def layers(self) -> int:
+        return self.config.layers
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def num_params(self) -> int:
+        """Parameters, the tied head counted once."""
+        return sum(math.prod(x.shape) for x in jax.tree.leaves(self.abstract_params()))
+
+    @property
+    def num_step_params(self) -> int:
+        """Parameters read to decode one token: of a table only a row, and the head whole."""
+        params = self.abstract_params()
+        tables = [params["positions"]] if self.config.learned_positions else []
+        tables += [] if self.config.tied_head else [params["embedding"]]
+        return self.num_params - sum(math.prod(table.shape) for table in tables)
+
+    def init(self, key: jax.Array) -> Params:
+        """Random parameters as a nested dict."""
+        return _init(self.module, self.config, key)
+
+    def abstract_params(self) -> Params:
+        """The tree of `init` as shapes and dtypes, nothing allocated."""
+        return nnx.to_pure_dict(_abstract(self.module, self.config)[1])
+
+    def axes(self) -> Params:
+        """The tree of `init` with a tuple of logical axis names in place of each array."""
+        named = jax.tree.map(
+            lambda variable: variable.get_metadata()["axes"],
+            _abstract(self.module, self.config)[1],
+            is_leaf=lambda x: isinstance(x, nnx.Variable),
+        )
+        return nnx.to_pure_dict(named)
+
+    def bind(self, params: Params) -> Any:
+        """The NNX module with these parameters."""
+        return nnx.merge(_abstract(self.module, self.config)[0], params)
+
+    def opening(self, prompt: Sequence[int]) -> list[int]:
+        """The tokens with which the text of this prompt begins."""
+        return list(prompt)
+
+    def text_slots(self, prompt_slots: int) -> int:
+        """Columns of `open_texts` for so many columns of prompts."""
+        return prompt_slots
+
+    def open_texts(
+        self, prompts: Int[Array, "B P"], lengths: Int[Array, "B"]
+    ) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
+        """`opening` of a batch: right-padded tokens and their lengths."""
+        return prompts, lengths
+
+    def start(self, params: Params, prompts: Int[Array, "B P"], lengths: Int[Array, "B"], capacity: int) -> Any:
+        """What `extend` needs of the prompts: an empty cache (an encoder-decoder encodes them here).
+
+        Args:
+          capacity: slots of the cache; with 0 nothing is cached, and `extend` is the plain forward of training (a
+            decoder-only model then needs nothing and returns None).
+
+        Raises:
+          ValueError: if the texts do not fit the capacity.
+        """
+        raise NotImplementedError
+
+    def extend(
+        self,
+        params: Params,
+        cache: Any,
+        inputs: Int[Array, "B T"] | Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        mask: Bool[Array, "B T S"] | None = None,
+        *,
+        layers: tuple[int, int] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Runs layers `lo..hi-1` on tokens, or on the hidden states that layer `lo - 1` left.
+
+        Args:
+          cache: of `start`; keys and values of this call are written at `positions`. Where nothing is cached it is
+            the plain causal forward over the T tokens alone.
+          inputs: token ids (embedded first), or hidden states to resume from.
+          positions: absolute, consecutive in each row.
+          mask: further restriction of what is visible (True: may be seen), beside causality.
+          layers: the range (lo, hi); all of them when None.
+
+        Returns:
+          hidden states after layer `hi - 1`, before the final norm; the cache with this call's slots written.
+        """
+        lo, hi = layers if layers is not None else (0, self.config.layers)
+        return self.bind(params).extend(cache, inputs, positions, mask, lo, hi)
+
+    def head(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Final norm and output projection: float32 logits."""
+        return self.bind(params).head(hidden)
+
+
+def consecutive(tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Positions 0 .. T - 1 in every row."""
+    return jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
