@@ -166,7 +166,9 @@ def _evaluation() -> ConfigDict:
     config.target = "stage:target"
     config.param_dtype = "float32"
     config.compute_dtype = "auto"
-    config.prompts = ConfigDict({"count": 24, "length_min": 16, "length_max": 32})
+    # Of the task's validation split: how many prompts (0: all), their tokens (of prompt tasks, the most allowed), and
+    # whether each is wrapped as a user's turn by the tokenizer's chat template.
+    config.selection = ConfigDict({"count": 24, "length_min": 16, "length_max": 32, "chat": False})
     config.max_new_tokens = 80
     config.batch_sizes = (1,)
     config.temperatures = (0.0, 1.0)
@@ -211,7 +213,7 @@ def _shrink(config: ConfigDict) -> None:
     config.distilled.speculative_eval.every = 2
     evaluation = config.evaluation
     evaluation.task.size = 60_000
-    evaluation.prompts.update({"count": 3, "length_min": 4, "length_max": 8})
+    evaluation.selection.update({"count": 3, "length_min": 4, "length_max": 8})
     evaluation.max_new_tokens = 12
     evaluation.drafters.distilled.lossless = (2,)
     evaluation.measure_parts = False

@@ -44,7 +44,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.evaluation = base.evaluation
     config.evaluation.drafters = ConfigDict(drafters)
     config.evaluation.compare = tuple(pairs)
-    config.evaluation.prompts.count = 3 if variant else 40
+    config.evaluation.selection.count = 3 if variant else 40
     config.evaluation.measure_parts = False
     config.stages = (*stages, "evaluation")
     return config

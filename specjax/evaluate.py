@@ -113,8 +113,9 @@ def _job(config: Any) -> Job:
     prompts = batches.evaluation_prompts(
         task,
         target.tokenizer,
-        count=config.prompts.count,
-        prompt_length=(config.prompts.length_min, config.prompts.length_max),
+        count=config.selection.count,
+        prompt_length=(config.selection.length_min, config.selection.length_max),
+        chat=config.selection.chat,
         seed=config.seed,
     )
     batch.check_prompts(
@@ -127,8 +128,8 @@ def _job(config: Any) -> Job:
         if name not in config.drafters:
             raise UserError(f"compare names no drafter of this config: {name!r}{nearest(name, config.drafters)}.")
     for size in config.batch_sizes:
-        if not 1 <= size <= config.prompts.count:
-            raise UserError(f"A batch size must lie in 1 .. prompts.count = {config.prompts.count}, not {size}.")
+        if not 1 <= size <= len(prompts):
+            raise UserError(f"A batch size must lie in 1 .. {len(prompts)}, the number of prompts, not {size}.")
     return Job(config, target, task, prompts, drafters)
 
 

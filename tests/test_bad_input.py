@@ -182,7 +182,7 @@ def refused(run, config, workdir, capsys, *overrides):
         ("top_p=0.0", "top_p must lie in (0, 1], not 0.0"),
         ("top_k=-1", "top_k must be 0 (off) or a positive number of tokens, not -1"),
         ("max_new_tokens=90", "exceed the model's 96 positions; shorten the prompt or lower max_new_tokens"),
-        ("batch_sizes=5", "A batch size must lie in 1 .. prompts.count = 3, not 5"),
+        ("batch_sizes=5", "A batch size must lie in 1 .. 3, the number of prompts, not 5"),
         ("compute_dtype=float23", "float23"),
         ("mesh.tensor=3", "a mesh of data 1 x fsdp 1 x tensor 3 needs 3 devices and there are"),
         ("max_new_tokns=4", 'config.max_new_tokns does not exist; did you mean "max_new_tokens"?'),

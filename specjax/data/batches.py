@@ -119,28 +119,27 @@ def validation_batches(
 
 
 def evaluation_prompts(
-    task: Task, tokenizer: Tokenizer, *, count: int, prompt_length: tuple[int, int], seed: int
+    task: Task, tokenizer: Tokenizer, *, count: int, prompt_length: tuple[int, int], seed: int, chat: bool = False
 ) -> list[Prompt]:
-    """Returns `count` prompts of the validation split; more of them begin with the same ones.
+    """Returns `count` prompts of the validation split (0: all); more of them begin with the same ones.
 
     Language modelling: windows of the documents that begin where a line does, places and token lengths drawn
     from `seed` (lengths within `prompt_length`, bounds included), without a reference. Otherwise: the first
-    examples, as they are.
-
+    examples, as they are, or with `chat` each as a user's turn in the tokenizer's chat template.
     Raises UserError if there are fewer than `count`, or if an example's prompt has more than
     `prompt_length[1]` tokens.
     """
     _check_prompt_length(prompt_length)
     _check_seed(seed)
-    if count < 1:
+    if count < 0 or (count == 0 and task.is_language_modelling):
         raise UserError(f"{count} evaluation prompts were asked for; ask for one at least")
     if task.is_language_modelling:
         return _windows(task, tokenizer, count, prompt_length, seed)
     if count > len(task.validation):
         raise UserError(f'task "{task.name}" has {len(task.validation)} prompts, fewer than the {count} asked for')
-    examples = task.validation[:count]
+    examples = task.validation[: count or None]
     prompts = []
-    for index, tokens in enumerate(_tokenise(tokenizer, [example.prompt for example in examples])):
+    for index, tokens in enumerate(_prompt_tokens(tokenizer, [example.prompt for example in examples], chat)):
         if len(tokens) > prompt_length[1]:
             raise UserError(
                 f'prompt {index} of task "{task.name}" ("{examples[index].prompt[:40]}...") has '

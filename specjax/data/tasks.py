@@ -136,6 +136,13 @@ def _load_spec_bench(config: Any) -> Splits:
     return (), _read_jsonl(path / "question.jsonl" if path.is_dir() else path, _parse_spec_bench)
 
 
+def _load_prompts(config: Any) -> Splits:
+    path = Path(config.path)
+    if path.suffix in (".jsonl", ".json"):
+        return (), _read_jsonl(path, _parse_any)
+    return (), [Example(line, "") for line in corpora.read_text(path).split("\n") if line.strip()]
+
+
 def _question(question: str, answer: str) -> Example:
     # The space belongs to the answer: byte-level vocabularies keep it with the word that follows.
     return Example(f"Question: {question}\nAnswer:", f" {answer}")
@@ -149,6 +156,7 @@ _TASKS: dict[str, tuple[Callable[[Any], Splits], str | None, bool]] = {
     "prompt_completion": (_load_prompt_completion, None, True),
     "gsm8k": (_load_gsm8k, "exact_match", True),
     "spec_bench": (_load_spec_bench, None, True),
+    "prompts": (_load_prompts, None, True),
 }
 
 
@@ -208,6 +216,15 @@ def _parse_spec_bench(record: dict, where: str) -> Example:
     if not prompt:
         raise UserError(f"{where}: the first turn is empty; correct or remove the line")
     return Example(prompt, "", category)
+
+
+def _parse_any(record: dict, where: str) -> Example:
+    """A record of whichever layout its fields tell."""
+    if "turns" in record:
+        return _parse_spec_bench({"category": "", "question_id": 0, **record}, where)
+    if "question" in record and "answer" in record:
+        return _parse_gsm8k(record, where)
+    return _parse_prompt_completion({"completion": "", **record}, where)
 
 
 def _field(record: dict, name: str, where: str) -> str:

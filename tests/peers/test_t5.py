@@ -120,11 +120,11 @@ def test_greedy_texts_of_plain_and_speculative_decoding_are_the_references(pair)
         "model": {"model": ours.decoder},
     }
     drafter = list(drafters)[list(CONFIGS).index(name) % len(drafters)]
-    for drafter, gamma, options in [("none", 0, {}), (drafter, 3, drafters[drafter])]:
-        for row, (got, want) in enumerate(zip(decoded(ours, prompts, drafter, gamma, options), expected, strict=True)):
+    for kind, gamma, options in [("none", 0, {}), (drafter, 3, drafters[drafter])]:
+        for row, (got, want) in enumerate(zip(decoded(ours, prompts, kind, gamma, options), expected, strict=True)):
             if got != want:
                 first = next(i for i, (a, b) in enumerate(zip(got, want, strict=False)) if a != b)
-                assert gaps[row, first] < TIE, (drafter, row, first, gaps[row, first])
+                assert gaps[row, first] < TIE, (kind, row, first, gaps[row, first])
 
 
 def test_an_export_is_the_same_model_to_the_reference(pair, tmp_path):
