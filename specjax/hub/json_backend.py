@@ -10,7 +10,7 @@ from specjax.runtime.errors import UserError
 
 
 class JsonBackend:
-    """A `tokenizers.Tokenizer` with the added tokens and the tokens around a text that its directory states.
+    """A `tokenizers.Tokenizer` with the added tokens that its directory states.
 
     Attributes:
       vocab_size: one more than the largest id.
@@ -19,7 +19,8 @@ class JsonBackend:
 
     `tokenizer.json` is followed as it is. Transformers 5 rebuilds the rules of some classes (Llama's, T5's) from the
     vocabulary instead; where a `tokenizer.json` of a Llama prepends a space to every text, it drops one leading space
-    of a text that has some, and this does not.
+    of a text that has some, and this does not. Beside a `tokenizer.json`, `add_bos_token` and `add_eos_token`
+    play no part: its own rules say what stands around a text (as in transformers 5).
     """
 
     def __init__(self, library: Any, files: TokenizerFiles):
@@ -30,8 +31,6 @@ class JsonBackend:
         library.encode_special_tokens = bool(files.settings.get("split_special_tokens", False))
         self._library = library
         self._add(files)
-        if {"add_bos_token", "add_eos_token"} & set(files.settings):
-            self._surround(files)
         self.vocab_size: int = 1 + max(library.get_vocab().values(), default=-1)
         added = library.get_added_tokens_decoder()
         self.special: frozenset[int] = frozenset(index for index, token in added.items() if token.special)
@@ -54,19 +53,6 @@ class JsonBackend:
                     f'{files.origin}: token "{token.content}" has the id {token.id} in the configs and {found} in '
                     f"the vocabulary; copy the tokenizer's files again"
                 )
-
-    def _surround(self, files: TokenizerFiles) -> None:
-        """The tokens around a text, where the config says so itself."""
-        from tokenizers import processors
-
-        parts, special = ["$A"], []
-        for key, role, place in (("add_bos_token", "bos_token", 0), ("add_eos_token", "eos_token", len(parts))):
-            index = files.role(role, self.token_id)
-            if files.settings.get(key) and index is not None:
-                content = self._library.id_to_token(index)
-                parts.insert(place if role == "bos_token" else len(parts), content)
-                special.append((content, index))
-        self._library.post_processor = processors.TemplateProcessing(single=parts, special_tokens=special)
 
     def token_id(self, content: str) -> int | None:
         """Returns the id of a token by its content, or None."""
@@ -106,7 +92,7 @@ def from_json(files: TokenizerFiles) -> JsonBackend:
 def from_merges(files: TokenizerFiles) -> JsonBackend:
     """Reads `vocab.json` and `merges.txt` of a GPT-2 or OPT. Raises UserError for other classes and damaged files."""
     import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, processors
 
     if files.tokenizer_class != "GPT2Tokenizer":
         raise UserError(
@@ -123,4 +109,12 @@ def from_merges(files: TokenizerFiles) -> JsonBackend:
     space = bool(files.settings.get("add_prefix_space", False))
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)
     library.decoder = decoders.ByteLevel()
-    return JsonBackend(library, files)
+    backend = JsonBackend(library, files)
+    around = {"add_bos_token": "bos_token", "add_eos_token": "eos_token"}
+    ids = [files.role(role, backend.token_id) if files.settings.get(key) else None for key, role in around.items()]
+    before, after = ([] if index is None else [library.id_to_token(index)] for index in ids)
+    library.post_processor = processors.TemplateProcessing(
+        single=[*before, "$A", *after],
+        special_tokens=[(library.id_to_token(index), index) for index in ids if index is not None],
+    )
+    return backend

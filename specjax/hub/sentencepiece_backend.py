@@ -181,14 +181,14 @@ def _added_tokens(proto: Any, ids: dict[str, int], files: TokenizerFiles) -> lis
     own = [piece.piece for piece in proto.pieces if piece.type in (_UNKNOWN, _CONTROL)]
     assumed = [content for content in files.assumed().values() if content in ids]
     sentinels = list(ids)[len(proto.pieces) :]
+    owners = {index: content for content, index in ids.items()}
     found: dict[str, Token] = {}
     for token in (*files.added(), *map(Token, (*assumed, *own, *sentinels))):
         if token.content in found:
             continue
         if token.id is None:
-            token = dataclasses.replace(token, id=ids.get(token.content, 1 + max(ids.values())))
-        taken = {index: content for content, index in ids.items()}.get(token.id, token.content)
-        if taken != token.content or ids.get(token.content, token.id) != token.id:
+            token = dataclasses.replace(token, id=ids.get(token.content, 1 + max(owners)))
+        if owners.get(token.id, token.content) != token.content or ids.get(token.content, token.id) != token.id:
             raise UserError(
                 f'{files.origin}: token "{token.content}" has the id {token.id} in the configs and another in the '
                 f"SentencePiece model; copy the tokenizer's files again"
@@ -198,7 +198,7 @@ def _added_tokens(proto: Any, ids: dict[str, int], files: TokenizerFiles) -> lis
                 f'{files.origin}: token "{token.content}" is looked for after normalisation, which is not supported '
                 f"for a SentencePiece model; save it as {tokenizer_files.JSON_FILE} with transformers"
             )
-        ids[token.content] = token.id
+        ids[token.content], owners[token.id] = token.id, token.content
         found[token.content] = token
     return list(found.values())
 
