@@ -54,8 +54,8 @@ def copy(exported, tmp_path):
     """A private copy of the export, to be damaged."""
     directory = tmp_path / "copy"
     directory.mkdir()
-    for name in FILES:
-        (directory / name).write_bytes((exported / name).read_bytes())
+    for path in exported.iterdir():
+        (directory / path.name).write_bytes(path.read_bytes())
     return directory
 
 
@@ -161,7 +161,8 @@ def test_an_export_replaces_an_earlier_one_as_a_whole(tokenizer, tmp_path):
     params = random_params(decoder, 2)
     save(tmp_path / "export", decoder, params, tokenizer)
     assert bits(load(tmp_path / "export")[1]) == bits(params)
-    assert sorted(path.name for path in (tmp_path / "export").iterdir()) == sorted(FILES)
+    written = {path.name for path in (tmp_path / "export").iterdir()}
+    assert written <= set(FILES) and {"config.json", "model.safetensors", "tokenizer.json"} <= written
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
 
 

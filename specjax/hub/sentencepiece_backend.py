@@ -13,6 +13,8 @@ _SPACE = "▁"  # how pieces spell a space
 _UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # ModelProto.SentencePiece.Type
 _T5_SENTINELS = 100
+# Unicode's White_Space, which the reference goes by; Python's \\s also has four control characters.
+_WHITESPACE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +59,9 @@ class SentencePieceBackend:
     """A SentencePiece model with the added tokens and the spaces that transformers' classes put around its pieces.
 
     Ids and texts are those of the classes of transformers 5, which differ from the bare SentencePiece library: added
-    tokens are found in a text; a Llama's text that begins with a space gets no second one before it; and U+0085 is a
-    space to T5. Known differences from transformers 5: a Llama whose config does not say `add_bos_token` gets the BOS
-    that it was trained with (transformers 5 leaves it out), and T5 normalises a character with combining marks as
-    SentencePiece does, of which transformers has its own version.
+    tokens are found in a text; a Llama's text that begins with a space gets no second one before it; and a T5's
+    characters with combining marks are normalised by the `tokenizers` library. One thing is not as there: a Llama
+    whose config does not say `add_bos_token` gets the BOS that it was trained with.
 
     Attributes:
       vocab_size: one more than the largest id.
@@ -75,8 +76,10 @@ class SentencePieceBackend:
         self._rules = _rules(files)
         _check(proto, self._rules, files)
         self._proto = proto
+        self._normalize = _normalizer(proto.normalizer_spec.precompiled_charsmap)
         bare = type(proto)()
         bare.CopyFrom(proto)
+        bare.normalizer_spec.precompiled_charsmap = b""
         # A Llama's space before a text depends on what stands before it, which only this side of the library knows.
         bare.normalizer_spec.add_dummy_prefix = self._rules.strips
         self._library = sentencepiece.SentencePieceProcessor(model_proto=bare.SerializeToString())
@@ -118,7 +121,7 @@ class SentencePieceBackend:
 
     def _encode_stretch(self, text: str, *, opens: bool) -> list[int]:
         if self._rules.strips:
-            return self._library.encode(text.replace("\x85", " "))
+            return self._library.encode(re.sub(_WHITESPACE, " ", self._normalize(text)))
         text = text.replace(" ", _SPACE)
         wanted = self._rules.prefix == "always" or (self._rules.prefix == "first" and opens)
         return self._library.encode(_SPACE + text if text and wanted and text[0] != _SPACE else text)
@@ -210,9 +213,15 @@ def _pattern(tokens: list[Token]) -> re.Pattern | None:
         core = f"({re.escape(token.content)})"
         if token.single_word:
             core = rf"(?<!\w){core}(?!\w)"
-        parts.append(rf"\s*{core}" if token.lstrip else core)
-        parts[-1] += r"\s*" if token.rstrip else ""
+        parts.append(rf"{_WHITESPACE}*{core}" if token.lstrip else core)
+        parts[-1] += f"{_WHITESPACE}*" if token.rstrip else ""
     return re.compile("|".join(parts)) if parts else None
+
+
+def _normalizer(charsmap: bytes) -> Callable[[str], str]:
+    from tokenizers import normalizers
+
+    return normalizers.Precompiled(charsmap).normalize_str if charsmap else str
 
 
 def _decoder(rules: _Rules) -> Callable[[list[str]], str]:

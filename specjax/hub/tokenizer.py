@@ -15,6 +15,8 @@ END = "<|end|>"
 # What the reference does to decoded texts where `clean_up_tokenization_spaces` says so.
 _SPACES = (*(f" {mark}" for mark in ".?!,"), " ' ", " n't", " 'm", " 's", " 've", " 're")
 
+_LONGEST_WAIT = 32  # tokens; far more than a character has, so what waits longer is none
+
 
 class Tokenizer:
     """The tokenizer of a model directory: its vocabulary, special tokens and chat template.
@@ -93,23 +95,28 @@ class Tokenizer:
         return text
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
-        """Returns the text of each id where it stands.
+        """Returns the text that each id adds where it stands; special tokens add none.
 
-        Joined they are `decode(ids)`, unless a token splits a character or decoding cleans up spaces.
+        A character of several tokens belongs to the last of them. Joined they are `decode(ids)`, unless decoding cleans
+        up spaces or bytes form no character.
         """
-        ids = [int(token) for token in ids]
-        # A token's space depends on whether it opens the text, so each is read behind the one before it.
-        contexts, last = [], []
-        for token in ids:
-            contexts.append(last)
-            last = last if token in self._backend.special else [token]
-        before = self._backend.decode_batch(contexts)
-        both = self._backend.decode_batch([[*last, token] for last, token in zip(contexts, ids, strict=True)])
-        alone = self._backend.decode_batch([[token] for token in ids])
-        return [
-            joined.removeprefix(left) if joined.startswith(left) else own
-            for left, joined, own in zip(before, both, alone, strict=True)
-        ]
+        shows = [int(token) for token in ids]
+        ids = [token for token in shows if token not in self._backend.special]
+        added: list[str] = []
+        # Read behind what showed last, for a token's space depends on whether it opens the text. What ends in the
+        # middle of a character waits for the rest.
+        start, read, shown = 0, 0, ""
+        for end in range(1, len(ids) + 1):
+            (text,) = self._backend.decode_batch([ids[start:end]])
+            waits = end < len(ids) and end - start < _LONGEST_WAIT
+            settled = text.rstrip("\ufffd") if waits else text
+            added.append(settled[len(shown) :] if settled.startswith(shown) else "")
+            shown += added[-1]
+            if added[-1] and settled == text:
+                start, read = read, end
+                (shown,) = self._backend.decode_batch([ids[start:read]])
+        rest = iter(added)
+        return ["" if token in self._backend.special else next(rest) for token in shows]
 
     def fingerprint(self) -> str:
         """Returns a hash of what makes ids of a text: vocabulary, merges, added tokens, normalisation.
