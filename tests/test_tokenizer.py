@@ -344,7 +344,6 @@ def test_a_damaged_config_is_named(made, tmp_path, name, content):
 
 
 def test_added_tokens_whose_ids_contradict_the_vocabulary_are_refused(made, tmp_path):
-    listed = {"7": {"content": "<s>", "special": True}}
     for kind in ("llama", "t5", "trained"):
         token = {"7": {"content": {"trained": END}.get(kind, "</s>"), "special": True}}
         directory = changed(made[kind], tmp_path / kind, tokenizer_config={"added_tokens_decoder": token})
@@ -353,6 +352,19 @@ def test_added_tokens_whose_ids_contradict_the_vocabulary_are_refused(made, tmp_
     listed = {"300": {"content": "<x>", "normalized": True, "special": False}}
     directory = changed(made["t5"], tmp_path / "normalized", tokenizer_config={"added_tokens_decoder": listed})
     with pytest.raises(UserError, match='"<x>" is looked for after normalisation, which is not supported'):
+        Tokenizer.load(directory)
+
+
+@pytest.mark.parametrize("listed", [{"x": {"content": "a"}}, {"300": {"text": "a"}}, {"300": 7}, [1], "ab"])
+def test_a_damaged_list_of_added_tokens_is_named(made, tmp_path, listed):
+    directory = changed(made["llama"], tmp_path, tokenizer_config={"added_tokens_decoder": listed})
+    with pytest.raises(UserError, match="(added_tokens_decoder|token 300|token 1) is n.*(copy it again|correct)"):
+        Tokenizer.load(directory)
+
+
+def test_a_damaged_table_of_added_tokens_is_named(made, tmp_path):
+    directory = changed(made["llama_of_old"], tmp_path, added_tokens={"<x>": "many"})
+    with pytest.raises(UserError, match="added_tokens.json is no table of tokens with their ids"):
         Tokenizer.load(directory)
 
 

@@ -111,14 +111,15 @@ class TokenizerFiles:
         """Every added token that the configs state, those with an id first and in its order."""
         listed = self.settings.get("added_tokens_decoder")
         if listed:
-            for key in sorted(listed, key=int):
+            where = f"{self.origin}/{CONFIG_FILE}: added_tokens_decoder"
+            for key in _by_id(listed, where, {key: key for key in listed}):
                 yield dataclasses.replace(_token(listed[key], f"{self.origin}: token {key}"), id=int(key))
         elif ADDED_TOKENS_FILE in self.contents:
             special = {token.content for token in (*self.named().values(), *self.extra())}
             table = _json(f"{self.origin}/{ADDED_TOKENS_FILE}", self.contents[ADDED_TOKENS_FILE])
-            for content, index in sorted(table.items(), key=lambda item: item[1]):
+            for content in _by_id(table, f"{self.origin}/{ADDED_TOKENS_FILE}", table):
                 known = content in special
-                yield Token(content, index, normalized=not known, special=known)
+                yield Token(content, int(table[content]), normalized=not known, special=known)
         yield from self.named().values()
         yield from self.extra()
 
@@ -135,9 +136,11 @@ class TokenizerFiles:
 
         Raises UserError where none is stated, or one is no id of the vocabulary.
         """
-        largest = max(vocab_size, int(self.model.get("vocab_size") or 0))
+        padded = self.model.get("vocab_size")
+        largest = max(vocab_size, padded if isinstance(padded, int) else 0)
         for name, fields in ((_GENERATION_FILE, self.generation), (_MODEL_FILE, self.model)):
-            value = fields.get("eos_token_id", (fields.get("text_config") or {}).get("eos_token_id"))
+            text = fields.get("text_config")  # where a model of more than text describes its decoder
+            value = fields.get("eos_token_id", text.get("eos_token_id") if isinstance(text, dict) else None)
             ids = value if isinstance(value, list) else [] if value is None else [value]
             if any(isinstance(item, bool) or not isinstance(item, int) or not 0 <= item < largest for item in ids):
                 raise UserError(
@@ -166,8 +169,9 @@ class TokenizerFiles:
             return self.contents[TEMPLATE_FILE].decode("utf-8")
         template = self.settings.get("chat_template")
         if isinstance(template, list):
-            template = {item.get("name"): item.get("template") for item in template}.get("default")
-        return template
+            named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
+            template = named.get("default")
+        return template if isinstance(template, str) else None
 
     def template_variables(self) -> dict[str, str]:
         """What a chat template may read besides the messages: the contents of the special tokens by role."""
@@ -205,6 +209,14 @@ def of(
         if "added_tokens_decoder" not in settings or settings.get(key) is None:
             settings[key] = value
     return TokenizerFiles(origin, contents, settings, model or {}, generation or {})
+
+
+def _by_id(table: Any, where: str, ids: Mapping[str, Any]) -> list[str]:
+    """The keys of a table of added tokens in the order of their ids."""
+    try:
+        return sorted(table, key=lambda key: int(ids[key]))
+    except (TypeError, ValueError):
+        raise UserError(f"{where} is no table of tokens with their ids; copy it again") from None
 
 
 def _token(value: Any, where: str) -> Token | None:
