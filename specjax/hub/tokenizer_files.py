@@ -112,12 +112,14 @@ class TokenizerFiles:
         listed = self.settings.get("added_tokens_decoder")
         if listed:
             where = f"{self.origin}/{CONFIG_FILE}: added_tokens_decoder"
-            for key in _by_id(listed, where, {key: key for key in listed}):
+            if not isinstance(listed, dict):
+                raise UserError(f"{where} is no table of tokens with their ids; copy it again")
+            for key in _by_id(listed, where, keyed=True):
                 yield dataclasses.replace(_token(listed[key], f"{self.origin}: token {key}"), id=int(key))
         elif ADDED_TOKENS_FILE in self.contents:
             special = {token.content for token in (*self.named().values(), *self.extra())}
             table = _json(f"{self.origin}/{ADDED_TOKENS_FILE}", self.contents[ADDED_TOKENS_FILE])
-            for content in _by_id(table, f"{self.origin}/{ADDED_TOKENS_FILE}", table):
+            for content in _by_id(table, f"{self.origin}/{ADDED_TOKENS_FILE}", keyed=False):
                 known = content in special
                 yield Token(content, int(table[content]), normalized=not known, special=known)
         yield from self.named().values()
@@ -211,10 +213,10 @@ def of(
     return TokenizerFiles(origin, contents, settings, model or {}, generation or {})
 
 
-def _by_id(table: Any, where: str, ids: Mapping[str, Any]) -> list[str]:
-    """The keys of a table of added tokens in the order of their ids."""
+def _by_id(table: Any, where: str, *, keyed: bool) -> list[str]:
+    """The keys of a table of added tokens in the order of their ids, which are its keys (`keyed`) or its values."""
     try:
-        return sorted(table, key=lambda key: int(ids[key]))
+        return sorted(table, key=lambda key: int(key if keyed else table[key]))
     except (TypeError, ValueError):
         raise UserError(f"{where} is no table of tokens with their ids; copy it again") from None
 
