@@ -199,6 +199,32 @@ def unigram(directory):
     write(directory, "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **named})
 
 
+def llama_as_json(directory, **settings):
+    """As the `tokenizer.json` beside many a Llama 1 or 2: a space before every stretch of text, bytes as fallback."""
+    import sentencepiece
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors
+
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model("llama"))
+    ids = {pieces.id_to_piece(index): index for index in range(pieces.get_piece_size())}
+    splits = [
+        ((piece[:cut], piece[cut:]), -pieces.get_score(index))
+        for piece, index in ids.items()
+        for cut in range(1, len(piece))
+        if not pieces.is_control(index) and not pieces.is_byte(index) and {piece[:cut], piece[cut:]} <= set(ids)
+    ]
+    merges = [pair for pair, _ in sorted(splits, key=lambda item: item[1])]
+    library = Tokenizer(models.BPE(vocab=ids, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    library.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    library.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    library.add_special_tokens(["<unk>", "<s>", "</s>"])
+    library.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    write(directory, "tokenizer.json", library.to_str())
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    write(directory, "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **named, **settings})
+
+
 def gpt2_merges(directory):
     """As OPT: `vocab.json` and `merges.txt`, `</s>` before a prompt."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -224,7 +250,7 @@ def trained(directory):
 KINDS = {
     maker.__name__: maker
     for maker in (
-        *(trained, byte_bpe, byte_bpe_with_tokens_of_the_config, unigram, gpt2_merges),
+        *(trained, byte_bpe, byte_bpe_with_tokens_of_the_config, unigram, llama_as_json, gpt2_merges),
         *(llama, llama_with_added_tokens, llama_of_old, t5, t5_with_few_sentinels),
     )
 }

@@ -17,10 +17,11 @@ class JsonBackend:
       special: the ids that decoding leaves out.
       is_bpe: whether the model of the vocabulary is a BPE.
 
-    `tokenizer.json` is followed as it is. Transformers 5 rebuilds the rules of some classes (Llama's, T5's) from the
-    vocabulary instead; where a `tokenizer.json` of a Llama prepends a space to every text, it drops one leading space
-    of a text that has some, and this does not. Beside a `tokenizer.json`, `add_bos_token` and `add_eos_token`
-    play no part: its own rules say what stands around a text (as in transformers 5).
+    `tokenizer.json` is followed as it is. Transformers 5 rebuilds the rules of a class `LlamaTokenizer` from the
+    vocabulary instead. Where the file of a Llama puts a space before every stretch of text, as that of Llama 2 does,
+    transformers 5 puts none before a text that begins with one, nor (unless `legacy`) behind a special token; all other
+    texts have the same ids. Beside a `tokenizer.json`, `add_bos_token` and `add_eos_token` play no part, as there: its
+    own rules say what stands around a text.
     """
 
     def __init__(self, library: Any, files: TokenizerFiles):

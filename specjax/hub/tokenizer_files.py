@@ -34,7 +34,6 @@ _CLASS_TOKENS = {
 }
 _CLASS_OF_MODEL_TYPE = {
     "llama": "LlamaTokenizer",
-    "mistral": "LlamaTokenizer",
     "t5": "T5Tokenizer",
     "gpt2": "GPT2Tokenizer",
     "opt": "GPT2Tokenizer",

@@ -77,6 +77,21 @@ def test_what_they_save_we_read_as_the_same_ids(directory, ours, theirs, tmp_pat
     assert differences(again.encode_prompt_batch(TEXTS), ours.encode_prompt_batch(TEXTS)) == []
 
 
+def test_where_the_file_of_a_llama_is_followed_though_they_rebuild_its_rules(tmp_path):
+    from transformers import AutoTokenizer
+
+    toy_tokenizers.llama_as_json(tmp_path, tokenizer_class="LlamaTokenizer", legacy=False)
+    ours, theirs = Tokenizer.load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    alike = [text for text in TEXTS if ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]]
+    meant = [
+        text
+        for text in TEXTS
+        if not text.startswith((" ", "▁")) and not any(token in text for token in ("<s>", "</s>", "<unk>"))
+    ]
+    assert set(meant) <= set(alike) and len(meant) > 500
+    assert ours.encode("</s>a") != theirs("</s>a", add_special_tokens=False)["input_ids"]
+
+
 @pytest.mark.parametrize("add_generation_prompt", [True, False])
 @pytest.mark.parametrize("template", toy_tokenizers.CHATS)
 @pytest.mark.parametrize("kind", ["byte_bpe", "llama", "t5"])
