@@ -98,7 +98,7 @@ def generate(
       UserError: for settings out of range, empty or too long prompts, ids outside the vocabulary, different
         vocabularies or tokenizers.
     """
-    ids = [target.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+    ids = [target.tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
     config = target.decoder.config
     batch.check_prompts(
         ids, vocab_size=config.vocab_size, max_new_tokens=max_new_tokens, max_positions=config.max_positions

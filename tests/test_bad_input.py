@@ -126,7 +126,7 @@ def test_logits_of_ids_outside_the_vocabulary_are_refused(target):
 @pytest.mark.parametrize(
     ("draft", "said"),
     [
-        ("narrow", "target has a vocabulary of 280 and the draft one of 270; take a draft"),
+        ("narrow", "different tokenizers; take a draft trained with the target's"),
         ("foreign", "different tokenizers; take a draft trained with the target's"),
     ],
 )
@@ -172,7 +172,7 @@ def refused(run, config, workdir, capsys, *overrides):
         ("drafters.ngram.lossless=-1", "gamma must be 0 (plain decoding) or more, not -1"),
         ("drafters.ngram.coupled=-1", "gamma must be 0 (plain decoding) or more, not -1"),
         ("drafters.early_exit.exit_layer=7", "exit_layer must lie in 1 .. 1 for this target, not 7"),
-        ("drafters.draft.path={home}/narrow", "a vocabulary of 280 and the draft one of 270"),
+        ("drafters.draft.path={home}/narrow", "different tokenizers; take a draft"),
         ("drafters.draft.path={home}/foreign", "different tokenizers; take a draft"),
         ("drafters.draft.path={home}/nowhere", "there is no {home}/nowhere/config.json; name the directory"),
         ("target={home}/nowhere", "there is no {home}/nowhere/config.json; name the directory"),

@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toy_tokenizers
 from safetensors.numpy import load_file, save_file
 
 from specjax.hub import load as hub_load
 from specjax.hub.load import load
+from specjax.hub.model import Model, check_pair
 from specjax.hub.save import FILES, save
 from specjax.hub.tokenizer import Tokenizer, train_byte_bpe
 from specjax.models.config import DecoderConfig
@@ -54,8 +56,8 @@ def copy(exported, tmp_path):
     """A private copy of the export, to be damaged."""
     directory = tmp_path / "copy"
     directory.mkdir()
-    for name in FILES:
-        (directory / name).write_bytes((exported / name).read_bytes())
+    for path in exported.iterdir():
+        (directory / path.name).write_bytes(path.read_bytes())
     return directory
 
 
@@ -107,6 +109,31 @@ def test_a_round_trip_keeps_every_bit(tokenizer, tmp_path, tied, kv_heads, dtype
     assert bits(read) == bits(params)
     assert Tokenizer.load(tmp_path / "export").fingerprint() == tokenizer.fingerprint()
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+@pytest.mark.parametrize("kind", ["byte_bpe", "llama_with_added_tokens"])
+def test_an_export_keeps_a_tokenizer_from_elsewhere_whole(tmp_path, kind):
+    toy_tokenizers.KINDS[kind](tmp_path / "source")
+    tokenizer = Tokenizer.load(tmp_path / "source")
+    decoder = Decoder(dataclasses.replace(BASE, vocab_size=512))
+    save(tmp_path / "export", decoder, random_params(decoder, 1), tokenizer)
+    again = Tokenizer.load(tmp_path / "export")
+    assert again.fingerprint() == tokenizer.fingerprint()
+    assert (again.eos_ids, again.bos_id, again.pad_id) == (tokenizer.eos_ids, tokenizer.bos_id, tokenizer.pad_id)
+    messages = toy_tokenizers.MESSAGES
+    assert again.apply_chat(messages) == tokenizer.apply_chat(messages)
+    ends = json.loads((tmp_path / "export" / "generation_config.json").read_text())["eos_token_id"]
+    assert ends == (list(tokenizer.eos_ids) if kind == "byte_bpe" else 2)
+
+
+def test_a_pair_may_pad_its_vocabulary_to_different_sizes_but_not_differ_in_its_tokenizer(tokenizer):
+    def model(size, tokenizer):
+        decoder = Decoder(dataclasses.replace(BASE, vocab_size=size))
+        return Model(decoder, random_params(decoder, 1), tokenizer)
+
+    check_pair(model(272, tokenizer), model(288, tokenizer))
+    with pytest.raises(UserError, match="different tokenizers"):
+        check_pair(model(272, tokenizer), model(272, train_byte_bpe(["other words\n"] * 20, 262)))
 
 
 def test_every_parameter_lies_under_its_name_kernels_turned(exported):
@@ -161,7 +188,8 @@ def test_an_export_replaces_an_earlier_one_as_a_whole(tokenizer, tmp_path):
     params = random_params(decoder, 2)
     save(tmp_path / "export", decoder, params, tokenizer)
     assert bits(load(tmp_path / "export")[1]) == bits(params)
-    assert sorted(path.name for path in (tmp_path / "export").iterdir()) == sorted(FILES)
+    written = {path.name for path in (tmp_path / "export").iterdir()}
+    assert written <= set(FILES) and {"config.json", "model.safetensors", "tokenizer.json"} <= written
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
 
 

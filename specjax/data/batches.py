@@ -13,7 +13,7 @@ For an encoder-decoder, which reads the prompt apart, `tokens` begin with its st
   sources         [B, T]  the prompts, right-padded
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -150,6 +150,12 @@ def evaluation_prompts(
     return prompts
 
 
+def _prompt_tokens(tokenizer: Tokenizer, prompts: Sequence[str], chat: bool) -> list[np.ndarray]:
+    if not chat:
+        return _tokenise(tokenizer.encode_prompt_batch, prompts)
+    return [np.asarray(tokenizer.apply_chat([{"role": "user", "content": prompt}]), np.int32) for prompt in prompts]
+
+
 @dataclass(frozen=True)
 class _Rows:
     """Random access to rows, as grain's sources have it."""
@@ -221,7 +227,7 @@ def _packed_rows(
     seed: int,
 ) -> _Rows:
     end = np.asarray(tokenizer.eos_ids[:1], np.int32)
-    documents = _tokenise(tokenizer, [example.completion for example in examples])
+    documents = _tokenise(tokenizer.encode_batch, [example.completion for example in examples])
     stream = np.concatenate([part for document in documents for part in (document, end)])
     number = len(stream) // sequence_length
     if number == 0:
@@ -238,8 +244,8 @@ def _packed_rows(
 def _paired_rows(task: Task, examples: Sequence[Example], tokenizer: Tokenizer, sequence_length: int) -> _Rows:
     end = np.asarray(tokenizer.eos_ids[:1], np.int32)
     # Apart from each other, so that a prompt has the tokens here that it has when a model is to continue it.
-    prompts = _tokenise(tokenizer, [example.prompt for example in examples])
-    completions = _tokenise(tokenizer, [example.completion for example in examples])
+    prompts = _tokenise(tokenizer.encode_prompt_batch, [example.prompt for example in examples])
+    completions = _tokenise(tokenizer.encode_batch, [example.completion for example in examples])
     rows, starts = [], []
     for prompt, completion in zip(prompts, completions, strict=True):
         if len(prompt) < sequence_length:
@@ -271,7 +277,7 @@ def _windows(task: Task, tokenizer: Tokenizer, count: int, prompt_length: tuple[
         document, start = places[place]
         length = int(draw.integers(prompt_length[0], prompt_length[1] + 1))
         text = documents[document][start : start + length * _CHARACTERS_PER_TOKEN]
-        tokens = tuple(tokenizer.encode(text)[:length])
+        tokens = tuple(tokenizer.encode_prompt(text)[:length])
         if len(tokens) < length:  # too near the document's end (or nothing but a ruler)
             continue
         prompts.append(Prompt(len(prompts), tokens, tokenizer.decode(tokens), "", ""))
@@ -292,7 +298,7 @@ def _line_starts(text: str) -> Iterator[int]:
         start += len(line) + 1
 
 
-def _tokenise(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
+def _tokenise(encode_batch: Callable[..., list[list[int]]], texts: Sequence[str]) -> list[np.ndarray]:
     arrays: list[np.ndarray] = []
     chunk: list[str] = []
     characters = 0
@@ -300,9 +306,9 @@ def _tokenise(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
         chunk.append(text)
         characters += len(text)
         if characters >= _CHARACTERS_AT_ONCE:
-            arrays += [np.asarray(ids, np.int32) for ids in tokenizer.encode_batch(chunk)]
+            arrays += [np.asarray(ids, np.int32) for ids in encode_batch(chunk)]
             chunk, characters = [], 0
-    return arrays + [np.asarray(ids, np.int32) for ids in tokenizer.encode_batch(chunk)]
+    return arrays + [np.asarray(ids, np.int32) for ids in encode_batch(chunk)]
 
 
 def _check_prompt_length(prompt_length: tuple[int, int]) -> None:

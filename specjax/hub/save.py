@@ -11,25 +11,17 @@ import jax
 import numpy as np
 
 from specjax.hub import load as hub_load
-from specjax.hub import tokenizer as hub_tokenizer
+from specjax.hub import tokenizer_files
 from specjax.hub.families import base
+from specjax.hub.tokenizer import Tokenizer
 from specjax.models.language_model import LanguageModel, Params
 from specjax.runtime.errors import UserError
 
 _GENERATION_FILE = "generation_config.json"
-_TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
-_SPECIAL_TOKENS_FILE = "special_tokens_map.json"
-FILES = (
-    hub_load.CONFIG_FILE,
-    hub_load.WEIGHTS_FILE,
-    hub_tokenizer.FILE_NAME,
-    _GENERATION_FILE,
-    _TOKENIZER_CONFIG_FILE,
-    _SPECIAL_TOKENS_FILE,
-)
+FILES = (hub_load.CONFIG_FILE, hub_load.WEIGHTS_FILE, _GENERATION_FILE, *tokenizer_files.FILES)
 
 
-def save(directory: str | Path, decoder: LanguageModel, params: Params, tokenizer: hub_tokenizer.Tokenizer) -> None:
+def save(directory: str | Path, decoder: LanguageModel, params: Params, tokenizer: Tokenizer) -> None:
     """Writes the model and its tokenizer, the parameters bit for bit in the dtype of `decoder.config`.
 
     Everything is written beside `directory`, read back and compared, and only then put in its place; an earlier
@@ -113,23 +105,10 @@ def _write(directory: Path, config, tensors: dict[str, np.ndarray], tokenizer) -
 
     tokenizer.save(directory)
     eos = list(tokenizer.eos_ids) if len(tokenizer.eos_ids) > 1 else tokenizer.eos_ids[0]
-    special = {"bos_token_id": None, "eos_token_id": eos, "pad_token_id": tokenizer.pad_id}
+    special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos, "pad_token_id": tokenizer.pad_id}
     fields = {**hub_load.FAMILIES[config.family].write_config(config), **special, "torch_dtype": config.param_dtype}
     _write_json(directory / hub_load.CONFIG_FILE, fields)
     _write_json(directory / _GENERATION_FILE, special)
-    named = {"eos_token": hub_tokenizer.END, "pad_token": hub_tokenizer.END}
-    _write_json(directory / _SPECIAL_TOKENS_FILE, named)
-    _write_json(
-        directory / _TOKENIZER_CONFIG_FILE,
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            **named,
-            "model_max_length": config.max_positions,
-            "clean_up_tokenization_spaces": False,
-            # A text that spells the end token is text to us, and so to transformers.
-            "split_special_tokens": True,
-        },
-    )
     save_file(tensors, directory / hub_load.WEIGHTS_FILE, metadata={"format": "pt"})
 
 

@@ -1,89 +1,169 @@
-"""Text to token ids and back: one small door around the `tokenizers` library and its `tokenizer.json`."""
+"""Text to token ids and back: one door for `tokenizer.json` and SentencePiece models, and training a byte-level BPE."""
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from specjax.hub import chat, json_backend, sentencepiece_backend, tokenizer_files
+from specjax.hub.tokenizer_files import TokenizerFiles
 from specjax.runtime.errors import UserError
 
 END = "<|end|>"
-FILE_NAME = "tokenizer.json"
+
+# What the reference does to decoded texts where `clean_up_tokenization_spaces` says so.
+_SPACES = (*(f" {mark}" for mark in ".?!,"), " ' ", " n't", " 'm", " 's", " 've", " 're")
+
+_LONGEST_WAIT = 32  # tokens; far more than a character has, so what waits longer is none
 
 
 class Tokenizer:
-    """A vocabulary whose end-of-sequence token is the special token named `<|end|>`.
+    """The tokenizer of a model directory: its vocabulary, special tokens and chat template.
+
+    Special tokens that a text spells are parsed, as the reference does, unless `tokenizer_config.json` says
+    `split_special_tokens`: there, as with tokenizers trained here, they are text.
 
     Attributes:
-      vocab_size: number of token ids, the special token included.
-      eos_ids: the ids that end a sequence.
-      pad_id: what fills the right of a row. It is the EOS id: rows carry their lengths, so nothing reads it.
+      vocab_size: one more than the largest token id, special tokens included; a model's may be padded beyond it.
+      eos_ids: the ids that end a sequence; the first is the one that training puts after a text.
+      bos_id: the id that begins a sequence, None where there is none.
+      pad_id: what fills the right of a row: the pad token, else the first EOS. Rows carry their lengths, so nothing
+        reads it.
     """
 
-    def __init__(self, backend: Any):
-        """Wraps a `tokenizers.Tokenizer`. Raises UserError if it has no special token `<|end|>`."""
-        end_id = backend.token_to_id(END)
-        special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
-        if end_id is None or END not in special:
-            raise UserError(
-                f'the tokenizer has no special token "{END}", which ends a sequence; '
-                "train one with train_byte_bpe or add that token"
-            )
-        # A text that happens to spell "<|end|>" is text: without this it would end the sequence it stands in.
-        backend.encode_special_tokens = True
+    def __init__(self, backend: Any, files: TokenizerFiles):
+        """Wraps a backend of this package. Raises UserError if the files name no end of a sequence."""
         self._backend = backend
-        self.vocab_size: int = backend.get_vocab_size()
-        self.eos_ids: tuple[int, ...] = (end_id,)
-        self.pad_id: int = end_id
+        self._files = files
+        self.vocab_size: int = backend.vocab_size
+        self.eos_ids: tuple[int, ...] = files.eos_ids(backend.token_id, backend.vocab_size)
+        self.bos_id: int | None = files.role("bos_token", backend.token_id)
+        pad = files.role("pad_token", backend.token_id)
+        self.pad_id: int = self.eos_ids[0] if pad is None else pad
+        # Of a BPE the flag is ignored, as the reference does: it would corrupt its texts.
+        self._cleans = bool(files.settings.get("clean_up_tokenization_spaces")) and not backend.is_bpe
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of `text`, with no token added before or after."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+        """Returns the ids of `text` alone, with no token added before or after: what goes into training rows."""
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Returns `encode` of each text, computed in parallel."""
-        return [item.ids for item in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        """Returns `encode` of each text."""
+        return self._backend.encode_batch(texts, surrounded=False)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Returns the ids of a prompt: `text` with the special tokens the model expects around it.
+
+        A Llama's prompt begins with BOS, a T5's ends with EOS; other models expect none.
+        """
+        return self.encode_prompt_batch([text])[0]
+
+    def encode_prompt_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Returns `encode_prompt` of each text."""
+        return self._backend.encode_batch(texts, surrounded=True)
+
+    def apply_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
+        """Returns the ids of a conversation, written as the model's chat template says.
+
+        Args:
+          messages: in order, each with "role" and "content".
+          add_generation_prompt: whether to end where the assistant's turn begins.
+
+        Raises:
+          UserError: for a model without a template, or messages that it refuses.
+        """
+        template = self._files.chat_template()
+        if template is None:
+            raise UserError(
+                f"a chat prompt for a model without a template: {self._files.origin} has no chat template; "
+                "give the prompt as plain text"
+            )
+        text = chat.render(
+            template,
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            variables=self._files.template_variables(),
+        )
+        return self.encode(text)  # the template itself writes the tokens around the text
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of `ids`; special tokens have none. An incomplete character reads as U+FFFD."""
-        return self._backend.decode([int(token) for token in ids], skip_special_tokens=True)
+        (text,) = self._backend.decode_batch([[int(token) for token in ids]])
+        for spaced in _SPACES if self._cleans else ():
+            text = text.replace(spaced, spaced.strip())
+        return text
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
-        """Returns the text of each id; joined they are `decode(ids)` unless a token splits a character."""
-        return self._backend.decode_batch([[int(token)] for token in ids], skip_special_tokens=True)
+        """Returns the text that each id adds where it stands; special tokens add none.
+
+        A character of several tokens belongs to the last of them. Joined they are `decode(ids)`, unless decoding cleans
+        up spaces or bytes form no character.
+        """
+        shows = [int(token) for token in ids]
+        ids = [token for token in shows if token not in self._backend.special]
+        added: list[str] = []
+        # Read behind what showed last, for a token's space depends on whether it opens the text. What ends in the
+        # middle of a character waits for the rest.
+        start, read, shown = 0, 0, ""
+        for end in range(1, len(ids) + 1):
+            (text,) = self._backend.decode_batch([ids[start:end]])
+            waits = end < len(ids) and end - start < _LONGEST_WAIT
+            settled = text.rstrip("\ufffd") if waits else text
+            added.append(settled[len(shown) :] if settled.startswith(shown) else "")
+            shown += added[-1]
+            if added[-1] and settled == text:
+                start, read = read, end
+                (shown,) = self._backend.decode_batch([ids[start:read]])
+        rest = iter(added)
+        return ["" if token in self._backend.special else next(rest) for token in shows]
 
     def fingerprint(self) -> str:
-        """Returns a hash of the vocabulary, the merges and the rules around them; file names play no part."""
-        content = json.dumps(json.loads(self._backend.to_str()), sort_keys=True)
+        """Returns a hash of what makes ids of a text: vocabulary, merges, added tokens, normalisation.
+
+        File names, padding, truncation, templates and the tokens around a prompt play no part. A vocabulary as
+        `tokenizer.json` and as a SentencePiece model are different ones: their rules are not proven equal.
+        """
+        content = json.dumps(self._backend.content(), sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
     def save(self, directory: str | Path) -> None:
-        """Writes `directory/tokenizer.json`, creating the directory."""
+        """Writes the tokenizer's files as they were loaded, creating the directory.
+
+        EOS ids that a model's own configs state are not the tokenizer's; `hub.save` writes them beside the weights.
+        """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        self._backend.save(str(directory / FILE_NAME))
+        for name, content in self._files.contents.items():
+            (directory / name).write_bytes(content)
 
     @classmethod
     def load(cls, directory: str | Path) -> "Tokenizer":
-        """Reads `directory/tokenizer.json`; UserError if it is missing, damaged or has no `<|end|>`."""
-        import tokenizers
+        """Reads the tokenizer of a Hugging Face directory.
 
-        path = Path(directory) / FILE_NAME
-        try:
-            content = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise UserError(f"there is no {path}; name the directory that holds {FILE_NAME}") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} cannot be read ({error}); save the tokenizer again") from None
-        try:
-            backend = tokenizers.Tokenizer.from_str(content)
-        except Exception as error:  # the library raises bare Exception for whatever is wrong with the content
-            raise UserError(f"{path} is not a valid tokenizer file ({error}); save it again") from None
-        try:
-            return cls(backend)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
+        In this order: `tokenizer.json`, a SentencePiece `tokenizer.model` or `spiece.model` (Llama 1 and 2, T5),
+        `vocab.json` with `merges.txt` (GPT-2, OPT). EOS ids: `generation_config.json`, else `config.json`, else
+        "eos_token" of `tokenizer_config.json`.
+
+        Raises:
+          UserError: if there is none of them, it is damaged or not supported, or nothing ends a sequence.
+        """
+        return _tokenizer(tokenizer_files.read(directory))
+
+
+def _tokenizer(files: TokenizerFiles) -> Tokenizer:
+    if tokenizer_files.JSON_FILE in files.contents:
+        backend: Any = json_backend.from_json(files)
+    elif set(tokenizer_files.SENTENCEPIECE_FILES) & set(files.contents):
+        backend = sentencepiece_backend.from_model(files)
+    elif {tokenizer_files.VOCABULARY_FILE, tokenizer_files.MERGES_FILE} <= set(files.contents):
+        backend = json_backend.from_merges(files)
+    else:
+        raise UserError(
+            f"there is no {files.origin}/{tokenizer_files.JSON_FILE}; name the directory that holds it, or "
+            f"{' or '.join(tokenizer_files.SENTENCEPIECE_FILES)}"
+        )
+    return Tokenizer(backend, files)
 
 
 def train_byte_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -112,4 +192,18 @@ def train_byte_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         vocab_size=vocab_size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(texts, trainer)
-    return Tokenizer(backend)
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END,
+        "pad_token": END,
+        "clean_up_tokenization_spaces": False,
+        # A text that spells the end token is text to us, and so to transformers.
+        "split_special_tokens": True,
+    }
+    contents = {
+        tokenizer_files.JSON_FILE: backend.to_str(pretty=True),
+        tokenizer_files.CONFIG_FILE: json.dumps(settings, indent=2) + "\n",
+        tokenizer_files.SPECIAL_TOKENS_FILE: json.dumps({"eos_token": END, "pad_token": END}, indent=2) + "\n",
+    }
+    encoded = {name: content.encode() for name, content in contents.items()}
+    return _tokenizer(tokenizer_files.of(encoded, origin="the trained tokenizer"))

@@ -1,0 +1,236 @@
+"""Tokenizers of the `sentencepiece` library: the `.model` files of Llama 1 and 2, and of T5."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from specjax.hub import tokenizer_files
+from specjax.hub.tokenizer_files import Token, TokenizerFiles
+from specjax.runtime.errors import UserError
+
+_SPACE = "▁"  # how pieces spell a space
+_UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # ModelProto.SentencePiece.Type
+_T5_SENTINELS = 100
+# Unicode's White_Space, which the reference goes by; Python's \\s also has four control characters.
+_WHITESPACE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rules:
+    """How a class of the reference uses its pieces.
+
+    Attributes:
+      model_type: the segmentation that the class is written for.
+      strips: whether whitespace at the ends goes and elsewhere counts once, which the `.model` must say too.
+      prefix: "always" puts a space before every stretch of text, "first" only before one that opens the text,
+        "never" before none; a stretch that begins with a space gets no second one.
+      bos, eos: whether the token stands before or after a prompt.
+    """
+
+    model_type: int
+    strips: bool
+    prefix: str
+    bos: bool
+    eos: bool
+
+
+def _rules(files: TokenizerFiles) -> _Rules:
+    settings, kind = files.settings, files.tokenizer_class
+    if kind == "T5Tokenizer":
+        return _Rules(_UNIGRAM, strips=True, prefix="always", bos=False, eos=True)
+    if kind == "LlamaTokenizer":
+        prefix = "always" if settings.get("legacy") else "first"
+        return _Rules(
+            _BPE,
+            strips=False,
+            prefix="never" if settings.get("add_prefix_space") is False else prefix,
+            bos=bool(settings.get("add_bos_token", True)),
+            eos=bool(settings.get("add_eos_token", False)),
+        )
+    raise UserError(
+        f"{files.origin}: a SentencePiece model of a {kind or 'nameless tokenizer'} is not supported, only those of "
+        f"LlamaTokenizer and T5Tokenizer; save it as {tokenizer_files.JSON_FILE} with transformers"
+    )
+
+
+class SentencePieceBackend:
+    """A SentencePiece model with the added tokens and the spaces that transformers' classes put around its pieces.
+
+    Ids and texts are those of the classes of transformers 5, which differ from the bare SentencePiece library: added
+    tokens are found in a text; a Llama's text that begins with a space gets no second one before it; and a T5's
+    characters with combining marks are normalised by the `tokenizers` library. One thing is not as there: a Llama
+    whose config does not say `add_bos_token` gets the BOS that it was trained with.
+
+    Attributes:
+      vocab_size: one more than the largest id.
+      special: the ids that decoding leaves out.
+      is_bpe: whether the pieces are those of a BPE.
+    """
+
+    def __init__(self, proto: Any, files: TokenizerFiles):
+        """Takes a `ModelProto`. Raises UserError if the model or the added tokens are of a kind not supported."""
+        import sentencepiece
+
+        self._rules = _rules(files)
+        _check(proto, self._rules, files)
+        self._proto = proto
+        self._normalize = _normalizer(proto.normalizer_spec.precompiled_charsmap)
+        bare = type(proto)()
+        bare.CopyFrom(proto)
+        bare.normalizer_spec.precompiled_charsmap = b""
+        # A Llama's space before a text depends on what stands before it, which only this side of the library knows.
+        bare.normalizer_spec.add_dummy_prefix = self._rules.strips
+        self._library = sentencepiece.SentencePieceProcessor(model_proto=bare.SerializeToString())
+        self._pieces = [piece.piece for piece in proto.pieces]
+        self._ids = {piece: index for index, piece in enumerate(self._pieces)}
+        self._added = _added_tokens(proto, self._ids, files)
+        self._ids |= {token.content: token.id for token in self._added}
+        self._texts = dict(enumerate(self._pieces)) | {token.id: token.content for token in self._added}
+        self.special = frozenset(token.id for token in self._added if token.special)
+        self.vocab_size: int = 1 + max(self._texts)
+        self.is_bpe: bool = self._rules.model_type == _BPE
+        self._before = [files.role("bos_token", self.token_id)] if self._rules.bos else []
+        self._after = [files.role("eos_token", self.token_id)] if self._rules.eos else []
+        if None in (*self._before, *self._after):
+            raise UserError(
+                f"{files.origin}: the token to put around a prompt is not in the vocabulary; correct "
+                f"bos_token and eos_token in {tokenizer_files.CONFIG_FILE}"
+            )
+        split = bool(files.settings.get("split_special_tokens", False))
+        self._pattern = _pattern([token for token in self._added if not (split and token.special)])
+        self._decode: Callable[[list[str]], str] = _decoder(self._rules)
+
+    def token_id(self, content: str) -> int | None:
+        """Returns the id of a token by its content, or None."""
+        return self._ids.get(content)
+
+    def encode_batch(self, texts: Sequence[str], *, surrounded: bool) -> list[list[int]]:
+        """Returns the ids of each text; with the special tokens around it if `surrounded`."""
+        rows = [list(self._encode(text)) for text in texts]
+        return [[*self._before, *row, *self._after] for row in rows] if surrounded else rows
+
+    def _encode(self, text: str) -> Iterator[int]:
+        end = 0
+        for match in self._pattern.finditer(text) if self._pattern else ():
+            yield from self._encode_stretch(text[end : match.start()], opens=end == 0)
+            yield self._ids[match.group(match.lastindex)]
+            end = match.end()
+        yield from self._encode_stretch(text[end:], opens=end == 0)
+
+    def _encode_stretch(self, text: str, *, opens: bool) -> list[int]:
+        if self._rules.strips:
+            return self._library.encode(re.sub(_WHITESPACE, " ", self._normalize(text)))
+        text = text.replace(" ", _SPACE)
+        wanted = self._rules.prefix == "always" or (self._rules.prefix == "first" and opens)
+        return self._library.encode(_SPACE + text if text and wanted and text[0] != _SPACE else text)
+
+    def decode_batch(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """Returns the text of each row of ids, without special tokens."""
+        known = [[index for index in row if index in self._texts and index not in self.special] for row in rows]
+        return [self._decode([self._texts[index] for index in row]) for row in known]
+
+    def content(self) -> Any:
+        """What makes ids of a text: pieces, scores, added tokens, normalisation and how a text is split."""
+        spec, trained = self._proto.normalizer_spec, self._proto.trainer_spec
+        pieces = [[piece.piece, piece.score, piece.type] for piece in self._proto.pieces]
+        flags = [spec.precompiled_charsmap.hex(), trained.byte_fallback, trained.model_type, self._rules.prefix]
+        added = [dataclasses.replace(token, special=True) for token in self._added]
+        return [pieces, flags, sorted((dataclasses.asdict(token) for token in added), key=lambda token: token["id"])]
+
+
+def from_model(files: TokenizerFiles) -> SentencePieceBackend:
+    """Reads `tokenizer.model` or `spiece.model`. Raises UserError if it is damaged or not supported."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    name = next(name for name in tokenizer_files.SENTENCEPIECE_FILES if name in files.contents)
+    try:
+        proto = sentencepiece_model_pb2.ModelProto.FromString(files.contents[name])
+    except Exception as error:  # DecodeError of protobuf, a package we do not name
+        raise UserError(f"{files.origin}/{name} is not a SentencePiece model ({error}); copy it again") from None
+    if not proto.pieces:
+        raise UserError(f"{files.origin}/{name} is not a SentencePiece model (it has no pieces); copy it again")
+    return SentencePieceBackend(proto, files)
+
+
+def _check(proto: Any, rules: _Rules, files: TokenizerFiles) -> None:
+    """Raises UserError unless the model is one that its class describes."""
+    spec, trained = proto.normalizer_spec, proto.trainer_spec
+    odd = {
+        "another segmentation than that class has": trained.model_type != rules.model_type,
+        "whitespace treated as that class does not": spec.remove_extra_whitespaces != rules.strips
+        or not (spec.add_dummy_prefix and spec.escape_whitespaces)
+        or trained.treat_whitespace_as_suffix,
+        "a normalisation that a Llama has not": bool(spec.precompiled_charsmap) and not rules.strips,
+        "bytes for unknown characters, which a T5 has not": trained.byte_fallback and rules.strips,
+        "user-defined symbols": any(piece.type == _USER_DEFINED for piece in proto.pieces),
+    }
+    for what, found in odd.items():
+        if found:
+            raise UserError(
+                f"{files.origin}: the SentencePiece model of this {files.tokenizer_class} has {what}, which is not "
+                f"supported; save it as {tokenizer_files.JSON_FILE} with transformers"
+            )
+
+
+def _added_tokens(proto: Any, ids: dict[str, int], files: TokenizerFiles) -> list[Token]:
+    """The tokens looked for in a text before its pieces are, each with its id; the first to state one rules."""
+    ids = dict(ids)
+    if files.tokenizer_class == "T5Tokenizer":
+        count = int(files.settings.get("extra_ids", files.model.get("extra_ids", _T5_SENTINELS)))
+        # The last sentinel comes first: <extra_id_0> has the largest id.
+        ids |= {f"<extra_id_{i}>": len(proto.pieces) + count - 1 - i for i in range(count)}
+    own = [piece.piece for piece in proto.pieces if piece.type in (_UNKNOWN, _CONTROL)]
+    assumed = [content for content in files.assumed().values() if content in ids]
+    sentinels = list(ids)[len(proto.pieces) :]
+    owners = {index: content for content, index in ids.items()}
+    found: dict[str, Token] = {}
+    for token in (*files.added(), *map(Token, (*assumed, *own, *sentinels))):
+        if token.content in found:
+            continue
+        if token.id is None:
+            token = dataclasses.replace(token, id=ids.get(token.content, 1 + max(owners)))
+        if owners.get(token.id, token.content) != token.content or ids.get(token.content, token.id) != token.id:
+            raise UserError(
+                f'{files.origin}: token "{token.content}" has the id {token.id} in the configs and another in the '
+                f"SentencePiece model; copy the tokenizer's files again"
+            )
+        if token.normalized and not token.special and files.tokenizer_class == "T5Tokenizer":
+            raise UserError(
+                f'{files.origin}: token "{token.content}" is looked for after normalisation, which is not supported '
+                f"for a SentencePiece model; save it as {tokenizer_files.JSON_FILE} with transformers"
+            )
+        ids[token.content], owners[token.id] = token.id, token.content
+        found[token.content] = token
+    return list(found.values())
+
+
+def _pattern(tokens: list[Token]) -> re.Pattern | None:
+    """Finds added tokens, the longest first; the group that matched is the token's content."""
+    parts = []
+    for token in sorted(tokens, key=lambda token: -len(token.content)):
+        core = f"({re.escape(token.content)})"
+        if token.single_word:
+            core = rf"(?<!\w){core}(?!\w)"
+        parts.append(rf"{_WHITESPACE}*{core}" if token.lstrip else core)
+        parts[-1] += f"{_WHITESPACE}*" if token.rstrip else ""
+    return re.compile("|".join(parts)) if parts else None
+
+
+def _normalizer(charsmap: bytes) -> Callable[[str], str]:
+    from tokenizers import normalizers
+
+    return normalizers.Precompiled(charsmap).normalize_str if charsmap else str
+
+
+def _decoder(rules: _Rules) -> Callable[[list[str]], str]:
+    """Joins pieces to a text; bytes become characters, and one that is incomplete U+FFFD."""
+    from tokenizers import decoders
+
+    if rules.strips:
+        return decoders.Metaspace(replacement=_SPACE, prepend_scheme="always", split=True).decode
+    steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if rules.prefix != "never":
+        steps.append(decoders.Strip(content=" ", left=1))
+    return decoders.Sequence(steps).decode
