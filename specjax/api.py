@@ -9,7 +9,7 @@ out.texts, out.stats.block_efficiency
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from specjax.decoding import batch, loop, rules
@@ -83,6 +83,8 @@ def generate(
     exit_layer: int = 1,
     shortest: int = 2,
     longest: int = 4,
+    blocks_at_once: int | None = None,
+    on_text: Callable[[Generation], None] | None = None,
 ) -> Generation:
     """Continues prompts, speculatively where there is a drafter; repeated calls of the same shapes do not recompile.
 
@@ -93,11 +95,14 @@ def generate(
       gamma: most tokens drafted a block.
       rule: "lossless" or "coupled".
       eos_ids: ids that end a row; the tokenizer's when None, () for none.
+      on_text: called with the text of the current batch so far, after every `blocks_at_once` blocks, and at its end.
 
     Raises:
       UserError: for settings out of range, empty or too long prompts, ids outside the vocabulary, different
         vocabularies or tokenizers.
     """
+    if on_text is not None and (blocks_at_once is None or blocks_at_once < 1):
+        raise UserError(f"blocks_at_once must be 1 or more for on_text to be called, not {blocks_at_once}")
     ids = [target.tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
     config = target.decoder.config
     batch.check_prompts(
@@ -129,6 +134,10 @@ def generate(
             max_new_tokens=max_new_tokens,
             eos_ids=target.tokenizer.eos_ids if eos_ids is None else tuple(eos_ids),
             put=batch.placer(target.mesh),
+            blocks=None if on_text is None else blocks_at_once,
+            on_blocks=None
+            if on_text is None
+            else lambda result: on_text(_generation(target, [(len(result.tokens), result)])),
         )
     return _generation(target, results)
 

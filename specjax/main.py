@@ -76,13 +76,19 @@ def _evaluate(config: ConfigDict, workdir: str | Path) -> dict:
     return evaluate.run(config, workdir)
 
 
+def _generate(config: ConfigDict, workdir: str | Path) -> dict:
+    from specjax import generate
+
+    return generate.run(config, workdir)
+
+
 def _benchmark(config: ConfigDict, workdir: str | Path) -> dict:
     from specjax import benchmark
 
     return benchmark.run(config, workdir)
 
 
-_BINARIES = {"distill": _distill, "evaluate": _evaluate, "benchmark": _benchmark}
+_BINARIES = {"distill": _distill, "evaluate": _evaluate, "generate": _generate, "benchmark": _benchmark}
 
 
 def _check_stages(config: ConfigDict) -> None:

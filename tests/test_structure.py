@@ -23,7 +23,7 @@ FLOORS = (
     ("decoding", "data", "reporting"),
     ("distillation", "draft_design"),
     ("distill", "evaluate", "api"),
-    ("design", "benchmark"),
+    ("design", "benchmark", "generate"),
     ("main",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -130,6 +130,8 @@ def decode(
     max_new_tokens: int,
     eos_ids: Sequence[int],
     put=jax.device_put,
+    blocks: int | None = None,
+    on_blocks: Callable[[BatchResult], None] | None = None,
 ) -> BatchResult:
     """Continues one batch of prompts.
 
@@ -137,6 +139,7 @@ def decode(
       slots: padded prompt length.
       indices: index of each prompt in the whole run; with `seed` it determines the row's randomness.
       put: places the batch on devices (by default on the default device).
+      blocks: return to the host after every so many blocks, to call `on_blocks` with what there is by then.
     """
     tokens, lengths = pad(prompts, slots)
     keys = row_keys(seed, np.asarray(indices, np.int32))
@@ -147,9 +150,23 @@ def decode(
     jax.block_until_ready((tokens, lengths, keys, limits))
     started = time.perf_counter()
     state = jax.block_until_ready(loop.begin(plan, params, draft_params, tokens, lengths, keys))
-    prefilled = time.perf_counter()
-    state = jax.block_until_ready(loop.run(plan, params, draft_params, state, sampling, limits))
-    ended = time.perf_counter()
+    prefill_seconds, decode_seconds = time.perf_counter() - started, 0.0
+    iterations = 0
+    while True:
+        if blocks is not None:
+            iterations += blocks
+            limits = dataclasses.replace(limits, iterations=jnp.int32(iterations))
+        started = time.perf_counter()
+        state = jax.block_until_ready(loop.run(plan, params, draft_params, state, sampling, limits))
+        decode_seconds += time.perf_counter() - started
+        result = _result(state, prefill_seconds, decode_seconds)
+        if on_blocks is not None:
+            on_blocks(result)
+        if blocks is None or bool(jnp.all(state.done)):
+            return result
+
+
+def _result(state: loop.DecodeState, prefill_seconds: float, decode_seconds: float) -> BatchResult:
     wanted = (state.tokens, state.origins, state.prompt_lengths, state.lengths, state.statistics, state.iterations)
     all_tokens, all_origins, starts, ends, statistics, iterations = jax.device_get(wanted)
     spans = [slice(int(start), int(end)) for start, end in zip(starts, ends, strict=True)]
@@ -157,8 +174,8 @@ def decode(
         tokens=[row[span].tolist() for row, span in zip(all_tokens, spans, strict=True)],
         origins=[row[span].tolist() for row, span in zip(all_origins, spans, strict=True)],
         statistics=statistics,
-        prefill_seconds=prefilled - started,
-        decode_seconds=ended - prefilled,
+        prefill_seconds=prefill_seconds,
+        decode_seconds=decode_seconds,
         iterations=int(iterations),
     )
 

@@ -61,10 +61,12 @@ class Limits:
     Attributes:
       max_new_tokens: most tokens a row may emit.
       eos_ids: ids that end a row; -1 is padding. The EOS itself is emitted and counted, nothing after it is.
+      iterations: `run` returns after so many blocks in all, ended or not; calling it again goes on.
     """
 
     max_new_tokens: Int[Array, "B"]
     eos_ids: Int[Array, "E"]
+    iterations: Int[Array, ""] | int = 2**31 - 1
 
 
 @jax.tree_util.register_dataclass
@@ -312,10 +314,10 @@ def _origins(proposal: Proposal, num_accepted) -> Int[Array, "B gamma_plus_1"]:
 def run(
     plan: Plan, params: Any, draft_params: Any, state: DecodeState, sampling: Sampling, limits: Limits
 ) -> DecodeState:
-    """Blocks until every row has ended. One `while_loop`; the host is asked nothing in between."""
+    """Blocks until all rows have ended, or up to `limits.iterations`. One `while_loop`; the host is asked nothing."""
     state = dataclasses.replace(state, done=state.done | (limits.max_new_tokens <= 0))
     return jax.lax.while_loop(
-        lambda state: ~jnp.all(state.done),
+        lambda state: ~jnp.all(state.done) & (state.iterations < limits.iterations),
         lambda state: block(plan, params, draft_params, state, sampling, limits),
         state,
     )

@@ -1,0 +1,122 @@
+"""Continues one prompt in the terminal while it is decoded, each token coloured by where it came from.
+
+python -m specjax.generate --config=configs/generate.py --workdir=DIR [--config.section.key=value ...]
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from specjax import api
+from specjax.hub.model import Model
+from specjax.reporting import records
+from specjax.runtime import cli
+from specjax.runtime import config as configs
+from specjax.runtime import mesh as meshes
+from specjax.runtime.errors import UserError
+
+# Terminal colours of the origins; a plain token has none.
+_COLOURS = {"accepted": "32", "recovered": "31", "bonus": "34"}
+
+
+def run(config: Any, workdir: str | Path) -> dict:
+    """Prints the text to stdout as it comes and its statistics to stderr; returns what `results.json` holds.
+
+    Raises:
+      UserError: for models, settings and prompts that do not fit.
+    """
+    mesh = meshes.make_mesh(config.mesh)
+    dtypes = {"param_dtype": config.param_dtype, "compute_dtype": config.compute_dtype}
+    for key, value in (("target", config.target), ("prompt", config.prompt)):
+        if not value:
+            raise UserError(f"config.{key} is empty; give --config.{key}=...")
+    target = api.load(config.target, mesh=mesh, **dtypes)
+    section = config.drafter
+    drafter: Model | str | None = {"none": None}.get(section.kind, section.kind)
+    if section.kind == "model":
+        if not section.path:
+            raise UserError("config.drafter.path is empty; name the draft's directory, or another drafter.kind")
+        drafter = api.load(section.path, mesh=mesh, **dtypes)
+    prompt: Any = config.prompt
+    if config.chat:
+        prompt = target.tokenizer.apply_chat([{"role": "user", "content": config.prompt}])
+    printer = _Printer(target, config.colours)
+    out = api.generate(
+        target,
+        [prompt],
+        drafter=drafter,
+        gamma=config.gamma,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        rule=config.rule,
+        max_new_tokens=config.max_new_tokens,
+        batch_size=1,
+        seed=config.seed,
+        exit_layer=section.exit_layer,
+        shortest=section.shortest,
+        longest=section.longest,
+        blocks_at_once=config.blocks_at_once,
+        on_text=printer,
+    )
+    printer.end()
+    row = {
+        "prompt": config.prompt,
+        "text": out.texts[0],
+        "tokens": list(zip(target.tokenizer.pieces(out.tokens[0]), out.origins[0], strict=True)),
+        "emitted_tokens": out.stats.emitted_tokens,
+        "target_calls": out.stats.target_calls,
+        "block_efficiency": out.stats.block_efficiency,
+        "acceptance_rate": out.stats.acceptance_rate,
+        "tokens_per_second": out.stats.tokens_per_second,
+    }
+    print(_summary(row, printer.colours), file=sys.stderr)
+    path = Path(workdir) / "results.json"
+    records.write_results(path, binary="generate", config=configs.to_plain(config), rows=[row])
+    return records.read_results(path)
+
+
+class _Printer:
+    """Prints what has come since the last call."""
+
+    def __init__(self, target: Model, colours: str):
+        if colours not in ("auto", "always", "never"):
+            raise UserError(f'config.colours is "{colours}"; it is auto, always or never')
+        self.colours = sys.stdout.isatty() if colours == "auto" else colours == "always"
+        self._target = target
+        self._shown = ""
+
+    def __call__(self, text: api.Generation) -> None:
+        pieces = self._target.tokenizer.pieces(text.tokens[0])
+        seen = 0
+        for piece, origin in zip(pieces, text.origins[0], strict=True):
+            # What stands already is not printed again; a character that was incomplete then is now.
+            new = piece[max(len(self._shown) - seen, 0) :]
+            seen += len(piece)
+            if new and "\ufffd" not in new:
+                colour = _COLOURS.get(origin) if self.colours else None
+                sys.stdout.write(f"\033[{colour}m{new}\033[0m" if colour else new)
+                self._shown += new
+        sys.stdout.flush()
+
+    def end(self) -> None:
+        """A line of its own for whatever follows."""
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+
+
+def _summary(row: dict, colours: bool) -> str:
+    parts = [
+        f"{row['emitted_tokens']} tokens in {row['target_calls']} target calls",
+        f"{row['block_efficiency']:.2f} tokens a call",
+    ]
+    if row["acceptance_rate"] is not None:
+        parts.append(f"{row['acceptance_rate']:.0%} of the drafted tokens accepted")
+    parts.append(f"{row['tokens_per_second']:.1f} tokens/s, compiling included")
+    if colours:
+        parts.append(", ".join(f"\033[{colour}m{origin}\033[0m" for origin, colour in _COLOURS.items()))
+    return "; ".join(parts)
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.launch(run, "specjax.generate"))
