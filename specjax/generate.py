@@ -59,7 +59,7 @@ def run(config: Any, workdir: str | Path) -> dict:
         blocks_at_once=config.blocks_at_once,
         on_text=printer,
     )
-    printer.end()
+    printer.end(out)
     row = {
         "prompt": config.prompt,
         "text": out.texts[0],
@@ -84,24 +84,27 @@ class _Printer:
             raise UserError(f'config.colours is "{colours}"; it is auto, always or never')
         self.colours = sys.stdout.isatty() if colours == "auto" else colours == "always"
         self._target = target
-        self._shown = ""
+        self._printed = 0
 
     def __call__(self, text: api.Generation) -> None:
         pieces = self._target.tokenizer.pieces(text.tokens[0])
-        seen = 0
-        for piece, origin in zip(pieces, text.origins[0], strict=True):
-            # What stands already is not printed again; a character that was incomplete then is now.
-            new = piece[max(len(self._shown) - seen, 0) :]
-            seen += len(piece)
-            if new and "\ufffd" not in new:
-                colour = _COLOURS.get(origin) if self.colours else None
-                sys.stdout.write(f"\033[{colour}m{new}\033[0m" if colour else new)
-                self._shown += new
+        settled = len(pieces)
+        # What ends in the middle of a character waits for the rest of it.
+        while settled > self._printed and (not pieces[settled - 1] or pieces[settled - 1].endswith("\ufffd")):
+            settled -= 1
+        self._print(pieces[:settled], text.origins[0])
+
+    def end(self, text: api.Generation) -> None:
+        """Whatever waits still, and the end of the line."""
+        self._print(self._target.tokenizer.pieces(text.tokens[0]), text.origins[0])
+        sys.stdout.write("\n")
         sys.stdout.flush()
 
-    def end(self) -> None:
-        """A line of its own for whatever follows."""
-        sys.stdout.write("\n")
+    def _print(self, pieces: list[str], origins: list[str]) -> None:
+        for piece, origin in list(zip(pieces, origins, strict=False))[self._printed :]:
+            colour = _COLOURS.get(origin) if self.colours else None
+            sys.stdout.write(f"\033[{colour}m{piece}\033[0m" if colour else piece)
+        self._printed = len(pieces)
         sys.stdout.flush()
 
 

@@ -1,0 +1,219 @@
+"""The encoder-decoder: its own arithmetic, and the same loop, drafters, trainer and evaluation as any model's."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from specjax import api, distill, evaluate
+from specjax.decoding.drafters.base import Prefill
+from specjax.distillation import objective
+from specjax.hub.tokenizer import train_byte_bpe
+from specjax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig, bucket_table
+from specjax.models.language_model import consecutive
+from specjax.runtime import config as configs
+from specjax.runtime.errors import UserError
+
+TEXT = "the cat sat on the mat. the dog sat on the log. " * 40
+
+
+def model(seed=0, **changes):
+    """A random model whose layers matter, and its parameters."""
+    values = dict(
+        vocab_size=24,
+        width=16,
+        layers=2,
+        encoder_layers=2,
+        heads=2,
+        kv_heads=2,
+        head_size=8,
+        mlp_width=24,
+        max_positions=1 << 30,
+        rotary=None,
+        norm_epsilon=1e-6,
+        tied_head=False,
+        param_dtype="float32",
+        compute_dtype="float32",
+        family="t5",
+        activation="gelu_tanh",
+        query_scale=1.0,
+        relative_buckets=8,
+        relative_distance=20,
+        head_scale=1.0,
+        start_token=0,
+    )
+    made = EncoderDecoder(EncoderDecoderConfig(**{**values, **changes}))
+    params = dict(made.init(jax.random.key(seed)))
+    for stack in ("blocks", "encoder_blocks"):
+        params[stack] = jax.tree.map(lambda x: 2 * x if x.ndim == 2 else x, params[stack])
+    return made, params
+
+
+def test_buckets_are_those_of_the_paper():
+    # 8 buckets both ways: 4 a direction, of which distances 0 and 1 have their own, then 2..6 and 7.. up to 20.
+    both = bucket_table(8, 20, both_ways=True)
+    assert both[:21].tolist() == [0, 1, *[2] * 5, *[3] * 14]
+    assert both[21:].tolist() == [5, *[6] * 5, *[7] * 14]
+    backwards = bucket_table(8, 20, both_ways=False)
+    assert backwards.tolist() == [0, 1, 2, 3, 4, 4, 5, 5, 5, 6, 6, 6, 6, 6, *[7] * 7]
+
+
+def test_cached_steps_at_uneven_places_are_the_plain_forward():
+    made, params = model()
+    prompts, lengths = tiny.prompts(0, 3, 9, 24)
+    texts = jax.random.randint(jax.random.key(1), (3, 12), 0, 24)
+    start = made.start(params, prompts, lengths, 0)
+    whole = made.head(params, made.extend(params, start, texts, consecutive(texts))[0])
+    cache = made.start(params, prompts, lengths, 40)
+    _, cache = made.extend(params, cache, texts[:, :8], consecutive(texts[:, :8]))
+    at = jnp.asarray([3, 7, 5])[:, None] + jnp.arange(4)[None]  # each row goes back by another step
+    hidden, cache = made.extend(params, cache, jnp.take_along_axis(texts, at, axis=1), at)
+    expected = jnp.take_along_axis(whole, at[..., None], axis=1)
+    np.testing.assert_allclose(made.head(params, hidden), expected, atol=2e-5)
+
+
+def test_neither_padding_nor_the_other_rows_reach_a_row():
+    made, params = model()
+    prompts, lengths = tiny.prompts(0, 3, 9, 24)
+    texts = jax.random.randint(jax.random.key(1), (3, 6), 0, 24)
+    logits = lambda p, n, t: made.head(params, made.extend(params, made.start(params, p, n, 0), t, consecutive(t))[0])
+    batch = logits(prompts, lengths, texts)
+    for row, length in enumerate(lengths):
+        alone = logits(prompts[row : row + 1, :length], lengths[row : row + 1], texts[row : row + 1])
+        np.testing.assert_allclose(batch[row], alone[0], atol=2e-5)
+    other = prompts.at[0, 0].add(1) % 24
+    assert float(jnp.abs(logits(other, lengths, texts)[0] - batch[0]).max()) > 1e-2
+
+
+@pytest.mark.parametrize(("rule", "greedy"), [("lossless", True), ("coupled", False)])
+@pytest.mark.parametrize("drafter", ["model", "ngram", "early_exit"])
+def test_speculative_texts_are_the_plain_ones(drafter, rule, greedy):
+    target, params = model(0)
+    draft, draft_params = model(0, layers=1, encoder_layers=1)
+    options = {"model": draft, "shortest": 1, "longest": 2, "exit_layer": 1}
+    prompts, lengths = tiny.prompts(3, 12, 9, 24)
+    made = lambda gamma: tiny.plan(target, drafter, options, gamma=gamma, slots=1, max_new=16, rule=rule, greedy=greedy)
+    plain = tiny.decode(made(0), params, None, prompts, lengths, 16, eos=(5,))
+    fast = tiny.decode(made(3), params, draft_params if drafter == "model" else None, prompts, lengths, 16, eos=(5,))
+    assert tiny.texts_of(fast) == tiny.texts_of(plain)
+    assert {text[0] for text in tiny.texts_of(plain)} == {0}
+    assert int(fast.statistics.accepted_at.sum()) > 0
+
+
+def test_the_prompt_is_drafted_from_by_lookup():
+    """A text that copies its prompt is drafted from it, though the prompt is not part of the text."""
+    target, _ = model(0)
+    prompts, lengths = tiny.prompts(3, 12, 9, 24)
+    plan = tiny.plan(target, "ngram", {"shortest": 1, "longest": 2}, gamma=2, slots=1, max_new=8, greedy=True)
+    state = plan.drafter.init(None, None, prefill(target, prompts, lengths, plan.capacity), None)
+    np.testing.assert_array_equal(state.lengths, lengths + 1)
+    for row, length in enumerate(np.asarray(lengths)):
+        assert state.tokens[row, : length + 1].tolist() == [*prompts[row, :length].tolist(), 0]
+
+
+def prefill(target, prompts, lengths, capacity):
+    return Prefill(prompts, lengths, *target.open_texts(prompts, lengths), (), capacity)
+
+
+def test_sampled_first_tokens_follow_the_law():
+    """Chi-square of the first two tokens over many rows, n-gram drafts included, against the model's own joint law."""
+    target, params = model(1, vocab_size=4)
+    rows = 4096
+    prompts, lengths = jnp.tile(jnp.asarray([[1, 2, 3, 1]]), (rows, 1)), jnp.full((rows,), 4)
+    plan = tiny.plan(target, "ngram", {"shortest": 1, "longest": 2}, gamma=2, slots=1, max_new=2)
+    texts = np.asarray(tiny.texts_of(tiny.decode(plan, params, None, prompts, lengths, 2)))
+    start = target.start(params, prompts[:4], lengths[:4], 0)
+    openings = jnp.asarray([[0, token] for token in range(4)])
+    logits = target.head(params, target.extend(params, start, openings, consecutive(openings))[0])
+    probs = np.asarray(jax.nn.softmax(logits.astype(jnp.float32)))
+    joint = probs[0, 0][:, None] * probs[:, 1]
+    counts = np.zeros((4, 4))
+    np.add.at(counts, (texts[:, 1], texts[:, 2]), 1)
+    statistic = ((counts - rows * joint) ** 2 / (rows * joint)).sum()
+    assert statistic < 37.7  # 15 degrees of freedom, p = 0.001
+
+
+def test_no_gradient_comes_from_the_prompt_or_the_padding_and_the_target_is_a_constant():
+    target, target_params = model(1)
+    draft, params = model(2, layers=1)
+    prompts, lengths = tiny.prompts(0, 3, 9, 24)
+    texts = jax.random.randint(jax.random.key(1), (3, 6), 0, 24)
+    ends = jnp.asarray([6, 4, 5])
+
+    def loss(params, prompts, texts):
+        settings = dict(divergence="forward_kl", beta=0.5, loss_temperature=1.0, chunk=4)
+        sums = objective.distillation_loss(
+            *(draft, params, target, target_params, texts, ends, jnp.ones_like(ends)),
+            prompts=(prompts, lengths),
+            **settings,
+        )
+        return sums.loss, sums.tokens
+
+    (value, tokens), gradient = jax.value_and_grad(loss, has_aux=True)(params, prompts, texts)
+    assert float(tokens) == 5 + 3 + 4
+    junk = jnp.where(jnp.arange(9)[None] < lengths[:, None], prompts, 7)
+    again = jax.value_and_grad(loss, has_aux=True)(
+        params, junk, jnp.where(jnp.arange(6)[None] < ends[:, None], texts, 9)
+    )
+    np.testing.assert_allclose(again[0][0], value, rtol=1e-5)
+    assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(gradient["encoder_blocks"])) > 1e-4
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Exports of a target and a draft with one tokenizer, a Llama beside them, and a file of prompts."""
+    home = tmp_path_factory.mktemp("t5")
+    tokenizer = train_byte_bpe([TEXT], 280)
+    for name, layers in (("target", 2), ("draft", 1)):
+        made, params = model(layers, layers=layers, vocab_size=tokenizer.vocab_size)
+        api.save(api.Model(made, params, tokenizer), home / name)
+    llama, params = tiny.decoder(0, vocab_size=tokenizer.vocab_size)
+    api.save(api.Model(llama, params, tokenizer), home / "llama")
+    lines = [{"prompt": f"the cat {i}", "completion": " sat on the mat"} for i in range(40)]
+    (home / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return home
+
+
+def test_an_evaluation_says_identical_and_counts_alike(home, tmp_path):
+    config = configs.load("configs/evaluate/pair.py:smoke")
+    config.target, config.drafter.path = str(home / "target"), str(home / "draft")
+    config.prompts, config.measure_parts = str(home / "pairs.jsonl"), True
+    config.drafters.draft.coupled, config.temperatures = (), (0.0,)
+    rows = evaluate.run(config, tmp_path)["rows"]
+    assert [row["drafter"] for row in rows] == ["none", "draft", "ngram"]
+    assert rows[0]["target_calls"] == rows[0]["emitted_tokens"]
+    for row in rows[1:]:
+        assert row["identical_to_baseline"]["equal"] == row["identical_to_baseline"]["of"] == 4
+        assert row["block_efficiency"] == pytest.approx(1 + sum(row["ctar"]))
+        assert row["predicted_speedup"] > 0
+
+
+@pytest.mark.parametrize("source", ["fixed", "draft", "target"])
+def test_a_draft_is_distilled_on_text_of_any_source_and_exported(home, tmp_path, source):
+    config = configs.load("configs/quickstart.py:smoke").distilled
+    config.task.update({"name": "prompt_completion", "path": str(home / "pairs.jsonl"), "size": 0})
+    config.tokenizer.path = config.model.init = str(home / "draft")
+    config.target = str(home / "target")
+    config.data.update({"fixed": 0.0, "draft": 0.0, "target": 0.0, source: 1.0})
+    config.data.prompt_length_max = 24
+    config.speculative_eval.every = 0
+    config.train.update({"steps": 2, "best_metric": "validation_loss"})
+    config.optimizer.warmup_steps = 1
+    row = distill.run(config, tmp_path)["rows"][0]
+    assert np.isfinite(row["validation_loss"])
+    before, after = api.load(home / "draft"), api.load(tmp_path / "export")
+    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), before.params, after.params)
+    assert max(jax.tree.leaves(moved["encoder_blocks"])) > 0
+
+
+def test_two_kinds_of_model_do_not_draft_for_each_other(home, tmp_path):
+    target, llama = api.load(home / "target"), api.load(home / "llama")
+    with pytest.raises(UserError, match="take two of a kind"):
+        api.generate(target, ["the cat"], drafter=llama)
+    with pytest.raises(UserError, match="this is a t5 model"):
+        target.logits([[1, 2]])
+    with pytest.raises(UserError, match="this is a llama model"):
+        llama.logits([[1, 2]], [[0]])
