@@ -282,7 +282,7 @@ class _Scaling:
     def __init__(self, kind: str, fields: dict[str, Any]):
         self.kind, self.fields = kind, dict(fields)
 
-    def take(self, name: str, absent: float | None = None, kind: type = float) -> Any:
+    def take(self, name: str, absent: int | float | None = None, kind: type = float) -> Any:
         value = number(self.fields, name, kind, absent=-1 if absent is None else absent)
         self.fields.pop(name, None)
         if value == -1:
