@@ -23,8 +23,24 @@ LLAMA = {
 }
 
 
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
 def _rope(kind, theta=1e4, **fields):
     return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **fields}}
+
+
+def _yarn(**fields):
+    return _rope("yarn", **{"factor": 4.0, "original_max_position_embeddings": 32, **fields})
+
+
+def _longrope(original, pairs, **fields):
+    """Phi-3 has the original number of positions beside the scaling."""
+    factors = {
+        "short_factor": [1 + 0.1 * pair for pair in range(pairs)],
+        "long_factor": [1.5 + 0.75 * pair for pair in range(pairs)],
+    }
+    return {"original_max_position_embeddings": original, **_rope("longrope", **factors, **fields)}
 
 
 FAMILIES: dict[str, list[dict]] = {
@@ -45,8 +61,64 @@ FAMILIES: dict[str, list[dict]] = {
                 original_max_position_embeddings=64,
             ),
         },
+        {**LLAMA, "head_dim": 14, **_yarn()},
+        {**LLAMA, "head_dim": 24, **_yarn(attention_factor=1.3, beta_fast=8.0, beta_slow=2.0, truncate=False)},
+        {**LLAMA, "tie_word_embeddings": True, **_yarn(mscale=1.5, mscale_all_dim=0.8)},
+    ],
+    "mistral": [
+        {**LLAMA, "sliding_window": 5, "num_key_value_heads": 1},
+        {**LLAMA, "sliding_window": None, "head_dim": 12, "tie_word_embeddings": True},
+        {**LLAMA, "sliding_window": 9, "head_dim": 18, "num_key_value_heads": 4, **_rope("default", 1e6)},
+        {**LLAMA, "sliding_window": 64, "hidden_size": 30, "num_attention_heads": 3, "num_key_value_heads": 3},
+        {**LLAMA, "sliding_window": 2, "num_hidden_layers": 3, **_rope("linear", factor=1.5)},
+    ],
+    "qwen2": [
+        {**LLAMA, "tie_word_embeddings": True, **_rope("default", 1e6)},
+        {**LLAMA, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
+        {**LLAMA, "use_sliding_window": True, "sliding_window": 11, "max_window_layers": 0, "num_key_value_heads": 1},
+        {**LLAMA, "use_sliding_window": True, "sliding_window": 7, "layer_types": [SLIDING, FULL]},
+        {**LLAMA, "num_key_value_heads": 4, "tie_word_embeddings": True, **_yarn()},
+        {**LLAMA, "use_sliding_window": False, "sliding_window": 5, "max_window_layers": 0, "head_dim": 14},
+    ],
+    "qwen3": [
+        {**LLAMA, "head_dim": 16, "tie_word_embeddings": True, **_rope("default", 1e6)},
+        {**LLAMA, "head_dim": 10, "num_key_value_heads": 1, "attention_bias": True},
+        {**LLAMA, "head_dim": 8, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
+        {
+            **LLAMA,
+            "head_dim": 14,
+            "num_key_value_heads": 4,
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "layer_types": [SLIDING, FULL],
+        },
+        {**LLAMA, "head_dim": 22, "rms_norm_eps": 1e-5, **_yarn(factor=3.0)},
+    ],
+    "phi3": [
+        {**LLAMA, "sliding_window": 6},
+        {**LLAMA, "hidden_size": 64, "tie_word_embeddings": True, **_rope("default", partial_rotary_factor=0.5)},
+        # The texts alone are within the original length, with their caches they are not.
+        {**LLAMA, "num_key_value_heads": 4, **_longrope(44, 4)},
+        {**LLAMA, "hidden_size": 64, "num_key_value_heads": 1, **_longrope(64, 6, partial_rotary_factor=0.75)},
+        {**LLAMA, "hidden_size": 40, "sliding_window": 9, **_longrope(24, 5, attention_factor=1.4)},
+    ],
+    "smollm3": [
+        {**LLAMA, "no_rope_layer_interval": 2},
+        {**LLAMA, "no_rope_layers": [0, 1], "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
+        {**LLAMA, "no_rope_layers": [0, 1], "use_sliding_window": True, "sliding_window": 6, "num_key_value_heads": 1},
+        {
+            **LLAMA,
+            "no_rope_layers": [1, 0],
+            "use_sliding_window": True,
+            "sliding_window": 7,
+            "layer_types": [SLIDING, FULL],
+            "head_dim": 10,
+        },
+        {**LLAMA, "num_key_value_heads": 4, "no_rope_layer_interval": 2, **_yarn()},
     ],
 }
 
-# The reference's name of a case, "llama-0".
-CASES = {f"{family}-{number}": (family, fields) for family, row in FAMILIES.items() for number, fields in enumerate(row)}
+# The name of a case is "llama-0".
+CASES = {
+    f"{family}-{number}": (family, fields) for family, row in FAMILIES.items() for number, fields in enumerate(row)
+}

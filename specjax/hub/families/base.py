@@ -268,9 +268,9 @@ def rotary_of(fields: Mapping[str, Any], size: int, max_positions: int, *, theta
         raise UserError(f"no such rotary positions can be built: {str(error).rstrip('.')}; correct them") from None
 
 
-def _once(places, name, absent) -> float:
+def _once(places, name, absent, kind=float) -> float:
     """A number that several places may give, but only one value."""
-    given = [number(place, name, float) for place in places if place.get(name) is not None]
+    given = [number(place, name, kind) for place in places if place.get(name) is not None]
     if len(set(given)) > 1:
         raise UserError(f'"{name}" is given twice and differently, {given[0]:g} and {given[1]:g}; keep the right one')
     return given[0] if given else absent
@@ -282,8 +282,8 @@ class _Scaling:
     def __init__(self, kind: str, fields: dict[str, Any]):
         self.kind, self.fields = kind, dict(fields)
 
-    def take(self, name: str, absent: int | float | None = None, kind: type = float) -> Any:
-        value = number(self.fields, name, kind, absent=-1 if absent is None else absent)
+    def take(self, name: str, absent: float | None = None) -> float:
+        value = number(self.fields, name, float, absent=-1 if absent is None else absent)
         self.fields.pop(name, None)
         if value == -1:
             raise UserError(f'"rope_scaling" of type "{self.kind}" lacks "{name}"; take the complete config.json')
@@ -310,8 +310,19 @@ def _linear(scaling, fields, max_positions):
     return scaling.done({"factor": scaling.take("factor")})
 
 
+def _original(scaling, fields, max_positions) -> int:
+    """The longest text before stretching: newer readers prefer the one at the top level (Phi-3), older the other."""
+    name = "original_max_position_embeddings"
+    return int(_once([fields, {name: scaling.fields.pop(name, None)}], name, max_positions, int))
+
+
 def _dynamic(scaling, fields, max_positions):
-    original = scaling.take("original_max_position_embeddings", max_positions, int)
+    original = _original(scaling, {}, max_positions)
+    if original != max_positions:
+        raise UserError(
+            f'"original_max_position_embeddings" is {original} and "max_position_embeddings" {max_positions}; '
+            'rotary positions of type "dynamic" stretch from the latter, so remove the former'
+        )
     return scaling.done({"factor": scaling.take("factor"), "original_positions": original})
 
 
@@ -321,7 +332,7 @@ def _llama3(scaling, fields, max_positions):
             "factor": scaling.take("factor"),
             "low_frequency": scaling.take("low_freq_factor"),
             "high_frequency": scaling.take("high_freq_factor"),
-            "original_positions": scaling.take("original_max_position_embeddings", kind=int),
+            "original_positions": _original(scaling, fields, max_positions),
         }
     )
 
@@ -330,7 +341,7 @@ def _yarn(scaling, fields, max_positions):
     factor = scaling.take("factor")
     values = {
         "factor": factor,
-        "original_positions": scaling.take("original_max_position_embeddings", max_positions, int),
+        "original_positions": _original(scaling, fields, max_positions),
         "beta_fast": scaling.take("beta_fast", 32.0),
         "beta_slow": scaling.take("beta_slow", 1.0),
         "truncate": scaling.fields.pop("truncate", True) is not False,
@@ -344,9 +355,7 @@ def _yarn(scaling, fields, max_positions):
 
 
 def _longrope(scaling, fields, max_positions):
-    # Phi-3 has it at the top level.
-    original = fields.get("original_max_position_embeddings")
-    original = scaling.take("original_max_position_embeddings", original or max_positions, int)
+    original = _original(scaling, fields, max_positions)
     factors = {}
     for name, key in (("short_factor", "short_factors"), ("long_factor", "long_factors")):
         values = scaling.fields.pop(name, None)
@@ -377,7 +386,7 @@ def written_rotary(rotary: Rotary, head_size: int) -> dict[str, Any]:
     scaling: dict[str, Any] = {"rope_type": rotary.kind}
     keys = {
         "linear": ("factor",),
-        "dynamic": ("factor", "original_positions"),
+        "dynamic": ("factor",),
         "llama3": ("factor", "low_frequency", "high_frequency", "original_positions"),
         "yarn": ("factor", "original_positions", "beta_fast", "beta_slow", "truncate", "magnitude"),
         "longrope": ("factor", "original_positions", "short_factors", "long_factors", "magnitude"),
@@ -386,7 +395,10 @@ def written_rotary(rotary: Rotary, head_size: int) -> dict[str, Any]:
         value = getattr(rotary, key)
         if value is not None:
             scaling[_WRITTEN.get(key, key)] = list(value) if isinstance(value, tuple) else value
-    partial = {} if rotary.size == head_size else {"partial_rotary_factor": rotary.size / head_size}
+    share = rotary.size / head_size
+    if int(head_size * share) < rotary.size:  # readers cut off, 44 * (30 / 44) to 29
+        share = math.nextafter(share, 1)
+    partial = {} if rotary.size == head_size else {"partial_rotary_factor": share}
     fields: dict[str, Any] = {"rope_theta": rotary.theta, **partial}
     fields["rope_parameters"] = {"rope_theta": rotary.theta, **scaling, **partial}
     if rotary.kind != "default":
