@@ -268,7 +268,7 @@ def rotary_of(fields: Mapping[str, Any], size: int, max_positions: int, *, theta
         raise UserError(f"no such rotary positions can be built: {str(error).rstrip('.')}; correct them") from None
 
 
-def _once(places, name, absent, kind=float) -> float:
+def _once(places, name, absent, kind=float) -> int | float:
     """A number that several places may give, but only one value."""
     given = [number(place, name, kind) for place in places if place.get(name) is not None]
     if len(set(given)) > 1:
