@@ -320,7 +320,7 @@ def _dynamic(scaling, fields, max_positions):
     original = _original(scaling, {}, max_positions)
     if original != max_positions:
         raise UserError(
-            f'"original_max_position_embeddings" {original} is not what "dynamic" stretches from, {max_positions}; drop it'
+            f'"original_max_position_embeddings" is {original}, but "dynamic" stretches {max_positions}; remove it'
         )
     return scaling.done({"factor": scaling.take("factor"), "original_positions": original})
 
