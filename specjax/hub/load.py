@@ -10,7 +10,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specjax.hub.families import base, llama, mistral, phi3, qwen2, qwen3, smollm3, t5
+from specjax.hub.families import (
+    base,
+    gemma,
+    gemma2,
+    gemma3,
+    gpt2,
+    gpt_neox,
+    llama,
+    mistral,
+    opt,
+    phi3,
+    qwen2,
+    qwen3,
+    smollm3,
+    t5,
+)
 from specjax.models.language_model import LanguageModel, Params
 from specjax.models.table import model_of
 from specjax.runtime import dtypes
@@ -21,7 +36,8 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 # By `model_type`. A new family is one file with the members that llama.py has, and one entry here.
-FAMILIES = {family.MODEL_TYPE: family for family in (llama, mistral, qwen2, qwen3, phi3, smollm3, t5)}
+_ALL = (llama, mistral, qwen2, qwen3, phi3, smollm3, gemma, gemma2, gemma3, opt, gpt2, gpt_neox, t5)
+FAMILIES = {family.MODEL_TYPE: family for family in _ALL}
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
