@@ -69,6 +69,7 @@ def load(
     outputs = base.fused_outputs(wanted)
     expected = decoder.abstract_params()
     with _open(directory) as stored:
+        stored = _whole_names(stored, family)
         _check_names(directory, family, config, {tensor.name for tensor in wanted}, stored)
         params: Params = {}
         for tensor in wanted:
@@ -158,6 +159,14 @@ def _open(directory: Path) -> Iterator[dict[str, Any]]:
             names = handle.keys()
             slices.update({name: handle.get_slice(name) for name in names})
         yield slices
+
+
+def _whole_names(stored: dict[str, Any], family) -> dict[str, Any]:
+    """The tensors by their whole names; some files, GPT-2's own among them, leave out the leading "transformer."."""
+    inner, _, rest = family.EMBEDDING.partition(".")
+    if family.EMBEDDING in stored or rest not in stored:
+        return stored
+    return {name if name == family.HEAD else f"{inner}.{name}": tensor for name, tensor in stored.items()}
 
 
 def _check_names(directory, family, config, wanted: set[str], stored: dict[str, Any]) -> None:

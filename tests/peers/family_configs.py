@@ -23,6 +23,37 @@ LLAMA = {
 }
 
 
+GEMMA = {
+    **NO_TOKENS,
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 44,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "max_position_embeddings": 128,
+}
+OPT = {
+    **NO_TOKENS,
+    "vocab_size": VOCAB,
+    "hidden_size": 36,
+    "ffn_dim": 44,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+GPT2 = {**NO_TOKENS, "vocab_size": VOCAB, "n_embd": 36, "n_layer": 2, "n_head": 4, "n_positions": 64}
+NEOX = {
+    **NO_TOKENS,
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 44,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
+
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -41,6 +72,11 @@ def _longrope(original, pairs, **fields):
         "long_factor": [1.5 + 0.75 * pair for pair in range(pairs)],
     }
     return {"original_max_position_embeddings": original, **_rope("longrope", **factors, **fields)}
+
+
+def _ropes(local, **full):
+    """Gemma 3 has a scaling for each type of layer."""
+    return {"rope_parameters": {FULL: full, SLIDING: {"rope_type": "default", "rope_theta": local}}}
 
 
 FAMILIES: dict[str, list[dict]] = {
@@ -115,6 +151,72 @@ FAMILIES: dict[str, list[dict]] = {
             "head_dim": 10,
         },
         {**LLAMA, "num_key_value_heads": 4, "no_rope_layer_interval": 2, **_yarn()},
+    ],
+    "gemma": [
+        GEMMA,
+        {**GEMMA, "head_dim": 16, "num_key_value_heads": 1, "hidden_act": "gelu"},
+        {**GEMMA, "num_key_value_heads": 4, "attention_bias": True, "tie_word_embeddings": False},
+        {**GEMMA, "hidden_size": 24, "head_dim": 6, "rms_norm_eps": 1e-3, **_rope("default", 5e5)},
+        {**GEMMA, **_rope("linear", factor=3.0)},
+    ],
+    "gemma2": [
+        {**GEMMA, "sliding_window": 7, "query_pre_attn_scalar": 10},
+        {**GEMMA, "sliding_window": 2, "query_pre_attn_scalar": 144, "attn_logit_softcapping": 0.5},
+        {**GEMMA, "sliding_window": 12, "final_logit_softcapping": None, "attention_bias": True},
+        {**GEMMA, "num_key_value_heads": 1, "attn_logit_softcapping": None, "final_logit_softcapping": 2.0},
+        {**GEMMA, "sliding_window": 5, "layer_types": [FULL, SLIDING, SLIDING], "tie_word_embeddings": False},
+        {**GEMMA, "head_dim": 22, "num_key_value_heads": 4, "sliding_window": 9, **_rope("linear", factor=2.0)},
+    ],
+    "gemma3_text": [
+        {**GEMMA, "num_hidden_layers": 7, "sliding_window": 6, "query_pre_attn_scalar": 10},
+        {
+            **GEMMA,
+            "sliding_window": 9,
+            "layer_types": [SLIDING, FULL, SLIDING],
+            **_ropes(3e3, rope_type="linear", rope_theta=5e5, factor=8.0),
+        },
+        {**GEMMA, "num_key_value_heads": 1, "sliding_window": 2, "sliding_window_pattern": 2, "attention_bias": True},
+        {
+            **GEMMA,
+            "head_dim": 14,
+            "layer_types": [FULL] * 3,
+            "final_logit_softcapping": 3.0,
+            "query_pre_attn_scalar": 168,
+        },
+        {
+            **GEMMA,
+            "num_key_value_heads": 4,
+            "sliding_window": 3,
+            "layer_types": [SLIDING] * 3,
+            "tie_word_embeddings": False,
+        },
+    ],
+    "opt": [
+        OPT,
+        {**OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 20},
+        {**OPT, "tie_word_embeddings": False, "word_embed_proj_dim": 52},
+        {**OPT, "enable_bias": False, "activation_function": "gelu"},
+        {**OPT, "num_attention_heads": 12, "_remove_final_layer_norm": True},
+        {**OPT, "num_attention_heads": 1, "do_layer_norm_before": False, "num_hidden_layers": 3},
+    ],
+    "gpt2": [
+        GPT2,
+        {**GPT2, "n_inner": 20, "n_head": 12},
+        {**GPT2, "activation_function": "gelu", "tie_word_embeddings": False},
+        {**GPT2, "n_head": 1, "layer_norm_epsilon": 1e-3, "activation_function": "relu"},
+        {**GPT2, "n_layer": 4, "n_embd": 20, "reorder_and_upcast_attn": True},
+    ],
+    "gpt_neox": [
+        NEOX,
+        {**NEOX, "use_parallel_residual": False, "rotary_pct": 1.0},
+        {**NEOX, "attention_bias": False, "tie_word_embeddings": True, "rotary_pct": 0.5, "rotary_emb_base": 5e4},
+        {**NEOX, "hidden_size": 44, "rotary_pct": 0.6, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-3},
+        {
+            **NEOX,
+            "hidden_size": 20,
+            "num_attention_heads": 2,
+            "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4, "partial_rotary_factor": 0.4},
+        },
     ],
 }
 

@@ -2,9 +2,8 @@
 
 from typing import Any
 
-from specjax.hub.families import base, gemma, llama
+from specjax.hub.families import base, gemma, llama, qwen2
 from specjax.models.config import DecoderConfig
-from specjax.runtime.errors import UserError
 
 MODEL_TYPE = "gemma2"
 ARCHITECTURE = "Gemma2ForCausalLM"
@@ -38,7 +37,7 @@ def tensors(config: DecoderConfig) -> list[base.Tensor]:
 
 
 def windows_of(fields: dict[str, Any], layers: int, pattern: int) -> tuple[int, ...]:
-    """The window of each layer, 0 for none.
+    """The window of each layer, () where none has one.
 
     Args:
       layers: L.
@@ -47,19 +46,13 @@ def windows_of(fields: dict[str, Any], layers: int, pattern: int) -> tuple[int, 
     kinds = fields.get("layer_types")
     if kinds is None:
         kinds = [_SLIDING if (layer + 1) % pattern else _FULL for layer in range(layers)]
-    if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= {_SLIDING, _FULL}:
-        raise UserError(
-            f'"layer_types" must list "{_SLIDING}" or "{_FULL}" for each of the {layers} layers, not {kinds!r}'
-        )
-    if _SLIDING in kinds and "sliding_window" in fields and fields["sliding_window"] is None:
-        raise UserError(f'"sliding_window" is null, though some layers are of the type "{_SLIDING}"; correct either')
-    window = base.number(fields, "sliding_window", int, absent=_WINDOW)
-    return tuple(window if kind == _SLIDING else 0 for kind in kinds)
+    given = {"sliding_window": _WINDOW, **fields, "layer_types": kinds, "use_sliding_window": True}
+    return qwen2.windows_of(given, [False] * layers)
 
 
 def written_windows(config: DecoderConfig) -> dict[str, Any]:
     """The inverse of `windows_of`."""
-    windows = config.windows or (0,) * config.layers
+    windows = [config.window(layer) for layer in range(config.layers)]
     return {
         # Readers want a number even where no layer has a window.
         "sliding_window": max(windows) or _WINDOW,
