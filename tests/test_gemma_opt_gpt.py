@@ -1,9 +1,12 @@
 """Gemma, OPT, GPT-2 and GPT-NeoX: what their `config.json` says is read, written back the same, or refused by name."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from safetensors.numpy import load_file, save_file
 
 from specjax.hub.families import base
@@ -257,3 +260,25 @@ def test_no_learned_bias_is_taken_for_a_mask(family):
 def test_the_table_of_names_must_hold_every_parameter():
     with pytest.raises(ValueError, match="No tensor is named for"):
         base.list_tensors(read("opt"), first=(), layer=(), last=())
+
+
+# --- arithmetic ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "drafter, options", [("ngram", {"shortest": 1, "longest": 3}), ("early_exit", {"exit_layer": 1})]
+)
+def test_drafts_beyond_the_last_learned_position_change_nothing_before_it(drafter, options):
+    slots, max_new = 8, 12
+    config = tiny.config(max_positions=slots + max_new)
+    model = Decoder(dataclasses.replace(config, rotary=None, learned_positions=slots + max_new))
+    params = model.init(jax.random.key(1))
+    texts, lengths = tiny.prompts(2, 3, slots, config.vocab_size)
+
+    def decoded(gamma):
+        plan = tiny.plan(model, drafter, options, gamma=gamma, slots=slots, max_new=max_new, greedy=True)
+        return tiny.texts_of(tiny.decode(plan, params, None, texts, lengths, max_new))
+
+    plain = decoded(0)
+    assert len(plain[-1]) == slots + max_new
+    assert decoded(5) == plain

@@ -159,6 +159,7 @@ FAMILIES: dict[str, list[dict]] = {
         {**GEMMA, "hidden_size": 24, "head_dim": 6, "rms_norm_eps": 1e-3, **_rope("default", 5e5)},
         {**GEMMA, **_rope("linear", factor=3.0)},
     ],
+    # Windows of 1 agree too, but for transformers' own cache, which then keeps all instead of nothing.
     "gemma2": [
         {**GEMMA, "sliding_window": 7, "query_pre_attn_scalar": 10},
         {**GEMMA, "sliding_window": 2, "query_pre_attn_scalar": 144, "attn_logit_softcapping": 0.5},
