@@ -4,7 +4,8 @@
 
 needs `requirements-peers.txt`, and nothing of ours: what is committed here is the reference's word alone. For each name
 of `CONFIGS`, or those given, it writes `NAME/config.json` and `NAME/model.safetensors` as transformers saves them, and
-`NAME/expected.npz` with `tokens` [B, T] and `logits` [B, T, V]. Weights are stored in bfloat16 and computed in float32.
+`NAME/expected.npz` with `tokens` [B, T] and `logits` [B, T, V], of an encoder-decoder also the `prompts` [B, P] that it
+reads apart and their `lengths`. Weights are stored in bfloat16 and computed in float32.
 """
 
 import os
@@ -17,6 +18,7 @@ import numpy as np
 HERE = Path(__file__).parent
 VOCAB = 48
 ROWS, LENGTH = 2, 24
+PROMPT_LENGTHS = (9, 5)  # of an encoder-decoder
 
 LLAMA = {
     "vocab_size": VOCAB,
@@ -36,6 +38,16 @@ OPT = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "max_position_embeddings": 32,
+}
+T5 = {
+    "vocab_size": VOCAB,
+    "d_model": 16,
+    "d_kv": 6,
+    "d_ff": 24,
+    "num_layers": 2,
+    "num_heads": 2,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 12,
 }
 LLAMA3 = {
     "rope_type": "llama3",
@@ -68,6 +80,8 @@ CONFIGS = {
     "opt_350m": ("opt", {**OPT, "word_embed_proj_dim": 12, "do_layer_norm_before": False}),
     "gpt2": ("gpt2", {"vocab_size": VOCAB, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_inner": 24, "n_positions": 32}),
     "gpt_neox": ("gpt_neox", {**LLAMA, **WIDE, "rotary_pct": 0.25}),
+    "t5": ("t5", {**T5, "feed_forward_proj": "relu"}),
+    "t5_v1_1": ("t5", {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
 }
 
 
@@ -86,12 +100,16 @@ def randomise(model):
 def make(name: str) -> None:
     """Writes one golden."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     model_type, fields = CONFIGS[name]
-    torch.manual_seed(list(CONFIGS).index(name))
-    no_tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields, **no_tokens))
+    seed = list(CONFIGS).index(name)
+    torch.manual_seed(seed)
+    apart = model_type == "t5"
+    auto = AutoModelForSeq2SeqLM if apart else AutoModelForCausalLM
+    special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    special |= {"decoder_start_token_id": 0, "pad_token_id": 0} if apart else {}
+    model = auto.from_config(AutoConfig.for_model(model_type, **fields, **special))
     randomise(model)
     directory = HERE / name
     directory.mkdir(exist_ok=True)
@@ -99,11 +117,19 @@ def make(name: str) -> None:
         model.to(torch.bfloat16).save_pretrained(saved)
         for file in ("config.json", "model.safetensors"):
             (directory / file).write_bytes((Path(saved) / file).read_bytes())
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
-    tokens = np.random.default_rng(list(CONFIGS).index(name)).integers(0, VOCAB, (ROWS, LENGTH)).astype(np.int32)
+    model = auto.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
+    random = np.random.default_rng(seed)
+    expected = {"tokens": random.integers(0, VOCAB, (ROWS, LENGTH)).astype(np.int32)}
+    given = {"input_ids": torch.tensor(expected["tokens"]).long()}
+    if apart:
+        prompts = random.integers(1, VOCAB, (ROWS, max(PROMPT_LENGTHS))).astype(np.int32)
+        expected |= {"prompts": prompts, "lengths": np.asarray(PROMPT_LENGTHS, np.int32)}
+        mask = np.arange(prompts.shape[1]) < expected["lengths"][:, None]
+        given = {"decoder_input_ids": given["input_ids"]}
+        given |= {"input_ids": torch.tensor(prompts).long(), "attention_mask": torch.tensor(mask).long()}
     with torch.no_grad():
-        logits = model(torch.tensor(tokens).long()).logits.numpy()
-    np.savez_compressed(directory / "expected.npz", tokens=tokens, logits=logits)
+        expected["logits"] = model(**given).logits.numpy()
+    np.savez_compressed(directory / "expected.npz", **expected)
 
 
 if __name__ == "__main__":

@@ -262,6 +262,6 @@ def test_an_export_is_read_as_the_same_model(pair, tokenizer, tmp_path):
         np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-6)
 
 
-def test_every_family_has_five_configs():
-    counts = {family: sum(model_type == family for model_type, _ in CASES.values()) for family in FAMILIES}
+def test_every_decoder_family_has_five_configs():
+    counts = {family: sum(model_type == family for model_type, _ in CASES.values()) for family in set(FAMILIES) - {"t5"}}
     assert min(counts.values()) >= 5, counts
