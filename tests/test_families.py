@@ -9,7 +9,7 @@ import pytest
 import tiny
 from safetensors.numpy import load_file
 
-from specjax.hub.families import base
+from specjax.hub.families import rotary_fields
 from specjax.hub.load import FAMILIES, load
 from specjax.hub.save import save
 from specjax.hub.tokenizer import train_byte_bpe
@@ -227,8 +227,8 @@ def test_what_is_written_is_read_as_the_same_decoder(family, fields):
 def test_every_partial_rotary_size_survives_being_a_fraction():
     for head_size in range(40, 60):
         for size in range(2, head_size, 2):
-            written = base.written_rotary(Rotary(1e4, size), head_size)
-            assert base.rotary_of(written, head_size, 64).size == size
+            written = rotary_fields.written_rotary(Rotary(1e4, size), head_size)
+            assert rotary_fields.rotary_of(written, head_size, 64).size == size
 
 
 def test_old_readers_of_phi3_find_the_three_fields_that_they_demand():

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from specjax.hub.families import base, gemma, gemma2, llama
+from specjax.hub.families import base, gemma, gemma2, llama, rotary_fields
 from specjax.models.config import DecoderConfig
 from specjax.runtime.errors import UserError
 
@@ -56,7 +56,7 @@ def read_config(fields: dict[str, Any], *, param_dtype: str, compute_dtype: str)
         **gemma.arithmetic_of(fields, shape["width"]),
         order="both",
         qk_norm=True,
-        local_rotary=base.rotary_of(local, shape["head_size"], shape["max_positions"]),
+        local_rotary=rotary_fields.rotary_of(local, shape["head_size"], shape["max_positions"]),
         windows=gemma2.windows_of(fields, shape["layers"], pattern),
         query_scale=gemma2.query_scale_of(fields, shape["head_size"]),
         final_softcap=gemma2.softcap_of(fields, "final_logit_softcapping", 0.0),
@@ -67,7 +67,7 @@ def read_config(fields: dict[str, Any], *, param_dtype: str, compute_dtype: str)
 
 def write_config(config: DecoderConfig) -> dict[str, Any]:
     """The fields of `config.json` that describe this decoder; the inverse of `read_config`, dtypes apart."""
-    local = base.written_rotary(config.local_rotary, config.head_size)
+    local = rotary_fields.written_rotary(config.local_rotary, config.head_size)
     written = llama.written_shape(config)
     return {
         "architectures": [ARCHITECTURE],

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from specjax.hub.families import base, gpt2
+from specjax.hub.families import base, gpt2, rotary_fields
 from specjax.models.config import DecoderConfig
 from specjax.runtime.errors import UserError
 
@@ -57,7 +57,7 @@ def _rotary(fields, size, positions):
     places = [named, *(named[name] for name in ("rope_parameters", "rope_scaling") if isinstance(named[name], dict))]
     if all(place.get("partial_rotary_factor") is None for place in places):
         named["partial_rotary_factor"] = 0.25
-    return base.rotary_of(named, size, positions)
+    return rotary_fields.rotary_of(named, size, positions)
 
 
 def read_config(fields: dict[str, Any], *, param_dtype: str, compute_dtype: str) -> DecoderConfig:
@@ -99,7 +99,7 @@ def read_config(fields: dict[str, Any], *, param_dtype: str, compute_dtype: str)
 
 def write_config(config: DecoderConfig) -> dict[str, Any]:
     """The fields of `config.json` that describe this decoder; the inverse of `read_config`, dtypes apart."""
-    rotary = base.written_rotary(config.rotary, config.head_size)
+    rotary = rotary_fields.written_rotary(config.rotary, config.head_size)
     turned = rotary.pop("partial_rotary_factor", 1.0)
     return {
         "architectures": [ARCHITECTURE],

@@ -7,7 +7,7 @@ checkpoints that hold nothing learned. Families whose files look alike use the t
 
 from typing import Any
 
-from specjax.hub.families import base
+from specjax.hub.families import base, rotary_fields
 from specjax.models.config import DecoderConfig
 from specjax.runtime.errors import UserError
 
@@ -73,7 +73,7 @@ def shape_of(
     heads = base.number(fields, "num_attention_heads", int)
     size = base.head_size(fields, width, heads)
     positions = base.number(fields, "max_position_embeddings", int, absent=2048)
-    rotary = base.rotary_of(fields, size, positions, theta=theta)
+    rotary = rotary_fields.rotary_of(fields, size, positions, theta=theta)
     if rotary.size != size and not partial:
         raise UserError(
             f'"partial_rotary_factor" turns {rotary.size} of {size} channels, which this family does not; remove it'
@@ -105,7 +105,7 @@ def written_shape(config: DecoderConfig) -> dict[str, Any]:
         "head_dim": config.head_size,
         "max_position_embeddings": config.max_positions,
         "rms_norm_eps": config.norm_epsilon,
-        **base.written_rotary(config.rotary, config.head_size),
+        **rotary_fields.written_rotary(config.rotary, config.head_size),
         "tie_word_embeddings": config.tied_head,
     }
 
