@@ -327,7 +327,7 @@ def test_a_config_that_asks_for_other_arithmetic_is_refused_by_the_field(copy, f
         ({"head_dim": None, "hidden_size": 30}, '"hidden_size" 30 is no multiple of "num_attention_heads" 4'),
         ({"num_key_value_heads": 3}, r"heads \(4\) must be a multiple of kv_heads \(3\)"),
         ({"head_dim": 7}, r"rotary part \(7\) must be even"),
-        ({"model_type": "mamba2"}, r"'mamba2' are not supported; the supported are llama"),
+        ({"model_type": "mamba2"}, r"'mamba2' are not supported; the supported are llama, mistral"),
     ],
 )
 def test_an_impossible_or_unknown_model_is_refused(copy, fields, message):

@@ -10,7 +10,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specjax.hub.families import base, llama, t5
+from specjax.hub.families import (
+    base,
+    gemma,
+    gemma2,
+    gemma3,
+    gpt2,
+    gpt_neox,
+    llama,
+    mistral,
+    opt,
+    phi3,
+    qwen2,
+    qwen3,
+    smollm3,
+    t5,
+)
 from specjax.models.language_model import LanguageModel, Params
 from specjax.models.table import model_of
 from specjax.runtime import dtypes
@@ -21,7 +36,8 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 # By `model_type`. A new family is one file with the members that llama.py has, and one entry here.
-FAMILIES = {family.MODEL_TYPE: family for family in (llama, t5)}
+_ALL = (llama, mistral, qwen2, qwen3, phi3, smollm3, gemma, gemma2, gemma3, opt, gpt2, gpt_neox, t5)
+FAMILIES = {family.MODEL_TYPE: family for family in _ALL}
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -53,6 +69,7 @@ def load(
     outputs = base.fused_outputs(wanted)
     expected = decoder.abstract_params()
     with _open(directory) as stored:
+        stored = _whole_names(stored, family)
         _check_names(directory, family, config, {tensor.name for tensor in wanted}, stored)
         params: Params = {}
         for tensor in wanted:
@@ -142,6 +159,14 @@ def _open(directory: Path) -> Iterator[dict[str, Any]]:
             names = handle.keys()
             slices.update({name: handle.get_slice(name) for name in names})
         yield slices
+
+
+def _whole_names(stored: dict[str, Any], family) -> dict[str, Any]:
+    """The tensors by their whole names; some files, GPT-2's own among them, leave out the leading "transformer."."""
+    inner, _, rest = family.EMBEDDING.partition(".")
+    if family.EMBEDDING in stored or rest not in stored:
+        return stored
+    return {name if name == family.HEAD else f"{inner}.{name}": tensor for name, tensor in stored.items()}
 
 
 def _check_names(directory, family, config, wanted: set[str], stored: dict[str, Any]) -> None:

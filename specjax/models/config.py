@@ -42,6 +42,7 @@ class DecoderConfig:
       learned_positions: rows of a learned position table; 0 for none.
       position_offset: row of position 0 in that table (2 in OPT).
       local_rotary: of the layers with a window, where they have one of their own (Gemma 3).
+      rotary_layers: whether each layer turns queries and keys (SmolLM3); empty: all do.
       windows: one number a layer, how many tokens it sees, itself included, 0 for all; empty: all layers see all.
       query_scale: factor on the scores; None is head_size ** -0.5.
       attention_softcap: scores are softcap * tanh(scores / softcap); 0 is off.
@@ -76,6 +77,7 @@ class DecoderConfig:
     learned_positions: int = 0
     position_offset: int = 0
     local_rotary: Rotary | None = None
+    rotary_layers: tuple[bool, ...] = ()
     windows: tuple[int, ...] = ()
     query_scale: float | None = None
     attention_softcap: float = 0.0
@@ -92,8 +94,9 @@ class DecoderConfig:
         for rotary in filter(None, (self.rotary, self.local_rotary)):
             if rotary.size > self.head_size:
                 raise ValueError(f"head_size ({self.head_size}) is less than the {rotary.size} channels to turn.")
-        if self.windows and len(self.windows) != self.layers:
-            raise ValueError(f"windows has {len(self.windows)} entries for {self.layers} layers.")
+        for field in ("windows", "rotary_layers"):
+            if len(getattr(self, field)) not in (0, self.layers):
+                raise ValueError(f"{field} has {len(getattr(self, field))} entries for {self.layers} layers.")
         for field, known in (("norm", NORMS), ("activation", ACTIVATIONS), ("order", ORDERS)):
             if getattr(self, field) not in known:
                 raise ValueError(f'{field} must be one of {", ".join(known)}, not "{getattr(self, field)}".')
@@ -107,3 +110,7 @@ class DecoderConfig:
     def window(self, layer: int) -> int:
         """How many tokens a layer sees, itself included; 0 for all."""
         return self.windows[layer] if self.windows else 0
+
+    def turns(self, layer: int) -> bool:
+        """Whether a layer's queries and keys are turned by their positions."""
+        return self.rotary is not None and (not self.rotary_layers or self.rotary_layers[layer])

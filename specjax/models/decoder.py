@@ -56,6 +56,7 @@ class DecoderModule(nnx.Module):
         for layer in range(lo, hi):
             keys, values = (None, None) if cache is None else (cache.keys[layer], cache.values[layer])
             turned = local if local is not None and config.window(layer) else everywhere
+            turned = turned if config.turns(layer) else None
             with jax.named_scope(f"layer_{layer}"):
                 hidden, keys, values = self.blocks[layer](hidden, turned, positions, mask, keys, values)
             if cache is not None:

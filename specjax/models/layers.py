@@ -24,7 +24,14 @@ class Linear(nnx.Module):
     """`x @ kernel` with the kernel stored `[in, out]` (on CPU the transposed layout made five rows cost three)."""
 
     def __init__(
-        self, inputs: int, outputs: int, axes: tuple[str, str], scale: float, dtype: str, rngs: nnx.Rngs, bias=False
+        self,
+        inputs: int,
+        outputs: int,
+        axes: tuple[str | None, str | None],
+        scale: float,
+        dtype: str,
+        rngs: nnx.Rngs,
+        bias=False,
     ):
         kernel = jax.random.normal(rngs.params(), (inputs, outputs), jnp.float32) * scale
         self.kernel = nnx.Param(kernel.astype(dtype_named(dtype)), axes=axes)

@@ -7,8 +7,9 @@ checkpoints that hold nothing learned. Families whose files look alike use the t
 
 from typing import Any
 
-from specjax.hub.families import base
+from specjax.hub.families import base, rotary_fields
 from specjax.models.config import DecoderConfig
+from specjax.runtime.errors import UserError
 
 MODEL_TYPE = "llama"
 ARCHITECTURE = "LlamaForCausalLM"
@@ -39,15 +40,13 @@ LAYER = (
 FIRST = ((EMBEDDING, ("embedding",)),)
 LAST = (("model.norm.weight", ("norm", "scale")), (HEAD, ("unembedding", "kernel")))
 
-_ONLY = {
-    "partial_rotary_factor": (1, None),
+# What is right in every family of this manner.
+ONLY = {
     "hidden_act": ("silu", "swish", None),
-    "sliding_window": (None,),
-    "use_sliding_window": (False, None),
-    "layer_types": (None,),
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),
 }
+_ONLY = {**ONLY, "sliding_window": (None,), "use_sliding_window": (False, None), "layer_types": (None,)}
 
 
 def tensors(config: DecoderConfig) -> list[base.Tensor]:
@@ -55,7 +54,9 @@ def tensors(config: DecoderConfig) -> list[base.Tensor]:
     return base.list_tensors(config, first=FIRST, layer=(*NORMS, *LAYER), last=LAST)
 
 
-def shape_of(fields: dict[str, Any], *, theta: float = 10000.0, tied: bool = False) -> dict[str, Any]:
+def shape_of(
+    fields: dict[str, Any], *, theta: float = 10000.0, tied: bool = False, partial: bool = False
+) -> dict[str, Any]:
     """The values of a DecoderConfig that files in Llama's manner name alike, family and dtypes apart.
 
     Absent optional fields have the values that the format gives them (those of `LlamaConfig`).
@@ -63,11 +64,20 @@ def shape_of(fields: dict[str, Any], *, theta: float = 10000.0, tied: bool = Fal
     Args:
       theta: the family's own rotary base where the file gives none.
       tied: whether the head is the embedding where the file does not say.
+      partial: whether the family may leave some channels of each head unturned.
+
+    Raises:
+      UserError: for a field that is missing or wrong, or a partial rotary factor where there is none.
     """
     width = base.number(fields, "hidden_size", int)
     heads = base.number(fields, "num_attention_heads", int)
     size = base.head_size(fields, width, heads)
     positions = base.number(fields, "max_position_embeddings", int, absent=2048)
+    rotary = rotary_fields.rotary_of(fields, size, positions, theta=theta)
+    if rotary.size != size and not partial:
+        raise UserError(
+            f'"partial_rotary_factor" turns {rotary.size} of {size} channels, which this family does not; remove it'
+        )
     return dict(
         vocab_size=base.number(fields, "vocab_size", int),
         width=width,
@@ -77,7 +87,7 @@ def shape_of(fields: dict[str, Any], *, theta: float = 10000.0, tied: bool = Fal
         head_size=size,
         mlp_width=base.number(fields, "intermediate_size", int),
         max_positions=positions,
-        rotary=base.rotary_of(fields, size, positions, theta=theta),
+        rotary=rotary,
         norm_epsilon=base.number(fields, "rms_norm_eps", float, absent=1e-6),
         tied_head=base.flag(fields, "tie_word_embeddings", absent=tied),
     )
@@ -95,7 +105,7 @@ def written_shape(config: DecoderConfig) -> dict[str, Any]:
         "head_dim": config.head_size,
         "max_position_embeddings": config.max_positions,
         "rms_norm_eps": config.norm_epsilon,
-        **base.written_rotary(config.rotary, config.head_size),
+        **rotary_fields.written_rotary(config.rotary, config.head_size),
         "tie_word_embeddings": config.tied_head,
     }
 
