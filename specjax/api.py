@@ -101,8 +101,6 @@ def generate(
       UserError: for settings out of range, empty or too long prompts, ids outside the vocabulary, different
         vocabularies or tokenizers.
     """
-    if on_text is not None and (blocks_at_once is None or blocks_at_once < 1):
-        raise UserError(f"blocks_at_once must be 1 or more for on_text to be called, not {blocks_at_once}")
     ids = [target.tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
     config = target.decoder.config
     batch.check_prompts(
@@ -134,12 +132,19 @@ def generate(
             max_new_tokens=max_new_tokens,
             eos_ids=target.tokenizer.eos_ids if eos_ids is None else tuple(eos_ids),
             put=batch.placer(target.mesh),
-            blocks=None if on_text is None else blocks_at_once,
-            on_blocks=None
-            if on_text is None
-            else lambda result: on_text(_generation(target, [(len(result.tokens), result)])),
+            **_listener(target, blocks_at_once, on_text),
         )
     return _generation(target, results)
+
+
+def _listener(target: Model, blocks_at_once: int | None, on_text) -> dict[str, Any]:
+    """What `batch.decode` needs to tell of a text that grows."""
+    if on_text is None:
+        return {}
+    if blocks_at_once is None or blocks_at_once < 1:
+        raise UserError(f"blocks_at_once must be 1 or more for on_text to be called, not {blocks_at_once}")
+    tell = lambda result: on_text(_generation(target, [(len(result.tokens), result)]))
+    return {"blocks": blocks_at_once, "on_blocks": tell}
 
 
 def _generation(target: Model, results: Sequence[tuple[int, batch.BatchResult]]) -> Generation:
