@@ -193,7 +193,9 @@ class Trainer:
             material.eos_ids,
             config.seed,
         )
-        batch_placed = meshes.shardings(update.BATCH_AXES, self.mesh)
+        apart = material.draft.reads_prompt_apart
+        axes = {name: axes for name, axes in update.BATCH_AXES.items() if apart or name != "sources"}
+        batch_placed = meshes.shardings(axes, self.mesh)
         self._generate = jax.jit(generate, static_argnums=0, out_shardings=batch_placed)
 
     def run(self) -> Outcome:
