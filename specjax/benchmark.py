@@ -1,4 +1,4 @@
-"""Measures what decoding costs beside the least it could: loops, verification, blocks, context, memory.
+"""Measures what decoding costs beside the least it could: loops, verification, blocks, context, memory, loading.
 
     python -m specjax.benchmark --config=configs/benchmark/cpu.py --workdir=DIR [--config.key=value ...]
 
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
+from specjax.benchmark_loading import loading
 from specjax.decoding import loop, rules
 from specjax.decoding.drafters.table import make_drafter
 from specjax.decoding.sampling import Sampling, row_keys
@@ -33,18 +34,20 @@ from specjax.runtime.timing import progress
 
 
 def run(config: Any, workdir: str | Path) -> dict:
-    """Runs every benchmark of the config, prints a table of each; returns the content of results.json.
+    """Runs the benchmarks that the config lists, prints a table of each; returns the content of results.json.
 
     Raises:
-      UserError: for a model that the config does not describe, and for texts that do not fit their cache.
+      UserError: for a benchmark or a model that does not exist, and for texts that do not fit their cache.
     """
-    mesh = meshes.make_mesh(config.mesh)
-    if mesh.size > 1:
-        raise UserError("the benchmarks are of one device; set mesh.data, mesh.fsdp and mesh.tensor to 1")
+    for name in config.tables:
+        if name not in BENCHMARKS:
+            raise UserError(f'there is no benchmark "{name}"{nearest(name, BENCHMARKS)}')
+    if meshes.make_mesh(config.mesh).size > 1 and set(config.tables) - {"loading"}:
+        raise UserError("all benchmarks but loading are of one device; set mesh.data, mesh.fsdp and mesh.tensor to 1")
     rows = []
-    with progress(BENCHMARKS.items(), total=len(BENCHMARKS), description="benchmark", unit="table") as bar:
-        for name, benchmark in bar:
-            measured = [{"benchmark": name, **row} for row in benchmark(config)]
+    with progress(config.tables, total=len(config.tables), description="benchmark", unit="table") as bar:
+        for name in bar:
+            measured = [{"benchmark": name, **row} for row in BENCHMARKS[name](config)]
             print(f"\n{name.replace('_', ' ')}\n{_table(measured)}", flush=True)
             rows += measured
     path = Path(workdir) / "results.json"
@@ -265,6 +268,7 @@ BENCHMARKS: dict[str, Callable[[Any], list[dict]]] = {
     "blocks": blocks,
     "context": context,
     "distillation_memory": memory,
+    "loading": loading,
 }
 
 

@@ -125,17 +125,11 @@ def _material(config: Any, task: tasks.Task, tokenizer: Tokenizer, mesh: jax.sha
     draft, params = _model(config, tokenizer, mesh)
     target, target_params = None, None
     if config.target:
-        _check_same_tokenizer(config.target, tokenizer)
-        target, target_params = _load(config.target, config.model.param_dtype, config.model.compute_dtype, mesh)
+        target, target_params = _load(config.target, tokenizer, config.model, mesh)
         if target.reads_prompt_apart != draft.reads_prompt_apart:
             raise UserError(
                 f"of the target in {config.target} and the model to train only one is an encoder-decoder; "
                 "take two of a kind"
-            )
-        if target.vocab_size != draft.vocab_size:
-            raise UserError(
-                f"the target in {config.target} has a vocabulary of {target.vocab_size} and the model one of "
-                f"{draft.vocab_size}; a draft must share its target's vocabulary"
             )
     rows = dict(batch_size=data.batch_size, sequence_length=data.sequence_length, seed=config.seed)
     rows["start_token"] = draft.config.start_token if draft.reads_prompt_apart else None
@@ -156,14 +150,7 @@ def _model(config: Any, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> tuple[
     """The model to train: from an export, or random with the tokenizer's vocabulary."""
     model = config.model
     if model.init != RANDOM:
-        _check_same_tokenizer(model.init, tokenizer)
-        decoder, params = _load(model.init, model.param_dtype, model.compute_dtype, mesh)
-        if decoder.vocab_size < tokenizer.vocab_size:
-            raise UserError(
-                f"the tokenizer has {tokenizer.vocab_size} ids and the model in {model.init} only "
-                f"{decoder.vocab_size}; take the tokenizer that the model was trained with"
-            )
-        return decoder, params
+        return _load(model.init, tokenizer, model, mesh)
     try:
         shape = DecoderConfig.llama(
             vocab_size=tokenizer.vocab_size,
@@ -178,18 +165,20 @@ def _model(config: Any, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> tuple[
     return decoder, init(jax.random.key(config.seed))
 
 
-def _load(directory: str, param_dtype: str, compute_dtype: str, mesh) -> tuple[LanguageModel, Params]:
-    """Reads an export straight onto the mesh."""
-    _, config = hub_load.read_config(Path(directory), param_dtype=param_dtype, compute_dtype=compute_dtype)
-    shardings = meshes.shardings(model_of(config).axes(), mesh)
-    return hub_load.load(directory, param_dtype=param_dtype, compute_dtype=compute_dtype, shardings=shardings)
-
-
-def _check_same_tokenizer(directory: str, tokenizer: Tokenizer) -> None:
+def _load(directory: str, tokenizer: Tokenizer, model: Any, mesh) -> tuple[LanguageModel, Params]:
+    """Reads an export straight onto the mesh; it has the tokenizer used here, and at least a row for each id."""
     if Tokenizer.load(directory).fingerprint() != tokenizer.fingerprint():
         raise UserError(
             f"the model in {directory} has another tokenizer than the one used here; set tokenizer.path to {directory}"
         )
+    dtypes_of = {"param_dtype": model.param_dtype, "compute_dtype": model.compute_dtype}
+    _, config = hub_load.read_config(Path(directory), **dtypes_of)
+    if config.vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} ids and the model in {directory} only {config.vocab_size}; "
+            "take the tokenizer that the model was trained with"
+        )
+    return hub_load.load(directory, shardings=meshes.shardings(model_of(config).axes(), mesh), **dtypes_of)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from specjax import benchmark
+from specjax import benchmark, benchmark_loading
 from specjax.decoding import loop
 from specjax.runtime import config as configs
 from specjax.runtime.errors import UserError
@@ -26,7 +26,7 @@ def test_a_run_leaves_a_row_for_every_setting(tmp_path, capsys):
     config = smoke()
     results = benchmark.run(config, tmp_path)
     of = lambda name: [row for row in results["rows"] if row["benchmark"] == name]
-    assert {row["benchmark"] for row in results["rows"]} == set(benchmark.BENCHMARKS)
+    assert {row["benchmark"] for row in results["rows"]} == set(config.tables)
     assert [row["model"] for row in of("plain_decoding")] == list(config.plain.models)
     assert [row["gamma"] for row in of("verification")] == list(config.verification.gammas)
     settings = [(row["batch_size"], row["gamma"]) for row in of("blocks")]
@@ -61,6 +61,52 @@ def test_the_bare_product_reads_every_matrix_of_a_step():
     for number in range(len(kernels)):
         changed = [kernel.at[:, 0].multiply(-3) if i == number else kernel for i, kernel in enumerate(kernels)]
         assert not np.allclose(benchmark._matvec_loop(1, changed, x), reference)
+
+
+def loading_config(**mesh):
+    config = configs.load(f"{CONFIG.with_name('loading.py')}:smoke")
+    config.mesh.update(mesh)
+    return config
+
+
+def test_each_rank_of_a_loading_mesh_reads_its_share(tmp_path):
+    config = loading_config(fsdp=2, tensor=2, data=2)
+    config.loading.directory = str(tmp_path)
+    rows = benchmark.loading(config)
+    assert [row["cache"] for row in rows] == ["cold", "warm"]
+    for row in rows:
+        assert row["files"] > 1 and row["devices"] == 8
+        assert 1 / 4 <= row["most_gigabytes_of_a_rank"] / (row["parameters"] * 2 / 1e9) < 1 / 3
+        assert row["array_gigabytes"] == pytest.approx(row["most_gigabytes_of_a_rank"] * 8)
+        assert row["seconds"] > 0 and row["export_seconds"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_peak_of_a_loading_sees_memory_that_is_let_go_again():
+    before = benchmark_loading._resident("VmRSS")
+    benchmark_loading._reset_peak()
+    np.ones(20_000_000)
+    assert benchmark_loading._resident("VmHWM") - before > 150e6
+    benchmark_loading._reset_peak()
+    assert benchmark_loading._resident("VmHWM") - before < 50e6
+
+
+def test_a_disk_without_room_for_the_checkpoint_is_named(tmp_path):
+    config = loading_config()
+    config.loading.directory = str(tmp_path)
+    config.models.large.vocab_size = 10**12
+    with pytest.raises(UserError, match=f"{tmp_path}.* GB free and the checkpoint takes 1280.*loading.directory"):
+        benchmark.loading(config)
+
+
+def test_a_benchmark_that_is_not_there_or_not_for_a_mesh_is_refused(tmp_path):
+    config = smoke()
+    config.tables = ("contxt",)
+    with pytest.raises(UserError, match='there is no benchmark "contxt"; did you mean "context"'):
+        benchmark.run(config, tmp_path)
+    config.tables, config.mesh.data = ("context", "loading"), 8
+    with pytest.raises(UserError, match="all benchmarks but loading are of one device"):
+        benchmark.run(config, tmp_path)
 
 
 def test_a_model_that_is_not_described_is_named():

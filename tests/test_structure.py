@@ -22,7 +22,7 @@ FLOORS = (
     ("hub",),
     ("decoding", "data", "reporting"),
     ("distillation", "draft_design"),
-    ("distill", "evaluate", "api"),
+    ("distill", "evaluate", "api", "benchmark_loading"),
     ("design", "benchmark", "generate"),
     ("main",),
 )

@@ -3,10 +3,12 @@
 Run as a program (`python tests/test_trainer.py WORKDIR`) it is the process that the test of SIGKILL kills.
 """
 
+import dataclasses
 import functools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +25,8 @@ import tiny as tiny_models
 from specjax import distill
 from specjax.distillation import data_sources, meter, trainer, update
 from specjax.hub import load as hub_load
+from specjax.hub import save as hub_save
+from specjax.hub.tokenizer import Tokenizer
 from specjax.models.decoder import Decoder
 from specjax.reporting import records
 from specjax.runtime import mesh as meshes
@@ -618,6 +622,48 @@ def test_models_of_other_vocabularies_are_refused(trained_target, tmp_path):
         distill.run(distill_config(**{"target": export, "tokenizer.vocab_size": 290}), tmp_path)
     with pytest.raises(UserError, match="another tokenizer.*set tokenizer.path"):
         distill.run(distill_config(**{"model.init": export, "tokenizer.vocab_size": 290}), tmp_path)
+
+
+def resized(export, directory, rows):
+    """The export again, its embedding padded with random rows or cut."""
+    decoder, params = hub_load.load(export)
+    table = np.asarray(params["embedding"])
+    more = np.random.default_rng(0).normal(size=(max(rows - len(table), 0), table.shape[1]))
+    config = dataclasses.replace(decoder.config, vocab_size=rows)
+    params = {**params, "embedding": jnp.asarray(np.concatenate([table, more])[:rows], jnp.float32)}
+    hub_save.save(directory, Decoder(config), params, Tokenizer.load(export))
+    return str(directory)
+
+
+@pytest.mark.parametrize("target_rows, draft_rows", [(304, 300), (300, 304)])
+def test_models_padded_to_other_vocabularies_distil_with_one_tokenizer(
+    trained_target, tmp_path, target_rows, draft_rows
+):
+    export = str(trained_target[0] / "export")
+    overrides = {
+        "target": resized(export, tmp_path / "target", target_rows),
+        "model.init": resized(export, tmp_path / "draft", draft_rows),
+        "tokenizer.path": export,
+        "loss.divergence": "forward_kl",
+        "data.fixed": 0.0,
+        "data.draft": 0.5,
+        "data.target": 0.5,
+        "train.best_metric": "validation_acceptance",
+    }
+    (row,) = distill.run(distill_config(**overrides), tmp_path / "run")["rows"]
+    assert row["validation_acceptance"] > 0.5
+    assert hub_load.load(tmp_path / "run" / "export")[0].vocab_size == draft_rows
+
+
+def test_a_model_with_fewer_rows_than_its_tokenizer_has_ids_is_refused(trained_target, tmp_path):
+    export = trained_target[0] / "export"
+    config = json.loads((export / "config.json").read_text())
+    small = shutil.copytree(export, tmp_path / "cut")
+    (small / "config.json").write_text(json.dumps({**config, "vocab_size": 299}))
+    for key in ("target", "model.init"):
+        overrides = {key: str(small), "tokenizer.path": str(export)}
+        with pytest.raises(UserError, match="has 300 ids and the model in .*cut only 299"):
+            distill.run(distill_config(**overrides), tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.seed = SEED
     # Devices along each axis; the benchmarks are of one device.
     config.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1})
+    # The benchmarks to run, a table each.
+    config.tables = ("plain_decoding", "verification", "blocks", "context", "distillation_memory")
     config.repeats = 7  # measurements of which the median is taken
     config.steps = 24  # steps of a loop on the device in one measurement of a step
     config.models = ConfigDict(

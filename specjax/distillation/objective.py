@@ -4,6 +4,10 @@ The token at position t is predicted by the hidden state at t - 1 and counts iff
 so neither a prompt nor padding is learned. The trunks run once over the whole batch; the heads run over
 `chunk` positions at a time and are run again in the backward pass, so that logits `[B, T, V]`, the draft's or
 the target's, never exist for a whole batch.
+
+Draft and target may pad the vocabulary of one tokenizer to different sizes. The loss compares them on the ids that
+both have, each law renormalised there, so it is finite whatever the divergence: no draft could learn of an id that it
+lacks. The acceptance is that of decoding, where such an id has draft probability 0.
 """
 
 import dataclasses
@@ -15,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from specjax.distillation import divergences
-from specjax.models.language_model import consecutive
+from specjax.models.language_model import consecutive, fit_logits
 from specjax.runtime.errors import UserError
 
 # Hard labels: the negative log-likelihood of the batch's own tokens, for which no target is needed.
@@ -121,11 +125,15 @@ def distillation_loss(
     def chunk_sums(draft_params, part):
         draft_logits = draft.head(draft_params, part["draft"])
         target_logits = None if target is None else target.head(target_params, part["target"])
-        losses = _losses(target_logits, draft_logits, part["labels"], divergence, beta, loss_temperature)
-        weights = part["weights"]
-        overlap = jnp.zeros_like(weights)
+        weights, overlap = part["weights"], jnp.zeros_like(part["weights"])
         if target is not None:
-            overlap = divergences.acceptance(target_logits, jax.lax.stop_gradient(draft_logits))
+            draft_logits = draft_logits[..., : target_logits.shape[-1]]
+            fitted = fit_logits(jax.lax.stop_gradient(draft_logits), target_logits.shape[-1])
+            overlap = divergences.acceptance(target_logits, fitted)
+            target_logits = target_logits[..., : draft_logits.shape[-1]]
+        if divergence == CROSS_ENTROPY:  # of a token that the draft lacks there is nothing to learn
+            weights = weights * (part["labels"] < draft_logits.shape[-1]).astype(weights.dtype)
+        losses = _losses(target_logits, draft_logits, part["labels"], divergence, beta, loss_temperature)
         return Sums(jnp.sum(weights * losses), jnp.sum(weights * overlap), jnp.sum(weights))
 
     rows, columns = tokens.shape

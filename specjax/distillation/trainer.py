@@ -173,6 +173,8 @@ class Trainer:
         plain = config.loss.divergence == objective.CROSS_ENTROPY
         teacher = None if plain else material.target
         self._teacher_params = None if plain else material.target_params
+        drafts_for = material.draft if material.target is None else material.target
+        self._author = material.draft.fitted(drafts_for.vocab_size)
         self._fractions = data_sources.fractions_of(config.data)
         rate = update.learning_rate(config.optimizer, config.train.steps)
         step = update.make_step(
@@ -191,7 +193,9 @@ class Trainer:
             material.eos_ids,
             config.seed,
         )
-        batch_placed = meshes.shardings(update.BATCH_AXES, self.mesh)
+        apart = material.draft.reads_prompt_apart
+        axes = {name: axes for name, axes in update.BATCH_AXES.items() if apart or name != "sources"}
+        batch_placed = meshes.shardings(axes, self.mesh)
         self._generate = jax.jit(generate, static_argnums=0, out_shardings=batch_placed)
 
     def run(self) -> Outcome:
@@ -263,7 +267,8 @@ class Trainer:
         given = batch["sources"] if "sources" in batch else batch["tokens"]
         prompts = update.shard({"tokens": given[:, :width], "lengths": batch["prompt_lengths"]}, self.mesh)
         of_target = source == data_sources.TARGET
-        model = material.target if of_target else material.draft
+        # The draft writes what it would draft, in ids that the target has.
+        model = material.target if of_target else self._author
         params = material.target_params if of_target else self.state.params
         return self._call(
             f"{source} {width}",

@@ -1,15 +1,15 @@
 """Reads a Hugging Face directory: `config.json` and safetensors, tensor by tensor."""
 
-import contextlib
-import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from specjax.hub import weights
 from specjax.hub.families import (
     base,
     gemma,
@@ -26,20 +26,41 @@ from specjax.hub.families import (
     smollm3,
     t5,
 )
+from specjax.hub.weights import Stored
 from specjax.models.language_model import LanguageModel, Params
 from specjax.models.table import model_of
 from specjax.runtime import dtypes
 from specjax.runtime.errors import UserError
 
 CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 
 # By `model_type`. A new family is one file with the members that llama.py has, and one entry here.
 _ALL = (llama, mistral, qwen2, qwen3, phi3, smollm3, gemma, gemma2, gemma3, opt, gpt2, gpt_neox, t5)
 FAMILIES = {family.MODEL_TYPE: family for family in _ALL}
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
+# Endings of the names that GPTQ, AWQ, compressed-tensors, bitsandbytes and 8-bit floats give to their tensors.
+_QUANTISED = (
+    *(".qweight", ".qzeros", ".g_idx", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".input_scale"),
+    *(".SCB", ".absmax", ".quant_map", ".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4"),
+)
+# Read and converted at a time: little beside a tensor, and small enough for a processor's cache when turned.
+_PIECE_BYTES = 1 << 20
+
+
+class Loaded(NamedTuple):
+    """A parameter that has arrived.
+
+    Attributes:
+      path: in the tree of parameters.
+      array: on its devices.
+      file_bytes: what was read from the file for the part on each of this process's devices. Parts that several
+        devices have alike are read once, and count for each of them.
+    """
+
+    path: tuple[str | int, ...]
+    array: jax.Array
+    file_bytes: dict[jax.Device, int]
 
 
 def load(
@@ -62,34 +83,59 @@ def load(
       UserError: if a file is missing or damaged, the config asks for what is not implemented, or the tensors are
         not those that the config describes.
     """
+    decoder, arriving = stream(directory, param_dtype=param_dtype, compute_dtype=compute_dtype, shardings=shardings)
+    params: Params = {}
+    for loaded in arriving:
+        _put(params, loaded.path, loaded.array)
+    return decoder, params
+
+
+def stream(
+    directory: str | Path, *, param_dtype: str, compute_dtype: str, shardings: Params | None
+) -> tuple[LanguageModel, Iterator[Loaded]]:
+    """As `load`, the parameters one after another: the host holds one device's part of one of them at a time.
+
+    Everything that can be wrong with names, shapes and kinds is found before the first value is read.
+    """
     directory = Path(directory)
     family, config = read_config(directory, param_dtype=param_dtype, compute_dtype=compute_dtype)
     decoder = model_of(config)
     wanted = family.tensors(config)
     outputs = base.fused_outputs(wanted)
     expected = decoder.abstract_params()
-    with _open(directory) as stored:
-        stored = _whole_names(stored, family)
-        _check_names(directory, family, config, {tensor.name for tensor in wanted}, stored)
-        params: Params = {}
+    stored = _whole_names(weights.stored_in(directory), family)
+    _check_names(directory, family, config, {tensor.name for tensor in wanted}, stored)
+    for tensor in wanted:
+        shape = at(expected, tensor.path).shape
+        _check_tensor(stored[tensor.name], base.shape_in_file(tensor, shape, outputs))
+        if shardings is not None:
+            _check_sharding(at(shardings, tensor.path), shape, tensor.name)
+
+    def arriving():
         for tensor in wanted:
-            shape = at(expected, tensor.path).shape
+            shape, dtype = at(expected, tensor.path).shape, dtypes.dtype_named(param_dtype)
             sharding = None if shardings is None else at(shardings, tensor.path)
-            file_shape = base.shape_in_file(tensor, shape, outputs)
-            _check_tensor(stored[tensor.name], tensor.name, file_shape)
-            array = _read(stored[tensor.name], tensor, shape, file_shape, dtypes.dtype_named(param_dtype), sharding)
-            _put(params, tensor.path, array)
-    return decoder, params
+            yield _read(stored[tensor.name], tensor, shape, np.dtype(dtype), sharding)
+
+    return decoder, arriving()
 
 
 def read_config(directory: Path, *, param_dtype: str, compute_dtype: str):
     """The family of a directory and the DecoderConfig of its `config.json`. Raises UserError, naming the file."""
+    weights.refuse_adapter(directory)
     path = directory / CONFIG_FILE
-    fields = _read_json(path)
+    fields = weights.read_json(path)
     model_type = fields.get("model_type")
     if model_type not in FAMILIES:
         supported = ", ".join(FAMILIES)
         raise UserError(f"{path}: models of type {model_type!r} are not supported; the supported are {supported}")
+    for name in ("quantization_config", "compression_config"):
+        if fields.get(name) is not None:
+            method = fields[name].get("quant_method", "unnamed") if isinstance(fields[name], dict) else fields[name]
+            raise UserError(
+                f'{path}: "{name}" says that the weights are quantised (method {method!r}), which is not supported; '
+                "take the checkpoint in float32, bfloat16 or float16"
+            )
     compute_dtype = dtypes.compute_dtype(compute_dtype)
     dtypes.dtype_named(param_dtype)
     try:
@@ -112,56 +158,7 @@ def _put(tree: Params, path: tuple[str | int, ...], leaf: Any) -> None:
     tree[path[-1]] = leaf
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"there is no {path}; name the directory of a Hugging Face checkpoint") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); copy or export it again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object; copy or export it again")
-    return content
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    """The one weights file, or the shards that the index names."""
-    if (directory / WEIGHTS_FILE).exists():
-        return [directory / WEIGHTS_FILE]
-    index = directory / INDEX_FILE
-    if not index.exists():
-        raise UserError(
-            f"there is neither {WEIGHTS_FILE} nor {INDEX_FILE} in {directory}; "
-            "weights are read in the safetensors format only, so convert other formats first"
-        )
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(name, str) and Path(name).name == name for name in weight_map.values()
-    ):
-        raise UserError(f'{index} has no "weight_map" from tensors to files beside it; copy it again')
-    return [directory / name for name in sorted(set(weight_map.values()))]
-
-
-@contextlib.contextmanager
-def _open(directory: Path) -> Iterator[dict[str, Any]]:
-    """Handles on the stored tensors by name: shape and dtype are known, the values are read when sliced."""
-    from safetensors import SafetensorError, safe_open
-
-    slices: dict[str, Any] = {}
-    with contextlib.ExitStack() as stack:
-        for path in _weight_files(directory):
-            try:
-                handle = stack.enter_context(safe_open(path, framework="numpy"))
-            except FileNotFoundError:
-                raise UserError(f"{path} is missing, though {INDEX_FILE} names it; copy it again") from None
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{path} is damaged or cut short ({error}); copy or export it again") from None
-            names = handle.keys()
-            slices.update({name: handle.get_slice(name) for name in names})
-        yield slices
-
-
-def _whole_names(stored: dict[str, Any], family) -> dict[str, Any]:
+def _whole_names(stored: dict[str, Stored], family) -> dict[str, Stored]:
     """The tensors by their whole names; some files, GPT-2's own among them, leave out the leading "transformer."."""
     inner, _, rest = family.EMBEDDING.partition(".")
     if family.EMBEDDING in stored or rest not in stored:
@@ -169,8 +166,14 @@ def _whole_names(stored: dict[str, Any], family) -> dict[str, Any]:
     return {name if name == family.HEAD else f"{inner}.{name}": tensor for name, tensor in stored.items()}
 
 
-def _check_names(directory, family, config, wanted: set[str], stored: dict[str, Any]) -> None:
+def _check_names(directory, family, config, wanted: set[str], stored: dict[str, Stored]) -> None:
     """Raises UserError unless the stored tensors are the wanted ones."""
+    quantised = sorted(name for name in set(stored) - wanted if name.endswith(_QUANTISED))
+    if quantised:
+        raise UserError(
+            f"the weights in {directory} are quantised ({_some(quantised[:1])}), which is not supported; "
+            "take the checkpoint in float32, bfloat16 or float16"
+        )
     missing = sorted(wanted - set(stored))
     if missing:
         hint = ""
@@ -181,8 +184,7 @@ def _check_names(directory, family, config, wanted: set[str], stored: dict[str, 
         )
     extra = {name for name in stored if name not in wanted and not name.endswith(family.IGNORED)}
     if config.tied_head and family.HEAD in extra:  # some writers store the tied head all the same
-        head, embedding = stored[family.HEAD], stored[family.EMBEDDING]
-        if head.get_shape() != embedding.get_shape() or not np.array_equal(head[:], embedding[:]):
+        if not _same(stored[family.HEAD], stored[family.EMBEDDING]):
             raise UserError(
                 f"{family.HEAD} in {directory} differs from the embedding, though {CONFIG_FILE} says "
                 '"tie_word_embeddings": true; correct whichever is wrong'
@@ -200,32 +202,91 @@ def _some(names: list[str]) -> str:
     return shown if len(names) <= 8 else f"{shown} and {len(names) - 8} more tensors"
 
 
-def _check_tensor(stored, name: str, shape: tuple[int, ...]) -> None:
+def _same(one: Stored, other: Stored) -> bool:
+    """Whether two stored tensors have the same values, compared piece by piece."""
+    if one.shape != other.shape:
+        return False
+    with one.open() as left, other.open() as right:
+        whole = tuple(slice(0, size) for size in one.shape)
+        return all(np.array_equal(left[piece], right[piece]) for piece in _pieces(whole))
+
+
+def _check_tensor(stored: Stored, shape: tuple[int, ...]) -> None:
     """Raises UserError unless the stored tensor has this shape and floats of a width that we read."""
-    if tuple(stored.get_shape()) != shape:
+    if stored.shape != shape:
         raise UserError(
-            f"{name} has shape {stored.get_shape()} where {CONFIG_FILE} describes {list(shape)}; "
+            f"{stored.name} has shape {list(stored.shape)} where {CONFIG_FILE} describes {list(shape)}; "
             "take the config of these weights"
         )
-    if stored.get_dtype() not in _FLOATS:
+    if stored.dtype not in _FLOATS:
         raise UserError(
-            f"{name} is stored as {stored.get_dtype()}; quantised weights are not supported, "
+            f"{stored.name} is stored as {stored.dtype}; quantised weights are not supported, "
             "take the checkpoint in float32, bfloat16 or float16"
         )
 
 
-def _read(stored, tensor, shape: tuple[int, ...], file_shape: tuple[int, ...], dtype, sharding) -> jax.Array:
-    """One parameter, turned and converted; only the parts that this process holds are read."""
-    axis = base.output_axis(tensor, len(shape))
+def _check_sharding(sharding: jax.sharding.Sharding, shape: tuple[int, ...], name: str) -> None:
+    try:
+        sharding.shard_shape(shape)
+    except ValueError:
+        raise UserError(
+            f"{name}, of shape {list(shape)} as a parameter, does not split evenly over the mesh; "
+            "choose sizes of the mesh that divide it"
+        ) from None
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
-        index = tuple(slice(*i.indices(size)[:2]) for i, size in zip(index, shape, strict=True))
-        index = tuple(reversed(index)) if tensor.transposed else index
-        runs = base.runs_in_file(tensor, index[axis], file_shape[axis])
-        values = [stored[(*index[:axis], run, *index[axis + 1 :])] for run in runs]
-        values = values[0] if len(values) == 1 else np.concatenate(values, axis=axis)
-        return np.ascontiguousarray(values.T if tensor.transposed else values).astype(dtype)
 
+def _read(stored: Stored, tensor: base.Tensor, shape: tuple[int, ...], dtype: np.dtype, sharding) -> Loaded:
+    """One parameter on its devices; only the parts that this process holds are read, each of them once."""
     if sharding is None:
-        return jnp.asarray(part(tuple(slice(0, size) for size in shape)))
-    return jax.make_array_from_callback(shape, sharding, part)
+        part, count = _part(stored, tensor, tuple(slice(0, size) for size in shape), dtype)
+        array = jnp.asarray(part)
+        return Loaded(tensor.path, array, dict.fromkeys(array.devices(), count))
+    holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        bounds = tuple(i.indices(size)[:2] for i, size in zip(index, shape, strict=True))
+        holders.setdefault(bounds, []).append(device)
+    shards, file_bytes = [], {}
+    for bounds, devices in holders.items():
+        part, count = _part(stored, tensor, tuple(slice(*b) for b in bounds), dtype)
+        file_bytes.update(dict.fromkeys(devices, count))
+        # Waited for, or the host would hold what has not yet gone to its devices.
+        shards += jax.block_until_ready([jax.device_put(part, device) for device in devices])
+    array = jax.make_array_from_single_device_arrays(shape, sharding, shards)
+    return Loaded(tensor.path, array, file_bytes)
+
+
+def _part(stored: Stored, tensor: base.Tensor, index: tuple[slice, ...], dtype) -> tuple[np.ndarray, int]:
+    """The part of a parameter at `index`, turned and converted, and the bytes that were read for it."""
+    part = np.empty([i.stop - i.start for i in index], dtype)
+    axis = base.output_axis(tensor, part.ndim)
+    lying = part.T if tensor.transposed else part
+    index = tuple(reversed(index)) if tensor.transposed else index
+    done = count = 0
+    with stored.open() as values:
+        for run in base.runs_in_file(tensor, index[axis], stored.shape[axis]):
+            into = lying[(slice(None),) * axis + (slice(done, done + run.stop - run.start),)]
+            done += run.stop - run.start
+            first = index[0].start if axis else run.start
+            for piece in _pieces((*index[:axis], run, *index[axis + 1 :])):
+                count += _copy(stored, values[piece], into[piece[0].start - first : piece[0].stop - first])
+    return part, count
+
+
+def _copy(stored: Stored, read: np.ndarray, into: np.ndarray) -> int:
+    """Converts what was read, and returns its bytes."""
+    with np.errstate(over="ignore"):  # answered below
+        into[...] = read
+    if not np.can_cast(read.dtype, into.dtype) and not np.array_equal(np.isfinite(into), np.isfinite(read)):
+        raise UserError(
+            f"{stored.name} has values that {into.dtype.name} cannot hold; choose bfloat16 or float32 as param_dtype"
+        )
+    return read.nbytes
+
+
+def _pieces(index: tuple[slice, ...]) -> Iterator[tuple[slice, ...]]:
+    """The rows of a slice in pieces of about `_PIECE_BYTES`."""
+    rows, *rest = index
+    row_bytes = 4 * math.prod(i.stop - i.start for i in rest)
+    step = max(_PIECE_BYTES // max(row_bytes, 1), 1)
+    for start in range(rows.start, rows.stop, step):
+        yield (slice(start, min(start + step, rows.stop)), *rest)

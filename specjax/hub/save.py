@@ -2,30 +2,48 @@
 
 import json
 import os
+import re
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from specjax.hub import load as hub_load
-from specjax.hub import tokenizer_files
+from specjax.hub import tokenizer_files, weights
 from specjax.hub.families import base
 from specjax.hub.tokenizer import Tokenizer
 from specjax.models.language_model import LanguageModel, Params
 from specjax.runtime.errors import UserError
 
 _GENERATION_FILE = "generation_config.json"
-FILES = (hub_load.CONFIG_FILE, hub_load.WEIGHTS_FILE, _GENERATION_FILE, *tokenizer_files.FILES)
+FILES = (hub_load.CONFIG_FILE, weights.FILE, _GENERATION_FILE, *tokenizer_files.FILES)
+# What takes the place of the one weights file where the model is larger than a shard.
+_SHARDED = re.compile(re.escape(weights.INDEX_FILE) + r"|model-\d{5}-of-\d{5}\.safetensors")
+# Hugging Face's own limit was long this, and common file systems and hubs take such files.
+MAX_SHARD_BYTES = 5 * 10**9
 
 
-def save(directory: str | Path, decoder: LanguageModel, params: Params, tokenizer: Tokenizer) -> None:
+def save(
+    directory: str | Path,
+    decoder: LanguageModel,
+    params: Params,
+    tokenizer: Tokenizer,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
     """Writes the model and its tokenizer, the parameters bit for bit in the dtype of `decoder.config`.
 
     Everything is written beside `directory`, read back and compared, and only then put in its place; an earlier
-    export there is replaced as a whole.
+    export there is replaced as a whole. The host holds one shard at a time, wherever the parameters are.
+
+    Args:
+      max_shard_bytes: a model of more bytes is split over files of at most so many each, but for a single tensor
+        that is larger, and an index in Hugging Face's format.
 
     Raises:
       UserError: if the directory holds other files, the disk refuses, the tokenizer has more ids than the model,
@@ -39,15 +57,17 @@ def save(directory: str | Path, decoder: LanguageModel, params: Params, tokenize
             f"the tokenizer has {tokenizer.vocab_size} ids and the model only {config.vocab_size}; "
             "save the model with the tokenizer it was trained with"
         )
-    tensors = _tensors(decoder, params)
+    if max_shard_bytes < 1:
+        raise UserError(f"max_shard_bytes is {max_shard_bytes}; a shard needs room for 1 byte at least")
+    _check_params(decoder, params)
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     except OSError as error:
         raise UserError(f"{directory.parent} cannot be written ({error}); choose another place") from None
     try:
-        _write(temporary / "new", config, tensors, tokenizer)
-        _check_round_trip(temporary / "new", config, tensors)
+        _write(temporary / "new", config, tokenizer)
+        _write_weights(temporary / "new", decoder, params, max_shard_bytes)
         _replace(directory, temporary)
     except OSError as error:
         raise UserError(f"{directory} cannot be written ({error}); make room or choose another place") from None
@@ -61,13 +81,17 @@ def _check_target(directory: Path) -> None:
         return
     if not directory.is_dir():
         raise UserError(f"{directory} is a file; name a directory to export to")
-    others = sorted(entry.name for entry in directory.iterdir() if entry.name not in FILES)
+    others = sorted(entry.name for entry in directory.iterdir() if not _is_ours(entry.name))
     if others:
         raise UserError(f"{directory} holds files of another kind ({others[0]}); export to a directory of its own")
 
 
-def _tensors(decoder: LanguageModel, params: Params) -> dict[str, np.ndarray]:
-    """The arrays on the host under their names in the file, turned as they lie there."""
+def _is_ours(name: str) -> bool:
+    return name in FILES or _SHARDED.fullmatch(name) is not None
+
+
+def _check_params(decoder: LanguageModel, params: Params) -> None:
+    """Raises UserError unless the parameters are the decoder's."""
     paths = lambda tree: {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     expected, given = paths(decoder.abstract_params()), paths(params)
     wrong = sorted(set(expected) ^ set(given))
@@ -80,11 +104,57 @@ def _tensors(decoder: LanguageModel, params: Params) -> dict[str, np.ndarray]:
         raise UserError(
             f"the parameter at {wrong[0]} is not what the config describes; save a model with its own parameters"
         )
+
+
+def _write_weights(directory: Path, decoder: LanguageModel, params: Params, max_shard_bytes: int) -> None:
+    """Writes the tensors shard by shard, each read back and compared before the next is fetched."""
     listed = hub_load.FAMILIES[decoder.config.family].tensors(decoder.config)
+    shapes = decoder.abstract_params()
+    sizes: dict[str, int] = {}
+    for tensor in listed:
+        leaf = hub_load.at(shapes, tensor.path)
+        sizes[tensor.name] = sizes.get(tensor.name, 0) + leaf.size * leaf.dtype.itemsize
+    shards = _shards(sizes, max_shard_bytes)
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards):
+        alone = len(shards) == 1
+        path = directory / (weights.FILE if alone else f"model-{number + 1:05}-of-{len(shards):05}.safetensors")
+        _write_shard(path, [tensor for tensor in listed if tensor.name in names], params)
+        weight_map.update(dict.fromkeys(names, path.name))
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        _write_json(directory / weights.INDEX_FILE, index)
+    _check_description(directory, decoder.config, set(sizes))
+
+
+def _write_shard(path: Path, listed: Sequence[base.Tensor], params: Params) -> None:
+    # A function of its own: its tensors are let go before those of the next shard are fetched.
+    from safetensors.numpy import save_file
+
+    tensors = _tensors(listed, params)
+    save_file(tensors, path, metadata={"format": "pt"})
+    _check_tensors(path, tensors)
+
+
+def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
+    """The names in their order, cut before each that would carry a shard over the limit."""
+    shards: list[list[str]] = []
+    filled = 0
+    for name, size in sizes.items():
+        if not shards or filled + size > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def _tensors(listed: Sequence[base.Tensor], params: Params) -> dict[str, np.ndarray]:
+    """The arrays on the host under their names in the file, turned as they lie there."""
     outputs = base.fused_outputs(listed)
     tensors: dict[str, np.ndarray] = {}
     for tensor in listed:
-        values = np.asarray(jax.device_get(hub_load.at(params, tensor.path)))
+        values = _on_host(hub_load.at(params, tensor.path))
         shape = base.shape_in_file(tensor, values.shape, outputs)
         # The writer takes the bytes as they lie in memory, so a mere view would be stored unturned.
         turned = np.ascontiguousarray(values.T if tensor.transposed else values)
@@ -100,40 +170,58 @@ def _tensors(decoder: LanguageModel, params: Params) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _write(directory: Path, config, tensors: dict[str, np.ndarray], tokenizer) -> None:
-    from safetensors.numpy import save_file
+def _on_host(array: jax.Array | np.ndarray) -> np.ndarray:
+    """The values, joined from the devices of this process, which must hold all of them."""
+    if isinstance(array, np.ndarray):
+        return array
+    if not (array.is_fully_addressable or array.is_fully_replicated):
+        raise ValueError("A part of the parameters is held by other processes; gather them first.")
+    values, done = np.empty(array.shape, array.dtype), set()
+    for shard in array.addressable_shards:
+        bounds = tuple(i.indices(size) for i, size in zip(shard.index, array.shape, strict=True))
+        if bounds not in done:
+            # Of a copy: an array that was fetched keeps its values on the host for as long as it lives.
+            values[shard.index] = np.asarray(jnp.copy(shard.data))
+            done.add(bounds)
+    return values
 
+
+def _write(directory: Path, config, tokenizer) -> None:
     tokenizer.save(directory)
     eos = list(tokenizer.eos_ids) if len(tokenizer.eos_ids) > 1 else tokenizer.eos_ids[0]
     special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos, "pad_token_id": tokenizer.pad_id}
     fields = {**hub_load.FAMILIES[config.family].write_config(config), **special, "torch_dtype": config.param_dtype}
     _write_json(directory / hub_load.CONFIG_FILE, fields)
     _write_json(directory / _GENERATION_FILE, special)
-    save_file(tensors, directory / hub_load.WEIGHTS_FILE, metadata={"format": "pt"})
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _check_round_trip(directory: Path, config, tensors: dict[str, np.ndarray]) -> None:
-    """Raises RuntimeError unless what was written reads back as this config and these very bits.
-
-    On the host, one tensor at a time: a model spread over many devices need not fit one of them.
-    """
+def _check_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Raises RuntimeError unless the file holds these very bits; one tensor is read at a time."""
     from safetensors import safe_open
 
+    with safe_open(path, framework="numpy") as stored:
+        for name, values in tensors.items():
+            again = stored.get_tensor(name)
+            same = (again.dtype, again.shape) == (values.dtype, values.shape)
+            if not same or not np.array_equal(_bytes(again), _bytes(values)):
+                raise RuntimeError(f"The export of {name} does not read back bit for bit.")
+
+
+def _bytes(values: np.ndarray) -> np.ndarray:
+    return values.reshape(-1).view(np.uint8)
+
+
+def _check_description(directory: Path, config, names: set[str]) -> None:
+    """Raises RuntimeError unless the files describe this config and hold these tensors and no others."""
     _, described = hub_load.read_config(directory, param_dtype=config.param_dtype, compute_dtype=config.compute_dtype)
     if described != config:
         raise RuntimeError(f"The export reads back as {described}, not as {config}.")
-    with safe_open(directory / hub_load.WEIGHTS_FILE, framework="numpy") as stored:
-        for name, values in tensors.items():
-            again = stored.get_tensor(name)
-            if (again.dtype, again.shape) != (
-                values.dtype,
-                values.shape,
-            ) or again.tobytes() != values.tobytes():
-                raise RuntimeError(f"The export of {name} does not read back bit for bit.")
+    if set(weights.stored_in(directory)) != names:
+        raise RuntimeError("The export's shards do not hold the model's tensors.")
 
 
 def _replace(directory: Path, temporary: Path) -> None:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Int
 
 from specjax.models import kv_cache, layers
 from specjax.models.config import DecoderConfig
-from specjax.models.language_model import LanguageModel, Params
+from specjax.models.language_model import LanguageModel, Params, look_up
 from specjax.models.rotary import angles
 from specjax.runtime.dtypes import dtype_named
 
@@ -38,7 +38,7 @@ class DecoderModule(nnx.Module):
 
     def embed(self, tokens, positions):
         config, dtype = self.config, dtype_named(self.config.compute_dtype)
-        hidden = self.embedding[...][tokens].astype(dtype)
+        hidden = look_up(self.embedding[...], tokens).astype(dtype)
         if config.embedding_scale != 1:
             hidden = hidden * jnp.asarray(config.embedding_scale, dtype)
         if config.embedding_width:

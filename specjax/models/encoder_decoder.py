@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from specjax.models import kv_cache, layers
 from specjax.models.config import DecoderConfig
-from specjax.models.language_model import LanguageModel, Params, consecutive
+from specjax.models.language_model import LanguageModel, Params, consecutive, look_up
 from specjax.runtime.dtypes import dtype_named
 
 
@@ -151,7 +151,7 @@ class EncoderDecoderModule(nnx.Module):
         self.config = config
 
     def embed(self, tokens):
-        return self.embedding[...][tokens].astype(dtype_named(self.config.compute_dtype))
+        return look_up(self.embedding[...], tokens).astype(dtype_named(self.config.compute_dtype))
 
     def encode(self, prompts, lengths):
         """Hidden states of the prompts; those of the padding are never looked at."""

@@ -36,9 +36,14 @@ class LanguageModel:
 
     A *text* is what the model continues. Of a decoder-only model it begins with the prompt; an encoder-decoder reads
     the prompt apart, and its text begins with a start token.
+
+    Attributes:
+      config: what the model is.
+      logits_size: V of the logits where it is not the model's own, see `fitted`.
     """
 
     config: Any
+    logits_size: int | None = dataclasses.field(default=None, kw_only=True)
     module: ClassVar[type]
     reads_prompt_apart: ClassVar[bool] = False
 
@@ -48,7 +53,16 @@ class LanguageModel:
 
     @property
     def vocab_size(self) -> int:
-        return self.config.vocab_size
+        """V of the logits."""
+        return self.logits_size or self.config.vocab_size
+
+    def fitted(self, vocab_size: int) -> "LanguageModel":
+        """This model, with the same parameters, as a law over the first `vocab_size` ids.
+
+        Models with one tokenizer may pad their embeddings to different sizes. To draft for a model, another has to
+        speak of that model's ids: it loses ids beyond them, and gives probability 0 to those that it lacks.
+        """
+        return dataclasses.replace(self, logits_size=None if vocab_size == self.config.vocab_size else vocab_size)
 
     @property
     def num_params(self) -> int:
@@ -138,7 +152,20 @@ class LanguageModel:
 
     def head(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Final norm and output projection: float32 logits."""
-        return self.bind(params).head(hidden)
+        return fit_logits(self.bind(params).head(hidden), self.vocab_size)
+
+
+def look_up(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """The rows of these ids; an id without a row, of another model's padding, has the last one on every backend."""
+    return table.at[tokens].get(mode="clip")
+
+
+def fit_logits(logits: Float[Array, "... V"], vocab_size: int) -> Float[Array, "... W"]:
+    """Logits over the first `vocab_size` ids: what is beyond them goes, what is missing gets probability 0."""
+    missing = vocab_size - logits.shape[-1]
+    if missing <= 0:
+        return logits[..., :vocab_size]
+    return jnp.pad(logits, [(0, 0)] * (logits.ndim - 1) + [(0, missing)], constant_values=-jnp.inf)
 
 
 def consecutive(tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:

@@ -10,7 +10,8 @@ from specjax.runtime.errors import UserError, nearest
 
 
 def _model(target: LanguageModel, gamma: int, options: dict) -> ModelDrafter:
-    return ModelDrafter(options["model"], gamma)
+    # Padded to other sizes, models of one tokenizer still make a pair: the draft speaks of the target's ids.
+    return ModelDrafter(options["model"].fitted(target.vocab_size), gamma)
 
 
 def _ngram(target: LanguageModel, gamma: int, options: dict) -> NGramDrafter:

@@ -155,7 +155,6 @@ def flag(fields: Mapping[str, Any], name: str, *, absent: bool) -> bool:
 # Fields that change what any model computes, with the values for which our arithmetic is the right one. Each may be
 # absent. Dropout rates and initialiser scales are recipes of training, not of the model, and are not looked at.
 _ONLY_EVERYWHERE = {
-    "quantization_config": (None,),
     "is_encoder_decoder": (False, None),
     "add_cross_attention": (False, None),
     "auto_map": (None,),

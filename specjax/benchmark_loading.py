@@ -1,0 +1,141 @@
+"""Exports a random checkpoint and loads it onto the mesh: seconds, bytes read by each rank, memory of the host."""
+
+import contextlib
+import ctypes
+import gc
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specjax.hub import load as hub_load
+from specjax.hub import save as hub_save
+from specjax.hub.tokenizer import train_byte_bpe
+from specjax.models.config import DecoderConfig
+from specjax.models.decoder import Decoder
+from specjax.models.language_model import Params
+from specjax.runtime import mesh as meshes
+from specjax.runtime.errors import UserError
+
+
+def loading(config: Any) -> list[dict]:
+    """One model, exported once and then loaded from the disk ("cold") and from the system's file cache ("warm").
+
+    Bytes of a rank are those of the slices that it asks the files for. The memory above the arrays is the most, over
+    all moments, that the process occupies beside what it occupied before and the arrays that have arrived; mapped
+    pages of the files count.
+
+    Raises:
+      UserError: for a model that the config does not describe, and without room for it on the disk.
+    """
+    section = config.loading
+    decoder = Decoder(DecoderConfig.llama(**config.models[section.model].to_dict()))
+    mesh = meshes.make_mesh(config.mesh)
+    rows = []
+    with _directory(section.directory, decoder) as directory:
+        started = time.perf_counter()
+        params = _random_params(decoder, config.seed)
+        tokenizer = train_byte_bpe(["a tokenizer has to be there\n"], 260)
+        hub_save.save(directory, decoder, params, tokenizer, max_shard_bytes=section.max_shard_bytes)
+        export_seconds = time.perf_counter() - started
+        del params
+        files = sorted(directory.glob("*.safetensors"))
+        for cache in ("cold", "warm"):
+            if cache == "cold":
+                _forget(files)
+            row = _load(directory, section.param_dtype, mesh)
+            described = {"parameters": decoder.num_params, "files": len(files), "devices": mesh.size, "cache": cache}
+            rows.append({**described, **row, "export_seconds": export_seconds})
+    return rows
+
+
+def _load(directory: Path, param_dtype: str, mesh: jax.sharding.Mesh) -> dict:
+    """What one load took."""
+    dtypes = {"param_dtype": param_dtype, "compute_dtype": "float32"}
+    _, config = hub_load.read_config(directory, **dtypes)
+    shardings = meshes.shardings(Decoder(config).axes(), mesh)
+    size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    started = time.perf_counter()
+    _, arriving = hub_load.stream(directory, shardings=shardings, **dtypes)
+    arrays, of_rank, held, above = [], dict.fromkeys(mesh.devices.flat, 0), 0, []
+    before = _baseline()
+    for loaded in arriving:
+        arrays.append(loaded.array)
+        held += sum(shard.data.nbytes for shard in loaded.array.addressable_shards)
+        above.append(_resident("VmHWM") - before - held)
+        _reset_peak()
+        for device, count in loaded.file_bytes.items():
+            of_rank[device] += count
+    seconds = time.perf_counter() - started
+    return {
+        "file_gigabytes": size / 1e9,
+        "seconds": seconds,
+        "gigabytes_per_second": size / 1e9 / seconds,
+        "most_gigabytes_of_a_rank": max(of_rank.values()) / 1e9,
+        "array_gigabytes": held / 1e9,
+        "largest_array_megabytes": max(array.nbytes for array in arrays) / 1e6,
+        "peak_megabytes_above_arrays": max(above) / 1e6,
+    }
+
+
+@contextlib.contextmanager
+def _directory(parent: str, decoder: Decoder) -> Iterator[Path]:
+    """A folder for the checkpoint, in `parent` or the system's own place; removed afterwards."""
+    with tempfile.TemporaryDirectory(dir=parent or None) as temporary:
+        space = os.statvfs(temporary)
+        free = space.f_bavail * space.f_frsize
+        wanted = decoder.num_params * jnp.dtype(decoder.config.param_dtype).itemsize
+        if free < 1.1 * wanted:
+            raise UserError(
+                f"{temporary} has {free / 1e9:.1f} GB free and the checkpoint takes {wanted / 1e9:.1f}; "
+                "set loading.directory to a larger disk"
+            )
+        yield Path(temporary) / "checkpoint"
+
+
+def _random_params(decoder: Decoder, seed: int) -> Params:
+    """Random numbers between 1/128 and 1/64, of either sign; the parameters share a memory as large as the largest."""
+    leaves, tree = jax.tree.flatten(decoder.abstract_params())
+    largest, spare = max(leaf.size for leaf in leaves), 4096
+    bits = np.random.default_rng(seed).integers(0, 1 << 16, largest + spare, np.uint16)
+    values = ((bits & 0x807F) | 0x3C00).view(jnp.bfloat16)
+    values = values.astype(leaves[0].dtype) if leaves[0].dtype != values.dtype else values
+    starts = [number * 97 % spare for number in range(len(leaves))]
+    cut = [values[start : start + leaf.size].reshape(leaf.shape) for start, leaf in zip(starts, leaves, strict=True)]
+    return jax.tree.unflatten(tree, cut)
+
+
+def _forget(files: list[Path]) -> None:
+    """Writes the files out and lets the system drop them from its cache."""
+    for path in files:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _resident(field: str) -> int:
+    """Bytes that this process occupies (VmRSS), or has occupied at most since the last reset (VmHWM)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise UserError(f"the memory of a process cannot be measured here (no {field} in /proc/self/status); run on Linux")
+
+
+def _baseline() -> int:
+    """Bytes that this process occupies, once memory that it has let go is the system's again."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # only glibc keeps so much of it
+        trim(0)
+    _reset_peak()
+    return _resident("VmRSS")
+
+
+def _reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")

@@ -1,0 +1,119 @@
+"""The tensors in a directory's safetensors files: what is stored, and any part of it, read when it is asked for."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from specjax.runtime.errors import UserError
+
+FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+_PICKLES = ("*.bin", "*.pt", "*.pth")
+
+
+class Stored(NamedTuple):
+    """A tensor in a file.
+
+    Attributes:
+      name: in the file.
+      file: which holds it.
+      shape: as it is stored.
+      dtype: in the format's words, such as "BF16".
+    """
+
+    name: str
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[Any]:
+        """What gives the values of any slice, as numpy arrays.
+
+        The file is mapped for as long as this is open: until then the pages that were read count as memory of the
+        process, though the system may take them back at any time.
+        """
+        from safetensors import safe_open
+
+        with safe_open(self.file, framework="numpy") as handle:
+            yield handle.get_slice(self.name)
+
+
+def stored_in(directory: Path) -> dict[str, Stored]:
+    """Every tensor of the directory's weights by its name; no values are read.
+
+    Raises:
+      UserError: if there are no safetensors files, or one of them is missing or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    stored: dict[str, Stored] = {}
+    for path in _files(directory):
+        try:
+            with safe_open(path, framework="numpy") as handle:
+                names = handle.keys()
+                slices = [(name, handle.get_slice(name)) for name in names]
+                found = [Stored(name, path, tuple(s.get_shape()), s.get_dtype()) for name, s in slices]
+        except FileNotFoundError:
+            raise UserError(f"{path} is missing, though {INDEX_FILE} names it; copy it again") from None
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is damaged or cut short ({error}); copy or export it again") from None
+        for tensor in found:
+            if tensor.name in stored:
+                twice = f"{stored[tensor.name].file.name} and {path.name}"
+                raise UserError(f"{tensor.name} is stored twice in {directory}, in {twice}; copy the checkpoint again")
+            stored[tensor.name] = tensor
+    return stored
+
+
+def refuse_adapter(directory: Path) -> None:
+    """Raises UserError for the directory of an adapter, which is not a model by itself."""
+    for name in _ADAPTER_FILES:
+        if (directory / name).exists():
+            raise UserError(
+                f"{directory} holds an adapter ({name}), which changes another model; merge it into that model "
+                "(peft: `model.merge_and_unload().save_pretrained(DIR)`) and name the merged directory"
+            )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint. Raises UserError, naming the file, where there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"there is no {path}; name the directory of a Hugging Face checkpoint") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); copy or export it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object; copy or export it again")
+    return content
+
+
+def _files(directory: Path) -> list[Path]:
+    """The one weights file, or the shards that the index names."""
+    if (directory / FILE).exists():
+        return [directory / FILE]
+    index = directory / INDEX_FILE
+    if not index.exists():
+        pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
+        if pickles:
+            raise UserError(
+                f"{directory} holds PyTorch files ({pickles[0]}), which can run any code when they are read; convert "
+                "them once, where torch and transformers are installed: `model = transformers.AutoModelForCausalLM."
+                "from_pretrained(DIR)`, then `model.save_pretrained(NEW_DIR, safe_serialization=True)`, and copy the "
+                "tokenizer's files"
+            )
+        raise UserError(
+            f"there is neither {FILE} nor {INDEX_FILE} in {directory}; weights are read in the safetensors format "
+            "only, so convert other formats first"
+        )
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(name, str) and Path(name).name == name for name in weight_map.values()
+    ):
+        raise UserError(f'{index} has no "weight_map" from tensors to files beside it; copy it again')
+    return [directory / name for name in sorted(set(weight_map.values()))]
