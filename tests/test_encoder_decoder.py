@@ -1,5 +1,6 @@
 """The encoder-decoder: its own arithmetic, and the same loop, drafters, trainer and evaluation as any model's."""
 
+import functools
 import json
 
 import jax
@@ -52,6 +53,21 @@ def model(seed=0, **changes):
     return made, params
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def plain_logits(made, params, prompts, lengths, texts):
+    """Of the plain forward, nothing cached."""
+    start = made.start(params, prompts, lengths, 0)
+    return made.head(params, made.extend(params, start, texts, consecutive(texts))[0])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def steps(made, params, prompts, lengths, first, at, again):
+    """Logits of `again` at the positions `at`, behind the cached `first`."""
+    cache = made.start(params, prompts, lengths, 40)
+    _, cache = made.extend(params, cache, first, consecutive(first))
+    return made.head(params, made.extend(params, cache, again, at)[0])
+
+
 def test_buckets_are_those_of_the_paper():
     # 8 buckets both ways: 4 a direction, of which distances 0 and 1 have their own, then 2..6 and 7.. up to 20.
     both = bucket_table(8, 20, both_ways=True)
@@ -65,21 +81,17 @@ def test_cached_steps_at_uneven_places_are_the_plain_forward():
     made, params = model()
     prompts, lengths = tiny.prompts(0, 3, 9, 24)
     texts = jax.random.randint(jax.random.key(1), (3, 12), 0, 24)
-    start = made.start(params, prompts, lengths, 0)
-    whole = made.head(params, made.extend(params, start, texts, consecutive(texts))[0])
-    cache = made.start(params, prompts, lengths, 40)
-    _, cache = made.extend(params, cache, texts[:, :8], consecutive(texts[:, :8]))
+    whole = plain_logits(made, params, prompts, lengths, texts)
     at = jnp.asarray([3, 7, 5])[:, None] + jnp.arange(4)[None]  # each row goes back by another step
-    hidden, cache = made.extend(params, cache, jnp.take_along_axis(texts, at, axis=1), at)
-    expected = jnp.take_along_axis(whole, at[..., None], axis=1)
-    np.testing.assert_allclose(made.head(params, hidden), expected, atol=2e-5)
+    again = steps(made, params, prompts, lengths, texts[:, :8], at, jnp.take_along_axis(texts, at, axis=1))
+    np.testing.assert_allclose(again, jnp.take_along_axis(whole, at[..., None], axis=1), atol=2e-5)
 
 
 def test_neither_padding_nor_the_other_rows_reach_a_row():
     made, params = model()
     prompts, lengths = tiny.prompts(0, 3, 9, 24)
     texts = jax.random.randint(jax.random.key(1), (3, 6), 0, 24)
-    logits = lambda p, n, t: made.head(params, made.extend(params, made.start(params, p, n, 0), t, consecutive(t))[0])
+    logits = functools.partial(plain_logits, made, params)
     batch = logits(prompts, lengths, texts)
     for row, length in enumerate(lengths):
         alone = logits(prompts[row : row + 1, :length], lengths[row : row + 1], texts[row : row + 1])
@@ -125,9 +137,8 @@ def test_sampled_first_tokens_follow_the_law():
     prompts, lengths = jnp.tile(jnp.asarray([[1, 2, 3, 1]]), (rows, 1)), jnp.full((rows,), 4)
     plan = tiny.plan(target, "ngram", {"shortest": 1, "longest": 2}, gamma=2, slots=1, max_new=2)
     texts = np.asarray(tiny.texts_of(tiny.decode(plan, params, None, prompts, lengths, 2)))
-    start = target.start(params, prompts[:4], lengths[:4], 0)
     openings = jnp.asarray([[0, token] for token in range(4)])
-    logits = target.head(params, target.extend(params, start, openings, consecutive(openings))[0])
+    logits = plain_logits(target, params, prompts[:4], lengths[:4], openings)
     probs = np.asarray(jax.nn.softmax(logits.astype(jnp.float32)))
     joint = probs[0, 0][:, None] * probs[:, 1]
     counts = np.zeros((4, 4))
@@ -143,6 +154,7 @@ def test_no_gradient_comes_from_the_prompt_or_the_padding_and_the_target_is_a_co
     texts = jax.random.randint(jax.random.key(1), (3, 6), 0, 24)
     ends = jnp.asarray([6, 4, 5])
 
+    @functools.partial(jax.value_and_grad, has_aux=True)
     def loss(params, prompts, texts):
         settings = dict(divergence="forward_kl", beta=0.5, loss_temperature=1.0, chunk=4)
         sums = objective.distillation_loss(
@@ -152,12 +164,11 @@ def test_no_gradient_comes_from_the_prompt_or_the_padding_and_the_target_is_a_co
         )
         return sums.loss, sums.tokens
 
-    (value, tokens), gradient = jax.value_and_grad(loss, has_aux=True)(params, prompts, texts)
+    loss = jax.jit(loss)
+    (value, tokens), gradient = loss(params, prompts, texts)
     assert float(tokens) == 5 + 3 + 4
     junk = jnp.where(jnp.arange(9)[None] < lengths[:, None], prompts, 7)
-    again = jax.value_and_grad(loss, has_aux=True)(
-        params, junk, jnp.where(jnp.arange(6)[None] < ends[:, None], texts, 9)
-    )
+    again = loss(params, junk, jnp.where(jnp.arange(6)[None] < ends[:, None], texts, 9))
     np.testing.assert_allclose(again[0][0], value, rtol=1e-5)
     assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(gradient["encoder_blocks"])) > 1e-4
 
@@ -177,6 +188,7 @@ def home(tmp_path_factory):
     return home
 
 
+@pytest.mark.slow
 def test_an_evaluation_says_identical_and_counts_alike(home, tmp_path):
     config = configs.load("configs/evaluate/pair.py:smoke")
     config.target, config.drafter.path = str(home / "target"), str(home / "draft")
@@ -191,6 +203,7 @@ def test_an_evaluation_says_identical_and_counts_alike(home, tmp_path):
         assert row["predicted_speedup"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["fixed", "draft", "target"])
 def test_a_draft_is_distilled_on_text_of_any_source_and_exported(home, tmp_path, source):
     config = configs.load("configs/quickstart.py:smoke").distilled

@@ -635,6 +635,7 @@ def resized(export, directory, rows):
     return str(directory)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target_rows, draft_rows", [(304, 300), (300, 304)])
 def test_models_padded_to_other_vocabularies_distil_with_one_tokenizer(
     trained_target, tmp_path, target_rows, draft_rows

@@ -194,7 +194,7 @@ class Trainer:
             config.seed,
         )
         apart = material.draft.reads_prompt_apart
-        axes = {name: axes for name, axes in update.BATCH_AXES.items() if apart or name != "sources"}
+        axes = update.BATCH_AXES | (update.SOURCE_AXES if apart else {})
         batch_placed = meshes.shardings(axes, self.mesh)
         self._generate = jax.jit(generate, static_argnums=0, out_shardings=batch_placed)
 

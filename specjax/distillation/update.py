@@ -18,11 +18,13 @@ from specjax.runtime.errors import UserError
 # Logical axes of a batch, see `data.batches`.
 BATCH_AXES = {
     "tokens": ("batch", None),
-    "sources": ("batch", None),
     "lengths": ("batch",),
     "loss_start": ("batch",),
     "prompt_lengths": ("batch",),
 }
+
+# What the batch of an encoder-decoder has besides.
+SOURCE_AXES = {"sources": ("batch", None)}
 
 
 @jax.tree_util.register_dataclass
@@ -71,7 +73,8 @@ class Loss:
 
 def shard(batch: Mapping, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
     """A batch, or some of its arrays, over the mesh's batch axes."""
-    return meshes.shard(dict(batch), {name: BATCH_AXES[name] for name in batch}, mesh)
+    axes = BATCH_AXES | SOURCE_AXES
+    return meshes.shard(dict(batch), {name: axes[name] for name in batch}, mesh)
 
 
 def learning_rate(config: Any, steps: int) -> Callable[[Int[Array, ""]], Float[Array, ""]]:

@@ -1,6 +1,6 @@
 """Tiny configs of every family for the comparison with transformers: one table, at least five a family.
 
-Each entry is what transformers' config class of that `model_type` is given; `test_families.py` does the rest. They
+Each entry is what transformers' config class of that `model_type` is given; `test_family_parity.py` does the rest. They
 differ where families differ: head sizes (odd numbers of channel pairs), groups of key heads, biases, scalings, windows
 shorter than the texts, tied and untied heads. Texts have up to 40 tokens and caches 48 or 56 slots.
 """
