@@ -191,8 +191,9 @@ def _write(directory: Path, config, tokenizer) -> None:
     eos = list(tokenizer.eos_ids) if len(tokenizer.eos_ids) > 1 else tokenizer.eos_ids[0]
     special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos, "pad_token_id": tokenizer.pad_id}
     fields = {**hub_load.FAMILIES[config.family].write_config(config), **special, "torch_dtype": config.param_dtype}
+    start = {key: fields[key] for key in ("decoder_start_token_id",) if key in fields}
     _write_json(directory / hub_load.CONFIG_FILE, fields)
-    _write_json(directory / _GENERATION_FILE, special)
+    _write_json(directory / _GENERATION_FILE, {**special, **start})
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

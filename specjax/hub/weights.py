@@ -104,7 +104,7 @@ def _files(directory: Path) -> list[Path]:
             raise UserError(
                 f"{directory} holds PyTorch files ({pickles[0]}), which can run any code when they are read; convert "
                 "them once, where torch and transformers are installed: `model = transformers.AutoModelForCausalLM."
-                "from_pretrained(DIR)`, then `model.save_pretrained(NEW_DIR, safe_serialization=True)`, and copy the "
+                "from_pretrained(DIR)`, then `model.save_pretrained(NEW_DIR)`, and copy the "
                 "tokenizer's files"
             )
         raise UserError(
