@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from specjax.hub import load as hub_load
 from specjax.reporting import sync
 from specjax.runtime.errors import UserError
 
@@ -153,6 +154,16 @@ def listed_files():
         above.append(name)
         if not name.endswith("/"):
             yield "".join(above)
+
+
+def test_every_family_is_listed_under_its_model_type():
+    listed = {
+        name
+        for line in README.read_text().splitlines()
+        if line.startswith("| `")
+        for name in re.findall("`([a-z0-9_]+)`", line.split("|")[1])
+    }
+    assert set(hub_load.FAMILIES) <= listed
 
 
 def test_every_file_of_the_tree_exists():

@@ -6,11 +6,30 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 
+from specjax import api
+from specjax.hub.tokenizer import train_byte_bpe
 from specjax.runtime import config as configs
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = [path for path in sorted((ROOT / "configs").rglob("*.py")) if "def get_config(variant" in path.read_text()]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Where the configs find what a user would have to name: the overrides, by config."""
+    home = tmp_path_factory.mktemp("models")
+    tokenizer = train_byte_bpe([Path(__file__).read_text()], 280)
+    for name, layers in (("target", 2), ("draft", 1)):
+        decoder, params = tiny.decoder(layers, layers=layers, vocab_size=tokenizer.vocab_size)
+        api.save(api.Model(decoder, params, tokenizer), home / name)
+    (home / "prompts.txt").write_text("def main(\nimport os\nclass A:\nx = 1\n")
+    pair = (f"--config.target={home}/target", f"--config.drafter.path={home}/draft")
+    return {
+        "configs/evaluate/pair.py": (*pair, f"--config.prompts={home}/prompts.txt"),
+        "configs/generate.py": (*pair, "--config.prompt=def main("),
+    }
 
 
 def run(config, workdir, *overrides):
@@ -33,9 +52,10 @@ def sections(config, workdir):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_smoke_run_leaves_its_results_is_skipped_when_finished_and_keeps_its_config(path, tmp_path):
+def test_a_smoke_run_leaves_its_results_is_skipped_when_finished_and_keeps_its_config(path, tmp_path, models):
     config, workdir = configs.load(f"{path}:smoke"), tmp_path / "w"
-    first = run(path, workdir)
+    named = models.get(str(path.relative_to(ROOT)), ())
+    first = run(path, workdir, *named)
     assert first.returncode == 0, first.stderr
     left = {}
     for section, folder in [*sections(config, workdir), (config, workdir)]:
@@ -53,7 +73,7 @@ def test_a_smoke_run_leaves_its_results_is_skipped_when_finished_and_keeps_its_c
         assert not any(f"[{i + 1}/{count}]" in again.stderr for i in range(count))
         assert {file: file.read_bytes() for file in left} == left
 
-    changed = run(path, workdir, f"--config.seed={config.seed + 1}")
+    changed = run(path, workdir, *named, f"--config.seed={config.seed + 1}")
     assert changed.returncode == 2
     assert f"seed: {config.seed} -> {config.seed + 1}" in changed.stderr
     assert "choose another --workdir" in changed.stderr
