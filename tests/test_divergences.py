@@ -13,7 +13,7 @@ from specjax.distillation import divergences, objective
 from specjax.models.decoder import Decoder
 from specjax.runtime.errors import UserError
 
-NAMES = ("forward_kl", "reverse_kl", "jsd", "total_variation")
+NAMES = tuple(divergences.DIVERGENCES)
 TARGET = (0.5, 0.25, 0.25)
 DRAFT = (0.25, 0.5, 0.25)
 
@@ -33,6 +33,9 @@ LITERALS = {
     # M = (3/8, 3/8, 1/4): 1/2 (1/2 log 4/3 + 1/4 log 2/3) twice.
     "jsd": 0.5 * math.log(4 / 3) + 0.25 * math.log(2 / 3),
     "total_variation": 0.25,
+    # They share 1/4 + 1/4 + 1/4.
+    "negative_log_acceptance": -math.log(0.75),
+    "lk_hybrid": math.exp(-2.25) * 0.25 * math.log(2) + (1 - math.exp(-2.25)) * 0.25,
 }
 
 
@@ -79,22 +82,43 @@ def test_the_gradient_is_that_of_finite_differences(name):
     for index in np.ndindex(*draft.shape):
         step = np.zeros_like(draft)
         step[index] = 1e-5
-        numeric[index] = (in_float64(name, target, draft + step) - in_float64(name, target, draft - step)) / 2e-5
+        above, below = (in_float64(name, target, draft + sign * step, weights_at=draft) for sign in (1, -1))
+        numeric[index] = (above - below) / 2e-5
     np.testing.assert_allclose(gradient, numeric, atol=2e-6, rtol=1e-4)
 
 
-def in_float64(name, target, draft, beta=0.3):
-    """The formulas once more, in probability space and double precision."""
+def in_float64(name, target, draft, beta=0.3, *, weights_at):
+    """The formulas once more, in probability space and double precision; the hybrid's weights are constants."""
     softmax = lambda x: np.exp(x) / np.exp(x).sum(-1, keepdims=True)
     p, q = softmax(target), softmax(draft)
     m = beta * p + (1 - beta) * q
     kl = lambda a, b: (a * np.log(a / b)).sum()
+    w = np.exp(-3 * np.minimum(p, softmax(weights_at)).sum(-1, keepdims=True))
     return {
         "forward_kl": lambda: kl(p, q),
         "reverse_kl": lambda: kl(q, p),
         "jsd": lambda: beta * kl(p, m) + (1 - beta) * kl(q, m),
         "total_variation": lambda: 0.5 * np.abs(p - q).sum(),
+        "negative_log_acceptance": lambda: -np.log(np.minimum(p, q).sum(-1)).sum(),
+        "lk_hybrid": lambda: (w * p * np.log(p / q) + (1 - w) * 0.5 * np.abs(p - q)).sum(),
     }[name]()
+
+
+def test_the_acceptance_losses_pull_where_total_variation_does_not():
+    """Far from the target the gradient of total variation vanishes; theirs does not."""
+    target, draft = logits_of(0.9999998, 1e-7, 1e-7), logits_of(1e-6, 0.5, 0.499999)
+    size = lambda name: float(
+        jnp.abs(jax.grad(lambda x: divergences.divergence(name, 0.5)(target, x).sum())(draft)).max()
+    )
+    assert size("total_variation") < 1e-2
+    assert min(size("negative_log_acceptance"), size("lk_hybrid")) > 0.5
+
+
+def test_the_negative_log_acceptance_against_a_sure_target_is_the_cross_entropy():
+    draft = random_logits(1)
+    sure = jnp.where(jnp.arange(7)[None, None] == 2, 0.0, -jnp.inf)
+    value = divergences.negative_log_acceptance(jnp.broadcast_to(sure, draft.shape), draft)
+    np.testing.assert_allclose(value, -jax.nn.log_softmax(draft)[..., 2], rtol=1e-5)
 
 
 def test_scaled_jsd_goes_to_the_kls_at_its_ends():

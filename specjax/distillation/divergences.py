@@ -2,8 +2,9 @@
 
 Every function takes logits `[B, T, V]`, works in float32, and returns `[B, T]`, unreduced: masking and
 averaging are the objective's. P are the target's probabilities and Q the draft's (the papers' p and q).
-Sources: DistillSpec (arXiv 2310.08461) and GKD (arXiv 2306.13649), which compare them. A probability that
-underflows contributes 0 to the value, and nothing that is not finite to the gradient.
+Sources: DistillSpec (arXiv 2310.08461) and GKD (arXiv 2306.13649), which compare the first four; LK losses
+(arXiv 2602.23881) for the last two. A probability that underflows contributes 0 to the value, and nothing that is not
+finite to the gradient.
 """
 
 import functools
@@ -62,11 +63,35 @@ def acceptance(target_logits: Logits, draft_logits: Logits) -> Float[Array, "B T
     return jnp.sum(jnp.minimum(target_probs, draft_probs), axis=-1)
 
 
+def negative_log_acceptance(target_logits: Logits, draft_logits: Logits) -> Float[Array, "B T"]:
+    """-log sum_v min(P, Q): total variation's gradient over the acceptance, so that it does not vanish from afar.
+
+    Against a target that is sure of one token it is the cross-entropy.
+    """
+    target_log_probs, draft_log_probs = _log_probs(target_logits), _log_probs(draft_logits)
+    return -jax.nn.logsumexp(jnp.minimum(target_log_probs, draft_log_probs), axis=-1)
+
+
+def lk_hybrid(target_logits: Logits, draft_logits: Logits) -> Float[Array, "B T"]:
+    """w KL(P || Q) + (1 - w) TV(P, Q) with w = exp(-3 sum_v min(P, Q)), position by position.
+
+    Far from the target it is nearly the KL, near it mostly total variation. No gradient flows through w; the 3 is the
+    paper's best setting.
+    """
+    weight = jnp.exp(-_ETA * jax.lax.stop_gradient(acceptance(target_logits, draft_logits)))
+    kl, distance = forward_kl(target_logits, draft_logits), total_variation(target_logits, draft_logits)
+    return weight * kl + (1 - weight) * distance
+
+
+_ETA = 3.0
+
 DIVERGENCES = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
     "jsd": jsd,
     "total_variation": total_variation,
+    "negative_log_acceptance": negative_log_acceptance,
+    "lk_hybrid": lk_hybrid,
 }
 
 
