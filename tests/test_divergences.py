@@ -203,7 +203,9 @@ def loss_of(divergence, chunk=64, temperature=1.0):
     return loss
 
 
-@pytest.mark.parametrize("divergence", [*NAMES, "cross_entropy"])
+@pytest.mark.parametrize(
+    "divergence", ["jsd", "cross_entropy", *(pytest.param(n, marks=pytest.mark.slow) for n in NAMES if n != "jsd")]
+)
 def test_the_loss_is_the_sum_over_counted_positions_of_whole_logits(divergence):
     draft, params, target, target_params = pair()
     tokens, lengths, loss_start = a_batch()

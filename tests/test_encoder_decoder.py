@@ -100,8 +100,17 @@ def test_neither_padding_nor_the_other_rows_reach_a_row():
     assert float(jnp.abs(logits(other, lengths, texts)[0] - batch[0]).max()) > 1e-2
 
 
-@pytest.mark.parametrize(("rule", "greedy"), [("lossless", True), ("coupled", False)])
-@pytest.mark.parametrize("drafter", ["model", "ngram", "early_exit"])
+@pytest.mark.parametrize(
+    ("drafter", "rule", "greedy"),
+    [
+        ("model", "lossless", True),
+        ("ngram", "coupled", False),
+        ("early_exit", "coupled", False),
+        pytest.param("model", "coupled", False, marks=pytest.mark.slow),
+        pytest.param("ngram", "lossless", True, marks=pytest.mark.slow),
+        pytest.param("early_exit", "lossless", True, marks=pytest.mark.slow),
+    ],
+)
 def test_speculative_texts_are_the_plain_ones(drafter, rule, greedy):
     target, params = model(0)
     draft, draft_params = model(0, layers=1, encoder_layers=1)
@@ -130,6 +139,7 @@ def prefill(target, prompts, lengths, capacity):
     return Prefill(prompts, lengths, *target.open_texts(prompts, lengths), (), capacity)
 
 
+@pytest.mark.slow
 def test_sampled_first_tokens_follow_the_law():
     """Chi-square of the first two tokens over many rows, n-gram drafts included, against the model's own joint law."""
     target, params = model(1, vocab_size=4)

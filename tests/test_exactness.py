@@ -93,7 +93,7 @@ def test_the_loop_samples_the_targets_law(law_models, kind):
     assert law_p_value(law_models, plan, Sampling.of(0.7, top_k=4, top_p=0.85), seed=1) > 1e-4
 
 
-@pytest.mark.parametrize("rows", [LAW_VOCAB - 2, LAW_VOCAB + 3])
+@pytest.mark.parametrize("rows", [LAW_VOCAB - 2, pytest.param(LAW_VOCAB + 3, marks=pytest.mark.slow)])
 def test_a_draft_padded_to_another_vocabulary_leaves_the_targets_law(law_models, rows):
     draft, draft_params = tiny.decoder(9, vocab_size=rows, layers=1)
     models = (*law_models[:2], draft, draft_params)

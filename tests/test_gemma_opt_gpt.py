@@ -266,7 +266,11 @@ def test_the_table_of_names_must_hold_every_parameter():
 
 
 @pytest.mark.parametrize(
-    "drafter, options", [("ngram", {"shortest": 1, "longest": 3}), ("early_exit", {"exit_layer": 1})]
+    "drafter, options",
+    [
+        pytest.param("ngram", {"shortest": 1, "longest": 3}, marks=pytest.mark.slow),
+        ("early_exit", {"exit_layer": 1}),
+    ],
 )
 def test_drafts_beyond_the_last_learned_position_change_nothing_before_it(drafter, options):
     slots, max_new = 8, 12

@@ -37,7 +37,9 @@ def plain(printed: str) -> str:
     return re.sub("\033\\[[0-9]*m", "", printed)
 
 
-@pytest.mark.parametrize("kind", ["model", "ngram", "early_exit", "none"])
+@pytest.mark.parametrize(
+    "kind", ["model", "none", *(pytest.param(k, marks=pytest.mark.slow) for k in ("ngram", "early_exit"))]
+)
 def test_what_is_printed_bit_by_bit_is_the_text(config, tmp_path, capsys, kind):
     config.drafter.kind, config.colours, config.blocks_at_once = kind, "always", 1
     row = generate.run(config, tmp_path)["rows"][0]

@@ -168,7 +168,7 @@ def test_one_compile_serves_every_prompt_length_and_every_traced_setting(models)
     plan = make_plan(models, "model", 3)
     texts, lengths = tiny.prompts(3, BATCH, SLOTS, VOCAB)
     tiny.decode(plan, *models[1:], texts, lengths, MAX_NEW, eos=(5,))
-    compiled = loop.begin._cache_size(), loop.run._cache_size()
+    compiled = loop.prefill._cache_size(), loop.run._cache_size()
     settings = [
         Sampling.of(0.3),
         Sampling.of(1.5, top_k=3),
@@ -180,9 +180,9 @@ def test_one_compile_serves_every_prompt_length_and_every_traced_setting(models)
         tiny.decode(plan, *models[1:], texts, lengths, 3 + i, eos=(i,), seed=i, adjust=adjust)
     equal_plan = make_plan(models, "model", 3)
     tiny.decode(equal_plan, *models[1:], texts, lengths, np.arange(BATCH), eos=(1,))
-    assert (loop.begin._cache_size(), loop.run._cache_size()) == compiled
+    assert (loop.prefill._cache_size(), loop.run._cache_size()) == compiled
     tiny.decode(make_plan(models, "ngram", 0, spare=1), *models[1:], texts, lengths, MAX_NEW, eos=(5,))
-    assert (loop.begin._cache_size(), loop.run._cache_size()) == (compiled[0] + 1, compiled[1] + 1)
+    assert (loop.prefill._cache_size(), loop.run._cache_size()) == (compiled[0] + 1, compiled[1] + 1)
 
 
 # --- counts --------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from specjax.models import kv_cache
+from specjax.models import kv_cache, layers
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
 from specjax.runtime.errors import UserError
@@ -287,3 +287,11 @@ def test_impossible_shapes_are_refused(changes, says):
 def test_an_unknown_dtype_is_named_with_its_nearest():
     with pytest.raises(UserError, match='bfloat61.*"bfloat16"'):
         tiny.config(compute_dtype="bfloat61")
+
+
+def test_a_projections_gradient_is_that_of_the_plain_product():
+    keys = jax.random.split(jax.random.key(0), 3)
+    inputs, kernel, outer = (jax.random.normal(k, s) for k, s in zip(keys, [(2, 5, 3), (3, 4), (2, 5, 4)], strict=True))
+    pulled = lambda product: jax.vjp(product, inputs, kernel)[1](outer)
+    for ours, plain in zip(pulled(layers._product), pulled(jnp.matmul), strict=True):
+        np.testing.assert_allclose(ours, plain, rtol=1e-5)

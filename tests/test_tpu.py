@@ -154,7 +154,7 @@ def decode_report(mesh, target: Decoder, draft: Decoder, gamma: int) -> dict:
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), BATCH))
     keys = placed(keys, ("batch",), mesh)
     given = (params, draft_params, rows(mesh, BATCH, PROMPT), rows(mesh, BATCH), keys)
-    begin = loop.begin.lower(plan, *given).compile()
+    begin = loop.prefill.lower(plan, *given).compile()
     shapes = jax.eval_shape(lambda *given: loop.begin(plan, *given), *given)
     state = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, begin.output_shardings

@@ -590,6 +590,7 @@ def test_a_run_leaves_an_export_and_results_that_tell_how_it_went(trained_target
     assert row["last_quarter_improvement"] == pytest.approx(fall)
 
 
+@pytest.mark.slow
 def test_a_draft_is_distilled_on_its_own_text_for_at_least_the_time_of_another_stage(trained_target, tmp_path):
     workdir, results = trained_target
     overrides = {

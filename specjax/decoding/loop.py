@@ -147,7 +147,6 @@ def _through_target(plan: Plan, params, cache, inputs, positions, first_layer: i
     return hidden, cache, tuple(states)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def begin(
     plan: Plan,
     params: Any,
@@ -161,6 +160,14 @@ def begin(
     Prompts are right-padded and have at least one token. All columns of the texts are run; what the last token and
     the padding write is stale by contract and rewritten before it is visible.
     """
+    # Neither the rule nor the temperature matters yet: plans that differ in nothing else share the executable.
+    plan = dataclasses.replace(plan, rule=None, greedy=True)
+    return prefill(plan, params, draft_params, prompts, lengths, row_keys)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def prefill(plan: Plan, params, draft_params, prompts, lengths, row_keys) -> DecodeState:
+    """The compiled part of `begin`."""
     prompts, lengths = constrain(prompts, ("batch", None)), constrain(lengths, ("batch",))
     cache = plan.target.start(params, prompts, lengths, plan.capacity)
     cache = jax.tree.map(lambda x: constrain(x, kv_cache.AXES[: x.ndim]), cache)

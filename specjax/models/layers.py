@@ -20,6 +20,25 @@ _ACTIVATIONS = {
 }
 
 
+@jax.custom_vjp
+def _product(inputs, kernel):
+    """`inputs @ kernel`, whose gradient has its factors in memory before it multiplies.
+
+    The CPU compiler otherwise fuses a strided transpose into what comes before the product, the gradient of the
+    activation for one: a training step took a tenth longer.
+    """
+    return inputs @ kernel
+
+
+def _product_backward(saved, gradient):
+    inputs, kernel = saved
+    inputs, gradient = jax.lax.optimization_barrier((inputs, gradient))
+    return jnp.einsum("BTO,IO->BTI", gradient, kernel), jnp.einsum("BTI,BTO->IO", inputs, gradient)
+
+
+_product.defvjp(lambda inputs, kernel: (inputs @ kernel, (inputs, kernel)), _product_backward)
+
+
 class Linear(nnx.Module):
     """`x @ kernel` with the kernel stored `[in, out]` (on CPU the transposed layout made five rows cost three)."""
 
@@ -38,7 +57,8 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((outputs,), dtype_named(dtype)), axes=axes[1:]) if bias else None
 
     def __call__(self, inputs: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
-        outputs = inputs @ self.kernel[...].astype(inputs.dtype)
+        multiply = _product if jax.default_backend() == "cpu" else jnp.matmul
+        outputs = multiply(inputs, self.kernel[...].astype(inputs.dtype))
         return outputs if self.bias is None else outputs + self.bias[...].astype(inputs.dtype)[None, None]
 
 
