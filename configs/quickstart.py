@@ -121,7 +121,7 @@ def _training(steps: int, learning_rate: float) -> ConfigDict:
 
 
 def _supervised() -> ConfigDict:
-    config = _training(steps=480, learning_rate=4e-3)
+    config = _training(steps=420, learning_rate=4e-3)
     # At the plateau the validation loss falls by less than 1% over the last quarter of the steps.
     config.optimizer.update({"final_fraction": 0.01, "hold_fraction": 0.25})
     config.train.update({"eval_every": 60, "checkpoint_every": 120})
@@ -129,23 +129,23 @@ def _supervised() -> ConfigDict:
 
 
 def _target() -> ConfigDict:
-    config = _training(steps=180, learning_rate=2e-3)
+    config = _training(steps=150, learning_rate=2e-3)
     config.tokenizer.path = ""
     # Wide enough that verifying five tokens costs little more than one step on a CPU.
     config.model.update({"layers": 4, "width": 640, "heads": 10, "kv_heads": 5, "mlp_width": 1792})
     config.data.batch_size = 8
-    config.train.update({"eval_every": 60, "eval_batches": 8, "checkpoint_every": 60})
+    config.train.update({"eval_every": 50, "eval_batches": 8, "checkpoint_every": 50})
     return config
 
 
 def _distilled() -> ConfigDict:
-    config = _training(steps=60, learning_rate=3e-3)
+    config = _training(steps=48, learning_rate=3e-3)
     config.model.init = "stage:supervised"
     config.target = "stage:target"
-    config.data.update({"batch_size": 24, "fixed": 0.0, "draft": 1.0})
+    config.data.update({"batch_size": 20, "fixed": 0.0, "draft": 1.0})
     config.loss.divergence = "forward_kl"
-    config.train.update({"eval_every": 30, "checkpoint_every": 30, "best_metric": "validation_acceptance"})
-    config.speculative_eval.every = 30
+    config.train.update({"eval_every": 24, "checkpoint_every": 24, "best_metric": "validation_acceptance"})
+    config.speculative_eval.every = 24
     return config
 
 
@@ -168,8 +168,8 @@ def _evaluation() -> ConfigDict:
     config.compute_dtype = "auto"
     # Of the task's validation split: how many prompts (0: all), their tokens (of prompt tasks, the most allowed), and
     # whether each is wrapped as a user's turn by the tokenizer's chat template.
-    config.selection = ConfigDict({"count": 20, "length_min": 16, "length_max": 32, "chat": False})
-    config.max_new_tokens = 72
+    config.selection = ConfigDict({"count": 14, "length_min": 16, "length_max": 32, "chat": False})
+    config.max_new_tokens = 64
     config.batch_sizes = (1,)
     config.temperatures = (0.0, 1.0)
     config.top_k = 0
@@ -182,7 +182,7 @@ def _evaluation() -> ConfigDict:
             "control": _model_drafter("control", lossless=(4,)),
             "distilled": _model_drafter("distilled", lossless=(2, 4, 6), coupled=(4,)),
             "ngram": {"kind": "ngram", "shortest": 2, "longest": 4, "lossless": (4,), "coupled": (4,)},
-            "early_exit": {"kind": "early_exit", "exit_layer": 1, "lossless": (2,), "coupled": (2,)},
+            "early_exit": {"kind": "early_exit", "exit_layer": 1, "lossless": (2,), "coupled": ()},
         }
     )
     # Pairs whose block efficiencies are compared prompt by prompt, at equal settings.

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -75,30 +76,32 @@ def _rule_loop(plan, draft_params, state, proposal, logits, sampling, limits):
     return jax.lax.fori_loop(0, _STEPS, step, state)
 
 
-def _median_seconds(call) -> float:
-    """Median seconds of a step of `call`, after one warm-up; `call` makes its own fresh inputs."""
-    times = []
-    for repeat in range(_REPEATS + 1):
-        inputs, run = call()
-        jax.block_until_ready(inputs)
+Timer = Callable[[], float]
+
+
+def _timer(fresh: Callable[[], Any], run: Callable[[Any], Any]) -> Timer:
+    """Times `run` on inputs of its own: seconds a step."""
+
+    def seconds() -> float:
+        inputs = jax.block_until_ready(fresh())
         started = time.perf_counter()
         jax.block_until_ready(run(inputs))
-        if repeat:
-            times.append(time.perf_counter() - started)
-    return statistics.median(times) / _STEPS
+        return (time.perf_counter() - started) / _STEPS
+
+    return seconds
 
 
-def measure(
+def timers(
     plan: loop.Plan, params: Any, draft_params: Any, tokens, lengths, row_keys, sampling: Sampling, *, behind: int
-) -> dict[str, float]:
-    """Seconds of the proposal, of verification and of the rule for one plan at the context `lengths`.
+) -> dict[str, Timer]:
+    """What to time of one plan at the context `lengths`: seconds a block of each part.
 
     Args:
       tokens: `[B, P]` prompts; of a decoder-only model with half of what is to be emitted: the mean context.
       behind: tokens that stand in the caches besides (of an encoder-decoder, half of what is to be emitted).
 
     Returns:
-      {"propose", "verify", "rule"} in seconds a block ("propose" is 0 at gamma 0).
+      "verify", "rule", and where there is a draft "propose_and_verify".
     """
     limits = loop.Limits(jnp.full_like(lengths, 2**30), jnp.full((1,), -1, jnp.int32))
 
@@ -107,18 +110,35 @@ def measure(
         return dataclasses.replace(state, lengths=state.lengths + behind)
 
     proposal, logits = _example(plan, params, draft_params, fresh(), sampling)
-    seconds = {"propose": 0.0}
-    seconds["verify"] = _median_seconds(lambda: (fresh(), lambda state: _verify_loop(plan, params, state, proposal)))
+    rule = lambda state: _rule_loop(plan, draft_params, state, proposal, logits, sampling, limits)
+    made = {
+        "verify": _timer(fresh, lambda state: _verify_loop(plan, params, state, proposal)),
+        "rule": _timer(fresh, rule),
+    }
     if plan.gamma:
         pair = lambda state: _draft_and_verify_loop(plan, params, draft_params, state, sampling)
-        seconds["propose"] = max(_median_seconds(lambda: (fresh(), pair)) - seconds["verify"], 0.0)
-    seconds["rule"] = _median_seconds(
-        lambda: (
-            fresh(),
-            lambda state: _rule_loop(plan, draft_params, state, proposal, logits, sampling, limits),
-        )
+        made["propose_and_verify"] = _timer(fresh, pair)
+    return made
+
+
+def measure(speculative: dict[str, Timer], plain: dict[str, Timer], gamma: int) -> Parts:
+    """The parts of a speculative plan and of plain decoding (both of `timers`): medians over rounds, in seconds.
+
+    Every round times all of them, one after another: a slow second of the machine then spoils one round of each, and
+    not one part.
+    """
+    everything = [("speculative", name, timer) for name, timer in speculative.items()]
+    everything += [("plain", name, timer) for name, timer in plain.items()]
+    rounds = [{(kind, name): timer() for kind, name, timer in everything} for _ in range(_REPEATS + 1)][1:]
+    median = lambda of: statistics.median(of(times) for times in rounds)
+    draft = lambda times: times["speculative", "propose_and_verify"] - times["speculative", "verify"]
+    return Parts(
+        draft_step=max(median(draft), 0.0) / gamma if gamma else 0.0,
+        target_step=median(lambda times: times["plain", "verify"]),
+        verify=median(lambda times: times["speculative", "verify"]),
+        rule=median(lambda times: times["speculative", "rule"]),
+        baseline_rule=median(lambda times: times["plain", "rule"]),
     )
-    return seconds
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -128,14 +148,3 @@ def _example(plan, params, draft_params, state, sampling) -> tuple[Proposal, jax
     pending = jnp.zeros_like(state.lengths)
     logits, _, _ = loop.verify(plan, params, state.target_cache, pending, state.lengths, proposal)
     return proposal, logits
-
-
-def parts_of(speculative: dict[str, float], plain: dict[str, float], gamma: int) -> Parts:
-    """Joins the measurements of a speculative plan and of plain decoding (both from `measure`)."""
-    return Parts(
-        draft_step=speculative["propose"] / gamma if gamma else 0.0,
-        target_step=plain["verify"],
-        verify=speculative["verify"],
-        rule=speculative["rule"],
-        baseline_rule=plain["rule"],
-    )

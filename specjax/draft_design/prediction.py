@@ -54,10 +54,9 @@ def measure_parts(
     rows = [(tuple(text) * mean)[:mean] for text in sorted(texts, key=len)[-batch_size:]]
     tokens, lengths = batch.pad(rows, batch.prompt_slots(rows))
     keys = put(row_keys(seed, np.arange(len(rows), dtype=np.int32)))
-    measure = lambda plan, draft: latency.measure(
-        plan, params, draft, put(tokens), put(lengths), keys, sampling, behind=behind
-    )
-    return latency.parts_of(measure(plan, draft_params), measure(plain_plan, None), plan.gamma)
+    given = (put(tokens), put(lengths), keys, sampling)
+    timers = lambda plan, draft: latency.timers(plan, params, draft, *given, behind=behind)
+    return latency.measure(timers(plan, draft_params), timers(plain_plan, None), plan.gamma)
 
 
 def predict(
