@@ -22,7 +22,8 @@ test-all: check $(VENV)/.installed-tpu-compiler
 	$(PYTEST) -n $(WORKERS) --dist loadfile -m "not peers"
 
 test-peers: $(VENV)/.installed-peers
-	$(PYTEST) -m peers tests/peers
+	$(PYTEST) -n $(WORKERS) --dist loadfile -m "peers and not slow" --ignore=tests/peers/test_speed.py tests/peers
+	$(PYTEST) -m peers tests/peers/test_speed.py
 
 check: $(VENV)/.installed-dev
 	$(RUN) -m ruff format --check .

@@ -2,7 +2,7 @@
 
     python -m specjax.main --config=configs/benchmark/cpu.py --workdir=runs/benchmark_cpu
 
-Hardware: 2 CPU cores; under 4 minutes, most of it compilation. Weights are random: nothing here depends on
+Hardware: 2 CPU cores; about 4 minutes, most of it compilation. Weights are random: nothing here depends on
 what a model says. Expect the ratio of plain decoding to the minimal loop to lie within 3% of 1 on an idle machine.
 `configs/benchmark/cpu.py:smoke` runs in seconds.
 """
