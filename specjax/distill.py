@@ -133,13 +133,13 @@ def _material(config: Any, task: tasks.Task, tokenizer: Tokenizer, mesh: jax.sha
             )
     rows = dict(batch_size=data.batch_size, sequence_length=data.sequence_length, seed=config.seed)
     rows["start_token"] = draft.config.start_token if draft.reads_prompt_apart else None
-    prompt_length = (data.prompt_length_min, data.prompt_length_max)
+    rows["prompt_length"] = (data.prompt_length_min, data.prompt_length_max)
     return Material(
         draft=draft,
         params=params,
         target=target,
         target_params=target_params,
-        batches=batches.training_batches(task, tokenizer, prompt_length=prompt_length, **rows),
+        batches=batches.training_batches(task, tokenizer, **rows),
         validation=batches.validation_batches(task, tokenizer, count=train.eval_batches, **rows),
         eos_ids=tokenizer.eos_ids,
         longest_prompt=data.prompt_length_max if task.is_language_modelling else data.sequence_length - 1,

@@ -264,19 +264,15 @@ def _row(job: Job, setting: Setting, case: Case, plan, counts, output, baseline)
     }
     measured = metrics.evaluate_row(counts, timing, seed=config.seed)
     iterations = sum(result.iterations for _, result in output)
-    return settings | measured | {"iterations": iterations, "quality": _quality(job, output)}
+    return settings | measured | {"iterations": iterations} | _quality(job, output)
 
 
-def _quality(job: Job, output) -> dict[str, float]:
-    """Task metrics averaged over prompts; empty for language modelling."""
-    if job.task.is_language_modelling or job.task.metric is None:
-        return {}
-    decode = job.target.tokenizer.decode
-    scores = [
-        tasks.score(job.task, decode(row), job.task.validation[prompt.index])
-        for row, prompt in zip(_emitted(output), job.prompts, strict=True)
-    ]
-    return {name: float(np.mean([score[name] for score in scores])) for name in scores[0]}
+def _quality(job: Job, output) -> dict[str, dict]:
+    """The task's metrics over all prompts and their intervals; empty for a task without a metric."""
+    predictions = [job.target.tokenizer.decode(row) for row in _emitted(output)]
+    found = tasks.quality(job.task, predictions, [prompt.reference for prompt in job.prompts])
+    intervals = metrics.intervals(found.values, len(predictions), seed=job.config.seed)
+    return {"quality": found.values(), "quality_ci": intervals}
 
 
 def _prediction(job: Job, setting: Setting, case: Case, plan, row: dict, output, baseline, plain_plan) -> dict:

@@ -15,7 +15,8 @@ from ml_collections import ConfigDict
 
 from specjax.data import corpora, word_problems
 from specjax.data.batches import evaluation_prompts, training_batches, validation_batches
-from specjax.data.tasks import Example, Task, final_number, load_task, score
+from specjax.data.quality import final_number
+from specjax.data.tasks import Example, Task, load_task, quality
 from specjax.hub.tokenizer import train_byte_bpe
 from specjax.runtime.errors import UserError
 
@@ -40,6 +41,11 @@ def config(name, path="", seed=0, size=0):
 def batches(task, tokenizer, **changed):
     settings = dict(batch_size=4, sequence_length=32, prompt_length=(3, 9), seed=0)
     return training_batches(task, tokenizer, **{**settings, **changed})
+
+
+def loss_batches(task, tokenizer, **changed):
+    settings = dict(batch_size=2, sequence_length=16, prompt_length=(3, 9), seed=0)
+    return validation_batches(task, tokenizer, **{**settings, **changed})
 
 
 def write_jsonl(path, records):
@@ -171,7 +177,7 @@ def test_an_unknown_task_names_the_nearest():
 
 def test_settings_that_a_task_cannot_use_are_refused():
     for bad, message in [
-        (config("gsm8k"), "set task.path"),
+        (config("prompt_completion"), "set task.path"),
         (config("arithmetic", path="somewhere", size=5), 'set task.path to ""'),
         (config("arithmetic", size=0), "task.size is 0"),
         (config("stdlib_code", size=-1), "task.size is -1"),
@@ -237,12 +243,12 @@ def test_the_final_number_of_a_text(text, number):
 
 
 def test_exact_match_compares_values_and_other_tasks_have_no_metric():
-    example = Example("Q", " 600 * 2 = 1,200\n#### 1,200")
-    assert score(PAIRED, "#### 1200.0", example) == {"exact_match": 1.0}
-    assert score(PAIRED, "it is 1200", example) == {"exact_match": 1.0}
-    assert score(PAIRED, "#### 1201", example) == {"exact_match": 0.0}
-    assert score(PAIRED, "", example) == {"exact_match": 0.0}
-    assert score(LANGUAGE, "#### 1200", example) == {}
+    reference = " 600 * 2 = 1,200\n#### 1,200"
+    predictions = ["#### 1200.0", "it is 1200", "#### 1201", ""]
+    for prediction, score in zip(predictions, (1.0, 1.0, 0.0, 0.0), strict=True):
+        assert quality(PAIRED, [prediction], [reference]).values() == {"exact_match": score}
+    assert quality(PAIRED, predictions, [reference] * 4).values() == {"exact_match": 0.5}
+    assert quality(LANGUAGE, ["#### 1200"], [reference]).values() == {}
 
 
 def test_prompt_completion_files_are_split_by_prompt(tmp_path):
@@ -266,7 +272,7 @@ def test_gsm8k_reads_a_directory_or_a_file(tmp_path):
     example = task.validation[2]
     assert example.prompt == "Question: What is 1002?\nAnswer:"
     assert example.completion == " It is <<1002=1002>>1002.\n#### 1,002"
-    assert score(task, "#### 1002", example) == {"exact_match": 1.0}
+    assert quality(task, ["#### 1002"], [example.completion]).values() == {"exact_match": 1.0}
     single = load_task(config("gsm8k", tmp_path / "train.jsonl"))
     assert len(single.train) + len(single.validation) == 20 and single.validation
     (tmp_path / "test.jsonl").unlink()
@@ -288,7 +294,7 @@ def test_spec_bench_is_for_evaluation_and_keeps_categories(tmp_path, tokenizer):
     with pytest.raises(UserError, match='"spec_bench" is for evaluation only'):
         batches(task, tokenizer)
     with pytest.raises(UserError, match='"spec_bench" has no completions'):
-        validation_batches(task, tokenizer, batch_size=2, sequence_length=16, count=1, seed=0)
+        loss_batches(task, tokenizer, count=1)
 
 
 GOOD = {
@@ -440,17 +446,17 @@ def test_a_restored_iterator_continues_exactly_where_the_state_was_taken(tokeniz
 
 
 def test_validation_batches_come_from_validation_alone_and_cycle(tokenizer):
-    settings = dict(batch_size=4, sequence_length=48, seed=0)
-    result = validation_batches(PAIRED, tokenizer, count=5, **settings)
+    settings = dict(batch_size=4, sequence_length=48)
+    result = loss_batches(PAIRED, tokenizer, count=5, **settings)
     assert len(result) == 5
     rows = [tuple(row.tolist()) for batch in result for row in batch["tokens"]]
     expected = {tuple(tokenizer.encode(example.prompt)) for example in PAIRED.validation}
     starts = [int(start) for batch in result for start in batch["loss_start"]]
     assert {row[:start] for row, start in zip(rows, starts, strict=True)} == expected
     assert rows[:10] == rows[10:] and len(set(rows[:10])) == 10
-    for left, right in zip(result, validation_batches(PAIRED, tokenizer, count=5, **settings), strict=True):
+    for left, right in zip(result, loss_batches(PAIRED, tokenizer, count=5, **settings), strict=True):
         assert_same(left, right)
-    language = validation_batches(LANGUAGE, tokenizer, count=2, **settings)
+    language = loss_batches(LANGUAGE, tokenizer, count=2, **settings)
     train = {row["tokens"].tobytes() for row in epoch(LANGUAGE, tokenizer, 300, sequence_length=48)}
     assert not any(row.tobytes() in train for batch in language for row in batch["tokens"])
 
@@ -499,13 +505,13 @@ def test_sizes_that_make_no_sense_are_refused(tokenizer):
         with pytest.raises(UserError, match=message):
             evaluation_prompts(LANGUAGE, tokenizer, **{**dict(count=1, prompt_length=(1, 2), seed=0), **changed})
     with pytest.raises(UserError, match="0 validation batches"):
-        validation_batches(LANGUAGE, tokenizer, batch_size=2, sequence_length=16, count=0, seed=0)
+        loss_batches(LANGUAGE, tokenizer, count=0)
 
 
 def test_tokenisation_in_chunks_keeps_every_text(tokenizer, monkeypatch):
-    whole = validation_batches(LANGUAGE, tokenizer, batch_size=2, sequence_length=16, count=9, seed=0)
+    whole = loss_batches(LANGUAGE, tokenizer, count=9)
     monkeypatch.setattr("specjax.data.batches._CHARACTERS_AT_ONCE", 1000)
-    chunked = validation_batches(LANGUAGE, tokenizer, batch_size=2, sequence_length=16, count=9, seed=0)
+    chunked = loss_batches(LANGUAGE, tokenizer, count=9)
     for left, right in zip(whole, chunked, strict=True):
         assert_same(left, right)
 

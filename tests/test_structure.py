@@ -97,7 +97,7 @@ import specjax.decoding.loop, specjax.models.decoder, specjax.distillation.diver
 """
 HEAVY = {
     *("matplotlib", "transformers", "tensorflow_datasets", "grain", "tokenizers", "jinja2", "tensorboardX"),
-    *("orbax", "tqdm", "torch", "sentencepiece", "google"),
+    *("orbax", "tqdm", "torch", "sentencepiece", "google", "rouge_score", "sacrebleu"),
 }
 
 

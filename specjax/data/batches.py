@@ -71,7 +71,8 @@ def training_batches(
     Language modelling packs: documents, each ended by EOS, stand one after another and are cut into full rows
     (less than one row is left over); `prompt_lengths` are drawn from `prompt_length`, bounds included, by row
     and seed. With prompts and completions a row is one example ended by EOS and cut at `sequence_length`;
-    examples whose prompt leaves no room are dropped and counted in the log.
+    examples whose prompt leaves no room are dropped and counted in the log. Where the task cuts prompts, a prompt
+    first loses its end so that the completion fits, but no more than what is beyond half the row.
 
     `start_token` is that of an encoder-decoder, whose rows it cuts into prompt and text; None is a decoder-only model.
 
@@ -95,6 +96,7 @@ def validation_batches(
     *,
     batch_size: int,
     sequence_length: int,
+    prompt_length: tuple[int, int],
     count: int,
     seed: int,
     start_token: int | None = None,
@@ -102,14 +104,17 @@ def validation_batches(
     """Returns `count` batches of the validation split, its rows in an order drawn from `seed`.
 
     A split with fewer rows than `count * batch_size` is gone through again from the start, as training does.
-    With language modelling `prompt_lengths` are 1: these rows are for a loss, not to be continued.
-    `start_token` is as in `training_batches`. Raises UserError as that does, and for a task without completions.
+    `start_token` is as in `training_batches`, and `prompt_length` too where there is one. With language modelling a
+    decoder-only model's `prompt_lengths` are 1: these rows are for a loss over all of them, not to be continued.
+    Raises UserError as `training_batches` does, and for a task without completions.
     """
     if count < 1:
         raise UserError(f"{count} validation batches were asked for; ask for one at least")
     if not any(example.completion for example in task.validation):
         raise UserError(f'task "{task.name}" has no completions to compute a loss on; use it for evaluation only')
-    rows = _rows(task, task.validation, tokenizer, sequence_length, (1, 1), batch_size, seed, start_token)
+    if start_token is None:
+        prompt_length = (1, 1)
+    rows = _rows(task, task.validation, tokenizer, sequence_length, prompt_length, batch_size, seed, start_token)
     order = np.resize(np.random.default_rng([seed, 1]).permutation(len(rows)), (count, batch_size))
     batches = []
     for indices in order.tolist():
@@ -127,7 +132,7 @@ def evaluation_prompts(
     from `seed` (lengths within `prompt_length`, bounds included), without a reference. Otherwise: the first
     examples, as they are, or with `chat` each as a user's turn in the tokenizer's chat template.
     Raises UserError if there are fewer than `count`, or if an example's prompt has more than
-    `prompt_length[1]` tokens.
+    `prompt_length[1]` tokens and may not be cut: the task does not cut prompts, or they are turns of a chat.
     """
     _check_prompt_length(prompt_length)
     _check_seed(seed)
@@ -140,14 +145,25 @@ def evaluation_prompts(
     examples = task.validation[: count or None]
     prompts = []
     for index, tokens in enumerate(_prompt_tokens(tokenizer, [example.prompt for example in examples], chat)):
+        example, text = examples[index], examples[index].prompt
+        if len(tokens) > prompt_length[1] and task.cuts_prompts and not chat:
+            tokens = _cut(tokens, prompt_length[1], tokenizer)
+            text = tokenizer.decode(tokens)
         if len(tokens) > prompt_length[1]:
             raise UserError(
-                f'prompt {index} of task "{task.name}" ("{examples[index].prompt[:40]}...") has '
+                f'prompt {index} of task "{task.name}" ("{text[:40]}...") has '
                 f"{len(tokens)} tokens, more than the limit of {prompt_length[1]}; raise that limit"
             )
-        example = examples[index]
-        prompts.append(Prompt(index, tuple(tokens.tolist()), example.prompt, example.completion, example.category))
+        prompts.append(Prompt(index, tuple(tokens.tolist()), text, example.completion, example.category))
     return prompts
+
+
+def _cut(tokens: np.ndarray, limit: int, tokenizer: Tokenizer) -> np.ndarray:
+    """The first `limit` tokens; an end that the model expects behind every prompt, as T5 does, stays."""
+    if len(tokens) <= limit:
+        return tokens
+    tail = int(tokens[-1] in tokenizer.eos_ids)
+    return np.concatenate([tokens[: limit - tail], tokens[len(tokens) - tail :]])
 
 
 def _prompt_tokens(tokenizer: Tokenizer, prompts: Sequence[str], chat: bool) -> list[np.ndarray]:
@@ -248,6 +264,8 @@ def _paired_rows(task: Task, examples: Sequence[Example], tokenizer: Tokenizer, 
     completions = _tokenise(tokenizer.encode_batch, [example.completion for example in examples])
     rows, starts = [], []
     for prompt, completion in zip(prompts, completions, strict=True):
+        if task.cuts_prompts:
+            prompt = _cut(prompt, max(sequence_length - len(completion) - 1, sequence_length // 2), tokenizer)
         if len(prompt) < sequence_length:
             rows.append(np.concatenate([prompt, completion, end])[:sequence_length])
             starts.append(len(prompt))

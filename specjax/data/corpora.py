@@ -41,7 +41,7 @@ def stdlib_files() -> tuple[Files, Files]:
         if text.strip() and not _GENERATED.search(text[:300]):
             files.append((name.as_posix(), text))
     if len(files) < 2:
-        raise UserError(f"no Python sources in {root}; use the task `text` with a path instead of `stdlib_code`")
+        raise UserError(f"no Python sources in {root}; use a task that reads a file, such as `text` with a path")
     return _split_files(files)
 
 

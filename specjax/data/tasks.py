@@ -1,31 +1,20 @@
 """What there is to learn and to be measured on: a task is a table entry that yields examples and a metric."""
 
-import json
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from specjax.data import corpora
+import numpy as np
+from absl import logging
+
+from specjax.data import corpora, layouts
+from specjax.data.docstrings import stdlib_docstrings
+from specjax.data.layouts import Example, Parser
+from specjax.data.quality import METRICS, Quality
+from specjax.data.tfds_source import read_split
 from specjax.data.word_problems import generate_split
 from specjax.runtime.errors import UserError, nearest
-
-
-@dataclass(frozen=True)
-class Example:
-    """A prompt and the text that should follow it; for language modelling no prompt and a whole document.
-
-    Attributes:
-      prompt: what the model is given; never empty outside language modelling.
-      completion: what should follow; empty where a task has no reference.
-      category: the kind of prompt, where the task has kinds.
-    """
-
-    prompt: str
-    completion: str
-    category: str = ""
 
 
 @dataclass(frozen=True)
@@ -34,13 +23,17 @@ class Task:
 
     Attributes:
       train: empty where a task is for evaluation only.
-      validation: never empty; shares no file, and no prompt, with `train`.
+      validation: never empty; shares no file, and no prompt, with `train`. Data sets that come split are taken as
+        they come.
+      cuts_prompts: whether a prompt that is too long loses its end, as T5's texts to summarise do, rather than be
+        dropped or refused.
     """
 
     name: str
     train: Sequence[Example]
     validation: Sequence[Example]
     metric: str | None
+    cuts_prompts: bool = False
 
     @property
     def is_language_modelling(self) -> bool:
@@ -51,54 +44,49 @@ class Task:
 Splits = tuple[Sequence[Example], Sequence[Example]]
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """A task of the table: its loader, its metric, whether it needs `task.path` or may have one, cut prompts."""
+
+    load: Callable[[Any], Splits]
+    metric: str | None = None
+    needs_path: bool = False
+    may_have_path: bool = False
+    cuts_prompts: bool = False
+
+
 def load_task(config: Any) -> Task:
     """Loads the task that `config` describes.
 
-    Config keys: `name`; `path`, "" where the task reads no file; `seed`, read by `arithmetic`; `size`, the
-    most training data to use, in bytes of text for language modelling and in examples otherwise (0: all;
-    `arithmetic` needs a number). Validation data does not depend on `size`.
+    Config keys: `name`; `path`, "" where the task reads no file, and for a data set of TFDS where TFDS keeps them by
+    default; `seed`, read by `arithmetic`; `size`, the most training data to use, in bytes of text for language
+    modelling and in examples otherwise (0: all; `arithmetic` needs a number). Validation data does not depend on
+    `size`.
 
-    Raises UserError for an unknown task and for a file that is missing, empty or malformed (with its line
-    number).
+    Raises UserError for an unknown task, for a file that is missing, empty or malformed (with its line number) or
+    lacks the references that the metric needs, and for a data set that is not prepared (with the command that does it).
     """
     if config.name not in _TASKS:
         raise UserError(f'unknown task "{config.name}"{nearest(config.name, _TASKS)}')
-    load, metric, reads_path = _TASKS[config.name]
+    entry = _TASKS[config.name]
     if config.size < 0:
         raise UserError(f"task.size is {config.size}; it must be positive, or 0 for all the training data")
-    if reads_path and not config.path:
+    if entry.needs_path and not config.path:
         raise UserError(f'task "{config.name}" reads a file: set task.path')
-    if config.path and not reads_path:
+    if config.path and not (entry.needs_path or entry.may_have_path):
         raise UserError(f'task "{config.name}" reads no file: set task.path to ""')
-    train, validation = load(config)
-    return Task(config.name, tuple(train), tuple(validation), metric)
+    train, validation = entry.load(config)
+    return Task(config.name, tuple(train), tuple(validation), entry.metric, entry.cuts_prompts)
 
 
-def score(task: Task, prediction: str, example: Example) -> dict[str, float]:
-    """Returns the metrics of one predicted completion, each in 0..1; {} for a task without a metric.
+def quality(task: Task, predictions: Sequence[str], references: Sequence[str]) -> Quality:
+    """Returns how good predicted completions are by the task's metric; its values are {} where the task has none.
 
-    `exact_match`: the final number of the prediction equals the reference's in value ("1,200" is 1200 is
-    "1200.0").
+    Raises ValueError where there are not as many predictions as references.
     """
     if task.metric is None:
-        return {}
-    answer = final_number(prediction)
-    return {"exact_match": float(answer is not None and answer == final_number(example.completion))}
-
-
-_NUMBER = re.compile(r"(?:(?<![\w.)])-)?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)")
-
-
-def final_number(text: str) -> Decimal | None:
-    """Returns the number after the first "####", or the last number where that mark is missing, or None.
-
-    The first mark counts because a model that does not stop goes on to problems of its own.
-    """
-    _, mark, answer = text.partition("####")
-    numbers = _NUMBER.findall(answer if mark else text)
-    if not numbers:
-        return None
-    return Decimal(numbers[0 if mark else -1].replace(",", ""))
+        return Quality(np.zeros((len(predictions), 0)), lambda sums: {})
+    return METRICS[task.metric](predictions, references)
 
 
 def _documents(files: corpora.Files) -> list[Example]:
@@ -110,6 +98,11 @@ def _load_stdlib_code(config: Any) -> Splits:
     return _documents(corpora.limit_bytes(train, config.size)), _documents(validation)
 
 
+def _load_stdlib_docstrings(config: Any) -> Splits:
+    train, validation = ([layouts.summary(*pair) for pair in pairs] for pairs in stdlib_docstrings())
+    return train[: config.size or None], validation
+
+
 def _load_text(config: Any) -> Splits:
     train, validation = corpora.text_files(config.path)
     return _documents(corpora.limit_bytes(train, config.size)), _documents(validation)
@@ -119,122 +112,112 @@ def _load_arithmetic(config: Any) -> Splits:
     if config.size == 0:
         raise UserError("task.size is 0; `arithmetic` needs the number of training examples to generate")
     problems = generate_split(config.seed, config.size)
-    train, validation = ([_question(*problem) for problem in split] for split in problems)
+    train, validation = ([layouts.question(*problem) for problem in split] for split in problems)
     return train, validation
 
 
 def _load_prompt_completion(config: Any) -> Splits:
-    return _jsonl_splits(config, _parse_prompt_completion)
-
-
-def _load_gsm8k(config: Any) -> Splits:
-    return _jsonl_splits(config, _parse_gsm8k)
+    train, validation = layouts.read_splits(Path(config.path), layouts.parse_prompt_completion)
+    return train[: config.size or None], validation
 
 
 def _load_spec_bench(config: Any) -> Splits:
     path = Path(config.path)
-    return (), _read_jsonl(path / "question.jsonl" if path.is_dir() else path, _parse_spec_bench)
+    return (), layouts.read_jsonl(path / "question.jsonl" if path.is_dir() else path, layouts.parse_spec_bench)
 
 
 def _load_prompts(config: Any) -> Splits:
     path = Path(config.path)
     if path.suffix in (".jsonl", ".json"):
-        return (), _read_jsonl(path, _parse_any)
+        return (), layouts.read_jsonl(path, layouts.parse_any)
     return (), [Example(line, "") for line in corpora.read_text(path).split("\n") if line.strip()]
 
 
-def _question(question: str, answer: str) -> Example:
-    # The space belongs to the answer: byte-level vocabularies keep it with the word that follows.
-    return Example(f"Question: {question}\nAnswer:", f" {answer}")
+@dataclass(frozen=True)
+class _Dataset:
+    """A data set of TFDS, or JSON lines of the same layout.
+
+    Attributes:
+      name: as TFDS has it.
+      validation: the split that is evaluated on: "validation", or "test" where the data set has no other.
+      fields: those that `parse` reads.
+    """
+
+    name: str
+    validation: str
+    fields: tuple[str, ...]
+    parse: Parser
+
+    def __call__(self, config: Any) -> Splits:
+        """Reads files of JSON lines where `task.path` names one or a folder of them, else what TFDS prepared."""
+        if config.path and layouts.is_jsonl(Path(config.path)):
+            train, validation = layouts.read_splits(Path(config.path), self.parse)
+        else:
+            train, validation = (self._examples(split, config.path) for split in ("train", self.validation))
+        return _limited(train, config.size), list(validation)
+
+    def _examples(self, split: str, data_dir: str) -> Iterator[Example]:
+        """Generates the examples; the split is opened at once, so that what is missing is said before the first."""
+        where, records = read_split(self.name, split, data_dir)
+        return self._parsed(where, records)
+
+    def _parsed(self, where: str, records: Iterable[layouts.Record]) -> Iterator[Example]:
+        left_out = 0
+        for number, record in enumerate(records):
+            # XSum and CNN/DailyMail hold a few articles without text.
+            if all(str(record[name]).strip() for name in self.fields if name in record):
+                yield self.parse(record, f"{where}, example {number}")
+            else:
+                left_out += 1
+        if left_out:
+            logging.warning("%s: %d examples left out, a text of theirs is empty", where, left_out)
 
 
-# name -> (loader, metric, whether it reads task.path)
-_TASKS: dict[str, tuple[Callable[[Any], Splits], str | None, bool]] = {
-    "stdlib_code": (_load_stdlib_code, None, False),
-    "arithmetic": (_load_arithmetic, "exact_match", False),
-    "text": (_load_text, None, True),
-    "prompt_completion": (_load_prompt_completion, None, True),
-    "gsm8k": (_load_gsm8k, "exact_match", True),
-    "spec_bench": (_load_spec_bench, None, True),
-    "prompts": (_load_prompts, None, True),
+def _limited(examples: Iterable[Example], size: int) -> list[Example]:
+    """The first `size` examples, or the first whole documents of at most `size` bytes together; 0: all."""
+    kept, left = [], size
+    for example in examples:
+        left -= 1 if example.prompt else len(example.completion.encode())
+        if size and left < 0:
+            break
+        kept.append(example)
+    if not kept:
+        raise UserError(f"task.size is {size}, which leaves nothing to train on; make it larger, or 0 for all")
+    return kept
+
+
+_TASKS: dict[str, _Entry] = {
+    # On every machine.
+    "stdlib_code": _Entry(_load_stdlib_code),
+    "stdlib_docstrings": _Entry(_load_stdlib_docstrings, "rouge", cuts_prompts=True),
+    "arithmetic": _Entry(_load_arithmetic, "exact_match"),
+    # Files.
+    "text": _Entry(_load_text, needs_path=True),
+    "prompt_completion": _Entry(_load_prompt_completion, needs_path=True),
+    "spec_bench": _Entry(_load_spec_bench, needs_path=True),
+    "prompts": _Entry(_load_prompts, needs_path=True),
+    # TFDS, or files.
+    "xsum": _Entry(
+        _Dataset("xsum", "validation", ("document", "summary"), layouts.parse_xsum),
+        "rouge",
+        may_have_path=True,
+        cuts_prompts=True,
+    ),
+    "cnn_dailymail": _Entry(
+        _Dataset("cnn_dailymail", "validation", ("article", "highlights"), layouts.parse_cnn_dailymail),
+        "rouge",
+        may_have_path=True,
+        cuts_prompts=True,
+    ),
+    "wmt14_en_de": _Entry(
+        _Dataset("wmt14_translate/de-en", "validation", ("en", "de"), layouts.parse_wmt_en_de),
+        "bleu",
+        may_have_path=True,
+    ),
+    "gsm8k": _Entry(
+        _Dataset("gsm8k", "test", ("question", "answer"), layouts.parse_gsm8k),
+        "exact_match",
+        may_have_path=True,
+    ),
+    "lm1b": _Entry(_Dataset("lm1b", "test", ("text",), layouts.parse_text), may_have_path=True),
 }
-
-
-def _jsonl_splits(config: Any, parse: Callable[[dict, str], Example]) -> Splits:
-    """Reads train.jsonl and test.jsonl of a directory; a single file is split by a hash of each prompt."""
-    path = Path(config.path)
-    if path.is_dir():
-        train, validation = (_read_jsonl(path / name, parse) for name in ("train.jsonl", "test.jsonl"))
-    else:
-        examples = _read_jsonl(path, parse)
-        held_out = corpora.validation_mask([example.prompt for example in examples])
-        train = [example for example, held in zip(examples, held_out, strict=True) if not held]
-        validation = [example for example, held in zip(examples, held_out, strict=True) if held]
-    return train[: config.size or None], validation
-
-
-def _read_jsonl(path: Path, parse: Callable[[dict, str], Example]) -> list[Example]:
-    """Parses each line that is not blank; `parse` gets the record and the line's name for error messages."""
-    examples = []
-    # Not splitlines(): it also breaks at characters that JSON strings may contain, such as U+2028.
-    for number, line in enumerate(corpora.read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where} is not JSON ({error}); correct or remove the line") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{where} is not a JSON object; correct or remove the line")
-        examples.append(parse(record, where))
-    return examples
-
-
-def _parse_prompt_completion(record: dict, where: str) -> Example:
-    prompt, completion = (_field(record, name, where) for name in ("prompt", "completion"))
-    if not prompt:
-        raise UserError(f'{where}: the field "prompt" is empty; give it text or use the task `text`')
-    return Example(prompt, completion)
-
-
-def _parse_gsm8k(record: dict, where: str) -> Example:
-    question, answer = (_field(record, name, where) for name in ("question", "answer"))
-    if "####" not in answer or final_number(answer) is None:
-        raise UserError(f'{where}: the field "answer" does not end in "#### <number>"; correct or remove the line')
-    return _question(question, answer)
-
-
-def _parse_spec_bench(record: dict, where: str) -> Example:
-    category = _field(record, "category", where)
-    if "question_id" not in record:
-        raise UserError(f'{where} lacks the field "question_id"')
-    turns = record.get("turns")
-    if not isinstance(turns, list) or not turns:
-        raise UserError(f'{where} lacks the field "turns", a list of texts')
-    prompt = _field({"turns": turns[0]}, "turns", where)
-    if not prompt:
-        raise UserError(f"{where}: the first turn is empty; correct or remove the line")
-    return Example(prompt, "", category)
-
-
-def _parse_any(record: dict, where: str) -> Example:
-    """A record of whichever layout its fields tell."""
-    if "turns" in record:
-        return _parse_spec_bench({"category": "", "question_id": 0, **record}, where)
-    if "question" in record and "answer" in record:
-        return _parse_gsm8k(record, where)
-    return _parse_prompt_completion({"completion": "", **record}, where)
-
-
-def _field(record: dict, name: str, where: str) -> str:
-    if name not in record:
-        raise UserError(f'{where} lacks the field "{name}"')
-    value = record[name]
-    if not isinstance(value, str):
-        raise UserError(f'{where}: the field "{name}" is {type(value).__name__}, not text')
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise UserError(f'{where}: the field "{name}" has half a surrogate pair, which is no character') from None
-    return value

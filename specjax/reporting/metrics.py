@@ -6,6 +6,7 @@ chapter 13).
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -129,6 +130,18 @@ def paired_difference(counts_a: Counts, counts_b: Counts, seed: int) -> dict:
         "block_efficiency_ratio": _number(efficiency_a / efficiency_b),
         "block_efficiency_ratio_ci": _interval(resampled_a / resampled_b),
     }
+
+
+def intervals(
+    values: Callable[[Float[np.ndarray, "N"]], dict[str, float]], size: int, *, seed: int
+) -> dict[str, list[float] | None]:
+    """The interval of each value of a set of `size` items, None where there are fewer than two items.
+
+    `values` is given how often each item counts.
+    """
+    resampled = [values(weights) for weights in _resampling_weights(size, seed)]
+    names = resampled[0] if resampled else values(np.ones(size))
+    return {name: _interval(np.asarray([one[name] for one in resampled])) for name in names}
 
 
 def _resampling_weights(size: int, seed: int) -> Float[np.ndarray, "R N"]:

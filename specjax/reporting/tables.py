@@ -80,7 +80,8 @@ def sync_readme(readme_text: str, tables: Mapping[str, str]) -> str:
 
 def summary_columns(rows: Sequence[Mapping]) -> list[str]:
     """The columns that tell these rows apart and say how they did."""
-    return [*varying(rows, SETTINGS), *SUMMARY]
+    scored = ["quality"] if any(row.get("quality") for row in rows) else []
+    return [*varying(rows, SETTINGS), *SUMMARY, *scored]
 
 
 def varying(rows: Iterable[Mapping], keys: Iterable[str]) -> list[str]:

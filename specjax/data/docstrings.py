@@ -1,0 +1,64 @@
+"""Functions of the Python standard library and what their docstrings say: a summarisation task on every machine."""
+
+import ast
+import textwrap
+import warnings
+from collections.abc import Iterator
+
+from specjax.data import corpora
+from specjax.runtime.errors import UserError
+
+Pairs = tuple[tuple[str, str], ...]
+
+
+def stdlib_docstrings() -> tuple[Pairs, Pairs]:
+    """Returns (source, first line of the docstring) of the standard library's functions, (training, validation).
+
+    The source is the function's own text without the docstring and the indentation of the whole, from `def` on.
+    Functions are split by file as `stdlib_files` splits them, then ordered by a hash of their source, and each source
+    stands once; one that is found on both sides is for validation. Left out are functions that consist of a docstring
+    alone, or have it on a line with code.
+
+    Raises UserError if this Python comes without sources that have docstrings.
+    """
+    training, validation = (
+        dict(pair for _, text in files for pair in _pairs(text)) for files in corpora.stdlib_files()
+    )
+    training = {source: line for source, line in training.items() if source not in validation}
+    if not training or not validation:
+        raise UserError("the standard library's sources hold no docstrings; use another task than `stdlib_docstrings`")
+    return _ordered(training), _ordered(validation)
+
+
+def _ordered(pairs: dict[str, str]) -> Pairs:
+    return tuple(sorted(pairs.items(), key=lambda pair: corpora.stable_hash(pair[0])))
+
+
+def _pairs(text: str) -> Iterator[tuple[str, str]]:
+    """The functions of one file; none of a file that this Python cannot parse."""
+    # The lines that the parser counts: not those of splitlines(), which also breaks at form feeds.
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of escapes that are deprecated
+        try:
+            tree = ast.parse("\n".join(lines))
+        except (SyntaxError, ValueError):
+            return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            docstring = ast.get_docstring(node)
+            if docstring and _stands_alone(node, lines):
+                yield _without_docstring(node, lines), docstring.split("\n")[0].strip()
+
+
+def _stands_alone(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> bool:
+    """Whether the docstring has its lines to itself, and code follows it."""
+    docstring = node.body[0]
+    before = lines[docstring.lineno - 1].encode()[: docstring.col_offset]
+    return len(node.body) > 1 and node.body[1].lineno > docstring.end_lineno and before.isspace()
+
+
+def _without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> str:
+    docstring = node.body[0]
+    kept = lines[node.lineno - 1 : docstring.lineno - 1] + lines[docstring.end_lineno : node.end_lineno]
+    return textwrap.dedent("\n".join(kept))

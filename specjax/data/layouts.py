@@ -1,0 +1,176 @@
+"""Records of the data sets that are known, read as examples; JSON lines that hold such records.
+
+A parser takes a record and a name for it, which its error messages begin with, and gives an example. Prompts of
+summaries and translations are those of T5 (Raffel et al. 2020, arXiv 1910.10683, appendix D). What divides prompt and
+answer, a space or a line break, belongs to the answer: a byte-level vocabulary keeps a space with the word that
+follows, and a decoder-only model still sees where a text ends that was cut to fit. T5's own vocabulary drops it.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from specjax.data import corpora
+from specjax.data.quality import final_number
+from specjax.runtime.errors import UserError
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt and the text that should follow it; for language modelling no prompt and a whole document.
+
+    Attributes:
+      prompt: what the model is given; never empty outside language modelling.
+      completion: what should follow; empty where a task has no reference.
+      category: the kind of prompt, where the task has kinds.
+    """
+
+    prompt: str
+    completion: str
+    category: str = ""
+
+
+# The files of a directory of JSON lines.
+SPLIT_FILES = ("train.jsonl", "test.jsonl")
+
+Record = dict[str, Any]
+Parser = Callable[[Record, str], Example]
+
+
+def question(text: str, answer: str) -> Example:
+    """A question and its worked answer."""
+    return Example(f"Question: {text}\nAnswer:", f" {answer}")
+
+
+def summary(text: str, reference: str) -> Example:
+    """A text and its summary, under T5's prefix."""
+    return Example(f"summarize: {text}", f"\n{reference}")
+
+
+def parse_prompt_completion(record: Record, where: str) -> Example:
+    """{"prompt", "completion"}"""
+    prompt, completion = (_field(record, name, where) for name in ("prompt", "completion"))
+    if not prompt:
+        raise UserError(f'{where}: the field "prompt" is empty; give it text or use the task `text`')
+    return Example(prompt, completion)
+
+
+def parse_gsm8k(record: Record, where: str) -> Example:
+    """{"question", "answer"}; the answer ends in "#### <number>"."""
+    text, answer = (_field(record, name, where) for name in ("question", "answer"))
+    if "####" not in answer or final_number(answer) is None:
+        raise UserError(f'{where}: the field "answer" does not end in "#### <number>"; correct or remove the line')
+    return question(text, answer)
+
+
+def parse_xsum(record: Record, where: str) -> Example:
+    """{"document", "summary"}"""
+    return summary(_filled(record, "document", where), _reference(record, "summary", where))
+
+
+def parse_cnn_dailymail(record: Record, where: str) -> Example:
+    """{"article", "highlights"}"""
+    return summary(_filled(record, "article", where), _reference(record, "highlights", where))
+
+
+def parse_wmt_en_de(record: Record, where: str) -> Example:
+    """{"en", "de"}"""
+    english, german = _filled(record, "en", where), _reference(record, "de", where)
+    return Example(f"translate English to German: {english}", f"\n{german}")
+
+
+def parse_text(record: Record, where: str) -> Example:
+    """{"text"}, a document of language modelling."""
+    return Example("", _filled(record, "text", where))
+
+
+def parse_spec_bench(record: Record, where: str) -> Example:
+    """{"question_id", "category", "turns"}; the first turn is the prompt."""
+    category = _field(record, "category", where)
+    if "question_id" not in record:
+        raise UserError(f'{where} lacks the field "question_id"')
+    turns = record.get("turns")
+    if not isinstance(turns, list) or not turns:
+        raise UserError(f'{where} lacks the field "turns", a list of texts')
+    prompt = _field({"turns": turns[0]}, "turns", where)
+    if not prompt:
+        raise UserError(f"{where}: the first turn is empty; correct or remove the line")
+    return Example(prompt, "", category)
+
+
+def parse_any(record: Record, where: str) -> Example:
+    """A record of prompts, of whichever layout its fields tell."""
+    if "turns" in record:
+        return parse_spec_bench({"category": "", "question_id": 0, **record}, where)
+    if "question" in record and "answer" in record:
+        return parse_gsm8k(record, where)
+    return parse_prompt_completion({"completion": "", **record}, where)
+
+
+def is_jsonl(path: Path) -> bool:
+    """Whether `path` is a file of JSON lines, or a folder of them, as `read_splits` reads them."""
+    return path.suffix == ".jsonl" or path.is_file() or any((path / name).is_file() for name in SPLIT_FILES)
+
+
+def read_splits(path: Path, parse: Parser) -> tuple[list[Example], list[Example]]:
+    """Reads train.jsonl and test.jsonl of a directory; a single file is split by a hash of each prompt (or text).
+
+    Raises UserError as `read_jsonl` does, and for a file that cannot be split.
+    """
+    if path.is_dir():
+        train, validation = (read_jsonl(path / name, parse) for name in SPLIT_FILES)
+        return train, validation
+    examples = read_jsonl(path, parse)
+    held_out = corpora.validation_mask([example.prompt or example.completion for example in examples])
+    train = [example for example, held in zip(examples, held_out, strict=True) if not held]
+    return train, [example for example, held in zip(examples, held_out, strict=True) if held]
+
+
+def read_jsonl(path: Path, parse: Parser) -> list[Example]:
+    """Parses each line that is not blank. Raises UserError, with the line's number, for what is no such record."""
+    examples = []
+    # Not splitlines(): it also breaks at characters that JSON strings may contain, such as U+2028.
+    for number, line in enumerate(corpora.read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where} is not JSON ({error}); correct or remove the line") from None
+        if not isinstance(record, dict):
+            raise UserError(f"{where} is not a JSON object; correct or remove the line")
+        examples.append(parse(record, where))
+    return examples
+
+
+def _reference(record: Record, name: str, where: str) -> str:
+    """The text that the task's metric compares with."""
+    if name not in record:
+        raise UserError(
+            f'{where} lacks the field "{name}", the reference that the quality metric needs; add it, or give the '
+            'prompts alone as {"prompt": ...} to the task `prompts`, which measures no quality'
+        )
+    return _filled(record, name, where)
+
+
+def _filled(record: Record, name: str, where: str) -> str:
+    text = _field(record, name, where)
+    if not text.strip():
+        raise UserError(f'{where}: the field "{name}" is empty; fill it or remove the record')
+    return text
+
+
+def _field(record: Record, name: str, where: str) -> str:
+    if name not in record:
+        raise UserError(f'{where} lacks the field "{name}"')
+    value = record[name]
+    if not isinstance(value, str):
+        raise UserError(f'{where}: the field "{name}" is {type(value).__name__}, not text')
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise UserError(f'{where}: the field "{name}" has half a surrogate pair, which is no character') from None
+    return value

@@ -1,0 +1,112 @@
+"""How good predicted texts are: exact match, ROUGE, BLEU, over a whole set of predictions.
+
+BLEU of a set is no mean over its sentences. So every metric here counts something for each prediction, and its values
+are a function of the sums: that serves the set, any part of it, and the resamples of a bootstrap alike.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+
+import numpy as np
+from jaxtyping import Float
+
+_ROUGE = ("rouge1", "rouge2", "rougeL")
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What a metric counted.
+
+    Attributes:
+      statistics: a row per prediction, to be summed.
+      combine: from the sums to the metric's values, by name.
+    """
+
+    statistics: Float[np.ndarray, "N K"]
+    combine: Callable[[Float[np.ndarray, "K"]], dict[str, float]]
+
+    def values(self, weights: Float[np.ndarray, "N"] | None = None) -> dict[str, float]:
+        """Returns the metric's values, each in 0..1; `weights` says how often each prediction counts (None: once)."""
+        sums = self.statistics.sum(0) if weights is None else weights @ self.statistics
+        return self.combine(sums)
+
+
+def exact_match(predictions: Sequence[str], references: Sequence[str]) -> Quality:
+    """`exact_match`: the share of predictions whose final number equals the reference's in value.
+
+    "1,200" is 1200 is "1200.0".
+    """
+    hits = [
+        answer is not None and answer == final_number(reference)
+        for answer, reference in zip(map(final_number, predictions), references, strict=True)
+    ]
+    return Quality(_counted(np.asarray(hits, float)[:, None]), lambda sums: {"exact_match": float(sums[0] / sums[-1])})
+
+
+def rouge(predictions: Sequence[str], references: Sequence[str]) -> Quality:
+    """`rouge1`, `rouge2`, `rougeL`: mean F1 of unigrams, bigrams, longest common subsequence (Lin 2004).
+
+    As the rouge-score package has it by default, without stemming; so does T5's evaluation.
+    """
+    from rouge_score import rouge_scorer
+
+    scorer = rouge_scorer.RougeScorer(list(_ROUGE))
+    scores = [
+        scorer.score(target=reference, prediction=prediction)
+        for prediction, reference in zip(predictions, references, strict=True)
+    ]
+    measures = np.asarray([[score[name].fmeasure for name in _ROUGE] for score in scores], float)
+    return Quality(
+        _counted(measures),
+        lambda sums: {name: float(value / sums[-1]) for name, value in zip(_ROUGE, sums, strict=False)},
+    )
+
+
+def bleu(predictions: Sequence[str], references: Sequence[str]) -> Quality:
+    """`bleu`: BLEU of the whole set (Papineni et al. 2002), as sacrebleu computes it by default, over 100.
+
+    13a tokens, case kept, exponential smoothing of orders without a match (Post 2018).
+    """
+    from sacrebleu.metrics import BLEU
+
+    # The effective order, which sacrebleu asks for with single sentences, changes none of the counts that are taken.
+    scorer = BLEU(effective_order=True)
+    scores = [
+        scorer.sentence_score(prediction, [reference])
+        for prediction, reference in zip(predictions, references, strict=True)
+    ]
+    counts = [[*score.counts, *score.totals, score.sys_len, score.ref_len] for score in scores]
+
+    def combine(sums: np.ndarray) -> dict[str, float]:
+        correct, total, (written, wanted) = sums[:4].tolist(), sums[4:8].tolist(), sums[8:].tolist()
+        whole = BLEU.compute_bleu(correct, total, written, wanted, smooth_method="exp")
+        return {"bleu": float(whole.score / 100)}
+
+    return Quality(np.asarray(counts, float), combine)
+
+
+Metric = Callable[[Sequence[str], Sequence[str]], Quality]
+
+METRICS: dict[str, Metric] = {"exact_match": exact_match, "rouge": rouge, "bleu": bleu}
+
+
+def _counted(measures: np.ndarray) -> np.ndarray:
+    """With a last column of ones, whose sum is the number of predictions."""
+    return np.concatenate([measures, np.ones((len(measures), 1))], axis=1)
+
+
+_NUMBER = re.compile(r"(?:(?<![\w.)])-)?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)")
+
+
+def final_number(text: str) -> Decimal | None:
+    """Returns the number after the first "####", or the last number where that mark is missing, or None.
+
+    The first mark counts because a model that does not stop goes on to problems of its own.
+    """
+    _, mark, answer = text.partition("####")
+    numbers = _NUMBER.findall(answer if mark else text)
+    if not numbers:
+        return None
+    return Decimal(numbers[0 if mark else -1].replace(",", ""))

@@ -1,0 +1,60 @@
+"""Data sets of TensorFlow Datasets, read through its data sources: ArrayRecord files, without TensorFlow."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from specjax.runtime.errors import UserError
+
+# Records asked for at one time.
+_AT_ONCE = 1024
+
+
+def read_split(dataset: str, split: str, data_dir: str) -> tuple[str, Iterator[dict[str, Any]]]:
+    """Returns where a split lies, for messages, and its records, in the order of the files, texts as str.
+
+    The files are opened at once and read as the records are asked for. TFDS shuffles as it prepares a data set, so the
+    first records are a sample of it.
+
+    Args:
+      dataset: as TFDS names it, with its config ("wmt14_translate/de-en").
+      split: "train", "validation", "test".
+      data_dir: where TFDS keeps prepared data sets; "" is TFDS's own default.
+
+    Raises:
+      UserError: for a data set that is not prepared there, or not as ArrayRecord, with the command that does it; for
+        a split that it lacks.
+    """
+    import tensorflow_datasets as tfds
+
+    folder = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
+    try:
+        # download=False: preparing a data set takes gigabytes, and is the user's to start.
+        sources = tfds.data_source(dataset, data_dir=folder, download=False)
+    except NotImplementedError:
+        raise UserError(
+            f"{folder / dataset} is not in the format array_record; run `tfds convert_format "
+            f"--dataset_dir={folder / dataset} --out_file_format=array_record` where TensorFlow is installed"
+        ) from None
+    # Without TensorFlow the code that prepares is not found either, with it only the files are missing.
+    except (tfds.core.DatasetNotFoundError, AssertionError):
+        raise UserError(
+            f'the data set "{dataset}" is not prepared in {folder}; run `tfds build {dataset} '
+            f"--file_format=array_record --data_dir={folder}` where TensorFlow is installed (reading needs none), or "
+            "set task.path to where it is prepared, or to a file of JSON lines"
+        ) from None
+    if split not in sources:
+        raise UserError(
+            f'the data set "{dataset}" in {folder} has no split "{split}", only {", ".join(sources)}; prepare it again'
+        )
+    return f"{dataset} in {folder}, {split}", _records(sources[split])
+
+
+def _records(source: Sequence[Any]) -> Iterator[dict[str, Any]]:
+    for start in range(0, len(source), _AT_ONCE):
+        for record in source.__getitems__(range(start, min(start + _AT_ONCE, len(source)))):
+            yield {name: _text(value) for name, value in record.items()}
+
+
+def _text(value: Any) -> Any:
+    return value.decode("utf-8") if isinstance(value, bytes) else value
