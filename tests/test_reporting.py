@@ -164,6 +164,16 @@ def test_intervals_repeat_with_the_seed():
     assert metrics.evaluate_row(counts, timing, seed=3) != metrics.evaluate_row(counts, timing, seed=4)
 
 
+def test_an_interval_of_values_resamples_items_and_one_item_has_none():
+    hits = np.arange(400) % 4 == 0
+    share = lambda weights: {"share": float(weights @ hits / weights.sum())}
+    low, high = metrics.intervals(share, 400, seed=0)["share"]
+    # Of a proportion: 1.96 standard errors to each side.
+    assert high - low == pytest.approx(2 * 1.96 * np.sqrt(0.25 * 0.75 / 400), rel=0.1) and low < 0.25 < high
+    assert metrics.intervals(share, 400, seed=0) == {"share": [low, high]}
+    assert metrics.intervals(share, 1, seed=0) == {"share": None}
+
+
 def test_a_paired_difference_sees_what_two_intervals_would_hide():
     # Prompts differ widely; on each of them `a` gains one accepted token in one block of ten.
     rng = np.random.default_rng(0)
@@ -285,6 +295,11 @@ def test_the_summary_table_is_aligned_and_says_what_matters():
 def test_a_setting_in_which_rows_differ_gets_a_column():
     assert "rule" not in tables.summary_table([result_row(), result_row()])
     assert "coupled" in tables.summary_table([result_row(), result_row(rule="coupled")])
+
+
+def test_quality_is_in_the_summary_where_a_row_has_one():
+    assert "quality" not in tables.summary_table([result_row(quality={})])
+    assert "rouge2 0.12" in tables.summary_table([result_row(quality={"rouge2": 0.12}), result_row(quality={})])
 
 
 def test_ties_are_shown_beside_what_is_identical():

@@ -148,7 +148,7 @@ def evaluation_prompts(
         example, text = examples[index], examples[index].prompt
         if len(tokens) > prompt_length[1] and task.cuts_prompts and not chat:
             tokens = _cut(tokens, prompt_length[1], tokenizer)
-            text = tokenizer.decode(tokens)
+            text = tokenizer.decode(tokens.tolist())
         if len(tokens) > prompt_length[1]:
             raise UserError(
                 f'prompt {index} of task "{task.name}" ("{text[:40]}...") has '

@@ -28,7 +28,10 @@ class Quality:
     combine: Callable[[Float[np.ndarray, "K"]], dict[str, float]]
 
     def values(self, weights: Float[np.ndarray, "N"] | None = None) -> dict[str, float]:
-        """Returns the metric's values, each in 0..1; `weights` says how often each prediction counts (None: once)."""
+        """Returns the metric's values, each in 0..1.
+
+        `weights`, whole numbers, say how often each prediction counts (None: once).
+        """
         sums = self.statistics.sum(0) if weights is None else weights @ self.statistics
         return self.combine(sums)
 
@@ -80,8 +83,8 @@ def bleu(predictions: Sequence[str], references: Sequence[str]) -> Quality:
     counts = [[*score.counts, *score.totals, score.sys_len, score.ref_len] for score in scores]
 
     def combine(sums: np.ndarray) -> dict[str, float]:
-        correct, total, (written, wanted) = sums[:4].tolist(), sums[4:8].tolist(), sums[8:].tolist()
-        whole = BLEU.compute_bleu(correct, total, written, wanted, smooth_method="exp")
+        *ngrams, written, wanted = sums.astype(int).tolist()
+        whole = BLEU.compute_bleu(ngrams[:4], ngrams[4:], written, wanted, smooth_method="exp")
         return {"bleu": float(whole.score / 100)}
 
     return Quality(np.asarray(counts, float), combine)

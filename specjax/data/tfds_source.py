@@ -26,22 +26,24 @@ def read_split(dataset: str, split: str, data_dir: str) -> tuple[str, Iterator[d
         a split that it lacks.
     """
     import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import read_only_builder
 
     folder = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
     try:
-        # download=False: preparing a data set takes gigabytes, and is the user's to start.
-        sources = tfds.data_source(dataset, data_dir=folder, download=False)
-    except NotImplementedError:
-        raise UserError(
-            f"{folder / dataset} is not in the format array_record; run `tfds convert_format "
-            f"--dataset_dir={folder / dataset} --out_file_format=array_record` where TensorFlow is installed"
-        ) from None
-    # Without TensorFlow the code that prepares is not found either, with it only the files are missing.
-    except (tfds.core.DatasetNotFoundError, AssertionError):
+        # From the files alone: `tfds.data_source` would first look for the code that prepares them, which may be of
+        # another version, or need TensorFlow.
+        builder = read_only_builder.builder_from_files(dataset, data_dir=folder)
+        sources = builder.as_data_source()
+    except tfds.core.DatasetNotFoundError:
         raise UserError(
             f'the data set "{dataset}" is not prepared in {folder}; run `tfds build {dataset} '
             f"--file_format=array_record --data_dir={folder}` where TensorFlow is installed (reading needs none), or "
             "set task.path to where it is prepared, or to a file of JSON lines"
+        ) from None
+    except NotImplementedError:
+        raise UserError(
+            f"{builder.data_dir} is not in the format array_record; run `tfds convert_format "
+            f"--dataset_version_dir={builder.data_dir} --out_file_format=array_record` where TensorFlow is installed"
         ) from None
     if split not in sources:
         raise UserError(
