@@ -72,6 +72,8 @@ def prepare(data_dir, dataset, splits):
 
         def _info(self):
             features = tfds.features.FeaturesDict({field: tfds.features.Text() for field in fields})
+            if fields == ["de", "en"]:
+                features = tfds.features.Translation(fields)
             return tfds.core.DatasetInfo(builder=self, features=features)
 
         def _split_generators(self, _):
