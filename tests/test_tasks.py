@@ -183,6 +183,9 @@ def test_examples_of_a_data_set_whose_text_is_empty_are_left_out_and_counted(tmp
     task = load_task(config("xsum", tmp_path))
     assert len(task.train) == len(task.validation) == 1
     assert [line.split(", train: ")[1] for line in said] == ["2 examples left out, a text of theirs is empty"]
+    prepare(tmp_path / "blank", "xsum", {"train": [record(0)], "validation": blank})
+    with pytest.raises(UserError, match='"xsum" has no examples to validate on'):
+        load_task(config("xsum", tmp_path / "blank"))
 
 
 @pytest.mark.parametrize(
@@ -191,7 +194,7 @@ def test_examples_of_a_data_set_whose_text_is_empty_are_left_out_and_counted(tmp
         ("xsum", {"document": "d"}, 'lacks the field "summary", the reference that the quality metric needs'),
         ("cnn_dailymail", {"article": "d"}, 'lacks the field "highlights", the reference'),
         ("wmt14_en_de", {"en": "d"}, 'lacks the field "de", the reference'),
-        ("gsm8k", {"question": "d"}, 'lacks the field "answer"'),
+        ("gsm8k", {"question": "d"}, 'lacks the field "answer", the reference'),
         ("xsum", {"summary": "s"}, 'lacks the field "document"'),
         ("wmt14_en_de", {"en": 5, "de": "d"}, '"en" is int, not text'),
         ("xsum", {"document": "d", "summary": " "}, 'the field "summary" is empty'),
@@ -359,7 +362,9 @@ def tokenizer():
 LONG = tuple(Example(f"summarize: {i} " + "abcdefgh" * 20, f"\nend {i}") for i in range(3))
 
 
-def test_a_text_to_summarise_is_cut_at_its_end_so_that_the_summary_fits(tokenizer):
+def test_a_text_to_summarise_is_cut_at_its_end_so_that_the_summary_fits(tokenizer, monkeypatch):
+    said = []
+    monkeypatch.setattr(absl_logging, "info", lambda message, *values: said.append(message % values))
     task = Task("long", LONG, LONG, "rouge", cuts_prompts=True)
     batch = next(training_batches(task, tokenizer, batch_size=3, sequence_length=64, prompt_length=(1, 9), seed=0))
     for tokens, length, start in zip(batch["tokens"], batch["lengths"], batch["loss_start"], strict=True):
@@ -367,6 +372,7 @@ def test_a_text_to_summarise_is_cut_at_its_end_so_that_the_summary_fits(tokenize
         example = LONG[int(prompt.split()[1])]
         assert length == 64 and tokens[-1] == tokenizer.eos_ids[0]
         assert example.prompt.startswith(prompt) and completion == example.completion
+    assert said == ["long: 3 of 3 prompts lost their end, to fit rows of 64 tokens"]
     # No more than half a row is left to a completion.
     batch = next(training_batches(task, tokenizer, batch_size=3, sequence_length=8, prompt_length=(1, 9), seed=0))
     assert batch["loss_start"].tolist() == [4, 4, 4]
@@ -374,6 +380,7 @@ def test_a_text_to_summarise_is_cut_at_its_end_so_that_the_summary_fits(tokenize
     for prompt, example in zip(prompts, LONG, strict=True):
         assert prompt.tokens == tuple(tokenizer.encode(example.prompt)[:32])
         assert prompt.text == tokenizer.decode(prompt.tokens) and prompt.reference == example.completion
+    assert said[-1] == "long: 3 of 3 prompts lost their end, to fit the limit of 32 tokens"
     with pytest.raises(UserError, match="more than the limit of 32"):
         evaluation_prompts(Task("long", LONG, LONG, "rouge"), tokenizer, count=3, prompt_length=(1, 32), seed=0)
 

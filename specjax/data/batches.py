@@ -143,19 +143,26 @@ def evaluation_prompts(
     if count > len(task.validation):
         raise UserError(f'task "{task.name}" has {len(task.validation)} prompts, fewer than the {count} asked for')
     examples = task.validation[: count or None]
-    prompts = []
+    prompts, cut = [], 0
     for index, tokens in enumerate(_prompt_tokens(tokenizer, [example.prompt for example in examples], chat)):
         example, text = examples[index], examples[index].prompt
         if len(tokens) > prompt_length[1] and task.cuts_prompts and not chat:
             tokens = _cut(tokens, prompt_length[1], tokenizer)
             text = tokenizer.decode(tokens.tolist())
+            cut += 1
         if len(tokens) > prompt_length[1]:
             raise UserError(
                 f'prompt {index} of task "{task.name}" ("{text[:40]}...") has '
                 f"{len(tokens)} tokens, more than the limit of {prompt_length[1]}; raise that limit"
             )
         prompts.append(Prompt(index, tuple(tokens.tolist()), text, example.completion, example.category))
+    _say_cut(task, cut, len(examples), f"the limit of {prompt_length[1]} tokens")
     return prompts
+
+
+def _say_cut(task: Task, cut: int, count: int, bound: str) -> None:
+    if cut:
+        logging.info("%s: %d of %d prompts lost their end, to fit %s", task.name, cut, count, bound)
 
 
 def _cut(tokens: np.ndarray, limit: int, tokenizer: Tokenizer) -> np.ndarray:
@@ -262,10 +269,14 @@ def _paired_rows(task: Task, examples: Sequence[Example], tokenizer: Tokenizer, 
     # Apart from each other, so that a prompt has the tokens here that it has when a model is to continue it.
     prompts = _tokenise(tokenizer.encode_prompt_batch, [example.prompt for example in examples])
     completions = _tokenise(tokenizer.encode_batch, [example.completion for example in examples])
+    if task.cuts_prompts:
+        room = [max(sequence_length - len(text) - 1, sequence_length // 2) for text in completions]
+        whole = prompts
+        prompts = [_cut(prompt, limit, tokenizer) for prompt, limit in zip(whole, room, strict=True)]
+        cut = sum(len(part) < len(prompt) for part, prompt in zip(prompts, whole, strict=True))
+        _say_cut(task, cut, len(examples), f"rows of {sequence_length} tokens")
     rows, starts = [], []
     for prompt, completion in zip(prompts, completions, strict=True):
-        if task.cuts_prompts:
-            prompt = _cut(prompt, max(sequence_length - len(completion) - 1, sequence_length // 2), tokenizer)
         if len(prompt) < sequence_length:
             rows.append(np.concatenate([prompt, completion, end])[:sequence_length])
             starts.append(len(prompt))

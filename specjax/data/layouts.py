@@ -59,7 +59,7 @@ def parse_prompt_completion(record: Record, where: str) -> Example:
 
 def parse_gsm8k(record: Record, where: str) -> Example:
     """{"question", "answer"}; the answer ends in "#### <number>"."""
-    text, answer = (_field(record, name, where) for name in ("question", "answer"))
+    text, answer = _field(record, "question", where), _reference(record, "answer", where)
     if "####" not in answer or final_number(answer) is None:
         raise UserError(f'{where}: the field "answer" does not end in "#### <number>"; correct or remove the line')
     return question(text, answer)

@@ -76,6 +76,8 @@ def load_task(config: Any) -> Task:
     if config.path and not (entry.needs_path or entry.may_have_path):
         raise UserError(f'task "{config.name}" reads no file: set task.path to ""')
     train, validation = entry.load(config)
+    if not validation:
+        raise UserError(f'the data of task "{config.name}" has no examples to validate on; give it some')
     return Task(config.name, tuple(train), tuple(validation), entry.metric, entry.cuts_prompts)
 
 
