@@ -39,8 +39,10 @@ def get_config(variant: str = "") -> ConfigDict:
     config.top_k = 0  # 0 is off
     config.top_p = 1.0  # 1 is off
     # Gammas at which the lossless rule is run, and the coupled one (at temperatures above 0, where it must repeat plain
-    # decoding token for token).
+    # decoding token for token); then those of lossy rules, which are run at every one of `leniences`.
     draft = {"kind": "model", "path": config.drafter.get_ref("path"), "lossless": (2, 4, 6), "coupled": (4,)}
+    draft |= {"lenient_linear": (), "lenient_square": (), "lenient_exp": (), "typical": ()}
+    config.leniences = (0.7, 0.5, 0.3)  # in (0, 1]; smaller accepts more
     config.drafters = ConfigDict(
         {
             "draft": draft,
