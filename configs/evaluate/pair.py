@@ -10,7 +10,9 @@ Hardware: whatever holds both models; `--config.mesh.tensor=8` spreads them over
 `--config.param_dtype=bfloat16` halves their memory. Wall-clock time: every prompt is decoded plainly once and once a
 gamma, at each temperature, and every combination compiles for some seconds first. Expect block efficiencies that differ
 by temperature, and `identical` equal to the number of prompts; the speed-up is what you came to learn.
-`configs/evaluate/pair.py:smoke` takes four prompts and a few tokens.
+Lossy rules run where they are asked for, `--config.drafters.draft.lenient_exp=4 --config.leniences=0.7,0.5`, and are
+labelled so; their quality wants prompts with completions. `configs/evaluate/pair.py:smoke` takes four prompts and a few
+tokens.
 """
 
 from ml_collections import ConfigDict
