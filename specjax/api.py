@@ -133,7 +133,7 @@ def generate(
             batch_size=min(batch_size, len(ids)),
             slots=slots,
             seed=seed,
-            sampling=Sampling.of(temperature, top_k, top_p, lenience),
+            sampling=Sampling.of(temperature, top_k, top_p, lenience=lenience),
             max_new_tokens=max_new_tokens,
             eos_ids=target.tokenizer.eos_ids if eos_ids is None else tuple(eos_ids),
             put=batch.placer(target.mesh),

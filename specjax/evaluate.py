@@ -167,10 +167,9 @@ def _rules(config: Any, setting: Setting) -> list[tuple[str, float | None]]:
 
 def _cases(job: Job, setting: Setting) -> list[Case]:
     config = job.config
-    sampling = {
-        lenience: Sampling.of(setting.temperature, config.top_k, config.top_p, 1.0 if lenience is None else lenience)
-        for lenience in (None, *config.leniences)
-    }
+    settings = setting.temperature, config.top_k, config.top_p
+    sampling = {lenience: Sampling.of(*settings, lenience=lenience) for lenience in config.leniences}
+    sampling[None] = Sampling.of(*settings)
     cases = [Case(BASELINE, "model", setting.rule, None, 0, sampling[None], {}, None, 0)]
     for name, section in config.drafters.items():
         options = section.to_dict()
@@ -380,19 +379,6 @@ def _comparisons(config: Any, counts: dict) -> list[dict]:
                 }
             )
     return found
-
-
-def write_run_report(workdir: str | Path, config: Any) -> None:
-    """The report of a run of several stages: the last evaluation, with the training curves of every stage."""
-    workdir = Path(workdir)
-    stages = {
-        name: records.read_metrics(workdir / name / "metrics.jsonl")
-        for name in config.stages
-        if (workdir / name / "metrics.jsonl").exists()
-    }
-    last = records.read_results(workdir / config.stages[-1] / "results.json")
-    results = last | records.read_results(workdir / "results.json")
-    page.write_run(workdir, results, stages)
 
 
 if __name__ == "__main__":

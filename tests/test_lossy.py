@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.special
 import tiny
-from enumeration import EnumeratedNoise, Tables, block_law, composed_law, emitted_law, mean_accepted
+from enumeration import EnumeratedNoise, Tables, block_law, composed_law, emitted_law
 
 from specjax import api, evaluate
 from specjax.decoding import loop
@@ -104,14 +104,6 @@ def test_at_lenience_1_the_enumerated_law_is_the_targets(name):
     tables = Tables(1, 3, 2, True)
     joint = emitted_law(block_law(RULES[name], tables, False, leeway=leeway(1.0)), 3)
     np.testing.assert_allclose(joint, tables.target_law((), 3), atol=1e-6)
-
-
-def test_more_is_accepted_in_the_order_of_the_allowances():
-    tables = Squares(3, 5, 1, False)
-    mean = lambda name, lenience: mean_accepted(block_law(RULES[name], tables, False, depth=1, leeway=leeway(lenience)))
-    exact = mean("lenient_linear", 1.0)
-    assert exact < mean("lenient_linear", 0.5) < mean("lenient_square", 0.5)
-    assert exact < mean("lenient_exp", 0.5)
 
 
 # --- one block, with the noise of decoding -------------------------------------------------------------------------
@@ -281,7 +273,8 @@ def test_leeway_is_for_lossy_rules_and_raw_probabilities_for_greedy_ones(models,
     target, params, _ = models
     plan = tiny.plan(target, gamma=0, slots=2, max_new=2, rule=Watched(lossy, []), greedy=greedy)
     texts, lengths = tiny.prompts(0, 2, 2, VOCAB)
-    jax.eval_shape(lambda: tiny.decode(plan, params, None, texts, lengths, 2, adjust=Sampling.of(1.0, lenience=0.5)))
+    adjust = Sampling.of(1.0, lenience=0.5)
+    jax.eval_shape(lambda: tiny.decode(plan, params, None, texts, lengths, 2, adjust=adjust).lengths)
     assert [leeway is not None for leeway in plan.rule.seen] == [lossy]
     if lossy:
         assert (plan.rule.seen[0].raw_target_probs is not None) == greedy

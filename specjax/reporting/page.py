@@ -12,9 +12,9 @@ import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from specjax.reporting import plots, tables
+from specjax.reporting import plots, records, tables
 from specjax.reporting.records import json_clean, write_atomically
 
 ORIGINS = {
@@ -196,6 +196,19 @@ def write_run(workdir: Path, results: Mapping, stages: Mapping[str, Sequence[Map
     )
     print(f"report: {path}")
     return path
+
+
+def write_run_report(workdir: str | Path, config: Any) -> None:
+    """The report of a run of several stages: the last evaluation, with the training curves of every stage."""
+    workdir = Path(workdir)
+    stages = {
+        name: records.read_metrics(workdir / name / "metrics.jsonl")
+        for name in config.stages
+        if (workdir / name / "metrics.jsonl").exists()
+    }
+    last = records.read_results(workdir / config.stages[-1] / "results.json")
+    results = last | records.read_results(workdir / "results.json")
+    write_run(workdir, results, stages)
 
 
 def comparison_table(comparisons: Sequence[Mapping]) -> Table:
