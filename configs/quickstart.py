@@ -184,6 +184,8 @@ def _evaluation() -> ConfigDict:
             "early_exit": {"kind": "early_exit", "exit_layer": 1, "lossless": (2,), "coupled": ()},
         }
     )
+    # Leniences of lossy rules (rules.RULES); a drafter's section that names one would be run under it at each of these.
+    config.leniences = ()
     # Pairs whose block efficiencies are compared prompt by prompt, at equal settings.
     config.compare = (("distilled", "control"),)
     config.samples = 3  # texts shown in the report

@@ -58,12 +58,16 @@ class Stats:
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """What `generate` returns: per prompt the text, the emitted ids (prompt not repeated) and their origins."""
+    """What `generate` returns: per prompt the text, the emitted ids (prompt not repeated) and their origins.
+
+    `lossy` says that the rule was one: then the texts do not follow the target's law.
+    """
 
     texts: list[str]
     tokens: list[list[int]]
     origins: list[list[str]]
     stats: Stats
+    lossy: bool
 
 
 def generate(
@@ -76,6 +80,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     rule: str = "lossless",
+    lenience: float = 1.0,
     max_new_tokens: int = 64,
     batch_size: int = 8,
     eos_ids: Sequence[int] | None = None,
@@ -93,7 +98,8 @@ def generate(
       drafter: a loaded draft model, "ngram" (with `shortest`, `longest`), "early_exit" (with `exit_layer`), or None
         for plain decoding.
       gamma: most tokens drafted a block.
-      rule: "lossless" or "coupled".
+      rule: "lossless", "coupled", or a lossy one: "lenient_linear", "lenient_square", "lenient_exp", "typical".
+      lenience: of a lossy rule, in (0, 1]; smaller accepts more.
       eos_ids: ids that end a row; the tokenizer's when None, () for none.
       on_text: called with the text of the current batch so far, after every `blocks_at_once` blocks, and at its end.
 
@@ -109,12 +115,11 @@ def generate(
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, not {batch_size}")
     options = {"exit_layer": exit_layer, "shortest": shortest, "longest": longest}
-    gamma, proposer = _proposer(target, drafter, gamma, options)
-    slots = batch.prompt_slots(ids)
+    (gamma, proposer), slots = _proposer(target, drafter, gamma, options), batch.prompt_slots(ids)
     plan = loop.Plan(
         target=target.decoder,
         drafter=proposer,
-        rule=rules.rule_named(rule),
+        rule=_rule(rule, lenience),
         gamma=gamma,
         capacity=batch.capacity_bucket(target.decoder.text_slots(slots), max_new_tokens, gamma),
         greedy=temperature == 0,
@@ -128,26 +133,34 @@ def generate(
             batch_size=min(batch_size, len(ids)),
             slots=slots,
             seed=seed,
-            sampling=Sampling.of(temperature, top_k, top_p),
+            sampling=Sampling.of(temperature, top_k, top_p, lenience=lenience),
             max_new_tokens=max_new_tokens,
             eos_ids=target.tokenizer.eos_ids if eos_ids is None else tuple(eos_ids),
             put=batch.placer(target.mesh),
-            **_listener(target, blocks_at_once, on_text),
+            **_listener(target, plan, blocks_at_once, on_text),
         )
-    return _generation(target, results)
+    return _generation(target, plan, results)
 
 
-def _listener(target: Model, blocks_at_once: int | None, on_text) -> dict[str, Any]:
+def _rule(name: str, lenience: float):
+    rule = rules.rule_named(name)
+    if lenience != 1 and not rule.lossy:
+        lossy = ", ".join(name for name, rule in rules.RULES.items() if rule.lossy)
+        raise UserError(f"lenience is {lenience} and the rule {name} is exact; leave lenience at 1, or take {lossy}")
+    return rule
+
+
+def _listener(target: Model, plan: loop.Plan, blocks_at_once: int | None, on_text) -> dict[str, Any]:
     """What `batch.decode` needs to tell of a text that grows."""
     if on_text is None:
         return {}
     if blocks_at_once is None or blocks_at_once < 1:
         raise UserError(f"blocks_at_once must be 1 or more for on_text to be called, not {blocks_at_once}")
-    tell = lambda result: on_text(_generation(target, [(len(result.tokens), result)]))
+    tell = lambda result: on_text(_generation(target, plan, [(len(result.tokens), result)]))
     return {"blocks": blocks_at_once, "on_blocks": tell}
 
 
-def _generation(target: Model, results: Sequence[tuple[int, batch.BatchResult]]) -> Generation:
+def _generation(target: Model, plan: loop.Plan, results: Sequence[tuple[int, batch.BatchResult]]) -> Generation:
     """Joins batches of (rows that count, result)."""
     tokens = [row for count, result in results for row in result.tokens[:count]]
     origins = [row for count, result in results for row in result.origins[:count]]
@@ -160,6 +173,7 @@ def _generation(target: Model, results: Sequence[tuple[int, batch.BatchResult]])
             seconds=sum(result.seconds for _, result in results),
             iterations=sum(result.iterations for _, result in results),
         ),
+        lossy=plan.rule.lossy and plan.gamma > 0,
     )
 
 

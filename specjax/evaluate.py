@@ -30,11 +30,17 @@ BASELINE = "none"
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One drafter at one gamma; `BASELINE` at gamma 0 is plain decoding."""
+    """One drafter under one rule at one gamma; `BASELINE` at gamma 0 is plain decoding.
+
+    `lenience` is None under an exact rule.
+    """
 
     name: str
     kind: str
+    rule: str
+    lenience: float | None
     gamma: int
+    sampling: Sampling
     options: dict[str, Any]
     params: Any
     num_params: int
@@ -42,12 +48,11 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What all cases of a group share."""
+    """What all cases of a group share; `rule` is the exact one, under which its plain decoding runs."""
 
     rule: str
     temperature: float
     batch_size: int
-    sampling: Sampling = dataclasses.field(compare=False)  # arrays, made of what is compared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +85,7 @@ def run(config: Any, workdir: str | Path) -> dict:
     for setting in settings:
         group_rows, group_counts, group_samples = _run_group(job, setting)
         rows += group_rows
-        counts.update({(setting, name, gamma): c for (name, gamma), c in group_counts.items()})
+        counts.update({(setting, *case): c for case, c in group_counts.items()})
         samples += group_samples
     comparisons = _comparisons(config, counts)
     path = workdir / "results.json"
@@ -104,6 +109,7 @@ def _job(config: Any) -> Job:
         path, param_dtype=config.param_dtype, compute_dtype=config.compute_dtype, mesh=mesh
     )
     target = load(config.target)
+    _check_rules(config)
     drafters = {}
     for name, section in config.drafters.items():
         if section.kind == "model":
@@ -133,32 +139,50 @@ def _job(config: Any) -> Job:
     return Job(config, target, task, prompts, drafters)
 
 
+def _check_rules(config: Any) -> None:
+    """In a drafter's section lists are gammas: refuses those of no rule, and of a lossy one without leniences."""
+    for name, section in config.drafters.items():
+        for key, gammas in section.items():
+            of_rule = isinstance(gammas, (tuple, list))
+            if of_rule and rules.rule_named(key).lossy and gammas and not config.leniences:
+                raise UserError(f"drafters.{name}.{key} needs leniences, and config.leniences is empty; name some.")
+
+
 def _settings(config: Any) -> list[Setting]:
     """Groups in order: every batch size and temperature under `lossless`, then under `coupled` where sampled."""
-    make = lambda rule, temperature, size: Setting(
-        rule, temperature, size, Sampling.of(temperature, config.top_k, config.top_p)
-    )
     settings = []
     for size in config.batch_sizes:
         for temperature in config.temperatures:
-            settings.append(make("lossless", temperature, size))
+            settings.append(Setting("lossless", temperature, size))
             if temperature > 0 and any(section.coupled for section in config.drafters.values()):
-                settings.append(make("coupled", temperature, size))
+                settings.append(Setting("coupled", temperature, size))
     return settings
 
 
+def _rules(config: Any, setting: Setting) -> list[tuple[str, float | None]]:
+    """The group's exact rule; beside `lossless`, whose baseline they share, every lossy one at every lenience."""
+    lossy = [name for name, rule in rules.RULES.items() if rule.lossy] if setting.rule == "lossless" else []
+    return [(setting.rule, None), *((name, lenience) for name in lossy for lenience in config.leniences)]
+
+
 def _cases(job: Job, setting: Setting) -> list[Case]:
-    cases = [Case(BASELINE, "model", 0, {}, None, 0)]
-    for name, section in job.config.drafters.items():
+    config = job.config
+    settings = setting.temperature, config.top_k, config.top_p
+    sampling = {lenience: Sampling.of(*settings, lenience=lenience) for lenience in config.leniences}
+    sampling[None] = Sampling.of(*settings)
+    cases = [Case(BASELINE, "model", setting.rule, None, 0, sampling[None], {}, None, 0)]
+    for name, section in config.drafters.items():
         options = section.to_dict()
         model = job.drafters.get(name)
         if model is not None:
             options["model"] = model.decoder
-        for gamma in section[setting.rule]:
-            make_drafter(section.kind, job.target.decoder, gamma, options)  # refuses what does not fit
-            params = model.params if model else None
-            size = model.decoder.num_params if model else 0
-            cases.append(Case(name, section.kind, gamma, options, params, size))
+        params = model.params if model else None
+        size = model.decoder.num_params if model else 0
+        for rule, lenience in _rules(config, setting):
+            for gamma in section.get(rule, ()):
+                make_drafter(section.kind, job.target.decoder, gamma, options)  # refuses what does not fit
+                how = (rule, lenience, gamma, sampling[lenience])
+                cases.append(Case(name, section.kind, *how, options, params, size))
     return cases
 
 
@@ -166,7 +190,7 @@ def _plan(job: Job, setting: Setting, case: Case, slots: int) -> loop.Plan:
     return loop.Plan(
         target=job.target.decoder,
         drafter=make_drafter(case.kind, job.target.decoder, case.gamma, case.options),
-        rule=rules.rule_named(setting.rule),
+        rule=rules.rule_named(case.rule),
         gamma=case.gamma,
         capacity=batch.capacity_bucket(job.target.decoder.text_slots(slots), job.config.max_new_tokens, case.gamma),
         greedy=setting.temperature == 0,
@@ -174,7 +198,7 @@ def _plan(job: Job, setting: Setting, case: Case, slots: int) -> loop.Plan:
 
 
 def _run_group(job: Job, setting: Setting):
-    """Every case of one setting, interleaved batch by batch; rows, counts by (drafter, gamma), samples."""
+    """Every case of one setting, interleaved batch by batch; rows, counts by (drafter, how it ran), samples."""
     cases = _cases(job, setting)
     slots = batch.prompt_slots(job.ids)
     plans = [_plan(job, setting, case, slots) for case in cases]
@@ -182,13 +206,13 @@ def _run_group(job: Job, setting: Setting):
     baseline = outputs[0]
     rows, counts, samples = [], {}, []
     favourite = job.config.compare[0][0] if job.config.compare else cases[-1].name
-    shown = max(cases, key=lambda case: (case.name == favourite, case.gamma))
+    shown = max(cases, key=lambda case: (case.name == favourite, case.lenience is None, case.gamma))
     for case, plan, output in zip(cases, plans, outputs, strict=True):
         joined = metrics.Counts(**batch.join_counts([result.counts(size) for size, result in output]))
-        counts[case.name, case.gamma] = joined
+        counts[case.name, case.rule, case.lenience, case.gamma] = joined
         row = _row(job, setting, case, plan, joined, output, baseline)
         row |= _prediction(job, setting, case, plan, row, output, baseline, plans[0])
-        row["identical_to_baseline"] = _identical(job, setting, case, plan, output, baseline)
+        row["identical_to_baseline"] = _identical(job, case, plan, output, baseline)
         rows.append(row)
         if case is shown:
             samples = _samples(job, setting, case, output)
@@ -211,7 +235,7 @@ def _decode_all(job: Job, setting: Setting, cases, plans, slots) -> list[list]:
             batch_size=size,
             slots=slots,
             seed=job.config.seed,
-            sampling=setting.sampling,
+            sampling=case.sampling,
             max_new_tokens=job.config.max_new_tokens,
             eos_ids=job.target.tokenizer.eos_ids,
             put=put,
@@ -252,8 +276,8 @@ def _row(job: Job, setting: Setting, case: Case, plan, counts, output, baseline)
         "prompts": len(job.prompts),
         "target": config.target,
         "drafter": case.name,
-        "rule": setting.rule,
-        "lenience": None,
+        "rule": case.rule,
+        "lenience": case.lenience,
         "gamma": case.gamma,
         "temperature": setting.temperature,
         "top_k": config.top_k,
@@ -288,16 +312,16 @@ def _prediction(job: Job, setting: Setting, case: Case, plan, row: dict, output,
             job.ids,
             _emitted(baseline),
             batch_size=setting.batch_size,
-            sampling=setting.sampling,
+            sampling=case.sampling,
             seed=job.config.seed,
             put=batch.placer(job.target.mesh),
         )
     return prediction.predict(parts, plan, row["block_efficiency"], case.num_params, output, baseline)
 
 
-def _identical(job: Job, setting: Setting, case: Case, plan, output, baseline) -> dict | None:
-    """Equality with plain decoding where it is claimed: at temperature 0, and under `coupled` at any."""
-    if case.gamma == 0 or not (plan.greedy or setting.rule == "coupled"):
+def _identical(job: Job, case: Case, plan, output, baseline) -> dict | None:
+    """Equality with plain decoding where it is claimed: of exact rules at temperature 0, of `coupled` at any."""
+    if case.gamma == 0 or plan.rule.lossy or not (plan.greedy or case.rule == "coupled"):
         return None
     return identity.compare(
         plan,
@@ -307,7 +331,7 @@ def _identical(job: Job, setting: Setting, case: Case, plan, output, baseline) -
         _emitted(output),
         slots=plan.capacity,
         seed=job.config.seed,
-        sampling=setting.sampling,
+        sampling=case.sampling,
     )
 
 
@@ -317,9 +341,10 @@ def _samples(job: Job, setting: Setting, case: Case, output) -> list[dict]:
     origins = [row for size, result in output for row in result.origins[:size]]
     pieces = job.target.tokenizer.pieces
     shown = range(min(job.config.samples, len(tokens)))
+    rule = tables.rule_label({"rule": case.rule, "lenience": case.lenience})
     return [
         {
-            "title": f"{case.name}, {setting.rule}, temperature {setting.temperature:g}, gamma {case.gamma}",
+            "title": f"{case.name}, {rule}, temperature {setting.temperature:g}, gamma {case.gamma}",
             "prompt": job.prompts[i].text,
             "tokens": [
                 [piece, loop.ORIGINS[origin]] for piece, origin in zip(pieces(tokens[i]), origins[i], strict=True)
@@ -333,15 +358,16 @@ def _comparisons(config: Any, counts: dict) -> list[dict]:
     """Each pair of `compare`, prompt by prompt, wherever both drafters ran alike."""
     found = []
     for first, second in config.compare:
-        for (setting, name, gamma), mine in counts.items():
-            theirs = counts.get((setting, second, gamma))
+        for (setting, name, rule, lenience, gamma), mine in counts.items():
+            theirs = counts.get((setting, second, rule, lenience, gamma))
             if name != first or theirs is None:
                 continue
             found.append(
                 {
                     "drafter": first,
                     "against": second,
-                    "rule": setting.rule,
+                    "rule": rule,
+                    "lenience": lenience,
                     "temperature": setting.temperature,
                     "batch_size": setting.batch_size,
                     "gamma": gamma,
@@ -349,19 +375,6 @@ def _comparisons(config: Any, counts: dict) -> list[dict]:
                 }
             )
     return found
-
-
-def write_run_report(workdir: str | Path, config: Any) -> None:
-    """The report of a run of several stages: the last evaluation, with the training curves of every stage."""
-    workdir = Path(workdir)
-    stages = {
-        name: records.read_metrics(workdir / name / "metrics.jsonl")
-        for name in config.stages
-        if (workdir / name / "metrics.jsonl").exists()
-    }
-    last = records.read_results(workdir / config.stages[-1] / "results.json")
-    results = last | records.read_results(workdir / "results.json")
-    page.write_run(workdir, results, stages)
 
 
 if __name__ == "__main__":

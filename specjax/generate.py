@@ -9,7 +9,7 @@ from typing import Any
 
 from specjax import api
 from specjax.hub.model import Model
-from specjax.reporting import records
+from specjax.reporting import records, tables
 from specjax.runtime import cli
 from specjax.runtime import config as configs
 from specjax.runtime import mesh as meshes
@@ -50,6 +50,7 @@ def run(config: Any, workdir: str | Path) -> dict:
         top_k=config.top_k,
         top_p=config.top_p,
         rule=config.rule,
+        lenience=config.lenience,
         max_new_tokens=config.max_new_tokens,
         batch_size=1,
         seed=config.seed,
@@ -62,6 +63,8 @@ def run(config: Any, workdir: str | Path) -> dict:
     printer.end(out)
     row = {
         "prompt": config.prompt,
+        "rule": config.rule,
+        "lenience": config.lenience if out.lossy else None,
         "text": out.texts[0],
         "tokens": list(zip(target.tokenizer.pieces(out.tokens[0]), out.origins[0], strict=True)),
         "emitted_tokens": out.stats.emitted_tokens,
@@ -116,6 +119,8 @@ def _summary(row: dict, colours: bool) -> str:
     if row["acceptance_rate"] is not None:
         parts.append(f"{row['acceptance_rate']:.0%} of the drafted tokens accepted")
     parts.append(f"{row['tokens_per_second']:.1f} tokens/s, compiling included")
+    if row["lenience"] is not None:
+        parts.append(f"{tables.rule_label(row)}: not the target's law")
     if colours:
         parts.append(", ".join(f"\033[{colour}m{origin}\033[0m" for origin, colour in _COLOURS.items()))
     return "; ".join(parts)

@@ -51,9 +51,9 @@ def run(config: ConfigDict, workdir: str | Path) -> dict:
         plain = configs.to_plain(config)
         records.write_results(results, binary="main", config=plain, rows=rows, comparisons=comparisons)
     if config[config.stages[-1]].binary == "evaluate":
-        from specjax import evaluate
+        from specjax.reporting import page
 
-        evaluate.write_run_report(workdir, config)
+        page.write_run_report(workdir, config)
     return records.read_results(results)
 
 

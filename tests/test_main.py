@@ -86,6 +86,8 @@ def test_a_variant_and_overrides_of_every_type_reach_the_config(config_file):
         ("1e-3,1", (0.5,), (0.001, 1.0)),
         ("ngram,none", ("model",), ("ngram", "none")),
         ("('ngram', \"none\")", ("model",), ("ngram", "none")),
+        ("4", (), (4,)),
+        ("0.5,1,x", (), (0.5, 1, "x")),
         ("None", None, None),
         ("runs/a", None, "runs/a"),
         ("1e3", 0.5, 1000.0),

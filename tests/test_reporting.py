@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from specjax.reporting import metrics, page, plots, records, tables
+from specjax.reporting import metrics, page, plots, records, sync, tables
 from specjax.runtime.errors import UserError
 
 
@@ -302,6 +302,35 @@ def test_quality_is_in_the_summary_where_a_row_has_one():
     assert "rouge2 0.12" in tables.summary_table([result_row(quality={"rouge2": 0.12}), result_row(quality={})])
 
 
+def test_a_lossy_row_says_so_in_every_table_even_among_its_like():
+    lossy = result_row(rule="lenient_exp", lenience=0.25, identical_to_baseline=None)
+    for rows in ([lossy], [lossy, lossy | {"lenience": 0.5}], [result_row(), lossy]):
+        assert tables.summary_columns(rows)[0] == "rule"
+        assert "lenient_exp 0.25, lossy" in tables.summary_table(rows)
+        assert "lenient_exp 0.25, lossy" in tables.markdown_table(rows, ["rule", "speedup"])
+        assert "never marked" in page.results_table(rows).caption
+    assert "lossy" not in tables.summary_table([result_row(), result_row(lenience=None)])
+
+
+def test_a_faster_lossy_row_is_neither_marked_nor_the_headline():
+    rows = [result_row("none", 0), result_row(speedup=1.5), result_row(speedup=2.5, rule="typical", lenience=0.09)]
+    assert page.results_table(rows).best == {1}
+    said = {card.label: (card.value, card.note) for card in page.headline(rows)}
+    assert said["Best speed-up, temperature 0"] == ("1.50×", "distilled, gamma 4, 95% interval 1.40–1.60")
+    value, note = said["Best speed-up, temperature 0, lossy"]
+    assert value == "2.50×" and "distilled, typical 0.09, lossy" in note
+
+
+def test_a_lossy_comparison_says_so():
+    compared = {"drafter": "a", "against": "b", "temperature": 1.0, "gamma": 4, "rule": "lenient_linear"}
+    compared |= dict.fromkeys(("block_efficiency_difference", "block_efficiency_ratio"), 1.0)
+    compared |= dict.fromkeys(("block_efficiency_difference_ci", "block_efficiency_ratio_ci"))
+    assert page.comparison_table([compared | {"lenience": 0.5}]).lines[0][2] == "lenient_linear 0.5, lossy"
+    environment = {"jax": "0.1", "python": "3.12", "device_kind": "cpu", "git_commit": "0123456789abcdef"}
+    record = {"rows": [result_row()], "comparisons": [compared | {"lenience": 0.5}], "environment": environment}
+    assert "| lenient_linear 0.5, lossy |" in sync.quickstart(record)
+
+
 def test_ties_are_shown_beside_what_is_identical():
     ties = [{"prompt": 3, "position": 7, "top2_gap": 1e-7}]
     row = result_row(identical_to_baseline={"equal": 7, "of": 8, "differences": ties})
@@ -421,6 +450,14 @@ def test_a_run_without_training_or_samples_has_a_shorter_page(tmp_path):
     sections = page.run_sections(figures=tmp_path, rows=untimed)
     assert [section.title for section in sections] == ["Results"]
     assert [file.name for file in tmp_path.glob("*.png") if "dark" not in file.name] == ["acceptance.png"]
+
+
+def test_the_legend_of_a_figure_names_lossy_rules():
+    lossy = result_row(rule="lenient_exp", lenience=0.25)
+    _, names = plots._grouped([lossy])
+    assert names == ["distilled (lenient_exp 0.25, lossy)"]
+    _, names = plots._grouped([result_row(lenience=None), lossy])
+    assert names == ["distilled (lossless)", "distilled (lenient_exp 0.25, lossy)"]
 
 
 def test_figures_without_data_say_so(tmp_path):

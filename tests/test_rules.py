@@ -1,10 +1,9 @@
-"""The laws of the rules, by enumeration of every draft, every acceptance and every recovered token.
+"""The laws of the exact rules, by enumeration of every draft, every acceptance and every recovered token.
 
-Uniforms are enumerated on the grid j / G, 0 included. Targets are multiples of 1/8 and drafts powers of two, so that
-every acceptance threshold lies on the grid: then exactly the right share of grid points is accepted, and only by `<`.
+Uniforms are enumerated on the grid j / G, 0 included, on which every acceptance threshold lies: then exactly the right
+share of grid points is accepted, and only by `<`.
 """
 
-import dataclasses
 import itertools
 
 import jax
@@ -12,163 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from enumeration import EMITTED, EnumeratedNoise, Tables, block_law, emitted_law, mean_accepted
 
 from specjax.decoding.drafters.base import Proposal
 from specjax.decoding.rules import Coupled, Lossless, rule_named
-from specjax.decoding.sampling import Noise, Stream
+from specjax.decoding.sampling import Noise
 from specjax.runtime.errors import UserError
-
-EMITTED = 3  # the joint law of this many tokens is compared
-
-
-class EnumeratedNoise(Noise):
-    """Hands out given uniforms and keeps the weights of the draw that follows."""
-
-    __setattr__ = object.__setattr__
-
-    def __init__(self, uniforms):
-        self.given = uniforms
-        self.weights = None
-
-    def uniforms(self, count):
-        assert count == self.given.shape[1]
-        return self.given
-
-    def choose(self, weights, offsets, stream):
-        assert self.weights is None and stream == Stream.RECOVER
-        self.weights, self.offsets = weights, offsets
-        return jnp.zeros(weights.shape[:1], jnp.int32)
-
-
-class Tables:
-    """A random target and draft: one distribution for each context (a tuple of tokens)."""
-
-    def __init__(self, seed: int, vocab: int, gamma: int, mixed: bool):
-        self.random = np.random.default_rng(seed)
-        self.vocab, self.gamma, self.mixed = vocab, gamma, mixed
-        self.drawn = {}
-
-    def _draw(self):
-        eighths = self.random.multinomial(8, self.random.dirichlet(np.full(self.vocab, 0.7)))
-        shapes = {3: [(4, 2, 2), (4, 4, 0)], 4: [(4, 2, 1, 1), (2, 2, 2, 2), (4, 4, 0, 0)]}[self.vocab]
-        draft = self.random.permutation(shapes[self.random.integers(len(shapes))])
-        # How many are drafted may depend on the context, never on the token it discards.
-        count = self.random.integers(self.gamma + 1) if self.mixed else self.gamma
-        return eighths / 8, draft / 8, int(self.random.integers(self.vocab)), int(count)
-
-    def at(self, context):
-        if context not in self.drawn:
-            self.drawn[context] = self._draw()
-        return self.drawn[context]
-
-    def target(self, context):
-        return self.at(context)[0]
-
-    def target_law(self, context, count):
-        """The target's own joint law of the next `count` tokens, `[V] * count`."""
-        if count == 0:
-            return np.ones(())
-        return np.stack(
-            [self.target(context)[t] * self.target_law((*context, t), count - 1) for t in range(self.vocab)]
-        )
-
-    def paths(self, context, one_hot: bool):
-        """Every draft from here with its probability, and how many of its tokens count."""
-        num_drafted = self.at(context)[3]
-        for draft in itertools.product(range(self.vocab), repeat=num_drafted):
-            chance = 1.0
-            for i, token in enumerate(draft):
-                _, probs, argmax, _ = self.at((*context, *draft[:i]))
-                chance *= float(token == argmax) if one_hot else probs[token]
-            if chance > 0:
-                yield draft, chance, num_drafted
-
-
-@dataclasses.dataclass
-class Paths:
-    """One row of the batch for each (context, draft, uniforms)."""
-
-    contexts: list
-    chances: list
-    tokens: list
-    probs: list
-    counts: list
-    uniforms: list
-    targets: list
-
-
-def enumerate_paths(tables: Tables, one_hot: bool) -> Paths:
-    gamma, vocab = tables.gamma, tables.vocab
-    grid = 8 if one_hot else 8 if vocab == 4 else 4
-    rows = Paths([], [], [], [], [], [], [])
-    for depth in range(EMITTED):
-        for context in itertools.product(range(vocab), repeat=depth):
-            for draft, chance, count in tables.paths(context, one_hot):
-                filler = (vocab - 1,) * (gamma - count)  # entries that must be ignored, with probabilities that tempt
-                followed = (*draft, *filler)
-                before = [(*context, *followed[:i]) for i in range(gamma + 1)]
-                # Uniforms past `count` must not matter; enumerating them all would only be slow.
-                for uniforms in itertools.product(range(grid), repeat=count):
-                    rows.contexts.append(context)
-                    rows.chances.append(chance / grid**count)
-                    rows.tokens.append(followed)
-                    rows.probs.append([tables.at(c)[1] for c in before[:gamma]])
-                    rows.counts.append(count)
-                    rows.uniforms.append([u / grid for u in uniforms] + [0.0] * (gamma - count))
-                    rows.targets.append([tables.target(c) for c in before])
-    return rows
-
-
-def emitted_law(rule, tables: Tables, one_hot: bool, jitted: bool = True):
-    """The joint law of the next EMITTED tokens when blocks are verified by `rule`; also the mean number accepted."""
-    gamma, vocab = tables.gamma, tables.vocab
-    rows = enumerate_paths(tables, one_hot)
-    batch = len(rows.contexts)
-    shaped = lambda x, *shape: np.asarray(x, np.float32).reshape(batch, *shape)
-
-    def outcome(uniforms, tokens, probs, counts, targets):
-        noise = EnumeratedNoise(uniforms)
-        accepted, _ = rule(noise, Proposal(tokens, probs, counts), targets, None)
-        return accepted, noise.weights, noise.offsets
-
-    accepted, weights, offsets = (jax.jit(outcome) if jitted else outcome)(
-        jnp.asarray(shaped(rows.uniforms, gamma)),
-        jnp.asarray(shaped(rows.tokens, gamma), jnp.int32),
-        None if one_hot else jnp.asarray(shaped(rows.probs, gamma, vocab)),
-        jnp.asarray(rows.counts, jnp.int32),
-        jnp.asarray(shaped(rows.targets, gamma + 1, vocab)),
-    )
-    accepted, weights = np.asarray(accepted), np.asarray(weights, np.float64)
-    np.testing.assert_array_equal(accepted, np.asarray(offsets))  # the draw is keyed to the position it fills
-    next_law = weights / weights.sum(-1, keepdims=True)
-    grouped = {}
-    for i, context in enumerate(rows.contexts):
-        key = (context, rows.tokens[i][: accepted[i]])
-        total = grouped.setdefault(key, np.zeros(vocab))
-        total += rows.chances[i] * next_law[i]
-
-    def law(context, count):
-        if count == 0:
-            return np.ones(())
-        joint = np.zeros((vocab,) * count)
-        for (start, stood), chances in grouped.items():
-            if start != context:
-                continue
-            if len(stood) >= count:
-                joint[stood[:count]] += chances.sum()
-                continue
-            for token in range(vocab):
-                rest = count - len(stood) - 1
-                joint[(*stood, token)] += chances[token] * law((*context, *stood, token), rest)
-        return joint
-
-    at_root = [i for i, context in enumerate(rows.contexts) if context == ()]
-    mean_accepted = sum(rows.chances[i] * accepted[i] for i in at_root)
-    return law((), EMITTED), mean_accepted
 
 
 def error_of(rule, tables, one_hot, **how):
-    joint, _ = emitted_law(rule, tables, one_hot, **how)
+    joint = emitted_law(block_law(rule, tables, one_hot, **how), tables.vocab)
     return np.abs(joint - tables.target_law((), EMITTED)).max()
 
 
@@ -196,11 +48,10 @@ def test_lossless_is_the_same_law_without_jit():
 def test_lossless_accepts_the_overlap_of_the_two_distributions(one_hot):
     for seed in range(4):
         tables = Tables(seed, 4, 1, False)
-        target, draft, argmax, _ = tables.at(())
-        if one_hot:
-            draft = np.eye(4)[argmax]
-        _, mean_accepted = emitted_law(Lossless(), tables, one_hot)
-        assert mean_accepted == pytest.approx(np.minimum(target, draft).sum(), abs=1e-6)
+        target, draft = tables.target(()), tables.draft((), one_hot)
+        assert mean_accepted(block_law(Lossless(), tables, one_hot)) == pytest.approx(
+            np.minimum(target, draft).sum(), abs=1e-6
+        )
 
 
 FAULTS = ["wrong residual", "unclipped residual", "no bonus", "<=", "counts all"]

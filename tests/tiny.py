@@ -110,8 +110,9 @@ class Planted:
 
     fault: str
     shared_noise = False
+    lossy = False
 
-    def __call__(self, noise, proposal, target_probs, raw_target_probs):
+    def __call__(self, noise, proposal, target_probs, leeway):
         batch, gamma = proposal.tokens.shape
         vocab = target_probs.shape[-1]
         rows = jnp.arange(batch)

@@ -10,7 +10,9 @@ Hardware: whatever holds both models; `--config.mesh.tensor=8` spreads them over
 `--config.param_dtype=bfloat16` halves their memory. Wall-clock time: every prompt is decoded plainly once and once a
 gamma, at each temperature, and every combination compiles for some seconds first. Expect block efficiencies that differ
 by temperature, and `identical` equal to the number of prompts; the speed-up is what you came to learn.
-`configs/evaluate/pair.py:smoke` takes four prompts and a few tokens.
+Lossy rules run where they are asked for, `--config.drafters.draft.lenient_exp=4 --config.leniences=0.7,0.5`, and are
+labelled so; their quality wants prompts with completions. `configs/evaluate/pair.py:smoke` takes four prompts and a few
+tokens.
 """
 
 from ml_collections import ConfigDict
@@ -39,8 +41,10 @@ def get_config(variant: str = "") -> ConfigDict:
     config.top_k = 0  # 0 is off
     config.top_p = 1.0  # 1 is off
     # Gammas at which the lossless rule is run, and the coupled one (at temperatures above 0, where it must repeat plain
-    # decoding token for token).
+    # decoding token for token); then those of lossy rules, which are run at every one of `leniences`.
     draft = {"kind": "model", "path": config.drafter.get_ref("path"), "lossless": (2, 4, 6), "coupled": (4,)}
+    draft |= {"lenient_linear": (), "lenient_square": (), "lenient_exp": (), "typical": ()}
+    config.leniences = (0.7, 0.5, 0.3)  # in (0, 1]; smaller accepts more
     config.drafters = ConfigDict(
         {
             "draft": draft,

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from specjax.decoding.drafters.base import Context, Outcome, Prefill, Proposal
-from specjax.decoding.rules import Lossless
+from specjax.decoding.rules import Leeway, Lossless
 from specjax.decoding.sampling import Noise, Sampling, probabilities
 from specjax.models import kv_cache
 from specjax.models.language_model import LanguageModel, consecutive
@@ -242,6 +242,11 @@ def _count(statistics: Statistics, num_accepted, num_emitted, num_drafted) -> St
     )
 
 
+def _leeway(plan: Plan, logits: Float[Array, "B gamma_plus_1 V"], sampling: Sampling) -> Leeway:
+    raw = jax.nn.softmax(logits.astype(jnp.float32), axis=-1) if plan.greedy else None
+    return Leeway(sampling.lenience, raw)
+
+
 def settle(
     plan: Plan,
     draft_params: Any,
@@ -256,7 +261,8 @@ def settle(
     """What follows the target call: the rule decides, the row is cut at EOS and limit, everything is committed."""
     with jax.named_scope("rule"):
         target_probs = probabilities(logits, sampling, greedy=plan.greedy)
-        num_accepted, next_token = plan.rule(noise, proposal, target_probs, None)
+        leeway = _leeway(plan, logits, sampling) if plan.rule.lossy else None
+        num_accepted, next_token = plan.rule(noise, proposal, target_probs, leeway)
     with jax.named_scope("commit"):
         room = limits.max_new_tokens - state.num_emitted
         tokens, num_emitted, num_drafted, ended = _emission(

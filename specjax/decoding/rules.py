@@ -1,9 +1,10 @@
 """Verification rules: which drafted tokens stand, and which token follows them.
 
-A rule is a frozen callable of (noise, proposal, target probabilities, raw target probabilities) that returns the
-number of accepted tokens and the next one. Rows of a proposal from `num_drafted` on count as drafts of probability 0:
-then the recovered token and the bonus token come from one formula, max(target - draft, 0), and an empty proposal
-is ordinary decoding.
+A rule is a frozen callable of (noise, proposal, target probabilities, leeway) that returns the number of accepted
+tokens and the next one. It says of itself whether draft and target share one stream of noise (`shared_noise`) and
+whether it departs from the target's law (`lossy`); an exact rule is given no leeway. Rows of a proposal from
+`num_drafted` on count as drafts of probability 0: then the recovered token and the bonus token come from one formula,
+max(target - draft, 0), and an empty proposal is ordinary decoding.
 """
 
 import dataclasses
@@ -15,6 +16,21 @@ from jaxtyping import Array, Bool, Float, Int
 from specjax.decoding.drafters.base import Proposal
 from specjax.decoding.sampling import Noise, Stream
 from specjax.runtime.errors import UserError, nearest
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Leeway:
+    """What a lossy rule is given beyond the law that it bends.
+
+    Attributes:
+      lenience: epsilon in (0, 1]; less of it accepts more. Traced.
+      raw_target_probs: the target's softmax at temperature 1, nothing cut, where decoding is greedy; None elsewhere.
+        Greedy target probabilities are one-hot, and no lenience makes anything of a probability of 0.
+    """
+
+    lenience: Float[Array, ""]
+    raw_target_probs: Float[Array, "B gamma_plus_1 V"] | None
 
 
 def _leading(accepted: Bool[Array, "B gamma"]) -> Int[Array, "B"]:
@@ -41,6 +57,38 @@ def _draft_row(proposal: Proposal, index: Int[Array, "B"], vocab: int) -> Float[
     return jnp.where((index < proposal.num_drafted)[:, None], row, 0)
 
 
+def _at_tokens(rows: Float[Array, "B R V"], proposal: Proposal) -> Float[Array, "B gamma"]:
+    """Of each row the entry of the token drafted there."""
+    gamma = proposal.tokens.shape[1]
+    return jnp.take_along_axis(rows[:, :gamma], proposal.tokens[..., None], axis=2)[..., 0]
+
+
+def _draft_at_tokens(proposal: Proposal) -> Float[Array, "B gamma"]:
+    """The draft's probability of each drafted token, 1 where it is deterministic."""
+    if proposal.probs is None:
+        return jnp.ones(proposal.tokens.shape, jnp.float32)
+    return _at_tokens(proposal.probs, proposal)
+
+
+def _num_accepted(stands: Bool[Array, "B gamma"], proposal: Proposal) -> Int[Array, "B"]:
+    """How many drafted tokens stand before the first that does not, or was not drafted."""
+    index = jnp.arange(proposal.tokens.shape[1], dtype=jnp.int32)[None]
+    return _leading(stands & (index < proposal.num_drafted[:, None]))
+
+
+def _from_residual(
+    noise: Noise, proposal: Proposal, target_probs: Float[Array, "B gamma_plus_1 V"], num_accepted: Int[Array, "B"]
+) -> Int[Array, "B"]:
+    """The token after the accepted ones, in proportion to max(target - draft, 0)."""
+    target_row = _row_at(target_probs, num_accepted)
+    residual = jnp.maximum(target_row - _draft_row(proposal, num_accepted, target_probs.shape[-1]), 0)
+    # A refusal means target < draft somewhere, so some token has target > draft, except by rounding when the
+    # two distributions agree to the last bit; then the target itself is the residual's limit.
+    empty = jnp.max(residual, axis=-1, keepdims=True) <= 0
+    residual = jnp.where(empty, target_row, residual)
+    return noise.choose(residual, num_accepted, Stream.RECOVER)
+
+
 @dataclasses.dataclass(frozen=True)
 class Lossless:
     """Speculative sampling (arXiv 2211.17192, algorithm 1): accept y iff r * draft(y) < target(y).
@@ -51,28 +99,20 @@ class Lossless:
     """
 
     shared_noise = False
+    lossy = False
 
     def __call__(
         self,
         noise: Noise,
         proposal: Proposal,
         target_probs: Float[Array, "B gamma_plus_1 V"],
-        raw_target_probs: Float[Array, "B gamma_plus_1 V"] | None,
+        leeway: Leeway | None,
     ) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
-        del raw_target_probs
-        gamma = proposal.tokens.shape[1]
-        at_token = lambda rows: jnp.take_along_axis(rows, proposal.tokens[..., None], axis=2)[..., 0]
-        target_at = at_token(target_probs[:, :gamma])
-        draft_at = jnp.ones_like(target_at) if proposal.probs is None else at_token(proposal.probs)
-        drafted = jnp.arange(gamma, dtype=jnp.int32)[None] < proposal.num_drafted[:, None]
-        num_accepted = _leading((noise.uniforms(gamma) * draft_at < target_at) & drafted)
-        target_row = _row_at(target_probs, num_accepted)
-        residual = jnp.maximum(target_row - _draft_row(proposal, num_accepted, target_probs.shape[-1]), 0)
-        # A refusal means target < draft somewhere, so some token has target > draft, except by rounding when the
-        # two distributions agree to the last bit; then the target itself is the residual's limit.
-        empty = jnp.max(residual, axis=-1, keepdims=True) <= 0
-        residual = jnp.where(empty, target_row, residual)
-        return num_accepted, noise.choose(residual, num_accepted, Stream.RECOVER)
+        del leeway
+        uniforms = noise.uniforms(proposal.tokens.shape[1])
+        stands = uniforms * _draft_at_tokens(proposal) < _at_tokens(target_probs, proposal)
+        num_accepted = _num_accepted(stands, proposal)
+        return num_accepted, _from_residual(noise, proposal, target_probs, num_accepted)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,26 +124,147 @@ class Coupled:
     """
 
     shared_noise = True
+    lossy = False
 
     def __call__(
         self,
         noise: Noise,
         proposal: Proposal,
         target_probs: Float[Array, "B gamma_plus_1 V"],
-        raw_target_probs: Float[Array, "B gamma_plus_1 V"] | None,
+        leeway: Leeway | None,
     ) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
-        del raw_target_probs
+        del leeway
         batch, gamma = proposal.tokens.shape
         choices = [
             noise.choose(target_probs[:, i], jnp.full((batch,), i, jnp.int32), Stream.RECOVER) for i in range(gamma + 1)
         ]
         chosen = jnp.stack(choices, axis=1)
-        drafted = jnp.arange(gamma, dtype=jnp.int32)[None] < proposal.num_drafted[:, None]
-        num_accepted = _leading((chosen[:, :gamma] == proposal.tokens) & drafted)
+        num_accepted = _num_accepted(chosen[:, :gamma] == proposal.tokens, proposal)
         return num_accepted, jnp.take_along_axis(chosen, num_accepted[:, None], axis=1)[:, 0]
 
 
-RULES = {"lossless": Lossless(), "coupled": Coupled()}
+class _Lenient:
+    """Speculative sampling in which the target's probability p of a drafted token counts as f(p, epsilon) >= p.
+
+    Accept y iff r * draft(y) < f(p(y), epsilon), strictly; after a refusal recover from max(p - draft, 0), neither of
+    the two modified (DistillSpec, arXiv 2310.08461). A drafted position then emits
+
+      P(x) = min(q(x), f(p(x))) + D * max(p(x) - q(x), 0),   D = sum(q - min(q, f(p))) / sum(p - min(p, q)),
+
+    with q the draft's law (arXiv 2607.26627, equations 10 and 11, where f is p / epsilon); a bonus token follows p.
+    f(0) is 0, so what the target excludes (by top-k, by top-p, as an id that it lacks) never stands.
+
+    At temperature 0 p and q are one-hot and f is taken of the target's probabilities at temperature 1: a drafted
+    token stands iff it is the target's most probable one or f of its probability is above the largest; what follows
+    is the target's most probable token.
+    """
+
+    shared_noise = False
+    lossy = True
+
+    def allowance(self, probs: Array, lenience: Float[Array, ""]) -> Array:
+        """f(p, epsilon)."""
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        noise: Noise,
+        proposal: Proposal,
+        target_probs: Float[Array, "B gamma_plus_1 V"],
+        leeway: Leeway,
+    ) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
+        target_at, raw = _at_tokens(target_probs, proposal), leeway.raw_target_probs
+        if raw is None:
+            uniforms = noise.uniforms(proposal.tokens.shape[1])
+            stands = uniforms * _draft_at_tokens(proposal) < self.allowance(target_at, leeway.lenience)
+        else:
+            largest = jnp.max(raw, axis=-1)[:, : proposal.tokens.shape[1]]
+            stands = (target_at > 0) | (self.allowance(_at_tokens(raw, proposal), leeway.lenience) > largest)
+        num_accepted = _num_accepted(stands, proposal)
+        return num_accepted, _from_residual(noise, proposal, target_probs, num_accepted)
+
+
+@dataclasses.dataclass(frozen=True)
+class LenientLinear(_Lenient):
+    """f(p, epsilon) = p / epsilon.
+
+    Output law of a drafted position: P of `_Lenient`, by which no token is likelier than p / epsilon. Lossy;
+    `lossless` bit for bit at epsilon 1.
+    """
+
+    def allowance(self, probs: Array, lenience: Float[Array, ""]) -> Array:
+        return probs / lenience
+
+
+@dataclasses.dataclass(frozen=True)
+class LenientSquare(_Lenient):
+    """f(p, epsilon) = p / epsilon ** 2.
+
+    Output law of a drafted position: P of `_Lenient`, by which no token is likelier than p / epsilon ** 2. Lossy;
+    `lossless` bit for bit at epsilon 1.
+    """
+
+    def allowance(self, probs: Array, lenience: Float[Array, ""]) -> Array:
+        return probs / lenience / lenience  # the square of a small epsilon would be 0, and 0 / 0 no number
+
+
+@dataclasses.dataclass(frozen=True)
+class LenientExp(_Lenient):
+    """f(p, epsilon) = p ** epsilon.
+
+    Output law of a drafted position: P of `_Lenient`, by which no token is likelier than p ** epsilon: as epsilon
+    goes to 0 it becomes the draft's own law, less what the target excludes. Lossy; `lossless` bit for bit at
+    epsilon 1.
+    """
+
+    def allowance(self, probs: Array, lenience: Float[Array, ""]) -> Array:
+        return jnp.where(lenience == 1, probs, probs**lenience)  # a power of 1 may round
+
+
+@dataclasses.dataclass(frozen=True)
+class Typical:
+    """Typical acceptance (Medusa, arXiv 2401.10774): a reference point, which never asks the draft's law.
+
+    Accept y iff p(y) > min(epsilon, sqrt(epsilon) * exp(-H(p))), H the entropy of the target's law p; whatever is
+    not accepted is followed by a token of p itself. Output law of a drafted position:
+
+      P(x) = q(x) * [x is accepted] + p(x) * (1 - sum of q over what is accepted),
+
+    with q the draft's law; a bonus token follows p. Lossy at every epsilon, 1 included. At temperature 0 the threshold
+    is that of the target's probabilities at temperature 1, its most probable token always stands, and what follows
+    is the most probable token.
+    """
+
+    shared_noise = False
+    lossy = True
+
+    def __call__(
+        self,
+        noise: Noise,
+        proposal: Proposal,
+        target_probs: Float[Array, "B gamma_plus_1 V"],
+        leeway: Leeway,
+    ) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
+        raw = leeway.raw_target_probs
+        probs = target_probs if raw is None else raw
+        entropy = jnp.sum(jax.scipy.special.entr(probs[:, : proposal.tokens.shape[1]]), axis=-1)
+        threshold = jnp.minimum(leeway.lenience, jnp.sqrt(leeway.lenience) * jnp.exp(-entropy))
+        stands = _at_tokens(probs, proposal) > threshold
+        if raw is not None:
+            stands |= _at_tokens(target_probs, proposal) > 0
+        num_accepted = _num_accepted(stands, proposal)
+        return num_accepted, noise.choose(_row_at(target_probs, num_accepted), num_accepted, Stream.RECOVER)
+
+
+# Those that are `lossy` take a lenience, and run only where they are asked for by name.
+RULES = {
+    "lossless": Lossless(),
+    "coupled": Coupled(),
+    "lenient_linear": LenientLinear(),
+    "lenient_square": LenientSquare(),
+    "lenient_exp": LenientExp(),
+    "typical": Typical(),
+}
 
 
 def rule_named(name: str):

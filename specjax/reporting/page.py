@@ -12,9 +12,9 @@ import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from specjax.reporting import plots, tables
+from specjax.reporting import plots, records, tables
 from specjax.reporting.records import json_clean, write_atomically
 
 ORIGINS = {
@@ -198,6 +198,19 @@ def write_run(workdir: Path, results: Mapping, stages: Mapping[str, Sequence[Map
     return path
 
 
+def write_run_report(workdir: str | Path, config: Any) -> None:
+    """The report of a run of several stages: the last evaluation, with the training curves of every stage."""
+    workdir = Path(workdir)
+    stages = {
+        name: records.read_metrics(workdir / name / "metrics.jsonl")
+        for name in config.stages
+        if (workdir / name / "metrics.jsonl").exists()
+    }
+    last = records.read_results(workdir / config.stages[-1] / "results.json")
+    results = last | records.read_results(workdir / "results.json")
+    write_run(workdir, results, stages)
+
+
 def comparison_table(comparisons: Sequence[Mapping]) -> Table:
     """Paired differences and ratios of block efficiency, one line a pair and setting."""
     columns = [
@@ -211,7 +224,7 @@ def comparison_table(comparisons: Sequence[Mapping]) -> Table:
         [
             row["drafter"],
             row["against"],
-            row["rule"],
+            tables.rule_label(row),
             f"{row['temperature']:g}",
             str(row["gamma"]),
             f"{row['block_efficiency_difference']:+.2f}",
@@ -225,19 +238,22 @@ def comparison_table(comparisons: Sequence[Mapping]) -> Table:
 
 
 def headline(rows: Sequence[Mapping]) -> list[Card]:
-    """The best speed-up at each temperature, how well it was predicted, whether outputs stayed the same."""
+    """The best speed-up at each temperature, lossy ones apart, how well predicted, whether outputs stayed the same."""
     timed = [row for row in rows if row["gamma"] > 0 and row["speedup"] is not None]
     cards = []
-    for temperature in sorted({row["temperature"] for row in timed}):
-        best = max((row for row in timed if row["temperature"] == temperature), key=lambda row: row["speedup"])
+    for lossy, temperature in sorted({(tables.is_lossy(row), row["temperature"]) for row in timed}):
+        alike = [row for row in timed if (tables.is_lossy(row), row["temperature"]) == (lossy, temperature)]
+        best = max(alike, key=lambda row: row["speedup"])
+        under = f", {tables.rule_label(best)}" if lossy else ""
         interval = best["speedup_ci"]
         spread = f", 95% interval {interval[0]:.2f}–{interval[1]:.2f}" if interval else ""
-        note = f"{best['drafter']}, gamma {best['gamma']}{spread}"
-        cards.append(Card(f"Best speed-up, temperature {temperature:g}", f"{best['speedup']:.2f}×", note))
-        per_call = f"of at most {best['gamma'] + 1}, by {best['drafter']}"
+        note = f"{best['drafter']}{under}, gamma {best['gamma']}{spread}"
+        title = f"temperature {temperature:g}{', lossy' if lossy else ''}"
+        cards.append(Card(f"Best speed-up, {title}", f"{best['speedup']:.2f}×", note))
+        per_call = f"of at most {best['gamma'] + 1}, by {best['drafter']}{under}"
         cards.append(
             Card(
-                f"Tokens per target call, temperature {temperature:g}",
+                f"Tokens per target call, {title}",
                 f"{best['block_efficiency']:.2f}",
                 per_call,
             )
@@ -257,19 +273,20 @@ def headline(rows: Sequence[Mapping]) -> list[Card]:
 
 
 def results_table(rows: Sequence[Mapping]) -> Table:
-    """All rows, the fastest at each temperature set apart."""
+    """All rows, the fastest at each temperature set apart; never a lossy one, which pays for speed with its law."""
     keys = tables.summary_columns(rows)
     best = {}
     for number, row in enumerate(rows):
-        if row["gamma"] > 0 and row["speedup"] is not None:
+        if row["gamma"] > 0 and row["speedup"] is not None and not tables.is_lossy(row):
             leader = best.setdefault((row.get("task"), row["temperature"]), number)
             if row["speedup"] > rows[leader]["speedup"]:
                 best[row.get("task"), row["temperature"]] = number
+    note = " Lossy rows do not follow the target's law and are never marked." if any(map(tables.is_lossy, rows)) else ""
     return Table(
         columns=[Column(tables.heading(key), tables.is_text(rows, key)) for key in keys],
         lines=[[tables.cell(row, key) for key in keys] for row in rows],
         best=frozenset(best.values()),
-        caption="± is half the 95% bootstrap interval. Marked: the fastest at each temperature.",
+        caption="± is half the 95% bootstrap interval. Marked: the fastest at each temperature." + note,
     )
 
 

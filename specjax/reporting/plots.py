@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from specjax.reporting.tables import SETTINGS, varying
+from specjax.reporting.tables import SETTINGS, is_lossy, rule_label, varying
 
 WIDTH, PANEL_HEIGHT, DPI = 5.0, 2.7, 170
 MARKERS = "osD^vPX"
@@ -171,13 +171,16 @@ def dark_twin(path: str | Path) -> Path:
 
 
 def _grouped(rows: Sequence[Mapping]) -> tuple[dict[str, dict[str, list]], list[str]]:
-    """{panel title: {line name: rows}} and all line names; settings that vary join the drafter's name."""
+    """{panel title: {line name: rows}} and all line names; settings that vary, and lossy rules, join the drafter's."""
     panels: dict[str, dict[str, list]] = {}
-    others = [key for key in varying(rows, SETTINGS) if key != "task"]
+    vary = varying(rows, SETTINGS)
+    others = [key for key in vary if key not in ("task", "rule", "lenience")]
+    by_rule = "rule" in vary
     by_task = varying(rows, ["task"])
     for row in sorted(rows, key=lambda row: row["temperature"]):
         title = ", ".join([*(str(row[key]) for key in by_task), f"temperature {row['temperature']:g}"])
-        settings = ", ".join(f"{key.replace('_', ' ')} {row.get(key)}" for key in others)
+        rule = [rule_label(row)] if by_rule or is_lossy(row) else []
+        settings = ", ".join([*rule, *(f"{key.replace('_', ' ')} {row.get(key)}" for key in others)])
         name = row["drafter"] + (f" ({settings})" if settings else "")
         panels.setdefault(title, {}).setdefault(name, []).append(row)
     in_order = {name: None for row in rows for series in panels.values() for name, m in series.items() if row in m}

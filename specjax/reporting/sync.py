@@ -30,6 +30,7 @@ def quickstart(record: Mapping) -> str:
 
 def _comparison(row: Mapping) -> dict:
     settings = {key: row[key] for key in ("drafter", "against", "rule", "temperature", "gamma")}
+    settings["rule"] = tables.rule_label(row)
     ratio, interval = row["block_efficiency_ratio"], row["block_efficiency_ratio_ci"]
     said = f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
     return settings | {"ratio of block efficiencies [95%]": f"{ratio:.3f}{said}"}

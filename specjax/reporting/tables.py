@@ -79,9 +79,20 @@ def sync_readme(readme_text: str, tables: Mapping[str, str]) -> str:
 
 
 def summary_columns(rows: Sequence[Mapping]) -> list[str]:
-    """The columns that tell these rows apart and say how they did."""
+    """The columns that tell these rows apart and say how they did; the rule's says which are lossy."""
+    told = {*varying(rows, SETTINGS), *(["rule"] if any(map(is_lossy, rows)) else [])}
     scored = ["quality"] if any(row.get("quality") for row in rows) else []
-    return [*varying(rows, SETTINGS), *SUMMARY, *scored]
+    return [*(key for key in SETTINGS if key in told and key != "lenience"), *SUMMARY, *scored]
+
+
+def rule_label(row: Mapping) -> str:
+    """The row's rule; of a lossy one with its lenience, and said to be lossy."""
+    return f"{row['rule']} {row['lenience']:g}, lossy" if is_lossy(row) else row["rule"]
+
+
+def is_lossy(row: Mapping) -> bool:
+    """Whether the rule that the row was decoded under gives up the target's law; only such a row has a lenience."""
+    return row.get("lenience") is not None
 
 
 def varying(rows: Iterable[Mapping], keys: Iterable[str]) -> list[str]:
@@ -104,6 +115,8 @@ def cell(row: Mapping, key: str) -> str:
     value = row.get(key)
     if value is None:
         return NOTHING
+    if key == "rule":
+        return rule_label(row)
     if key == "identical_to_baseline":
         ties = len(value["differences"])
         return f"{value['equal']}/{value['of']}" + (f" ({ties} tie{'s' * (ties > 1)})" if ties else "")

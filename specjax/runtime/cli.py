@@ -1,5 +1,6 @@
 """The command line of every binary: reads --config and --workdir, runs, tells a mistake in one sentence."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -104,8 +105,16 @@ def _value(text: str, like: Any) -> Any:
         parts = [part.strip(" \"'") for part in text.strip("()[] ").split(",")]
         # "(3,)" and "" end in nothing.
         parts = parts if parts[-1] else parts[:-1]
-        return type(like)(_value(part, like[0] if like else "") for part in parts)
+        return type(like)(_value(part, like[0]) if like else _number_or_text(part) for part in parts)
     return type(like)(text)
+
+
+def _number_or_text(text: str) -> int | float | str:
+    """An element of a list that is empty in the config, and so does not say what its elements are."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def start_processes(environment: Any) -> None:
