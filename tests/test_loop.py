@@ -353,7 +353,7 @@ def test_ngram_copies_what_followed_the_longest_then_latest_match(models, shorte
     drafter = make_drafter("ngram", models[0], 3, {"shortest": shortest, "longest": longest})
     state = drafter.init(None, None, Prefill(texts, lengths, texts, lengths, (), slots), None)
     noise = Noise(row_keys(0, jnp.arange(batch)), lengths, False, False)
-    context = Context(jnp.zeros((batch, 2), jnp.int32), lengths, noise, Sampling.of(1.0))
+    context = Context(jnp.zeros((batch, 2), jnp.int32), lengths, jnp.ones((batch,), bool), noise, Sampling.of(1.0))
     proposal, _, _ = jax.jit(lambda state, context: drafter.propose(None, None, state, None, context))(state, context)
     assert proposal.probs is None
     counts = np.asarray(proposal.num_drafted)

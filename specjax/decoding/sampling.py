@@ -23,20 +23,26 @@ class Stream(enum.IntEnum):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How logits become probabilities, for target and draft alike. Traced: changing a value never recompiles.
+    """How logits become probabilities, for target and draft alike, and where a draft stops.
+
+    Traced: changing a value never recompiles.
 
     Attributes:
       temperature: divides the logits; 0 is greedy (and is compiled apart, see `Plan.greedy`).
       top_k: keep the k most probable tokens; 0 keeps all.
       top_p: then keep the smallest set whose mass reaches p; 1 keeps all.
+      threshold: a drafter with stops goes on while its largest probability at temperature 1 is not below this.
     """
 
     temperature: Float[Array, ""]
     top_k: Int[Array, ""]
     top_p: Float[Array, ""]
+    threshold: Float[Array, ""]
 
     @classmethod
-    def of(cls, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> "Sampling":
+    def of(
+        cls, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, threshold: float = 0.0
+    ) -> "Sampling":
         """Checks the values and makes arrays of them. Raises UserError for values outside their range."""
         tiny = float(jnp.finfo(jnp.float32).tiny)  # what is smaller would be 0 on the device
         if temperature != 0 and not tiny <= temperature < float("inf"):
@@ -45,7 +51,9 @@ class Sampling:
             raise UserError(f"top_k must be 0 (off) or a positive number of tokens, not {top_k}.")
         if not tiny <= top_p <= 1:
             raise UserError(f"top_p must lie in (0, 1], not {top_p}.")
-        return cls(jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p))
+        if not 0 <= threshold <= 1:
+            raise UserError(f"threshold must lie in [0, 1] (0: never stop drafting), not {threshold}.")
+        return cls(jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p), jnp.float32(threshold))
 
 
 def _truncate(probs: Float[Array, "B T V"], sampling: Sampling) -> Float[Array, "B T V"]:

@@ -15,7 +15,7 @@ import dataclasses
 from typing import Any
 
 import jax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from specjax.decoding.sampling import Noise, Sampling, Stream, probabilities
 
@@ -50,12 +50,14 @@ class Context:
     Attributes:
       last_two_tokens: the last two committed tokens; a row with one token has it twice.
       lengths: committed tokens a row, the pending one included.
+      live: rows that have not ended; what the others draft is dropped.
       noise: the block's random numbers.
-      sampling: how logits become probabilities.
+      sampling: how logits become probabilities, and the confidence below which drafting stops.
     """
 
     last_two_tokens: Int[Array, "B 2"]
     lengths: Int[Array, "B"]
+    live: Bool[Array, "B"]
     noise: Noise
     sampling: Sampling
 
