@@ -18,6 +18,7 @@ from specjax.decoding.drafters.table import make_drafter
 from specjax.decoding.sampling import Sampling
 from specjax.draft_design import prediction
 from specjax.hub import model as hub_model
+from specjax.hub.adapter import LoadedAdapter
 from specjax.reporting import metrics, page, records, tables
 from specjax.runtime import cli
 from specjax.runtime import config as configs
@@ -30,7 +31,12 @@ BASELINE = "none"
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One drafter at one gamma; `BASELINE` at gamma 0 is plain decoding."""
+    """One drafter at one gamma; `BASELINE` at gamma 0 is plain decoding.
+
+    Attributes:
+      num_params: of a draft model; 0 where there is no ratio of parameters to speak of.
+      sampling: the setting's, with the drafter's threshold.
+    """
 
     name: str
     kind: str
@@ -38,6 +44,7 @@ class Case:
     options: dict[str, Any]
     params: Any
     num_params: int
+    sampling: Sampling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +54,6 @@ class Setting:
     rule: str
     temperature: float
     batch_size: int
-    sampling: Sampling = dataclasses.field(compare=False)  # arrays, made of what is compared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +64,7 @@ class Job:
     target: hub_model.Model
     task: tasks.Task
     prompts: list[batches.Prompt]
-    drafters: dict[str, hub_model.Model]
+    drafters: dict[str, hub_model.Model | LoadedAdapter]
 
     @property
     def ids(self) -> list[tuple[int, ...]]:
@@ -109,6 +115,8 @@ def _job(config: Any) -> Job:
         if section.kind == "model":
             drafters[name] = load(section.path)
             hub_model.check_pair(target, drafters[name])
+        elif section.kind == "kangaroo":
+            drafters[name] = hub_model.load_adapter(section.path, target)
     task = tasks.load_task(config.task)
     prompts = batches.evaluation_prompts(
         task,
@@ -135,30 +143,32 @@ def _job(config: Any) -> Job:
 
 def _settings(config: Any) -> list[Setting]:
     """Groups in order: every batch size and temperature under `lossless`, then under `coupled` where sampled."""
-    make = lambda rule, temperature, size: Setting(
-        rule, temperature, size, Sampling.of(temperature, config.top_k, config.top_p)
-    )
     settings = []
     for size in config.batch_sizes:
         for temperature in config.temperatures:
-            settings.append(make("lossless", temperature, size))
+            settings.append(Setting("lossless", temperature, size))
             if temperature > 0 and any(section.coupled for section in config.drafters.values()):
-                settings.append(make("coupled", temperature, size))
+                settings.append(Setting("coupled", temperature, size))
     return settings
 
 
+def _sampling(job: Job, setting: Setting, threshold: float) -> Sampling:
+    return Sampling.of(setting.temperature, job.config.top_k, job.config.top_p, threshold)
+
+
 def _cases(job: Job, setting: Setting) -> list[Case]:
-    cases = [Case(BASELINE, "model", 0, {}, None, 0)]
+    cases = [Case(BASELINE, "model", 0, {}, None, 0, _sampling(job, setting, 0.0))]
     for name, section in job.config.drafters.items():
-        options = section.to_dict()
-        model = job.drafters.get(name)
-        if model is not None:
-            options["model"] = model.decoder
+        options, drafter = section.to_dict(), job.drafters.get(name)
+        params, size = (None, 0) if drafter is None else (drafter.params, 0)
+        if isinstance(drafter, LoadedAdapter):
+            options["adapter"] = drafter.adapter
+        elif drafter is not None:
+            options["model"], size = drafter.decoder, drafter.decoder.num_params
+        sampling = _sampling(job, setting, options.setdefault("threshold", 0.0))
         for gamma in section[setting.rule]:
             make_drafter(section.kind, job.target.decoder, gamma, options)  # refuses what does not fit
-            params = model.params if model else None
-            size = model.decoder.num_params if model else 0
-            cases.append(Case(name, section.kind, gamma, options, params, size))
+            cases.append(Case(name, section.kind, gamma, options, params, size, sampling))
     return cases
 
 
@@ -211,7 +221,7 @@ def _decode_all(job: Job, setting: Setting, cases, plans, slots) -> list[list]:
             batch_size=size,
             slots=slots,
             seed=job.config.seed,
-            sampling=setting.sampling,
+            sampling=case.sampling,
             max_new_tokens=job.config.max_new_tokens,
             eos_ids=job.target.tokenizer.eos_ids,
             put=put,
@@ -255,6 +265,7 @@ def _row(job: Job, setting: Setting, case: Case, plan, counts, output, baseline)
         "rule": setting.rule,
         "lenience": None,
         "gamma": case.gamma,
+        "threshold": case.options.get("threshold", 0.0),
         "temperature": setting.temperature,
         "top_k": config.top_k,
         "top_p": config.top_p,
@@ -288,7 +299,7 @@ def _prediction(job: Job, setting: Setting, case: Case, plan, row: dict, output,
             job.ids,
             _emitted(baseline),
             batch_size=setting.batch_size,
-            sampling=setting.sampling,
+            sampling=case.sampling,
             seed=job.config.seed,
             put=batch.placer(job.target.mesh),
         )
@@ -307,7 +318,7 @@ def _identical(job: Job, setting: Setting, case: Case, plan, output, baseline) -
         _emitted(output),
         slots=plan.capacity,
         seed=job.config.seed,
-        sampling=setting.sampling,
+        sampling=case.sampling,
     )
 
 

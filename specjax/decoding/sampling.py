@@ -40,9 +40,7 @@ class Sampling:
     threshold: Float[Array, ""]
 
     @classmethod
-    def of(
-        cls, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, threshold: float = 0.0
-    ) -> "Sampling":
+    def of(cls, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, threshold: float = 0.0) -> "Sampling":
         """Checks the values and makes arrays of them. Raises UserError for values outside their range."""
         tiny = float(jnp.finfo(jnp.float32).tiny)  # what is smaller would be 0 on the device
         if temperature != 0 and not tiny <= temperature < float("inf"):

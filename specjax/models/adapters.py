@@ -1,6 +1,7 @@
 """A light network on the hidden states of a decoder's first layers, which makes a draft of them (Kangaroo)."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -40,7 +41,9 @@ class AdapterConfig:
 
     def __post_init__(self):
         if type(self.target) is not DecoderConfig:  # an encoder-decoder's is a subclass
-            raise UserError("an adapter attaches to a decoder-only model, not to an encoder-decoder; take another target")
+            raise UserError(
+                "an adapter attaches to a decoder-only model, not to an encoder-decoder; take another target"
+            )
         if not 1 <= self.exit_layer < self.target.layers:
             raise UserError(
                 f"an adapter's exit_layer must lie in 1 .. {self.target.layers - 1} for this target, "
@@ -83,10 +86,9 @@ class AdapterModule(nnx.Module):
         self.mlp_norm = norm() if has_mlp else None
         self.mlp = layers.MLP(inner, rngs) if has_mlp else None
         self.norm = norm()
-        self.unembedding = None
-        if config.own_head:
-            axes, scale = ("embed", "vocab"), inner.width**-0.5
-            self.unembedding = layers.Linear(inner.width, inner.vocab_size, axes, scale, inner.param_dtype, rngs)
+        sizes, scale = (inner.width, inner.vocab_size), inner.width**-0.5
+        own_head = functools.partial(layers.Linear, *sizes, ("embed", "vocab"), scale, inner.param_dtype, rngs)
+        self.unembedding = own_head() if config.own_head else None
         self.config = config
 
     def extend(self, cache, hidden, positions):

@@ -24,6 +24,8 @@ def _ngram(target: LanguageModel, gamma: int, options: dict) -> NGramDrafter:
     shortest, longest = options["shortest"], options["longest"]
     if not 1 <= shortest <= longest:
         raise UserError(f"ngram needs 1 <= shortest <= longest, not shortest={shortest}, longest={longest}.")
+    if _stops(options):
+        raise UserError("ngram has no probabilities of which a threshold could speak; set threshold to 0.")
     return NGramDrafter(gamma, shortest, longest)
 
 
