@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -23,14 +25,18 @@ from test_exactness import (
 )
 from test_loop import one_block
 
+from specjax import api
 from specjax.decoding import loop
 from specjax.decoding.drafters.base import Context
 from specjax.decoding.drafters.drafting import draft
 from specjax.decoding.drafters.model import ModelDrafter
 from specjax.decoding.drafters.table import make_drafter
 from specjax.decoding.sampling import Noise, Sampling, row_keys
+from specjax.hub.adapter import LoadedAdapter
+from specjax.hub.tokenizer import train_byte_bpe
 from specjax.models.adapters import Adapter, AdapterConfig
 from specjax.models.config import DecoderConfig
+from specjax.models.encoder_decoder import EncoderDecoderConfig
 from specjax.models.language_model import consecutive
 from specjax.runtime.errors import UserError
 
@@ -359,3 +365,99 @@ def test_what_cannot_be_is_refused_in_one_sentence(models):
             Sampling.of(threshold=threshold)
     with pytest.raises(UserError, match="ngram has no probabilities"):
         make_drafter("ngram", target, 2, {"shortest": 1, "longest": 2, "threshold": 0.5})
+
+
+# --- on disk, and in the hands of users ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with `target`, `twin` (its shape, other weights), and `adapter` (of the target)."""
+    home = tmp_path_factory.mktemp("kangaroo")
+    tokenizer = train_byte_bpe(["the cat sat on the mat and the dog sat on the log\n" * 40], 270)
+    for name, seed in (("target", 0), ("twin", 1)):
+        decoder, params = tiny.decoder(seed, layers=3, vocab_size=tokenizer.vocab_size)
+        api.save(api.Model(decoder, params, tokenizer), home / name)
+    target = api.load(home / "target")
+    adapter, params = adapter_of(target.decoder, own_head=True)
+    api.save_adapter(home / "adapter", LoadedAdapter(adapter, params, target.fingerprint))
+    return home
+
+
+def test_an_adapter_comes_back_from_its_small_directory_bit_for_bit(home):
+    target = api.load(home / "target")
+    loaded = api.load_adapter(home / "adapter", target)
+    adapter, params = adapter_of(target.decoder, own_head=True)
+    assert loaded.adapter == adapter
+    assert jax.tree.all(jax.tree.map(np.array_equal, loaded.params, params))
+    assert sorted(path.name for path in (home / "adapter").iterdir()) == ["adapter.safetensors", "adapter_config.json"]
+    assert (home / "adapter" / "adapter.safetensors").stat().st_size < 4 * adapter.num_params + 2000
+
+
+def test_a_target_has_one_fingerprint_in_float32_and_bfloat16_and_shares_it_with_no_other(home):
+    prints = {api.load(home / "target", param_dtype=dtype).fingerprint for dtype in ("float32", "bfloat16")}
+    assert len(prints) == 1
+    target = api.load(home / "target")
+    changed = jax.tree.map(lambda x: x, target.params)
+    changed["blocks"][1]["mlp"]["down"]["kernel"] *= 1.01
+    others = {api.load(home / "twin").fingerprint, dataclasses.replace(target, params=changed).fingerprint}
+    assert len(others | prints) == 3
+
+
+def test_generate_takes_an_adapter_and_keeps_the_text(home):
+    target = api.load(home / "target")
+    settings = dict(temperature=0.0, max_new_tokens=12, eos_ids=())
+    plain = api.generate(target, ["the cat", "the"], **settings)
+    adapter = api.load_adapter(home / "adapter", target)
+    out = api.generate(target, ["the cat", "the"], drafter=adapter, gamma=3, threshold=0.5, **settings)
+    assert out.tokens == plain.tokens
+    assert 0 < out.stats.counts.drafted.sum() < 3 * out.stats.target_calls
+
+
+def test_an_adapter_of_another_target_is_refused(home):
+    target, twin = api.load(home / "target"), api.load(home / "twin")
+    with pytest.raises(UserError, match="belongs to another target"):
+        api.load_adapter(home / "adapter", twin)
+    with pytest.raises(UserError, match="belongs to another target"):
+        api.generate(twin, ["the"], drafter=api.load_adapter(home / "adapter", target))
+    with pytest.raises(UserError, match='"kangaroo" needs an adapter'):
+        api.generate(target, ["the"], drafter="kangaroo")
+    with pytest.raises(UserError, match="drafts for another model; load that model"):
+        api.load(home / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda folder: (folder / "adapter.safetensors").unlink(), "there is no .*adapter.safetensors"),
+        (lambda folder: (folder / "adapter.safetensors").write_bytes(b"x" * 20), "is damaged or cut short"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{}"), 'has no "format"'),
+        (lambda folder: edit(folder, lambda fields: fields.pop("kind")), "lacks or misstates 'kind'"),
+        (lambda folder: edit(folder, lambda fields: fields.update(kind="layer")), "are not those of this adapter"),
+        (lambda folder: edit(folder, lambda fields: fields.update(exit_layer=9)), r"in 1 \.\. 2 .* not 9"),
+    ],
+)
+def test_a_damaged_adapter_is_named(home, tmp_path, damage, said):
+    folder = shutil.copytree(home / "adapter", tmp_path / "copy")
+    damage(folder)
+    with pytest.raises(UserError, match=said):
+        api.load_adapter(folder, api.load(home / "target"))
+
+
+def edit(folder, change):
+    path = folder / "adapter_config.json"
+    fields = json.loads(path.read_text())
+    change(fields)
+    path.write_text(json.dumps(fields))
+
+
+def test_saving_over_other_files_is_refused(home, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    loaded = api.load_adapter(home / "adapter", api.load(home / "target"))
+    with pytest.raises(UserError, match=r"holds other files \(notes.txt\)"):
+        api.save_adapter(tmp_path, loaded)
+
+
+def test_an_encoder_decoder_is_refused():
+    with pytest.raises(UserError, match="attaches to a decoder-only model"):
+        AdapterConfig(EncoderDecoderConfig.__new__(EncoderDecoderConfig), 1)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.tree_util import keystr
 
 from specjax.hub import weights
@@ -33,11 +34,19 @@ def fingerprint(decoder: LanguageModel, params: Params) -> str:
     for name in ("param_dtype", "compute_dtype"):
         del fields[name]
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        row = leaf[tuple(size // 2 for size in leaf.shape[:-1])][:_SAMPLE]
+    samples = _samples(params)
+    if jax.process_count() > 1:  # all processes come here together
+        samples = multihost_utils.process_allgather(samples, tiled=True)
+    for path, values in jax.tree_util.tree_leaves_with_path(samples):
         digest.update(_name(path).encode())
-        digest.update(np.asarray(row.astype(jnp.bfloat16)).tobytes())
+        digest.update(np.asarray(values).tobytes())
     return digest.hexdigest()[:32]
+
+
+@jax.jit
+def _samples(params: Params) -> Params:
+    middle = lambda leaf: leaf[tuple(size // 2 for size in leaf.shape[:-1])]
+    return jax.tree.map(lambda leaf: middle(leaf)[:_SAMPLE].astype(jnp.bfloat16), params)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -78,10 +78,13 @@ class LanguageModel(Network):
     Attributes:
       config: what the model is.
       logits_size: V of the logits where it is not the model's own, see `fitted`.
+      reads_prompt_apart: of an encoder-decoder.
+      needs_target: whether it runs on another model's parameters beside its own, see `joined`.
     """
 
     logits_size: int | None = dataclasses.field(default=None, kw_only=True)
     reads_prompt_apart: ClassVar[bool] = False
+    needs_target: ClassVar[bool] = False
 
     @property
     def layers(self) -> int:
@@ -107,6 +110,11 @@ class LanguageModel(Network):
         tables = [params["positions"]] if self.config.learned_positions else []
         tables += [] if self.config.tied_head else [params["embedding"]]
         return self.num_params - sum(math.prod(table.shape) for table in tables)
+
+    def joined(self, params: Params, target_params: Params | None) -> Params:
+        """What the model runs with: its own parameters, or those and its target's where it is a part of that."""
+        del target_params
+        return params
 
     def opening(self, prompt: Sequence[int]) -> list[int]:
         """The tokens with which the text of this prompt begins."""
