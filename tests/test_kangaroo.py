@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_trainer
 import tiny
 from test_exactness import (
     COUPLED,
@@ -32,12 +33,14 @@ from specjax.decoding.drafters.drafting import draft
 from specjax.decoding.drafters.model import ModelDrafter
 from specjax.decoding.drafters.table import make_drafter
 from specjax.decoding.sampling import Noise, Sampling, row_keys
+from specjax.distillation import trainer, update
 from specjax.hub.adapter import LoadedAdapter
 from specjax.hub.tokenizer import train_byte_bpe
 from specjax.models.adapters import Adapter, AdapterConfig
 from specjax.models.config import DecoderConfig
 from specjax.models.encoder_decoder import EncoderDecoderConfig
 from specjax.models.language_model import consecutive
+from specjax.models.self_draft import SelfDraft
 from specjax.runtime.errors import UserError
 
 VOCAB, SLOTS, MAX_NEW, BATCH = 24, 6, 20, 16
@@ -348,6 +351,61 @@ def test_the_chi_square_test_catches_a_stop_that_looks_at_the_token_it_drops(law
     plan, draft = law_plan(law_models, "model"), law_models[2]
     plan = dataclasses.replace(plan, drafter=Peeking(draft, LAW_GAMMA))
     assert law_p_value(law_arguments(law_models, "model"), plan, Sampling.of(1.0)) < 1e-6
+
+
+# --- training ------------------------------------------------------------------------------------------------------
+
+
+def test_a_self_draft_writes_what_the_adapter_says_and_its_loss_moves_the_adapter_alone(models):
+    target, params, adapter, adapter_params = models
+    self_draft, texts = SelfDraft.of(adapter), jax.random.randint(jax.random.key(0), (4, 8), 0, VOCAB)
+    lengths, starts = jnp.full((4,), 8, jnp.int32), jnp.ones((4,), jnp.int32)
+    logits = full_draft_logits(target, adapter, params, adapter_params, texts)
+    taught = jax.nn.log_softmax(tiny.full_logits(target, params, texts), axis=-1)
+    expected = jnp.sum(jnp.exp(taught) * (taught - jax.nn.log_softmax(logits, axis=-1)), axis=-1)[:, :-1]
+    how = dict(divergence="forward_kl", beta=0.5, temperature=1.0, chunk=8)
+    loss = update.Loss(self_draft, target, **how)
+    batch = {"tokens": texts, "lengths": lengths, "loss_start": starts}
+    sums = jax.jit(loss)(adapter_params, params, batch)
+    np.testing.assert_allclose(float(sums.loss), float(expected.sum()), rtol=1e-4)
+    gradient = jax.jit(jax.grad(lambda own: loss(own, params, batch).loss))(adapter_params)
+    assert jax.tree.structure(gradient) == jax.tree.structure(adapter_params)
+    assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(gradient))
+    # Its own text, through its caches, is what the uncached forward finds most probable.
+    own = self_draft.joined(adapter_params, params)
+    how = dict(sampling=Sampling.of(0.0), greedy=True, max_new_tokens=5, eos_ids=())
+    written, ends = loop.sample(self_draft, own, texts, lengths - 2, row_keys(0, jnp.arange(4)), **how)
+    assert np.all(np.asarray(ends) == 11)
+    said = np.asarray(full_draft_logits(target, adapter, params, adapter_params, written)).argmax(-1)
+    np.testing.assert_array_equal(said[:, 5:10], np.asarray(written)[:, 6:11])
+
+
+@pytest.mark.slow
+@pytest.mark.standard_promotion
+@pytest.mark.parametrize("divergence", ["forward_kl", "total_variation"])
+def test_an_adapter_learns_from_its_target_on_text_of_every_source(tmp_path, divergence):
+    changes = {"loss.divergence": divergence, "train.steps": 60, "train.eval_every": 20, "train.checkpoint_every": 60}
+    config = test_trainer.make_config(**test_trainer.MIXTURE, **changes)
+    material = test_trainer.make_material(config)
+    before = jax.tree.map(np.array, material.target_params)
+    self_draft = SelfDraft.of(Adapter(AdapterConfig(material.target.config, 1)))
+    params = self_draft.init(jax.random.key(0))
+    material = dataclasses.replace(material, draft=self_draft, params=params)
+    outcome = test_trainer.make_trainer(config, tmp_path, material=material).run()
+    assert outcome.validation[-1]["validation_acceptance"] > outcome.validation[0]["validation_acceptance"] + 0.02
+    assert jax.tree.structure(outcome.params) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.array, material.target_params))
+
+
+@pytest.mark.standard_promotion
+def test_an_adapter_without_a_target_or_with_hard_labels_is_refused(tmp_path):
+    for changes, with_target in (({}, False), ({"loss.divergence": "cross_entropy"}, True)):
+        config = test_trainer.make_config(**changes)
+        material = test_trainer.make_material(config, with_target)
+        self_draft = SelfDraft.of(Adapter(AdapterConfig(test_trainer.tiny(16, 2).config, 1)))
+        material = dataclasses.replace(material, draft=self_draft, params={})
+        with pytest.raises(UserError, match="an adapter learns from the target that it is attached to"):
+            trainer.check(config, material)
 
 
 # --- bad input -----------------------------------------------------------------------------------------------------

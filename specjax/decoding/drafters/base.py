@@ -7,6 +7,9 @@ cache, which is how self-drafts share the target's first layers.
   propose(params, target_params, state, target_cache, context) -> (Proposal, state, target_cache)
   commit(params, state, outcome) -> state
 
+`taps` are the target layers whose states it wants to see. Where it has a true `stops`, verification runs about as many
+columns as were drafted; each width is compiled, so that is for drafters that seldom draft all of gamma.
+
 A drafter may stop early (`num_drafted < gamma`), judging by distributions and earlier tokens, never by the value of
 the token it discards: that would bend the output law.
 """
