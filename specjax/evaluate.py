@@ -288,7 +288,8 @@ def _quality(job: Job, output) -> dict[str, dict]:
 
 def _prediction(job: Job, setting: Setting, case: Case, plan, row: dict, output, baseline, plain_plan) -> dict:
     """Measured parts and the speed-up they predict; None at gamma 0 or where parts are not measured."""
-    if case.gamma == 0 or not job.config.measure_parts:
+    stops = case.gamma and case.options["threshold"] > 0  # then blocks differ in length, and one measured tells little
+    if case.gamma == 0 or stops or not job.config.measure_parts:
         return prediction.nothing()
     with meshes.use(job.target.mesh):
         parts = prediction.measure_parts(
