@@ -15,12 +15,14 @@ from typing import Any
 from specjax.decoding import batch, loop, rules
 from specjax.decoding.drafters.table import make_drafter
 from specjax.decoding.sampling import Sampling
-from specjax.hub.model import Model, check_pair, load, save
+from specjax.hub.adapter import LoadedAdapter
+from specjax.hub.adapter import save as save_adapter
+from specjax.hub.model import Model, check_pair, load, load_adapter, save
 from specjax.reporting import metrics
 from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError
 
-__all__ = ["Generation", "Model", "Stats", "generate", "load", "save"]
+__all__ = ["Generation", "Model", "Stats", "generate", "load", "load_adapter", "save", "save_adapter"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +76,9 @@ def generate(
     target: Model,
     prompts: Sequence[str] | Sequence[Sequence[int]],
     *,
-    drafter: Model | str | None = None,
+    drafter: Model | LoadedAdapter | str | None = None,
     gamma: int = 4,
+    threshold: float = 0.0,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -95,11 +98,13 @@ def generate(
 
     Args:
       prompts: strings, or lists of token ids.
-      drafter: a loaded draft model, "ngram" (with `shortest`, `longest`), "early_exit" (with `exit_layer`), or None
-        for plain decoding.
+      drafter: a loaded draft model, an adapter of the target (`load_adapter`), "ngram" (with `shortest`, `longest`),
+        "early_exit" (with `exit_layer`), or None for plain decoding.
       gamma: most tokens drafted a block.
       rule: "lossless", "coupled", or a lossy one: "lenient_linear", "lenient_square", "lenient_exp", "typical".
       lenience: of a lossy rule, in (0, 1]; smaller accepts more.
+      threshold: a row's block ends behind the first drafted token from whose distribution the draft was less sure than
+        this (its largest probability at temperature 1); 0 always drafts gamma. Not for "ngram".
       eos_ids: ids that end a row; the tokenizer's when None, () for none.
       on_text: called with the text of the current batch so far, after every `blocks_at_once` blocks, and at its end.
 
@@ -114,7 +119,8 @@ def generate(
     )
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, not {batch_size}")
-    options = {"exit_layer": exit_layer, "shortest": shortest, "longest": longest}
+    sampling = Sampling.of(temperature, top_k, top_p, lenience=lenience, threshold=threshold)
+    options = {"exit_layer": exit_layer, "shortest": shortest, "longest": longest, "threshold": threshold}
     (gamma, proposer), slots = _proposer(target, drafter, gamma, options), batch.prompt_slots(ids)
     plan = loop.Plan(
         target=target.decoder,
@@ -128,12 +134,12 @@ def generate(
         results = batch.decode_all(
             plan,
             target.params,
-            drafter.params if isinstance(drafter, Model) else None,
+            drafter.params if isinstance(drafter, Model | LoadedAdapter) else None,
             ids,
             batch_size=min(batch_size, len(ids)),
             slots=slots,
             seed=seed,
-            sampling=Sampling.of(temperature, top_k, top_p, lenience=lenience),
+            sampling=sampling,
             max_new_tokens=max_new_tokens,
             eos_ids=target.tokenizer.eos_ids if eos_ids is None else tuple(eos_ids),
             put=batch.placer(target.mesh),
@@ -177,11 +183,18 @@ def _generation(target: Model, plan: loop.Plan, results: Sequence[tuple[int, bat
     )
 
 
-def _proposer(target: Model, drafter: Model | str | None, gamma: int, options: dict[str, Any]) -> tuple[int, Any]:
+def _proposer(
+    target: Model, drafter: Model | LoadedAdapter | str | None, gamma: int, options: dict[str, Any]
+) -> tuple[int, Any]:
     """The gamma that is meant (0 without a drafter) and the static drafter object."""
     if drafter is None:
         return 0, None
     if isinstance(drafter, Model):
         check_pair(target, drafter)
         return gamma, make_drafter("model", target.decoder, gamma, {**options, "model": drafter.decoder})
+    if isinstance(drafter, LoadedAdapter):
+        drafter.check(target.fingerprint)
+        return gamma, make_drafter("kangaroo", target.decoder, gamma, {**options, "adapter": drafter.adapter})
+    if drafter == "kangaroo":
+        raise UserError('drafter "kangaroo" needs an adapter; give load_adapter(DIRECTORY, target) as the drafter')
     return gamma, make_drafter(drafter, target.decoder, gamma, options)

@@ -1,4 +1,4 @@
-"""Trains a model and exports it: a target or a draft, plainly or distilled, on or off its own text.
+"""Trains a model and exports it: a target, a draft or an adapter, plainly or distilled, on or off its own text.
 
     python -m specjax.distill --config=FILE --workdir=DIR [--config.section.key=value ...]
 
@@ -15,12 +15,15 @@ from jax.experimental import multihost_utils
 from specjax.data import batches, tasks
 from specjax.distillation.evaluator import make_evaluator
 from specjax.distillation.trainer import Material, Outcome, Trainer
+from specjax.hub import adapter as hub_adapter
 from specjax.hub import load as hub_load
 from specjax.hub import save as hub_save
 from specjax.hub.tokenizer import Tokenizer, train_byte_bpe
+from specjax.models.adapters import Adapter, AdapterConfig
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
 from specjax.models.language_model import LanguageModel, Params
+from specjax.models.self_draft import SelfDraft
 from specjax.models.table import model_of
 from specjax.reporting import records
 from specjax.runtime import cli, dtypes
@@ -28,8 +31,8 @@ from specjax.runtime import config as configs
 from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError
 
-# What `model.init` says for a model without a past.
-RANDOM = "random"
+# What `model.init` says for a model without a past, and for an adapter of the target.
+RANDOM, ADAPTER = "random", "adapter"
 
 # Fields of `config.model` that are fields of the decoder.
 _SHAPE = (
@@ -73,9 +76,15 @@ def run(config: Any, workdir: str | Path) -> dict:
     outcome = trainer.run()
     several = jax.process_count() > 1
     params = multihost_utils.process_allgather(outcome.params, tiled=True) if several else outcome.params
+    if isinstance(material.draft, SelfDraft):
+        belongs = hub_adapter.fingerprint(material.target, material.target_params)
+        adapter = hub_adapter.LoadedAdapter(material.draft.adapter, params, belongs)
+        export = lambda directory: hub_adapter.save(directory, adapter)
+    else:
+        export = lambda directory: hub_save.save(directory, material.draft, params, tokenizer)
     path = workdir / "results.json"
     if jax.process_index() == 0:
-        hub_save.save(workdir / "export", material.draft, params, tokenizer)
+        export(workdir / "export")
         rows = [_row(config, material.draft, outcome)]
         records.write_results(path, binary="distill", config=configs.to_plain(config), rows=rows)
     if several:
@@ -122,15 +131,18 @@ def _tokenizer(config: Any, task: tasks.Task) -> Tokenizer:
 
 def _material(config: Any, task: tasks.Task, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Material:
     data, train = config.data, config.train
-    draft, params = _model(config, tokenizer, mesh)
     target, target_params = None, None
     if config.target:
         target, target_params = _load(config.target, tokenizer, config.model, mesh)
-        if target.reads_prompt_apart != draft.reads_prompt_apart:
-            raise UserError(
-                f"of the target in {config.target} and the model to train only one is an encoder-decoder; "
-                "take two of a kind"
-            )
+    if config.model.init == ADAPTER:
+        draft, params = _adapter(config, target, mesh)
+    else:
+        draft, params = _model(config, tokenizer, mesh)
+    if target is not None and target.reads_prompt_apart != draft.reads_prompt_apart:
+        raise UserError(
+            f"of the target in {config.target} and the model to train only one is an encoder-decoder; "
+            "take two of a kind"
+        )
     rows = dict(batch_size=data.batch_size, sequence_length=data.sequence_length, seed=config.seed)
     rows["start_token"] = draft.config.start_token if draft.reads_prompt_apart else None
     rows["prompt_length"] = (data.prompt_length_min, data.prompt_length_max)
@@ -144,6 +156,16 @@ def _material(config: Any, task: tasks.Task, tokenizer: Tokenizer, mesh: jax.sha
         eos_ids=tokenizer.eos_ids,
         longest_prompt=data.prompt_length_max if task.is_language_modelling else data.sequence_length - 1,
     )
+
+
+def _adapter(config: Any, target: LanguageModel | None, mesh: jax.sharding.Mesh) -> tuple[SelfDraft, Params]:
+    """A random adapter of the target, of the kind that `config.adapter` names."""
+    if target is None:
+        raise UserError('model.init is "adapter", which attaches to a target: set `target`')
+    section = config.adapter
+    draft = SelfDraft.of(Adapter(AdapterConfig(target.config, section.exit_layer, section.kind, section.own_head)))
+    init = jax.jit(draft.init, out_shardings=meshes.shardings(draft.axes(), mesh))
+    return draft, init(jax.random.key(config.seed))
 
 
 def _model(config: Any, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> tuple[LanguageModel, Params]:

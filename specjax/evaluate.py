@@ -18,6 +18,7 @@ from specjax.decoding.drafters.table import make_drafter
 from specjax.decoding.sampling import Sampling
 from specjax.draft_design import prediction
 from specjax.hub import model as hub_model
+from specjax.hub.adapter import LoadedAdapter
 from specjax.reporting import metrics, page, records, tables
 from specjax.runtime import cli
 from specjax.runtime import config as configs
@@ -32,7 +33,10 @@ BASELINE = "none"
 class Case:
     """One drafter under one rule at one gamma; `BASELINE` at gamma 0 is plain decoding.
 
-    `lenience` is None under an exact rule.
+    Attributes:
+      lenience: None under an exact rule.
+      num_params: of a draft model; 0 where there is no ratio of parameters to speak of.
+      sampling: the setting's, with the rule's lenience and the drafter's threshold.
     """
 
     name: str
@@ -63,7 +67,7 @@ class Job:
     target: hub_model.Model
     task: tasks.Task
     prompts: list[batches.Prompt]
-    drafters: dict[str, hub_model.Model]
+    drafters: dict[str, hub_model.Model | LoadedAdapter]
 
     @property
     def ids(self) -> list[tuple[int, ...]]:
@@ -115,6 +119,8 @@ def _job(config: Any) -> Job:
         if section.kind == "model":
             drafters[name] = load(section.path)
             hub_model.check_pair(target, drafters[name])
+        elif section.kind == "kangaroo":
+            drafters[name] = hub_model.load_adapter(section.path, target)
     task = tasks.load_task(config.task)
     prompts = batches.evaluation_prompts(
         task,
@@ -165,23 +171,25 @@ def _rules(config: Any, setting: Setting) -> list[tuple[str, float | None]]:
     return [(setting.rule, None), *((name, lenience) for name in lossy for lenience in config.leniences)]
 
 
+def _sampling(job: Job, setting: Setting, lenience: float | None, threshold: float) -> Sampling:
+    lenience = 1.0 if lenience is None else lenience
+    return Sampling.of(setting.temperature, job.config.top_k, job.config.top_p, lenience=lenience, threshold=threshold)
+
+
 def _cases(job: Job, setting: Setting) -> list[Case]:
-    config = job.config
-    settings = setting.temperature, config.top_k, config.top_p
-    sampling = {lenience: Sampling.of(*settings, lenience=lenience) for lenience in config.leniences}
-    sampling[None] = Sampling.of(*settings)
-    cases = [Case(BASELINE, "model", setting.rule, None, 0, sampling[None], {}, None, 0)]
-    for name, section in config.drafters.items():
-        options = section.to_dict()
-        model = job.drafters.get(name)
-        if model is not None:
-            options["model"] = model.decoder
-        params = model.params if model else None
-        size = model.decoder.num_params if model else 0
-        for rule, lenience in _rules(config, setting):
+    cases = [Case(BASELINE, "model", setting.rule, None, 0, _sampling(job, setting, None, 0.0), {}, None, 0)]
+    for name, section in job.config.drafters.items():
+        options, drafter = section.to_dict(), job.drafters.get(name)
+        params, size = (None, 0) if drafter is None else (drafter.params, 0)
+        if isinstance(drafter, LoadedAdapter):
+            options["adapter"] = drafter.adapter
+        elif drafter is not None:
+            options["model"], size = drafter.decoder, drafter.decoder.num_params
+        threshold = options.setdefault("threshold", 0.0)
+        for rule, lenience in _rules(job.config, setting):
             for gamma in section.get(rule, ()):
                 make_drafter(section.kind, job.target.decoder, gamma, options)  # refuses what does not fit
-                how = (rule, lenience, gamma, sampling[lenience])
+                how = (rule, lenience, gamma, _sampling(job, setting, lenience, threshold))
                 cases.append(Case(name, section.kind, *how, options, params, size))
     return cases
 
@@ -279,6 +287,7 @@ def _row(job: Job, setting: Setting, case: Case, plan, counts, output, baseline)
         "rule": case.rule,
         "lenience": case.lenience,
         "gamma": case.gamma,
+        "threshold": case.options.get("threshold", 0.0),
         "temperature": setting.temperature,
         "top_k": config.top_k,
         "top_p": config.top_p,
@@ -301,7 +310,8 @@ def _quality(job: Job, output) -> dict[str, dict]:
 
 def _prediction(job: Job, setting: Setting, case: Case, plan, row: dict, output, baseline, plain_plan) -> dict:
     """Measured parts and the speed-up they predict; None at gamma 0 or where parts are not measured."""
-    if case.gamma == 0 or not job.config.measure_parts:
+    stops = case.gamma and case.options["threshold"] > 0  # then blocks differ in length, and one measured tells little
+    if case.gamma == 0 or stops or not job.config.measure_parts:
         return prediction.nothing()
     with meshes.use(job.target.mesh):
         parts = prediction.measure_parts(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from specjax import api
+from specjax.hub.adapter import LoadedAdapter
 from specjax.hub.model import Model
 from specjax.reporting import records, tables
 from specjax.runtime import cli
@@ -32,11 +33,14 @@ def run(config: Any, workdir: str | Path) -> dict:
             raise UserError(f"config.{key} is empty; give --config.{key}=...")
     target = api.load(config.target, mesh=mesh, **dtypes)
     section = config.drafter
-    drafter: Model | str | None = {"none": None}.get(section.kind, section.kind)
-    if section.kind == "model":
+    drafter: Model | LoadedAdapter | str | None = {"none": None}.get(section.kind, section.kind)
+    if section.kind in ("model", "kangaroo"):
         if not section.path:
             raise UserError("config.drafter.path is empty; name the draft's directory, or another drafter.kind")
-        drafter = api.load(section.path, mesh=mesh, **dtypes)
+        if section.kind == "model":
+            drafter = api.load(section.path, mesh=mesh, **dtypes)
+        else:
+            drafter = api.load_adapter(section.path, target)
     prompt: Any = config.prompt
     if config.chat:
         prompt = target.tokenizer.apply_chat([{"role": "user", "content": config.prompt}])
@@ -46,6 +50,7 @@ def run(config: Any, workdir: str | Path) -> dict:
         [prompt],
         drafter=drafter,
         gamma=config.gamma,
+        threshold=section.threshold,
         temperature=config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,

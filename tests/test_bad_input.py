@@ -44,6 +44,7 @@ def get_config():
     config.task.update({{"name": "text", "path": "{home}/text.py", "size": 0}})
     config.tokenizer.path = config.target = "{home}/target"
     config.model.init = "{home}/draft"
+    config.adapter = {{"exit_layer": 2, "kind": "attention", "own_head": False}}
     return config
 """
 
@@ -85,6 +86,8 @@ def target(home):
         ({"drafter": "ngram", "gamma": -1}, "gamma must be 0 .* or more, not -1"),
         ({"drafter": "early_exit", "exit_layer": 2}, "exit_layer must lie in 1 .. 1 .* not 2"),
         ({"drafter": "ngram", "shortest": 3, "longest": 2}, "1 <= shortest <= longest, not shortest=3"),
+        ({"drafter": "early_exit", "threshold": 1.5}, r"threshold must lie in \[0, 1\] .*, not 1\.5"),
+        ({"drafter": "ngram", "threshold": 0.5}, "ngram has no probabilities .*set threshold to 0"),
         ({"temperature": -0.5}, r"temperature must be 0 .* or a positive number, not -0\.5"),
         ({"temperature": float("nan")}, "temperature must be 0 .* not nan"),
         ({"top_p": 0.0}, r"top_p must lie in \(0, 1\], not 0\.0"),
@@ -180,6 +183,7 @@ def refused(run, config, workdir, capsys, *overrides):
         ("drafters.draft.path={home}/foreign", "different tokenizers; take a draft"),
         ("drafters.draft.path={home}/nowhere", "there is no {home}/nowhere/config.json; name the directory"),
         ("target={home}/nowhere", "there is no {home}/nowhere/config.json; name the directory"),
+        ("drafters.draft.kind=kangaroo", "there is no {home}/draft/adapter_config.json"),
         ("task.name=txt", 'unknown task "txt"; did you mean "text"'),
         ("task.path={home}/nowhere.py", "{home}/nowhere.py"),
         ("temperatures=1.0,-1.0", "temperature must be 0 (greedy) or a positive number, not -1.0"),
@@ -216,6 +220,7 @@ def test_a_comparison_of_a_drafter_that_is_not_there_is_refused(home, tmp_path, 
         ("target={home}/foreign", "another tokenizer"),
         ("target={home}/nowhere", "there is no {home}/nowhere/"),
         ("data.draft=0.5", "must sum to 1"),
+        ("model.init=adapter", "exit_layer must lie in 1 .. 1 for this target, not 2"),
         ("data.generation.temperature=-1.0", "temperature must be 0 (greedy) or a positive number, not -1.0"),
         ("loss.temperature=0.0", "loss.temperature is 0.0; it must be above 0"),
         ("train.min_seconds_of={home}", "{home}/results.json does not exist; run the stage that writes it"),

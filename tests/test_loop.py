@@ -45,10 +45,9 @@ def make_plan(models, kind, gamma, **changes):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def one_block(plan, params, draft_params, state, limits):
+def one_block(plan, params, draft_params, state, limits, adjust):
     """`loop.block`, which also shows the proposal and the logits that the caches gave."""
     noise = Noise(state.row_keys, state.lengths, plan.greedy, plan.rule.shared_noise)
-    adjust = Sampling.of(1.0)
     proposal, state = loop.propose(plan, params, draft_params, state, noise, adjust)
     pending = jnp.take_along_axis(state.tokens, state.lengths[:, None] - 1, axis=1)[:, 0]
     logits, cache, taps = loop.verify(plan, params, state.target_cache, pending, state.lengths, proposal)
@@ -68,7 +67,7 @@ def test_after_every_block_the_caches_say_what_a_full_forward_says(models, kind)
     stood, rows = set(), np.arange(BATCH)[:, None]
     while not np.all(np.asarray(state.done)):
         before = state
-        state, logits, proposal = one_block(plan, params, draft_params, before, limits)
+        state, logits, proposal = one_block(plan, params, draft_params, before, limits, Sampling.of(1.0))
         live, at = ~np.asarray(before.done), np.asarray(before.lengths)[:, None] - 1 + np.arange(gamma + 1)
         text = np.asarray(before.tokens).copy()  # the committed text and the draft
         text[rows, at[:, 1:]] = np.asarray(proposal.tokens)
@@ -353,7 +352,7 @@ def test_ngram_copies_what_followed_the_longest_then_latest_match(models, shorte
     drafter = make_drafter("ngram", models[0], 3, {"shortest": shortest, "longest": longest})
     state = drafter.init(None, None, Prefill(texts, lengths, texts, lengths, (), slots), None)
     noise = Noise(row_keys(0, jnp.arange(batch)), lengths, False, False)
-    context = Context(jnp.zeros((batch, 2), jnp.int32), lengths, noise, Sampling.of(1.0))
+    context = Context(jnp.zeros((batch, 2), jnp.int32), lengths, jnp.ones((batch,), bool), noise, Sampling.of(1.0))
     proposal, _, _ = jax.jit(lambda state, context: drafter.propose(None, None, state, None, context))(state, context)
     assert proposal.probs is None
     counts = np.asarray(proposal.num_drafted)

@@ -54,6 +54,42 @@ def test_lossless_accepts_the_overlap_of_the_two_distributions(one_hot):
         )
 
 
+class Stopping(Tables):
+    """A draft that stops behind a token from whose distribution it was unsure; with `peeks` it drops unsure tokens."""
+
+    THRESHOLD = 0.4  # of vocabulary 4 one shape of draft lies below it, the others above
+
+    def __init__(self, seed, gamma, peeks=False):
+        super().__init__(seed, 4, gamma, False)
+        self.peeks = peeks
+
+    def paths(self, context, one_hot, draft=(), chance=1.0):
+        probs = self.at((*context, *draft))[1] if len(draft) < self.gamma else np.zeros(0)
+        if len(draft) == self.gamma:
+            yield draft, chance, len(draft)
+        for token in np.flatnonzero(probs):
+            further, joint = (*draft, int(token)), chance * probs[token]
+            if self.peeks and probs[token] < self.THRESHOLD:
+                yield draft, joint, len(draft)
+            elif not self.peeks and probs.max() < self.THRESHOLD:
+                yield further, joint, len(further)
+            else:
+                yield from self.paths(context, one_hot, further, joint)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_stop_that_reads_distributions_leaves_the_law(seed):
+    tables = Stopping(seed, 2)
+    counts = {count for _, _, count in tables.paths((), False)}
+    counts |= {count for token in range(4) for _, _, count in tables.paths((token,), False)}
+    assert counts == {1, 2}
+    assert error_of(Lossless(), tables, False) < 1e-6
+
+
+def test_the_enumeration_catches_a_stop_that_looks_at_the_token_it_drops():
+    assert error_of(Lossless(), Stopping(0, 2, peeks=True), False) > 1e-2
+
+
 FAULTS = ["wrong residual", "unclipped residual", "no bonus", "<=", "counts all"]
 
 

@@ -13,6 +13,7 @@ gamma = 0 is plain decoding through the same code. Every target call emits 1 .. 
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -196,7 +197,11 @@ def prefill(plan: Plan, params, draft_params, prompts, lengths, row_keys) -> Dec
 
 
 def verify(plan: Plan, params, cache, pending: Int[Array, "B"], lengths: Int[Array, "B"], proposal: Proposal):
-    """One target call on `[pending, d_1 .. d_gamma]`: gamma + 1 rows of logits, the cache, tapped hidden states."""
+    """One target call on `[pending, d_1 .. d_gamma]`: gamma + 1 rows of logits, the cache, tapped hidden states.
+
+    Behind a drafter that stops early only so many columns are run as the longest draft needs (rounded up to one of a
+    few widths); logits and states of the others are 0, and their cache slots as before.
+    """
     gamma = proposal.tokens.shape[1]
     positions = lengths[:, None] - 1 + jnp.arange(gamma + 1, dtype=jnp.int32)[None]
     taps = plan.drafter.taps if plan.gamma else ()
@@ -204,8 +209,38 @@ def verify(plan: Plan, params, cache, pending: Int[Array, "B"], lengths: Int[Arr
         inputs, first = jnp.concatenate([pending[:, None], proposal.tokens], axis=1), 0
     else:
         inputs, first = proposal.resume_hidden, proposal.resume_layer
-    hidden, cache, tap_states = _through_target(plan, params, cache, inputs, positions, first, taps)
-    return plan.target.head(params, hidden), cache, tap_states
+
+    def call(width, cache):
+        hidden, cache, tap_states = _through_target(
+            plan, params, cache, inputs[:, :width], positions[:, :width], first, taps
+        )
+        return cache, (plan.target.head(params, hidden), tap_states)
+
+    widths = _widths(plan)
+    if len(widths) == 1:
+        cache, (logits, tap_states) = call(gamma + 1, cache)
+        return logits, cache, tap_states
+    needed = jnp.max(proposal.num_drafted) + 1
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda: call(gamma + 1, cache)[1]))
+    carry = needed, cache, nothing
+    for width in widths:
+        # Loops of one turn at most, of which one takes it. They hand the cache on in place; a switch would copy it.
+        def turn(carry, width=width):
+            cache, results = call(width, carry[1])
+            wide = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, gamma + 1 - width), (0, 0))), results)
+            return jnp.full_like(needed, gamma + 2), cache, wide
+
+        carry = jax.lax.while_loop(lambda carry, width=width: carry[0] <= width, turn, carry)
+    _, cache, (logits, tap_states) = carry
+    return logits, cache, tap_states
+
+
+def _widths(plan: Plan) -> list[int]:
+    """Columns that a verification may run: of all drafts, or of 1, 2, 4, ... where the drafter stops early."""
+    if not getattr(plan.drafter, "stops", False):
+        return [plan.gamma + 1]
+    drafts = itertools.takewhile(lambda count: count < plan.gamma, (2**i for i in itertools.count()))
+    return [*(count + 1 for count in drafts), plan.gamma + 1]
 
 
 def _emission(proposal: Proposal, num_accepted, next_token, room, live, eos_ids):
@@ -295,7 +330,7 @@ def propose(plan: Plan, params, draft_params, state: DecodeState, noise: Noise, 
         return Proposal(jnp.zeros((batch, 0), jnp.int32), None, jnp.zeros((batch,), jnp.int32)), state
     recent = jnp.maximum(state.lengths[:, None] + jnp.arange(-2, 0)[None], 0)
     last_two = jnp.take_along_axis(state.tokens, recent, axis=1)
-    context = Context(last_two, state.lengths, noise, sampling)
+    context = Context(last_two, state.lengths, ~state.done, noise, sampling)
     with jax.named_scope("propose"):
         proposal, drafter_state, cache = plan.drafter.propose(
             draft_params, params, state.drafter_state, state.target_cache, context

@@ -23,7 +23,7 @@ class Stream(enum.IntEnum):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How logits become probabilities, for target and draft alike, and how strictly a lossy rule judges by them.
+    """How logits become probabilities, how strictly a lossy rule judges by them, and where a draft stops.
 
     Traced: changing a value never recompiles.
 
@@ -32,15 +32,25 @@ class Sampling:
       top_k: keep the k most probable tokens; 0 keeps all.
       top_p: then keep the smallest set whose mass reaches p; 1 keeps all.
       lenience: epsilon of a lossy rule, which accepts more the smaller it is; exact rules are not shown it.
+      threshold: a drafter with stops goes on while its largest probability at temperature 1 is not below this.
     """
 
     temperature: Float[Array, ""]
     top_k: Int[Array, ""]
     top_p: Float[Array, ""]
     lenience: Float[Array, ""]
+    threshold: Float[Array, ""]
 
     @classmethod
-    def of(cls, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, *, lenience: float = 1.0) -> "Sampling":
+    def of(
+        cls,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        *,
+        lenience: float = 1.0,
+        threshold: float = 0.0,
+    ) -> "Sampling":
         """Checks the values and makes arrays of them. Raises UserError for values outside their range."""
         tiny = float(jnp.finfo(jnp.float32).tiny)  # what is smaller would be 0 on the device
         if temperature != 0 and not tiny <= temperature < float("inf"):
@@ -51,7 +61,10 @@ class Sampling:
             raise UserError(f"top_p must lie in (0, 1], not {top_p}.")
         if not tiny <= lenience <= 1:
             raise UserError(f"lenience must lie in (0, 1], not {lenience}; 1 is the strictest, smaller accepts more.")
-        return cls(jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p), jnp.float32(lenience))
+        if not 0 <= threshold <= 1:
+            raise UserError(f"threshold must lie in [0, 1] (0: never stop drafting), not {threshold}.")
+        floats = map(jnp.float32, (top_p, lenience, threshold))
+        return cls(jnp.float32(temperature), jnp.int32(top_k), *floats)
 
 
 def _truncate(probs: Float[Array, "B T V"], sampling: Sampling) -> Float[Array, "B T V"]:

@@ -8,6 +8,13 @@ from specjax.decoding import batch, loop, rules
 from specjax.decoding.drafters.table import make_drafter
 from specjax.decoding.sampling import Sampling
 from specjax.hub.tokenizer import Tokenizer
+from specjax.models.self_draft import SelfDraft
+
+
+def _drafter(material: Any, gamma: int) -> Any:
+    if isinstance(material.draft, SelfDraft):
+        return make_drafter("kangaroo", material.target, gamma, {"adapter": material.draft.adapter})
+    return make_drafter("model", material.target, gamma, {"model": material.draft})
 
 
 def make_evaluator(config: Any, material: Any, task: tasks.Task, tokenizer: Tokenizer) -> Callable:
@@ -21,7 +28,7 @@ def make_evaluator(config: Any, material: Any, task: tasks.Task, tokenizer: Toke
     slots = batch.prompt_slots(ids)
     plan = loop.Plan(
         target=material.target,
-        drafter=make_drafter("model", material.target, section.gamma, {"model": material.draft}),
+        drafter=_drafter(material, section.gamma),
         rule=rules.rule_named("lossless"),
         gamma=section.gamma,
         capacity=batch.capacity_bucket(material.target.text_slots(slots), section.max_new_tokens, section.gamma),

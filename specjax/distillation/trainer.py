@@ -67,7 +67,7 @@ class Material:
     """What is trained on what.
 
     Attributes:
-      draft: the model that learns, from `params`.
+      draft: the model that learns, from `params`; of a self-draft, the adapter alone does.
       params: its parameters before step 0.
       target: the model to learn from, with `target_params`; None for plain training. With the divergence
         "cross_entropy" it only measures the acceptance on validation data.
@@ -96,6 +96,11 @@ def check(config: Any, material: Material) -> None:
     """
     has_target = material.target is not None
     data, train, loss = config.data, config.train, config.loss
+    if material.draft.needs_target and (not has_target or loss.divergence == objective.CROSS_ENTROPY):
+        raise UserError(
+            "an adapter learns from the target that it is attached to: set `target`, and loss.divergence to one that "
+            f'compares with it, not "{loss.divergence}"'
+        )
     objective.check(loss.divergence, loss.beta, loss.temperature, loss.chunk, has_target=has_target)
     data_sources.check_fractions(data_sources.fractions_of(data), has_target=has_target)
     for name in ("steps", "log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_last"):
@@ -269,7 +274,8 @@ class Trainer:
         of_target = source == data_sources.TARGET
         # The draft writes what it would draft, in ids that the target has.
         model = material.target if of_target else self._author
-        params = material.target_params if of_target else self.state.params
+        own = self.state.params
+        params = material.target_params if of_target else model.joined(own, material.target_params)
         return self._call(
             f"{source} {width}",
             self._generate,

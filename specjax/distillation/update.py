@@ -57,7 +57,7 @@ class Loss:
     def __call__(self, params: Params, target_params: Params | None, batch: Mapping) -> objective.Sums:
         return objective.distillation_loss(
             self.draft,
-            params,
+            self.draft.joined(params, target_params),
             self.target,
             target_params,
             batch["tokens"],

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from specjax.hub import adapter as hub_adapter
 from specjax.hub import load as hub_load
 from specjax.hub import save as hub_save
 from specjax.hub.tokenizer import Tokenizer
@@ -36,6 +37,11 @@ class Model:
     params: Any
     tokenizer: Tokenizer
     mesh: jax.sharding.Mesh | None = None
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """What an adapter knows its target by."""
+        return hub_adapter.fingerprint(self.decoder, self.params)
 
     def logits(
         self, tokens: Sequence[Sequence[int]] | Any, decoder_tokens: Sequence[Sequence[int]] | Any = None
@@ -90,6 +96,20 @@ def load(
 def save(model: Model, directory: str | Path) -> None:
     """Writes a directory that `load` and Hugging Face transformers read."""
     hub_save.save(directory, model.decoder, model.params, model.tokenizer)
+
+
+def load_adapter(directory: str | Path, target: Model) -> hub_adapter.LoadedAdapter:
+    """Loads the adapter of this target, to draft for it, onto the target's devices.
+
+    Raises:
+      UserError: for whatever is missing or damaged, and for an adapter of another target.
+    """
+    shardings = None
+    if target.mesh is not None:
+        shardings = lambda adapter: meshes.shardings(adapter.axes(), target.mesh)
+    loaded = hub_adapter.load(directory, target.decoder, shardings=shardings)
+    loaded.check(target.fingerprint)
+    return loaded
 
 
 def check_pair(target: Model, draft: Model) -> None:

@@ -11,6 +11,8 @@ from specjax.runtime.errors import UserError
 FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
+SPECJAX_ADAPTER_FILE = "adapter.safetensors"
+
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 
@@ -72,6 +74,11 @@ def stored_in(directory: Path) -> dict[str, Stored]:
 
 def refuse_adapter(directory: Path) -> None:
     """Raises UserError for the directory of an adapter, which is not a model by itself."""
+    if (directory / SPECJAX_ADAPTER_FILE).exists():
+        raise UserError(
+            f"{directory} holds an adapter ({SPECJAX_ADAPTER_FILE}) that drafts for another model; load that model, "
+            "and give this directory to the drafter of kind kangaroo"
+        )
     for name in _ADAPTER_FILES:
         if (directory / name).exists():
             raise UserError(

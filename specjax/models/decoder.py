@@ -64,8 +64,10 @@ class DecoderModule(nnx.Module):
         return hidden, cache
 
     def head(self, hidden):
+        return self.unembed(hidden if self.norm is None else self.norm(hidden))
+
+    def unembed(self, hidden):
         config = self.config
-        hidden = hidden if self.norm is None else self.norm(hidden)
         if config.embedding_width:
             hidden = self.project_out(hidden)
         if config.tied_head:

@@ -29,53 +29,20 @@ def _init(module: type, config: Any, key: jax.Array) -> Params:
 
 
 @dataclasses.dataclass(frozen=True)
-class LanguageModel:
-    """A language model: hashable and static; parameters are passed in.
-
-    Positions are absolute and consecutive within a call: `positions[b] = positions[b, 0] + arange(T)`.
-
-    A *text* is what the model continues. Of a decoder-only model it begins with the prompt; an encoder-decoder reads
-    the prompt apart, and its text begins with a start token.
+class Network:
+    """Parameters described once, by an NNX module: their values, shapes and axes follow. Hashable and static.
 
     Attributes:
-      config: what the model is.
-      logits_size: V of the logits where it is not the model's own, see `fitted`.
+      config: what the network is.
     """
 
     config: Any
-    logits_size: int | None = dataclasses.field(default=None, kw_only=True)
     module: ClassVar[type]
-    reads_prompt_apart: ClassVar[bool] = False
-
-    @property
-    def layers(self) -> int:
-        return self.config.layers
-
-    @property
-    def vocab_size(self) -> int:
-        """V of the logits."""
-        return self.logits_size or self.config.vocab_size
-
-    def fitted(self, vocab_size: int) -> "LanguageModel":
-        """This model, with the same parameters, as a law over the first `vocab_size` ids.
-
-        Models with one tokenizer may pad their embeddings to different sizes. To draft for a model, another has to
-        speak of that model's ids: it loses ids beyond them, and gives probability 0 to those that it lacks.
-        """
-        return dataclasses.replace(self, logits_size=None if vocab_size == self.config.vocab_size else vocab_size)
 
     @property
     def num_params(self) -> int:
         """Parameters, the tied head counted once."""
         return sum(math.prod(x.shape) for x in jax.tree.leaves(self.abstract_params()))
-
-    @property
-    def num_step_params(self) -> int:
-        """Parameters read to decode one token: of a table only a row, and the head whole."""
-        params = self.abstract_params()
-        tables = [params["positions"]] if self.config.learned_positions else []
-        tables += [] if self.config.tied_head else [params["embedding"]]
-        return self.num_params - sum(math.prod(table.shape) for table in tables)
 
     def init(self, key: jax.Array) -> Params:
         """Random parameters as a nested dict."""
@@ -97,6 +64,57 @@ class LanguageModel:
     def bind(self, params: Params) -> Any:
         """The NNX module with these parameters."""
         return nnx.merge(_abstract(self.module, self.config)[0], params)
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel(Network):
+    """A language model: hashable and static; parameters are passed in.
+
+    Positions are absolute and consecutive within a call: `positions[b] = positions[b, 0] + arange(T)`.
+
+    A *text* is what the model continues. Of a decoder-only model it begins with the prompt; an encoder-decoder reads
+    the prompt apart, and its text begins with a start token.
+
+    Attributes:
+      config: what the model is.
+      logits_size: V of the logits where it is not the model's own, see `fitted`.
+      reads_prompt_apart: of an encoder-decoder.
+      needs_target: whether it runs on another model's parameters beside its own, see `joined`.
+    """
+
+    logits_size: int | None = dataclasses.field(default=None, kw_only=True)
+    reads_prompt_apart: ClassVar[bool] = False
+    needs_target: ClassVar[bool] = False
+
+    @property
+    def layers(self) -> int:
+        return self.config.layers
+
+    @property
+    def vocab_size(self) -> int:
+        """V of the logits."""
+        return self.logits_size or self.config.vocab_size
+
+    def fitted(self, vocab_size: int) -> "LanguageModel":
+        """This model, with the same parameters, as a law over the first `vocab_size` ids.
+
+        Models with one tokenizer may pad their embeddings to different sizes. To draft for a model, another has to
+        speak of that model's ids: it loses ids beyond them, and gives probability 0 to those that it lacks.
+        """
+        return dataclasses.replace(self, logits_size=None if vocab_size == self.config.vocab_size else vocab_size)
+
+    @property
+    def num_step_params(self) -> int:
+        """Parameters read to decode one token: of a table only a row, and the head whole."""
+        params = self.abstract_params()
+        tables = [params["positions"]] if self.config.learned_positions else []
+        tables += [] if self.config.tied_head else [params["embedding"]]
+        return self.num_params - sum(math.prod(table.shape) for table in tables)
+
+    def joined(self, params: Params, target_params: Params | None) -> Params:
+        """What the model runs with: its own parameters, or those and its target's where it is a part of that."""
+        del target_params
+        return params
 
     def opening(self, prompt: Sequence[int]) -> list[int]:
         """The tokens with which the text of this prompt begins."""
@@ -153,6 +171,10 @@ class LanguageModel:
     def head(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Final norm and output projection: float32 logits."""
         return fit_logits(self.bind(params).head(hidden), self.vocab_size)
+
+    def unembed(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """The output projection alone, for hidden states that a norm of the caller's has passed: float32 logits."""
+        return fit_logits(self.bind(params).unembed(hidden), self.vocab_size)
 
 
 def look_up(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:

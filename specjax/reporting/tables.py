@@ -7,7 +7,7 @@ from typing import Any
 from specjax.runtime.errors import UserError, nearest
 
 NOTHING = "–"
-SETTINGS = ("task", "target", "rule", "lenience", "top_k", "top_p", "batch_size", "max_new_tokens", "seed")
+SETTINGS = ("task", "target", "rule", "lenience", "threshold", "top_k", "top_p", "batch_size", "max_new_tokens", "seed")
 SUMMARY = (
     "drafter",
     "temperature",

@@ -7,6 +7,9 @@ cache, which is how self-drafts share the target's first layers.
   propose(params, target_params, state, target_cache, context) -> (Proposal, state, target_cache)
   commit(params, state, outcome) -> state
 
+`taps` are the target layers whose states it wants to see. Where it has a true `stops`, verification runs about as many
+columns as were drafted; each width is compiled, so that is for drafters that seldom draft all of gamma.
+
 A drafter may stop early (`num_drafted < gamma`), judging by distributions and earlier tokens, never by the value of
 the token it discards: that would bend the output law.
 """
@@ -15,7 +18,7 @@ import dataclasses
 from typing import Any
 
 import jax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from specjax.decoding.sampling import Noise, Sampling, Stream, probabilities
 
@@ -50,12 +53,14 @@ class Context:
     Attributes:
       last_two_tokens: the last two committed tokens; a row with one token has it twice.
       lengths: committed tokens a row, the pending one included.
+      live: rows that have not ended; what the others draft is dropped.
       noise: the block's random numbers.
-      sampling: how logits become probabilities.
+      sampling: how logits become probabilities, and the confidence below which drafting stops.
     """
 
     last_two_tokens: Int[Array, "B 2"]
     lengths: Int[Array, "B"]
+    live: Bool[Array, "B"]
     noise: Noise
     sampling: Sampling
 

@@ -1,11 +1,14 @@
 """The target's own first layers with its own head as the draft: no parameters, no second cache."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
-from specjax.decoding.drafters.base import Context, Outcome, Prefill, Proposal
+from specjax.decoding.drafters.base import Context, Outcome, Prefill
+from specjax.decoding.drafters.drafting import draft
 from specjax.models.language_model import LanguageModel
 
 
@@ -16,41 +19,57 @@ class EarlyExitDrafter:
     The shallow layers' keys and values go straight into the target's cache, and verification resumes from the
     hidden states at the exit, so no layer runs twice for a token. The last drafted token passes the shallow layers
     too, which is why nothing is missing after full acceptance.
+
+    Attributes:
+      stops: whether a row stops drafting where it is unsure.
     """
 
     target: LanguageModel
     exit_layer: int
     gamma: int
+    stops: bool = False
     taps = ()
 
     def init(self, params, target_params, prefill: Prefill, row_keys):
         return ()
 
+    def read_first(self, params, target_params, state, hidden: Float[Array, "B 1 D"], context: Context):
+        """Logits `[B, V]` that follow the pending token, and the state."""
+        return self.read(params, target_params, state, hidden, context.lengths[:, None] - 1)
+
+    def read(self, params, target_params, state: Any, hidden: Float[Array, "B 1 D"], positions):
+        """Logits `[B, V]` that follow the tokens at `positions` [B, 1], and the state."""
+        return self.target.head(target_params, hidden)[:, 0], state
+
+    def advanced(self, state: Any, hidden: Float[Array, "B gamma_plus_1 D"]) -> Any:
+        """The state behind a proposal, of which these are the states at the exit."""
+        return state
+
     def propose(self, params, target_params, state, target_cache, context: Context):
-        shallow = (0, self.exit_layer)
+        first_position = context.lengths[:, None] - 1
 
-        def feed(token, cache, offset):
-            positions = context.lengths[:, None] + offset - 1
-            return self.target.extend(target_params, cache, token[:, None], positions, layers=shallow)
+        def feed(tokens, offset, cache):
+            positions = first_position + offset
+            return self.target.extend(target_params, cache, tokens[:, None], positions, layers=(0, self.exit_layer))
 
-        def step(carry, offset):
-            token, cache = carry
-            hidden, cache = feed(token, cache, offset)
-            token, probs = context.draw(self.target.head(target_params, hidden)[:, 0], offset)
-            return (token, cache), (hidden[:, 0], token, probs)
+        def put(exits, hidden, offset):
+            return jax.lax.dynamic_update_slice_in_dim(exits, hidden, offset, 1)
 
-        carry = (context.last_two_tokens[:, 1], target_cache)
-        carry, (hidden, tokens, probs) = jax.lax.scan(step, carry, jnp.arange(self.gamma))
-        last_hidden, target_cache = feed(*carry, self.gamma)
-        rows = lambda stacked: jnp.moveaxis(stacked, 0, 1)
-        proposal = Proposal(
-            tokens=rows(tokens),
-            probs=None if probs is None else rows(probs),
-            num_drafted=jnp.full_like(context.lengths, self.gamma),
-            resume_hidden=jnp.concatenate([rows(hidden), last_hidden], axis=1),
-            resume_layer=self.exit_layer,
-        )
-        return proposal, state, target_cache
+        def step(tokens, offset, carry):
+            state, cache, exits = carry
+            hidden, cache = feed(tokens, offset, cache)
+            logits, state = self.read(params, target_params, state, hidden, first_position + offset)
+            return logits, (state, cache, put(exits, hidden, offset))
+
+        hidden, target_cache = feed(context.last_two_tokens[:, 1], 0, target_cache)
+        logits, state = self.read_first(params, target_params, state, hidden, context)
+        carry = state, target_cache, jnp.pad(hidden, ((0, 0), (0, self.gamma), (0, 0)))
+        proposal, last, offset, carry = draft(context, self.gamma, logits, carry, step, stops=self.stops)
+        state, target_cache, exits = carry
+        hidden, target_cache = feed(last, offset, target_cache)
+        exits = put(exits, hidden, offset)
+        proposal = dataclasses.replace(proposal, resume_hidden=exits, resume_layer=self.exit_layer)
+        return proposal, self.advanced(state, exits), target_cache
 
     def commit(self, params, state, outcome: Outcome):
         return state

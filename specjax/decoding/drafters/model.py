@@ -2,23 +2,27 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 
-from specjax.decoding.drafters.base import Context, Outcome, Prefill, Proposal
+from specjax.decoding.drafters.base import Context, Outcome, Prefill
+from specjax.decoding.drafters.drafting import draft
 from specjax.models.language_model import LanguageModel, consecutive
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelDrafter:
-    """Drafts gamma tokens with a separate language model (arXiv 2211.17192).
+    """Drafts at most gamma tokens with a separate language model (arXiv 2211.17192).
 
     The first step of a block feeds the last two committed tokens. Re-writing the older one's keys and values changes
     nothing, except after full acceptance: the last drafted token was never fed, and this fills its slot.
+
+    Attributes:
+      stops: whether a row stops drafting where it is unsure.
     """
 
     model: LanguageModel
     gamma: int
+    stops: bool = False
     taps = ()
 
     def init(self, params, target_params, prefill: Prefill, row_keys):
@@ -33,22 +37,14 @@ class ModelDrafter:
         hidden, cache = model.extend(params, cache, context.last_two_tokens, positions)
         last = (context.lengths - 1 - start)[:, None, None]
         hidden = jnp.take_along_axis(hidden, last, axis=1)
-        first, first_probs = context.draw(model.head(params, hidden)[:, 0], 0)
 
-        def step(carry, offset):
-            token, cache = carry
+        def step(tokens, offset, cache):
             positions = context.lengths[:, None] + offset - 1
-            hidden, cache = model.extend(params, cache, token[:, None], positions)
-            token, probs = context.draw(model.head(params, hidden)[:, 0], offset)
-            return (token, cache), (token, probs)
+            hidden, cache = model.extend(params, cache, tokens[:, None], positions)
+            return model.head(params, hidden)[:, 0], cache
 
-        (_, cache), (tokens, probs) = jax.lax.scan(step, (first, cache), jnp.arange(1, self.gamma))
-        join = lambda head, rest: jnp.concatenate([head[:, None], jnp.moveaxis(rest, 0, 1)], axis=1)
-        proposal = Proposal(
-            tokens=join(first, tokens),
-            probs=None if first_probs is None else join(first_probs, probs),
-            num_drafted=jnp.full_like(context.lengths, self.gamma),
-        )
+        logits = model.head(params, hidden)[:, 0]
+        proposal, _, _, cache = draft(context, self.gamma, logits, cache, step, stops=self.stops)
         return proposal, cache, target_cache
 
     def commit(self, params, state, outcome: Outcome):

@@ -3,21 +3,29 @@
 from typing import Any
 
 from specjax.decoding.drafters.early_exit import EarlyExitDrafter
+from specjax.decoding.drafters.kangaroo import KangarooDrafter
 from specjax.decoding.drafters.model import ModelDrafter
 from specjax.decoding.drafters.ngram import NGramDrafter
 from specjax.models.language_model import LanguageModel
 from specjax.runtime.errors import UserError, nearest
 
 
+def _stops(options: dict) -> bool:
+    """Whether confidence is computed at all; the threshold itself is traced, see `Sampling`."""
+    return options.get("threshold", 0) > 0
+
+
 def _model(target: LanguageModel, gamma: int, options: dict) -> ModelDrafter:
     # Padded to other sizes, models of one tokenizer still make a pair: the draft speaks of the target's ids.
-    return ModelDrafter(options["model"].fitted(target.vocab_size), gamma)
+    return ModelDrafter(options["model"].fitted(target.vocab_size), gamma, _stops(options))
 
 
 def _ngram(target: LanguageModel, gamma: int, options: dict) -> NGramDrafter:
     shortest, longest = options["shortest"], options["longest"]
     if not 1 <= shortest <= longest:
         raise UserError(f"ngram needs 1 <= shortest <= longest, not shortest={shortest}, longest={longest}.")
+    if _stops(options):
+        raise UserError("ngram has no probabilities of which a threshold could speak; set threshold to 0.")
     return NGramDrafter(gamma, shortest, longest)
 
 
@@ -25,17 +33,24 @@ def _early_exit(target: LanguageModel, gamma: int, options: dict) -> EarlyExitDr
     layer = options["exit_layer"]
     if not 1 <= layer < target.layers:
         raise UserError(f"exit_layer must lie in 1 .. {target.layers - 1} for this target, not {layer}.")
-    return EarlyExitDrafter(target, layer, gamma)
+    return EarlyExitDrafter(target, layer, gamma, _stops(options))
 
 
-DRAFTERS = {"model": _model, "ngram": _ngram, "early_exit": _early_exit}
+def _kangaroo(target: LanguageModel, gamma: int, options: dict) -> KangarooDrafter:
+    adapter = options["adapter"]
+    return KangarooDrafter(target, adapter.config.exit_layer, gamma, _stops(options), adapter=adapter)
+
+
+DRAFTERS = {"model": _model, "ngram": _ngram, "early_exit": _early_exit, "kangaroo": _kangaroo}
 
 
 def make_drafter(kind: str, target: LanguageModel, gamma: int, options: dict[str, Any]) -> Any:
     """Builds the drafter called `kind`; None when gamma is 0 (plain decoding).
 
     Args:
-      options: `model` (a LanguageModel) for "model"; `shortest`, `longest` for "ngram"; `exit_layer` for "early_exit".
+      options: `model` (a LanguageModel) for "model"; `shortest`, `longest` for "ngram"; `exit_layer` for "early_exit";
+        `adapter` (a models.adapters.Adapter) for "kangaroo". All but "ngram" take a `threshold`, 0 where there is none:
+        above it the drafter stops where it is less sure than `Sampling.threshold` says.
 
     Raises:
       UserError: for an unknown kind, a negative gamma, or options outside their range.

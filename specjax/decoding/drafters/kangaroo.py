@@ -1,0 +1,78 @@
+"""The target's first layers and a light adapter as the draft (Kangaroo, arXiv 2404.18911)."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from specjax.decoding.drafters.base import Context, Outcome, Prefill
+from specjax.decoding.drafters.early_exit import EarlyExitDrafter
+from specjax.models.adapters import Adapter
+from specjax.models.language_model import consecutive
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KangarooState:
+    """What the adapter keeps between blocks.
+
+    Attributes:
+      cache: its keys and values; None for an adapter without attention.
+      exits: the target's states at the exit for the tokens of the last block, the pending one first.
+      second_last: which of them belongs to the second-last committed token.
+    """
+
+    cache: Any
+    exits: Float[Array, "B gamma_plus_1 D"]
+    second_last: Int[Array, "B"]
+
+
+@dataclasses.dataclass(frozen=True)
+class KangarooDrafter(EarlyExitDrafter):
+    """Early exit with an adapter between the exit and the head.
+
+    The adapter's first step of a block reads the states of the last two committed tokens. Re-writing the older one's
+    keys and values changes nothing, except after full acceptance: the adapter has not read the last drafted token,
+    and this fills its slot. Its state is kept from the block before, so the target's layers run once a token.
+    """
+
+    adapter: Adapter = dataclasses.field(kw_only=True)
+
+    @property
+    def taps(self):
+        return (self.exit_layer,)
+
+    def init(self, params, target_params, prefill: Prefill, row_keys):
+        (states,) = prefill.tap_states
+        cache = self.adapter.start(states.shape[0], prefill.capacity)
+        _, cache = self.adapter.extend(params, cache, states, consecutive(prefill.texts))
+        before = jnp.maximum(prefill.text_lengths - 2, 0)
+        exits = jnp.take_along_axis(states, before[:, None, None], axis=1)
+        return KangarooState(cache, jnp.pad(exits, ((0, 0), (0, self.gamma), (0, 0))), jnp.zeros_like(before))
+
+    def read_first(self, params, target_params, state: KangarooState, hidden, context: Context):
+        # A text of one token has no second-last one: read slots 0 and 1, use slot 0; slot 1 is rewritten later.
+        lengths = context.lengths
+        before = jnp.take_along_axis(state.exits, state.second_last[:, None, None], axis=1)
+        before = jnp.where((lengths > 1)[:, None, None], before, hidden)
+        start = jnp.maximum(lengths - 2, 0)
+        positions = start[:, None] + jnp.arange(2, dtype=jnp.int32)[None]
+        pair = jnp.concatenate([before, hidden], axis=1)
+        mixed, cache = self.adapter.extend(params, state.cache, pair, positions)
+        last = jnp.take_along_axis(mixed, (lengths - 1 - start)[:, None, None], axis=1)
+        logits = self.adapter.head(params, self.target, target_params, last)[:, 0]
+        return logits, dataclasses.replace(state, cache=cache)
+
+    def read(self, params, target_params, state: KangarooState, hidden, positions):
+        mixed, cache = self.adapter.extend(params, state.cache, hidden, positions)
+        logits = self.adapter.head(params, self.target, target_params, mixed)[:, 0]
+        return logits, dataclasses.replace(state, cache=cache)
+
+    def advanced(self, state: KangarooState, exits):
+        return dataclasses.replace(state, exits=exits)
+
+    def commit(self, params, state: KangarooState, outcome: Outcome):
+        # Emitted tokens stand behind the pending one, and the last of them is the next block's pending one.
+        return dataclasses.replace(state, second_last=jnp.maximum(outcome.num_emitted - 1, 0))

@@ -1,0 +1,151 @@
+"""An adapter alone in a directory: a small file, tied to the target whose states it reads."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.tree_util import keystr
+
+from specjax.hub import weights
+from specjax.models.adapters import Adapter, AdapterConfig
+from specjax.models.language_model import LanguageModel, Params
+from specjax.runtime.dtypes import dtype_named
+from specjax.runtime.errors import UserError
+
+CONFIG_FILE = "adapter_config.json"
+_FORMAT = "specjax-adapter-1"
+# Values of each parameter that enter the fingerprint.
+_SAMPLE = 64
+
+
+def fingerprint(decoder: LanguageModel, params: Params) -> str:
+    """What tells a target from another: its config, and some values out of each of its parameters.
+
+    Values are rounded to bfloat16 first, so that a checkpoint has one fingerprint whether it is kept in float32 or in
+    bfloat16. In float16, which rounds otherwise, it may have another.
+    """
+    fields = dataclasses.asdict(decoder.config)
+    for name in ("param_dtype", "compute_dtype"):
+        del fields[name]
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+    samples = _samples(params)
+    if jax.process_count() > 1:  # all processes come here together
+        samples = multihost_utils.process_allgather(samples, tiled=True)
+    for path, values in jax.tree_util.tree_leaves_with_path(samples):
+        digest.update(_name(path).encode())
+        digest.update(np.asarray(values).tobytes())
+    return digest.hexdigest()[:32]
+
+
+@jax.jit
+def _samples(params: Params) -> Params:
+    middle = lambda leaf: leaf[tuple(size // 2 for size in leaf.shape[:-1])]
+    return jax.tree.map(lambda leaf: middle(leaf)[:_SAMPLE].astype(jnp.bfloat16), params)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedAdapter:
+    """An adapter with its parameters.
+
+    Attributes:
+      target: fingerprint of the model to which it belongs.
+    """
+
+    adapter: Adapter
+    params: Any
+    target: str
+
+    def check(self, target: str) -> None:
+        """Raises UserError unless `target` is the fingerprint of its own target."""
+        if target != self.target:
+            raise UserError(
+                f"this adapter belongs to another target (fingerprint {self.target[:8]}, this model's is "
+                f"{target[:8]}); load the target with which it was trained, as float32 or bfloat16"
+            )
+
+
+def save(directory: str | Path, loaded: LoadedAdapter) -> None:
+    """Writes `adapter.safetensors` and `adapter_config.json`; replaces those of an earlier adapter.
+
+    Raises:
+      UserError: if the directory holds other files, or cannot be written.
+    """
+    from safetensors.numpy import save_file
+
+    directory, config = Path(directory), loaded.adapter.config
+    others = sorted(
+        {path.name for path in directory.iterdir()} - {CONFIG_FILE, weights.SPECJAX_ADAPTER_FILE}
+        if directory.is_dir()
+        else ()
+    )
+    if others:
+        raise UserError(f"{directory} holds other files ({others[0]}); choose a directory for the adapter alone")
+    leaves = jax.tree_util.tree_leaves_with_path(loaded.params)
+    fields = {
+        "format": _FORMAT,
+        "kind": config.kind,
+        "own_head": config.own_head,
+        "exit_layer": config.exit_layer,
+        "param_dtype": config.target.param_dtype,
+        "target": {"fingerprint": loaded.target, "family": config.target.family, "layers": config.target.layers},
+    }
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        save_file({_name(path): np.asarray(leaf) for path, leaf in leaves}, directory / weights.SPECJAX_ADAPTER_FILE)
+        (directory / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{directory} cannot be written ({error}); make room or choose another place") from None
+
+
+def load(directory: str | Path, target: LanguageModel, *, shardings=None) -> LoadedAdapter:
+    """Reads an adapter for a target of the right sizes; the caller checks the fingerprint.
+
+    Args:
+      shardings: a function of the adapter that gives the tree of shardings; the default device without one.
+
+    Raises:
+      UserError: for whatever is missing or damaged, and for an adapter that does not fit the target.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    directory = Path(directory)
+    described, fields = directory / CONFIG_FILE, weights.read_json(directory / CONFIG_FILE)
+    if fields.get("format") != _FORMAT:
+        raise UserError(f'{described} has no "format": "{_FORMAT}"; name a directory that specjax wrote an adapter to')
+    try:
+        config = AdapterConfig(target.config, fields["exit_layer"], fields["kind"], fields["own_head"])
+        belongs = fields["target"]["fingerprint"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{described} lacks or misstates {error}; export the adapter again") from None
+    path = directory / weights.SPECJAX_ADAPTER_FILE
+    try:
+        stored = load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"there is no {path}; copy the adapter again") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged or cut short ({error}); copy or export it again") from None
+    adapter = Adapter(config)
+    expected = {
+        _name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(adapter.abstract_params())
+    }
+    if expected != {name: values.shape for name, values in stored.items()}:
+        raise UserError(
+            f"the tensors in {path} are not those of this adapter on this target; take the target it is for"
+        )
+    dtype = dtype_named(config.target.param_dtype)
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jnp.asarray(stored[_name(path)]).astype(dtype), adapter.abstract_params()
+    )
+    params = params if shardings is None else jax.device_put(params, shardings(adapter))
+    return LoadedAdapter(adapter, params, belongs)
+
+
+def _name(path) -> str:
+    return keystr(path, simple=True, separator=".")

@@ -1,0 +1,516 @@
+"""Kangaroo and the confidence stop: the adapter, its caches, its law, and what rows and thresholds may change."""
+
+import dataclasses
+import functools
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_trainer
+import tiny
+from test_exactness import (
+    COUPLED,
+    EOS,
+    GREEDY,
+    LAW_EMITTED,
+    LAW_GAMMA,
+    LAW_PROMPTS,
+    LAW_VOCAB,
+    Pair,
+    assert_same_tokens,
+    law_p_value,
+    row_limits,
+)
+from test_loop import one_block
+
+from specjax import api
+from specjax.decoding import loop
+from specjax.decoding.drafters.base import Context
+from specjax.decoding.drafters.drafting import draft
+from specjax.decoding.drafters.model import ModelDrafter
+from specjax.decoding.drafters.table import make_drafter
+from specjax.decoding.sampling import Noise, Sampling, row_keys
+from specjax.distillation import trainer, update
+from specjax.hub.adapter import LoadedAdapter
+from specjax.hub.tokenizer import train_byte_bpe
+from specjax.models.adapters import Adapter, AdapterConfig
+from specjax.models.config import DecoderConfig
+from specjax.models.encoder_decoder import EncoderDecoderConfig
+from specjax.models.language_model import consecutive
+from specjax.models.self_draft import SelfDraft
+from specjax.runtime.errors import UserError
+
+VOCAB, SLOTS, MAX_NEW, BATCH = 24, 6, 20, 16
+
+
+def adapter_of(target, seed=5, **changes):
+    """An adapter whose gains are not all 1, so that every norm matters."""
+    adapter = Adapter(AdapterConfig(target.config, **{"exit_layer": 1, **changes}))
+    params = adapter.init(jax.random.key(seed))
+    keys = iter(jax.random.split(jax.random.key(seed + 1), 20))
+    spread = lambda x: x * jax.random.uniform(next(keys), x.shape, minval=0.5, maxval=2.0) if x.ndim == 1 else x
+    return adapter, jax.tree.map(spread, params)
+
+
+@pytest.fixture(scope="module")
+def models():
+    """A target whose upper layers change little, and an adapter that therefore agrees with it often, not always."""
+    target, params = tiny.decoder(1, sharpness=2.0)
+    params["blocks"] = {
+        i: block if i == 0 else jax.tree.map(lambda x: 0.5 * x if x.ndim == 2 else x, block)
+        for i, block in params["blocks"].items()
+    }
+    adapter, adapter_params = adapter_of(target)
+    adapter_params["norm"] = params["norm"]
+    adapter_params["attention"]["output"]["kernel"] *= 0.3
+    return target, params, adapter, adapter_params
+
+
+# --- the adapter ---------------------------------------------------------------------------------------------------
+
+VICUNA = DecoderConfig.llama(
+    rope_theta=1e4,
+    vocab_size=32000,
+    width=4096,
+    layers=32,
+    heads=32,
+    kv_heads=32,
+    head_size=128,
+    mlp_width=11008,
+    max_positions=4096,
+    norm_epsilon=1e-6,
+    tied_head=False,
+    param_dtype="float32",
+    compute_dtype="float32",
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "millions"),
+    [
+        ({}, 67.117056),  # the paper's own numbers, to their digits, for Vicuna-7B
+        ({"own_head": True}, 198),
+        ({"kind": "layer"}, 202),
+        ({"kind": "mlp", "own_head": True}, 165),
+        ({"kind": "none"}, 0.004096),
+    ],
+)
+def test_an_adapter_has_as_many_parameters_as_the_papers(changes, millions):
+    size = Adapter(AdapterConfig(VICUNA, 2, **changes)).num_params / 1e6
+    assert size == millions if isinstance(millions, float) else round(size) == millions
+    if not changes:
+        assert size * 1e6 == 4 * 4096**2 + 2 * 4096
+
+
+def test_the_adapter_is_what_the_paper_writes(models):
+    target, params, adapter, adapter_params = models
+    hidden = np.asarray(jax.random.normal(jax.random.key(0), (1, 7, 16)))
+    weights = jax.tree.map(np.asarray, adapter_params)
+    norm = lambda x, gain: x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * gain
+    project = lambda x, name: x @ weights["attention"][name]["kernel"]
+    turn = np.arange(7)[:, None] / 1e4 ** (np.arange(0, 8, 2) / 8)[None]
+
+    def rotated(x):  # [T, H]
+        a, b = x[:, :4], x[:, 4:]
+        return np.concatenate([a * np.cos(turn) - b * np.sin(turn), b * np.cos(turn) + a * np.sin(turn)], axis=1)
+
+    inputs = norm(hidden[0], weights["attention_norm"]["scale"])
+    key, value = rotated(project(inputs, "key")), project(inputs, "value")  # one key head for both query heads
+    heads = []
+    for head in range(2):
+        query = rotated(project(inputs, "query")[:, 8 * head : 8 * head + 8])
+        scores = np.where(np.tri(7, dtype=bool), query @ key.T / np.sqrt(8), -np.inf)
+        chances = np.exp(scores - scores.max(-1, keepdims=True))
+        heads.append(chances / chances.sum(-1, keepdims=True) @ value)
+    mixed = hidden[0] + project(np.concatenate(heads, axis=1), "output")
+    logits = norm(mixed, weights["norm"]["scale"]) @ np.asarray(params["embedding"]).T
+    positions = consecutive(jnp.zeros((1, 7), jnp.int32))
+    ours, _ = adapter.extend(adapter_params, None, jnp.asarray(hidden), positions)
+    ours = adapter.head(adapter_params, target, params, ours)
+    np.testing.assert_allclose(np.asarray(ours)[0], logits, atol=1e-4)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def full_draft_logits(target, adapter, params, adapter_params, tokens):
+    """What the adapter says of whole rows, without any cache."""
+    positions = consecutive(tokens)
+    hidden, _ = target.extend(params, None, tokens, positions, layers=(0, adapter.config.exit_layer))
+    hidden, _ = adapter.extend(adapter_params, None, hidden, positions)
+    return adapter.head(adapter_params, target, params, hidden)
+
+
+def plan_of(models, threshold, gamma=3, **how):
+    target, _, adapter, _ = models
+    how = {"slots": SLOTS, "max_new": MAX_NEW, **how}
+    return tiny.plan(target, "kangaroo", {"adapter": adapter, "threshold": threshold}, gamma=gamma, **how)
+
+
+def expected_counts(confidence, threshold):
+    """Tokens that count: up to the first that was drawn from a distribution below the threshold, itself included."""
+    unsure = confidence < threshold
+    return np.where(unsure.any(1), unsure.argmax(1) + 1, confidence.shape[1])
+
+
+def test_after_every_block_the_caches_say_what_a_full_forward_says(models):
+    target, params, adapter, adapter_params = models
+    gamma, threshold, rows = 3, 0.6, np.arange(BATCH)[:, None]
+    plan, limits, adjust = plan_of(models, threshold), tiny.limits(BATCH, MAX_NEW), Sampling.of(threshold=threshold)
+    texts, lengths = tiny.prompts(3, BATCH, SLOTS, VOCAB)
+    state = loop.begin(plan, params, adapter_params, texts, lengths, row_keys(4, jnp.arange(BATCH)))
+    stood, drafted = set(), set()
+    while not np.all(np.asarray(state.done)):
+        before = state
+        state, logits, proposal = one_block(plan, params, adapter_params, before, limits, adjust)
+        live, at = ~np.asarray(before.done), np.asarray(before.lengths)[:, None] - 1 + np.arange(gamma + 1)
+        text = np.asarray(before.tokens).copy()  # the committed text and the draft
+        text[rows, at[:, 1:]] = np.asarray(proposal.tokens)
+        counts = np.asarray(proposal.num_drafted)
+        wanted = live[:, None] & (np.arange(gamma + 1)[None] <= counts[:, None])
+        full = np.asarray(tiny.full_logits(target, params, jnp.asarray(text)))[rows, at]
+        np.testing.assert_allclose(np.asarray(logits)[wanted], full[wanted], atol=1e-4)
+        said = jax.nn.softmax(full_draft_logits(target, adapter, params, adapter_params, jnp.asarray(text)), axis=-1)
+        said = np.asarray(said)[rows, at[:, :-1]]
+        inside = live[:, None] & (np.arange(gamma)[None] < counts[:, None])
+        np.testing.assert_allclose(np.asarray(proposal.probs)[inside], said[inside], atol=1e-4)
+        confidence = np.where(inside, said.max(-1), 1.0)  # beyond the stop the text above is not what was drafted
+        np.testing.assert_array_equal(counts[live & inside.all(1)], gamma)
+        np.testing.assert_array_equal(counts[live], expected_counts(confidence, threshold)[live])
+        drafted |= {tuple(sorted(set(counts[live].tolist())))}
+        stood |= set((np.asarray(state.lengths) - at[:, 0] - 2)[live].tolist())
+    assert stood == set(range(gamma + 1)), "every number of accepted tokens has to occur"
+    assert any(len(counts) > 1 for counts in drafted), "rows have to stop at different places"
+
+
+# --- the stop ------------------------------------------------------------------------------------------------------
+
+
+def scripted(confidence, live, threshold, gamma, stops=True):
+    """`draft` where the i-th distribution of row b has the largest probability confidence[b][i], of token i."""
+    table = jnp.asarray(confidence, jnp.float32)  # [B, gamma]
+    batch = table.shape[0]
+
+    def logits_at(offset):
+        top = jax.lax.dynamic_index_in_dim(table, offset, 1, keepdims=False)
+        others = (1 - top) / 9
+        return jnp.log(jnp.where(jnp.arange(10)[None] == offset, top[:, None], others[:, None]))
+
+    noise = Noise(row_keys(0, jnp.arange(batch)), jnp.full((batch,), 5, jnp.int32), True, False)
+    adjust = Sampling.of(0.0, threshold=threshold)
+    context = Context(jnp.zeros((batch, 2), jnp.int32), noise.lengths, jnp.asarray(live), noise, adjust)
+    step = lambda tokens, offset, fed: (logits_at(offset), fed + 1)
+    proposal, _, offset, fed = draft(context, gamma, logits_at(0), jnp.int32(0), step, stops=stops)
+    assert int(fed) == int(offset) - 1
+    return np.asarray(proposal.num_drafted).tolist(), int(offset), np.asarray(proposal.tokens)
+
+
+def test_each_row_stops_behind_its_own_first_unsure_token_and_drafting_ends_with_the_last_row():
+    confidence = [[0.9, 0.5, 0.9, 0.9], [0.5, 0.9, 0.9, 0.9], [0.9, 0.9, 0.5, 0.5], [0.9] * 4]
+    live = [True, True, True, False]
+    counts, steps, tokens = scripted(confidence, live, 0.6, 4)
+    assert (counts, steps) == ([2, 1, 3, 0], 3)
+    assert [tokens[row, :count].tolist() for row, count in enumerate(counts)] == [[0, 1], [0], [0, 1, 2], []]
+    assert scripted(confidence, live, 0.4, 4)[:2] == ([4, 4, 4, 0], 4)
+    assert scripted(confidence, [True] * 4, 0.6, 4)[:2] == ([2, 1, 3, 4], 4)
+    assert scripted(confidence, live, 0.6, 4, stops=False)[:2] == ([4, 4, 4, 4], 4)
+
+
+def test_the_stop_asks_for_confidence_at_temperature_1_whatever_the_sampling(models):
+    target, params, adapter, adapter_params = models
+    texts, lengths = tiny.prompts(3, BATCH, SLOTS, VOCAB)
+    raw = np.asarray(full_draft_logits(target, adapter, params, adapter_params, texts))
+    raw = raw[np.arange(BATCH), np.asarray(lengths) - 1]
+    confidence = np.asarray(jax.nn.softmax(raw, axis=-1)).max(-1)
+    threshold = float(np.median(confidence)) + 1e-4
+    plan = plan_of(models, threshold)
+    for adjust in (Sampling.of(0.2, threshold=threshold), Sampling.of(2.0, top_k=1, threshold=threshold)):
+        state = loop.begin(plan, params, adapter_params, texts, lengths, row_keys(4, jnp.arange(BATCH)))
+        _, _, proposal = one_block(plan, params, adapter_params, state, tiny.limits(BATCH, MAX_NEW), adjust)
+        np.testing.assert_array_equal(np.asarray(proposal.num_drafted) == 1, confidence < threshold)
+
+
+# --- losslessness --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pair(models):
+    target, params, _, _ = models
+    noise = tiny.decoder(2)[1]
+    return Pair(target, params, jax.tree.map(lambda a, b: a + 0.1 * b, params, noise), *tiny.prompts(0, 256, 12, VOCAB))
+
+
+def compare_with_plain(models, pair, drafts, settings, rule, max_new=24):
+    """Decodes plainly and with each (kind, gamma, threshold), on uneven prompts and limits."""
+    target, params, adapter, adapter_params = models
+    rows, greedy = row_limits(256, max_new), rule == "lossless"
+    run = lambda plan, draft, adjust: tiny.decode(
+        plan, params, draft, pair.texts, pair.lengths, rows, eos=EOS, seed=3, adjust=adjust
+    )
+    for adjust in settings:
+        reference = run(pair.plan("ngram", 0, rule, greedy, max_new), None, adjust)
+        for kind, gamma, threshold in drafts:
+            options = {"adapter": adapter, "model": target, "exit_layer": 1, "threshold": threshold}
+            draft_params = {"kangaroo": adapter_params, "model": pair.draft_params, "early_exit": None}[kind]
+            plan = tiny.plan(target, kind, options, gamma=gamma, slots=12, max_new=max_new, rule=rule, greedy=greedy)
+            stopping = dataclasses.replace(adjust, threshold=jnp.float32(threshold))
+            state = run(plan, draft_params, stopping)
+            assert_same_tokens(pair, state, reference, adjust, greedy)
+            calls, counts = np.asarray(state.statistics.target_calls), np.asarray(state.statistics.drafted)
+            assert calls.sum() < np.asarray(state.num_emitted).sum(), "nothing was ever accepted"
+            assert not threshold or counts.sum() < 0.9 * gamma * calls.sum(), "no stop was active"
+
+
+def test_greedy_decoding_with_stops_equals_greedy_plain(models, pair):
+    compare_with_plain(models, pair, [("kangaroo", 3, 0.6)], GREEDY, "lossless")
+
+
+def test_one_compile_serves_every_threshold(models, pair):
+    target, params, adapter, adapter_params = models
+    drafted, sizes = [], set()
+    for threshold in (0.05, 0.5, 0.9, 1.0):
+        options = {"adapter": adapter, "threshold": threshold}
+        plan = tiny.plan(target, "kangaroo", options, gamma=3, slots=12, max_new=24, greedy=True)
+        adjust, limits = Sampling.of(0.0, threshold=threshold), row_limits(256, 24)
+        state = tiny.decode(plan, params, adapter_params, pair.texts, pair.lengths, limits, eos=EOS, adjust=adjust)
+        drafted.append(int(state.statistics.drafted.sum()))
+        sizes.add((loop.prefill._cache_size(), loop.run._cache_size()))
+    assert len(sizes) == 1
+    assert drafted[0] > drafted[1] > drafted[2] >= drafted[3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rule", "settings", "drafts"),
+    [
+        ("coupled", COUPLED[:2], [("kangaroo", 4, 0.6), ("model", 4, 0.6)]),
+        ("lossless", GREEDY, [("kangaroo", 6, 0.0), ("model", 4, 0.6), ("early_exit", 3, 0.5)]),
+    ],
+)
+def test_with_stops_every_drafter_equals_plain_decoding(models, pair, rule, settings, drafts):
+    compare_with_plain(models, pair, drafts, settings, rule)
+
+
+@pytest.mark.slow
+def test_another_kind_of_adapter_at_another_layer_equals_plain_decoding(pair):
+    target, params = tiny.decoder(1, sharpness=2.0, layers=3)
+    deeper = dataclasses.replace(pair, target=target, params=params)
+    made = adapter_of(target, exit_layer=2, kind="layer", own_head=True)
+    compare_with_plain((target, params, *made), deeper, [("kangaroo", 3, 0.5)], COUPLED[:1], "coupled")
+
+
+@pytest.fixture(scope="module")
+def law_models():
+    target, params = tiny.decoder(0, vocab_size=LAW_VOCAB)
+    draft, draft_params = tiny.decoder(9, vocab_size=LAW_VOCAB, layers=1)
+    adapter, adapter_params = adapter_of(target)
+    return target, params, draft, draft_params, adapter, adapter_params
+
+
+# About the median confidence of both drafts, so that stops are common and not the rule.
+LAW_THRESHOLD = 0.5
+
+
+def law_plan(law_models, kind):
+    target, _, draft, _, adapter, _ = law_models
+    options = {"model": draft, "adapter": adapter, "threshold": LAW_THRESHOLD}
+    slots = len(LAW_PROMPTS[0])
+    return tiny.plan(target, kind, options, gamma=LAW_GAMMA, slots=slots, max_new=LAW_EMITTED + 2)
+
+
+def law_arguments(law_models, kind):
+    target, params, draft, draft_params, _, adapter_params = law_models
+    return target, params, draft, draft_params if kind == "model" else adapter_params
+
+
+@pytest.mark.slow
+def test_with_stops_the_loop_samples_the_targets_law(law_models):
+    plan, models = law_plan(law_models, "kangaroo"), law_arguments(law_models, "kangaroo")
+    assert law_p_value(models, plan, Sampling.of(1.0, threshold=LAW_THRESHOLD)) > 1e-4
+    adjusted = Sampling.of(0.7, top_k=4, top_p=0.85, threshold=LAW_THRESHOLD)
+    assert law_p_value(models, plan, adjusted, seed=1) > 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Peeking(ModelDrafter):
+    """Drops the tokens that were improbable themselves."""
+
+    def propose(self, params, target_params, state, target_cache, context):
+        proposal, state, cache = super().propose(params, target_params, state, target_cache, context)
+        own = jnp.take_along_axis(proposal.probs, proposal.tokens[..., None], axis=2)[..., 0]
+        kept = jnp.cumprod((own >= LAW_THRESHOLD).astype(jnp.int32), axis=1).sum(1)
+        return dataclasses.replace(proposal, num_drafted=kept.astype(jnp.int32)), state, cache
+
+
+@pytest.mark.slow
+def test_the_chi_square_test_catches_a_stop_that_looks_at_the_token_it_drops(law_models):
+    plan, draft = law_plan(law_models, "model"), law_models[2]
+    plan = dataclasses.replace(plan, drafter=Peeking(draft, LAW_GAMMA))
+    assert law_p_value(law_arguments(law_models, "model"), plan, Sampling.of(1.0)) < 1e-6
+
+
+# --- training ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_self_draft_writes_what_the_adapter_says_and_its_loss_moves_the_adapter_alone(models):
+    target, params, adapter, adapter_params = models
+    self_draft, texts = SelfDraft.of(adapter), jax.random.randint(jax.random.key(0), (4, 8), 0, VOCAB)
+    lengths, starts = jnp.full((4,), 8, jnp.int32), jnp.ones((4,), jnp.int32)
+    logits = full_draft_logits(target, adapter, params, adapter_params, texts)
+    taught = jax.nn.log_softmax(tiny.full_logits(target, params, texts), axis=-1)
+    expected = jnp.sum(jnp.exp(taught) * (taught - jax.nn.log_softmax(logits, axis=-1)), axis=-1)[:, :-1]
+    how = dict(divergence="forward_kl", beta=0.5, temperature=1.0, chunk=8)
+    loss = update.Loss(self_draft, target, **how)
+    batch = {"tokens": texts, "lengths": lengths, "loss_start": starts}
+    sums = jax.jit(loss)(adapter_params, params, batch)
+    np.testing.assert_allclose(float(sums.loss), float(expected.sum()), rtol=1e-4)
+    gradient = jax.jit(jax.grad(lambda own: loss(own, params, batch).loss))(adapter_params)
+    assert jax.tree.structure(gradient) == jax.tree.structure(adapter_params)
+    assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(gradient))
+    # Its own text, through its caches, is what the uncached forward finds most probable.
+    own = self_draft.joined(adapter_params, params)
+    how = dict(sampling=Sampling.of(0.0), greedy=True, max_new_tokens=5, eos_ids=())
+    written, ends = loop.sample(self_draft, own, texts, lengths - 2, row_keys(0, jnp.arange(4)), **how)
+    assert np.all(np.asarray(ends) == 11)
+    said = np.asarray(full_draft_logits(target, adapter, params, adapter_params, written)).argmax(-1)
+    np.testing.assert_array_equal(said[:, 5:10], np.asarray(written)[:, 6:11])
+
+
+@pytest.mark.slow
+@pytest.mark.standard_promotion
+def test_an_adapter_learns_from_its_target_on_text_of_every_source(tmp_path):
+    changes = {"loss.divergence": "reverse_kl", "train.steps": 60, "train.eval_every": 20, "train.checkpoint_every": 60}
+    config = test_trainer.make_config(**test_trainer.MIXTURE, **changes)
+    material = test_trainer.make_material(config)
+    before = jax.tree.map(np.array, material.target_params)
+    self_draft = SelfDraft.of(Adapter(AdapterConfig(material.target.config, 1)))
+    params = self_draft.init(jax.random.key(0))
+    material = dataclasses.replace(material, draft=self_draft, params=params)
+    outcome = test_trainer.make_trainer(config, tmp_path, material=material).run()
+    assert outcome.validation[-1]["validation_acceptance"] > outcome.validation[0]["validation_acceptance"] + 0.02
+    assert jax.tree.structure(outcome.params) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.array, material.target_params))
+
+
+def test_an_adapter_without_a_target_or_with_hard_labels_is_refused(models):
+    target, _, adapter, _ = models
+    for changes, given in (({}, None), ({"loss.divergence": "cross_entropy"}, target)):
+        material = trainer.Material(SelfDraft.of(adapter), {}, given, {}, iter(()), [], (0,), 4)
+        with pytest.raises(UserError, match="an adapter learns from the target that it is attached to"):
+            trainer.check(test_trainer.make_config(**changes), material)
+
+
+# --- bad input -----------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_is_refused_in_one_sentence(models):
+    target = models[0]
+    for exit_layer in (0, 2):
+        with pytest.raises(UserError, match=rf"exit_layer must lie in 1 \.\. 1 for this target, not {exit_layer}"):
+            AdapterConfig(target.config, exit_layer)
+    with pytest.raises(UserError, match="no adapter of kind 'atention'; did you mean \"attention\""):
+        AdapterConfig(target.config, 1, "atention")
+    for threshold in (-0.1, 1.5, float("nan")):
+        with pytest.raises(UserError, match=rf"threshold must lie in \[0, 1\] .*, not {threshold}"):
+            Sampling.of(threshold=threshold)
+    with pytest.raises(UserError, match="ngram has no probabilities"):
+        make_drafter("ngram", target, 2, {"shortest": 1, "longest": 2, "threshold": 0.5})
+
+
+# --- on disk, and in the hands of users ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with `target`, `twin` (its shape, other weights), and `adapter` (of the target)."""
+    home = tmp_path_factory.mktemp("kangaroo")
+    tokenizer = train_byte_bpe(["the cat sat on the mat and the dog sat on the log\n" * 40], 270)
+    for name, seed in (("target", 0), ("twin", 1)):
+        decoder, params = tiny.decoder(seed, layers=3, vocab_size=tokenizer.vocab_size)
+        api.save(api.Model(decoder, params, tokenizer), home / name)
+    target = api.load(home / "target")
+    adapter, params = adapter_of(target.decoder, own_head=True)
+    api.save_adapter(home / "adapter", LoadedAdapter(adapter, params, target.fingerprint))
+    return home
+
+
+def test_an_adapter_comes_back_from_its_small_directory_bit_for_bit(home):
+    target = api.load(home / "target")
+    loaded = api.load_adapter(home / "adapter", target)
+    adapter, params = adapter_of(target.decoder, own_head=True)
+    assert loaded.adapter == adapter
+    assert jax.tree.all(jax.tree.map(np.array_equal, loaded.params, params))
+    assert sorted(path.name for path in (home / "adapter").iterdir()) == ["adapter.safetensors", "adapter_config.json"]
+    assert (home / "adapter" / "adapter.safetensors").stat().st_size < 4 * adapter.num_params + 2000
+
+
+def test_a_target_has_one_fingerprint_in_float32_and_bfloat16_and_shares_it_with_no_other(home):
+    prints = {api.load(home / "target", param_dtype=dtype).fingerprint for dtype in ("float32", "bfloat16")}
+    assert len(prints) == 1
+    target = api.load(home / "target")
+    changed = jax.tree.map(lambda x: x, target.params)
+    changed["blocks"][1]["mlp"]["down"]["kernel"] *= 1.01
+    others = {api.load(home / "twin").fingerprint, dataclasses.replace(target, params=changed).fingerprint}
+    assert len(others | prints) == 3
+
+
+@pytest.mark.slow
+def test_generate_takes_an_adapter_and_keeps_the_text(home):
+    target = api.load(home / "target")
+    settings = dict(temperature=0.0, max_new_tokens=12, eos_ids=())
+    plain = api.generate(target, ["the cat", "the"], **settings)
+    adapter = api.load_adapter(home / "adapter", target)
+    out = api.generate(target, ["the cat", "the"], drafter=adapter, gamma=3, threshold=0.5, **settings)
+    assert out.tokens == plain.tokens
+    assert 0 < out.stats.counts.drafted.sum() < 3 * out.stats.target_calls
+
+
+def test_an_adapter_of_another_target_is_refused(home):
+    target, twin = api.load(home / "target"), api.load(home / "twin")
+    with pytest.raises(UserError, match="belongs to another target"):
+        api.load_adapter(home / "adapter", twin)
+    with pytest.raises(UserError, match="belongs to another target"):
+        api.generate(twin, ["the"], drafter=api.load_adapter(home / "adapter", target))
+    with pytest.raises(UserError, match='"kangaroo" needs an adapter'):
+        api.generate(target, ["the"], drafter="kangaroo")
+    with pytest.raises(UserError, match="drafts for another model; load that model"):
+        api.load(home / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda folder: (folder / "adapter.safetensors").unlink(), "there is no .*adapter.safetensors"),
+        (lambda folder: (folder / "adapter.safetensors").write_bytes(b"x" * 20), "is damaged or cut short"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{}"), 'has no "format"'),
+        (lambda folder: edit(folder, lambda fields: fields.pop("kind")), "lacks or misstates 'kind'"),
+        (lambda folder: edit(folder, lambda fields: fields.update(kind="layer")), "are not those of this adapter"),
+        (lambda folder: edit(folder, lambda fields: fields.update(exit_layer=9)), r"in 1 \.\. 2 .* not 9"),
+    ],
+)
+def test_a_damaged_adapter_is_named(home, tmp_path, damage, said):
+    folder = shutil.copytree(home / "adapter", tmp_path / "copy")
+    damage(folder)
+    with pytest.raises(UserError, match=said):
+        api.load_adapter(folder, api.load(home / "target"))
+
+
+def edit(folder, change):
+    path = folder / "adapter_config.json"
+    fields = json.loads(path.read_text())
+    change(fields)
+    path.write_text(json.dumps(fields))
+
+
+def test_saving_over_other_files_is_refused(home, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    loaded = api.load_adapter(home / "adapter", api.load(home / "target"))
+    with pytest.raises(UserError, match=r"holds other files \(notes.txt\)"):
+        api.save_adapter(tmp_path, loaded)
+
+
+def test_an_encoder_decoder_is_refused():
+    with pytest.raises(UserError, match="attaches to a decoder-only model"):
+        AdapterConfig(EncoderDecoderConfig.__new__(EncoderDecoderConfig), 1)
