@@ -112,11 +112,7 @@ def generate(
       UserError: for settings out of range, empty or too long prompts, ids outside the vocabulary, different
         vocabularies or tokenizers.
     """
-    ids = [target.tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
-    config = target.decoder.config
-    batch.check_prompts(
-        ids, vocab_size=config.vocab_size, max_new_tokens=max_new_tokens, max_positions=config.max_positions
-    )
+    ids = _ids(target, prompts, max_new_tokens)
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, not {batch_size}")
     sampling = Sampling.of(temperature, top_k, top_p, lenience=lenience, threshold=threshold)
@@ -154,6 +150,16 @@ def _rule(name: str, lenience: float):
         lossy = ", ".join(name for name, rule in rules.RULES.items() if rule.lossy)
         raise UserError(f"lenience is {lenience} and the rule {name} is exact; leave lenience at 1, or take {lossy}")
     return rule
+
+
+def _ids(target: Model, prompts: Sequence[str] | Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+    """Token ids of the prompts, checked."""
+    ids = [target.tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+    config = target.decoder.config
+    batch.check_prompts(
+        ids, vocab_size=config.vocab_size, max_new_tokens=max_new_tokens, max_positions=config.max_positions
+    )
+    return ids
 
 
 def _listener(target: Model, plan: loop.Plan, blocks_at_once: int | None, on_text) -> dict[str, Any]:

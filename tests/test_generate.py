@@ -51,6 +51,7 @@ def test_what_is_printed_bit_by_bit_is_the_text(config, tmp_path, capsys, kind):
     assert colours <= {"31", "32", "34"} and bool(colours) == (kind != "none")
 
 
+@pytest.mark.slow
 def test_stopping_after_every_block_changes_nothing(home):
     target, draft = api.load(home / "target"), api.load(home / "draft")
     settings = dict(drafter=draft, gamma=3, max_new_tokens=40, seed=4)
