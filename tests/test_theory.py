@@ -118,7 +118,7 @@ def bound(expected, longest):
     return 1 - longest * np.mean([longest / length for length in lengths]) * np.mean(losses)
 
 
-@pytest.mark.parametrize("eos", [EOS, -1], ids=["ends", "constant_length"])
+@pytest.mark.parametrize("eos", [EOS, pytest.param(-1, marks=pytest.mark.slow)], ids=["ends", "constant_length"])
 def test_acceptance_of_decoding_is_above_the_bound_from_the_on_policy_loss(eos):
     """Theorem 4.1, where it says something: the acceptance is the rule's own, block by block."""
     longest = 3
