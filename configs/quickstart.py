@@ -121,7 +121,7 @@ def _training(steps: int, learning_rate: float) -> ConfigDict:
 
 
 def _supervised() -> ConfigDict:
-    config = _training(steps=400, learning_rate=4e-3)
+    config = _training(steps=480, learning_rate=4e-3)
     # At the plateau the validation loss falls by less than 1% over the last quarter of the steps.
     config.optimizer.update({"final_fraction": 0.01, "hold_fraction": 0.25})
     config.train.update({"eval_every": 60, "checkpoint_every": 120})
@@ -129,28 +129,28 @@ def _supervised() -> ConfigDict:
 
 
 def _target() -> ConfigDict:
-    config = _training(steps=200, learning_rate=2e-3)
+    config = _training(steps=300, learning_rate=1.5e-3)
     config.tokenizer.path = ""
     # Wide enough that verifying five tokens costs little more than one step on a CPU.
     config.model.update({"layers": 4, "width": 640, "heads": 10, "kv_heads": 5, "mlp_width": 1792})
     config.data.batch_size = 8
-    config.train.update({"eval_every": 50, "eval_batches": 8, "checkpoint_every": 50})
+    config.train.update({"eval_every": 100, "eval_batches": 8, "checkpoint_every": 100})
     return config
 
 
 def _distilled() -> ConfigDict:
-    config = _training(steps=64, learning_rate=3e-3)
+    config = _training(steps=90, learning_rate=3e-3)
     config.model.init = "stage:supervised"
     config.target = "stage:target"
-    config.data.update({"batch_size": 20, "fixed": 0.0, "draft": 1.0})
+    config.data.update({"batch_size": 24, "fixed": 0.0, "draft": 1.0})
     config.loss.divergence = "forward_kl"
-    config.train.update({"eval_every": 32, "checkpoint_every": 32, "best_metric": "validation_acceptance"})
-    config.speculative_eval.every = 32
+    config.train.update({"eval_every": 45, "checkpoint_every": 45, "best_metric": "validation_acceptance"})
+    config.speculative_eval.every = 45
     return config
 
 
 def _control() -> ConfigDict:
-    config = _training(steps=80, learning_rate=3e-3)
+    config = _training(steps=120, learning_rate=3e-3)
     config.model.init = "stage:supervised"
     config.train.min_seconds_of = "workdir:distilled"
     return config
@@ -168,8 +168,8 @@ def _evaluation() -> ConfigDict:
     config.compute_dtype = "auto"
     # Of the task's validation split: how many prompts (0: all), their tokens (of prompt tasks, the most allowed), and
     # whether each is wrapped as a user's turn by the tokenizer's chat template.
-    config.selection = ConfigDict({"count": 14, "length_min": 16, "length_max": 32, "chat": False})
-    config.max_new_tokens = 64
+    config.selection = ConfigDict({"count": 24, "length_min": 16, "length_max": 32, "chat": False})
+    config.max_new_tokens = 80
     config.batch_sizes = (1,)
     config.temperatures = (0.0, 1.0)
     config.top_k = 0
@@ -178,10 +178,11 @@ def _evaluation() -> ConfigDict:
     # (coupled at temperatures above 0 only; there it must repeat plain decoding token for token).
     config.drafters = ConfigDict(
         {
+            "supervised": _model_drafter("supervised", lossless=(4,)),
             "control": _model_drafter("control", lossless=(4,)),
             "distilled": _model_drafter("distilled", lossless=(2, 4, 6), coupled=(4,)),
             "ngram": {"kind": "ngram", "shortest": 2, "longest": 4, "lossless": (4,), "coupled": (4,)},
-            "early_exit": {"kind": "early_exit", "exit_layer": 1, "lossless": (2,), "coupled": ()},
+            "early_exit": {"kind": "early_exit", "exit_layer": 1, "lossless": (2,), "coupled": (2,)},
         }
     )
     # Leniences of lossy rules (rules.RULES); a drafter's section that names one would be run under it at each of these.
