@@ -17,6 +17,13 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def compiled_programs():
+    """Let go of after each file, which are some hundred: kept, a worker grows to several gigabytes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(autouse=True)
 def dtype_promotion(request):
     """Strict, but for tests that run code of optax, which is not written for it."""
