@@ -137,6 +137,7 @@ def test_an_export_is_the_same_model_to_the_reference(pair, tmp_path):
     prompts, texts = torch.tensor(random_ids(3, (2, 9))), torch.tensor(random_ids(4, (2, 7)))
     with torch.no_grad():
         expected, got = (model(input_ids=prompts, decoder_input_ids=texts).logits for model in (theirs, again))
-        alone = [model.generate(prompts, max_new_tokens=6, do_sample=False) for model in (theirs, again)]
+        how = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": 1, "pad_token_id": 0}
+        alone = [model.generate(prompts, **how) for model in (theirs, again)]
     assert torch.equal(expected, got)
     assert alone[0].tolist() == alone[1].tolist()
