@@ -30,9 +30,9 @@ check: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .
 	$(PYTEST) tests/test_structure.py
 
-# The README's tables, from the committed records.
+# The tables of the README and of the pages in configs/, from the committed records.
 tables: $(VENV)/.installed
-	$(RUN) -m specjax.reporting.sync README.md configs/records
+	$(RUN) -m specjax.reporting.sync README.md $(wildcard configs/*/README.md) configs/records
 
 $(RUN):
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 to 3.13 on the PATH; install one, or make PYTHON=..." >&2; exit 2; }

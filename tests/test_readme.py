@@ -13,6 +13,7 @@ from specjax.runtime.errors import UserError
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RECORDS = ROOT / "configs" / "records"
+PAGES = (README, *sorted((ROOT / "configs").glob("*/README.md")))
 
 ENVIRONMENT = {"jax": "0.1", "python": "3.12", "device_kind": "cpu", "git_commit": "0123456789abcdef"}
 RESULT = {
@@ -87,13 +88,15 @@ def body(text, name):
     return text.split(f"<!-- table:{name} -->")[1].split("<!-- /table -->")[0]
 
 
-def test_the_readme_is_what_the_records_give():
-    text = README.read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+def test_every_page_is_what_the_records_give(page):
+    text = page.read_text(encoding="utf-8")
     assert sync.synced(text, RECORDS) == text, "run `make tables`"
 
 
-def test_the_readme_has_a_place_for_every_table_and_none_for_another():
-    assert sorted(re.findall("<!-- table:(.*) -->", README.read_text(encoding="utf-8"))) == sorted(sync.TABLES)
+def test_the_pages_have_one_place_for_every_table_and_none_for_another():
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    assert sorted(re.findall("<!-- table:(.*) -->", text)) == sorted(sync.TABLES)
 
 
 def test_each_record_fills_its_table_and_a_changed_number_is_drift(tmp_path):

@@ -1,9 +1,9 @@
-"""Writes the README's tables from the committed records, so that no number in it is typed by hand.
+"""Writes the tables of the README and of the configs' pages from the committed records: no number is typed by hand.
 
-    python -m specjax.reporting.sync README.md configs/records
+    python -m specjax.reporting.sync README.md configs/*/README.md configs/records
 
-A record is `NAME.json`; its table goes between `<!-- table:NAME -->` and `<!-- /table -->`. A record that is
-not there leaves its table as it is.
+A record is `NAME.json`; its table goes between `<!-- table:NAME -->` and `<!-- /table -->`, on the page that has these
+marks. A record that is not there leaves its table as it is.
 """
 
 import json
@@ -128,7 +128,7 @@ TABLES: dict[str, Callable[[Mapping], str]] = {
 
 
 def synced(readme_text: str, directory: str | Path) -> str:
-    """The README's text with the table of every record in `directory`.
+    """A page's text with the table of every record in `directory` that it has a place for.
 
     Raises:
       UserError: for a damaged record, one that lacks what its table shows, and missing markers.
@@ -136,7 +136,7 @@ def synced(readme_text: str, directory: str | Path) -> str:
     written = {}
     for name, write in TABLES.items():
         path = Path(directory) / f"{name}.json"
-        if not path.is_file():
+        if tables.OPENING.format(name=name) not in readme_text or not path.is_file():
             continue
         try:
             written[name] = write(json.loads(path.read_text(encoding="utf-8")))
@@ -148,11 +148,15 @@ def synced(readme_text: str, directory: str | Path) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Rewrites the file; returns the exit code, 2 for a mistake of the user's."""
-    if len(arguments) != 2:
-        print("error: give two arguments, README.md and the folder of the records", file=sys.stderr)
+    """Rewrites the pages; returns the exit code, 2 for a mistake of the user's."""
+    if len(arguments) < 2:
+        print("error: give the pages, such as README.md, and then the folder of the records", file=sys.stderr)
         return 2
-    path, directory = map(Path, arguments)
+    *pages, directory = map(Path, arguments)
+    return max(_rewritten(path, directory) for path in pages)
+
+
+def _rewritten(path: Path, directory: Path) -> int:
     try:
         old = path.read_text(encoding="utf-8")
         new = synced(old, directory)

@@ -6,6 +6,8 @@ from typing import Any
 
 from specjax.runtime.errors import UserError, nearest
 
+# The mark of a page behind which a record's table stands.
+OPENING = "<!-- table:{name} -->"
 NOTHING = "–"
 SETTINGS = ("task", "target", "rule", "lenience", "threshold", "top_k", "top_p", "batch_size", "max_new_tokens", "seed")
 SUMMARY = (
@@ -67,7 +69,7 @@ def sync_readme(readme_text: str, tables: Mapping[str, str]) -> str:
     Raises UserError where a table's markers are missing or not closed before the next table.
     """
     for name, table in tables.items():
-        opening, closing = f"<!-- table:{name} -->", "<!-- /table -->"
+        opening, closing = OPENING.format(name=name), "<!-- /table -->"
         if opening not in readme_text:
             raise UserError(f"the README has no marker {opening}; add it, and {closing} below it")
         before, _, rest = readme_text.partition(opening)
