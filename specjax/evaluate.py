@@ -17,6 +17,7 @@ from specjax.decoding import batch, identity, loop, rules
 from specjax.decoding.drafters.table import make_drafter
 from specjax.decoding.sampling import Sampling
 from specjax.draft_design import prediction
+from specjax.draft_design.throughput import Parts
 from specjax.hub import model as hub_model
 from specjax.hub.adapter import LoadedAdapter
 from specjax.reporting import metrics, page, records, tables
@@ -212,14 +213,18 @@ def _run_group(job: Job, setting: Setting):
     plans = [_plan(job, setting, case, slots) for case in cases]
     outputs = _decode_all(job, setting, cases, plans, slots)
     baseline = outputs[0]
+    parts = _parts(job, setting, cases, plans, baseline)
     rows, counts, samples = [], {}, []
     favourite = job.config.compare[0][0] if job.config.compare else cases[-1].name
     shown = max(cases, key=lambda case: (case.name == favourite, case.lenience is None, case.gamma))
-    for case, plan, output in zip(cases, plans, outputs, strict=True):
+    for index, (case, plan, output) in enumerate(zip(cases, plans, outputs, strict=True)):
         joined = metrics.Counts(**batch.join_counts([result.counts(size) for size, result in output]))
         counts[case.name, case.rule, case.lenience, case.gamma] = joined
         row = _row(job, setting, case, plan, joined, output, baseline)
-        row |= _prediction(job, setting, case, plan, row, output, baseline, plans[0])
+        row |= prediction.nothing()
+        if index in parts:
+            efficiency = row["block_efficiency"]
+            row |= prediction.predict(parts[index], plan, efficiency, case.num_params, output, baseline)
         row["identical_to_baseline"] = _identical(job, case, plan, output, baseline)
         rows.append(row)
         if case is shown:
@@ -308,25 +313,27 @@ def _quality(job: Job, output) -> dict[str, dict]:
     return {"quality": found.values(), "quality_ci": intervals}
 
 
-def _prediction(job: Job, setting: Setting, case: Case, plan, row: dict, output, baseline, plain_plan) -> dict:
-    """Measured parts and the speed-up they predict; None at gamma 0 or where parts are not measured."""
-    stops = case.gamma and case.options["threshold"] > 0  # then blocks differ in length, and one measured tells little
-    if case.gamma == 0 or stops or not job.config.measure_parts:
-        return prediction.nothing()
+def _parts(job: Job, setting: Setting, cases, plans, baseline) -> dict[int, Parts]:
+    """Measured parts by the case's index: of the speculative ones, where parts are to be measured.
+
+    A block that stops early has no one length, so its case has no parts.
+    """
+    steady = [index for index, case in enumerate(cases) if case.gamma and not case.options["threshold"]]
+    if not job.config.measure_parts or not steady:
+        return {}
+    timed = [prediction.Timed(plan, case.params, case.sampling) for case, plan in zip(cases, plans, strict=True)]
     with meshes.use(job.target.mesh):
         parts = prediction.measure_parts(
-            plan,
-            plain_plan,
+            timed[0],
+            [timed[index] for index in steady],
             job.target.params,
-            case.params,
             job.ids,
             _emitted(baseline),
             batch_size=setting.batch_size,
-            sampling=case.sampling,
             seed=job.config.seed,
             put=batch.placer(job.target.mesh),
         )
-    return prediction.predict(parts, plan, row["block_efficiency"], case.num_params, output, baseline)
+    return dict(zip(steady, parts, strict=True))
 
 
 def _identical(job: Job, case: Case, plan, output, baseline) -> dict | None:

@@ -4,20 +4,21 @@ import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from specjax.decoding import loop
+from specjax.decoding import loop, rules
 from specjax.decoding.drafters.base import Proposal
 from specjax.decoding.sampling import Noise, Sampling
 from specjax.draft_design.throughput import Parts
 from specjax.models import kv_cache
+from specjax.runtime.timing import progress
 
 _STEPS = 24
-_REPEATS = 5
+_ROUNDS = 9
 
 
 def _noise(plan: loop.Plan, state: loop.DecodeState) -> Noise:
@@ -111,8 +112,10 @@ def timers(
 
     proposal, logits = _example(plan, params, draft_params, fresh(), sampling)
     rule = lambda state: _rule_loop(plan, draft_params, state, proposal, logits, sampling, limits)
+    # A target call is the same under every rule and temperature: one compiled loop serves them all.
+    any_rule = dataclasses.replace(plan, rule=rules.rule_named("lossless"), greedy=True)
     made = {
-        "verify": _timer(fresh, lambda state: _verify_loop(plan, params, state, proposal)),
+        "verify": _timer(fresh, lambda state: _verify_loop(any_rule, params, state, proposal)),
         "rule": _timer(fresh, rule),
     }
     if plan.gamma:
@@ -121,24 +124,32 @@ def timers(
     return made
 
 
-def measure(speculative: dict[str, Timer], plain: dict[str, Timer], gamma: int) -> Parts:
-    """The parts of a speculative plan and of plain decoding (both of `timers`): medians over rounds, in seconds.
+def measure(plain: dict[str, Timer], speculative: Sequence[dict[str, Timer]], gammas: Sequence[int]) -> list[Parts]:
+    """The parts of several speculative plans beside plain decoding (all of `timers`): medians over rounds, in seconds.
 
-    Every round times all of them, one after another: a slow second of the machine then spoils one round of each, and
-    not one part.
+    Every round times all of them, one after another: a slow second of the machine then spoils one round of a few, and
+    a slow minute one round of all.
+
+    Args:
+      gammas: of each plan, 1 or more.
     """
-    everything = [("speculative", name, timer) for name, timer in speculative.items()]
-    everything += [("plain", name, timer) for name, timer in plain.items()]
-    rounds = [{(kind, name): timer() for kind, name, timer in everything} for _ in range(_REPEATS + 1)][1:]
-    median = lambda of: statistics.median(of(times) for times in rounds)
-    draft = lambda times: times["speculative", "propose_and_verify"] - times["speculative", "verify"]
-    return Parts(
-        draft_step=max(median(draft), 0.0) / gamma if gamma else 0.0,
-        target_step=median(lambda times: times["plain", "verify"]),
-        verify=median(lambda times: times["speculative", "verify"]),
-        rule=median(lambda times: times["speculative", "rule"]),
-        baseline_rule=median(lambda times: times["plain", "rule"]),
-    )
+    everything = [plain, *speculative]
+    rounds = []
+    # The first round compiles.
+    for _ in progress(range(_ROUNDS + 1), description="parts", unit="round"):
+        rounds.append([{name: timer() for name, timer in timers.items()} for timers in everything])
+    median = lambda index, of: statistics.median(of(times[index]) for times in rounds[1:])
+    draft = lambda times: times["propose_and_verify"] - times["verify"]
+    return [
+        Parts(
+            draft_step=max(median(index, draft), 0.0) / gamma,
+            target_step=median(0, lambda times: times["verify"]),
+            verify=median(index, lambda times: times["verify"]),
+            rule=median(index, lambda times: times["rule"]),
+            baseline_rule=median(0, lambda times: times["rule"]),
+        )
+        for index, gamma in enumerate(gammas, 1)
+    ]
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,5 +1,6 @@
 """Predicted beside measured: parts of a block timed at a run's mean context, and the speed-up they foretell."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,38 +26,52 @@ def nothing() -> dict[str, None]:
     return dict.fromkeys(_KEYS)
 
 
+@dataclasses.dataclass(frozen=True)
+class Timed:
+    """A way of decoding whose parts are to be timed.
+
+    Attributes:
+      plan: its plan.
+      draft_params: of its drafter; None where that has none.
+      sampling: temperature and the rest.
+    """
+
+    plan: loop.Plan
+    draft_params: Any
+    sampling: Sampling
+
+
 def measure_parts(
-    plan: loop.Plan,
-    plain_plan: loop.Plan,
+    plain: Timed,
+    speculative: Sequence[Timed],
     params: Any,
-    draft_params: Any,
     prompts: Sequence[Sequence[int]],
     emitted: Sequence[Sequence[int]],
     *,
     batch_size: int,
-    sampling: Sampling,
     seed: int,
     put: Callable,
-) -> throughput.Parts:
-    """Times the parts of `plan` and of plain decoding on rows as long as the run's mean context.
+) -> list[throughput.Parts]:
+    """Times the parts of each speculative plan and of plain decoding on rows as long as the run's mean context.
 
-    The plain step is measured beside each plan, not once for all: a machine's speed drifts between minutes.
+    All in turn, the plain step among them: a machine's speed drifts between minutes.
 
     Args:
       prompts: of the run.
       emitted: what plain decoding made of each; half of it is the mean context.
     """
     halves = [tokens[: len(tokens) // 2] for tokens in emitted]
-    apart = plan.target.reads_prompt_apart
+    apart = plain.plan.target.reads_prompt_apart
     texts = prompts if apart else [(*prompt, *half) for prompt, half in zip(prompts, halves, strict=True)]
     behind = int(np.mean([len(half) for half in halves])) if apart else 0
     mean = int(np.mean([len(text) for text in texts]))
     rows = [(tuple(text) * mean)[:mean] for text in sorted(texts, key=len)[-batch_size:]]
     tokens, lengths = batch.pad(rows, batch.prompt_slots(rows))
     keys = put(row_keys(seed, np.arange(len(rows), dtype=np.int32)))
-    given = (put(tokens), put(lengths), keys, sampling)
-    timers = lambda plan, draft: latency.timers(plan, params, draft, *given, behind=behind)
-    return latency.measure(timers(plan, draft_params), timers(plain_plan, None), plan.gamma)
+    given = (put(tokens), put(lengths), keys)
+    timers = lambda timed: latency.timers(timed.plan, params, timed.draft_params, *given, timed.sampling, behind=behind)
+    gammas = [timed.plan.gamma for timed in speculative]
+    return latency.measure(timers(plain), [timers(timed) for timed in speculative], gammas)
 
 
 def predict(
