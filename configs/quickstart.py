@@ -121,7 +121,7 @@ def _training(steps: int, learning_rate: float) -> ConfigDict:
 
 
 def _supervised() -> ConfigDict:
-    config = _training(steps=480, learning_rate=4e-3)
+    config = _training(steps=420, learning_rate=4e-3)
     # At the plateau the validation loss falls by less than 1% over the last quarter of the steps.
     config.optimizer.update({"final_fraction": 0.01, "hold_fraction": 0.25})
     config.train.update({"eval_every": 60, "checkpoint_every": 120})
@@ -129,23 +129,24 @@ def _supervised() -> ConfigDict:
 
 
 def _target() -> ConfigDict:
-    config = _training(steps=300, learning_rate=1.5e-3)
+    config = _training(steps=220, learning_rate=3e-3)
     config.tokenizer.path = ""
-    # Wide enough that verifying five tokens costs little more than one step on a CPU.
-    config.model.update({"layers": 4, "width": 640, "heads": 10, "kv_heads": 5, "mlp_width": 1792})
+    # Wide enough that verifying five tokens costs little more than one step on a CPU, and no deeper than time allows.
+    config.model.update({"layers": 3, "width": 640, "heads": 10, "kv_heads": 5, "mlp_width": 1792})
     config.data.batch_size = 8
-    config.train.update({"eval_every": 100, "eval_batches": 8, "checkpoint_every": 100})
+    config.train.update({"eval_every": 110, "checkpoint_every": 110})
     return config
 
 
 def _distilled() -> ConfigDict:
-    config = _training(steps=90, learning_rate=3e-3)
+    config = _training(steps=72, learning_rate=3e-3)
     config.model.init = "stage:supervised"
     config.target = "stage:target"
     config.data.update({"batch_size": 24, "fixed": 0.0, "draft": 1.0})
     config.loss.divergence = "forward_kl"
-    config.train.update({"eval_every": 45, "checkpoint_every": 45, "best_metric": "validation_acceptance"})
-    config.speculative_eval.every = 45
+    config.train.update({"eval_every": 36, "eval_batches": 4, "checkpoint_every": 36})
+    config.train.best_metric = "validation_acceptance"
+    config.speculative_eval.every = 36
     return config
 
 
@@ -169,7 +170,7 @@ def _evaluation() -> ConfigDict:
     # Of the task's validation split: how many prompts (0: all), their tokens (of prompt tasks, the most allowed), and
     # whether each is wrapped as a user's turn by the tokenizer's chat template.
     config.selection = ConfigDict({"count": 24, "length_min": 16, "length_max": 32, "chat": False})
-    config.max_new_tokens = 80
+    config.max_new_tokens = 64
     config.batch_sizes = (1,)
     config.temperatures = (0.0, 1.0)
     config.top_k = 0

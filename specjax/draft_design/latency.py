@@ -17,8 +17,8 @@ from specjax.draft_design.throughput import Parts
 from specjax.models import kv_cache
 from specjax.runtime.timing import progress
 
-_STEPS = 24
-_ROUNDS = 9
+_STEPS = 16
+_ROUNDS = 7
 
 
 def _noise(plan: loop.Plan, state: loop.DecodeState) -> Noise:
