@@ -7,6 +7,7 @@ that a slow moment of the machine hits all alike.
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,14 @@ class Case:
     """One drafter under one rule at one gamma; `BASELINE` at gamma 0 is plain decoding.
 
     Attributes:
+      target: whose text it is: the job's, or the drafter's own, whose plain decoding is its gamma 0.
       lenience: None under an exact rule.
       num_params: of a draft model; 0 where there is no ratio of parameters to speak of.
       sampling: the setting's, with the rule's lenience and the drafter's threshold.
     """
 
     name: str
+    target: hub_model.Model
     kind: str
     rule: str
     lenience: float | None
@@ -64,10 +67,15 @@ class Job:
     """What all groups share."""
 
     config: Any
-    target: hub_model.Model
+    targets: dict[str, hub_model.Model]
     task: tasks.Task
     prompts: list[batches.Prompt]
     drafters: dict[str, hub_model.Model | LoadedAdapter]
+
+    @property
+    def target(self) -> hub_model.Model:
+        """The one whose plain decoding is the baseline of all."""
+        return self.targets[self.config.target]
 
     @property
     def ids(self) -> list[tuple[int, ...]]:
@@ -91,7 +99,7 @@ def run(config: Any, workdir: str | Path) -> dict:
         rows += group_rows
         counts.update({(setting, *case): c for case, c in group_counts.items()})
         samples += group_samples
-    comparisons = _comparisons(config, counts)
+    comparisons = metrics.comparisons(config.compare, counts, config.seed)
     path = workdir / "results.json"
     records.write_results(
         path,
@@ -114,13 +122,17 @@ def _job(config: Any) -> Job:
     )
     target = load(config.target)
     _check_rules(config)
-    drafters = {}
+    targets, drafters = {config.target: target}, {}
     for name, section in config.drafters.items():
+        own = section.get("target", config.target)
+        if own not in targets:
+            targets[own] = load(own)
+            hub_model.check_pair(target, targets[own])
         if section.kind == "model":
             drafters[name] = load(section.path)
             hub_model.check_pair(target, drafters[name])
         elif section.kind == "kangaroo":
-            drafters[name] = hub_model.load_adapter(section.path, target)
+            drafters[name] = hub_model.load_adapter(section.path, targets[own])
     task = tasks.load_task(config.task)
     prompts = batches.evaluation_prompts(
         task,
@@ -132,9 +144,9 @@ def _job(config: Any) -> Job:
     )
     batch.check_prompts(
         [prompt.tokens for prompt in prompts],
-        vocab_size=target.decoder.vocab_size,
+        vocab_size=min(model.decoder.vocab_size for model in targets.values()),
         max_new_tokens=config.max_new_tokens,
-        max_positions=target.decoder.config.max_positions,
+        max_positions=min(model.decoder.config.max_positions for model in targets.values()),
     )
     for name in (name for pair in config.compare for name in pair):
         if name not in config.drafters:
@@ -142,7 +154,7 @@ def _job(config: Any) -> Job:
     for size in config.batch_sizes:
         if not 1 <= size <= len(prompts):
             raise UserError(f"A batch size must lie in 1 .. {len(prompts)}, the number of prompts, not {size}.")
-    return Job(config, target, task, prompts, drafters)
+    return Job(config, targets, task, prompts, drafters)
 
 
 def _check_rules(config: Any) -> None:
@@ -177,7 +189,8 @@ def _sampling(job: Job, setting: Setting, lenience: float | None, threshold: flo
 
 
 def _cases(job: Job, setting: Setting) -> list[Case]:
-    cases = [Case(BASELINE, "model", setting.rule, None, 0, _sampling(job, setting, None, 0.0), {}, None, 0)]
+    plain = (setting.rule, None, 0, _sampling(job, setting, None, 0.0))
+    cases = [Case(BASELINE, job.target, "model", *plain, {}, None, 0)]
     for name, section in job.config.drafters.items():
         options, drafter = section.to_dict(), job.drafters.get(name)
         params, size = (None, 0) if drafter is None else (drafter.params, 0)
@@ -186,21 +199,23 @@ def _cases(job: Job, setting: Setting) -> list[Case]:
         elif drafter is not None:
             options["model"], size = drafter.decoder, drafter.decoder.num_params
         threshold = options.setdefault("threshold", 0.0)
+        target = job.targets[options.setdefault("target", job.config.target)]
         for rule, lenience in _rules(job.config, setting):
             for gamma in section.get(rule, ()):
-                make_drafter(section.kind, job.target.decoder, gamma, options)  # refuses what does not fit
+                make_drafter(section.kind, target.decoder, gamma, options)  # refuses what does not fit
                 how = (rule, lenience, gamma, _sampling(job, setting, lenience, threshold))
-                cases.append(Case(name, section.kind, *how, options, params, size))
+                cases.append(Case(name, target, section.kind, *how, options, params, size))
     return cases
 
 
 def _plan(job: Job, setting: Setting, case: Case, slots: int) -> loop.Plan:
+    decoder = case.target.decoder
     return loop.Plan(
-        target=job.target.decoder,
-        drafter=make_drafter(case.kind, job.target.decoder, case.gamma, case.options),
+        target=decoder,
+        drafter=make_drafter(case.kind, decoder, case.gamma, case.options),
         rule=rules.rule_named(case.rule),
         gamma=case.gamma,
-        capacity=batch.capacity_bucket(job.target.decoder.text_slots(slots), job.config.max_new_tokens, case.gamma),
+        capacity=batch.capacity_bucket(decoder.text_slots(slots), job.config.max_new_tokens, case.gamma),
         greedy=setting.temperature == 0,
     )
 
@@ -212,6 +227,7 @@ def _run_group(job: Job, setting: Setting):
     plans = [_plan(job, setting, case, slots) for case in cases]
     outputs = _decode_all(job, setting, cases, plans, slots)
     baseline = outputs[0]
+    plain = {id(case.target): output for case, output in zip(cases, outputs, strict=True) if case.gamma == 0}
     rows, counts, samples = [], {}, []
     favourite = job.config.compare[0][0] if job.config.compare else cases[-1].name
     shown = max(cases, key=lambda case: (case.name == favourite, case.lenience is None, case.gamma))
@@ -220,7 +236,7 @@ def _run_group(job: Job, setting: Setting):
         counts[case.name, case.rule, case.lenience, case.gamma] = joined
         row = _row(job, setting, case, plan, joined, output, baseline)
         row |= _prediction(job, setting, case, plan, row, output, baseline, plans[0])
-        row["identical_to_baseline"] = _identical(job, case, plan, output, baseline)
+        row["identical_to_baseline"] = _identical(job, case, plan, output, plain.get(id(case.target)))
         rows.append(row)
         if case is shown:
             samples = _samples(job, setting, case, output)
@@ -236,7 +252,7 @@ def _decode_all(job: Job, setting: Setting, cases, plans, slots) -> list[list]:
     def decode(case, plan, first):
         return batch.decode_batch_of(
             plan,
-            job.target.params,
+            case.target.params,
             case.params,
             ids,
             first=first,
@@ -282,7 +298,7 @@ def _row(job: Job, setting: Setting, case: Case, plan, counts, output, baseline)
     settings = {
         "task": config.task.name,
         "prompts": len(job.prompts),
-        "target": config.target,
+        "target": case.options.get("target", config.target),
         "drafter": case.name,
         "rule": case.rule,
         "lenience": case.lenience,
@@ -297,21 +313,23 @@ def _row(job: Job, setting: Setting, case: Case, plan, counts, output, baseline)
     }
     measured = metrics.evaluate_row(counts, timing, seed=config.seed)
     iterations = sum(result.iterations for _, result in output)
-    return settings | measured | {"iterations": iterations} | _quality(job, output)
+    return settings | measured | {"iterations": iterations} | _quality(job, output, baseline)
 
 
-def _quality(job: Job, output) -> dict[str, dict]:
-    """The task's metrics over all prompts and their intervals; empty for a task without a metric."""
-    predictions = [job.target.tokenizer.decode(row) for row in _emitted(output)]
-    found = tasks.quality(job.task, predictions, [prompt.reference for prompt in job.prompts])
-    intervals = metrics.intervals(found.values, len(predictions), seed=job.config.seed)
-    return {"quality": found.values(), "quality_ci": intervals}
+def _quality(job: Job, output, baseline) -> dict[str, dict]:
+    """The task's metrics over all prompts, and less those of the baseline on the same prompts; with intervals."""
+    written = [[job.target.tokenizer.decode(row) for row in _emitted(texts)] for texts in (output, baseline)]
+    references = [prompt.reference for prompt in job.prompts]
+    found, plain = (tasks.quality(job.task, predictions, references) for predictions in written)
+    scored = {"quality": found.values, "quality_difference": functools.partial(found.difference, plain)}
+    intervals = lambda values: metrics.intervals(values, len(references), seed=job.config.seed)
+    return {name: of() for name, of in scored.items()} | {f"{name}_ci": intervals(of) for name, of in scored.items()}
 
 
 def _prediction(job: Job, setting: Setting, case: Case, plan, row: dict, output, baseline, plain_plan) -> dict:
     """Measured parts and the speed-up they predict; None at gamma 0 or where parts are not measured."""
     stops = case.gamma and case.options["threshold"] > 0  # then blocks differ in length, and one measured tells little
-    if case.gamma == 0 or stops or not job.config.measure_parts:
+    if case.gamma == 0 or stops or case.target is not job.target or not job.config.measure_parts:
         return prediction.nothing()
     with meshes.use(job.target.mesh):
         parts = prediction.measure_parts(
@@ -330,12 +348,12 @@ def _prediction(job: Job, setting: Setting, case: Case, plan, row: dict, output,
 
 
 def _identical(job: Job, case: Case, plan, output, baseline) -> dict | None:
-    """Equality with plain decoding where it is claimed: of exact rules at temperature 0, of `coupled` at any."""
-    if case.gamma == 0 or plan.rule.lossy or not (plan.greedy or case.rule == "coupled"):
+    """Equality with the target's plain decoding where it is claimed: of exact rules, greedy or `coupled`."""
+    if case.gamma == 0 or baseline is None or plan.rule.lossy or not (plan.greedy or case.rule == "coupled"):
         return None
     return identity.compare(
         plan,
-        job.target.params,
+        case.target.params,
         job.ids,
         _emitted(baseline),
         _emitted(output),
@@ -362,29 +380,6 @@ def _samples(job: Job, setting: Setting, case: Case, output) -> list[dict]:
         }
         for i in shown
     ]
-
-
-def _comparisons(config: Any, counts: dict) -> list[dict]:
-    """Each pair of `compare`, prompt by prompt, wherever both drafters ran alike."""
-    found = []
-    for first, second in config.compare:
-        for (setting, name, rule, lenience, gamma), mine in counts.items():
-            theirs = counts.get((setting, second, rule, lenience, gamma))
-            if name != first or theirs is None:
-                continue
-            found.append(
-                {
-                    "drafter": first,
-                    "against": second,
-                    "rule": rule,
-                    "lenience": lenience,
-                    "temperature": setting.temperature,
-                    "batch_size": setting.batch_size,
-                    "gamma": gamma,
-                    **metrics.paired_difference(mine, theirs, config.seed),
-                }
-            )
-    return found
 
 
 if __name__ == "__main__":
