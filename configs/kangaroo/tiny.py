@@ -1,68 +1,51 @@
-"""Kangaroo on a laptop: a target's own first layer and an adapter as its draft, trained as in the paper and on-policy.
+"""Kangaroo on a laptop: a target's own first layers and an adapter as its draft, beside what the paper compares with.
 
     python -m specjax.main --config=configs/kangaroo/tiny.py --workdir=runs/kangaroo
 
-Stages: `target` (and its tokenizer), `adapter` (soft labels on the corpus, arXiv 2404.18911), `on_policy` (the same
-loss and steps on text that the draft writes itself, as DistillSpec would), `no_adapter` (a norm before the head
-alone), `evaluation`: each of them with and without the confidence stop, beside prompt lookup.
+Stages: `target` (16 layers on the Python standard library, and its tokenizer; the other configs of this folder take
+it from here), `adapter` (soft labels on the corpus, arXiv 2404.18911), `on_policy` (the same loss and steps on text
+that the draft writes itself, as DistillSpec would), `no_adapter` (a norm before the head alone), `evaluation` (batch
+1: the drafters at temperatures 0 and 1, beside plain decoding).
 
-Hardware: 2 CPU cores. Expect `identical` equal to the number of prompts, and fewer drafted tokens with a threshold than
-without. It has been run as `configs/kangaroo/tiny.py:smoke` only, so its time and its speed-ups are not known yet.
+Hardware: 2 CPU cores. What to expect: the tables in configs/kangaroo/README.md, which are written from the records.
+`configs/kangaroo/tiny.py:smoke` runs every stage in a minute or two.
 """
 
-import importlib.util
-import pathlib
-
+import kangaroo_parts as parts
 from ml_collections import ConfigDict
 
+# Layers of the target that draft and verification share: 2 of 16, the upper end of the paper's 1/16 to 1/10.
+EXIT_LAYER = 2
+STEPS = 600
+
 ADAPTERS = {
-    "adapter": {"kind": "attention", "on_policy": False},
-    "on_policy": {"kind": "attention", "on_policy": True},
-    "no_adapter": {"kind": "none", "on_policy": False},
+    "adapter": {},
+    "on_policy": {"on_policy": 1.0},
+    "no_adapter": {"kind": "none"},
 }
-
-
-def _quickstart(variant: str) -> ConfigDict:
-    """The quickstart's own config, which this one varies."""
-    path = pathlib.Path(__file__).parents[1] / "quickstart.py"
-    spec = importlib.util.spec_from_file_location("quickstart", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(variant)
 
 
 def get_config(variant: str = "") -> ConfigDict:
     if variant not in ("", "smoke"):
         raise ValueError(f"configs/kangaroo/tiny.py has one variant, smoke; not {variant!r}.")
-    base = _quickstart(variant)
     config = ConfigDict()
     config.stages = ("target", *ADAPTERS, "evaluation")
-    config.seed = base.seed
-    config.target = base.target
-    # Deep, so that one layer is little beside the others, and wide enough that verification is cheap on a CPU.
-    if not variant:
-        config.target.model.update({"layers": 16, "width": 384, "heads": 6, "kv_heads": 6, "mlp_width": 1024})
+    config.seed = 0
+    config.target = parts.target(variant)
+    exit_layer = 1 if variant else EXIT_LAYER
     for name, recipe in ADAPTERS.items():
-        config[name] = _stage(base, recipe)
-    config.evaluation = _evaluation(base, variant)
+        config[name] = parts.adapter(variant, "stage:target", exit_layer=exit_layer, steps=STEPS, **recipe)
+    config.evaluation = _evaluation(variant, exit_layer)
     return config
 
 
-def _stage(base: ConfigDict, recipe: dict) -> ConfigDict:
-    """Trains an adapter: the quickstart's distillation, with the adapter as what is trained."""
-    section = base.distilled.copy_and_resolve_references()
-    # The shape is the target's: of `model` only the dtypes are read.
-    section.model.init = "adapter"
-    # kind: attention (the paper's), layer, mlp or none; own_head: a trained head in place of the target's frozen one.
-    section.adapter = ConfigDict({"exit_layer": 1, "kind": recipe["kind"], "own_head": False})
-    section.data.update({"fixed": float(not recipe["on_policy"]), "draft": float(recipe["on_policy"])})
-    return section
-
-
-def _evaluation(base: ConfigDict, variant: str) -> ConfigDict:
-    section = base.evaluation.copy_and_resolve_references()
-    gamma = 3 if variant else 6
-    drafters = {"ngram": {"kind": "ngram", "shortest": 2, "longest": 4, "lossless": (gamma,), "coupled": ()}}
+def _evaluation(variant: str, exit_layer: int) -> ConfigDict:
+    section = parts.quickstart(variant).evaluation
+    gammas = (3,) if variant else (4, 6)
+    drafters = {
+        "ngram": {"kind": "ngram", "shortest": 2, "longest": 4, "lossless": gammas[:1], "coupled": ()},
+        "early_exit": {"kind": "early_exit", "exit_layer": exit_layer, "lossless": gammas[:1], "coupled": ()},
+    }
     for stage in ADAPTERS:
         # A block ends behind the first token of which the draft was less sure than the threshold; 0 is off.
         for name, threshold in ((stage, 0.6), (f"{stage}_fixed", 0.0)):
@@ -70,8 +53,8 @@ def _evaluation(base: ConfigDict, variant: str) -> ConfigDict:
                 "kind": "kangaroo",
                 "path": f"stage:{stage}",
                 "threshold": threshold,
-                "lossless": (gamma,),
-                "coupled": (gamma,) if name == "adapter" else (),
+                "lossless": gammas,
+                "coupled": gammas[:1] if name == "adapter" else (),
             }
     section.drafters = ConfigDict(drafters)
     section.compare = (("adapter", "no_adapter"), ("on_policy", "adapter"))
