@@ -88,7 +88,19 @@ def _benchmark(config: ConfigDict, workdir: str | Path) -> dict:
     return benchmark.run(config, workdir)
 
 
-_BINARIES = {"distill": _distill, "evaluate": _evaluate, "generate": _generate, "benchmark": _benchmark}
+def _spec_bench(config: ConfigDict, workdir: str | Path) -> dict:
+    from specjax import spec_bench
+
+    return spec_bench.run(config, workdir)
+
+
+_BINARIES = {
+    "distill": _distill,
+    "evaluate": _evaluate,
+    "generate": _generate,
+    "benchmark": _benchmark,
+    "spec_bench": _spec_bench,
+}
 
 
 def _check_stages(config: ConfigDict) -> None:

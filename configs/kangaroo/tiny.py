@@ -40,22 +40,16 @@ def get_config(variant: str = "") -> ConfigDict:
 
 
 def _evaluation(variant: str, exit_layer: int) -> ConfigDict:
-    section = parts.quickstart(variant).evaluation
     gammas = (3,) if variant else (4, 6)
+    baseline = {"lossless": gammas[:1], "coupled": ()}
     drafters = {
-        "ngram": {"kind": "ngram", "shortest": 2, "longest": 4, "lossless": gammas[:1], "coupled": ()},
-        "early_exit": {"kind": "early_exit", "exit_layer": exit_layer, "lossless": gammas[:1], "coupled": ()},
+        "ngram": {"kind": "ngram", "shortest": 2, "longest": 4, **baseline},
+        "early_exit": {"kind": "early_exit", "exit_layer": exit_layer, **baseline},
     }
     for stage in ADAPTERS:
-        # A block ends behind the first token of which the draft was less sure than the threshold; 0 is off.
-        for name, threshold in ((stage, 0.6), (f"{stage}_fixed", 0.0)):
-            drafters[name] = {
-                "kind": "kangaroo",
-                "path": f"stage:{stage}",
-                "threshold": threshold,
-                "lossless": gammas,
-                "coupled": gammas[:1] if name == "adapter" else (),
-            }
-    section.drafters = ConfigDict(drafters)
-    section.compare = (("adapter", "no_adapter"), ("on_policy", "adapter"))
+        drafters[stage] = parts.kangaroo(f"stage:{stage}", gammas, 0.6)
+        drafters[f"{stage}_fixed"] = parts.kangaroo(f"stage:{stage}", gammas[:1], 0.0)
+    compare = (("adapter", "no_adapter"), ("on_policy", "adapter"))
+    section = parts.evaluation(variant, "stage:target", drafters, temperatures=(0.0, 1.0), compare=compare)
+    section.measure_parts = not variant
     return section

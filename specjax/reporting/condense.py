@@ -19,6 +19,8 @@ KEPT = (
     *("task", "seed", "divergence", "params", "steps", "train_seconds", "validation_loss", "validation_acceptance"),
     *("prompts", "drafter", "rule", "lenience", "gamma", "temperature", "batch_size"),
     *("block_efficiency", "block_efficiency_ci", "acceptance_rate", "tokens_per_second", "speedup", "speedup_ci"),
+    *("threshold", "drafted_tokens", "ctar", "confidence", "identical_to_baseline", "subtask", "questions"),
+    *("draft_step_seconds", "target_step_seconds", "verify_seconds", "rule_seconds", "cost_ratio", "predicted_speedup"),
     *("quality", "quality_ci", "quality_difference", "quality_difference_ci"),
 )
 

@@ -49,7 +49,7 @@ def speedup_figure(rows: Sequence[Mapping], path: str | Path, *, palette: Sequen
     """
     rows = [row for row in rows if row["gamma"] > 0 and row["speedup"] is not None]
     panels, names = _grouped(rows)
-    looks = _looks(palette, names)
+    looks = looks_of(palette, names)
 
     def draw(axes, theme: Theme, series: Mapping) -> None:
         gammas = sorted({row["gamma"] for members in series.values() for row in members})
@@ -71,7 +71,7 @@ def speedup_figure(rows: Sequence[Mapping], path: str | Path, *, palette: Sequen
         axes.set_xlabel("gamma (most tokens drafted per block)")
         axes.set_ylabel("speed-up")
 
-    _save(
+    save_panels(
         path,
         panels,
         names,
@@ -88,7 +88,7 @@ def acceptance_figure(rows: Sequence[Mapping], path: str | Path, *, palette: Seq
     """
     rows = [row for row in rows if row["gamma"] > 0 and any(p is not None for p in row["acceptance_by_position"])]
     panels, names = _grouped(rows)
-    looks = _looks(palette, names)
+    looks = looks_of(palette, names)
 
     def draw(axes, theme: Theme, series: Mapping) -> None:
         longest = 1
@@ -108,7 +108,7 @@ def acceptance_figure(rows: Sequence[Mapping], path: str | Path, *, palette: Seq
         axes.set_xlabel("position in the block")
         axes.set_ylabel("accepted, if reached")
 
-    _save(path, panels, names, draw, share_y=True)
+    save_panels(path, panels, names, draw, share_y=True)
 
 
 def training_figures(
@@ -123,7 +123,7 @@ def training_figures(
     Solid is the running mean of what was logged, over its raw values; dashed with markers is
     `validation_KEY`. Returns the paths, none where no stage logged any of the keys.
     """
-    looks, paths = _looks(palette, list(stages)), []
+    looks, paths = looks_of(palette, list(stages)), []
     for key in keys:
         held_out_key = f"validation_{key}"
 
@@ -154,7 +154,7 @@ def training_figures(
         if series:
             paths.append(Path(folder) / f"training_{key}.png")
             held_out = any(_any(lines, held_out_key) for lines in series.values())
-            _save(
+            save_panels(
                 paths[-1],
                 {key.replace("_", " "): series},
                 list(series),
@@ -194,7 +194,7 @@ def tradeoff_figure(
     Raises ValueError where there is no panel.
     """
     names = list(dict.fromkeys(name for series in panels.values() for name in series))
-    looks = _looks((), names)
+    looks = looks_of((), names)
     labels = dict(zip(panels, axes, strict=True))
 
     def draw(axes, theme: Theme, series: Mapping) -> None:
@@ -220,7 +220,7 @@ def tradeoff_figure(
         axes.set_xlabel(across)
         axes.set_ylabel(up)
 
-    _save(path, panels, names, draw, dashed="Pareto front" if front else None)
+    save_panels(path, panels, names, draw, dashed="Pareto front" if front else None)
 
 
 def dark_twin(path: str | Path) -> Path:
@@ -246,7 +246,7 @@ def _grouped(rows: Sequence[Mapping]) -> tuple[dict[str, dict[str, list]], list[
     return panels, list(in_order)
 
 
-def _looks(palette: Sequence[str], names: Sequence[str]) -> Callable[[Theme, str], tuple[str, str]]:
+def looks_of(palette: Sequence[str], names: Sequence[str]) -> Callable[[Theme, str], tuple[str, str]]:
     """Colour and marker of a line by its place in the palette; names that are not in it follow."""
     places = {name: place for place, name in enumerate(dict.fromkeys([*palette, *names]))}
     return lambda theme, name: (
@@ -255,7 +255,7 @@ def _looks(palette: Sequence[str], names: Sequence[str]) -> Callable[[Theme, str
     )
 
 
-def _save(
+def save_panels(
     path: str | Path,
     panels: Mapping[str, Mapping],
     names: Sequence[str],

@@ -14,7 +14,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from specjax.reporting import distillspec_claims, distillspec_figures, distillspec_tables, records, tables
+from specjax.reporting import (
+    distillspec_claims,
+    distillspec_figures,
+    distillspec_tables,
+    kangaroo_claims,
+    kangaroo_figures,
+    kangaroo_tables,
+    records,
+    tables,
+)
 from specjax.runtime.errors import UserError
 
 
@@ -127,13 +136,17 @@ TABLES: dict[str, Callable[[Mapping], str]] = {
     "benchmark": benchmark,
     "peers": peers,
     **distillspec_tables.TABLES,
+    **kangaroo_tables.TABLES,
 }
 
 # The name of a table -> what writes it from all records that are there, by their names.
-OVERVIEWS: dict[str, Callable[[Mapping[str, Mapping]], str]] = {"claims": distillspec_claims.claims}
+OVERVIEWS: dict[str, Callable[[Mapping[str, Mapping]], str]] = {
+    "claims": distillspec_claims.claims,
+    "kangaroo_claims": kangaroo_claims.claims,
+}
 
 # The name of a record -> what draws its figure to a path.
-FIGURES: dict[str, Callable[[Mapping, Path], None]] = {**distillspec_figures.FIGURES}
+FIGURES: dict[str, Callable[[Mapping, Path], None]] = {**distillspec_figures.FIGURES, **kangaroo_figures.FIGURES}
 
 
 def synced(readme_text: str, directory: str | Path) -> str:

@@ -23,7 +23,14 @@ def unsure(logits: Float[Array, "B V"], threshold: Float[Array, ""]) -> Bool[Arr
 
 
 def draft(
-    context: Context, gamma: int, logits: Float[Array, "B V"], carry: Any, step: Step, *, stops: bool
+    context: Context,
+    gamma: int,
+    logits: Float[Array, "B V"],
+    carry: Any,
+    step: Step,
+    *,
+    stops: bool,
+    adjusted: bool = False,
 ) -> tuple[Proposal, Int[Array, "B"], Int[Array, ""], Any]:
     """Draws from `logits`, then from what `step` makes of each token, until gamma are drafted or every row stopped.
 
@@ -34,6 +41,8 @@ def draft(
     Args:
       logits: from which the first token is drawn.
       stops: whether rows stop at all; otherwise confidence is not computed.
+      adjusted: judges by the probabilities that tokens are drawn from, after temperature, top-k and top-p, in place of
+        those at temperature 1 (arXiv 2404.18911 measures both). Greedy drafting is then never unsure.
 
     Returns:
       the proposal, the last tokens drawn, how many steps of drafting the longest row took, and the carry.
@@ -44,8 +53,10 @@ def draft(
         token, probs = context.draw(logits, offset)
         put = lambda all_, one: jax.lax.dynamic_update_index_in_dim(all_, one, offset, 0)
         counts = counts + jnp.where(stopped, 0, 1)
-        if stops:
+        if stops and not adjusted:
             stopped |= unsure(logits, context.sampling.threshold)
+        elif stops and probs is not None:
+            stopped |= jnp.max(probs, axis=-1) < context.sampling.threshold
         return token, counts, stopped, jax.tree.map(put, drafted, (token, probs))
 
     def more(state):

@@ -5,11 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from specjax.decoding.drafters.base import Context, Outcome, Prefill
 from specjax.decoding.drafters.drafting import draft
-from specjax.models.language_model import LanguageModel
+from specjax.models.language_model import LanguageModel, consecutive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,12 +22,14 @@ class EarlyExitDrafter:
 
     Attributes:
       stops: whether a row stops drafting where it is unsure.
+      adjusted: whether confidence is that after temperature, see `draft`.
     """
 
     target: LanguageModel
     exit_layer: int
     gamma: int
     stops: bool = False
+    adjusted: bool = False
     taps = ()
 
     def init(self, params, target_params, prefill: Prefill, row_keys):
@@ -64,12 +66,23 @@ class EarlyExitDrafter:
         hidden, target_cache = feed(context.last_two_tokens[:, 1], 0, target_cache)
         logits, state = self.read_first(params, target_params, state, hidden, context)
         carry = state, target_cache, jnp.pad(hidden, ((0, 0), (0, self.gamma), (0, 0)))
-        proposal, last, offset, carry = draft(context, self.gamma, logits, carry, step, stops=self.stops)
+        proposal, last, offset, carry = draft(
+            context, self.gamma, logits, carry, step, stops=self.stops, adjusted=self.adjusted
+        )
         state, target_cache, exits = carry
         hidden, target_cache = feed(last, offset, target_cache)
         exits = put(exits, hidden, offset)
         proposal = dataclasses.replace(proposal, resume_hidden=exits, resume_layer=self.exit_layer)
         return proposal, self.advanced(state, exits), target_cache
+
+    def score(self, params, target_params, texts: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+        """Logits that follow every token of whole texts, without any cache: what drafting would have said there."""
+        return self.target.head(target_params, self.exits_of(target_params, texts))
+
+    def exits_of(self, target_params, texts: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """The target's states at the exit."""
+        span = (0, self.exit_layer)
+        return self.target.extend(target_params, None, texts, consecutive(texts), layers=span)[0]
 
     def commit(self, params, state, outcome: Outcome):
         return state

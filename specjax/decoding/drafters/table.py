@@ -15,6 +15,11 @@ def _stops(options: dict) -> bool:
     return options.get("threshold", 0) > 0
 
 
+def _adjusted(options: dict) -> bool:
+    """Whether it is that of the probabilities drawn from, rather than that at temperature 1."""
+    return options.get("adjusted", False)
+
+
 def _model(target: LanguageModel, gamma: int, options: dict) -> ModelDrafter:
     # Padded to other sizes, models of one tokenizer still make a pair: the draft speaks of the target's ids.
     return ModelDrafter(options["model"].fitted(target.vocab_size), gamma, _stops(options))
@@ -33,12 +38,13 @@ def _early_exit(target: LanguageModel, gamma: int, options: dict) -> EarlyExitDr
     layer = options["exit_layer"]
     if not 1 <= layer < target.layers:
         raise UserError(f"exit_layer must lie in 1 .. {target.layers - 1} for this target, not {layer}.")
-    return EarlyExitDrafter(target, layer, gamma, _stops(options))
+    return EarlyExitDrafter(target, layer, gamma, _stops(options), _adjusted(options))
 
 
 def _kangaroo(target: LanguageModel, gamma: int, options: dict) -> KangarooDrafter:
     adapter = options["adapter"]
-    return KangarooDrafter(target, adapter.config.exit_layer, gamma, _stops(options), adapter=adapter)
+    layer = adapter.config.exit_layer
+    return KangarooDrafter(target, layer, gamma, _stops(options), _adjusted(options), adapter=adapter)
 
 
 DRAFTERS = {"model": _model, "ngram": _ngram, "early_exit": _early_exit, "kangaroo": _kangaroo}
@@ -50,7 +56,8 @@ def make_drafter(kind: str, target: LanguageModel, gamma: int, options: dict[str
     Args:
       options: `model` (a LanguageModel) for "model"; `shortest`, `longest` for "ngram"; `exit_layer` for "early_exit";
         `adapter` (a models.adapters.Adapter) for "kangaroo". All but "ngram" take a `threshold`, 0 where there is none:
-        above it the drafter stops where it is less sure than `Sampling.threshold` says.
+        above it the drafter stops where it is less sure than `Sampling.threshold` says. The last two take `adjusted`:
+        confidence after temperature, top-k and top-p.
 
     Raises:
       UserError: for an unknown kind, a negative gamma, or options outside their range.
