@@ -5,7 +5,7 @@
 Stages: `target` (16 layers on the Python standard library, and its tokenizer; the other configs of this folder take
 it from here), `adapter` (soft labels on the corpus, arXiv 2404.18911), `on_policy` (the same loss and steps on text
 that the draft writes itself, as DistillSpec would), `no_adapter` (a norm before the head alone), `evaluation` (batch
-1: the drafters at temperatures 0 and 1, beside plain decoding).
+1: the drafters at temperatures 0 and 1, beside plain decoding), `batches` (several prompts at once).
 
 Hardware: 2 CPU cores. What to expect: the tables in configs/kangaroo/README.md, which are written from the records.
 `configs/kangaroo/tiny.py:smoke` runs every stage in a minute or two.
@@ -29,13 +29,14 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant not in ("", "smoke"):
         raise ValueError(f"configs/kangaroo/tiny.py has one variant, smoke; not {variant!r}.")
     config = ConfigDict()
-    config.stages = ("target", *ADAPTERS, "evaluation")
+    config.stages = ("target", *ADAPTERS, "evaluation", "batches")
     config.seed = 0
     config.target = parts.target(variant)
     exit_layer = 1 if variant else EXIT_LAYER
     for name, recipe in ADAPTERS.items():
         config[name] = parts.adapter(variant, "stage:target", exit_layer=exit_layer, steps=STEPS, **recipe)
     config.evaluation = _evaluation(variant, exit_layer)
+    config.batches = _batches(variant)
     return config
 
 
@@ -52,4 +53,15 @@ def _evaluation(variant: str, exit_layer: int) -> ConfigDict:
     compare = (("adapter", "no_adapter"), ("on_policy", "adapter"))
     section = parts.evaluation(variant, "stage:target", drafters, temperatures=(0.0, 1.0), compare=compare)
     section.measure_parts = not variant
+    return section
+
+
+def _batches(variant: str) -> ConfigDict:
+    """Rows of a batch stop by themselves; the block ends when all have."""
+    gamma = 3 if variant else 4
+    drafters = {"adapter": parts.kangaroo("stage:adapter", (gamma,), 0.6)}
+    drafters["adapter_fixed"] = parts.kangaroo("stage:adapter", (gamma,), 0.0)
+    section = parts.evaluation(variant, "stage:target", drafters)
+    section.selection.count = 3 if variant else 32
+    section.batch_sizes = (1, 2) if variant else (1, 4, 16)
     return section

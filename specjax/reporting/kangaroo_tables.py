@@ -53,6 +53,13 @@ def main_table(record: Mapping) -> str:
         keys = {key: tables.heading(key) for key in ("drafter", "temperature", "gamma")}
         parts.append("Parts, timed apart, and the speed-up that they predict:")
         parts.append(tables.markdown_table(said, keys | headings))
+    batches = rows_of(record, "batches")
+    if batches:
+        columns = ("batch_size", "drafter", "gamma", "threshold", "block_efficiency", "acceptance_rate")
+        parts.append("Several prompts at once (greedy):")
+        parts.append(
+            tables.markdown_table(batches, (*columns, "tokens_per_second", "speedup", "identical_to_baseline"))
+        )
     return "\n\n".join([*parts, source(record)])
 
 
