@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from specjax.decoding import batch, loop, rules
-from specjax.decoding.drafters.table import make_drafter
+from specjax.decoding.drafters.table import ATTACHED, make_drafter
 from specjax.decoding.sampling import Sampling
 from specjax.hub.adapter import LoadedAdapter
 from specjax.hub.adapter import save as save_adapter
@@ -89,6 +89,7 @@ def generate(
     eos_ids: Sequence[int] | None = None,
     seed: int = 0,
     exit_layer: int = 1,
+    skipped: Sequence[int] = (),
     shortest: int = 2,
     longest: int = 4,
     blocks_at_once: int | None = None,
@@ -98,8 +99,9 @@ def generate(
 
     Args:
       prompts: strings, or lists of token ids.
-      drafter: a loaded draft model, an adapter of the target (`load_adapter`), "ngram" (with `shortest`, `longest`),
-        "early_exit" (with `exit_layer`), or None for plain decoding.
+      drafter: a loaded draft model, an adapter or Medusa heads of the target (`load_adapter`), "ngram" (with
+        `shortest`, `longest`), "early_exit" (with `exit_layer`), "skip_layers" (with `skipped`), or None for plain
+        decoding.
       gamma: most tokens drafted a block.
       rule: "lossless", "coupled", or a lossy one: "lenient_linear", "lenient_square", "lenient_exp", "typical".
       lenience: of a lossy rule, in (0, 1]; smaller accepts more.
@@ -116,7 +118,8 @@ def generate(
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, not {batch_size}")
     sampling = Sampling.of(temperature, top_k, top_p, lenience=lenience, threshold=threshold)
-    options = {"exit_layer": exit_layer, "shortest": shortest, "longest": longest, "threshold": threshold}
+    options = {"exit_layer": exit_layer, "skipped": skipped, "shortest": shortest, "longest": longest}
+    options["threshold"] = threshold
     (gamma, proposer), slots = _proposer(target, drafter, gamma, options), batch.prompt_slots(ids)
     plan = loop.Plan(
         target=target.decoder,
@@ -200,7 +203,8 @@ def _proposer(
         return gamma, make_drafter("model", target.decoder, gamma, {**options, "model": drafter.decoder})
     if isinstance(drafter, LoadedAdapter):
         drafter.check(target.fingerprint)
-        return gamma, make_drafter("kangaroo", target.decoder, gamma, {**options, "adapter": drafter.adapter})
-    if drafter == "kangaroo":
-        raise UserError('drafter "kangaroo" needs an adapter; give load_adapter(DIRECTORY, target) as the drafter')
+        kind, given = drafter.adapter.drafter, {**options, "adapter": drafter.adapter}
+        return gamma, make_drafter(kind, target.decoder, gamma, given)
+    if drafter in ATTACHED:
+        raise UserError(f'drafter "{drafter}" needs an adapter; give load_adapter(DIRECTORY, target) as the drafter')
     return gamma, make_drafter(drafter, target.decoder, gamma, options)

@@ -5,10 +5,11 @@ from typing import Any
 
 from specjax.data import batches, tasks
 from specjax.decoding import batch, loop, rules
-from specjax.decoding.drafters.table import make_drafter
+from specjax.decoding.drafters.table import ATTACHED, LISTS, make_drafter
 from specjax.decoding.sampling import Sampling
 from specjax.hub import model as hub_model
 from specjax.hub.adapter import LoadedAdapter
+from specjax.reporting import records
 from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError, nearest
 
@@ -88,7 +89,7 @@ def load_job(config: Any) -> Job:
         if section.kind == "model":
             drafters[name] = load(section.path)
             hub_model.check_pair(target, drafters[name])
-        elif section.kind == "kangaroo":
+        elif section.kind in ATTACHED:
             drafters[name] = hub_model.load_adapter(section.path, targets[own])
     return Job(config, targets, tasks.load_task(config.task), [], drafters)
 
@@ -123,7 +124,7 @@ def _check_rules(config: Any) -> None:
     """In a drafter's section lists are gammas: refuses those of no rule, and of a lossy one without leniences."""
     for name, section in config.drafters.items():
         for key, gammas in section.items():
-            of_rule = isinstance(gammas, (tuple, list))
+            of_rule = isinstance(gammas, (tuple, list)) and key not in LISTS
             if of_rule and rules.rule_named(key).lossy and gammas and not config.leniences:
                 raise UserError(f"drafters.{name}.{key} needs leniences, and config.leniences is empty; name some.")
 
@@ -161,6 +162,8 @@ def make_cases(job: Job, setting: Setting) -> list[Case]:
             options["adapter"] = drafter.adapter
         elif drafter is not None:
             options["model"], size = drafter.decoder, drafter.decoder.num_params
+        if isinstance(options.get("skipped"), str):
+            options["skipped"] = records.chosen(options["skipped"])["skipped"]
         threshold = options.setdefault("threshold", 0.0)
         target = job.targets[options.setdefault("target", job.config.target)]
         for rule, lenience in _rules(job.config, setting):

@@ -94,8 +94,15 @@ def _spec_bench(config: ConfigDict, workdir: str | Path) -> dict:
     return spec_bench.run(config, workdir)
 
 
+def _choose_layers(config: ConfigDict, workdir: str | Path) -> dict:
+    from specjax import choose_layers
+
+    return choose_layers.run(config, workdir)
+
+
 _BINARIES = {
     "distill": _distill,
+    "choose_layers": _choose_layers,
     "evaluate": _evaluate,
     "generate": _generate,
     "benchmark": _benchmark,

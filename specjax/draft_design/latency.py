@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from specjax.decoding import loop
-from specjax.decoding.drafters.base import Proposal
+from specjax.decoding.drafters.base import Outcome, Proposal
 from specjax.decoding.sampling import Noise, Sampling
 from specjax.draft_design.throughput import Parts
 from specjax.models import kv_cache
@@ -35,7 +35,12 @@ def _draft_and_verify_loop(plan, params, draft_params, state, sampling):
     def step(_, state):
         proposal, state = loop.propose(plan, params, draft_params, state, _noise(plan, state), sampling)
         pending = jnp.take_along_axis(state.tokens, state.lengths[:, None] - 1, axis=1)[:, 0]
-        logits, cache, _ = loop.verify(plan, params, state.target_cache, pending, state.lengths, proposal)
+        logits, cache, taps = loop.verify(plan, params, state.target_cache, pending, state.lengths, proposal)
+        if plan.drafter.taps:  # a draft that is made of them would otherwise be the same in every turn, and made once
+            one = jnp.ones_like(state.lengths)
+            outcome = Outcome(jnp.pad(proposal.tokens, ((0, 0), (0, 1))), one, 0 * one, state.lengths, taps)
+            drafter_state = plan.drafter.commit(draft_params, state.drafter_state, outcome)
+            state = dataclasses.replace(state, drafter_state=drafter_state)
         # The next pair starts from what this one chose, or the compiler would hoist or drop it.
         chosen = jnp.sum(jnp.argmax(logits, axis=-1).astype(jnp.int32), axis=1)
         following = (chosen % plan.target.vocab_size)[:, None]
@@ -65,12 +70,13 @@ def _verify_loop(plan, params, state, proposal):
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _rule_loop(plan, draft_params, state, proposal, logits, sampling, limits):
+def _rule_loop(plan, draft_params, state, proposal, logits, taps, sampling, limits):
     """The rule and the commit on the same logits, moved a little by what the last step emitted."""
 
     def step(_, state):
         moved = logits + 1e-6 * jnp.sum(state.lengths).astype(jnp.float32)
-        state_after = loop.settle(plan, draft_params, state, proposal, moved, (), _noise(plan, state), sampling, limits)
+        noise = _noise(plan, state)
+        state_after = loop.settle(plan, draft_params, state, proposal, moved, taps, noise, sampling, limits)
         return dataclasses.replace(state_after, done=state.done)
 
     return jax.lax.fori_loop(0, _STEPS, step, state)
@@ -109,8 +115,8 @@ def timers(
         state = loop.begin(plan, params, draft_params, tokens, lengths, row_keys)
         return dataclasses.replace(state, lengths=state.lengths + behind)
 
-    proposal, logits = _example(plan, params, draft_params, fresh(), sampling)
-    rule = lambda state: _rule_loop(plan, draft_params, state, proposal, logits, sampling, limits)
+    proposal, logits, taps = _example(plan, params, draft_params, fresh(), sampling)
+    rule = lambda state: _rule_loop(plan, draft_params, state, proposal, logits, taps, sampling, limits)
     made = {
         "verify": _timer(fresh, lambda state: _verify_loop(plan, params, state, proposal)),
         "rule": _timer(fresh, rule),
@@ -142,9 +148,9 @@ def measure(speculative: dict[str, Timer], plain: dict[str, Timer], gamma: int) 
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _example(plan, params, draft_params, state, sampling) -> tuple[Proposal, jax.Array]:
-    """A real proposal and the target's logits for it."""
+def _example(plan, params, draft_params, state, sampling) -> tuple[Proposal, jax.Array, tuple[jax.Array, ...]]:
+    """A real proposal, the target's logits for it and its tapped states."""
     proposal, state = loop.propose(plan, params, draft_params, state, _noise(plan, state), sampling)
     pending = jnp.zeros_like(state.lengths)
-    logits, _, _ = loop.verify(plan, params, state.target_cache, pending, state.lengths, proposal)
-    return proposal, logits
+    logits, _, taps = loop.verify(plan, params, state.target_cache, pending, state.lengths, proposal)
+    return proposal, logits, taps

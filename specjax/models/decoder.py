@@ -64,7 +64,10 @@ class DecoderModule(nnx.Module):
         return hidden, cache
 
     def head(self, hidden):
-        return self.unembed(hidden if self.norm is None else self.norm(hidden))
+        return self.unembed(self.normed(hidden))
+
+    def normed(self, hidden):
+        return hidden if self.norm is None else self.norm(hidden)
 
     def unembed(self, hidden):
         config = self.config

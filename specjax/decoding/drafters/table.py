@@ -4,8 +4,10 @@ from typing import Any
 
 from specjax.decoding.drafters.early_exit import EarlyExitDrafter
 from specjax.decoding.drafters.kangaroo import KangarooDrafter
+from specjax.decoding.drafters.medusa import MedusaDrafter
 from specjax.decoding.drafters.model import ModelDrafter
 from specjax.decoding.drafters.ngram import NGramDrafter
+from specjax.decoding.drafters.skip_layers import SkipLayersDrafter
 from specjax.models.language_model import LanguageModel
 from specjax.runtime.errors import UserError, nearest
 
@@ -41,13 +43,56 @@ def _early_exit(target: LanguageModel, gamma: int, options: dict) -> EarlyExitDr
     return EarlyExitDrafter(target, layer, gamma, _stops(options), _adjusted(options))
 
 
-def _kangaroo(target: LanguageModel, gamma: int, options: dict) -> KangarooDrafter:
+def _skip_layers(target: LanguageModel, gamma: int, options: dict) -> SkipLayersDrafter:
+    skipped = tuple(sorted(set(options["skipped"])))
+    if not skipped or skipped[0] < 0 or skipped[-1] >= target.layers:
+        raise UserError(
+            f"skipped must name layers of the target, 0 .. {target.layers - 1}, one or more of them; not {skipped}."
+        )
+    if len(skipped) == target.layers:
+        raise UserError(f"skipped names all {target.layers} layers of the target; leave at least one to draft with.")
+    return SkipLayersDrafter(target, skipped, gamma, _stops(options))
+
+
+def _adapter(kind: str, options: dict) -> Any:
     adapter = options["adapter"]
+    if adapter.drafter != kind:
+        raise UserError(
+            f'what is loaded drafts in the manner of "{adapter.drafter}", not of "{kind}"; set kind to that.'
+        )
+    return adapter
+
+
+def _medusa(target: LanguageModel, gamma: int, options: dict) -> MedusaDrafter:
+    heads = _adapter("medusa", options)
+    if gamma > heads.config.heads:
+        raise UserError(
+            f"gamma {gamma} is more than the {heads.config.heads} Medusa heads draft; "
+            f"take gamma {heads.config.heads} or less, or train more heads."
+        )
+    return MedusaDrafter(target, heads, gamma, _stops(options))
+
+
+def _kangaroo(target: LanguageModel, gamma: int, options: dict) -> KangarooDrafter:
+    adapter = _adapter("kangaroo", options)
     layer = adapter.config.exit_layer
     return KangarooDrafter(target, layer, gamma, _stops(options), _adjusted(options), adapter=adapter)
 
 
-DRAFTERS = {"model": _model, "ngram": _ngram, "early_exit": _early_exit, "kangaroo": _kangaroo}
+DRAFTERS = {
+    "model": _model,
+    "ngram": _ngram,
+    "early_exit": _early_exit,
+    "skip_layers": _skip_layers,
+    "kangaroo": _kangaroo,
+    "medusa": _medusa,
+}
+
+# Those that need something trained beside the target, which `hub.adapter` keeps.
+ATTACHED = ("kangaroo", "medusa")
+
+# Options that are lists; other lists in a config's section of a drafter are the gammas of a rule.
+LISTS = ("skipped",)
 
 
 def make_drafter(kind: str, target: LanguageModel, gamma: int, options: dict[str, Any]) -> Any:
@@ -55,8 +100,9 @@ def make_drafter(kind: str, target: LanguageModel, gamma: int, options: dict[str
 
     Args:
       options: `model` (a LanguageModel) for "model"; `shortest`, `longest` for "ngram"; `exit_layer` for "early_exit";
-        `adapter` (a models.adapters.Adapter) for "kangaroo". All but "ngram" take a `threshold`, 0 where there is none:
-        above it the drafter stops where it is less sure than `Sampling.threshold` says. The last two take `adjusted`:
+        `skipped` (layer numbers) for "skip_layers"; `adapter` for "kangaroo" (a models.adapters.Adapter) and "medusa"
+        (a models.medusa.MedusaHeads). All but "ngram" take a `threshold`, 0 where there is none: above it the drafter
+        stops where it is less sure than `Sampling.threshold` says. "early_exit" and "kangaroo" take `adjusted`:
         confidence after temperature, top-k and top-p.
 
     Raises:
