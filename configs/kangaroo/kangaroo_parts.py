@@ -26,7 +26,7 @@ def target(variant: str) -> ConfigDict:
         # Spec-Bench has long prompts; rotary positions cost nothing.
         section.model.max_positions = 8192
         section.optimizer.warmup_steps = 40
-        section.train.update({"steps": 560, "eval_every": 140, "checkpoint_every": 140})
+        section.train.update({"steps": 420, "eval_every": 140, "checkpoint_every": 140})
     return section
 
 
