@@ -8,7 +8,7 @@ at the same exit as `exit_2`), and four evaluations of plain decoding beside the
 `kinds`, `temperatures` (confidence at temperature 1 against that at the temperature of sampling). Each row of a
 self-draft has the histogram of its confidence, for accepted and for refused tokens.
 
-Adapters here are trained for a fifth of the steps of tiny.py: they are compared with one another, at equal steps.
+Adapters here are trained for a quarter of the steps of tiny.py: they are compared with one another, at equal steps.
 
 Hardware: 2 CPU cores. What to expect: the tables in configs/kangaroo/README.md.
 `configs/kangaroo/ablations.py:smoke` trains a tiny target of its own.

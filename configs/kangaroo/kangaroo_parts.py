@@ -60,9 +60,30 @@ def adapter(
     section.loss.divergence = divergence
     section.speculative_eval.every = 0
     if not variant:
-        section.data.batch_size = 8
-        section.optimizer.peak_learning_rate = 3e-3
+        # The target's forward is what a step costs; an adapter is small and gains more from many steps than large ones.
+        section.data.batch_size = 4
+        section.optimizer.peak_learning_rate = 2e-3
         section.train.update({"steps": steps, "eval_every": steps // 2, "checkpoint_every": steps // 2})
+    return section
+
+
+def medusa(variant: str, target: str, *, steps: int) -> ConfigDict:
+    """Trains Medusa-1's heads: hard labels of the corpus, the target frozen (arXiv 2401.10774)."""
+    section = adapter(variant, target, exit_layer=1, steps=steps, divergence="cross_entropy")
+    section.model.init = "medusa"
+    del section["adapter"]
+    section.medusa = ConfigDict({"heads": 4, "own_head": True})
+    return section
+
+
+def layers(variant: str, target: str) -> ConfigDict:
+    """The search for layers to skip, as configs/kangaroo/choose_layers.py has it."""
+    path = pathlib.Path(__file__).with_name("choose_layers.py")
+    spec = importlib.util.spec_from_file_location("choose_layers", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    section = module.get_config(variant)
+    section.target = target
     return section
 
 
