@@ -6,7 +6,7 @@ Stages: `target` (16 layers on the Python standard library, and its tokenizer; t
 it from here), `adapter` (soft labels on the corpus, arXiv 2404.18911), `on_policy` (the same loss and steps on text
 that the draft writes itself, as DistillSpec would), `no_adapter` (a norm before the head alone), `medusa` (Medusa-1's
 heads on the target's last state, hard labels, no tree), `layers` (which layers to skip, for drafting by the others),
-`evaluation` (batch 1: the drafters at temperatures 0 and 1, beside plain decoding), `batches` (several prompts at once).
+`evaluation` (batch 1: all of them at temperatures 0 and 1, beside plain decoding), `batches` (several prompts at once).
 
 Hardware: 2 CPU cores. What to expect: the tables in configs/kangaroo/README.md, which are written from the records.
 `configs/kangaroo/tiny.py:smoke` runs every stage in a minute or two.
