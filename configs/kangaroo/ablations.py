@@ -28,7 +28,7 @@ KINDS = {
     "none": {"kind": "none"},
 }
 GAMMA, THRESHOLD = 6, 0.6
-GAMMAS, THRESHOLDS = (2, 4, 6, 8), (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+GAMMAS, THRESHOLDS = (2, 4, 6, 8), (0.0, 0.2, 0.4, 0.6, 0.8, 0.95)
 TEMPERATURES = (0.2, 0.5, 1.0)
 
 
@@ -69,9 +69,12 @@ def _evaluations(variant: str, target, exits: tuple[int, ...], middle: str) -> d
     kinds = {"attention": own(middle, THRESHOLD), **{name: own(name, THRESHOLD) for name in KINDS}}
     confidence = {"raw": own(middle, THRESHOLD), "adjusted": own(middle, THRESHOLD, adjusted=True)}
     confidence["fixed"] = own(middle, 0.0)
-    return {
+    sections = {
         "exits": parts.evaluation(variant, target, of_exits),
         "grid": parts.evaluation(variant, target, grid),
         "kinds": parts.evaluation(variant, target, kinds),
         "temperatures": parts.evaluation(variant, target, confidence, temperatures=temperatures),
     }
+    for section in sections.values():
+        section.selection.count = 3 if variant else 16
+    return sections
