@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from specjax.decoding import batch, loop, rules
+from specjax.decoding.drafters.adaptive import block_costs
 from specjax.decoding.drafters.table import ATTACHED, make_drafter
 from specjax.decoding.sampling import Sampling
 from specjax.hub.adapter import LoadedAdapter
@@ -79,6 +80,7 @@ def generate(
     drafter: Model | LoadedAdapter | str | None = None,
     gamma: int = 4,
     threshold: float = 0.0,
+    adaptive: tuple[float, float] | None = None,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -107,6 +109,8 @@ def generate(
       lenience: of a lossy rule, in (0, 1]; smaller accepts more.
       threshold: a row's block ends behind the first drafted token from whose distribution the draft was less sure than
         this (its largest probability at temperature 1); 0 always drafts gamma. Not for "ngram".
+      adaptive: each row drafts as many tokens, up to gamma, as have paid so far, by these costs of a drafted token and
+        of verifying it, relative to a plain step; None always drafts gamma.
       eos_ids: ids that end a row; the tokenizer's when None, () for none.
       on_text: called with the text of the current batch so far, after every `blocks_at_once` blocks, and at its end.
 
@@ -117,9 +121,10 @@ def generate(
     ids = _ids(target, prompts, max_new_tokens)
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, not {batch_size}")
-    sampling = Sampling.of(temperature, top_k, top_p, lenience=lenience, threshold=threshold)
+    costs = None if adaptive is None or drafter is None else block_costs(*adaptive, gamma)
+    sampling = Sampling.of(temperature, top_k, top_p, lenience=lenience, threshold=threshold, costs=costs)
     options = {"exit_layer": exit_layer, "skipped": skipped, "shortest": shortest, "longest": longest}
-    options["threshold"] = threshold
+    options |= {"threshold": threshold, "adaptive": adaptive is not None}
     (gamma, proposer), slots = _proposer(target, drafter, gamma, options), batch.prompt_slots(ids)
     plan = loop.Plan(
         target=target.decoder,

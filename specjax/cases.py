@@ -3,8 +3,11 @@
 import dataclasses
 from typing import Any
 
+import numpy as np
+
 from specjax.data import batches, tasks
 from specjax.decoding import batch, loop, rules
+from specjax.decoding.drafters.adaptive import block_costs
 from specjax.decoding.drafters.table import ATTACHED, LISTS, make_drafter
 from specjax.decoding.sampling import Sampling
 from specjax.hub import model as hub_model
@@ -24,7 +27,7 @@ class Case:
       target: whose text it is: the job's, or the drafter's own, whose plain decoding is its gamma 0.
       lenience: None under an exact rule.
       num_params: of a draft model; 0 where there is no ratio of parameters to speak of.
-      sampling: the setting's, with the rule's lenience and the drafter's threshold.
+      sampling: the setting's, with the rule's lenience, the drafter's threshold, and the costs of its blocks.
     """
 
     name: str
@@ -146,14 +149,21 @@ def _rules(config: Any, setting: Setting) -> list[tuple[str, float | None]]:
     return [(setting.rule, None), *((name, lenience) for name in lossy for lenience in config.leniences)]
 
 
-def _sampling(job: Job, setting: Setting, lenience: float | None, threshold: float) -> Sampling:
-    lenience = 1.0 if lenience is None else lenience
-    return Sampling.of(setting.temperature, job.config.top_k, job.config.top_p, lenience=lenience, threshold=threshold)
+def _sampling(job: Job, setting: Setting, lenience: float | None, options: dict[str, Any], gamma: int) -> Sampling:
+    return Sampling.of(
+        setting.temperature,
+        job.config.top_k,
+        job.config.top_p,
+        lenience=1.0 if lenience is None else lenience,
+        threshold=options["threshold"],
+        costs=block_costs(*options["costs"], gamma) if options["adaptive"] and options["costs"] else None,
+    )
 
 
 def make_cases(job: Job, setting: Setting) -> list[Case]:
     """Plain decoding, then every drafter at its gammas; refuses what does not fit (UserError)."""
-    plain = (setting.rule, None, 0, _sampling(job, setting, None, 0.0))
+    without = {"threshold": 0.0, "adaptive": False}
+    plain = (setting.rule, None, 0, _sampling(job, setting, None, without, 0))
     cases = [Case(BASELINE, job.target, "model", *plain, {}, None, 0)]
     for name, section in job.config.drafters.items():
         options, drafter = section.to_dict(), job.drafters.get(name)
@@ -164,14 +174,24 @@ def make_cases(job: Job, setting: Setting) -> list[Case]:
             options["model"], size = drafter.decoder, drafter.decoder.num_params
         if isinstance(options.get("skipped"), str):
             options["skipped"] = records.chosen(options["skipped"])["skipped"]
-        threshold = options.setdefault("threshold", 0.0)
+        options = {"threshold": 0.0, "adaptive": False, "costs": (), **options}
+        if len(options["costs"]) not in (0, 2):
+            raise UserError(
+                f"drafters.{name}.costs has {len(options['costs'])} numbers; give the costs of a drafted token and of "
+                "verifying it, relative to a plain step, or none to have them measured"
+            )
         target = job.targets[options.setdefault("target", job.config.target)]
         for rule, lenience in _rules(job.config, setting):
             for gamma in section.get(rule, ()):
                 make_drafter(section.kind, target.decoder, gamma, options)  # refuses what does not fit
-                how = (rule, lenience, gamma, _sampling(job, setting, lenience, threshold))
+                how = (rule, lenience, gamma, _sampling(job, setting, lenience, options, gamma))
                 cases.append(Case(name, target, section.kind, *how, options, params, size))
     return cases
+
+
+def needs_costs(case: Case) -> bool:
+    """Whether its draft length adapts to costs of blocks that have to be measured first."""
+    return case.gamma > 0 and case.options["adaptive"] and case.sampling.costs is None
 
 
 def make_plan(job: Job, setting: Setting, case: Case, slots: int) -> loop.Plan:
@@ -198,6 +218,7 @@ def described(config: Any, setting: Setting, case: Case, prompts: int) -> dict:
         "lenience": case.lenience,
         "gamma": case.gamma,
         "threshold": case.options.get("threshold", 0.0),
+        "block_costs": None if case.sampling.costs is None else np.asarray(case.sampling.costs).tolist(),
         "temperature": setting.temperature,
         "top_k": config.top_k,
         "top_p": config.top_p,

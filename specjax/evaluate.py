@@ -6,13 +6,14 @@ Plain decoding (gamma = 0, the same loop) runs in the same process, interleaved 
 that a slow moment of the machine hits all alike.
 """
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from specjax.cases import Case, Job, Setting, described, make_cases, make_job, make_plan, make_settings
+from specjax.cases import Case, Job, Setting, described, make_cases, make_job, make_plan, make_settings, needs_costs
 from specjax.data import tasks
 from specjax.decoding import batch, identity, loop
 from specjax.draft_design import confidence, prediction
@@ -61,6 +62,7 @@ def _run_group(job: Job, setting: Setting):
     cases = make_cases(job, setting)
     slots = batch.prompt_slots(job.ids)
     plans = [make_plan(job, setting, case, slots) for case in cases]
+    cases = [with_costs(job, setting, case, plan, job.ids) for case, plan in zip(cases, plans, strict=True)]
     outputs = _decode_all(job, setting, cases, plans, slots)
     baseline = outputs[0]
     plain = {id(case.target): output for case, output in zip(cases, outputs, strict=True) if case.gamma == 0}
@@ -78,6 +80,25 @@ def _run_group(job: Job, setting: Setting):
         if case is shown:
             samples = _samples(job, setting, case, output)
     return rows, counts, samples
+
+
+def with_costs(job: Job, setting: Setting, case: Case, plan: loop.Plan, ids) -> Case:
+    """The case, with costs of blocks measured on these prompts where it adapts its draft length to such."""
+    if not needs_costs(case):
+        return case
+    with meshes.use(job.target.mesh):
+        costs = prediction.measure_block_costs(
+            plan,
+            case.target.params,
+            case.params,
+            ids,
+            sampling=case.sampling,
+            max_new_tokens=job.config.max_new_tokens,
+            batch_size=setting.batch_size,
+            seed=job.config.seed,
+            put=batch.placer(job.target.mesh),
+        )
+    return dataclasses.replace(case, sampling=dataclasses.replace(case.sampling, costs=costs))
 
 
 def _decode_all(job: Job, setting: Setting, cases, plans, slots) -> list[list]:
@@ -135,7 +156,8 @@ def _row(job: Job, setting: Setting, case: Case, plan, counts, output, baseline)
     settings = described(config, setting, case, len(job.prompts))
     measured = metrics.evaluate_row(counts, timing, seed=config.seed)
     iterations = sum(result.iterations for _, result in output)
-    return settings | measured | {"iterations": iterations} | _quality(job, output, baseline)
+    measured |= {"iterations": iterations} | batch.layers_per_token(output, plan.target.layers)
+    return settings | measured | _quality(job, output, baseline)
 
 
 def _quality(job: Job, output, baseline) -> dict[str, dict]:
@@ -150,7 +172,8 @@ def _quality(job: Job, output, baseline) -> dict[str, dict]:
 
 def _prediction(job: Job, setting: Setting, case: Case, plan, row: dict, output, baseline, plain_plan) -> dict:
     """Measured parts and the speed-up they predict; None at gamma 0 or where parts are not measured."""
-    stops = case.gamma and case.options["threshold"] > 0  # then blocks differ in length, and one measured tells little
+    # Where blocks differ in length, one measured tells little.
+    stops = case.gamma and (case.options["threshold"] > 0 or case.options["adaptive"])
     if case.gamma == 0 or stops or case.target is not job.target or not job.config.measure_parts:
         return prediction.nothing()
     with meshes.use(job.target.mesh):

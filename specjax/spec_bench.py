@@ -18,6 +18,7 @@ from specjax.cases import Job, Setting, described, load_job, make_cases, make_pl
 from specjax.data import spec_bench
 from specjax.data.spec_bench import Question
 from specjax.decoding import batch, identity
+from specjax.evaluate import with_costs
 from specjax.reporting import kangaroo_figures, metrics, records, tables
 from specjax.runtime import cli
 from specjax.runtime import config as configs
@@ -123,6 +124,8 @@ def _answer_group(job, setting, cases, slots: int, prompts: dict[int, tuple[int,
     """Decodes prompts of about one length with every case, and puts what comes of it into `answers`."""
     config, target = job.config, job.target
     plans = [make_plan(job, setting, case, slots) for case in cases]
+    ids = list(prompts.values())
+    cases = [with_costs(job, setting, case, plan, ids) for case, plan in zip(cases, plans, strict=True)]
     put = batch.placer(target.mesh)
 
     def decode(case, plan, number):

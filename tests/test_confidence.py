@@ -23,7 +23,11 @@ def drafted(temperature, *, adjusted, top_k=0):
     adjust = Sampling.of(temperature, top_k, threshold=0.6)
     context = Context(jnp.zeros((1, 2), jnp.int32), noise.lengths, jnp.ones((1,), bool), noise, adjust)
     step = lambda tokens, offset, carry: (jnp.log(probs), carry)
-    return int(draft(context, 4, jnp.log(probs), (), step, stops=True, adjusted=adjusted)[0].num_drafted[0])
+    return int(
+        draft(context, 4, (), lambda carry: (jnp.log(probs), carry), step, stops=True, adjusted=adjusted)[
+            0
+        ].num_drafted[0]
+    )
 
 
 def test_adjusted_confidence_is_that_after_temperature_and_raw_confidence_is_not():

@@ -18,6 +18,7 @@ from specjax.models import kv_cache
 
 _STEPS = 24
 _REPEATS = 5
+_COST_ROUNDS = 3
 
 
 def _noise(plan: loop.Plan, state: loop.DecodeState) -> Noise:
@@ -145,6 +146,25 @@ def measure(speculative: dict[str, Timer], plain: dict[str, Timer], gamma: int) 
         rule=median(lambda times: times["speculative", "rule"]),
         baseline_rule=median(lambda times: times["plain", "rule"]),
     )
+
+
+def block_seconds(
+    plan: loop.Plan, params: Any, draft_params: Any, tokens, lengths, row_keys, sampling: Sampling, *, behind: int
+) -> list[float]:
+    """Seconds of blocks in which every row drafts 0 .. gamma tokens, of a plan whose draft length adapts.
+
+    One executable runs them all: costs that are endless but for one length leave no other to be picked. Arguments as of
+    `timers`.
+    """
+
+    def forced(drafted: int) -> dict[str, Timer]:
+        costs = jnp.full((plan.gamma + 1,), jnp.inf).at[drafted].set(1.0)
+        weighed = dataclasses.replace(sampling, costs=costs)
+        return timers(plan, params, draft_params, tokens, lengths, row_keys, weighed, behind=behind)
+
+    timed = [forced(drafted) for drafted in range(plan.gamma + 1)]
+    seconds = [[every["propose_and_verify"]() + every["rule"]() for every in timed] for _ in range(_COST_ROUNDS + 1)]
+    return [statistics.median(times) for times in zip(*seconds[1:], strict=True)]
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -3,7 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from specjax.decoding import batch, loop
 from specjax.decoding.sampling import Sampling, row_keys
@@ -57,6 +59,28 @@ def measure_parts(
     given = (put(tokens), put(lengths), keys, sampling)
     timers = lambda plan, draft: latency.timers(plan, params, draft, *given, behind=behind)
     return latency.measure(timers(plan, draft_params), timers(plain_plan, None), plan.gamma)
+
+
+def measure_block_costs(
+    plan: loop.Plan,
+    params: Any,
+    draft_params: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    sampling: Sampling,
+    max_new_tokens: int,
+    batch_size: int,
+    seed: int,
+    put: Callable,
+) -> Float[Array, "gamma_plus_1"]:
+    """Seconds of blocks that draft 0 .. gamma tokens, for `Sampling.costs`, about half way through the run."""
+    apart, half = plan.target.reads_prompt_apart, max_new_tokens // 2
+    length = int(np.mean([len(prompt) for prompt in prompts])) + (0 if apart else half)
+    rows = [(tuple(prompt) * length)[:length] for prompt in sorted(prompts, key=len)[-batch_size:]]
+    tokens, lengths = batch.pad(rows, batch.prompt_slots(rows))
+    keys = put(row_keys(seed, np.arange(len(rows), dtype=np.int32)))
+    given = (put(tokens), put(lengths), keys, sampling)
+    return jnp.asarray(latency.block_seconds(plan, params, draft_params, *given, behind=half if apart else 0))
 
 
 def predict(

@@ -105,7 +105,7 @@ class AdapterModule(nnx.Module):
             cache = None if cache is None else cache.with_layer(0, keys, values)
         if self.mlp is not None:
             hidden = hidden + self.mlp(self.mlp_norm(hidden))
-        return hidden, cache
+        return hidden, None if cache is None else cache.metered(1, hidden.shape[1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,8 +130,10 @@ class Adapter(Network):
     def start(self, batch: int, capacity: int) -> kv_cache.Cache | None:
         """An empty cache; None where there is nothing to cache (capacity 0: training)."""
         inner = self.config.inner
-        if not capacity or self.config.kind not in _ATTENDING:
+        if not capacity or self.config.kind == "none":
             return None
+        if self.config.kind not in _ATTENDING:  # nothing to remember but how often it ran
+            return kv_cache.Cache((), (), kv_cache.Meter.zeros(batch))
         return kv_cache.zeros(inner, batch, capacity, dtype_named(inner.compute_dtype))
 
     def extend(

@@ -63,7 +63,7 @@ class SelfDraft(LanguageModel):
         cache = self.target.start(params["target"], prompts, lengths, capacity)
         if cache is None:
             return None
-        shallow = Cache(cache.keys[: self.layers], cache.values[: self.layers])
+        shallow = Cache(cache.keys[: self.layers], cache.values[: self.layers], cache.meter)
         return shallow, self.adapter.start(prompts.shape[0], capacity)
 
     def extend(self, params, cache, inputs, positions, mask=None, *, layers: tuple[int, int] | None = None):

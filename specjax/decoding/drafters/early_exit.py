@@ -57,21 +57,26 @@ class EarlyExitDrafter:
         def put(exits, hidden, offset):
             return jax.lax.dynamic_update_slice_in_dim(exits, hidden, offset, 1)
 
+        def first(carry):
+            state, cache, exits = carry
+            logits, state = self.read_first(params, target_params, state, exits[:, :1], context)
+            return logits, (state, cache, exits)
+
         def step(tokens, offset, carry):
             state, cache, exits = carry
-            hidden, cache = feed(tokens, offset, cache)
+            hidden = jax.lax.dynamic_slice_in_dim(exits, offset, 1, 1)
             logits, state = self.read(params, target_params, state, hidden, first_position + offset)
-            return logits, (state, cache, put(exits, hidden, offset))
+            return logits, (state, cache, exits)
+
+        def behind(tokens, offset, carry):
+            state, cache, exits = carry
+            hidden, cache = feed(tokens, offset, cache)
+            return state, cache, put(exits, hidden, offset)
 
         hidden, target_cache = feed(context.last_two_tokens[:, 1], 0, target_cache)
-        logits, state = self.read_first(params, target_params, state, hidden, context)
         carry = state, target_cache, jnp.pad(hidden, ((0, 0), (0, self.gamma), (0, 0)))
-        proposal, last, offset, carry = draft(
-            context, self.gamma, logits, carry, step, stops=self.stops, adjusted=self.adjusted
-        )
-        state, target_cache, exits = carry
-        hidden, target_cache = feed(last, offset, target_cache)
-        exits = put(exits, hidden, offset)
+        how = {"stops": self.stops, "adjusted": self.adjusted}
+        proposal, (state, target_cache, exits) = draft(context, self.gamma, carry, first, step, behind, **how)
         proposal = dataclasses.replace(proposal, resume_hidden=exits, resume_layer=self.exit_layer)
         return proposal, self.advanced(state, exits), target_cache
 

@@ -40,12 +40,16 @@ class MedusaDrafter:
 
     def propose(self, params, target_params, state: Float[Array, "B 1 D"], target_cache, context: Context):
         heads, params = self.heads.first(params, self.gamma)
-        logits = heads.head(params, self.target, target_params, state)
 
-        def step(tokens, offset, carry):
-            return jax.lax.dynamic_index_in_dim(logits, offset, 1, keepdims=False), carry
+        def first(_):
+            logits = heads.head(params, self.target, target_params, state)
+            return logits[:, 0], logits
 
-        proposal, _, _, _ = draft(context, self.gamma, logits[:, 0], (), step, stops=self.stops)
+        def step(tokens, offset, logits):
+            return jax.lax.dynamic_index_in_dim(logits, offset, 1, keepdims=False), logits
+
+        none = jnp.zeros((state.shape[0], self.gamma, self.target.vocab_size), jnp.float32)
+        proposal, _ = draft(context, self.gamma, none, first, step, stops=self.stops)
         return proposal, state, target_cache
 
     def commit(self, params, state, outcome: Outcome):

@@ -43,8 +43,8 @@ class SkipLayersDrafter:
                 hidden, cache = self.target.extend(target_params, cache, hidden, positions, layers=span)
             return self.target.head(target_params, hidden)[:, 0], cache
 
-        logits, cache = step(context.last_two_tokens[:, 1], 0, target_cache)
-        proposal, _, _, cache = draft(context, self.gamma, logits, cache, step, stops=self.stops)
+        first = lambda cache: step(context.last_two_tokens[:, 1], 0, cache)
+        proposal, cache = draft(context, self.gamma, target_cache, first, step, stops=self.stops)
         return proposal, state, cache
 
     def commit(self, params, state, outcome: Outcome):

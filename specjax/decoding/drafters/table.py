@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from specjax.decoding.drafters.adaptive import AdaptiveDrafter
 from specjax.decoding.drafters.early_exit import EarlyExitDrafter
 from specjax.decoding.drafters.kangaroo import KangarooDrafter
 from specjax.decoding.drafters.medusa import MedusaDrafter
@@ -92,7 +93,7 @@ DRAFTERS = {
 ATTACHED = ("kangaroo", "medusa")
 
 # Options that are lists; other lists in a config's section of a drafter are the gammas of a rule.
-LISTS = ("skipped",)
+LISTS = ("skipped", "costs")
 
 
 def make_drafter(kind: str, target: LanguageModel, gamma: int, options: dict[str, Any]) -> Any:
@@ -103,7 +104,8 @@ def make_drafter(kind: str, target: LanguageModel, gamma: int, options: dict[str
         `skipped` (layer numbers) for "skip_layers"; `adapter` for "kangaroo" (a models.adapters.Adapter) and "medusa"
         (a models.medusa.MedusaHeads). All but "ngram" take a `threshold`, 0 where there is none: above it the drafter
         stops where it is less sure than `Sampling.threshold` says. "early_exit" and "kangaroo" take `adjusted`:
-        confidence after temperature, top-k and top-p.
+        confidence after temperature, top-k and top-p. With `adaptive` any of them drafts up to gamma tokens, as many
+        as pay by `Sampling.costs`.
 
     Raises:
       UserError: for an unknown kind, a negative gamma, or options outside their range.
@@ -112,4 +114,5 @@ def make_drafter(kind: str, target: LanguageModel, gamma: int, options: dict[str
         raise UserError(f"Unknown drafter {kind!r}{nearest(kind, DRAFTERS)}.")
     if gamma < 0:
         raise UserError(f"gamma must be 0 (plain decoding) or more, not {gamma}.")
-    return DRAFTERS[kind](target, gamma, options) if gamma else None
+    drafter = DRAFTERS[kind](target, gamma, options) if gamma else None
+    return AdaptiveDrafter(drafter, gamma) if drafter is not None and options.get("adaptive") else drafter
