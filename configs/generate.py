@@ -23,10 +23,11 @@ def get_config(variant: str = "") -> ConfigDict:
     # Devices along each axis; 1, 1, 1 is one device.
     config.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1})
     config.target = ""  # directory of the target
-    # kind: model (path: the draft's directory), kangaroo (path: the adapter's), ngram (shortest, longest match),
-    # early_exit (exit_layer) or none. A block ends where a draft is less sure than the threshold; 0 is off.
-    drafter = {"kind": "model", "path": "", "shortest": 2, "longest": 4, "exit_layer": 1, "threshold": 0.0}
-    config.drafter = ConfigDict(drafter)
+    # kind: model (path: the draft's directory), kangaroo or medusa (path: the adapter's), ngram (shortest, longest
+    # match), early_exit (exit_layer), skip_layers (skipped: layers of the target left out) or none. A block ends where
+    # a draft is less sure than the threshold; 0 is off.
+    drafter = {"kind": "model", "path": "", "shortest": 2, "longest": 4, "exit_layer": 1, "skipped": ()}
+    config.drafter = ConfigDict({**drafter, "threshold": 0.0})
     config.prompt = ""  # the text to continue
     config.chat = False  # whether the prompt is a user's turn, to be wrapped by the tokenizer's chat template
     config.rule = "lossless"  # or coupled; lossy: lenient_linear, lenient_square, lenient_exp, typical

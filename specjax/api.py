@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from specjax.decoding import batch, loop, rules
-from specjax.decoding.drafters.table import make_drafter
+from specjax.decoding.drafters.adaptive import block_costs
+from specjax.decoding.drafters.table import ATTACHED, make_drafter
 from specjax.decoding.sampling import Sampling
 from specjax.hub.adapter import LoadedAdapter
 from specjax.hub.adapter import save as save_adapter
@@ -79,6 +80,7 @@ def generate(
     drafter: Model | LoadedAdapter | str | None = None,
     gamma: int = 4,
     threshold: float = 0.0,
+    adaptive: tuple[float, float] | None = None,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -89,6 +91,7 @@ def generate(
     eos_ids: Sequence[int] | None = None,
     seed: int = 0,
     exit_layer: int = 1,
+    skipped: Sequence[int] = (),
     shortest: int = 2,
     longest: int = 4,
     blocks_at_once: int | None = None,
@@ -98,13 +101,16 @@ def generate(
 
     Args:
       prompts: strings, or lists of token ids.
-      drafter: a loaded draft model, an adapter of the target (`load_adapter`), "ngram" (with `shortest`, `longest`),
-        "early_exit" (with `exit_layer`), or None for plain decoding.
+      drafter: a loaded draft model, an adapter or Medusa heads of the target (`load_adapter`), "ngram" (with
+        `shortest`, `longest`), "early_exit" (with `exit_layer`), "skip_layers" (with `skipped`), or None for plain
+        decoding.
       gamma: most tokens drafted a block.
       rule: "lossless", "coupled", or a lossy one: "lenient_linear", "lenient_square", "lenient_exp", "typical".
       lenience: of a lossy rule, in (0, 1]; smaller accepts more.
       threshold: a row's block ends behind the first drafted token from whose distribution the draft was less sure than
         this (its largest probability at temperature 1); 0 always drafts gamma. Not for "ngram".
+      adaptive: each row drafts as many tokens, up to gamma, as have paid so far, by these costs of a drafted token and
+        of verifying it, relative to a plain step; None always drafts gamma.
       eos_ids: ids that end a row; the tokenizer's when None, () for none.
       on_text: called with the text of the current batch so far, after every `blocks_at_once` blocks, and at its end.
 
@@ -115,8 +121,10 @@ def generate(
     ids = _ids(target, prompts, max_new_tokens)
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, not {batch_size}")
-    sampling = Sampling.of(temperature, top_k, top_p, lenience=lenience, threshold=threshold)
-    options = {"exit_layer": exit_layer, "shortest": shortest, "longest": longest, "threshold": threshold}
+    costs = None if adaptive is None or drafter is None else block_costs(*adaptive, gamma)
+    sampling = Sampling.of(temperature, top_k, top_p, lenience=lenience, threshold=threshold, costs=costs)
+    options = {"exit_layer": exit_layer, "skipped": skipped, "shortest": shortest, "longest": longest}
+    options |= {"threshold": threshold, "adaptive": adaptive is not None}
     (gamma, proposer), slots = _proposer(target, drafter, gamma, options), batch.prompt_slots(ids)
     plan = loop.Plan(
         target=target.decoder,
@@ -200,7 +208,8 @@ def _proposer(
         return gamma, make_drafter("model", target.decoder, gamma, {**options, "model": drafter.decoder})
     if isinstance(drafter, LoadedAdapter):
         drafter.check(target.fingerprint)
-        return gamma, make_drafter("kangaroo", target.decoder, gamma, {**options, "adapter": drafter.adapter})
-    if drafter == "kangaroo":
-        raise UserError('drafter "kangaroo" needs an adapter; give load_adapter(DIRECTORY, target) as the drafter')
+        kind, given = drafter.adapter.drafter, {**options, "adapter": drafter.adapter}
+        return gamma, make_drafter(kind, target.decoder, gamma, given)
+    if drafter in ATTACHED:
+        raise UserError(f'drafter "{drafter}" needs an adapter; give load_adapter(DIRECTORY, target) as the drafter')
     return gamma, make_drafter(drafter, target.decoder, gamma, options)

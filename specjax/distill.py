@@ -23,6 +23,7 @@ from specjax.models.adapters import Adapter, AdapterConfig
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
 from specjax.models.language_model import LanguageModel, Params
+from specjax.models.medusa import MedusaConfig, MedusaHeads
 from specjax.models.self_draft import SelfDraft
 from specjax.models.table import model_of
 from specjax.reporting import records
@@ -31,8 +32,8 @@ from specjax.runtime import config as configs
 from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError
 
-# What `model.init` says for a model without a past, and for an adapter of the target.
-RANDOM, ADAPTER = "random", "adapter"
+# What `model.init` says for a model without a past, and for an adapter or Medusa heads of the target.
+RANDOM, ADAPTER, MEDUSA = "random", "adapter", "medusa"
 
 # Fields of `config.model` that are fields of the decoder.
 _SHAPE = (
@@ -134,8 +135,8 @@ def _material(config: Any, task: tasks.Task, tokenizer: Tokenizer, mesh: jax.sha
     target, target_params = None, None
     if config.target:
         target, target_params = _load(config.target, tokenizer, config.model, mesh)
-    if config.model.init == ADAPTER:
-        draft, params = _adapter(config, target, mesh)
+    if config.model.init in (ADAPTER, MEDUSA) or hub_adapter.holds_one(config.model.init):
+        draft, params = _attached(config, target, target_params, mesh)
     else:
         draft, params = _model(config, tokenizer, mesh)
     if target is not None and target.reads_prompt_apart != draft.reads_prompt_apart:
@@ -158,14 +159,26 @@ def _material(config: Any, task: tasks.Task, tokenizer: Tokenizer, mesh: jax.sha
     )
 
 
-def _adapter(config: Any, target: LanguageModel | None, mesh: jax.sharding.Mesh) -> tuple[SelfDraft, Params]:
-    """A random adapter of the target, of the kind that `config.adapter` names."""
+def _attached(
+    config: Any, target: LanguageModel | None, target_params: Params | None, mesh: jax.sharding.Mesh
+) -> tuple[SelfDraft, Params]:
+    """What `config.adapter` or `config.medusa` describes, new; or an export of either, to be trained further."""
+    init = config.model.init
     if target is None:
-        raise UserError('model.init is "adapter", which attaches to a target: set `target`')
-    section = config.adapter
-    draft = SelfDraft.of(Adapter(AdapterConfig(target.config, section.exit_layer, section.kind, section.own_head)))
-    init = jax.jit(draft.init, out_shardings=meshes.shardings(draft.axes(), mesh))
-    return draft, init(jax.random.key(config.seed))
+        raise UserError(f'model.init is "{init}", which attaches to a target: set `target`')
+    if init not in (ADAPTER, MEDUSA):
+        shardings = lambda adapter: meshes.shardings(adapter.axes(), mesh)
+        loaded = hub_adapter.load(init, target, shardings=shardings)
+        loaded.check(hub_adapter.fingerprint(target, target_params))
+        return SelfDraft.of(loaded.adapter), loaded.params
+    section = config[init]
+    if init == ADAPTER:
+        adapter = Adapter(AdapterConfig(target.config, section.exit_layer, section.kind, section.own_head))
+    else:
+        adapter = MedusaHeads(MedusaConfig(target.config, section.heads, section.own_head))
+    draft = SelfDraft.of(adapter)
+    begin = jax.jit(draft.init_on, out_shardings=meshes.shardings(draft.axes(), mesh))
+    return draft, begin(jax.random.key(config.seed), target_params)
 
 
 def _model(config: Any, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> tuple[LanguageModel, Params]:

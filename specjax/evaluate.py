@@ -7,72 +7,22 @@ that a slow moment of the machine hits all alike.
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from specjax.data import batches, tasks
-from specjax.decoding import batch, identity, loop, rules
-from specjax.decoding.drafters.table import make_drafter
-from specjax.decoding.sampling import Sampling
-from specjax.draft_design import prediction
+from specjax.cases import Case, Job, Setting, described, make_cases, make_job, make_plan, make_settings, needs_costs
+from specjax.data import tasks
+from specjax.decoding import batch, identity, loop
+from specjax.draft_design import confidence, prediction
 from specjax.draft_design.throughput import Parts
-from specjax.hub import model as hub_model
-from specjax.hub.adapter import LoadedAdapter
 from specjax.reporting import metrics, page, records, tables
 from specjax.runtime import cli
 from specjax.runtime import config as configs
 from specjax.runtime import mesh as meshes
-from specjax.runtime.errors import UserError, nearest
 from specjax.runtime.timing import progress
-
-BASELINE = "none"
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One drafter under one rule at one gamma; `BASELINE` at gamma 0 is plain decoding.
-
-    Attributes:
-      lenience: None under an exact rule.
-      num_params: of a draft model; 0 where there is no ratio of parameters to speak of.
-      sampling: the setting's, with the rule's lenience and the drafter's threshold.
-    """
-
-    name: str
-    kind: str
-    rule: str
-    lenience: float | None
-    gamma: int
-    sampling: Sampling
-    options: dict[str, Any]
-    params: Any
-    num_params: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """What all cases of a group share; `rule` is the exact one, under which its plain decoding runs."""
-
-    rule: str
-    temperature: float
-    batch_size: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """What all groups share."""
-
-    config: Any
-    target: hub_model.Model
-    task: tasks.Task
-    prompts: list[batches.Prompt]
-    drafters: dict[str, hub_model.Model | LoadedAdapter]
-
-    @property
-    def ids(self) -> list[tuple[int, ...]]:
-        return [prompt.tokens for prompt in self.prompts]
 
 
 def run(config: Any, workdir: str | Path) -> dict:
@@ -82,17 +32,17 @@ def run(config: Any, workdir: str | Path) -> dict:
       UserError: for unknown names, settings out of range, models and prompts that do not fit.
     """
     workdir = Path(workdir)
-    job = _job(config)
+    job = make_job(config)
     rows, counts, samples = [], {}, []
-    settings = _settings(config)
+    settings = make_settings(config)
     for setting in settings:
-        _cases(job, setting)  # refuses what does not fit before the first group takes its minutes
+        make_cases(job, setting)  # refuses what does not fit before the first group takes its minutes
     for setting in settings:
         group_rows, group_counts, group_samples = _run_group(job, setting)
         rows += group_rows
         counts.update({(setting, *case): c for case, c in group_counts.items()})
         samples += group_samples
-    comparisons = _comparisons(config, counts)
+    comparisons = metrics.comparisons(config.compare, counts, config.seed)
     path = workdir / "results.json"
     records.write_results(
         path,
@@ -108,111 +58,15 @@ def run(config: Any, workdir: str | Path) -> dict:
     return results
 
 
-def _job(config: Any) -> Job:
-    mesh = meshes.make_mesh(config.mesh)
-    load = lambda path: hub_model.load(
-        path, param_dtype=config.param_dtype, compute_dtype=config.compute_dtype, mesh=mesh
-    )
-    target = load(config.target)
-    _check_rules(config)
-    drafters = {}
-    for name, section in config.drafters.items():
-        if section.kind == "model":
-            drafters[name] = load(section.path)
-            hub_model.check_pair(target, drafters[name])
-        elif section.kind == "kangaroo":
-            drafters[name] = hub_model.load_adapter(section.path, target)
-    task = tasks.load_task(config.task)
-    prompts = batches.evaluation_prompts(
-        task,
-        target.tokenizer,
-        count=config.selection.count,
-        prompt_length=(config.selection.length_min, config.selection.length_max),
-        chat=config.selection.chat,
-        seed=config.seed,
-    )
-    batch.check_prompts(
-        [prompt.tokens for prompt in prompts],
-        vocab_size=target.decoder.vocab_size,
-        max_new_tokens=config.max_new_tokens,
-        max_positions=target.decoder.config.max_positions,
-    )
-    for name in (name for pair in config.compare for name in pair):
-        if name not in config.drafters:
-            raise UserError(f"compare names no drafter of this config: {name!r}{nearest(name, config.drafters)}.")
-    for size in config.batch_sizes:
-        if not 1 <= size <= len(prompts):
-            raise UserError(f"A batch size must lie in 1 .. {len(prompts)}, the number of prompts, not {size}.")
-    return Job(config, target, task, prompts, drafters)
-
-
-def _check_rules(config: Any) -> None:
-    """In a drafter's section lists are gammas: refuses those of no rule, and of a lossy one without leniences."""
-    for name, section in config.drafters.items():
-        for key, gammas in section.items():
-            of_rule = isinstance(gammas, (tuple, list))
-            if of_rule and rules.rule_named(key).lossy and gammas and not config.leniences:
-                raise UserError(f"drafters.{name}.{key} needs leniences, and config.leniences is empty; name some.")
-
-
-def _settings(config: Any) -> list[Setting]:
-    """Groups in order: every batch size and temperature under `lossless`, then under `coupled` where sampled."""
-    settings = []
-    for size in config.batch_sizes:
-        for temperature in config.temperatures:
-            settings.append(Setting("lossless", temperature, size))
-            if temperature > 0 and any(section.coupled for section in config.drafters.values()):
-                settings.append(Setting("coupled", temperature, size))
-    return settings
-
-
-def _rules(config: Any, setting: Setting) -> list[tuple[str, float | None]]:
-    """The group's exact rule; beside `lossless`, whose baseline they share, every lossy one at every lenience."""
-    lossy = [name for name, rule in rules.RULES.items() if rule.lossy] if setting.rule == "lossless" else []
-    return [(setting.rule, None), *((name, lenience) for name in lossy for lenience in config.leniences)]
-
-
-def _sampling(job: Job, setting: Setting, lenience: float | None, threshold: float) -> Sampling:
-    lenience = 1.0 if lenience is None else lenience
-    return Sampling.of(setting.temperature, job.config.top_k, job.config.top_p, lenience=lenience, threshold=threshold)
-
-
-def _cases(job: Job, setting: Setting) -> list[Case]:
-    cases = [Case(BASELINE, "model", setting.rule, None, 0, _sampling(job, setting, None, 0.0), {}, None, 0)]
-    for name, section in job.config.drafters.items():
-        options, drafter = section.to_dict(), job.drafters.get(name)
-        params, size = (None, 0) if drafter is None else (drafter.params, 0)
-        if isinstance(drafter, LoadedAdapter):
-            options["adapter"] = drafter.adapter
-        elif drafter is not None:
-            options["model"], size = drafter.decoder, drafter.decoder.num_params
-        threshold = options.setdefault("threshold", 0.0)
-        for rule, lenience in _rules(job.config, setting):
-            for gamma in section.get(rule, ()):
-                make_drafter(section.kind, job.target.decoder, gamma, options)  # refuses what does not fit
-                how = (rule, lenience, gamma, _sampling(job, setting, lenience, threshold))
-                cases.append(Case(name, section.kind, *how, options, params, size))
-    return cases
-
-
-def _plan(job: Job, setting: Setting, case: Case, slots: int) -> loop.Plan:
-    return loop.Plan(
-        target=job.target.decoder,
-        drafter=make_drafter(case.kind, job.target.decoder, case.gamma, case.options),
-        rule=rules.rule_named(case.rule),
-        gamma=case.gamma,
-        capacity=batch.capacity_bucket(job.target.decoder.text_slots(slots), job.config.max_new_tokens, case.gamma),
-        greedy=setting.temperature == 0,
-    )
-
-
 def _run_group(job: Job, setting: Setting):
     """Every case of one setting, interleaved batch by batch; rows, counts by (drafter, how it ran), samples."""
-    cases = _cases(job, setting)
+    cases = make_cases(job, setting)
     slots = batch.prompt_slots(job.ids)
-    plans = [_plan(job, setting, case, slots) for case in cases]
+    plans = [make_plan(job, setting, case, slots) for case in cases]
+    cases = [with_costs(job, setting, case, plan, job.ids) for case, plan in zip(cases, plans, strict=True)]
     outputs = _decode_all(job, setting, cases, plans, slots)
     baseline = outputs[0]
+    plain = {id(case.target): output for case, output in zip(cases, outputs, strict=True) if case.gamma == 0}
     parts = _parts(job, setting, cases, plans, baseline)
     rows, counts, samples = [], {}, []
     favourite = job.config.compare[0][0] if job.config.compare else cases[-1].name
@@ -225,11 +79,31 @@ def _run_group(job: Job, setting: Setting):
         if index in parts:
             efficiency = row["block_efficiency"]
             row |= prediction.predict(parts[index], plan, efficiency, case.num_params, output, baseline)
-        row["identical_to_baseline"] = _identical(job, case, plan, output, baseline)
+        row["confidence"] = confidence.histogram(plan, case.target.params, case.params, job.ids, output)
+        row["identical_to_baseline"] = _identical(job, case, plan, output, plain.get(id(case.target)))
         rows.append(row)
         if case is shown:
             samples = _samples(job, setting, case, output)
     return rows, counts, samples
+
+
+def with_costs(job: Job, setting: Setting, case: Case, plan: loop.Plan, ids) -> Case:
+    """The case, with costs of blocks measured on these prompts where it adapts its draft length to such."""
+    if not needs_costs(case):
+        return case
+    with meshes.use(job.target.mesh):
+        costs = prediction.measure_block_costs(
+            plan,
+            case.target.params,
+            case.params,
+            ids,
+            sampling=case.sampling,
+            max_new_tokens=job.config.max_new_tokens,
+            batch_size=setting.batch_size,
+            seed=job.config.seed,
+            put=batch.placer(job.target.mesh),
+        )
+    return dataclasses.replace(case, sampling=dataclasses.replace(case.sampling, costs=costs))
 
 
 def _decode_all(job: Job, setting: Setting, cases, plans, slots) -> list[list]:
@@ -241,7 +115,7 @@ def _decode_all(job: Job, setting: Setting, cases, plans, slots) -> list[list]:
     def decode(case, plan, first):
         return batch.decode_batch_of(
             plan,
-            job.target.params,
+            case.target.params,
             case.params,
             ids,
             first=first,
@@ -284,41 +158,33 @@ def _row(job: Job, setting: Setting, case: Case, plan, counts, output, baseline)
         baseline_emitted=np.asarray([len(row) for row in _emitted(baseline)]),
         prefill_seconds=sum(result.prefill_seconds for _, result in output),
     )
-    settings = {
-        "task": config.task.name,
-        "prompts": len(job.prompts),
-        "target": config.target,
-        "drafter": case.name,
-        "rule": case.rule,
-        "lenience": case.lenience,
-        "gamma": case.gamma,
-        "threshold": case.options.get("threshold", 0.0),
-        "temperature": setting.temperature,
-        "top_k": config.top_k,
-        "top_p": config.top_p,
-        "batch_size": setting.batch_size,
-        "max_new_tokens": config.max_new_tokens,
-        "seed": config.seed,
-    }
+    settings = described(config, setting, case, len(job.prompts))
     measured = metrics.evaluate_row(counts, timing, seed=config.seed)
     iterations = sum(result.iterations for _, result in output)
-    return settings | measured | {"iterations": iterations} | _quality(job, output)
+    measured |= {"iterations": iterations} | batch.layers_per_token(output, plan.target.layers)
+    return settings | measured | _quality(job, output, baseline)
 
 
-def _quality(job: Job, output) -> dict[str, dict]:
-    """The task's metrics over all prompts and their intervals; empty for a task without a metric."""
-    predictions = [job.target.tokenizer.decode(row) for row in _emitted(output)]
-    found = tasks.quality(job.task, predictions, [prompt.reference for prompt in job.prompts])
-    intervals = metrics.intervals(found.values, len(predictions), seed=job.config.seed)
-    return {"quality": found.values(), "quality_ci": intervals}
+def _quality(job: Job, output, baseline) -> dict[str, dict]:
+    """The task's metrics over all prompts, and less those of the baseline on the same prompts; with intervals."""
+    written = [[job.target.tokenizer.decode(row) for row in _emitted(texts)] for texts in (output, baseline)]
+    references = [prompt.reference for prompt in job.prompts]
+    found, plain = (tasks.quality(job.task, predictions, references) for predictions in written)
+    scored = {"quality": found.values, "quality_difference": functools.partial(found.difference, plain)}
+    intervals = lambda values: metrics.intervals(values, len(references), seed=job.config.seed)
+    return {name: of() for name, of in scored.items()} | {f"{name}_ci": intervals(of) for name, of in scored.items()}
 
 
 def _parts(job: Job, setting: Setting, cases, plans, baseline) -> dict[int, Parts]:
-    """Measured parts by the case's index: of the speculative ones, where parts are to be measured.
+    """Measured parts by the case's index: of the speculative ones on the job's target, where parts are to be measured.
 
     A block that stops early has no one length, so its case has no parts.
     """
-    steady = [index for index, case in enumerate(cases) if case.gamma and not case.options["threshold"]]
+    steady = [
+        index
+        for index, case in enumerate(cases)
+        if case.gamma and case.target is job.target and not case.options["threshold"] and not case.options["adaptive"]
+    ]
     if not job.config.measure_parts or not steady:
         return {}
     timed = [prediction.Timed(plan, case.params, case.sampling) for case, plan in zip(cases, plans, strict=True)]
@@ -337,12 +203,12 @@ def _parts(job: Job, setting: Setting, cases, plans, baseline) -> dict[int, Part
 
 
 def _identical(job: Job, case: Case, plan, output, baseline) -> dict | None:
-    """Equality with plain decoding where it is claimed: of exact rules at temperature 0, of `coupled` at any."""
-    if case.gamma == 0 or plan.rule.lossy or not (plan.greedy or case.rule == "coupled"):
+    """Equality with the target's plain decoding where it is claimed: of exact rules, greedy or `coupled`."""
+    if case.gamma == 0 or baseline is None or plan.rule.lossy or not (plan.greedy or case.rule == "coupled"):
         return None
     return identity.compare(
         plan,
-        job.target.params,
+        case.target.params,
         job.ids,
         _emitted(baseline),
         _emitted(output),
@@ -369,29 +235,6 @@ def _samples(job: Job, setting: Setting, case: Case, output) -> list[dict]:
         }
         for i in shown
     ]
-
-
-def _comparisons(config: Any, counts: dict) -> list[dict]:
-    """Each pair of `compare`, prompt by prompt, wherever both drafters ran alike."""
-    found = []
-    for first, second in config.compare:
-        for (setting, name, rule, lenience, gamma), mine in counts.items():
-            theirs = counts.get((setting, second, rule, lenience, gamma))
-            if name != first or theirs is None:
-                continue
-            found.append(
-                {
-                    "drafter": first,
-                    "against": second,
-                    "rule": rule,
-                    "lenience": lenience,
-                    "temperature": setting.temperature,
-                    "batch_size": setting.batch_size,
-                    "gamma": gamma,
-                    **metrics.paired_difference(mine, theirs, config.seed),
-                }
-            )
-    return found
 
 
 if __name__ == "__main__":

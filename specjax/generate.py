@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from specjax import api
+from specjax.decoding.drafters.table import ATTACHED
 from specjax.hub.adapter import LoadedAdapter
 from specjax.hub.model import Model
 from specjax.reporting import records, tables
@@ -34,7 +35,7 @@ def run(config: Any, workdir: str | Path) -> dict:
     target = api.load(config.target, mesh=mesh, **dtypes)
     section = config.drafter
     drafter: Model | LoadedAdapter | str | None = {"none": None}.get(section.kind, section.kind)
-    if section.kind in ("model", "kangaroo"):
+    if section.kind in ("model", *ATTACHED):
         if not section.path:
             raise UserError("config.drafter.path is empty; name the draft's directory, or another drafter.kind")
         if section.kind == "model":
@@ -60,6 +61,7 @@ def run(config: Any, workdir: str | Path) -> dict:
         batch_size=1,
         seed=config.seed,
         exit_layer=section.exit_layer,
+        skipped=section.skipped,
         shortest=section.shortest,
         longest=section.longest,
         blocks_at_once=config.blocks_at_once,

@@ -88,7 +88,26 @@ def _benchmark(config: ConfigDict, workdir: str | Path) -> dict:
     return benchmark.run(config, workdir)
 
 
-_BINARIES = {"distill": _distill, "evaluate": _evaluate, "generate": _generate, "benchmark": _benchmark}
+def _spec_bench(config: ConfigDict, workdir: str | Path) -> dict:
+    from specjax import spec_bench
+
+    return spec_bench.run(config, workdir)
+
+
+def _choose_layers(config: ConfigDict, workdir: str | Path) -> dict:
+    from specjax import choose_layers
+
+    return choose_layers.run(config, workdir)
+
+
+_BINARIES = {
+    "distill": _distill,
+    "choose_layers": _choose_layers,
+    "evaluate": _evaluate,
+    "generate": _generate,
+    "benchmark": _benchmark,
+    "spec_bench": _spec_bench,
+}
 
 
 def _check_stages(config: ConfigDict) -> None:

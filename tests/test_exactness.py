@@ -27,12 +27,19 @@ def law_models():
     return target, params, draft, draft_params
 
 
-def drafter_options(kind, draft):
+def drafter_options(kind, draft, target):
     return {
         "model": {"model": draft},
         "ngram": {"shortest": 1, "longest": 2},
         "early_exit": {"exit_layer": 1},
+        "skip_layers": {"skipped": (0,)},
+        "medusa": {"adapter": tiny.heads(target)},
     }[kind]
+
+
+def own_params(kind, target, params, draft_params):
+    """What this drafter has of its own, where it has anything."""
+    return tiny.heads_params(target, params) if kind == "medusa" else draft_params
 
 
 def exact_law(target, params, prompt, adjust):
@@ -80,17 +87,24 @@ def law_p_value(models, plan, adjust, seed=0):
 def law_plan(models, kind, rule="lossless"):
     target, _, draft, _ = models
     slots, max_new = len(LAW_PROMPTS[0]), LAW_EMITTED + 2
-    return tiny.plan(
-        target, kind, drafter_options(kind, draft), gamma=LAW_GAMMA, slots=slots, max_new=max_new, rule=rule
-    )
+    options = drafter_options(kind, draft, target)
+    return tiny.plan(target, kind, options, gamma=LAW_GAMMA, slots=slots, max_new=max_new, rule=rule)
 
 
-@pytest.mark.parametrize("kind", ["model", "ngram", "early_exit"])
+def law_arguments(law_models, kind):
+    target, params, draft, draft_params = law_models
+    return target, params, draft, own_params(kind, target, params, draft_params)
+
+
+SLOW_KINDS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("skip_layers", "medusa")]
+
+
+@pytest.mark.parametrize("kind", ["model", "ngram", "early_exit", *SLOW_KINDS])
 def test_the_loop_samples_the_targets_law(law_models, kind):
-    plan = law_plan(law_models, kind)
-    assert law_p_value(law_models, plan, Sampling.of(1.0)) > 1e-4
+    plan, models = law_plan(law_models, kind), law_arguments(law_models, kind)
+    assert law_p_value(models, plan, Sampling.of(1.0)) > 1e-4
     # Traced settings: the same executable serves the adjusted law.
-    assert law_p_value(law_models, plan, Sampling.of(0.7, top_k=4, top_p=0.85), seed=1) > 1e-4
+    assert law_p_value(models, plan, Sampling.of(0.7, top_k=4, top_p=0.85), seed=1) > 1e-4
 
 
 @pytest.mark.parametrize("rows", [LAW_VOCAB - 2, pytest.param(LAW_VOCAB + 3, marks=pytest.mark.slow)])
@@ -102,11 +116,11 @@ def test_a_draft_padded_to_another_vocabulary_leaves_the_targets_law(law_models,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["model", "ngram", "early_exit"])
+@pytest.mark.parametrize("kind", ["model", "ngram", "early_exit", "skip_layers", "medusa"])
 def test_the_loop_samples_the_targets_law_when_coupled(law_models, kind):
-    plan = law_plan(law_models, kind, "coupled")
-    assert law_p_value(law_models, plan, Sampling.of(1.0)) > 1e-4
-    assert law_p_value(law_models, plan, Sampling.of(1.3, top_p=0.9), seed=1) > 1e-4
+    plan, models = law_plan(law_models, kind, "coupled"), law_arguments(law_models, kind)
+    assert law_p_value(models, plan, Sampling.of(1.0)) > 1e-4
+    assert law_p_value(models, plan, Sampling.of(1.3, top_p=0.9), seed=1) > 1e-4
 
 
 @pytest.mark.slow
@@ -149,7 +163,7 @@ class Pair:
     lengths: jax.Array
 
     def plan(self, kind, gamma, rule, greedy, max_new=MAX_NEW):
-        options = drafter_options(kind, self.target)
+        options = drafter_options(kind, self.target, self.target)
         slots = self.texts.shape[1]
         return tiny.plan(
             self.target, kind, options, gamma=gamma, slots=slots, max_new=max_new, rule=rule, greedy=greedy
@@ -213,14 +227,18 @@ def compare_with_plain(pair, settings, drafts, rule, greedy, max_new=MAX_NEW):
     run = lambda plan, draft, adjust: tiny.decode(
         plan, pair.params, draft, pair.texts, pair.lengths, rows, eos=EOS, seed=3, adjust=adjust
     )
-    plans = [(pair.plan(kind, gamma, rule, greedy, max_new), own) for kind, gamma, own in drafts]
+    drafted_with = lambda kind: own_params(kind, pair.target, pair.params, pair.draft_params)
+    plans = [
+        (pair.plan(kind, gamma, rule, greedy, max_new), pair.params if own else drafted_with(kind), own)
+        for kind, gamma, own in drafts
+    ]
     for adjust in settings:
         reference = run(pair.plan("ngram", 0, rule, greedy, max_new), None, adjust)
         emitted, last = np.asarray(reference.num_emitted), [text[-1] for text in tiny.texts_of(reference)]
         assert np.all((emitted == rows) | (np.isin(last, EOS) & (emitted < rows)))
         assert (emitted == rows).sum() > 20 and (emitted < rows).sum() > 20
-        for plan, own in plans:
-            state = run(plan, pair.params if own else pair.draft_params, adjust)
+        for plan, draft_params, own in plans:
+            state = run(plan, draft_params, adjust)
             assert_same_tokens(pair, state, reference, adjust, greedy)
             calls, saved = np.asarray(state.statistics.target_calls), emitted > 0
             assert calls.sum() < emitted.sum(), "nothing was ever accepted"
@@ -233,6 +251,7 @@ GREEDY, COUPLED = (
     [Sampling.of(1.0), Sampling.of(0.7, top_k=6), Sampling.of(0.7, top_p=0.8)],
 )
 QUICK = [("model", 3, False), ("model", 3, True), ("ngram", 4, False), ("early_exit", 2, False)]
+QUICK += [("skip_layers", 2, False), ("medusa", 3, False)]
 
 
 def test_greedy_speculative_equals_greedy_plain(pair):
@@ -244,14 +263,14 @@ def test_coupled_equals_plain_decoding_with_the_same_noise(pair):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["model", "ngram", "early_exit"])
+@pytest.mark.parametrize("kind", ["model", "ngram", "early_exit", "skip_layers", "medusa"])
 @pytest.mark.parametrize("rule, settings", [("lossless", GREEDY), ("coupled", COUPLED)])
 def test_every_gamma_equals_plain_decoding(pair, kind, rule, settings):
     compare_with_plain(pair, settings, [(kind, gamma, False) for gamma in (1, 2, 3, 4, 5)], rule, rule == "lossless")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["model", "ngram", "early_exit"])
+@pytest.mark.parametrize("kind", ["model", "ngram", "early_exit", "skip_layers"])
 def test_equality_holds_where_texts_outgrow_a_cache_prefix(pair, kind):
     texts, lengths = tiny.prompts(8, 64, 50, VOCAB)
     longer = dataclasses.replace(pair, texts=texts, lengths=lengths)
@@ -264,10 +283,13 @@ def test_prompts_of_one_token_decode_alike(pair):
     lengths = jnp.ones((VOCAB,), jnp.int32)
     short = dataclasses.replace(pair, texts=texts, lengths=lengths)
     greedy = Sampling.of(0.0)
-    run = lambda plan: tiny.decode(plan, pair.params, pair.draft_params, texts, lengths, 10)
-    reference = run(short.plan("ngram", 0, "lossless", True, 10))
-    for kind in ("model", "ngram"):
-        assert_same_tokens(short, run(short.plan(kind, 2, "lossless", True, 10)), reference, greedy, True)
+    run = lambda plan, draft: tiny.decode(plan, pair.params, draft, texts, lengths, 10)
+    reference = run(short.plan("ngram", 0, "lossless", True, 10), None)
+    for kind in ("model", "ngram", "medusa"):
+        state = run(
+            short.plan(kind, 2, "lossless", True, 10), own_params(kind, pair.target, pair.params, pair.draft_params)
+        )
+        assert_same_tokens(short, state, reference, greedy, True)
 
 
 def test_eos_inside_a_block_ends_the_row_there(pair):

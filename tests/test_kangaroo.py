@@ -200,10 +200,11 @@ def scripted(confidence, live, threshold, gamma, stops=True):
     noise = Noise(row_keys(0, jnp.arange(batch)), jnp.full((batch,), 5, jnp.int32), True, False)
     adjust = Sampling.of(0.0, threshold=threshold)
     context = Context(jnp.zeros((batch, 2), jnp.int32), noise.lengths, jnp.asarray(live), noise, adjust)
-    step = lambda tokens, offset, fed: (logits_at(offset), fed + 1)
-    proposal, _, offset, fed = draft(context, gamma, logits_at(0), jnp.int32(0), step, stops=stops)
-    assert int(fed) == int(offset) - 1
-    return np.asarray(proposal.num_drafted).tolist(), int(offset), np.asarray(proposal.tokens)
+    first = lambda fed: (logits_at(0), fed)
+    step = lambda tokens, offset, fed: (logits_at(offset), fed)
+    behind = lambda tokens, offset, fed: fed + jnp.sum(tokens + 1 == offset)  # the i-th token is i
+    proposal, fed = draft(context, gamma, jnp.int32(0), first, step, behind, stops=stops)
+    return np.asarray(proposal.num_drafted).tolist(), int(fed) // batch, np.asarray(proposal.tokens)
 
 
 def test_each_row_stops_behind_its_own_first_unsure_token_and_drafting_ends_with_the_last_row():

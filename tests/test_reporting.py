@@ -468,6 +468,6 @@ def test_figures_without_data_say_so(tmp_path):
 
 def test_a_drafter_keeps_its_colour_when_others_are_absent():
     palette = ["control", "distilled", "ngram"]
-    alone, together = plots._looks(palette, ["ngram"]), plots._looks(palette, palette)
+    alone, together = plots.looks_of(palette, ["ngram"]), plots.looks_of(palette, palette)
     assert alone(plots.LIGHT, "ngram") == together(plots.LIGHT, "ngram")
     assert len({together(plots.DARK, name) for name in palette}) == 3

@@ -28,6 +28,7 @@ def models(tmp_path_factory):
     pair = (f"--config.target={home}/target", f"--config.drafter.path={home}/draft")
     return {
         "configs/evaluate/pair.py": (*pair, f"--config.prompts={home}/prompts.txt"),
+        "configs/kangaroo/choose_layers.py": (f"--config.target={home}/target",),
         "configs/generate.py": (*pair, "--config.prompt=def main("),
     }
 

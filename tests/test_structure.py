@@ -21,9 +21,9 @@ FLOORS = (
     ("models",),
     ("hub",),
     ("decoding", "data", "reporting"),
-    ("distillation", "draft_design"),
-    ("distill", "evaluate", "api", "benchmark_loading"),
-    ("design", "benchmark", "generate"),
+    ("distillation", "draft_design", "cases"),
+    ("distill", "choose_layers", "evaluate", "api", "benchmark_loading"),
+    ("design", "benchmark", "generate", "spec_bench"),
     ("main",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

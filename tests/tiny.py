@@ -12,6 +12,7 @@ from specjax.decoding.drafters.table import make_drafter
 from specjax.decoding.sampling import Stream
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
+from specjax.models.medusa import MedusaConfig, MedusaHeads
 
 NO_EOS = (-1,)
 
@@ -46,6 +47,21 @@ def decoder(seed: int = 0, sharpness: float = 1.0, **changes):
     params["blocks"] = jax.tree.map(lambda x: 3 * x if x.ndim == 2 else x, params["blocks"])
     params["norm"] = {"scale": sharpness * params["norm"]["scale"]}
     return model, params
+
+
+def heads(target: Decoder, count: int = 5, **how) -> MedusaHeads:
+    """Medusa heads for the target."""
+    return MedusaHeads(MedusaConfig(target.config, count, **how))
+
+
+def heads_params(target: Decoder, params, count: int = 5, seed: int = 3, **how):
+    """Random ones, near the head that the target has: they agree with it now and then."""
+    of = heads(target, count, **how)
+    start = of.init_on(jax.random.key(0), target, params)
+    shifted = jax.tree.leaves(start)
+    keys = jax.random.split(jax.random.key(seed), len(shifted))
+    spread = [x + 0.3 * jax.random.normal(key, x.shape) for x, key in zip(shifted, keys, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(start), spread)
 
 
 def prompts(seed: int, batch: int, slots: int, vocab: int):

@@ -45,6 +45,10 @@ def get_config(variant: str = "") -> ConfigDict:
     draft = {"kind": "model", "path": config.drafter.get_ref("path"), "lossless": (2, 4, 6), "coupled": (4,)}
     draft |= {"lenient_linear": (), "lenient_square": (), "lenient_exp": (), "typical": ()}
     config.leniences = (0.7, 0.5, 0.3)  # in (0, 1]; smaller accepts more
+    # Kinds: model (path), ngram (shortest, longest), early_exit (exit_layer), skip_layers (skipped: layers left out, or
+    # the workdir of configs/kangaroo/choose_layers.py), kangaroo and medusa (path). Any of them may have a `threshold`
+    # (not ngram) and `adaptive: True`, by which each row drafts as many tokens, up to gamma, as have paid so far; by
+    # `costs` of a drafted token and of verifying it, relative to a plain step, or measured before decoding: ().
     config.drafters = ConfigDict(
         {
             "draft": draft,

@@ -1,78 +1,73 @@
-"""Kangaroo on a laptop: a target's own first layer and an adapter as its draft, trained as in the paper and on-policy.
+"""Kangaroo on a laptop: a target's own first layers and an adapter as its draft, beside what the paper compares with.
 
     python -m specjax.main --config=configs/kangaroo/tiny.py --workdir=runs/kangaroo
 
-Stages: `target` (and its tokenizer), `adapter` (soft labels on the corpus, arXiv 2404.18911), `on_policy` (the same
-loss and steps on text that the draft writes itself, as DistillSpec would), `no_adapter` (a norm before the head
-alone), `evaluation`: each of them with and without the confidence stop, beside prompt lookup.
+Stages: `target` (16 layers on the Python standard library, and its tokenizer; the other configs of this folder take
+it from here), `adapter` (soft labels on the corpus, arXiv 2404.18911), `on_policy` (the same loss and steps on text
+that the draft writes itself, as DistillSpec would), `no_adapter` (a norm before the head alone), `medusa` (Medusa-1's
+heads on the target's last state, hard labels, no tree), `layers` (which layers to skip, for drafting by the others),
+`evaluation` (batch 1: all of them at temperatures 0 and 1, beside plain decoding), `batches` (several prompts at once).
 
-Hardware: 2 CPU cores. Expect `identical` equal to the number of prompts, and fewer drafted tokens with a threshold than
-without. It has been run as `configs/kangaroo/tiny.py:smoke` only, so its time and its speed-ups are not known yet.
+Hardware: 2 CPU cores. What to expect: the tables in configs/kangaroo/README.md, which are written from the records.
+`configs/kangaroo/tiny.py:smoke` runs every stage in a minute or two.
 """
 
-import importlib.util
-import pathlib
-
+import kangaroo_parts as parts
 from ml_collections import ConfigDict
 
+# Layers of the target that draft and verification share: 2 of 16, the upper end of the paper's 1/16 to 1/10.
+EXIT_LAYER = 2
+STEPS = 480
+
 ADAPTERS = {
-    "adapter": {"kind": "attention", "on_policy": False},
-    "on_policy": {"kind": "attention", "on_policy": True},
-    "no_adapter": {"kind": "none", "on_policy": False},
+    "adapter": {},
+    "on_policy": {"on_policy": 1.0},
+    "no_adapter": {"kind": "none", "steps": 80},
 }
-
-
-def _quickstart(variant: str) -> ConfigDict:
-    """The quickstart's own config, which this one varies."""
-    path = pathlib.Path(__file__).parents[1] / "quickstart.py"
-    spec = importlib.util.spec_from_file_location("quickstart", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(variant)
 
 
 def get_config(variant: str = "") -> ConfigDict:
     if variant not in ("", "smoke"):
         raise ValueError(f"configs/kangaroo/tiny.py has one variant, smoke; not {variant!r}.")
-    base = _quickstart(variant)
     config = ConfigDict()
-    config.stages = ("target", *ADAPTERS, "evaluation")
-    config.seed = base.seed
-    config.target = base.target
-    # Deep, so that one layer is little beside the others, and wide enough that verification is cheap on a CPU.
-    if not variant:
-        config.target.model.update({"layers": 16, "width": 384, "heads": 6, "kv_heads": 6, "mlp_width": 1024})
+    config.stages = ("target", *ADAPTERS, "medusa", "layers", "evaluation", "batches")
+    config.seed = 0
+    config.target = parts.target(variant)
+    exit_layer = 1 if variant else EXIT_LAYER
     for name, recipe in ADAPTERS.items():
-        config[name] = _stage(base, recipe)
-    config.evaluation = _evaluation(base, variant)
+        config[name] = parts.adapter(variant, "stage:target", **{"exit_layer": exit_layer, "steps": STEPS, **recipe})
+    config.medusa = parts.medusa(variant, "stage:target", steps=STEPS)
+    config.layers = parts.layers(variant, "stage:target")
+    config.evaluation = _evaluation(variant, exit_layer)
+    config.batches = _batches(variant)
     return config
 
 
-def _stage(base: ConfigDict, recipe: dict) -> ConfigDict:
-    """Trains an adapter: the quickstart's distillation, with the adapter as what is trained."""
-    section = base.distilled.copy_and_resolve_references()
-    # The shape is the target's: of `model` only the dtypes are read.
-    section.model.init = "adapter"
-    # kind: attention (the paper's), layer, mlp or none; own_head: a trained head in place of the target's frozen one.
-    section.adapter = ConfigDict({"exit_layer": 1, "kind": recipe["kind"], "own_head": False})
-    section.data.update({"fixed": float(not recipe["on_policy"]), "draft": float(recipe["on_policy"])})
+def _evaluation(variant: str, exit_layer: int) -> ConfigDict:
+    gammas = (3,) if variant else (4, 6)
+    baseline = {"threshold": 0.0, "lossless": gammas[:1], "coupled": ()}
+    drafters = {
+        "ngram": {"kind": "ngram", "shortest": 2, "longest": 4, **baseline},
+        "early_exit": {"kind": "early_exit", "exit_layer": exit_layer, **baseline},
+        "early_exit_stop": {"kind": "early_exit", "exit_layer": exit_layer, **baseline, "threshold": 0.6},
+        "medusa": {"kind": "medusa", "path": "stage:medusa", **baseline},
+        "skip_layers": {"kind": "skip_layers", "skipped": "workdir:layers", **baseline},
+    }
+    for stage in ADAPTERS:
+        drafters[stage] = parts.kangaroo(f"stage:{stage}", gammas, 0.6)
+        drafters[f"{stage}_fixed"] = parts.kangaroo(f"stage:{stage}", gammas[:1], 0.0)
+    compare = (("adapter", "no_adapter"), ("on_policy", "adapter"))
+    section = parts.evaluation(variant, "stage:target", drafters, temperatures=(0.0, 1.0), compare=compare)
+    section.measure_parts = not variant
     return section
 
 
-def _evaluation(base: ConfigDict, variant: str) -> ConfigDict:
-    section = base.evaluation.copy_and_resolve_references()
-    gamma = 3 if variant else 6
-    drafters = {"ngram": {"kind": "ngram", "shortest": 2, "longest": 4, "lossless": (gamma,), "coupled": ()}}
-    for stage in ADAPTERS:
-        # A block ends behind the first token of which the draft was less sure than the threshold; 0 is off.
-        for name, threshold in ((stage, 0.6), (f"{stage}_fixed", 0.0)):
-            drafters[name] = {
-                "kind": "kangaroo",
-                "path": f"stage:{stage}",
-                "threshold": threshold,
-                "lossless": (gamma,),
-                "coupled": (gamma,) if name == "adapter" else (),
-            }
-    section.drafters = ConfigDict(drafters)
-    section.compare = (("adapter", "no_adapter"), ("on_policy", "adapter"))
+def _batches(variant: str) -> ConfigDict:
+    """Rows of a batch stop by themselves; the block ends when all have."""
+    gamma = 3 if variant else 4
+    drafters = {"adapter": parts.kangaroo("stage:adapter", (gamma,), 0.6)}
+    drafters["adapter_fixed"] = parts.kangaroo("stage:adapter", (gamma,), 0.0)
+    section = parts.evaluation(variant, "stage:target", drafters)
+    section.selection.count = 3 if variant else 32
+    section.batch_sizes = (1, 2) if variant else (1, 4, 16)
     return section

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from specjax.data import corpora
 from specjax.data.quality import final_number
@@ -37,6 +37,7 @@ SPLIT_FILES = ("train.jsonl", "test.jsonl")
 
 Record = dict[str, Any]
 Parser = Callable[[Record, str], Example]
+Read = TypeVar("Read")
 
 
 def question(text: str, answer: str) -> Example:
@@ -51,7 +52,7 @@ def summary(text: str, reference: str) -> Example:
 
 def parse_prompt_completion(record: Record, where: str) -> Example:
     """{"prompt", "completion"}"""
-    prompt, completion = (_field(record, name, where) for name in ("prompt", "completion"))
+    prompt, completion = (field(record, name, where) for name in ("prompt", "completion"))
     if not prompt:
         raise UserError(f'{where}: the field "prompt" is empty; give it text or use the task `text`')
     return Example(prompt, completion)
@@ -59,7 +60,7 @@ def parse_prompt_completion(record: Record, where: str) -> Example:
 
 def parse_gsm8k(record: Record, where: str) -> Example:
     """{"question", "answer"}; the answer ends in "#### <number>"."""
-    text, answer = _field(record, "question", where), _reference(record, "answer", where)
+    text, answer = field(record, "question", where), _reference(record, "answer", where)
     if "####" not in answer or final_number(answer) is None:
         raise UserError(f'{where}: the field "answer" does not end in "#### <number>"; correct or remove the line')
     return question(text, answer)
@@ -88,13 +89,13 @@ def parse_text(record: Record, where: str) -> Example:
 
 def parse_spec_bench(record: Record, where: str) -> Example:
     """{"question_id", "category", "turns"}; the first turn is the prompt."""
-    category = _field(record, "category", where)
+    category = field(record, "category", where)
     if "question_id" not in record:
         raise UserError(f'{where} lacks the field "question_id"')
     turns = record.get("turns")
     if not isinstance(turns, list) or not turns:
         raise UserError(f'{where} lacks the field "turns", a list of texts')
-    prompt = _field({"turns": turns[0]}, "turns", where)
+    prompt = field({"turns": turns[0]}, "turns", where)
     if not prompt:
         raise UserError(f"{where}: the first turn is empty; correct or remove the line")
     return Example(prompt, "", category)
@@ -128,7 +129,7 @@ def read_splits(path: Path, parse: Parser) -> tuple[list[Example], list[Example]
     return train, [example for example, held in zip(examples, held_out, strict=True) if held]
 
 
-def read_jsonl(path: Path, parse: Parser) -> list[Example]:
+def read_jsonl(path: Path, parse: Callable[[Record, str], Read]) -> list[Read]:
     """Parses each line that is not blank. Raises UserError, with the line's number, for what is no such record."""
     examples = []
     # Not splitlines(): it also breaks at characters that JSON strings may contain, such as U+2028.
@@ -157,13 +158,14 @@ def _reference(record: Record, name: str, where: str) -> str:
 
 
 def _filled(record: Record, name: str, where: str) -> str:
-    text = _field(record, name, where)
+    text = field(record, name, where)
     if not text.strip():
         raise UserError(f'{where}: the field "{name}" is empty; fill it or remove the record')
     return text
 
 
-def _field(record: Record, name: str, where: str) -> str:
+def field(record: Record, name: str, where: str) -> str:
+    """The text under a name; UserError where there is none, or none that can be written."""
     if name not in record:
         raise UserError(f'{where} lacks the field "{name}"')
     value = record[name]

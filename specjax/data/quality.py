@@ -35,6 +35,11 @@ class Quality:
         sums = self.statistics.sum(0) if weights is None else weights @ self.statistics
         return self.combine(sums)
 
+    def difference(self, other: "Quality", weights: Float[np.ndarray, "N"] | None = None) -> dict[str, float]:
+        """The metric's values less those of other predictions for the same references, weighted alike."""
+        theirs = other.values(weights)
+        return {name: value - theirs[name] for name, value in self.values(weights).items()}
+
 
 def exact_match(predictions: Sequence[str], references: Sequence[str]) -> Quality:
     """`exact_match`: the share of predictions whose final number equals the reference's in value.

@@ -11,6 +11,8 @@ import numpy as np
 
 from specjax.decoding import loop
 from specjax.decoding.sampling import Sampling, row_keys
+from specjax.decoding.statistics import Statistics
+from specjax.models import kv_cache
 from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError
 
@@ -26,7 +28,8 @@ class BatchResult:
     Attributes:
       tokens: emitted ids of each row, the prompt not repeated.
       origins: where each came from (indices into `loop.ORIGINS`).
-      statistics: `loop.Statistics` as numpy arrays.
+      statistics: counts as numpy arrays.
+      executions: `kv_cache.Meter`s of the target's layers and of the draft's own, as numpy arrays, prefill left out.
       prefill_seconds: prompts through target and drafter.
       decode_seconds: everything after.
       iterations: blocks run.
@@ -34,7 +37,8 @@ class BatchResult:
 
     tokens: list[list[int]]
     origins: list[list[int]]
-    statistics: loop.Statistics
+    statistics: Statistics
+    executions: dict[str, list[kv_cache.Meter]]
     prefill_seconds: float
     decode_seconds: float
     iterations: int
@@ -167,13 +171,16 @@ def decode(
 
 
 def _result(state: loop.DecodeState, prefill_seconds: float, decode_seconds: float) -> BatchResult:
-    wanted = (state.tokens, state.origins, state.prompt_lengths, state.lengths, state.statistics, state.iterations)
-    all_tokens, all_origins, starts, ends, statistics, iterations = jax.device_get(wanted)
+    meters = {"target": kv_cache.meters(state.target_cache), "draft": kv_cache.meters(state.drafter_state)}
+    spans = (state.prompt_lengths, state.lengths)
+    wanted = (state.tokens, state.origins, *spans, state.statistics, meters, state.iterations)
+    all_tokens, all_origins, starts, ends, statistics, meters, iterations = jax.device_get(wanted)
     spans = [slice(int(start), int(end)) for start, end in zip(starts, ends, strict=True)]
     return BatchResult(
         tokens=[row[span].tolist() for row, span in zip(all_tokens, spans, strict=True)],
         origins=[row[span].tolist() for row, span in zip(all_origins, spans, strict=True)],
         statistics=statistics,
+        executions=meters,
         prefill_seconds=prefill_seconds,
         decode_seconds=decode_seconds,
         iterations=int(iterations),
@@ -207,3 +214,32 @@ def decode_all(
 def join_counts(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Counts of several batches as one, prompts in order."""
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def layers_per_token(results: Sequence[tuple[int, BatchResult]], layers: int) -> dict[str, float]:
+    """Layer executions for each emitted token, counted by the meters of the caches, and what they should be.
+
+    A layer that runs on one token of one row is an execution; prefill is left out.
+
+    Args:
+      results: (rows that count, result) of each batch.
+      layers: of the target.
+
+    Returns:
+      `target_layers_per_token`: of the target's layers, drafting included, on the rows' own tokens;
+      `target_layers_per_token_padded`: on all columns of all rows of the batch: what the machine did;
+      `draft_layers_per_token`, `draft_layers_per_token_padded`: the same of layers that are the draft's own;
+      `target_layers_per_token_once`: what it is where each layer runs once on every pending and every drafted token:
+      layers * (target calls + drafted) / emitted (arXiv 2404.18911: a self-draft's first layers are not run again).
+    """
+    emitted = sum(len(row) for rows, result in results for row in result.tokens[:rows])
+    per_token = lambda total: float(total) / emitted
+    found = {}
+    for name in ("target", "draft"):
+        meters = [(rows, meter) for rows, result in results for meter in result.executions[name]]
+        found[f"{name}_layers_per_token"] = per_token(sum(meter.own[:rows].sum() for rows, meter in meters))
+        padded = sum(int(meter.columns) * len(meter.own) for _, meter in meters)
+        found[f"{name}_layers_per_token_padded"] = per_token(padded)
+    counts = [result.counts(rows) for rows, result in results]
+    tokens = sum(count["target_calls"].sum() + count["drafted"].sum() for count in counts)
+    return {**found, "target_layers_per_token_once": per_token(layers * tokens)}

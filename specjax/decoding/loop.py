@@ -18,12 +18,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from specjax.decoding.drafters.base import Context, Outcome, Prefill, Proposal
 from specjax.decoding.rules import Leeway, Lossless
 from specjax.decoding.sampling import Noise, Sampling, probabilities
+from specjax.decoding.statistics import Statistics
 from specjax.models import kv_cache
 from specjax.models.language_model import LanguageModel, consecutive
 from specjax.runtime.mesh import constrain
@@ -72,33 +72,6 @@ class Limits:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Statistics:
-    """Counts a row, over its live blocks only; what lies beyond EOS or the limit counts nowhere.
-
-    Arrays of the device while decoding, of numpy once fetched.
-
-    Attributes:
-      target_calls: verification passes.
-      drafted: tokens drafted.
-      drafted_at: how often position i of a block was drafted and reached (all before it accepted).
-      accepted_at: how often it was accepted and emitted.
-      emitted_more_than: target calls that emitted more than w tokens, w = 1 .. gamma.
-    """
-
-    target_calls: Int[Array | np.ndarray, "B"]
-    drafted: Int[Array | np.ndarray, "B"]
-    drafted_at: Int[Array | np.ndarray, "B gamma"]
-    accepted_at: Int[Array | np.ndarray, "B gamma"]
-    emitted_more_than: Int[Array | np.ndarray, "B gamma"]
-
-    @classmethod
-    def zeros(cls, batch: int, gamma: int) -> "Statistics":
-        row, wide = jnp.zeros((batch,), jnp.int32), jnp.zeros((batch, gamma), jnp.int32)
-        return cls(row, row, wide, wide, wide)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
 class DecodeState:
     """What the loop carries.
 
@@ -109,7 +82,7 @@ class DecodeState:
       prompt_lengths: tokens with which the text began: its prompt, or a start token.
       done: rows that have ended.
       row_keys: one random key a row.
-      target_cache: the target's keys and values, valid below `lengths - 1`.
+      target_cache: the target's keys and values, valid below `lengths - 1`, and the meter of its layers.
       drafter_state: whatever the drafter keeps.
       statistics: counts.
       iterations: blocks run for the batch.
@@ -182,6 +155,7 @@ def prefill(plan: Plan, params, draft_params, prompts, lengths, row_keys) -> Dec
         with jax.named_scope("drafter_init"):
             drafter_state = plan.drafter.init(draft_params, params, prefill, row_keys)
     tokens = jnp.pad(texts, ((0, 0), (0, plan.capacity - texts.shape[1])))
+    cache, drafter_state = kv_cache.unmetered((cache, drafter_state))
     return DecodeState(
         tokens=tokens,
         origins=jnp.where(jnp.arange(plan.capacity)[None] < text_lengths[:, None], PROMPT, PLAIN).astype(jnp.int32),
@@ -236,11 +210,12 @@ def verify(plan: Plan, params, cache, pending: Int[Array, "B"], lengths: Int[Arr
 
 
 def _widths(plan: Plan) -> list[int]:
-    """Columns that a verification may run: of all drafts, or of 1, 2, 4, ... where the drafter stops early."""
+    """Columns that a verification may run: of all drafts, or of (0,) 1, 2, 4, ... where the drafter stops early."""
     if not getattr(plan.drafter, "stops", False):
         return [plan.gamma + 1]
     drafts = itertools.takewhile(lambda count: count < plan.gamma, (2**i for i in itertools.count()))
-    return [*(count + 1 for count in drafts), plan.gamma + 1]
+    none = [0] if getattr(plan.drafter, "idles", False) else []
+    return [count + 1 for count in (*none, *drafts, plan.gamma)]
 
 
 def _emission(proposal: Proposal, num_accepted, next_token, room, live, eos_ids):
@@ -261,20 +236,6 @@ def _emission(proposal: Proposal, num_accepted, next_token, room, live, eos_ids)
     countable = jnp.minimum(proposal.num_drafted, jnp.where(ended, num_emitted, room))
     zero_unless_live = lambda count: jnp.where(live, count, 0)
     return tokens, zero_unless_live(num_emitted), zero_unless_live(countable), ended & live
-
-
-def _count(statistics: Statistics, num_accepted, num_emitted, num_drafted) -> Statistics:
-    gamma = statistics.drafted_at.shape[1]
-    index = jnp.arange(gamma, dtype=jnp.int32)[None]
-    stood = jnp.minimum(num_accepted, num_emitted)[:, None]
-    ones = lambda happened: happened.astype(jnp.int32)
-    return Statistics(
-        target_calls=statistics.target_calls + ones(num_emitted > 0),
-        drafted=statistics.drafted + num_drafted,
-        drafted_at=statistics.drafted_at + ones((index < num_drafted[:, None]) & (index <= stood)),
-        accepted_at=statistics.accepted_at + ones(index < stood),
-        emitted_more_than=statistics.emitted_more_than + ones(num_emitted[:, None] > index + 1),
-    )
 
 
 def _leeway(plan: Plan, logits: Float[Array, "B gamma_plus_1 V"], sampling: Sampling) -> Leeway:
@@ -318,7 +279,7 @@ def settle(
             lengths=state.lengths + num_emitted,
             done=state.done | ended | (num_emitted >= room),
             drafter_state=drafter_state,
-            statistics=_count(state.statistics, num_accepted, num_emitted, num_drafted),
+            statistics=state.statistics.after(num_accepted, num_emitted, num_drafted),
             iterations=state.iterations + 1,
         )
 
@@ -331,10 +292,10 @@ def propose(plan: Plan, params, draft_params, state: DecodeState, noise: Noise, 
     recent = jnp.maximum(state.lengths[:, None] + jnp.arange(-2, 0)[None], 0)
     last_two = jnp.take_along_axis(state.tokens, recent, axis=1)
     context = Context(last_two, state.lengths, ~state.done, noise, sampling)
+    # The meters count the pending token of each live row, unless the drafter says more.
+    given = kv_cache.counting((state.drafter_state, state.target_cache), (~state.done).astype(jnp.int32))
     with jax.named_scope("propose"):
-        proposal, drafter_state, cache = plan.drafter.propose(
-            draft_params, params, state.drafter_state, state.target_cache, context
-        )
+        proposal, drafter_state, cache = plan.drafter.propose(draft_params, params, *given, context)
     return proposal, dataclasses.replace(state, drafter_state=drafter_state, target_cache=cache)
 
 
@@ -345,8 +306,9 @@ def block(
     noise = Noise(state.row_keys, state.lengths, plan.greedy, plan.rule.shared_noise)
     proposal, state = propose(plan, params, draft_params, state, noise, sampling)
     pending = jnp.take_along_axis(state.tokens, state.lengths[:, None] - 1, axis=1)[:, 0]
+    cache = kv_cache.counting(state.target_cache, jnp.where(state.done, 0, proposal.num_drafted + 1))
     with jax.named_scope("verify"):
-        logits, cache, taps = verify(plan, params, state.target_cache, pending, state.lengths, proposal)
+        logits, cache, taps = verify(plan, params, cache, pending, state.lengths, proposal)
     state = dataclasses.replace(state, target_cache=cache)
     return settle(plan, draft_params, state, proposal, logits, taps, noise, sampling, limits)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,8 @@ class Sampling:
       top_p: then keep the smallest set whose mass reaches p; 1 keeps all.
       lenience: epsilon of a lossy rule, which accepts more the smaller it is; exact rules are not shown it.
       threshold: a drafter with stops goes on while its largest probability at temperature 1 is not below this.
+      costs: of a block that drafts 0 .. gamma tokens, in any unit; what an adaptive draft length weighs, and None
+        without one.
     """
 
     temperature: Float[Array, ""]
@@ -40,6 +43,7 @@ class Sampling:
     top_p: Float[Array, ""]
     lenience: Float[Array, ""]
     threshold: Float[Array, ""]
+    costs: Float[Array, "gamma_plus_1"] | None = None
 
     @classmethod
     def of(
@@ -50,6 +54,7 @@ class Sampling:
         *,
         lenience: float = 1.0,
         threshold: float = 0.0,
+        costs: Sequence[float] | None = None,
     ) -> "Sampling":
         """Checks the values and makes arrays of them. Raises UserError for values outside their range."""
         tiny = float(jnp.finfo(jnp.float32).tiny)  # what is smaller would be 0 on the device
@@ -63,8 +68,11 @@ class Sampling:
             raise UserError(f"lenience must lie in (0, 1], not {lenience}; 1 is the strictest, smaller accepts more.")
         if not 0 <= threshold <= 1:
             raise UserError(f"threshold must lie in [0, 1] (0: never stop drafting), not {threshold}.")
+        if costs is not None and not all(0 < cost < float("inf") for cost in costs):
+            raise UserError(f"the costs of blocks must be positive numbers, not {tuple(costs)}.")
         floats = map(jnp.float32, (top_p, lenience, threshold))
-        return cls(jnp.float32(temperature), jnp.int32(top_k), *floats)
+        weighed = None if costs is None else jnp.asarray(costs, jnp.float32)
+        return cls(jnp.float32(temperature), jnp.int32(top_k), *floats, weighed)
 
 
 def _truncate(probs: Float[Array, "B T V"], sampling: Sampling) -> Float[Array, "B T V"]:

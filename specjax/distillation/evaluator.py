@@ -13,7 +13,8 @@ from specjax.models.self_draft import SelfDraft
 
 def _drafter(material: Any, gamma: int) -> Any:
     if isinstance(material.draft, SelfDraft):
-        return make_drafter("kangaroo", material.target, gamma, {"adapter": material.draft.adapter})
+        adapter = material.draft.adapter
+        return make_drafter(adapter.drafter, material.target, gamma, {"adapter": adapter})
     return make_drafter("model", material.target, gamma, {"model": material.draft})
 
 

@@ -5,6 +5,10 @@ so neither a prompt nor padding is learned. The trunks run once over the whole b
 `chunk` positions at a time and are run again in the backward pass, so that logits `[B, T, V]`, the draft's or
 the target's, never exist for a whole batch.
 
+A draft may have several heads (`LanguageModel.predicts`). Head k at position t is compared with what its target says at
+position t + k, counts where that position does, and weighs as the draft says; the weights stand in the sums of loss,
+acceptance and tokens alike, so that their means are means over heads too.
+
 Draft and target may pad the vocabulary of one tokenizer to different sizes. The loss compares them on the ids that
 both have, each law renormalised there, so it is finite whatever the divergence: no draft could learn of an id that it
 lacks. The acceptance is that of decoding, where such an id has draft probability 0.
@@ -34,7 +38,7 @@ class Sums:
     Attributes:
       loss: of the divergence, a float32 scalar as the others are.
       acceptance: of sum_v min(P, Q) at temperature 1; 0 without a target.
-      tokens: how many positions counted.
+      tokens: how many positions counted, by their weights.
     """
 
     loss: Any
@@ -102,7 +106,7 @@ def distillation_loss(
       divergence: a name in `divergences.DIVERGENCES`, or "cross_entropy".
       beta: of `jsd`.
       loss_temperature: divides both logits in the loss (not in `acceptance`); the loss is not rescaled by it.
-      chunk: positions, of all rows together, whose logits exist at one time (but one of each row at least).
+      chunk: predictions, of all rows and heads, whose logits exist at one time (but one of each row and head at least).
 
     Raises:
       UserError: for an unknown divergence, and for one that lacks its target.
@@ -110,19 +114,21 @@ def distillation_loss(
     check(divergence, beta, loss_temperature, chunk, has_target=target is not None)
     with jax.named_scope("draft_trunk"):
         hidden = _trunk(draft, draft_params, prompts, tokens)
+    weight = jnp.asarray([weight for _, weight in draft.predicts], jnp.float32)[None, None]
     parts = {
         "draft": hidden,
-        "labels": jnp.roll(tokens, -1, axis=1),
-        "weights": counted(lengths, loss_start, tokens.shape[1]),
+        "labels": _ahead(jnp.roll(tokens, -1, axis=1), draft),
+        "weights": _ahead(counted(lengths, loss_start, tokens.shape[1]), draft) * weight,
     }
     if target is not None:
         target_params = jax.lax.stop_gradient(target_params)
         with jax.named_scope("target_trunk"):
-            parts["target"] = jax.lax.stop_gradient(_trunk(target, target_params, prompts, tokens))
+            parts["target"] = _ahead(jax.lax.stop_gradient(_trunk(target, target_params, prompts, tokens)), draft)
 
     # Inside a scan nothing can be merged across the checkpoint, so its barriers would only cost time.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def chunk_sums(draft_params, part):
+        part = {name: x if name == "draft" else x.reshape(x.shape[0], -1, *x.shape[3:]) for name, x in part.items()}
         draft_logits = draft.head(draft_params, part["draft"])
         target_logits = None if target is None else target.head(target_params, part["target"])
         weights, overlap = part["weights"], jnp.zeros_like(part["weights"])
@@ -137,10 +143,17 @@ def distillation_loss(
         return Sums(jnp.sum(weights * losses), jnp.sum(weights * overlap), jnp.sum(weights))
 
     rows, columns = tokens.shape
-    chunks = jax.tree.map(functools.partial(_in_chunks, chunk=min(max(chunk // rows, 1), columns)), parts)
+    width = min(max(chunk // (rows * len(draft.predicts)), 1), columns)
+    chunks = jax.tree.map(functools.partial(_in_chunks, chunk=width), parts)
     with jax.named_scope("heads"):
         sums, _ = jax.lax.scan(lambda total, part: (total + chunk_sums(draft_params, part), None), Sums.zeros(), chunks)
     return sums
+
+
+def _ahead(array: Array, draft) -> Array:
+    """[B, T, ...] -> [B, T, heads, ...]: what stands at the place of which each head speaks; 0 beyond the end."""
+    moved = lambda places: jnp.pad(array[:, places:], [(0, 0), (0, places)] + [(0, 0)] * (array.ndim - 2))
+    return jnp.stack([moved(places) for places, _ in draft.predicts], axis=2)
 
 
 def _trunk(model, params, prompts, tokens) -> Float[Array, "B T D"]:

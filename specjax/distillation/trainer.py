@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 
 from specjax.distillation import data_sources, objective, update
 from specjax.distillation.meter import Clock, Interval
-from specjax.models.language_model import LanguageModel, Params
+from specjax.models.language_model import NEXT, LanguageModel, Params
 from specjax.reporting.records import MetricsLog
 from specjax.runtime import mesh as meshes
 from specjax.runtime.checkpoint import Checkpointer
@@ -96,10 +96,16 @@ def check(config: Any, material: Material) -> None:
     """
     has_target = material.target is not None
     data, train, loss = config.data, config.train, config.loss
-    if material.draft.needs_target and (not has_target or loss.divergence == objective.CROSS_ENTROPY):
+    writes = material.draft.predicts == NEXT
+    if material.draft.needs_target and (not has_target or (writes and loss.divergence == objective.CROSS_ENTROPY)):
         raise UserError(
             "an adapter learns from the target that it is attached to: set `target`, and loss.divergence to one that "
             f'compares with it, not "{loss.divergence}"'
+        )
+    if data.draft > 0 and not writes:
+        raise UserError(
+            f"data.draft is {data.draft}, but what is trained guesses further tokens and writes no text of its own; "
+            "set data.draft to 0, and data.target to have the target write"
         )
     objective.check(loss.divergence, loss.beta, loss.temperature, loss.chunk, has_target=has_target)
     data_sources.check_fractions(data_sources.fractions_of(data), has_target=has_target)
@@ -177,7 +183,7 @@ class Trainer:
         # Hard labels need no teacher: its forward would only cost time in training.
         plain = config.loss.divergence == objective.CROSS_ENTROPY
         teacher = None if plain else material.target
-        self._teacher_params = None if plain else material.target_params
+        self._teacher_params = None if plain and not material.draft.needs_target else material.target_params
         drafts_for = material.draft if material.target is None else material.target
         self._author = material.draft.fitted(drafts_for.vocab_size)
         self._fractions = data_sources.fractions_of(config.data)
@@ -309,7 +315,7 @@ class Trainer:
         self.tokens += values["tokens"]
         self._interval.add(values)
         if step % self.config.train.log_every == 0:
-            has_target = self._teacher_params is not None
+            has_target = self.config.loss.divergence != objective.CROSS_ENTROPY
             line = self._interval.line(self.clock.seconds, has_target)
             self.loss = line["loss"]
             self._write(step, line)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from specjax.decoding import loop, rules
-from specjax.decoding.drafters.base import Proposal
+from specjax.decoding.drafters.base import Outcome, Proposal
 from specjax.decoding.sampling import Noise, Sampling
 from specjax.draft_design.throughput import Parts
 from specjax.models import kv_cache
@@ -19,6 +19,7 @@ from specjax.runtime.timing import progress
 
 _STEPS = 16
 _ROUNDS = 7
+_COST_ROUNDS = 3
 
 
 def _noise(plan: loop.Plan, state: loop.DecodeState) -> Noise:
@@ -36,7 +37,12 @@ def _draft_and_verify_loop(plan, params, draft_params, state, sampling):
     def step(_, state):
         proposal, state = loop.propose(plan, params, draft_params, state, _noise(plan, state), sampling)
         pending = jnp.take_along_axis(state.tokens, state.lengths[:, None] - 1, axis=1)[:, 0]
-        logits, cache, _ = loop.verify(plan, params, state.target_cache, pending, state.lengths, proposal)
+        logits, cache, taps = loop.verify(plan, params, state.target_cache, pending, state.lengths, proposal)
+        if plan.drafter.taps:  # a draft that is made of them would otherwise be the same in every turn, and made once
+            one = jnp.ones_like(state.lengths)
+            outcome = Outcome(jnp.pad(proposal.tokens, ((0, 0), (0, 1))), one, 0 * one, state.lengths, taps)
+            drafter_state = plan.drafter.commit(draft_params, state.drafter_state, outcome)
+            state = dataclasses.replace(state, drafter_state=drafter_state)
         # The next pair starts from what this one chose, or the compiler would hoist or drop it.
         chosen = jnp.sum(jnp.argmax(logits, axis=-1).astype(jnp.int32), axis=1)
         following = (chosen % plan.target.vocab_size)[:, None]
@@ -66,12 +72,13 @@ def _verify_loop(plan, params, state, proposal):
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _rule_loop(plan, draft_params, state, proposal, logits, sampling, limits):
+def _rule_loop(plan, draft_params, state, proposal, logits, taps, sampling, limits):
     """The rule and the commit on the same logits, moved a little by what the last step emitted."""
 
     def step(_, state):
         moved = logits + 1e-6 * jnp.sum(state.lengths).astype(jnp.float32)
-        state_after = loop.settle(plan, draft_params, state, proposal, moved, (), _noise(plan, state), sampling, limits)
+        noise = _noise(plan, state)
+        state_after = loop.settle(plan, draft_params, state, proposal, moved, taps, noise, sampling, limits)
         return dataclasses.replace(state_after, done=state.done)
 
     return jax.lax.fori_loop(0, _STEPS, step, state)
@@ -110,8 +117,8 @@ def timers(
         state = loop.begin(plan, params, draft_params, tokens, lengths, row_keys)
         return dataclasses.replace(state, lengths=state.lengths + behind)
 
-    proposal, logits = _example(plan, params, draft_params, fresh(), sampling)
-    rule = lambda state: _rule_loop(plan, draft_params, state, proposal, logits, sampling, limits)
+    proposal, logits, taps = _example(plan, params, draft_params, fresh(), sampling)
+    rule = lambda state: _rule_loop(plan, draft_params, state, proposal, logits, taps, sampling, limits)
     # A target call is the same under every rule and temperature: one compiled loop serves them all.
     any_rule = dataclasses.replace(plan, rule=rules.rule_named("lossless"), greedy=True)
     made = {
@@ -152,10 +159,29 @@ def measure(plain: dict[str, Timer], speculative: Sequence[dict[str, Timer]], ga
     ]
 
 
+def block_seconds(
+    plan: loop.Plan, params: Any, draft_params: Any, tokens, lengths, row_keys, sampling: Sampling, *, behind: int
+) -> list[float]:
+    """Seconds of blocks in which every row drafts 0 .. gamma tokens, of a plan whose draft length adapts.
+
+    One executable runs them all: costs that are endless but for one length leave no other to be picked. Arguments as of
+    `timers`.
+    """
+
+    def forced(drafted: int) -> dict[str, Timer]:
+        costs = jnp.full((plan.gamma + 1,), jnp.inf).at[drafted].set(1.0)
+        weighed = dataclasses.replace(sampling, costs=costs)
+        return timers(plan, params, draft_params, tokens, lengths, row_keys, weighed, behind=behind)
+
+    timed = [forced(drafted) for drafted in range(plan.gamma + 1)]
+    seconds = [[every["propose_and_verify"]() + every["rule"]() for every in timed] for _ in range(_COST_ROUNDS + 1)]
+    return [statistics.median(times) for times in zip(*seconds[1:], strict=True)]
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _example(plan, params, draft_params, state, sampling) -> tuple[Proposal, jax.Array]:
-    """A real proposal and the target's logits for it."""
+def _example(plan, params, draft_params, state, sampling) -> tuple[Proposal, jax.Array, tuple[jax.Array, ...]]:
+    """A real proposal, the target's logits for it and its tapped states."""
     proposal, state = loop.propose(plan, params, draft_params, state, _noise(plan, state), sampling)
     pending = jnp.zeros_like(state.lengths)
-    logits, _, _ = loop.verify(plan, params, state.target_cache, pending, state.lengths, proposal)
-    return proposal, logits
+    logits, _, taps = loop.verify(plan, params, state.target_cache, pending, state.lengths, proposal)
+    return proposal, logits, taps

@@ -4,7 +4,9 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from specjax.decoding import batch, loop
 from specjax.decoding.sampling import Sampling, row_keys
@@ -64,14 +66,37 @@ def measure_parts(
     apart = plain.plan.target.reads_prompt_apart
     texts = prompts if apart else [(*prompt, *half) for prompt, half in zip(prompts, halves, strict=True)]
     behind = int(np.mean([len(half) for half in halves])) if apart else 0
-    mean = int(np.mean([len(text) for text in texts]))
-    rows = [(tuple(text) * mean)[:mean] for text in sorted(texts, key=len)[-batch_size:]]
-    tokens, lengths = batch.pad(rows, batch.prompt_slots(rows))
-    keys = put(row_keys(seed, np.arange(len(rows), dtype=np.int32)))
-    given = (put(tokens), put(lengths), keys)
+    given = _example_batch(texts, int(np.mean([len(text) for text in texts])), batch_size, seed, put)
     timers = lambda timed: latency.timers(timed.plan, params, timed.draft_params, *given, timed.sampling, behind=behind)
     gammas = [timed.plan.gamma for timed in speculative]
     return latency.measure(timers(plain), [timers(timed) for timed in speculative], gammas)
+
+
+def measure_block_costs(
+    plan: loop.Plan,
+    params: Any,
+    draft_params: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    sampling: Sampling,
+    max_new_tokens: int,
+    batch_size: int,
+    seed: int,
+    put: Callable,
+) -> Float[Array, "gamma_plus_1"]:
+    """Seconds of blocks that draft 0 .. gamma tokens, for `Sampling.costs`, about half way through the run."""
+    apart, half = plan.target.reads_prompt_apart, max_new_tokens // 2
+    length = int(np.mean([len(prompt) for prompt in prompts])) + (0 if apart else half)
+    given = _example_batch(prompts, length, batch_size, seed, put)
+    behind = half if apart else 0
+    return jnp.asarray(latency.block_seconds(plan, params, draft_params, *given, sampling, behind=behind))
+
+
+def _example_batch(texts: Sequence[Sequence[int]], length: int, batch_size: int, seed: int, put: Callable) -> tuple:
+    """Tokens, lengths and keys of the longest texts, each repeated or cut to one length."""
+    rows = [(tuple(text) * length)[:length] for text in sorted(texts, key=len)[-batch_size:]]
+    tokens, lengths = batch.pad(rows, batch.prompt_slots(rows))
+    return put(tokens), put(lengths), put(row_keys(seed, np.arange(len(rows), dtype=np.int32)))
 
 
 def predict(

@@ -1,4 +1,4 @@
-"""An adapter alone in a directory: a small file, tied to the target whose states it reads."""
+"""An adapter, or Medusa heads, alone in a directory: a file of their own, tied to the target whose states they read."""
 
 import dataclasses
 import hashlib
@@ -15,11 +15,14 @@ from jax.tree_util import keystr
 from specjax.hub import weights
 from specjax.models.adapters import Adapter, AdapterConfig
 from specjax.models.language_model import LanguageModel, Params
+from specjax.models.medusa import MedusaConfig, MedusaHeads
 from specjax.runtime.dtypes import dtype_named
-from specjax.runtime.errors import UserError
+from specjax.runtime.errors import UserError, nearest
 
 CONFIG_FILE = "adapter_config.json"
 _FORMAT = "specjax-adapter-1"
+# What may be attached to a target, by its `type` in the file; without one it is an adapter.
+_TYPES = {"adapter": (Adapter, AdapterConfig), "medusa": (MedusaHeads, MedusaConfig)}
 # Values of each parameter that enter the fingerprint.
 _SAMPLE = 64
 
@@ -51,13 +54,13 @@ def _samples(params: Params) -> Params:
 
 @dataclasses.dataclass(frozen=True)
 class LoadedAdapter:
-    """An adapter with its parameters.
+    """An adapter (or Medusa heads) with its parameters.
 
     Attributes:
       target: fingerprint of the model to which it belongs.
     """
 
-    adapter: Adapter
+    adapter: Adapter | MedusaHeads
     params: Any
     target: str
 
@@ -89,9 +92,8 @@ def save(directory: str | Path, loaded: LoadedAdapter) -> None:
     leaves = jax.tree_util.tree_leaves_with_path(loaded.params)
     fields = {
         "format": _FORMAT,
-        "kind": config.kind,
-        "own_head": config.own_head,
-        "exit_layer": config.exit_layer,
+        "type": next(name for name, (network, _) in _TYPES.items() if isinstance(loaded.adapter, network)),
+        **{name: getattr(config, name) for name in _own_fields(type(config))},
         "param_dtype": config.target.param_dtype,
         "target": {"fingerprint": loaded.target, "family": config.target.family, "layers": config.target.layers},
     }
@@ -101,6 +103,11 @@ def save(directory: str | Path, loaded: LoadedAdapter) -> None:
         (directory / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{directory} cannot be written ({error}); make room or choose another place") from None
+
+
+def holds_one(directory: str | Path) -> bool:
+    """Whether this is the directory of an adapter that specjax wrote."""
+    return (Path(directory) / weights.SPECJAX_ADAPTER_FILE).is_file()
 
 
 def load(directory: str | Path, target: LanguageModel, *, shardings=None) -> LoadedAdapter:
@@ -119,8 +126,12 @@ def load(directory: str | Path, target: LanguageModel, *, shardings=None) -> Loa
     described, fields = directory / CONFIG_FILE, weights.read_json(directory / CONFIG_FILE)
     if fields.get("format") != _FORMAT:
         raise UserError(f'{described} has no "format": "{_FORMAT}"; name a directory that specjax wrote an adapter to')
+    kind = fields.get("type", "adapter")
+    if kind not in _TYPES:
+        raise UserError(f'{described}: "type" is {kind!r}{nearest(kind, _TYPES)}')
+    network, config_of = _TYPES[kind]
     try:
-        config = AdapterConfig(target.config, fields["exit_layer"], fields["kind"], fields["own_head"])
+        config = config_of(target.config, **{name: fields[name] for name in _own_fields(config_of)})
         belongs = fields["target"]["fingerprint"]
     except (KeyError, TypeError) as error:
         raise UserError(f"{described} lacks or misstates {error}; export the adapter again") from None
@@ -131,7 +142,7 @@ def load(directory: str | Path, target: LanguageModel, *, shardings=None) -> Loa
         raise UserError(f"there is no {path}; copy the adapter again") from None
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged or cut short ({error}); copy or export it again") from None
-    adapter = Adapter(config)
+    adapter = network(config)
     expected = {
         _name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(adapter.abstract_params())
     }
@@ -145,6 +156,11 @@ def load(directory: str | Path, target: LanguageModel, *, shardings=None) -> Loa
     )
     params = params if shardings is None else jax.device_put(params, shardings(adapter))
     return LoadedAdapter(adapter, params, belongs)
+
+
+def _own_fields(config_of: type) -> list[str]:
+    """What a config says beyond its target."""
+    return [field.name for field in dataclasses.fields(config_of) if field.name != "target"]
 
 
 def _name(path) -> str:

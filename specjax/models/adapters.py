@@ -2,15 +2,15 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from specjax.models import kv_cache, layers
 from specjax.models.config import DecoderConfig
-from specjax.models.language_model import LanguageModel, Network, Params, fit_logits
+from specjax.models.language_model import NEXT, LanguageModel, Network, Params, fit_logits
 from specjax.models.rotary import Rotary, angles
 from specjax.runtime.dtypes import dtype_named
 from specjax.runtime.errors import UserError, nearest
@@ -40,10 +40,7 @@ class AdapterConfig:
     own_head: bool = False
 
     def __post_init__(self):
-        if type(self.target) is not DecoderConfig:  # an encoder-decoder's is a subclass
-            raise UserError(
-                "an adapter attaches to a decoder-only model, not to an encoder-decoder; take another target"
-            )
+        check_target(self.target)
         if not 1 <= self.exit_layer < self.target.layers:
             raise UserError(
                 f"an adapter's exit_layer must lie in 1 .. {self.target.layers - 1} for this target, "
@@ -74,6 +71,12 @@ class AdapterConfig:
         )
 
 
+def check_target(config: DecoderConfig) -> None:
+    """Raises UserError for a target that nothing attaches to."""
+    if type(config) is not DecoderConfig:  # an encoder-decoder's is a subclass
+        raise UserError("an adapter attaches to a decoder-only model, not to an encoder-decoder; take another target")
+
+
 class AdapterModule(nnx.Module):
     """The parameters of an adapter and what is computed with them."""
 
@@ -102,7 +105,7 @@ class AdapterModule(nnx.Module):
             cache = None if cache is None else cache.with_layer(0, keys, values)
         if self.mlp is not None:
             hidden = hidden + self.mlp(self.mlp_norm(hidden))
-        return hidden, cache
+        return hidden, None if cache is None else cache.metered(1, hidden.shape[1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,12 +120,20 @@ class Adapter(Network):
 
     config: AdapterConfig
     module = AdapterModule
+    drafter: ClassVar[str] = "kangaroo"
+    predicts: ClassVar[tuple[tuple[int, float], ...]] = NEXT
+
+    def init_on(self, key: Key[Array, ""], target: LanguageModel, target_params: Params) -> Params:
+        """Parameters to begin training with: random ones."""
+        return self.init(key)
 
     def start(self, batch: int, capacity: int) -> kv_cache.Cache | None:
         """An empty cache; None where there is nothing to cache (capacity 0: training)."""
         inner = self.config.inner
-        if not capacity or self.config.kind not in _ATTENDING:
+        if not capacity or self.config.kind == "none":
             return None
+        if self.config.kind not in _ATTENDING:  # nothing to remember but how often it ran
+            return kv_cache.Cache((), (), kv_cache.Meter.zeros(batch))
         return kv_cache.zeros(inner, batch, capacity, dtype_named(inner.compute_dtype))
 
     def extend(

@@ -60,11 +60,14 @@ class DecoderModule(nnx.Module):
             with jax.named_scope(f"layer_{layer}"):
                 hidden, keys, values = self.blocks[layer](hidden, turned, positions, mask, keys, values)
             if cache is not None:
-                cache = cache.with_layer(layer, keys, values)
+                cache = cache.with_layer(layer, keys, values).metered(1, hidden.shape[1])
         return hidden, cache
 
     def head(self, hidden):
-        return self.unembed(hidden if self.norm is None else self.norm(hidden))
+        return self.unembed(self.normed(hidden))
+
+    def normed(self, hidden):
+        return hidden if self.norm is None else self.norm(hidden)
 
     def unembed(self, hidden):
         config = self.config

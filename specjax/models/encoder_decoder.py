@@ -182,7 +182,7 @@ class EncoderDecoderModule(nnx.Module):
             with jax.named_scope(f"layer_{layer}"):
                 hidden, keys, values = self.blocks[layer](hidden, positions, mask, keys, values, bias, *cross, visible)
             if own is not None:
-                own = own.with_layer(layer, keys, values)
+                own = own.with_layer(layer, keys, values).metered(1, hidden.shape[1])
         return hidden, dataclasses.replace(cache, own=own)
 
     def head(self, hidden):

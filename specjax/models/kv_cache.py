@@ -6,9 +6,11 @@ means nothing more than continuing from an earlier position: the stale slots are
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 # Logical axes of each cache array; the mesh rules map them to devices.
@@ -20,16 +22,47 @@ _SHORTEST_PREFIX = 128
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Meter:
+    """Layer executions: how often a layer ran on a token. It is moved on by `extend`, where the layers are called.
+
+    Attributes:
+      counted: of each row, how many columns of the calls to come are tokens of its own; the others are padding, or
+        belong to rows that have ended or that wait for the rest of their batch.
+      own: executions on such tokens.
+      columns: executions on all columns of a row, the same number in every row.
+
+    Arrays of the device while decoding, of numpy once fetched.
+    """
+
+    counted: Int[Array | np.ndarray, "B"]
+    own: Int[Array | np.ndarray, "B"]
+    columns: Int[Array | np.ndarray, ""]
+
+    @classmethod
+    def zeros(cls, batch: int) -> "Meter":
+        row = jnp.zeros((batch,), jnp.int32)
+        return cls(row, row, jnp.zeros((), jnp.int32))
+
+    def after(self, layers: int, columns: int) -> "Meter":
+        """The meter behind a call of so many layers on so many columns."""
+        own = self.own + layers * jnp.minimum(self.counted, columns)
+        return Meter(self.counted, own, self.columns + layers * columns)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Cache:
-    """Keys and values of every layer.
+    """Keys and values of every layer, and how much was computed with them.
 
     Attributes:
       keys: one `[B, K, S, H]` array a layer.
       values: the same for values.
+      meter: layer executions so far.
     """
 
     keys: tuple[Float[Array, "B K S H"], ...]
     values: tuple[Float[Array, "B K S H"], ...]
+    meter: Meter
 
     @property
     def capacity(self) -> int:
@@ -40,7 +73,12 @@ class Cache:
         return Cache(
             self.keys[:layer] + (keys,) + self.keys[layer + 1 :],
             self.values[:layer] + (values,) + self.values[layer + 1 :],
+            self.meter,
         )
+
+    def metered(self, layers: int, columns: int) -> "Cache":
+        """The cache behind a call of so many layers on so many columns."""
+        return dataclasses.replace(self, meter=self.meter.after(layers, columns))
 
 
 def zeros(config, batch: int, capacity: int, dtype) -> Cache:
@@ -49,7 +87,28 @@ def zeros(config, batch: int, capacity: int, dtype) -> Cache:
     return Cache(
         tuple(jnp.zeros(shape, dtype) for _ in range(config.layers)),
         tuple(jnp.zeros(shape, dtype) for _ in range(config.layers)),
+        Meter.zeros(batch),
     )
+
+
+def _is_meter(node: Any) -> bool:
+    return isinstance(node, Meter)
+
+
+def counting(tree: Any, counted: Int[Array, "B"]) -> Any:
+    """The tree with `counted` columns of each row, from now on, in every meter of it."""
+    change = lambda node: dataclasses.replace(node, counted=counted) if _is_meter(node) else node
+    return jax.tree.map(change, tree, is_leaf=_is_meter)
+
+
+def unmetered(tree: Any) -> Any:
+    """The tree with every meter of it at 0."""
+    return jax.tree.map(lambda x: jax.tree.map(jnp.zeros_like, x) if _is_meter(x) else x, tree, is_leaf=_is_meter)
+
+
+def meters(tree: Any) -> list[Meter]:
+    """Every meter of the tree."""
+    return [node for node in jax.tree.leaves(tree, is_leaf=_is_meter) if _is_meter(node)]
 
 
 def write(

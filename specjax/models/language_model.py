@@ -17,6 +17,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 Params = dict
 
+# What a head predicts: the next token, whose loss is the whole loss.
+NEXT = ((0, 1.0),)
+
 
 @functools.cache
 def _abstract(module: type, config: Any):
@@ -80,11 +83,14 @@ class LanguageModel(Network):
       logits_size: V of the logits where it is not the model's own, see `fitted`.
       reads_prompt_apart: of an encoder-decoder.
       needs_target: whether it runs on another model's parameters beside its own, see `joined`.
+      predicts: what `head` gives of each hidden state, one after another: of the token so many places behind the next
+        one, with the weight of its loss. Anything but the next token alone is learned, not written with.
     """
 
     logits_size: int | None = dataclasses.field(default=None, kw_only=True)
     reads_prompt_apart: ClassVar[bool] = False
     needs_target: ClassVar[bool] = False
+    predicts: ClassVar[tuple[tuple[int, float], ...]] = NEXT
 
     @property
     def layers(self) -> int:
@@ -171,6 +177,10 @@ class LanguageModel(Network):
     def head(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Final norm and output projection: float32 logits."""
         return fit_logits(self.bind(params).head(hidden), self.vocab_size)
+
+    def normed(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The final norm alone: what `unembed` makes logits of."""
+        return self.bind(params).normed(hidden)
 
     def unembed(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """The output projection alone, for hidden states that a norm of the caller's has passed: float32 logits."""

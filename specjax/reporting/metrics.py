@@ -6,7 +6,7 @@ chapter 13).
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -130,6 +130,23 @@ def paired_difference(counts_a: Counts, counts_b: Counts, seed: int) -> dict:
         "block_efficiency_ratio": _number(efficiency_a / efficiency_b),
         "block_efficiency_ratio_ci": _interval(resampled_a / resampled_b),
     }
+
+
+def comparisons(pairs: Sequence[tuple[str, str]], counts: Mapping[tuple, Counts], seed: int) -> list[dict]:
+    """The paired difference of each pair of drafters, wherever both ran alike.
+
+    `counts` has the keys (setting, drafter, rule, lenience, gamma), a setting its temperature and batch_size.
+    """
+    found = []
+    for first, second in pairs:
+        for (setting, name, rule, lenience, gamma), mine in counts.items():
+            theirs = counts.get((setting, second, rule, lenience, gamma))
+            if name != first or theirs is None:
+                continue
+            alike = {"temperature": setting.temperature, "batch_size": setting.batch_size, "gamma": gamma}
+            who = {"drafter": first, "against": second, "rule": rule, "lenience": lenience}
+            found.append(who | alike | paired_difference(mine, theirs, seed))
+    return found
 
 
 def intervals(

@@ -290,6 +290,12 @@ def results_table(rows: Sequence[Mapping]) -> Table:
     )
 
 
+def rows_table(rows: Sequence[Mapping], keys: Sequence[str]) -> Table:
+    """These keys of the rows, a line each."""
+    columns = [Column(tables.heading(key), tables.is_text(rows, key)) for key in keys]
+    return Table(columns, [[tables.cell(row, key) for key in keys] for row in rows])
+
+
 def _data_uri(path: str | Path) -> str:
     return "data:image/png;base64," + base64.b64encode(Path(path).read_bytes()).decode("ascii")
 

@@ -49,7 +49,7 @@ def speedup_figure(rows: Sequence[Mapping], path: str | Path, *, palette: Sequen
     """
     rows = [row for row in rows if row["gamma"] > 0 and row["speedup"] is not None]
     panels, names = _grouped(rows)
-    looks = _looks(palette, names)
+    looks = looks_of(palette, names)
 
     def draw(axes, theme: Theme, series: Mapping) -> None:
         gammas = sorted({row["gamma"] for members in series.values() for row in members})
@@ -71,7 +71,7 @@ def speedup_figure(rows: Sequence[Mapping], path: str | Path, *, palette: Sequen
         axes.set_xlabel("gamma (most tokens drafted per block)")
         axes.set_ylabel("speed-up")
 
-    _save(
+    save_panels(
         path,
         panels,
         names,
@@ -88,7 +88,7 @@ def acceptance_figure(rows: Sequence[Mapping], path: str | Path, *, palette: Seq
     """
     rows = [row for row in rows if row["gamma"] > 0 and any(p is not None for p in row["acceptance_by_position"])]
     panels, names = _grouped(rows)
-    looks = _looks(palette, names)
+    looks = looks_of(palette, names)
 
     def draw(axes, theme: Theme, series: Mapping) -> None:
         longest = 1
@@ -108,7 +108,7 @@ def acceptance_figure(rows: Sequence[Mapping], path: str | Path, *, palette: Seq
         axes.set_xlabel("position in the block")
         axes.set_ylabel("accepted, if reached")
 
-    _save(path, panels, names, draw, share_y=True)
+    save_panels(path, panels, names, draw, share_y=True)
 
 
 def training_figures(
@@ -123,7 +123,7 @@ def training_figures(
     Solid is the running mean of what was logged, over its raw values; dashed with markers is
     `validation_KEY`. Returns the paths, none where no stage logged any of the keys.
     """
-    looks, paths = _looks(palette, list(stages)), []
+    looks, paths = looks_of(palette, list(stages)), []
     for key in keys:
         held_out_key = f"validation_{key}"
 
@@ -154,7 +154,7 @@ def training_figures(
         if series:
             paths.append(Path(folder) / f"training_{key}.png")
             held_out = any(_any(lines, held_out_key) for lines in series.values())
-            _save(
+            save_panels(
                 paths[-1],
                 {key.replace("_", " "): series},
                 list(series),
@@ -162,6 +162,65 @@ def training_figures(
                 dashed="held out" if held_out else None,
             )
     return paths
+
+
+@dataclasses.dataclass(frozen=True)
+class Mark:
+    """A point with its intervals, None where there is none; hollow or full."""
+
+    x: float
+    x_edges: tuple[float, float] | None
+    y: float
+    y_edges: tuple[float, float] | None
+    hollow: bool = False
+
+
+def tradeoff_figure(
+    panels: Mapping[str, Mapping[str, Sequence[Mark]]],
+    path: str | Path,
+    *,
+    axes: Sequence[tuple[str, str]],
+    joined: bool = True,
+    front: Sequence[tuple[float, float]] = (),
+) -> None:
+    """Marks with their intervals, a colour each series; the dashed line goes through `front`.
+
+    Args:
+      panels: title -> name of a series -> its marks, in the order of the line through them.
+      path: of the light figure; the dark one lies beside it.
+      axes: what is drawn across and up, of each panel.
+      joined: whether a line goes through the marks of a series.
+
+    Raises ValueError where there is no panel.
+    """
+    names = list(dict.fromkeys(name for series in panels.values() for name in series))
+    looks = looks_of((), names)
+    labels = dict(zip(panels, axes, strict=True))
+
+    def draw(axes, theme: Theme, series: Mapping) -> None:
+        for name, marks in series.items():
+            color, marker = looks(theme, name)
+            x, y = np.array([mark.x for mark in marks]), np.array([mark.y for mark in marks])
+            if joined:
+                axes.plot(x, y, color=color, linewidth=1.2)
+            for mark in marks:
+                if mark.x_edges:
+                    axes.hlines(mark.y, *mark.x_edges, color=color, linewidth=0.7, alpha=0.6)
+                if mark.y_edges:
+                    axes.vlines(mark.x, *mark.y_edges, color=color, linewidth=0.7, alpha=0.6)
+            for hollow in (False, True):
+                chosen = np.array([mark.hollow == hollow for mark in marks])
+                face = theme.paper if hollow else color
+                look = {"color": color, "marker": marker, "markerfacecolor": face, "linestyle": "none"}
+                if chosen.any():
+                    axes.plot(x[chosen], y[chosen], label=name, zorder=3, **look)
+        if front:
+            axes.plot(*zip(*front, strict=True), color=theme.ink, linestyle=DASHES, linewidth=1)
+        across, up = labels[next(title for title, drawn in panels.items() if drawn is series)]
+        axes.set_xlabel(across)
+        axes.set_ylabel(up)
+
+    save_panels(path, panels, names, draw, dashed="Pareto front" if front else None)
 
 
 def dark_twin(path: str | Path) -> Path:
@@ -187,7 +246,7 @@ def _grouped(rows: Sequence[Mapping]) -> tuple[dict[str, dict[str, list]], list[
     return panels, list(in_order)
 
 
-def _looks(palette: Sequence[str], names: Sequence[str]) -> Callable[[Theme, str], tuple[str, str]]:
+def looks_of(palette: Sequence[str], names: Sequence[str]) -> Callable[[Theme, str], tuple[str, str]]:
     """Colour and marker of a line by its place in the palette; names that are not in it follow."""
     places = {name: place for place, name in enumerate(dict.fromkeys([*palette, *names]))}
     return lambda theme, name: (
@@ -196,7 +255,7 @@ def _looks(palette: Sequence[str], names: Sequence[str]) -> Callable[[Theme, str
     )
 
 
-def _save(
+def save_panels(
     path: str | Path,
     panels: Mapping[str, Mapping],
     names: Sequence[str],

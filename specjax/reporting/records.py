@@ -69,6 +69,15 @@ def read_results(path: str | Path) -> dict:
     return record
 
 
+def chosen(workdir: str | Path) -> dict:
+    """The row that a choice among several (`choose_layers`) settled on. Raises UserError where there is none."""
+    path = Path(workdir) / "results.json"
+    for row in read_results(path)["rows"]:
+        if row.get("chosen"):
+            return row
+    raise UserError(f"{path} holds no choice; name the workdir of a run that makes one, such as choose_layers")
+
+
 class MetricsLog:
     """metrics.jsonl, one line per logged step, and a TensorBoard event file beside it.
 

@@ -3,7 +3,8 @@
     python -m specjax.reporting.sync README.md configs/*/README.md configs/records
 
 A record is `NAME.json`; its table goes between `<!-- table:NAME -->` and `<!-- /table -->`, on the page that has these
-marks. A record that is not there leaves its table as it is.
+marks. A record that is not there leaves its table as it is. Of a record with a figure, `NAME.png` is drawn beside the
+page of its table. An overview is made of all records together.
 """
 
 import json
@@ -11,8 +12,18 @@ import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from specjax.reporting import records, tables
+from specjax.reporting import (
+    distillspec_claims,
+    distillspec_figures,
+    distillspec_tables,
+    kangaroo_claims,
+    kangaroo_figures,
+    kangaroo_tables,
+    records,
+    tables,
+)
 from specjax.runtime.errors import UserError
 
 
@@ -124,7 +135,18 @@ TABLES: dict[str, Callable[[Mapping], str]] = {
     "study": study,
     "benchmark": benchmark,
     "peers": peers,
+    **distillspec_tables.TABLES,
+    **kangaroo_tables.TABLES,
 }
+
+# The name of a table -> what writes it from all records that are there, by their names.
+OVERVIEWS: dict[str, Callable[[Mapping[str, Mapping]], str]] = {
+    "claims": distillspec_claims.claims,
+    "kangaroo_claims": kangaroo_claims.claims,
+}
+
+# The name of a record -> what draws its figure to a path.
+FIGURES: dict[str, Callable[[Mapping, Path], None]] = {**distillspec_figures.FIGURES, **kangaroo_figures.FIGURES}
 
 
 def synced(readme_text: str, directory: str | Path) -> str:
@@ -136,15 +158,47 @@ def synced(readme_text: str, directory: str | Path) -> str:
     written = {}
     for name, write in TABLES.items():
         path = Path(directory) / f"{name}.json"
-        if tables.OPENING.format(name=name) not in readme_text or not path.is_file():
-            continue
-        try:
-            written[name] = write(json.loads(path.read_text(encoding="utf-8")))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise UserError(f"{path} is damaged ({error}); write the record again") from error
-        except KeyError as error:
-            raise UserError(f"{path} lacks {error}, which its table shows; write the record again") from error
+        if _has_table(readme_text, name) and path.is_file():
+            written[name] = _of_record(write, path)
+    for name, write in OVERVIEWS.items():
+        if _has_table(readme_text, name):
+            paths = {made: Path(directory) / f"{made}.json" for made in TABLES}
+            written[name] = write({made: _read(path) for made, path in paths.items() if path.is_file()})
     return tables.sync_readme(readme_text, written)
+
+
+def draw_figures(page: Path, directory: str | Path) -> list[Path]:
+    """Draws, beside a page, the figure of every record in `directory` whose table is on it; returns their paths.
+
+    Raises:
+      UserError: as `synced` does.
+    """
+    text, drawn = page.read_text(encoding="utf-8"), []
+    for name, draw in FIGURES.items():
+        path = Path(directory) / f"{name}.json"
+        if _has_table(text, name) and path.is_file():
+            drawn.append(page.parent / f"{name}.png")
+            _of_record(lambda record, draw=draw: draw(record, drawn[-1]), path)
+    return drawn
+
+
+def _has_table(page: str, name: str) -> bool:
+    return tables.OPENING.format(name=name) in page
+
+
+def _read(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is damaged ({error}); write the record again") from error
+
+
+def _of_record(write: Callable[[Mapping], Any], path: Path) -> Any:
+    record = _read(path)
+    try:
+        return write(record)
+    except KeyError as error:
+        raise UserError(f"{path} lacks {error}, which its table shows; write the record again") from error
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -162,6 +216,7 @@ def _rewritten(path: Path, directory: Path) -> int:
         new = synced(old, directory)
         if new != old:
             records.write_atomically(path, new)
+        draw_figures(path, directory)
     except OSError as error:
         print(f"error: {path} cannot be rewritten ({error}); name a README that exists", file=sys.stderr)
         return 2

@@ -8,7 +8,8 @@ cache, which is how self-drafts share the target's first layers.
   commit(params, state, outcome) -> state
 
 `taps` are the target layers whose states it wants to see. Where it has a true `stops`, verification runs about as many
-columns as were drafted; each width is compiled, so that is for drafters that seldom draft all of gamma.
+columns as were drafted; each width is compiled, so that is for drafters that seldom draft all of gamma. A true `idles`
+adds the width of none drafted.
 
 A drafter may stop early (`num_drafted < gamma`), judging by distributions and earlier tokens, never by the value of
 the token it discards: that would bend the output law.
@@ -56,6 +57,7 @@ class Context:
       live: rows that have not ended; what the others draft is dropped.
       noise: the block's random numbers.
       sampling: how logits become probabilities, and the confidence below which drafting stops.
+      most: tokens that each row may draft, of an adaptive draft length; None for gamma.
     """
 
     last_two_tokens: Int[Array, "B 2"]
@@ -63,6 +65,7 @@ class Context:
     live: Bool[Array, "B"]
     noise: Noise
     sampling: Sampling
+    most: Int[Array, "B"] | None = None
 
     def draw(
         self, logits: Float[Array, "B V"], offset: Int[Array, ""] | int

@@ -1,5 +1,6 @@
 """Drafting token by token until a row is unsure: what drafters with probabilities have in common."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,9 +9,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from specjax.decoding.drafters.base import Context, Proposal
+from specjax.models import kv_cache
 
-# step(tokens [B], offset, carry) -> (logits [B, V], carry): feeds the token at `lengths + offset - 1`.
+# first(carry) -> (logits [B, V], carry): what follows the pending token.
+First = Callable[[Any], tuple[Float[Array, "B V"], Any]]
+
+# step(tokens [B], offset, carry) -> (logits [B, V], carry): what follows these tokens, which stand at
+# `lengths + offset - 1`.
 Step = Callable[[Int[Array, "B"], Any, Any], tuple[Float[Array, "B V"], Any]]
+
+# behind(tokens [B], offset, carry) -> carry: what else is done with tokens just drawn, which stand at
+# `lengths + offset - 1`.
+Behind = Callable[[Int[Array, "B"], Any, Any], Any]
 
 
 def unsure(logits: Float[Array, "B V"], threshold: Float[Array, ""]) -> Bool[Array, "B"]:
@@ -23,44 +33,64 @@ def unsure(logits: Float[Array, "B V"], threshold: Float[Array, ""]) -> Bool[Arr
 
 
 def draft(
-    context: Context, gamma: int, logits: Float[Array, "B V"], carry: Any, step: Step, *, stops: bool
-) -> tuple[Proposal, Int[Array, "B"], Int[Array, ""], Any]:
-    """Draws from `logits`, then from what `step` makes of each token, until gamma are drafted or every row stopped.
+    context: Context,
+    gamma: int,
+    carry: Any,
+    first: First,
+    step: Step,
+    behind: Behind = lambda tokens, offset, carry: carry,
+    *,
+    stops: bool,
+    adjusted: bool = False,
+) -> tuple[Proposal, Any]:
+    """Draws a token from what `first` says, others from what `step` makes of each, until all rows are done.
 
-    A row stops behind a token from whose distribution it was unsure. That token is kept and verified, and the stop
-    asks nothing of its value, so the output law is the target's whatever the threshold (traced, of `Sampling`).
-    Stopped and finished rows run along; what they draft does not count.
+    A row is done when it has gamma tokens, as many as `context.most` allows it, or stops behind a token from whose
+    distribution it was unsure. That token is kept and verified, and the stop asks nothing of its value, so the output
+    law is the target's whatever the threshold (traced, of `Sampling`). Rows that are done and rows that have ended run
+    along; what they draft does not count. Where no row may draft, not even `first` runs.
 
     Args:
-      logits: from which the first token is drawn.
-      stops: whether rows stop at all; otherwise confidence is not computed.
+      stops: whether rows stop where they are unsure; otherwise confidence is not computed.
+      adjusted: judges by the probabilities that tokens are drawn from, after temperature, top-k and top-p, in place of
+        those at temperature 1 (arXiv 2404.18911 measures both). Greedy drafting is then never unsure.
 
     Returns:
-      the proposal, the last tokens drawn, how many steps of drafting the longest row took, and the carry.
+      the proposal and the carry.
     """
-    batch = context.lengths.shape[0]
+    batch, most = context.lengths.shape[0], context.most
+    ends = stops or most is not None
+    own = lambda rows, carry: kv_cache.counting(carry, (rows & context.live).astype(jnp.int32))
 
-    def add(offset, logits, counts, stopped, drafted):
+    def turn(read, state):
+        offset, token, counts, done, drafted, carry = state
+        logits, carry = read(token, offset, own(~done, carry))
         token, probs = context.draw(logits, offset)
         put = lambda all_, one: jax.lax.dynamic_update_index_in_dim(all_, one, offset, 0)
-        counts = counts + jnp.where(stopped, 0, 1)
-        if stops:
-            stopped |= unsure(logits, context.sampling.threshold)
-        return token, counts, stopped, jax.tree.map(put, drafted, (token, probs))
+        counts = counts + jnp.where(done, 0, 1)
+        carry = behind(token, offset + 1, own(counts > offset, carry))
+        if stops and not adjusted:
+            done |= unsure(logits, context.sampling.threshold)
+        elif stops and probs is not None:
+            done |= jnp.max(probs, axis=-1) < context.sampling.threshold
+        if most is not None:
+            done |= counts >= most
+        return offset + 1, token, counts, done, jax.tree.map(put, drafted, (token, probs)), carry
 
-    def more(state):
-        offset, _, _, stopped, _, _ = state
-        return (offset < gamma) & ~jnp.all(stopped) if stops else offset < gamma
-
-    def body(state):
-        offset, token, counts, stopped, drafted, carry = state
-        logits, carry = step(token, offset, carry)
-        return offset + 1, *add(offset, logits, counts, stopped, drafted), carry
-
+    begin = lambda token, offset, carry: first(carry)
+    logits = jax.eval_shape(lambda carry: first(carry)[0], carry)
     probs = None if context.noise.greedy else jnp.zeros((gamma, *logits.shape), jnp.float32)
-    drafted = jnp.zeros((gamma, batch), jnp.int32), probs
-    stopped = ~context.live if stops else jnp.zeros((batch,), bool)
-    first = add(0, logits, jnp.zeros((batch,), jnp.int32), stopped, drafted)
-    offset, token, counts, _, drafted, carry = jax.lax.while_loop(more, body, (jnp.int32(1), *first, carry))
+    done = ~context.live if ends else jnp.zeros((batch,), bool)
+    none = jnp.zeros((batch,), jnp.int32)
+    state = jnp.int32(0), none, none, done, (jnp.zeros((gamma, batch), jnp.int32), probs), carry
+    if most is None:
+        state = turn(begin, state)
+    else:
+        state = (*state[:3], done | (most <= 0), *state[4:])
+        # A loop of one turn at most: it hands the caches on in place, where a conditional would copy them.
+        state = jax.lax.while_loop(lambda s: (s[0] == 0) & ~jnp.all(s[3]), functools.partial(turn, begin), state)
+    within = lambda s: (s[0] > 0) & (s[0] < gamma)
+    more = (lambda s: within(s) & ~jnp.all(s[3])) if ends else within
+    _, _, counts, _, drafted, carry = jax.lax.while_loop(more, functools.partial(turn, step), state)
     tokens, probs = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), drafted)
-    return Proposal(tokens, probs, counts), token, offset, carry
+    return Proposal(tokens, probs, counts), carry

@@ -5,11 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from specjax.decoding.drafters.base import Context, Outcome, Prefill
 from specjax.decoding.drafters.drafting import draft
-from specjax.models.language_model import LanguageModel
+from specjax.models.language_model import LanguageModel, consecutive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,12 +22,14 @@ class EarlyExitDrafter:
 
     Attributes:
       stops: whether a row stops drafting where it is unsure.
+      adjusted: whether confidence is that after temperature, see `draft`.
     """
 
     target: LanguageModel
     exit_layer: int
     gamma: int
     stops: bool = False
+    adjusted: bool = False
     taps = ()
 
     def init(self, params, target_params, prefill: Prefill, row_keys):
@@ -55,21 +57,37 @@ class EarlyExitDrafter:
         def put(exits, hidden, offset):
             return jax.lax.dynamic_update_slice_in_dim(exits, hidden, offset, 1)
 
+        def first(carry):
+            state, cache, exits = carry
+            logits, state = self.read_first(params, target_params, state, exits[:, :1], context)
+            return logits, (state, cache, exits)
+
         def step(tokens, offset, carry):
             state, cache, exits = carry
-            hidden, cache = feed(tokens, offset, cache)
+            hidden = jax.lax.dynamic_slice_in_dim(exits, offset, 1, 1)
             logits, state = self.read(params, target_params, state, hidden, first_position + offset)
-            return logits, (state, cache, put(exits, hidden, offset))
+            return logits, (state, cache, exits)
+
+        def behind(tokens, offset, carry):
+            state, cache, exits = carry
+            hidden, cache = feed(tokens, offset, cache)
+            return state, cache, put(exits, hidden, offset)
 
         hidden, target_cache = feed(context.last_two_tokens[:, 1], 0, target_cache)
-        logits, state = self.read_first(params, target_params, state, hidden, context)
         carry = state, target_cache, jnp.pad(hidden, ((0, 0), (0, self.gamma), (0, 0)))
-        proposal, last, offset, carry = draft(context, self.gamma, logits, carry, step, stops=self.stops)
-        state, target_cache, exits = carry
-        hidden, target_cache = feed(last, offset, target_cache)
-        exits = put(exits, hidden, offset)
+        how = {"stops": self.stops, "adjusted": self.adjusted}
+        proposal, (state, target_cache, exits) = draft(context, self.gamma, carry, first, step, behind, **how)
         proposal = dataclasses.replace(proposal, resume_hidden=exits, resume_layer=self.exit_layer)
         return proposal, self.advanced(state, exits), target_cache
+
+    def score(self, params, target_params, texts: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+        """Logits that follow every token of whole texts, without any cache: what drafting would have said there."""
+        return self.target.head(target_params, self.exits_of(target_params, texts))
+
+    def exits_of(self, target_params, texts: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """The target's states at the exit."""
+        span = (0, self.exit_layer)
+        return self.target.extend(target_params, None, texts, consecutive(texts), layers=span)[0]
 
     def commit(self, params, state, outcome: Outcome):
         return state

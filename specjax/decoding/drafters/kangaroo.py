@@ -70,6 +70,10 @@ class KangarooDrafter(EarlyExitDrafter):
         logits = self.adapter.head(params, self.target, target_params, mixed)[:, 0]
         return logits, dataclasses.replace(state, cache=cache)
 
+    def score(self, params, target_params, texts):
+        mixed, _ = self.adapter.extend(params, None, self.exits_of(target_params, texts), consecutive(texts))
+        return self.adapter.head(params, self.target, target_params, mixed)
+
     def advanced(self, state: KangarooState, exits):
         return dataclasses.replace(state, exits=exits)
 

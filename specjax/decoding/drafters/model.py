@@ -30,21 +30,22 @@ class ModelDrafter:
         return self.model.extend(params, cache, prefill.texts, consecutive(prefill.texts))[1]
 
     def propose(self, params, target_params, state, target_cache, context: Context):
-        model, cache = self.model, state
-        # A one-token prompt has no second-last token: feed slots 0 and 1, read slot 0; slot 1 is rewritten later.
-        start = jnp.maximum(context.lengths - 2, 0)
-        positions = start[:, None] + jnp.arange(2)[None]
-        hidden, cache = model.extend(params, cache, context.last_two_tokens, positions)
-        last = (context.lengths - 1 - start)[:, None, None]
-        hidden = jnp.take_along_axis(hidden, last, axis=1)
+        model = self.model
+
+        def first(cache):
+            # A one-token prompt has no second-last token: feed slots 0 and 1, read slot 0; slot 1 is rewritten later.
+            start = jnp.maximum(context.lengths - 2, 0)
+            positions = start[:, None] + jnp.arange(2)[None]
+            hidden, cache = model.extend(params, cache, context.last_two_tokens, positions)
+            last = (context.lengths - 1 - start)[:, None, None]
+            return model.head(params, jnp.take_along_axis(hidden, last, axis=1))[:, 0], cache
 
         def step(tokens, offset, cache):
             positions = context.lengths[:, None] + offset - 1
             hidden, cache = model.extend(params, cache, tokens[:, None], positions)
             return model.head(params, hidden)[:, 0], cache
 
-        logits = model.head(params, hidden)[:, 0]
-        proposal, _, _, cache = draft(context, self.gamma, logits, cache, step, stops=self.stops)
+        proposal, cache = draft(context, self.gamma, state, first, step, stops=self.stops)
         return proposal, cache, target_cache
 
     def commit(self, params, state, outcome: Outcome):

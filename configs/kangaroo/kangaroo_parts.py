@@ -1,0 +1,187 @@
+"""Sections that the configs of this folder share: the target, the training of an adapter, an evaluation."""
+
+import importlib.util
+import pathlib
+
+from ml_collections import ConfigDict
+
+# Where configs/kangaroo/tiny.py leaves its target when it is run as its docstring says.
+TARGET = "runs/kangaroo/target/export"
+
+
+def quickstart(variant: str) -> ConfigDict:
+    """The quickstart's own config, which these vary."""
+    path = pathlib.Path(__file__).parents[1] / "quickstart.py"
+    spec = importlib.util.spec_from_file_location("quickstart", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(variant)
+
+
+def target(variant: str) -> ConfigDict:
+    """Plain training of the target: 16 layers, wide enough that verification is cheap on a CPU."""
+    section = quickstart(variant).target
+    if not variant:
+        section.model.update({"layers": 16, "width": 384, "heads": 6, "kv_heads": 6, "mlp_width": 1024})
+        # Spec-Bench has long prompts; rotary positions cost nothing.
+        section.model.max_positions = 8192
+        section.optimizer.warmup_steps = 40
+        section.train.update({"steps": 420, "eval_every": 140, "checkpoint_every": 140})
+    return section
+
+
+def adapter(
+    variant: str,
+    target: str,
+    *,
+    exit_layer: int,
+    kind: str = "attention",
+    own_head: bool = False,
+    steps: int,
+    divergence: str = "forward_kl",
+    on_policy: float = 0.0,
+    seed: int = 0,
+) -> ConfigDict:
+    """Trains an adapter: the quickstart's distillation, with the adapter as what is trained.
+
+    Args:
+      target: directory of the target, or the stage that trains it.
+      kind: "attention" (the paper's), "layer", "mlp" or "none"; `own_head` a trained head in place of the frozen one.
+      on_policy: share of steps on text that the draft writes itself; the others are on the corpus.
+    """
+    section = quickstart(variant).distilled.copy_and_resolve_references()
+    section.seed = seed
+    section.target = target
+    section.tokenizer.path = target
+    # The shape is the target's: of `model` only the dtypes are read.
+    section.model.init = "adapter"
+    section.adapter = ConfigDict({"exit_layer": exit_layer, "kind": kind, "own_head": own_head})
+    section.data.update({"fixed": 1.0 - on_policy, "draft": on_policy})
+    section.loss.divergence = divergence
+    section.speculative_eval.every = 0
+    if not variant:
+        # The target's forward is what a step costs; an adapter is small and gains more from many steps than large ones.
+        section.data.batch_size = 4
+        section.optimizer.peak_learning_rate = 2e-3
+        section.train.update({"steps": steps, "eval_every": steps // 2, "checkpoint_every": steps // 2})
+    return section
+
+
+def medusa(variant: str, target: str, *, steps: int) -> ConfigDict:
+    """Trains Medusa-1's heads: hard labels of the corpus, the target frozen (arXiv 2401.10774)."""
+    section = adapter(variant, target, exit_layer=1, steps=steps, divergence="cross_entropy")
+    section.model.init = "medusa"
+    del section["adapter"]
+    section.medusa = ConfigDict({"heads": 4, "own_head": True})
+    return section
+
+
+def layers(variant: str, target: str) -> ConfigDict:
+    """The search for layers to skip, as configs/kangaroo/choose_layers.py has it."""
+    path = pathlib.Path(__file__).with_name("choose_layers.py")
+    spec = importlib.util.spec_from_file_location("choose_layers", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    section = module.get_config(variant)
+    section.target = target
+    return section
+
+
+def kangaroo(path: str, gammas: tuple[int, ...], threshold: float, *, adjusted: bool = False) -> dict:
+    """A drafter's section: a block ends behind the first token of which the draft was less sure than the threshold.
+
+    With `adjusted` it is confidence after temperature that counts, in place of that at temperature 1.
+    """
+    rules = {"lossless": gammas, "coupled": ()}
+    return {"kind": "kangaroo", "path": path, "threshold": threshold, "adjusted": adjusted, **rules}
+
+
+def evaluation(variant: str, target: str, drafters: dict, *, temperatures=(0.0,), compare=()) -> ConfigDict:
+    """Batch 1, on prompts of the validation files; parts are not timed."""
+    section = quickstart(variant).evaluation
+    section.target = target
+    section.temperatures = temperatures
+    section.drafters = ConfigDict(drafters)
+    section.compare = compare
+    section.measure_parts = False
+    return section
+
+
+def spec_bench(variant: str, target: str, questions: str, drafters: dict) -> ConfigDict:
+    """A run of Spec-Bench: plain decoding and these drafters on every question, one at a time."""
+    section = ConfigDict()
+    section.binary = "spec_bench"
+    section.seed = 0
+    # Devices along each axis; 1, 1, 1 is one device.
+    section.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1})
+    section.task = ConfigDict({"name": "spec_bench", "path": questions, "seed": 0, "size": 0})
+    section.target = target  # directory of the target
+    section.param_dtype = "float32"  # in which parameters are kept: float32, bfloat16 or float16
+    section.compute_dtype = "auto"  # of activations: float32 on CPU, bfloat16 on accelerators
+    # The first so many questions of each category (0: all); whether the tokenizer's chat template writes the turns.
+    section.selection = ConfigDict({"per_category": 0, "chat": False})
+    section.max_new_tokens = 16 if variant else 1024  # a turn; the paper's
+    section.batch_sizes = (1,)
+    section.temperatures = (0.0,)
+    section.top_k = 0  # 0 is off
+    section.top_p = 1.0  # 1 is off
+    section.drafters = ConfigDict(drafters)
+    section.leniences = ()  # of lossy rules
+    return section
+
+
+def sample_questions() -> str:
+    """A few made-up questions in Spec-Bench's layout."""
+    return str(pathlib.Path(__file__).with_name("sample_questions.jsonl"))
+
+
+def real_scale(variant: str, *, exit_layer: int, learning_rate: float) -> ConfigDict:
+    """An adapter for a checkpoint of one's own, and Spec-Bench with it beside prompt lookup and plain early exit."""
+    config = ConfigDict()
+    config.seed = 0
+    stages = []
+    if variant:
+        config.target, directory = target(variant), "stage:target"
+        corpus, questions = None, sample_questions()
+        stages.append("target")
+        exit_layer = 1
+    else:
+        config.target = ""  # directory of the target
+        config.text = ""  # JSON lines with "prompt" and "completion", loss on completions alone
+        config.questions = ""  # Spec-Bench's question.jsonl
+        directory, corpus, questions = (config.get_ref(key) for key in ("target", "text", "questions"))
+    config.adapter = _real_adapter(variant, directory, corpus, exit_layer=exit_layer, learning_rate=learning_rate)
+    gammas = (2,) if variant else (6,)  # the paper's gamma
+    drafters = {
+        "kangaroo": kangaroo("stage:adapter", gammas, 0.6),  # the paper's threshold
+        "kangaroo_fixed": kangaroo("stage:adapter", gammas, 0.0),
+        "early_exit": {"kind": "early_exit", "exit_layer": exit_layer, "threshold": 0.6, "lossless": gammas},
+        "ngram": {"kind": "ngram", "shortest": 2, "longest": 4, "lossless": gammas},
+    }
+    config.spec_bench = spec_bench(variant, directory, questions, drafters)
+    if not variant:
+        config.spec_bench.param_dtype = "bfloat16"
+        config.spec_bench.selection.chat = True
+        config.spec_bench.mesh.tensor = 8
+    config.stages = (*stages, "adapter", "spec_bench")
+    return config
+
+
+def _real_adapter(variant: str, directory, corpus, *, exit_layer: int, learning_rate: float) -> ConfigDict:
+    """Marked: (paper) is arXiv 2404.18911 or its repository; the rest is ours."""
+    section = adapter(variant, directory, exit_layer=exit_layer, steps=40_000)  # about 20 epochs (paper) of 68k rows
+    if variant:
+        return section
+    section.task = ConfigDict({"name": "prompt_completion", "path": corpus, "seed": 0, "size": 0})
+    section.mesh.fsdp = 8
+    section.model.update({"param_dtype": "bfloat16", "compute_dtype": "bfloat16"})  # the paper: float16
+    # (paper) rows of 2048 tokens, 4 on each of 8 devices.
+    section.data.update({"batch_size": 32, "sequence_length": 2048})
+    section.data.update({"prompt_length_min": 1, "prompt_length_max": 1024})
+    section.loss.chunk = 1024
+    # (paper) the rate, 2000 steps of warm-up, betas 0.9 and 0.95; the paper clips values at 0.5, this the norm.
+    section.optimizer.update({"peak_learning_rate": learning_rate, "warmup_steps": 2000, "weight_decay": 0.0})
+    section.optimizer.clip_norm = 0.5
+    section.train.update({"eval_every": 2000, "checkpoint_every": 2000, "eval_batches": 16, "log_every": 50})
+    section.train.best_metric = "validation_acceptance"
+    return section

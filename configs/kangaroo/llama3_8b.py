@@ -1,0 +1,23 @@
+"""Kangaroo for Llama-3-8B-Instruct: an adapter behind 2 of 32 layers (ours; the paper has no Llama 3), and Spec-Bench.
+
+    python -m specjax.main --config=configs/kangaroo/llama3_8b.py --workdir=runs/llama3_8b \\
+        --config.target=DIR --config.text=FILE --config.questions=FILE
+
+The directory is the Hugging Face checkpoint, the text JSON lines with "prompt" (the conversation so far, as the chat
+template writes it) and "completion", the questions Spec-Bench's question.jsonl. The paper trains on ShareGPT; text that
+the target writes itself is what `--config.adapter.data.target=1 --config.adapter.data.fixed=0` learns from.
+The vocabulary of 128,256 makes the head the dearest part of a draft step.
+
+Hardware: eight accelerators that hold the target together. Not run and not timed: nothing but
+`configs/kangaroo/llama3_8b.py:smoke` (a tiny target, a few steps, made-up questions) has been. Which settings are the
+paper's is marked in configs/kangaroo/kangaroo_parts.py.
+"""
+
+import kangaroo_parts as parts
+from ml_collections import ConfigDict
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    if variant not in ("", "smoke"):
+        raise ValueError(f"configs/kangaroo/llama3_8b.py has one variant, smoke; not {variant!r}.")
+    return parts.real_scale(variant, exit_layer=2, learning_rate=5e-5)

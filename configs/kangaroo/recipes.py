@@ -1,0 +1,58 @@
+"""How an adapter learns best: the paper's recipe against on-policy text and other divergences, over three seeds.
+
+    python -m specjax.main --config=configs/kangaroo/recipes.py --workdir=runs/kangaroo_recipes
+
+The target is that of configs/kangaroo/tiny.py (run its stage `target` first), or another: `--config.target=DIR`.
+For each seed an adapter of each recipe, from the same random start and for equal steps: `paper` (soft labels on the
+corpus: forward KL up to a constant, arXiv 2404.18911), and on text that the draft writes itself (DistillSpec, arXiv
+2310.08461) `on_policy` (forward KL), `reverse_kl`, `jsd`, `tv` (total variation). `paper_clock` is the paper's recipe
+for at least as long by the clock as `on_policy` took. The stage `evaluation` decodes with all of them.
+
+Hardware: 2 CPU cores. What to expect: the tables in configs/kangaroo/README.md.
+`configs/kangaroo/recipes.py:smoke` trains a tiny target of its own and one seed.
+"""
+
+import kangaroo_parts as parts
+from ml_collections import ConfigDict
+
+STEPS = 80
+SEEDS = (0, 1, 2)
+EXIT_LAYER = 2
+RECIPES = {
+    "paper": {},
+    "on_policy": {"on_policy": 1.0},
+    "paper_clock": {},
+    "reverse_kl": {"divergence": "reverse_kl", "on_policy": 1.0},
+    "jsd": {"divergence": "jsd", "on_policy": 1.0},
+    "tv": {"divergence": "total_variation", "on_policy": 1.0},
+}
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    if variant not in ("", "smoke"):
+        raise ValueError(f"configs/kangaroo/recipes.py has one variant, smoke; not {variant!r}.")
+    config = ConfigDict()
+    config.seed = 0
+    stages = []
+    if variant:
+        config.target, target = parts.target(variant), "stage:target"
+        stages.append("target")
+    else:
+        config.target = parts.TARGET  # directory of the target
+        target = config.get_ref("target")
+    names, pairs = [], []
+    for seed in SEEDS[:1] if variant else SEEDS:
+        for recipe, how in RECIPES.items():
+            name = f"{recipe}_{seed}"
+            exit_layer = 1 if variant else EXIT_LAYER
+            config[name] = parts.adapter(variant, target, exit_layer=exit_layer, steps=STEPS, seed=seed, **how)
+            if recipe == "paper_clock":
+                config[name].train.min_seconds_of = f"workdir:on_policy_{seed}"
+            names.append(name)
+        pairs += [(f"{recipe}_{seed}", f"paper_{seed}") for recipe in RECIPES if recipe != "paper"]
+    drafters = {name: parts.kangaroo(f"stage:{name}", (4,), 0.0) for name in names}
+    section = parts.evaluation(variant, target, drafters, temperatures=(0.0, 1.0), compare=tuple(pairs))
+    section.selection.count = 3 if variant else 40
+    config.evaluation = section
+    config.stages = (*stages, *names, "evaluation")
+    return config

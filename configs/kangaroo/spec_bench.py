@@ -1,0 +1,39 @@
+"""Spec-Bench with any drafters: compression rate, CTAR and speed-up by subtask, beside plain decoding.
+
+    python -m specjax.main --config=configs/kangaroo/spec_bench.py --workdir=runs/spec_bench \\
+        --config.target=DIR --config.adapter=DIR --config.questions=FILE
+
+The target is a Hugging Face directory, the adapter one that was trained for it, the file Spec-Bench's question.jsonl
+(480 questions; in MT-bench's categories of two turns, of which the second's prompt holds the first's answer).
+`--config.selection.per_category=5` takes the first few of each category, `--config.selection.chat=true` writes turns as
+the tokenizer's chat template does; `drafters` takes any kind that `specjax/decoding/drafters/table.py` knows. Every
+drafter decodes every prompt right beside plain decoding, and speed-ups count the tokens of both alike.
+
+Hardware: whatever holds the target. Wall-clock time: every question is answered once by each drafter.
+`configs/kangaroo/spec_bench.py:smoke` trains a tiny target and adapter and asks a few made-up questions.
+"""
+
+import kangaroo_parts as parts
+from ml_collections import ConfigDict
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    if variant not in ("", "smoke"):
+        raise ValueError(f"configs/kangaroo/spec_bench.py has one variant, smoke; not {variant!r}.")
+    if variant:
+        config = parts.real_scale(variant, exit_layer=1, learning_rate=1e-3)
+        config.spec_bench.selection.per_category = 1
+        return config
+    config = parts.spec_bench(variant, "", "", {})
+    config.adapter = ""  # directory of an adapter of this target
+    config.questions = ""  # Spec-Bench's question.jsonl, or the folder that holds it
+    config.task.path = config.get_ref("questions")
+    adapter = lambda threshold: parts.kangaroo(config.get_ref("adapter"), (6,), threshold)
+    config.drafters = ConfigDict(
+        {
+            "kangaroo": adapter(0.6),
+            "kangaroo_fixed": adapter(0.0),
+            "ngram": {"kind": "ngram", "shortest": 2, "longest": 4, "lossless": (6,)},
+        }
+    )
+    return config

@@ -1,0 +1,99 @@
+"""Chooses the layers of a target that the drafter "skip_layers" leaves out.
+
+    python -m specjax.choose_layers --config=FILE --workdir=DIR [--config.section.key=value ...]
+
+The target continues a few prompts plainly, and `draft_design.layer_search` judges by that text. A drafter's section
+with `skipped: "workdir:STAGE"` takes the choice of an earlier stage.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from specjax.data import batches, tasks
+from specjax.decoding import batch, loop, rules
+from specjax.decoding.sampling import Sampling
+from specjax.draft_design import layer_search
+from specjax.hub import model as hub_model
+from specjax.reporting import records
+from specjax.runtime import cli
+from specjax.runtime import config as configs
+from specjax.runtime import mesh as meshes
+from specjax.runtime.timing import progress
+
+
+def run(config: Any, workdir: str | Path) -> dict:
+    """Writes `workdir/results.json`: a row for each number of layers left out, one of which is `chosen`.
+
+    Raises:
+      UserError: for models, prompts and settings that do not fit.
+    """
+    mesh = meshes.make_mesh(config.mesh)
+    target = hub_model.load(
+        config.target, param_dtype=config.param_dtype, compute_dtype=config.compute_dtype, mesh=mesh
+    )
+    sampling = Sampling.of(config.temperature)
+    with meshes.use(mesh):
+        tokens, lengths, starts = _texts(config, target, sampling)
+        choices = layer_search.search(
+            target.decoder,
+            target.params,
+            tokens,
+            lengths,
+            starts,
+            sampling=sampling,
+            most_skipped=config.most_skipped,
+            longest_gamma=config.longest_gamma,
+            verify_cost=config.verify_cost,
+        )
+        rows = []
+        with progress(total=config.most_skipped, description="choose layers", unit="layer") as bar:
+            for choice in choices:
+                rows.append({"target": config.target, **dataclasses.asdict(choice)})
+                bar.update(1)
+    best = max(rows, key=lambda row: row["predicted_speedup"])
+    rows = [{**row, "chosen": row is best} for row in rows]
+    path = Path(workdir) / "results.json"
+    records.write_results(path, binary="choose_layers", config=configs.to_plain(config), rows=rows)
+    return records.read_results(path)
+
+
+def _texts(config: Any, target: hub_model.Model, sampling: Sampling):
+    """The prompts as the target continues them: padded tokens, lengths, and where each continuation starts."""
+    selection = config.selection
+    prompts = batches.evaluation_prompts(
+        tasks.load_task(config.task),
+        target.tokenizer,
+        count=selection.count,
+        prompt_length=(selection.length_min, selection.length_max),
+        chat=selection.chat,
+        seed=config.seed,
+    )
+    ids = [prompt.tokens for prompt in prompts]
+    limits = {"vocab_size": target.decoder.vocab_size, "max_positions": target.decoder.config.max_positions}
+    batch.check_prompts(ids, max_new_tokens=config.max_new_tokens, **limits)
+    slots = batch.prompt_slots(ids)
+    capacity = batch.capacity_bucket(target.decoder.text_slots(slots), config.max_new_tokens, 0)
+    plan = loop.Plan(target.decoder, None, rules.rule_named("lossless"), 0, capacity, config.temperature == 0)
+    result = batch.decode(
+        plan,
+        target.params,
+        None,
+        ids,
+        slots=slots,
+        indices=range(len(ids)),
+        seed=config.seed,
+        sampling=sampling,
+        max_new_tokens=config.max_new_tokens,
+        eos_ids=target.tokenizer.eos_ids,
+        put=batch.placer(target.mesh),
+    )
+    texts = [(*prompt, *emitted) for prompt, emitted in zip(ids, result.tokens, strict=True)]
+    tokens, lengths = batch.pad(texts, batch.prompt_slots(texts))
+    return tokens, lengths, np.asarray([len(prompt) for prompt in ids], np.int32)
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.launch(run, "specjax.choose_layers"))

@@ -1,0 +1,77 @@
+"""Spec-Bench (github.com/hemingkx/Spec-Bench): questions of one or two turns, whose second holds the first's answer."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from specjax.data import layouts
+from specjax.hub.tokenizer import Tokenizer
+from specjax.runtime.errors import UserError
+
+# MT-bench's categories, of two turns each, are one subtask; every other category is its own.
+MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
+
+# What stands between turns where no chat template says it.
+_GAP = "\n\n"
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """One question of the file.
+
+    Attributes:
+      number: its `question_id`.
+      category: as the file says.
+      turns: what the user says, in order.
+    """
+
+    number: int | str
+    category: str
+    turns: tuple[str, ...]
+
+    @property
+    def subtask(self) -> str:
+        return "mt_bench" if self.category in MT_BENCH else self.category
+
+
+def read_questions(path: str | Path) -> list[Question]:
+    """Reads `question.jsonl`, or the folder that holds it.
+
+    Raises:
+      UserError: with the line's number, for a record that is no question, or one that has other turns than its
+        category has (two in MT-bench's, elsewhere as many as the category's first question).
+    """
+    path = Path(path)
+    path = path / "question.jsonl" if path.is_dir() else path
+    usual = dict.fromkeys(MT_BENCH, 2)
+
+    def parse(record: layouts.Record, where: str) -> Question:
+        layouts.parse_spec_bench(record, where)
+        turns = tuple(layouts.field({"turns": turn}, "turns", where) for turn in record["turns"])
+        category = record["category"]
+        expected = usual.setdefault(category, len(turns))
+        if len(turns) != expected or not all(turn.strip() for turn in turns):
+            filled = sum(bool(turn.strip()) for turn in turns)
+            raise UserError(
+                f'{where}: question {record["question_id"]} of category "{category}" has {filled} '
+                f"turn{'s' * (filled != 1)} that say something, not {expected}; add what is missing"
+            )
+        return Question(record["question_id"], category, turns)
+
+    questions = layouts.read_jsonl(path, parse)
+    if not questions:
+        raise UserError(f"{path} has no questions; name Spec-Bench's question.jsonl")
+    return questions
+
+
+def prompt_ids(tokenizer: Tokenizer, turns: Sequence[str], answers: Sequence[str], *, chat: bool) -> tuple[int, ...]:
+    """The ids of a conversation up to the turn that is to be answered: the one behind the last answer.
+
+    With `chat` as the tokenizer's template writes it, otherwise as texts with an empty line between them.
+    """
+    asked = turns[: len(answers) + 1]
+    said = [text for pair in zip(asked, answers, strict=False) for text in pair] + [asked[-1]]
+    if not chat:
+        return tuple(tokenizer.encode_prompt(_GAP.join(said)))
+    roles = ("user", "assistant")
+    return tuple(tokenizer.apply_chat([{"role": roles[i % 2], "content": text} for i, text in enumerate(said)]))

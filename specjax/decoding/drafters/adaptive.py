@@ -1,0 +1,123 @@
+"""A draft length that each row picks block by block, from what was accepted so far and from what blocks cost."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from specjax.decoding.drafters.base import Context, Outcome, Prefill
+from specjax.runtime.errors import UserError
+
+# What a block leaves of the evidence before it: the last twenty blocks or so decide.
+_MEMORY = 0.95
+# Tokens that count as drafted and accepted before any were: what is not known is hoped for, and so is tried.
+_HOPE = 2.0
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+    """What a row has seen.
+
+    Attributes:
+      inner: the state of the drafter whose length is picked.
+      reached: how often position i of a block was drafted and all before it stood, fading.
+      accepted: how often it stood then, fading.
+      drafted: tokens of the block that is being verified.
+    """
+
+    inner: Any
+    reached: Float[Array, "B gamma"]
+    accepted: Float[Array, "B gamma"]
+    drafted: Int[Array, "B"]
+
+
+def best_lengths(
+    reached: Float[Array, "B gamma"], accepted: Float[Array, "B gamma"], costs: Float[Array, "gamma_plus_1"]
+) -> Int[Array, "B"]:
+    """For each row the number of tokens, 0 .. gamma, by which a block is expected to emit most at its cost.
+
+    Position i stands with the share that it had so far, as far as that is known; else with the row's share over all
+    positions; and where nothing is known, surely:
+
+        row = (sum accepted + h) / (sum reached + h),   share_i = (accepted_i + h * row) / (reached_i + h)
+
+    A block of g tokens emits 1 + share_1 + share_1 share_2 + .. tokens (its positions are independent here).
+    """
+    row = (jnp.sum(accepted, axis=1, keepdims=True) + _HOPE) / (jnp.sum(reached, axis=1, keepdims=True) + _HOPE)
+    shares = (accepted + _HOPE * row) / (reached + _HOPE)
+    further = jnp.cumsum(jnp.cumprod(shares, axis=1), axis=1)
+    emitted = 1 + jnp.pad(further, ((0, 0), (1, 0)))
+    return jnp.argmax(emitted / costs[None], axis=1).astype(jnp.int32)
+
+
+def block_costs(draft: float, column: float, gamma: int) -> tuple[float, ...]:
+    """Costs of blocks that draft 0 .. gamma tokens, relative to a plain step, where each token costs the same.
+
+    Args:
+      draft: a drafted token.
+      column: one more column of verification.
+
+    Raises:
+      UserError: for costs that are not positive.
+    """
+    if not (draft > 0 and column > 0):
+        raise UserError(
+            f"costs are those of a drafted token and of verifying it, relative to a plain step, and positive; "
+            f"not {draft} and {column}."
+        )
+    return tuple(1 + drafted * (draft + column) for drafted in range(gamma + 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptiveDrafter:
+    """Lets another drafter draft as many tokens as have paid so far; none where no number of them pays.
+
+    Evidence fades, so a row that has stopped drafting becomes hopeful again and tries: seldom enough to cost little.
+    Where drafting does not pay even if everything is accepted, it never does.
+
+    Law: the number is fixed before the block, by what the row emitted and what was accepted of it, so a block is an
+    exact one of that length. Positions behind a refusal are left out of the evidence, drafted or not: the noise of such
+    a position is drawn again in the next block, whose tokens must not depend on it. Each row picks by itself, and its
+    text depends on no other; a batch pays for its longest block. Where tokens are sampled, the text depends on the
+    costs (its law does not): measured ones do not repeat from run to run.
+
+    Attributes:
+      inner: the drafter whose length is picked.
+    """
+
+    inner: Any
+    gamma: int
+    stops = True
+    idles = True
+
+    @property
+    def taps(self):
+        return self.inner.taps
+
+    def init(self, params, target_params, prefill: Prefill, row_keys):
+        batch = prefill.lengths.shape[0]
+        nothing, none = jnp.zeros((batch, self.gamma), jnp.float32), jnp.zeros((batch,), jnp.int32)
+        return Evidence(self.inner.init(params, target_params, prefill, row_keys), nothing, nothing, none)
+
+    def propose(self, params, target_params, state: Evidence, target_cache, context: Context):
+        if context.sampling.costs is None:
+            raise ValueError("An adaptive draft length needs the costs of blocks: Sampling.of(..., costs=...).")
+        most = best_lengths(state.reached, state.accepted, context.sampling.costs)
+        context = dataclasses.replace(context, most=most)
+        proposal, inner, target_cache = self.inner.propose(params, target_params, state.inner, target_cache, context)
+        drafted = jnp.where(context.live, jnp.minimum(proposal.num_drafted, most), 0)
+        proposal = dataclasses.replace(proposal, num_drafted=drafted)
+        return proposal, dataclasses.replace(state, inner=inner, drafted=drafted), target_cache
+
+    def commit(self, params, state: Evidence, outcome: Outcome):
+        index, stood = jnp.arange(self.gamma, dtype=jnp.int32)[None], outcome.num_accepted[:, None]
+        reached = (index < state.drafted[:, None]) & (index <= stood)
+        return Evidence(
+            self.inner.commit(params, state.inner, outcome),
+            _MEMORY * state.reached + reached.astype(jnp.float32),
+            _MEMORY * state.accepted + (reached & (index < stood)).astype(jnp.float32),
+            state.drafted,
+        )

@@ -1,0 +1,61 @@
+"""Heads on the target's last hidden state as the draft (Medusa-1 without a tree, arXiv 2401.10774)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from specjax.decoding.drafters.base import Context, Outcome, Prefill
+from specjax.decoding.drafters.drafting import draft
+from specjax.models.language_model import LanguageModel
+from specjax.models.medusa import MedusaHeads
+
+
+@dataclasses.dataclass(frozen=True)
+class MedusaDrafter:
+    """Drafts the k-th token of a block from head k, all heads on one hidden state.
+
+    The pending token is in no cache yet, so the state is that of the committed token before it, which verification has
+    just computed: the target's own head made the pending token of it, and head k the guess k places behind. The guesses
+    are independent given that state, so their distributions are what they are drawn from, and sampling is lossless.
+    A text of one token has no token before the pending one: its first block reads the pending token's own state, from
+    prefill, and guesses poorly.
+
+    Attributes:
+      stops: whether a row stops drafting where it is unsure.
+    """
+
+    target: LanguageModel
+    heads: MedusaHeads
+    gamma: int
+    stops: bool = False
+
+    @property
+    def taps(self):
+        return (self.target.layers,)
+
+    def init(self, params, target_params, prefill: Prefill, row_keys) -> Float[Array, "B 1 D"]:
+        return _at(prefill.tap_states[0], prefill.text_lengths - 2)
+
+    def propose(self, params, target_params, state: Float[Array, "B 1 D"], target_cache, context: Context):
+        heads, params = self.heads.first(params, self.gamma)
+
+        def first(_):
+            logits = heads.head(params, self.target, target_params, state)
+            return logits[:, 0], logits
+
+        def step(tokens, offset, logits):
+            return jax.lax.dynamic_index_in_dim(logits, offset, 1, keepdims=False), logits
+
+        none = jnp.zeros((state.shape[0], self.gamma, self.target.vocab_size), jnp.float32)
+        proposal, _ = draft(context, self.gamma, none, first, step, stops=self.stops)
+        return proposal, state, target_cache
+
+    def commit(self, params, state, outcome: Outcome):
+        # The state of the last token that stands: behind it came the token that is pending now.
+        return _at(outcome.tap_states[0], outcome.num_emitted - 1)
+
+
+def _at(states: Float[Array, "B T D"], index) -> Float[Array, "B 1 D"]:
+    return jnp.take_along_axis(states, jnp.maximum(index, 0)[:, None, None], axis=1)

@@ -1,0 +1,51 @@
+"""The target with some of its layers left out as the draft: nothing to train, nothing to keep (arXiv 2309.08168)."""
+
+import dataclasses
+import itertools
+
+from specjax.decoding.drafters.base import Context, Outcome, Prefill
+from specjax.decoding.drafters.drafting import draft
+from specjax.models.language_model import LanguageModel
+
+
+@dataclasses.dataclass(frozen=True)
+class SkipLayersDrafter:
+    """Drafts with the target's layers less those in `skipped`, its own norm and head behind them.
+
+    The draft reads the target's cache, in which every committed token has the keys and values of a whole forward, and
+    writes those of the pending and the drafted tokens there. Verification runs all layers on the same tokens and writes
+    the same slots anew, so a second cache, its prefill and its catching up are not needed.
+
+    Attributes:
+      skipped: numbers of the layers left out, ascending.
+      stops: whether a row stops drafting where it is unsure.
+    """
+
+    target: LanguageModel
+    skipped: tuple[int, ...]
+    gamma: int
+    stops: bool = False
+    taps = ()
+
+    @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """The layers that run, as ranges (lo, hi)."""
+        edges = (-1, *self.skipped, self.target.layers)
+        return tuple((lo + 1, hi) for lo, hi in itertools.pairwise(edges) if lo + 1 < hi)
+
+    def init(self, params, target_params, prefill: Prefill, row_keys):
+        return ()
+
+    def propose(self, params, target_params, state, target_cache, context: Context):
+        def step(tokens, offset, cache):
+            positions, hidden = context.lengths[:, None] - 1 + offset, tokens[:, None]
+            for span in self.spans:
+                hidden, cache = self.target.extend(target_params, cache, hidden, positions, layers=span)
+            return self.target.head(target_params, hidden)[:, 0], cache
+
+        first = lambda cache: step(context.last_two_tokens[:, 1], 0, cache)
+        proposal, cache = draft(context, self.gamma, target_cache, first, step, stops=self.stops)
+        return proposal, state, cache
+
+    def commit(self, params, state, outcome: Outcome):
+        return state

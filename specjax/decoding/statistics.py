@@ -1,0 +1,50 @@
+"""What a decode counts, on the device: nothing that lies beyond a row's end."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """Counts a row, over its live blocks only; what lies beyond EOS or the limit counts nowhere.
+
+    Arrays of the device while decoding, of numpy once fetched.
+
+    Attributes:
+      target_calls: verification passes.
+      drafted: tokens drafted.
+      drafted_at: how often position i of a block was drafted and reached (all before it accepted).
+      accepted_at: how often it was accepted and emitted.
+      emitted_more_than: target calls that emitted more than w tokens, w = 1 .. gamma.
+    """
+
+    target_calls: Int[Array | np.ndarray, "B"]
+    drafted: Int[Array | np.ndarray, "B"]
+    drafted_at: Int[Array | np.ndarray, "B gamma"]
+    accepted_at: Int[Array | np.ndarray, "B gamma"]
+    emitted_more_than: Int[Array | np.ndarray, "B gamma"]
+
+    @classmethod
+    def zeros(cls, batch: int, gamma: int) -> "Statistics":
+        row, wide = jnp.zeros((batch,), jnp.int32), jnp.zeros((batch, gamma), jnp.int32)
+        return cls(row, row, wide, wide, wide)
+
+    def after(
+        self, num_accepted: Int[Array, "B"], num_emitted: Int[Array, "B"], num_drafted: Int[Array, "B"]
+    ) -> "Statistics":
+        """The counts behind a block: accepted by the rule, emitted and drafted within the row's limits."""
+        index = jnp.arange(self.drafted_at.shape[1], dtype=jnp.int32)[None]
+        stood = jnp.minimum(num_accepted, num_emitted)[:, None]
+        ones = lambda happened: happened.astype(jnp.int32)
+        return Statistics(
+            target_calls=self.target_calls + ones(num_emitted > 0),
+            drafted=self.drafted + num_drafted,
+            drafted_at=self.drafted_at + ones((index < num_drafted[:, None]) & (index <= stood)),
+            accepted_at=self.accepted_at + ones(index < stood),
+            emitted_more_than=self.emitted_more_than + ones(num_emitted[:, None] > index + 1),
+        )

@@ -1,0 +1,97 @@
+"""Several runs of one config as one small record, for `make tables`.
+
+    python -m specjax.reporting.condense configs/records/lossy.json runs/lossy_0 runs/lossy_1 runs/lossy_2
+
+The rows of every stage that has finished, each with its `stage` and the `run_seed` of its run, and of their keys those
+that tables and figures read. A run that is not finished gives what it has.
+"""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from specjax.reporting import records
+from specjax.runtime.errors import UserError
+
+# Of a training stage's rows and of an evaluation's.
+KEPT = (
+    *("task", "seed", "divergence", "params", "steps", "train_seconds", "validation_loss", "validation_acceptance"),
+    *("prompts", "drafter", "rule", "lenience", "gamma", "temperature", "batch_size"),
+    *("block_efficiency", "block_efficiency_ci", "acceptance_rate", "tokens_per_second", "speedup", "speedup_ci"),
+    *("threshold", "drafted_tokens", "ctar", "confidence", "identical_to_baseline", "subtask", "questions"),
+    *("draft_step_seconds", "target_step_seconds", "verify_seconds", "rule_seconds", "cost_ratio", "predicted_speedup"),
+    *("quality", "quality_ci", "quality_difference", "quality_difference_ci"),
+)
+
+
+def condensed(workdirs: Sequence[str | Path]) -> dict:
+    """The record of these runs; its config and environment are those of the first.
+
+    Raises:
+      UserError: for a folder without a config.json, runs whose configs differ in more than their seeds, two runs of
+        one seed, and runs without a finished stage.
+    """
+    rows, seeds, first, environment = [], [], None, None
+    for workdir in map(Path, workdirs):
+        config = _config(workdir)
+        if config["seed"] in seeds:
+            raise UserError(f"{workdir} is another run of seed {config['seed']}; give one run of each seed")
+        seeds.append(config["seed"])
+        first = first or config
+        if _without_seeds(config) != _without_seeds(first):
+            raise UserError(f"{workdir} is of another config than {workdirs[0]}; join runs that differ in seed alone")
+        for stage in config["stages"]:
+            path = workdir / stage / "results.json"
+            if path.exists():
+                result = records.read_results(path)
+                environment = environment or result["environment"]
+                rows += [_row(row, stage, config["seed"]) for row in result["rows"]]
+    if not rows:
+        raise UserError(f"no stage of {', '.join(map(str, workdirs))} has finished; let one finish first")
+    made = {"schema": records.SCHEMA, "binary": "condensed", "config": first, "environment": environment}
+    return {**made, "rows": rows}
+
+
+def _config(workdir: Path) -> dict:
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise UserError(f"there is no {path}; name the workdir of a run")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if "stages" not in config:
+        raise UserError(f"{path} is of a run without stages; its results.json is a record already")
+    return config
+
+
+def _without_seeds(config: object) -> object:
+    if not isinstance(config, dict):
+        return config
+    return {key: _without_seeds(value) for key, value in config.items() if key != "seed"}
+
+
+def _row(row: Mapping, stage: str, run_seed: int) -> dict:
+    return {"stage": stage, "run_seed": run_seed, **{key: row[key] for key in KEPT if key in row}}
+
+
+def written(record: Mapping) -> str:
+    """The record as JSON, a row a line."""
+    head = {key: value for key, value in record.items() if key != "rows"}
+    rows = ",\n".join(json.dumps(row) for row in record["rows"])
+    return json.dumps(head, sort_keys=True)[:-1] + ', "rows": [\n' + rows + "\n]}\n"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Writes the record; returns the exit code, 2 for a mistake of the user's."""
+    if len(arguments) < 2:
+        print("error: give the record to write and then the workdirs of its runs", file=sys.stderr)
+        return 2
+    try:
+        records.write_atomically(arguments[0], written(condensed(arguments[1:])))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,112 @@
+"""Figures of Kangaroo's page and of a Spec-Bench report, drawn from records."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from specjax.reporting import page, plots
+from specjax.reporting.kangaroo_tables import OVERALL, exit_lines, histogram_row, rows_of
+from specjax.reporting.plots import Mark
+
+
+def _mark(x: float, row: Mapping, key: str) -> Mark:
+    return Mark(x, None, row[key], row.get(f"{key}_ci"))
+
+
+def _shares(counts: Sequence[int]) -> list[Mark]:
+    """A histogram over [0, 1] as the polygon through the middles of its bins."""
+    total = max(sum(counts), 1)
+    return [Mark((i + 0.5) / len(counts), None, count / total, None) for i, count in enumerate(counts)]
+
+
+def ablations(record: Mapping, path: Path) -> None:
+    """Speed-up and compression rate by exit layer and by threshold, a line each gamma; confidence of both fates."""
+    panels, axes = {}, []
+    measures = {"speed-up": "speedup", "compression rate": "block_efficiency"}
+    lines = exit_lines(record)
+    for said, key in measures.items():
+        series = {
+            kind: [_mark(line["exit layer"], line[kind], key) for line in lines] for kind in ("threshold", "fixed")
+        }
+        panels[f"Exit layer: {said}"] = series
+        axes.append(("layers before the exit", said))
+    rows = [row for row in rows_of(record, "grid") if row["gamma"]]
+    for said, key in measures.items():
+        series = {}
+        for row in sorted(rows, key=lambda row: (row["gamma"], row["threshold"])):
+            series.setdefault(f"gamma {row['gamma']}", []).append(_mark(row["threshold"], row, key))
+        panels[f"Threshold: {said}"] = series
+        axes.append(("threshold (0: none)", said))
+    row = histogram_row(record)
+    if row is not None:
+        panels["Drafted tokens by confidence"] = {
+            fate: _shares(row["confidence"][fate]) for fate in ("accepted", "rejected")
+        }
+        axes.append(("confidence (largest probability at temperature 1)", "share of tokens"))
+    plots.tradeoff_figure(panels, path, axes=axes)
+
+
+def spec_bench(record: Mapping, path: Path) -> None:
+    """Speed-up by subtask and drafter, with intervals; chances of w accepted guesses in a row (CTAR), all questions."""
+    rows = [row for row in record["rows"] if "subtask" in row and row["gamma"]]
+    name = lambda row: f"{row['drafter']}, gamma {row['gamma']}, T {row['temperature']:g}"
+    names = list(dict.fromkeys(map(name, rows)))
+    subtasks = list(dict.fromkeys(row["subtask"] for row in rows))
+    looks = plots.looks_of((), names)
+
+    def draw_speed(axes, theme: plots.Theme) -> None:
+        axes.axhline(1, color=theme.ink, linewidth=1.1)
+        width = 0.8 / len(names)
+        for place, drafter in enumerate(names):
+            mine = {row["subtask"]: row for row in rows if name(row) == drafter}
+            color, _ = looks(theme, drafter)
+            at = np.arange(len(subtasks)) + width * (place - (len(names) - 1) / 2)
+            axes.bar(at, [mine[subtask]["speedup"] for subtask in subtasks], width, color=color, label=drafter)
+            for x, subtask in zip(at, subtasks, strict=True):
+                if mine[subtask]["speedup_ci"]:
+                    axes.vlines(x, *mine[subtask]["speedup_ci"], color=theme.ink, linewidth=0.8)
+        axes.set_xticks(range(len(subtasks)), [s.replace("_", "\n") for s in subtasks], fontsize=7)
+        axes.set_ylabel("speed-up")
+
+    def draw_ctar(axes, theme: plots.Theme) -> None:
+        for row in rows:
+            if row["subtask"] == OVERALL:
+                color, marker = looks(theme, name(row))
+                axes.plot(1 + np.arange(len(row["ctar"])), row["ctar"], color=color, marker=marker, label=name(row))
+        axes.set_xlabel("w, guesses in a row")
+        axes.set_ylabel("CTAR(w), all questions")
+
+    panels = {"Speed-up by subtask": {"draw": draw_speed}, "All guesses accepted": {"draw": draw_ctar}} if rows else {}
+    plots.save_panels(path, panels, names, lambda axes, theme, series: series["draw"](axes, theme))
+
+
+def write_spec_bench(workdir: Path, results: Mapping) -> None:
+    """report.html and figures/spec_bench.png of a run of Spec-Bench; says where."""
+    rows = [row for row in results["rows"] if row["gamma"]]
+    blocks = []
+    if rows:
+        figure = workdir / "figures" / "spec_bench.png"
+        spec_bench(results, figure)
+        blocks.append(page.Figures([page.Figure(figure, "By subtask, with 95% intervals over questions.")]))
+    keys = ("subtask", "drafter", "temperature", "gamma", "threshold", "questions", "block_efficiency")
+    keys = (*keys, "acceptance_rate", "tokens_per_second", "speedup", "identical_to_baseline")
+    blocks.append(page.rows_table(results["rows"], keys))
+    intro = "Every question beside plain decoding; a second turn's prompt holds plain decoding's answer to the first."
+    settings = page.Section("Settings", [page.Details("Config", results["config"])])
+    path = workdir / "report.html"
+    page.write_report(
+        path,
+        title="Spec-Bench",
+        subtitle=workdir.name,
+        environment=results["environment"],
+        sections=[page.Section("Results", blocks, intro), settings],
+    )
+    print(f"report: {path}")
+
+
+# The name of a record -> what draws its figure; joined into `sync.FIGURES`.
+FIGURES: dict[str, Callable[[Mapping, Path], None]] = {
+    "kangaroo_ablations": ablations,
+    "kangaroo_spec_bench": spec_bench,
+}

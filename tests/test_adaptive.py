@@ -1,0 +1,301 @@
+"""The adaptive draft length: its law, what it learns from, when it gives up and tries again, what it costs."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_kangaroo
+import tiny
+from enumeration import Tables, block_law
+from test_exactness import (
+    COUPLED,
+    EOS,
+    GREEDY,
+    LAW_EMITTED,
+    LAW_GAMMA,
+    LAW_PROMPTS,
+    LAW_VOCAB,
+    assert_same_tokens,
+    law_p_value,
+    row_limits,
+)
+
+from specjax.decoding import loop
+from specjax.decoding.drafters import adaptive
+from specjax.decoding.drafters.adaptive import AdaptiveDrafter, Evidence, best_lengths, block_costs
+from specjax.decoding.drafters.base import Outcome, Proposal
+from specjax.decoding.drafters.table import make_drafter
+from specjax.decoding.rules import Lossless
+from specjax.decoding.sampling import Sampling
+from specjax.runtime.errors import UserError
+
+models, pair = test_kangaroo.models, test_kangaroo.pair  # fixtures
+GAMMA = 4
+
+
+# --- what is picked ------------------------------------------------------------------------------------------------
+
+
+def picked(reached, accepted, costs):
+    return int(best_lengths(*(jnp.asarray([x], jnp.float32) for x in (reached, accepted)), jnp.asarray(costs))[0])
+
+
+def test_the_length_picked_is_the_one_that_emits_most_at_its_cost():
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        reached = random.uniform(0, 20, GAMMA)
+        accepted = reached * random.uniform(0, 1, GAMMA)
+        costs = np.cumsum(random.uniform(0.05, 0.7, GAMMA + 1)) + 1
+        row = (accepted.sum() + 2) / (reached.sum() + 2)
+        shares = (accepted + 2 * row) / (reached + 2)
+        rates = [(1 + sum(np.prod(shares[:i]) for i in range(1, g + 1))) / costs[g] for g in range(GAMMA + 1)]
+        assert picked(reached, accepted, costs) == int(np.argmax(rates))
+
+
+def test_what_is_accepted_lengthens_the_draft_and_what_costs_shortens_it():
+    costs = block_costs(0.2, 0.1, GAMMA)
+    assert costs == pytest.approx((1, 1.3, 1.6, 1.9, 2.2))
+    none, seen = np.zeros(GAMMA), np.full(GAMMA, 20.0)
+    assert picked(none, none, costs) == GAMMA, "nothing is known yet: hope"
+    by_share = [picked(seen, share * seen, costs) for share in (0, 0.2, 0.4, 0.6, 0.8, 1.0)]
+    assert by_share == sorted(by_share) and by_share[0] == 0 and by_share[-1] == GAMMA and len(set(by_share)) > 2
+    by_cost = [picked(seen, 0.6 * seen, block_costs(draft, 0.05, GAMMA)) for draft in (0.01, 0.1, 0.2, 0.4, 0.8)]
+    assert by_cost == sorted(by_cost, reverse=True) and by_cost[0] == GAMMA and by_cost[-1] == 0
+    # Heads that are right about the next token and wrong beyond it draft one.
+    assert picked(seen, seen * [0.9, 0.05, 0.05, 0.05], costs) == 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Anything:
+    """Drafts gamma tokens, whatever they are."""
+
+    gamma: int
+    taps = ()
+
+    def init(self, params, target_params, prefill, row_keys):
+        return ()
+
+    def propose(self, params, target_params, state, target_cache, context):
+        shape = (context.lengths.shape[0], self.gamma)
+        counts = jnp.full(shape[:1], self.gamma, jnp.int32)
+        return Proposal(jnp.zeros(shape, jnp.int32), None, counts), state, target_cache
+
+    def commit(self, params, state, outcome):
+        return state
+
+
+def told(drafter, state, drafted, accepted):
+    """The state behind blocks of which so many tokens were drafted and accepted."""
+    state = dataclasses.replace(state, drafted=jnp.asarray(drafted, jnp.int32))
+    stood = jnp.asarray(accepted, jnp.int32)
+    tokens = jnp.zeros((len(drafted), drafter.gamma + 1), jnp.int32)
+    return drafter.commit((), state, Outcome(tokens, stood + 1, stood, stood, ()))
+
+
+def fresh(rows, gamma=GAMMA):
+    zeros = jnp.zeros((rows, gamma), jnp.float32)
+    return Evidence((), zeros, zeros, jnp.zeros((rows,), jnp.int32))
+
+
+def test_only_positions_that_were_reached_count():
+    state = told(AdaptiveDrafter(Anything(GAMMA), GAMMA), fresh(4), [4, 4, 2, 0], [1, 4, 2, 0])
+    np.testing.assert_array_equal(np.asarray(state.reached), [[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]])
+    np.testing.assert_array_equal(np.asarray(state.accepted), [[1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]])
+
+
+def test_a_row_whose_drafts_are_refused_stops_drafting_and_tries_again_now_and_then():
+    drafter, costs, state = AdaptiveDrafter(Anything(GAMMA), GAMMA), jnp.asarray(block_costs(0.4, 0.1, GAMMA)), fresh(2)
+    lengths = []
+    for block in range(200):
+        most = np.asarray(best_lengths(state.reached, state.accepted, costs))
+        lengths.append(most.tolist())
+        # Row 0 is always refused; row 1 is until block 100, and then never.
+        state = told(drafter, state, most, [0, most[1] if block >= 100 else 0])
+    refused, changing = np.asarray(lengths).T
+    assert refused[0] == GAMMA and (refused[20:] == 0).mean() > 0.85
+    assert (refused[-50:] > 0).any(), "it has to try again"
+    assert (changing[-50:] == GAMMA).all(), "and to notice that drafting pays by now"
+
+
+def test_what_cannot_pay_is_never_tried_and_what_costs_nothing_always_is():
+    none = np.zeros(GAMMA)
+    assert picked(none, none, block_costs(1.0, 0.1, GAMMA)) == 0
+    assert picked(np.full(GAMMA, 20.0), np.full(GAMMA, 2.0), [1.0] * (GAMMA + 1)) == GAMMA
+
+
+# --- the law -------------------------------------------------------------------------------------------------------
+
+
+class Forced(Tables):
+    """Tables of which every block drafts `count` tokens."""
+
+    count = 0
+
+    def num_drafted(self, context):
+        return self.count
+
+
+def adaptive_law(tables, laws, pick, learn, state, context, emitted):
+    """The joint law of the next tokens where each block's length is picked from what the blocks before it did."""
+    if emitted == 0:
+        return np.ones(())
+    joint = np.zeros((tables.vocab,) * emitted)
+    length = pick(state)
+    for (start, stood), chances in laws[length].items():
+        if start != context:
+            continue
+        if len(stood) >= emitted:
+            joint[stood[:emitted]] += chances.sum()
+            continue
+        after = learn(state, length, len(stood))
+        for token in np.flatnonzero(chances):
+            rest = emitted - len(stood) - 1
+            further = adaptive_law(tables, laws, pick, learn, after, (*context, *stood, int(token)), rest)
+            joint[(*stood, token)] += chances[token] * further
+    return joint
+
+
+@pytest.mark.parametrize("one_hot", [False, True], ids=["sampled", "one_hot"])
+def test_the_joint_law_is_the_targets_whatever_was_accepted_before(one_hot):
+    gamma, emitted = 2, 4
+    tables = Forced(5, 3, gamma, False)
+    tables.target_law((), emitted)  # draws every context once, whatever is drafted
+    laws = []
+    for tables.count in range(gamma + 1):
+        laws.append(block_law(Lossless(), tables, one_hot, depth=emitted))
+    drafter, costs = AdaptiveDrafter(Anything(gamma), gamma), jnp.asarray(block_costs(0.3, 0.1, gamma), jnp.float32)
+    lengths = {}
+
+    def pick(state):
+        length = int(best_lengths(state.reached, state.accepted, costs)[0])
+        lengths[length] = lengths.get(length, 0) + 1
+        return length
+
+    learn = lambda state, length, stood: told(drafter, state, [length], [stood])
+    law = adaptive_law(tables, laws, pick, learn, fresh(1, gamma), (), emitted)
+    np.testing.assert_allclose(law, tables.target_law((), emitted), atol=1e-6)
+    assert set(lengths) == {0, 1, 2}, "every length has to occur"
+
+
+def law_plan(law_models, kind, threshold=0.0):
+    target, _, draft, _, adapter, _ = law_models
+    options = {"model": draft, "adapter": adapter, "threshold": threshold, "adaptive": True}
+    slots = len(LAW_PROMPTS[0])
+    return tiny.plan(target, kind, options, gamma=LAW_GAMMA, slots=slots, max_new=LAW_EMITTED + 2)
+
+
+law_models = test_kangaroo.law_models
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "threshold"), [("model", 0.0), ("kangaroo", 0.5)])
+def test_the_loop_samples_the_targets_law(law_models, kind, threshold):
+    assert law_models[0].vocab_size == LAW_VOCAB
+    models = test_kangaroo.law_arguments(law_models, kind)
+    adjust = Sampling.of(1.0, threshold=threshold, costs=block_costs(0.4, 0.1, LAW_GAMMA))
+    assert law_p_value(models, law_plan(law_models, kind, threshold), adjust) > 1e-4
+
+
+# --- token for token -----------------------------------------------------------------------------------------------
+
+OPTIONS = {
+    "model": lambda target, adapter: {"model": target},
+    "kangaroo": lambda target, adapter: {"adapter": adapter},
+    "medusa": lambda target, adapter: {"adapter": tiny.heads(target)},
+    "skip_layers": lambda target, adapter: {"skipped": (0,)},
+    "early_exit": lambda target, adapter: {"exit_layer": 1},
+    "ngram": lambda target, adapter: {"shortest": 1, "longest": 2},
+}
+
+
+def plan_and_params(models, pair, kind, threshold=0.0, **how):
+    target, params, adapter, adapter_params = models
+    options = {**OPTIONS[kind](target, adapter), "threshold": threshold, "adaptive": True}
+    own = {"kangaroo": adapter_params, "medusa": tiny.heads_params(target, params) if kind == "medusa" else None}
+    plan = tiny.plan(target, kind, options, slots=12, max_new=24, **how)
+    return plan, own.get(kind, pair.draft_params)
+
+
+def compare_with_plain(models, pair, kinds, settings, rule, costs):
+    params = models[1]
+    limits, greedy = row_limits(256, 24), rule == "lossless"
+    run = lambda plan, draft, adjust: tiny.decode(
+        plan, params, draft, pair.texts, pair.lengths, limits, eos=EOS, seed=3, adjust=adjust
+    )
+    for adjust in settings:
+        reference = run(pair.plan("ngram", 0, rule, greedy, 24), None, adjust)
+        for kind, gamma, threshold in kinds:
+            plan, draft = plan_and_params(models, pair, kind, threshold, gamma=gamma, rule=rule, greedy=greedy)
+            weighed = dataclasses.replace(
+                adjust, threshold=jnp.float32(threshold), costs=jnp.asarray(block_costs(*costs, gamma), jnp.float32)
+            )
+            state = run(plan, draft, weighed)
+            assert_same_tokens(pair, state, reference, adjust, greedy)
+            calls, drafted = (np.asarray(x) for x in (state.statistics.target_calls, state.statistics.drafted))
+            assert 0 < drafted.sum() < 0.9 * gamma * calls.sum(), "no length was picked"
+
+
+def test_greedy_decoding_with_picked_lengths_equals_greedy_plain(models, pair):
+    compare_with_plain(models, pair, [("kangaroo", 3, 0.0)], GREEDY, "lossless", (0.2, 0.1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rule", "settings"), [("lossless", GREEDY), ("coupled", COUPLED[:1])])
+def test_with_picked_lengths_every_drafter_equals_plain_decoding(models, pair, rule, settings):
+    kinds = [("model", 4, 0.0), ("kangaroo", 4, 0.6), ("early_exit", 3, 0.0), ("skip_layers", 3, 0.0)]
+    kinds += [("medusa", 4, 0.0), ("ngram", 4, 0.0)]
+    compare_with_plain(models, pair, kinds, settings, rule, (0.2, 0.1))
+
+
+def test_one_compile_serves_all_costs_and_a_draft_that_cannot_pay_runs_no_layer(models, pair):
+    target, params, _, _ = models
+    plan, draft = plan_and_params(models, pair, "kangaroo", gamma=3, greedy=True)
+    drafted, sizes, states = [], set(), []
+    for costs in ((0.01, 0.01), (0.3, 0.1), (2.0, 0.1)):
+        adjust = Sampling.of(0.0, costs=block_costs(*costs, 3))
+        state = tiny.decode(plan, params, draft, pair.texts, pair.lengths, 12, adjust=adjust)
+        sizes.add((loop.prefill._cache_size(), loop.run._cache_size()))
+        drafted.append(int(state.statistics.drafted.sum()))
+        states.append(state)
+    assert len(sizes) == 1
+    assert drafted[0] > drafted[1] > drafted[2] == 0
+    # Nothing drafted: each layer of the target once a token, verified one column at a time, the adapter never.
+    meter = states[-1].target_cache.meter
+    assert int(meter.columns) == target.layers * 12 and np.all(np.asarray(meter.own) == target.layers * 12)
+    assert int(states[-1].drafter_state.inner.cache.meter.columns) == 0
+
+
+@pytest.mark.slow
+def test_a_rows_text_does_not_depend_on_its_batch(models, pair):
+    _, params, _, _ = models
+    plan, draft = plan_and_params(models, pair, "kangaroo", gamma=3)
+    adjust = Sampling.of(1.0, costs=block_costs(0.3, 0.1, 3))
+    run = lambda rows: tiny.texts_of(
+        tiny.decode(
+            plan, params, draft, pair.texts[rows], pair.lengths[rows], 24, eos=EOS, seed=2, adjust=adjust, indices=rows
+        )
+    )
+    rows = np.random.default_rng(0).permutation(64)
+    whole, part = run(rows), run(np.sort(rows[:16]))
+    assert part == [whole[list(rows).index(row)] for row in np.sort(rows[:16])]
+
+
+# --- bad input -----------------------------------------------------------------------------------------------------
+
+
+def test_costs_that_are_not_positive_are_refused(models, pair):
+    for costs in ((0.0, 0.1), (0.1, -0.1), (float("nan"), 0.1)):
+        with pytest.raises(UserError, match="costs are those of a drafted token .* positive"):
+            block_costs(*costs, 3)
+    for costs in ((1.0, 0.0), (float("inf"), 1.0)):
+        with pytest.raises(UserError, match="costs of blocks must be positive numbers"):
+            Sampling.of(1.0, costs=costs)
+    plan, draft = plan_and_params(models, pair, "early_exit", gamma=2, greedy=True)
+    with pytest.raises(ValueError, match="needs the costs of blocks"):
+        tiny.decode(plan, models[1], draft, pair.texts, pair.lengths, 4)
+
+
+def test_without_a_gamma_there_is_nothing_to_adapt(models):
+    assert make_drafter("early_exit", models[0], 0, {"exit_layer": 1, "adaptive": True}) is None
+    assert adaptive.AdaptiveDrafter(Anything(2), 2).taps == ()

@@ -1,0 +1,87 @@
+"""Confidence of a draft: the stop by that after temperature, and how it tells accepted from refused tokens."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from test_kangaroo import BATCH, MAX_NEW, SLOTS, VOCAB, models, plan_of  # noqa: F401 (a fixture)
+from test_loop import one_block
+
+from specjax.decoding import batch, loop
+from specjax.decoding.drafters.base import Context
+from specjax.decoding.drafters.drafting import draft
+from specjax.decoding.drafters.table import make_drafter
+from specjax.decoding.sampling import Noise, Sampling, row_keys
+from specjax.draft_design import confidence
+
+
+def drafted(temperature, *, adjusted, top_k=0):
+    """How many of 4 tokens are drafted where every distribution has probability 0.5 for one token of ten."""
+    probs = jnp.full((1, 10), 0.5 / 9).at[0, 3].set(0.5)
+    noise = Noise(row_keys(0, jnp.arange(1)), jnp.full((1,), 5, jnp.int32), temperature == 0, False)
+    adjust = Sampling.of(temperature, top_k, threshold=0.6)
+    context = Context(jnp.zeros((1, 2), jnp.int32), noise.lengths, jnp.ones((1,), bool), noise, adjust)
+    step = lambda tokens, offset, carry: (jnp.log(probs), carry)
+    return int(
+        draft(context, 4, (), lambda carry: (jnp.log(probs), carry), step, stops=True, adjusted=adjusted)[
+            0
+        ].num_drafted[0]
+    )
+
+
+def test_adjusted_confidence_is_that_after_temperature_and_raw_confidence_is_not():
+    assert [drafted(t, adjusted=False) for t in (0.0, 0.2, 1.0)] == [1, 1, 1]
+    # 0.5 against 0.056 at temperature 1 is 0.99996 at 0.2; the greedy choice is certain.
+    assert [drafted(t, adjusted=True) for t in (0.0, 0.2, 1.0)] == [4, 4, 1]
+    assert drafted(1.0, adjusted=True, top_k=1) == 4
+
+
+def test_the_option_reaches_the_drafter(models):  # noqa: F811
+    target, _, adapter, _ = models
+    options = {"adapter": adapter, "exit_layer": 1, "threshold": 0.5}
+    for kind in ("kangaroo", "early_exit"):
+        assert not make_drafter(kind, target, 2, options).adjusted
+        assert make_drafter(kind, target, 2, options | {"adjusted": True}).adjusted
+
+
+@pytest.mark.parametrize(("threshold", "temperature"), [(0.0, 1.0), (0.5, 0.0)])
+def test_the_histogram_has_each_accepted_and_each_first_refused_token_at_its_own_confidence(
+    models,  # noqa: F811
+    threshold,
+    temperature,
+):
+    _, params, _, adapter_params = models
+    plan = plan_of(models, threshold, greedy=temperature == 0)
+    adjust = Sampling.of(temperature, threshold=threshold)
+    texts, lengths = tiny.prompts(3, BATCH, SLOTS, VOCAB)
+    state = loop.begin(plan, params, adapter_params, texts, lengths, row_keys(4, jnp.arange(BATCH)))
+    expected = {"accepted": [], "rejected": []}
+    while not np.all(np.asarray(state.done)):
+        before = state
+        state, _, proposal = one_block(plan, params, adapter_params, before, tiny.limits(BATCH, MAX_NEW), adjust)
+        emitted = np.asarray(state.lengths) - np.asarray(before.lengths)
+        for row in np.flatnonzero(~np.asarray(before.done)):
+            start, count = int(before.lengths[row]), int(proposal.num_drafted[row])
+            # The distributions of this row, anew and without a cache, from its text and what was drafted.
+            text = np.asarray(before.tokens)[row : row + 1].copy()
+            text[0, start : start + plan.gamma] = np.asarray(proposal.tokens)[row]
+            logits = plan.drafter.score(adapter_params, params, jnp.asarray(text))
+            sure = np.asarray(jax.nn.softmax(logits, axis=-1).max(-1))[0, start - 1 :]
+            origins = np.asarray(state.origins)[row, start : start + emitted[row]]
+            for place, origin in enumerate(origins[:count]):
+                if origin in (loop.ACCEPTED, loop.RECOVERED):
+                    expected["accepted" if origin == loop.ACCEPTED else "rejected"].append(sure[place])
+    prompts = [np.asarray(texts)[row, : int(lengths[row])].tolist() for row in range(BATCH)]
+    result = batch._result(state, 0.0, 0.0)
+    found = confidence.histogram(plan, params, adapter_params, prompts, [(BATCH, result)])
+    for fate, values in expected.items():
+        bins = np.minimum((np.asarray(values) * confidence.BINS).astype(int), confidence.BINS - 1)
+        assert len(values) > 3
+        assert found[fate] == np.bincount(bins, minlength=confidence.BINS).tolist()
+
+
+def test_drafters_that_have_no_probabilities_have_no_histogram(models):  # noqa: F811
+    target, params, _, _ = models
+    plan = tiny.plan(target, "ngram", {"shortest": 1, "longest": 2}, gamma=2, slots=SLOTS, max_new=MAX_NEW)
+    assert confidence.histogram(plan, params, None, [], []) is None

@@ -1,0 +1,97 @@
+"""Layer executions: what the meters of the caches count, against calls that are counted from outside."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import test_kangaroo
+import tiny
+from test_adaptive import OPTIONS
+
+from specjax.decoding import batch
+from specjax.decoding.sampling import Sampling
+from specjax.models.decoder import Decoder
+from specjax.models.kv_cache import Cache, Meter
+
+models = test_kangaroo.models  # a fixture
+
+CALLS = []
+
+
+@dataclasses.dataclass(frozen=True)
+class Witnessed(Decoder):
+    """A decoder that tells the host of every call: layers and columns, all rows alike."""
+
+    def extend(self, params, cache, inputs, positions, mask=None, *, layers=None):
+        lo, hi = layers if layers is not None else (0, self.layers)
+        jax.debug.callback(lambda _: CALLS.append((hi - lo) * positions.size), positions[0, 0])
+        return super().extend(params, cache, inputs, positions, mask, layers=layers)
+
+
+PROMPTS = [[3, 1, 2, 5], [7], [4, 4, 9, 1, 1, 2], [8, 2]]
+GAMMA, MAX_NEW, THRESHOLD = 3, 9, 0.6
+
+
+def decode(models, kind, gamma=GAMMA, rows=4, threshold=THRESHOLD):
+    _, params, adapter, adapter_params = models
+    target = Witnessed(models[0].config)
+    own = {"kangaroo": adapter_params, "medusa": tiny.heads_params(target, params), "model": params}.get(kind)
+    options = {**OPTIONS[kind](target, adapter), "threshold": threshold} if gamma else {}
+    if kind == "model":
+        options["model"] = models[0]
+    slots = batch.prompt_slots(PROMPTS)
+    plan = tiny.plan(target, kind, options, gamma=gamma, slots=slots, max_new=MAX_NEW, greedy=True)
+    how = dict(slots=slots, indices=range(rows), seed=0, sampling=Sampling.of(0.0, threshold=threshold))
+    CALLS.clear()
+    result = batch.decode(plan, params, own, PROMPTS[:rows], max_new_tokens=MAX_NEW, eos_ids=(), **how)
+    jax.effects_barrier()
+    return target.layers, result, sum(CALLS) - target.layers * rows * slots  # prefill left out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_the_meters_count_what_calls_counted_from_outside_come_to(models, kind):
+    layers, result, told = decode(models, kind, threshold=0.0 if kind == "ngram" else THRESHOLD)
+    measured = batch.layers_per_token([(4, result)], layers)
+    emitted = 4 * MAX_NEW
+    assert measured["target_layers_per_token_padded"] * emitted == pytest.approx(told)
+    assert measured["target_layers_per_token"] < measured["target_layers_per_token_padded"]
+
+
+def test_the_first_layers_run_once_a_token_and_the_adapter_once_a_drafted_one(models):
+    """A block of k drafted tokens runs all layers on k + 1 tokens and the adapter on k (arXiv 2404.18911)."""
+    layers, result, told = decode(models, "kangaroo", rows=1)
+    (target,), (adapter,) = result.executions["target"], result.executions["draft"]
+    counts = result.counts(1)
+    calls = int(counts["target_calls"][0])
+    # What lies beyond the limit was drafted too: the statistics leave it out, the layers ran.
+    drafted = int(adapter.own[0])
+    assert 0 <= drafted - int(counts["drafted"][0]) <= GAMMA
+    assert int(target.own[0]) == layers * (calls + drafted)
+    assert int(target.columns) == told
+    assert calls < drafted < GAMMA * calls, "blocks have to differ in length"
+    measured = batch.layers_per_token([(1, result)], layers)
+    assert measured["draft_layers_per_token"] == pytest.approx(drafted / MAX_NEW)
+    assert measured["target_layers_per_token"] >= measured["target_layers_per_token_once"]
+
+
+def test_plain_decoding_runs_every_layer_once_a_token(models):
+    layers, result, told = decode(models, "ngram", gamma=0, threshold=0.0)
+    measured = batch.layers_per_token([(4, result)], layers)
+    assert measured["target_layers_per_token"] == measured["target_layers_per_token_padded"] == layers
+    assert measured["target_layers_per_token_once"] == layers and measured["draft_layers_per_token"] == 0
+    assert told == layers * 4 * MAX_NEW
+
+
+def test_rows_that_fill_up_a_batch_run_but_do_not_count(models):
+    layers, result, _ = decode(models, "ngram", gamma=0, threshold=0.0)
+    measured = batch.layers_per_token([(3, result)], layers)
+    assert measured["target_layers_per_token"] == layers
+    assert measured["target_layers_per_token_padded"] == pytest.approx(layers * 4 / 3)
+
+
+def test_a_meter_counts_a_rows_own_columns_and_all_columns():
+    meter = dataclasses.replace(Meter.zeros(3), counted=np.asarray([0, 1, 5], np.int32))
+    after = Cache((), (), meter).metered(2, 3).metered(1, 1).meter
+    assert np.asarray(after.own).tolist() == [0, 3, 7] and int(after.columns) == 7

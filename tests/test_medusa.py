@@ -1,0 +1,182 @@
+"""Medusa heads: what they compute, which state they read, how they learn, and what they refuse."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_trainer
+import tiny
+from ml_collections import ConfigDict
+from test_kangaroo import VICUNA, adapter_of
+from test_loop import one_block
+
+from specjax import distill
+from specjax.decoding import loop
+from specjax.decoding.drafters.table import make_drafter
+from specjax.decoding.sampling import Sampling, row_keys
+from specjax.distillation import trainer, update
+from specjax.hub import adapter as hub_adapter
+from specjax.models.encoder_decoder import EncoderDecoderConfig
+from specjax.models.medusa import MedusaConfig, MedusaHeads
+from specjax.models.self_draft import SelfDraft
+from specjax.runtime import mesh as meshes
+from specjax.runtime.errors import UserError
+
+VOCAB, SLOTS, MAX_NEW, BATCH, HEADS = 24, 6, 20, 16, 3
+
+
+@pytest.fixture(scope="module")
+def models():
+    target, params = tiny.decoder(1, sharpness=2.0)
+    return target, params, tiny.heads(target, HEADS), tiny.heads_params(target, params, HEADS)
+
+
+def test_four_heads_have_as_many_parameters_as_the_papers():
+    assert round(MedusaHeads(MedusaConfig(VICUNA, 4)).num_params / 1e6) == 591
+
+
+def guesses(target, params, heads_params, tokens):
+    """Logits `[B, T, HEADS, V]` of every head at every position, written out from the paper's formula."""
+    hidden, _ = target.extend(params, None, tokens, jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape))
+    hidden = np.asarray(target.normed(params, hidden))
+    silu = lambda x: x / (1 + np.exp(-x))
+    weights = [jax.tree.map(np.asarray, heads_params["heads"][k]) for k in range(HEADS)]
+    heads = [(hidden + silu(hidden @ head["block"]["kernel"])) @ head["unembedding"]["kernel"] for head in weights]
+    return np.stack(heads, axis=2)
+
+
+@pytest.mark.parametrize("own_head", [True, False])
+def test_heads_begin_with_the_targets_own_law_of_the_next_token(models, own_head):
+    target, params, *_ = models
+    heads = tiny.heads(target, 2, own_head=own_head)
+    hidden = jax.random.normal(jax.random.key(0), (2, 3, 16))
+    logits = heads.head(heads.init_on(jax.random.key(1), target, params), target, params, hidden)
+    assert logits.shape == (2, 6, VOCAB)
+    expected = np.repeat(np.asarray(target.head(params, hidden)), 2, axis=1)
+    np.testing.assert_allclose(np.asarray(logits), expected, atol=1e-4)
+
+
+def test_every_block_is_drafted_from_the_state_before_its_pending_token(models):
+    target, params, heads, heads_params = models
+    gamma = 2  # one head more than are asked
+    options = {"adapter": heads, "threshold": 0.3}
+    plan = tiny.plan(target, "medusa", options, gamma=gamma, slots=SLOTS, max_new=MAX_NEW)
+    limits, adjust = tiny.limits(BATCH, MAX_NEW), Sampling.of(1.0, threshold=0.3)
+    texts, lengths = tiny.prompts(3, BATCH, SLOTS, VOCAB)
+    state = loop.begin(plan, params, heads_params, texts, lengths, row_keys(4, jnp.arange(BATCH)))
+    stood, counts, rows = set(), set(), np.arange(BATCH)
+    while not np.all(np.asarray(state.done)):
+        before = state
+        state, _, proposal = one_block(plan, params, heads_params, before, limits, adjust)
+        live, pending = ~np.asarray(before.done), np.asarray(before.lengths) - 1
+        said = guesses(target, params, heads_params, before.tokens)[rows, np.maximum(pending - 1, 0), :gamma]
+        probs = np.asarray(jax.nn.softmax(said, axis=-1))
+        np.testing.assert_allclose(np.asarray(proposal.probs)[live, 0], probs[live, 0], atol=1e-4)
+        unsure = probs.max(-1) < 0.3
+        expected = np.where(unsure.any(1), unsure.argmax(1) + 1, gamma)
+        np.testing.assert_array_equal(np.asarray(proposal.num_drafted)[live], expected[live])
+        counts |= set(expected[live].tolist())
+        stood |= set((np.asarray(state.lengths) - pending - 2)[live].tolist())
+    assert counts == {1, 2} and stood == {0, 1, 2}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("divergence", ["forward_kl", "cross_entropy"])
+def test_each_head_learns_its_own_token_with_a_weight_that_falls(models, divergence):
+    target, params, heads, heads_params = models
+    draft, texts = SelfDraft.of(heads), jax.random.randint(jax.random.key(0), (3, 9), 0, VOCAB)
+    lengths, starts = jnp.asarray([9, 7, 4], jnp.int32), jnp.asarray([1, 3, 4], jnp.int32)
+    batch = {"tokens": texts, "lengths": lengths, "loss_start": starts}
+    said = jax.nn.log_softmax(guesses(target, params, heads_params, texts), axis=-1)
+    taught = jax.nn.log_softmax(tiny.full_logits(target, params, texts), axis=-1)
+    loss, tokens = 0.0, 0.0
+    for row in range(3):
+        for head in range(1, HEADS + 1):
+            for place in range(int(starts[row]), int(lengths[row])):  # of the token that is guessed
+                if (at := place - 1 - head) < 0:
+                    continue
+                law, guess = taught[row, place - 1], said[row, at, head - 1]
+                hard = -guess[texts[row, place]]
+                tokens += 0.8**head
+                loss += 0.8**head * float(
+                    hard if divergence == "cross_entropy" else (jnp.exp(law) * (law - guess)).sum()
+                )
+    how = dict(divergence=divergence, beta=0.5, temperature=1.0, chunk=7)
+    of = update.Loss(draft, None if divergence == "cross_entropy" else target, **how)
+    sums = jax.jit(of)(heads_params, params, batch)
+    np.testing.assert_allclose([float(sums.loss), float(sums.tokens)], [loss, tokens], rtol=1e-4)
+    gradient = jax.jit(jax.grad(lambda own: of(own, params, batch).loss))(heads_params)
+    assert jax.tree.structure(gradient) == jax.tree.structure(heads_params)
+    assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(gradient))
+
+
+@pytest.mark.slow
+@pytest.mark.standard_promotion
+@pytest.mark.parametrize("divergence", ["forward_kl", "cross_entropy"])
+def test_heads_learn_from_their_target_and_from_hard_labels(tmp_path, divergence):
+    changes = {"loss.divergence": divergence, "train.steps": 60, "train.eval_every": 20, "train.checkpoint_every": 60}
+    config = test_trainer.make_config(**changes, **{"data.fixed": 0.5, "data.draft": 0.0, "data.target": 0.5})
+    material = test_trainer.make_material(config)
+    heads = tiny.heads(material.target, 2)
+    params = heads.init_on(jax.random.key(0), material.target, material.target_params)
+    material = dataclasses.replace(material, draft=SelfDraft.of(heads), params=params)
+    outcome = test_trainer.make_trainer(config, tmp_path, material=material).run()
+    first, last = outcome.validation[0], outcome.validation[-1]
+    assert last["validation_loss"] < first["validation_loss"]
+    assert last["validation_acceptance"] > first["validation_acceptance"] + 0.02
+
+
+# --- an export, trained further ------------------------------------------------------------------------------------
+
+
+def further(init, target, params):
+    sections = {"model": {"init": str(init)}, "medusa": {"heads": 2, "own_head": True}, "seed": 0}
+    return distill._attached(ConfigDict(sections), target, params, meshes.make_mesh(ConfigDict(ONE_DEVICE)))
+
+
+ONE_DEVICE = {"data": 1, "fsdp": 1, "tensor": 1}
+
+
+@pytest.mark.parametrize("kind", ["adapter", "medusa"])
+def test_an_export_is_trained_further_from_its_own_parameters(models, tmp_path, kind):
+    target, params, *_ = models
+    attached = (
+        adapter_of(target) if kind == "adapter" else (tiny.heads(target, 2), tiny.heads_params(target, params, 2))
+    )
+    saved = hub_adapter.LoadedAdapter(*attached, hub_adapter.fingerprint(target, params))
+    hub_adapter.save(tmp_path / "export", saved)
+    draft, begun = further(tmp_path / "export", target, params)
+    assert draft == SelfDraft.of(saved.adapter)
+    assert jax.tree.all(jax.tree.map(np.array_equal, begun, saved.params))
+    twin = tiny.decoder(7)[1]
+    with pytest.raises(UserError, match="belongs to another target"):
+        further(tmp_path / "export", target, twin)
+    with pytest.raises(UserError, match="attaches to a target: set `target`"):
+        further(tmp_path / "export", None, None)
+
+
+def test_new_heads_begin_as_the_config_says(models):
+    target, params, *_ = models
+    draft, begun = further("medusa", target, params)
+    assert draft.adapter.config.heads == 2
+    np.testing.assert_allclose(begun["heads"][1]["unembedding"]["kernel"], params["embedding"].T, atol=1e-5)
+
+
+# --- bad input -----------------------------------------------------------------------------------------------------
+
+
+def test_what_heads_cannot_do_is_refused_in_one_sentence(models):
+    target, _, heads, _ = models
+    with pytest.raises(UserError, match="gamma 4 is more than the 3 Medusa heads draft; take gamma 3 or less"):
+        make_drafter("medusa", target, 4, {"adapter": heads})
+    with pytest.raises(UserError, match='in the manner of "medusa", not of "kangaroo"'):
+        make_drafter("kangaroo", target, 2, {"adapter": heads})
+    with pytest.raises(UserError, match="there must be one head or more"):
+        MedusaConfig(target.config, 0)
+    with pytest.raises(UserError, match="attaches to a decoder-only model"):
+        MedusaConfig(EncoderDecoderConfig.__new__(EncoderDecoderConfig), 1)
+    material = trainer.Material(SelfDraft.of(heads), {}, target, {}, iter(()), [], (0,), 4)
+    with pytest.raises(UserError, match="writes no text of its own; set data.draft to 0"):
+        trainer.check(test_trainer.make_config(**{"data.fixed": 0.0, "data.draft": 1.0}), material)

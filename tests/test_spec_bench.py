@@ -1,0 +1,150 @@
+"""The Spec-Bench harness on a made-up file: turns, subtasks, counts, and what is refused."""
+
+import json
+
+import pytest
+import tiny
+from ml_collections import ConfigDict
+from test_kangaroo import adapter_of
+
+from specjax import api, spec_bench
+from specjax.data.spec_bench import Question, prompt_ids, read_questions
+from specjax.hub.adapter import LoadedAdapter
+from specjax.hub.tokenizer import train_byte_bpe
+from specjax.runtime.errors import UserError
+
+QUESTIONS = [
+    {"question_id": 1, "category": "writing", "turns": ["the cat sat", "and the dog"]},
+    {"question_id": 2, "category": "coding", "turns": ["on the mat", "on the log, on the mat"]},
+    {"question_id": "q", "category": "qa", "turns": ["the dog sat on the log and the cat"]},
+    {"question_id": 4, "category": "qa", "turns": ["the"]},
+]
+
+
+def written(folder, questions):
+    path = folder / "question.jsonl"
+    path.write_text("".join(json.dumps(question) + "\n" for question in questions))
+    return path
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a target, an adapter of it, and a file of questions."""
+    home = tmp_path_factory.mktemp("spec_bench")
+    tokenizer = train_byte_bpe(["the cat sat on the mat and the dog sat on the log\n" * 40], 270)
+    decoder, params = tiny.decoder(1, sharpness=2.0, vocab_size=tokenizer.vocab_size)
+    api.save(api.Model(decoder, params, tokenizer), home / "target")
+    target = api.load(home / "target")
+    adapter, params = adapter_of(target.decoder)
+    api.save_adapter(home / "adapter", LoadedAdapter(adapter, params, target.fingerprint))
+    written(home, QUESTIONS)
+    return home
+
+
+def config_of(home, **changes):
+    config = {
+        "binary": "spec_bench",
+        "seed": 0,
+        "mesh": {"data": 1, "fsdp": 1, "tensor": 1},
+        "task": {"name": "spec_bench", "path": str(home / "question.jsonl"), "seed": 0, "size": 0},
+        "target": str(home / "target"),
+        "param_dtype": "float32",
+        "compute_dtype": "auto",
+        "selection": {"per_category": 0, "chat": False},
+        "max_new_tokens": 6,
+        "batch_sizes": (1,),
+        "temperatures": (0.0,),
+        "top_k": 0,
+        "top_p": 1.0,
+        "drafters": {
+            "kangaroo": {
+                "kind": "kangaroo",
+                "path": str(home / "adapter"),
+                "threshold": 0.3,
+                "adjusted": False,
+                "lossless": (2,),
+            }
+        },
+        "leniences": (),
+    }
+    return ConfigDict({**config, **changes})
+
+
+def test_every_subtask_and_all_questions_have_a_row_and_a_second_turn_reads_the_first_answer(
+    home, tmp_path, monkeypatch
+):
+    seen = []
+    monkeypatch.setattr(
+        spec_bench.spec_bench,
+        "prompt_ids",
+        lambda tokenizer, turns, answers, **how: (
+            seen.append((turns, answers)) or prompt_ids(tokenizer, turns, answers, **how)
+        ),
+    )
+    rows = spec_bench.run(config_of(home), tmp_path)["rows"]
+    assert [(row["subtask"], row["drafter"]) for row in rows] == [
+        (subtask, drafter) for subtask in ("mt_bench", "qa", "overall") for drafter in ("none", "kangaroo")
+    ]
+    by = {(row["subtask"], row["drafter"]): row for row in rows}
+    assert [(by[s, "none"]["questions"], by[s, "none"]["prompts"]) for s in ("mt_bench", "qa", "overall")] == [
+        (2, 4),
+        (2, 2),
+        (4, 6),
+    ]
+    for row in rows:
+        assert row["block_efficiency"] == pytest.approx(1 + sum(row["ctar"]), abs=1e-12)
+        assert row["emitted_tokens"] == by[row["subtask"], "none"]["emitted_tokens"], "like for like"
+        assert row["iterations"] == row["target_calls"]
+    for key in ("emitted_tokens", "target_calls", "drafted_tokens", "accepted_tokens"):
+        assert by["overall", "kangaroo"][key] == by["mt_bench", "kangaroo"][key] + by["qa", "kangaroo"][key] > 0
+    assert by["overall", "none"]["identical_to_baseline"] is None
+    assert by["overall", "kangaroo"]["identical_to_baseline"] == {"equal": 6, "of": 6, "differences": []}
+    # The second turn reads what plain decoding answered to the first.
+    target = api.load(home / "target")
+    plain = api.generate(target, ["the cat sat"], temperature=0.0, max_new_tokens=6)
+    assert (("the cat sat", "and the dog"), plain.texts) in seen
+    assert (tmp_path / "report.html").stat().st_size > 0 and (tmp_path / "figures" / "spec_bench.png").exists()
+
+
+def test_a_prompt_holds_the_turns_before_it_with_their_answers():
+    tokenizer = train_byte_bpe(["the cat sat on the mat\n" * 20], 265)
+    asked = ("the cat", "the mat")
+    assert tokenizer.decode(prompt_ids(tokenizer, asked, [], chat=False)) == "the cat"
+    assert tokenizer.decode(prompt_ids(tokenizer, asked, [" sat on"], chat=False)) == "the cat\n\n sat on\n\nthe mat"
+    with pytest.raises(UserError, match="no chat template"):
+        prompt_ids(tokenizer, asked, [], chat=True)
+
+
+def test_questions_are_read_from_the_file_or_its_folder(home):
+    questions = read_questions(home)
+    assert questions == read_questions(home / "question.jsonl")
+    assert questions[0] == Question(1, "writing", ("the cat sat", "and the dog"))
+    assert [question.subtask for question in questions] == ["mt_bench", "mt_bench", "qa", "qa"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"turns": ["only one"]}, 'line 1: question 1 of category "writing" has 1 turn that say something, not 2'),
+        ({"turns": ["one", " "]}, 'line 1: question 1 of category "writing" has 1 turn'),
+        ({"turns": []}, 'line 1 lacks the field "turns", a list of texts'),
+        ({"turns": ["one", 2]}, 'line 1: the field "turns" is int, not text'),
+        ({"category": "qa"}, 'line 3: question q of category "qa" has 1 turn that say something, not 2'),
+    ],
+)
+def test_a_question_with_missing_turns_is_named(tmp_path, changes, said):
+    path = written(tmp_path, [{**QUESTIONS[0], **changes}, *QUESTIONS[1:]])
+    with pytest.raises(UserError, match=said):
+        read_questions(path)
+
+
+def test_what_cannot_be_run_is_refused(home, tmp_path):
+    (tmp_path / "question.jsonl").write_text("\n")
+    with pytest.raises(UserError, match="has no questions"):
+        read_questions(tmp_path)
+    with pytest.raises(UserError, match=r"set batch_sizes to \(1,\)"):
+        spec_bench.run(config_of(home, batch_sizes=(1, 4)), tmp_path)
+    with pytest.raises(UserError, match="selection.per_category is -1"):
+        spec_bench.run(config_of(home, selection={"per_category": -1, "chat": False}), tmp_path)
+    with pytest.raises(UserError, match="question 1, turn 1: .* exceed the model's 512 positions"):
+        spec_bench.run(config_of(home, max_new_tokens=600), tmp_path)
