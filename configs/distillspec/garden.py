@@ -19,38 +19,39 @@ import stages
 from ml_collections import ConfigDict
 
 SIZES = ("medium", "small")
-MODELS = ("large", *(f"{size}_{how}" for size in SIZES for how in ("raw", "kd")))
 
 
 def get_config(variant: str = "") -> ConfigDict:
     stages.check_variant("garden", variant)
     smoke = variant == "smoke"
+    sizes = SIZES[:1] if smoke else SIZES
+    models = ("large", *(f"{size}_{how}" for size in sizes for how in ("raw", "kd")))
     config = ConfigDict()
-    config.stages = (*MODELS, "draft", *(f"for_{model}" for model in MODELS), "quality", "latency")
+    config.stages = (*models, "draft", *(f"for_{model}" for model in models), "quality", "latency")
     config.seed = 0  # of everything but the largest model
     seed = config.get_ref("seed")
     config.large = stages.trained(0, "large", steps=600, rate=1.5e-3, tokenizer="", smoke=smoke)
-    for size in SIZES:
+    for size in sizes:
         alike = {"steps": 300, "rate": 2e-3, "smoke": smoke}
         config[f"{size}_raw"] = stages.trained(seed, size, tokenizer="stage:large", **alike)
         config[f"{size}_kd"] = stages.taught(seed, size, init="random", target="stage:large", on_policy=False, **alike)
     config.draft = stages.trained(seed, "draft", steps=300, rate=4e-3, tokenizer="stage:large", smoke=smoke)
-    for model in MODELS:
+    for model in models:
         source = {"init": "stage:draft", "target": f"stage:{model}"}
         config[f"for_{model}"] = stages.taught(
             seed, "draft", **source, steps=80, rate=3e-3, on_policy=True, smoke=smoke
         )
     for name in ("quality", "latency"):
         config[name] = stages.evaluation(
-            seed, "stage:large", _drafters(), timed=name == "latency", temperatures=(0.0,), smoke=smoke
+            seed, "stage:large", _drafters(models), timed=name == "latency", temperatures=(0.0,), smoke=smoke
         )
     return config
 
 
-def _drafters() -> dict[str, dict]:
+def _drafters(models: tuple[str, ...]) -> dict[str, dict]:
     """Every model, with the plain draft and with its own; gamma 0 is the model decoded plainly."""
     drafters = {}
-    for model in MODELS:
+    for model in models:
         own = {} if model == "large" else {"target": f"stage:{model}"}
         alike = {"kind": "model", **own, "coupled": ()}
         plainly = () if model == "large" else (0,)  # the largest, plainly, is the baseline of all

@@ -42,7 +42,7 @@ def _evaluation(seed, *, timed: bool, smoke: bool) -> ConfigDict:
     drafters = {draft: {"kind": "model", "path": f"stage:{draft}", **rules} for draft in ("supervised", "distilled")}
     # The draft by itself: its own target, decoded plainly.
     alone = {"kind": "model", "path": "stage:distilled", "target": "stage:distilled", "lossless": (0,), "coupled": ()}
-    temperatures = (0.0, 1.0)
+    temperatures = (0.0,) if smoke else (0.0, 1.0)
     section = stages.evaluation(
         seed, "stage:target", {**drafters, "draft_alone": alone}, timed=timed, temperatures=temperatures, smoke=smoke
     )
