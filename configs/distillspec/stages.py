@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 # Layers and width. Wide enough that verifying five tokens costs little more than one step on a CPU, and smaller ones.
-SHAPES = {"large": (4, 384), "medium": (3, 256), "small": (2, 192), "draft": (1, 128)}
+SHAPES = {"large": (3, 384), "medium": (2, 256), "small": (2, 160), "draft": (1, 128)}
 _TINY = {"large": (2, 32), "medium": (1, 32), "small": (1, 16), "draft": (1, 16)}
 
 GAMMA = 4
@@ -45,7 +45,7 @@ def trained(seed: Any, shape: str, *, steps: int, rate: float, tokenizer: str, s
     heads = heads or {"heads": width // 32, "kv_heads": width // 32, "head_size": 32}
     section.model.update({"layers": layers, "width": width, **heads, "mlp_width": width * 8 // 3, "max_positions": 256})
     # Every question with its answer fits a row.
-    section.data.update({"batch_size": 32, "sequence_length": 80, "prompt_length_min": 40, "prompt_length_max": 40})
+    section.data.update({"batch_size": 16, "sequence_length": 76, "prompt_length_min": 40, "prompt_length_max": 40})
     section.data.generation.max_new_tokens = 40
     section.optimizer.update({"peak_learning_rate": rate, "final_fraction": 0.02, "hold_fraction": 0.1})
     _set_steps(section, steps)
@@ -82,7 +82,7 @@ def evaluation(
     section.seed = seed
     section.task = task(seed, 1)  # other problems for every seed
     section.target = target
-    section.selection.update({"count": 32 if timed else 160, "length_min": 1, "length_max": 64})
+    section.selection.update({"count": 32 if timed else 128, "length_min": 1, "length_max": 64})
     section.max_new_tokens = 48
     section.batch_sizes = (1,) if timed else (32,)
     section.temperatures = temperatures
