@@ -45,7 +45,7 @@ def trained(seed: Any, shape: str, *, steps: int, rate: float, tokenizer: str, s
     heads = heads or {"heads": width // 32, "kv_heads": width // 32, "head_size": 32}
     section.model.update({"layers": layers, "width": width, **heads, "mlp_width": width * 8 // 3, "max_positions": 256})
     # Every question with its answer fits a row.
-    section.data.update({"batch_size": 16, "sequence_length": 76, "prompt_length_min": 40, "prompt_length_max": 40})
+    section.data.update({"batch_size": 8, "sequence_length": 76, "prompt_length_min": 40, "prompt_length_max": 40})
     section.data.generation.max_new_tokens = 40
     section.optimizer.update({"peak_learning_rate": rate, "final_fraction": 0.02, "hold_fraction": 0.1})
     _set_steps(section, steps)
