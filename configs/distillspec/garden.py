@@ -30,7 +30,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.stages = (*models, "draft", *(f"for_{model}" for model in models), "quality", "latency")
     config.seed = 0  # of everything but the largest model
     seed = config.get_ref("seed")
-    config.large = stages.trained(0, "large", steps=800, rate=1.5e-3, tokenizer="", smoke=smoke)
+    config.large = stages.trained(0, "large", steps=500, rate=1.5e-3, tokenizer="", smoke=smoke)
     for size in sizes:
         alike = {"steps": 300, "rate": 2e-3, "smoke": smoke}
         config[f"{size}_raw"] = stages.trained(seed, size, tokenizer="stage:large", **alike)

@@ -27,7 +27,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.stages = ("target", "supervised", "distilled", "quality", "latency")
     config.seed = 0  # of everything but the target
     seed = config.get_ref("seed")
-    config.target = stages.trained(0, "large", steps=800, rate=1.5e-3, tokenizer="", smoke=smoke)
+    config.target = stages.trained(0, "large", steps=500, rate=1.5e-3, tokenizer="", smoke=smoke)
     plain = {"steps": 300, "rate": 4e-3, "tokenizer": "stage:target"}
     config.supervised = stages.trained(seed, "draft", **plain, smoke=smoke)
     source = {"init": "stage:supervised", "target": "stage:target"}

@@ -45,8 +45,8 @@ def trained(seed: Any, shape: str, *, steps: int, rate: float, tokenizer: str, s
     heads = heads or {"heads": width // 32, "kv_heads": width // 32, "head_size": 32}
     section.model.update({"layers": layers, "width": width, **heads, "mlp_width": width * 8 // 3, "max_positions": 256})
     # Every question with its answer fits a row.
-    section.data.update({"batch_size": 8, "sequence_length": 76, "prompt_length_min": 40, "prompt_length_max": 40})
-    section.data.generation.max_new_tokens = 40
+    section.data.update({"batch_size": 8, "sequence_length": 60, "prompt_length_min": 32, "prompt_length_max": 32})
+    section.data.generation.max_new_tokens = 34
     section.optimizer.update({"peak_learning_rate": rate, "final_fraction": 0.02, "hold_fraction": 0.1})
     _set_steps(section, steps)
     if smoke:
@@ -83,7 +83,7 @@ def evaluation(
     section.task = task(seed, 1)  # other problems for every seed
     section.target = target
     section.selection.update({"count": 32 if timed else 128, "length_min": 1, "length_max": 64})
-    section.max_new_tokens = 48
+    section.max_new_tokens = 40
     section.batch_sizes = (1,) if timed else (32,)
     section.temperatures = temperatures
     section.drafters = ConfigDict(drafters)
