@@ -176,7 +176,8 @@ def _evaluation() -> ConfigDict:
     config.top_k = 0
     config.top_p = 1.0
     # Each drafter: kind, what its kind needs, and the gammas at which the lossless and the coupled rule are run
-    # (coupled at temperatures above 0 only; there it must repeat plain decoding token for token).
+    # (coupled at temperatures above 0 only; there it must repeat plain decoding token for token). A `target` beside
+    # them is another model than the config's to draft for, and gamma 0 its plain decoding, all in one interleaved run.
     config.drafters = ConfigDict(
         {
             "supervised": _model_drafter("supervised", lossless=(4,)),

@@ -238,6 +238,14 @@ def test_a_variant_that_a_config_lacks_is_refused(tmp_path, capsys):
     assert not (tmp_path / "w").exists()
 
 
+@pytest.mark.parametrize("name", ["xsum", "cnndm", "wmt", "gsm8k"])
+def test_a_checkpoint_that_only_the_command_line_can_name_is_asked_for_by_its_key(tmp_path, capsys, name):
+    path = f"configs/distillspec/{name}.py"
+    line = refused(main.run, path, tmp_path / "w", capsys, "target.path=somewhere")
+    assert "config.draft.path is not set; give --config.draft.path=..., the directory of a Hugging Face" in line
+    assert not (tmp_path / "w").exists()
+
+
 def test_a_workdir_of_another_config_is_refused_and_left_alone(tmp_path, capsys):
     config, workdir = ROOT / "configs/quickstart.py:smoke", tmp_path / "w"
     assert cli.launch(lambda *_: None, "specjax.main", [f"--config={config}", f"--workdir={workdir}"]) == 0

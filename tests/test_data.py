@@ -13,7 +13,7 @@ import pytest
 from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
-from specjax.data import corpora, word_problems
+from specjax.data import corpora, short_sums, word_problems
 from specjax.data.batches import evaluation_prompts, training_batches, validation_batches
 from specjax.data.quality import final_number
 from specjax.data.tasks import Example, Task, load_task, quality
@@ -186,11 +186,12 @@ def test_settings_that_a_task_cannot_use_are_refused():
             load_task(bad)
 
 
-def test_word_problems_are_worked_correctly():
+@pytest.mark.parametrize("problems", [word_problems, short_sums], ids=lambda module: module.__name__)
+def test_word_problems_are_worked_correctly(problems):
     draw = random.Random(0)
     for _ in range(500):
-        question, answer = word_problems.generate(draw)
-        steps = re.findall(r"(\d+) ([-+*/]) (\d+) = (\d+)", answer)
+        question, answer = problems.generate(draw)
+        steps = re.findall(r"(\d+) ([-+*/]) (\d+) (?:=|is) (\d+)", answer)
         assert 2 <= len(steps) <= 9
         for left, operator, right, result in steps:
             exact = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": int.__floordiv__}[operator]

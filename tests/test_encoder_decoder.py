@@ -13,7 +13,7 @@ from specjax import api, distill, evaluate
 from specjax.decoding.drafters.base import Prefill
 from specjax.distillation import objective
 from specjax.hub.tokenizer import train_byte_bpe
-from specjax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig, bucket_table
+from specjax.models.encoder_decoder import bucket_table
 from specjax.models.language_model import consecutive
 from specjax.runtime import config as configs
 from specjax.runtime.errors import UserError
@@ -23,31 +23,8 @@ TEXT = "the cat sat on the mat. the dog sat on the log. " * 40
 
 def model(seed=0, **changes):
     """A random model whose layers matter, and its parameters."""
-    values = dict(
-        vocab_size=24,
-        width=16,
-        layers=2,
-        encoder_layers=2,
-        heads=2,
-        kv_heads=2,
-        head_size=8,
-        mlp_width=24,
-        max_positions=1 << 30,
-        rotary=None,
-        norm_epsilon=1e-6,
-        tied_head=False,
-        param_dtype="float32",
-        compute_dtype="float32",
-        family="t5",
-        activation="gelu_tanh",
-        query_scale=1.0,
-        relative_buckets=8,
-        relative_distance=20,
-        head_scale=1.0,
-        start_token=0,
-    )
-    made = EncoderDecoder(EncoderDecoderConfig(**{**values, **changes}))
-    params = dict(made.init(jax.random.key(seed)))
+    made, params = tiny.encoder_decoder(seed, **changes)
+    params = dict(params)
     for stack in ("blocks", "encoder_blocks"):
         params[stack] = jax.tree.map(lambda x: 2 * x if x.ndim == 2 else x, params[stack])
     return made, params

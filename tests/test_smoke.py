@@ -1,5 +1,6 @@
 """Every config's smoke run, from the command line: what it leaves, what is skipped, what is refused."""
 
+import json
 import os
 import subprocess
 import sys
@@ -16,6 +17,16 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = [path for path in sorted((ROOT / "configs").rglob("*.py")) if "def get_config(variant" in path.read_text()]
 
 
+# Records of the paper's data sets, by config.
+DATA = {
+    "xsum": {"document": "the text number {}", "summary": "text {}"},
+    "cnndm": {"article": "the text number {}", "highlights": "text {}"},
+    "wmt": {"en": "the text {}", "de": "der Text {}"},
+    "gsm8k": {"question": "How many are {}?", "answer": "So many.\n#### {}"},
+    "lm1b": {"text": "A sentence that is number {} of them all, and ends here."},
+}
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Where the configs find what a user would have to name: the overrides, by config."""
@@ -25,8 +36,19 @@ def models(tmp_path_factory):
         decoder, params = tiny.decoder(layers, layers=layers, vocab_size=tokenizer.vocab_size)
         api.save(api.Model(decoder, params, tokenizer), home / name)
     (home / "prompts.txt").write_text("def main(\nimport os\nclass A:\nx = 1\n")
+    for name, layers in (("t5_target", 2), ("t5_draft", 1)):
+        made, params = tiny.encoder_decoder(layers, layers=layers, vocab_size=tokenizer.vocab_size)
+        api.save(api.Model(made, params, tokenizer), home / name)
+    for name, fields in DATA.items():
+        lines = [json.dumps({field: text.format(i) for field, text in fields.items()}) for i in range(60)]
+        (home / f"{name}.jsonl").write_text("\n".join(lines))
     pair = (f"--config.target={home}/target", f"--config.drafter.path={home}/draft")
+    checkpoints = lambda kind: tuple(f"--config.{role}.path={home}/{kind}{role}" for role in ("target", "draft"))
+    kinds = {"xsum": "t5_", "cnndm": "t5_", "wmt": "t5_", "gsm8k": ""}
+    data = {name: f"--config.task.path={home}/{name}.jsonl" for name in DATA}
     return {
+        **{f"configs/distillspec/{name}.py": (*checkpoints(kind), data[name]) for name, kind in kinds.items()},
+        "configs/distillspec/lm1b.py": (data["lm1b"],),
         "configs/evaluate/pair.py": (*pair, f"--config.prompts={home}/prompts.txt"),
         "configs/kangaroo/choose_layers.py": (f"--config.target={home}/target",),
         "configs/generate.py": (*pair, "--config.prompt=def main("),
@@ -67,7 +89,7 @@ def test_a_smoke_run_leaves_its_results_is_skipped_when_finished_and_keeps_its_c
         assert (workdir / "report.html").stat().st_size > 0
 
     if "stages" in config:
-        again = run(path, workdir)
+        again = run(path, workdir, *named)
         assert again.returncode == 0, again.stderr
         count = len(config.stages)
         assert [f"[{i + 1}/{count}]" in first.stderr for i in range(count)] == [True] * count

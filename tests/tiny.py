@@ -12,6 +12,7 @@ from specjax.decoding.drafters.table import make_drafter
 from specjax.decoding.sampling import Stream
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
+from specjax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from specjax.models.medusa import MedusaConfig, MedusaHeads
 
 NO_EOS = (-1,)
@@ -62,6 +63,35 @@ def heads_params(target: Decoder, params, count: int = 5, seed: int = 3, **how):
     keys = jax.random.split(jax.random.key(seed), len(shifted))
     spread = [x + 0.3 * jax.random.normal(key, x.shape) for x, key in zip(shifted, keys, strict=True)]
     return jax.tree.unflatten(jax.tree.structure(start), spread)
+
+
+def encoder_decoder(seed: int = 0, **changes):
+    """A random encoder-decoder in T5's manner, and its parameters."""
+    values = dict(
+        vocab_size=24,
+        width=16,
+        layers=2,
+        encoder_layers=2,
+        heads=2,
+        kv_heads=2,
+        head_size=8,
+        mlp_width=24,
+        max_positions=1 << 30,
+        rotary=None,
+        norm_epsilon=1e-6,
+        tied_head=False,
+        param_dtype="float32",
+        compute_dtype="float32",
+        family="t5",
+        activation="gelu_tanh",
+        query_scale=1.0,
+        relative_buckets=8,
+        relative_distance=20,
+        head_scale=1.0,
+        start_token=0,
+    )
+    made = EncoderDecoder(EncoderDecoderConfig(**{**values, **changes}))
+    return made, made.init(jax.random.key(seed))
 
 
 def prompts(seed: int, batch: int, slots: int, vocab: int):

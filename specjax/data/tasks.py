@@ -3,12 +3,13 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 from absl import logging
 
-from specjax.data import corpora, layouts
+from specjax.data import corpora, layouts, short_sums, word_problems
 from specjax.data.docstrings import stdlib_docstrings
 from specjax.data.layouts import Example, Parser
 from specjax.data.quality import METRICS, Quality
@@ -59,9 +60,8 @@ def load_task(config: Any) -> Task:
     """Loads the task that `config` describes.
 
     Config keys: `name`; `path`, "" where the task reads no file, and for a data set of TFDS where TFDS keeps them by
-    default; `seed`, read by `arithmetic`; `size`, the most training data to use, in bytes of text for language
-    modelling and in examples otherwise (0: all; `arithmetic` needs a number). Validation data does not depend on
-    `size`.
+    default; `seed`, of generated tasks; `size`, the most training data to use, in bytes of text for language modelling
+    and in examples otherwise (0: all; generated tasks need a number). Validation data does not depend on `size`.
 
     Raises UserError for an unknown task, for a file that is missing, empty or malformed (with its line number) or
     lacks the references that the metric needs, and for a data set that is not prepared (with the command that does it).
@@ -110,12 +110,18 @@ def _load_text(config: Any) -> Splits:
     return _documents(corpora.limit_bytes(train, config.size)), _documents(validation)
 
 
-def _load_arithmetic(config: Any) -> Splits:
-    if config.size == 0:
-        raise UserError("task.size is 0; `arithmetic` needs the number of training examples to generate")
-    problems = generate_split(config.seed, config.size)
-    train, validation = ([layouts.question(*problem) for problem in split] for split in problems)
-    return train, validation
+@dataclass(frozen=True)
+class _Generated:
+    """Questions with worked answers, drawn from a seed without end by the module's `generate`."""
+
+    module: ModuleType
+
+    def __call__(self, config: Any) -> Splits:
+        if config.size == 0:
+            raise UserError(f"task.size is 0; `{config.name}` needs the number of training examples to generate")
+        problems = generate_split(config.seed, config.size, self.module.generate)
+        train, validation = ([layouts.question(*problem) for problem in split] for split in problems)
+        return train, validation
 
 
 def _load_prompt_completion(config: Any) -> Splits:
@@ -192,7 +198,8 @@ _TASKS: dict[str, _Entry] = {
     # On every machine.
     "stdlib_code": _Entry(_load_stdlib_code),
     "stdlib_docstrings": _Entry(_load_stdlib_docstrings, "rouge", cuts_prompts=True),
-    "arithmetic": _Entry(_load_arithmetic, "exact_match"),
+    "arithmetic": _Entry(_Generated(word_problems), "exact_match"),
+    "short_sums": _Entry(_Generated(short_sums), "exact_match"),
     # Files.
     "text": _Entry(_load_text, needs_path=True),
     "prompt_completion": _Entry(_load_prompt_completion, needs_path=True),

@@ -1,6 +1,7 @@
 """Multi-step arithmetic word problems with worked answers, generated without end from a seed."""
 
 import random
+from collections.abc import Callable
 
 from specjax.data.corpora import stable_hash
 
@@ -40,8 +41,10 @@ Problem = tuple[str, str]
 Splits = tuple[list[Problem], list[Problem]]
 
 
-def generate_split(seed: int, size: int) -> Splits:
+def generate_split(seed: int, size: int, generate: Callable[[random.Random], Problem]) -> Splits:
     """Returns `size` training and VALIDATION_PROBLEMS validation problems, as (question, answer), none twice.
+
+    `generate` draws one problem.
 
     A hash of the question decides its side, so no seed's training problems are another seed's validation
     problems. The validation problems do not depend on `size`.

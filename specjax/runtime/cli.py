@@ -71,6 +71,7 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, str]:
     workdir = given.pop("--workdir")
     for name, text in given.items():
         _override(config, name.removeprefix("--config."), text)
+    configs.check_given(config)
     return config, workdir
 
 

@@ -14,6 +14,8 @@ from specjax.runtime.errors import UserError, nearest
 
 # "stage:NAME" is what stage NAME exported, "workdir:NAME" the folder it ran in.
 _REFERENCES = {"stage": "export", "workdir": ""}
+# "required:KEY:WHAT" stands where only the command line can say a value: that of KEY.
+_REQUIRED = "required:"
 
 
 def load(path_and_variant: str) -> ConfigDict:
@@ -47,6 +49,18 @@ def load(path_and_variant: str) -> ConfigDict:
         return module.get_config(variant) if colon else module.get_config()
     except ValueError as error:  # how a config refuses a variant that it does not have
         raise UserError(f"{path_and_variant}: {error}") from error
+
+
+def check_given(config: ConfigDict) -> None:
+    """Refuses a config that leaves a value to the command line, "required:KEY:WHAT", and was not given it.
+
+    Raises:
+      UserError: with the key to give, and what it is.
+    """
+    for _, value in _leaves(to_plain(config)):
+        if isinstance(value, str) and value.startswith(_REQUIRED):
+            key, _, what = value.removeprefix(_REQUIRED).partition(":")
+            raise UserError(f"config.{key} is not set; give --config.{key}=..., {what}")
 
 
 def to_plain(config: Mapping | ConfigDict) -> dict:

@@ -1,0 +1,60 @@
+"""A model garden: which size, taught by the largest or not, decoded with which draft, for the least latency?
+
+    python -m specjax.main --config=configs/distillspec/garden.py --workdir=runs/garden_0 --config.seed=0
+
+One run is one seed; `python -m specjax.reporting.condense configs/records/garden.json runs/garden_0 ...` joins them.
+The largest model is that of `lossy.py` to the letter: a finished `target` stage, copied to the workdir as `large`, is
+not trained again.
+
+Stages: `large`; `medium` and `small`, each `_raw` (trained on the data) and `_kd` (as long, by the largest's
+probabilities); `draft`, trained plainly; `for_MODEL`, that draft distilled for each of them; `quality`, every model
+decoded plainly, with the plain draft (`MODEL_sd`) and with its own (`MODEL_distillspec`); `latency`, the same one
+prompt at a time, all models in turn, to be run on a machine with nothing else to do.
+
+Hardware: 2 CPU cores. Time: not timed. Expect distilled smaller models to lose less quality than raw ones;
+configs/distillspec/README.md says what came out. `configs/distillspec/garden.py:smoke` runs every stage in a minute.
+"""
+
+import stages
+from ml_collections import ConfigDict
+
+SIZES = ("medium", "small")
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    stages.check_variant("garden", variant)
+    smoke = variant == "smoke"
+    sizes = SIZES[:1] if smoke else SIZES
+    models = ("large", *(f"{size}_{how}" for size in sizes for how in ("raw", "kd")))
+    config = ConfigDict()
+    config.stages = (*models, "draft", *(f"for_{model}" for model in models), "quality", "latency")
+    config.seed = 0  # of everything but the largest model
+    seed = config.get_ref("seed")
+    config.large = stages.trained(0, "large", steps=500, rate=1.5e-3, tokenizer="", smoke=smoke)
+    for size in sizes:
+        alike = {"steps": 300, "rate": 2e-3, "smoke": smoke}
+        config[f"{size}_raw"] = stages.trained(seed, size, tokenizer="stage:large", **alike)
+        config[f"{size}_kd"] = stages.taught(seed, size, init="random", target="stage:large", on_policy=False, **alike)
+    config.draft = stages.trained(seed, "draft", steps=300, rate=4e-3, tokenizer="stage:large", smoke=smoke)
+    for model in models:
+        source = {"init": "stage:draft", "target": f"stage:{model}"}
+        config[f"for_{model}"] = stages.taught(
+            seed, "draft", **source, steps=80, rate=3e-3, on_policy=True, smoke=smoke
+        )
+    for name in ("quality", "latency"):
+        config[name] = stages.evaluation(
+            seed, "stage:large", _drafters(models), timed=name == "latency", temperatures=(0.0,), smoke=smoke
+        )
+    return config
+
+
+def _drafters(models: tuple[str, ...]) -> dict[str, dict]:
+    """Every model, with the plain draft and with its own; gamma 0 is the model decoded plainly."""
+    drafters = {}
+    for model in models:
+        own = {} if model == "large" else {"target": f"stage:{model}"}
+        alike = {"kind": "model", **own, "coupled": ()}
+        plainly = () if model == "large" else (0,)  # the largest, plainly, is the baseline of all
+        drafters[f"{model}_sd"] = {**alike, "path": "stage:draft", "lossless": (*plainly, stages.GAMMA)}
+        drafters[f"{model}_distillspec"] = {**alike, "path": f"stage:for_{model}", "lossless": (stages.GAMMA,)}
+    return drafters

@@ -1,0 +1,50 @@
+"""What lossy rules cost and bring: quality against block efficiency and latency, before and after distillation.
+
+    python -m specjax.main --config=configs/distillspec/lossy.py --workdir=runs/lossy_0 --config.seed=0
+
+One run is one seed of the draft's training and of decoding, on problems of its own; the target is the same in all.
+`python -m specjax.reporting.condense configs/records/lossy.json runs/lossy_0 runs/lossy_1 runs/lossy_2` joins them.
+
+Stages: `target`; `supervised`, a draft trained plainly; `distilled`, the same on its own text by the target's
+probabilities; `quality`, every rule at every lenience over many prompts; `latency`, the same one prompt at a time, to
+be run on a machine with nothing else to do.
+
+Hardware: 2 CPU cores. Time: not timed. Expect, as in DistillSpec's figure 6, more tokens a target call and lower
+quality the smaller the lenience; configs/distillspec/README.md says what came out. `configs/distillspec/lossy.py:smoke`
+runs every stage in seconds.
+"""
+
+import stages
+from ml_collections import ConfigDict
+
+LOSSY = ("lenient_linear", "lenient_square", "lenient_exp", "typical")
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    stages.check_variant("lossy", variant)
+    smoke = variant == "smoke"
+    config = ConfigDict()
+    config.stages = ("target", "supervised", "distilled", "quality", "latency")
+    config.seed = 0  # of everything but the target
+    seed = config.get_ref("seed")
+    config.target = stages.trained(0, "large", steps=500, rate=1.5e-3, tokenizer="", smoke=smoke)
+    plain = {"steps": 300, "rate": 4e-3, "tokenizer": "stage:target"}
+    config.supervised = stages.trained(seed, "draft", **plain, smoke=smoke)
+    source = {"init": "stage:supervised", "target": "stage:target"}
+    config.distilled = stages.taught(seed, "draft", **source, steps=100, rate=3e-3, on_policy=True, smoke=smoke)
+    for name in ("quality", "latency"):
+        config[name] = _evaluation(seed, timed=name == "latency", smoke=smoke)
+    return config
+
+
+def _evaluation(seed, *, timed: bool, smoke: bool) -> ConfigDict:
+    rules = {"lossless": (stages.GAMMA,), "coupled": (), **dict.fromkeys(LOSSY, (stages.GAMMA,))}
+    drafters = {draft: {"kind": "model", "path": f"stage:{draft}", **rules} for draft in ("supervised", "distilled")}
+    # The draft by itself: its own target, decoded plainly.
+    alone = {"kind": "model", "path": "stage:distilled", "target": "stage:distilled", "lossless": (0,), "coupled": ()}
+    temperatures = (0.0,) if smoke else (0.0, 1.0)
+    section = stages.evaluation(
+        seed, "stage:target", {**drafters, "draft_alone": alone}, timed=timed, temperatures=temperatures, smoke=smoke
+    )
+    section.leniences = (0.5,) if smoke else (0.7, 0.5, 0.3, 0.1)
+    return section

@@ -1,0 +1,96 @@
+"""Stages that the configs beside this file are made of: the quickstart's, varied."""
+
+import importlib.util
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+# Layers and width. Wide enough that verifying five tokens costs little more than one step on a CPU, and smaller ones.
+SHAPES = {"large": (3, 384), "medium": (2, 256), "small": (2, 160), "draft": (1, 128)}
+_TINY = {"large": (2, 32), "medium": (1, 32), "small": (1, 16), "draft": (1, 16)}
+
+GAMMA = 4
+
+
+def quickstart() -> ConfigDict:
+    """The quickstart's own config."""
+    path = pathlib.Path(__file__).parents[1] / "quickstart.py"
+    spec = importlib.util.spec_from_file_location("quickstart", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def check_variant(name: str, variant: str, variants: tuple[str, ...] = ("smoke",)) -> None:
+    """Refuses a variant that `name` does not have."""
+    if variant not in ("", *variants):
+        raise ValueError(f"configs/distillspec/{name}.py has the variants {', '.join(variants)}; not {variant!r}.")
+
+
+def task(seed: Any, size: int) -> ConfigDict:
+    """Short sums: a small target learns to answer them, and its draft alone does not."""
+    return ConfigDict({"name": "short_sums", "path": "", "seed": seed, "size": size})
+
+
+def trained(seed: Any, shape: str, *, steps: int, rate: float, tokenizer: str, smoke: bool) -> ConfigDict:
+    """A model of a shape in SHAPES, trained plainly; `tokenizer` is an export's, "" trains one."""
+    section = quickstart().supervised.copy_and_resolve_references()
+    section.seed = seed
+    section.task = task(0, 64 if smoke else 40_000)
+    section.tokenizer.update({"path": tokenizer, "vocab_size": 400})
+    layers, width = (_TINY if smoke else SHAPES)[shape]
+    heads = {"heads": width // 16, "kv_heads": width // 16, "head_size": 16} if smoke else {}
+    heads = heads or {"heads": width // 32, "kv_heads": width // 32, "head_size": 32}
+    section.model.update({"layers": layers, "width": width, **heads, "mlp_width": width * 8 // 3, "max_positions": 256})
+    # Every question with its answer fits a row.
+    section.data.update({"batch_size": 8, "sequence_length": 60, "prompt_length_min": 32, "prompt_length_max": 32})
+    section.data.generation.max_new_tokens = 34
+    section.optimizer.update({"peak_learning_rate": rate, "final_fraction": 0.02, "hold_fraction": 0.1})
+    _set_steps(section, steps)
+    if smoke:
+        section.data.batch_size = 2
+        section.optimizer.warmup_steps = 1
+        _set_steps(section, 2)
+    return section
+
+
+def _set_steps(section: ConfigDict, steps: int) -> None:
+    section.train.update(
+        {"steps": steps, "eval_every": -(-steps // 3), "eval_batches": 2, "checkpoint_every": -(-steps // 3)}
+    )
+
+
+def taught(
+    seed: Any, shape: str, *, init: str, target: str, steps: int, rate: float, on_policy: bool, smoke: bool
+) -> ConfigDict:
+    """A model that learns from `target`, by forward KL, on its own text or on the data; `init` as in the quickstart."""
+    section = trained(seed, shape, steps=steps, rate=rate, tokenizer=target, smoke=smoke)
+    section.model.init = init
+    section.target = target
+    section.loss.divergence = "forward_kl"
+    section.data.update({"fixed": float(not on_policy), "draft": float(on_policy)})
+    return section
+
+
+def evaluation(
+    seed: Any, target: str, drafters: Mapping[str, Mapping], *, timed: bool, temperatures: tuple, smoke: bool
+) -> ConfigDict:
+    """Quality and block efficiency on many prompts; or, `timed`, the same on a few, one at a time, for their speed."""
+    section = quickstart().evaluation.copy_and_resolve_references()
+    section.seed = seed
+    section.task = task(seed, 1)  # other problems for every seed
+    section.target = target
+    section.selection.update({"count": 32 if timed else 128, "length_min": 1, "length_max": 64})
+    section.max_new_tokens = 40
+    section.batch_sizes = (1,) if timed else (32,)
+    section.temperatures = temperatures
+    section.drafters = ConfigDict(drafters)
+    section.compare = ()
+    section.measure_parts = False
+    if smoke:
+        section.selection.count = 3
+        section.max_new_tokens = 6
+        section.batch_sizes = (1,) if timed else (3,)
+    return section
