@@ -70,6 +70,12 @@ def _distill(config: ConfigDict, workdir: str | Path) -> dict:
     return distill.run(config, workdir)
 
 
+def _target_text(config: ConfigDict, workdir: str | Path) -> dict:
+    from specjax import target_text
+
+    return target_text.run(config, workdir)
+
+
 def _evaluate(config: ConfigDict, workdir: str | Path) -> dict:
     from specjax import evaluate
 
@@ -88,7 +94,13 @@ def _benchmark(config: ConfigDict, workdir: str | Path) -> dict:
     return benchmark.run(config, workdir)
 
 
-_BINARIES = {"distill": _distill, "evaluate": _evaluate, "generate": _generate, "benchmark": _benchmark}
+_BINARIES = {
+    "distill": _distill,
+    "target_text": _target_text,
+    "evaluate": _evaluate,
+    "generate": _generate,
+    "benchmark": _benchmark,
+}
 
 
 def _check_stages(config: ConfigDict) -> None:

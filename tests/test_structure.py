@@ -22,7 +22,7 @@ FLOORS = (
     ("hub",),
     ("decoding", "data", "reporting"),
     ("distillation", "draft_design"),
-    ("distill", "evaluate", "api", "benchmark_loading"),
+    ("distill", "evaluate", "api", "benchmark_loading", "target_text"),
     ("design", "benchmark", "generate"),
     ("main",),
 )
