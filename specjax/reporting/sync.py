@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from specjax.reporting import distillspec_claims, distillspec_figures, distillspec_tables, records, tables
+from specjax.reporting import distillspec_claims, distillspec_figures, distillspec_tables, recipe_sweep, records, tables
 from specjax.runtime.errors import UserError
 
 
@@ -127,13 +127,14 @@ TABLES: dict[str, Callable[[Mapping], str]] = {
     "benchmark": benchmark,
     "peers": peers,
     **distillspec_tables.TABLES,
+    **recipe_sweep.TABLES,
 }
 
 # The name of a table -> what writes it from all records that are there, by their names.
 OVERVIEWS: dict[str, Callable[[Mapping[str, Mapping]], str]] = {"claims": distillspec_claims.claims}
 
 # The name of a record -> what draws its figure to a path.
-FIGURES: dict[str, Callable[[Mapping, Path], None]] = {**distillspec_figures.FIGURES}
+FIGURES: dict[str, Callable[[Mapping, Path], None]] = {**distillspec_figures.FIGURES, **recipe_sweep.FIGURES}
 
 
 def synced(readme_text: str, directory: str | Path) -> str:
