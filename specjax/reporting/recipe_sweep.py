@@ -44,9 +44,13 @@ def _said(values: Sequence[float]) -> str | None:
     """A mean gain, and its interval where there are seeds enough for one."""
     if not values:
         return None
-    over = Estimate.of(values)
-    within = "(1 seed)" if over.half is None else f"[{over.mean - over.half:+.1f}, {over.mean + over.half:+.1f}]"
-    return f"{over.mean:+.1f}% {within}"
+    return said(Estimate.of(values))
+
+
+def said(gain: Estimate) -> str:
+    """A gain in percent with its interval."""
+    within = "(1 seed)" if gain.half is None else f"[{gain.mean - gain.half:+.1f}, {gain.mean + gain.half:+.1f}]"
+    return f"{gain.mean:+.1f}% {within}"
 
 
 def matrix(cells: Mapping[str, Mapping[int, float]]) -> list[list[float | None]]:
@@ -115,12 +119,6 @@ def drafts(record: Mapping) -> list[dict]:
 
 def transfers(record: Mapping) -> list[dict]:
     """A line for each draft, temperature and thing that it was not trained for: block efficiency, and gain there."""
-    places: dict[tuple, dict[str, dict[int, float]]] = {}
-    for row in record["rows"]:
-        cell, _, seed = row.get("drafter", "").rpartition("_")
-        if row["stage"].startswith("transfer") and seed.isdigit():
-            place = row["stage"].removeprefix("transfer_").rpartition("_")[0]
-            places.setdefault((place, row["temperature"]), {}).setdefault(cell, {})[int(seed)] = row["block_efficiency"]
     return [
         {
             "evaluated on": tables.heading(place),
@@ -130,9 +128,30 @@ def transfers(record: Mapping) -> list[dict]:
             "block efficiency": statistics.fmean(values.values()),
             "over undistilled": _said(gains(values, cells.get(UNDISTILLED, {}))) if cell != UNDISTILLED else None,
         }
-        for (place, temperature), cells in places.items()
+        for (place, temperature), cells in _places(record).items()
         for cell, values in cells.items()
     ]
+
+
+def transferred(record: Mapping, place: str, cell: str) -> dict[float, Estimate]:
+    """By temperature, the gain of a draft over the undistilled one in a place that it was not trained for."""
+    found = {}
+    for (where, temperature), cells in _places(record).items():
+        values = gains(cells.get(cell, {}), cells.get(UNDISTILLED, {}))
+        if where == place and values:
+            found[temperature] = Estimate.of(values)
+    return found
+
+
+def _places(record: Mapping) -> dict[tuple[str, float], dict[str, dict[int, float]]]:
+    """{(place, temperature): {cell: {seed: block efficiency}}} of the transfer stages."""
+    places: dict[tuple[str, float], dict[str, dict[int, float]]] = {}
+    for row in record["rows"]:
+        cell, _, seed = row.get("drafter", "").rpartition("_")
+        if row["stage"].startswith("transfer") and seed.isdigit():
+            place = row["stage"].removeprefix("transfer_").rpartition("_")[0]
+            places.setdefault((place, row["temperature"]), {}).setdefault(cell, {})[int(seed)] = row["block_efficiency"]
+    return places
 
 
 def best(cells: Mapping[str, Mapping[int, float]]) -> str | None:
