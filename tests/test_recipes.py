@@ -119,6 +119,7 @@ def test_a_draft_writes_along_and_the_text_is_still_the_targets(home, written):
     assert row["drafter"] == str(home / "draft") and row["speedup"] > 0 and row["block_efficiency"] >= 1
 
 
+@pytest.mark.slow
 def test_text_on_disk_is_what_plain_sampling_with_the_same_keys_writes(home, tmp_path):
     config = writing(home, **{"drafter.path": "", "drafter.rule": "lossless"})
     target_text.run(config, tmp_path)
@@ -141,6 +142,7 @@ def test_text_on_disk_is_what_plain_sampling_with_the_same_keys_writes(home, tmp
         assert tokens[0, : ends[0]].tolist() == row[:end].tolist()
 
 
+@pytest.mark.slow
 def test_interrupted_writing_goes_on_and_ends_with_the_same_text(home, written, tmp_path):
     whole = cached_text.load(written[0] / "export")
     first = cached_text.rows_file(tmp_path / "export", 0)
@@ -219,6 +221,7 @@ def test_damaged_text_is_refused(home, written, tmp_path):
         cached_text.load(tmp_path / "export")
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_is_made_in_the_manner_of_t5(tmp_path):
     config = configs.load(str(ROOT / "configs/distillspec/sweep.py:encoder_decoder-smoke")).target
     tokenizer = train_byte_bpe([TEXT], 280)
