@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
-from specjax import api, distill, target_text
+from specjax import api, distill, main, target_text
 from specjax.decoding import loop, sampling
 from specjax.distillation import cached_text, recipes
 from specjax.hub.tokenizer import train_byte_bpe
@@ -318,3 +318,21 @@ def test_a_record_keeps_what_is_read_of_written_text(written):
     )
     (row,) = condense.condensed([workdir])["rows"]
     assert row["same_text"] is True and row["drafted_tokens_per_second"] > 0 and "target" not in row
+
+
+@pytest.mark.parametrize("variant", ["", "encoder_decoder", "smoke", "encoder_decoder-smoke", "5"])
+def test_every_variant_of_the_sweep_names_only_earlier_stages_and_more_seeds_only_add_some(variant, tmp_path):
+    path = ROOT / "configs/distillspec/sweep.py"
+    config = configs.load(f"{path}:{variant}")
+    main._check_stages(config)
+    cells = [f"{text}_{divergence}_0" for text in recipe_sweep.TEXTS for divergence in recipe_sweep.DIVERGENCES]
+    assert set(cells) < set(config.stages) and {f"draft_{newer}_0" for newer in recipe_sweep.NEWER} < set(config.stages)
+    configs.assert_same_run(config, tmp_path)
+    words = [word for word in variant.split("-") if word and not word.isdigit()]
+    configs.assert_same_run(configs.load(f"{path}:{'-'.join([*words, '7'])}"), tmp_path)
+
+
+@pytest.mark.parametrize("variant", ["encoder", "0", "3-4"])
+def test_a_variant_that_the_sweep_lacks_is_refused(variant):
+    with pytest.raises(UserError, match="variants are encoder_decoder, smoke and a number of seeds; not"):
+        configs.load(f"{ROOT / 'configs/distillspec/sweep.py'}:{variant}")
