@@ -13,8 +13,9 @@ Stages: `target`; then seed by seed `supervised` (the draft, plainly, to its pla
 on the draft's text, SeqKD, controls, and `evaluation_*` at temperatures 0 and 1 as soon as a row's drafts are there.
 Mixed is half the draft's and half the target's text. Controls: `plain_steps` and `plain_clock` are trained plainly for
 as many steps, and for as long, as `draft_forward_kl`; `target_forward_kl_clock` learns on the target's text as long.
-Last, for the decoder-only pair, transfer: some of the drafts on two tasks that neither they nor the target were trained
-on, and before a `large_target` that none of them was distilled from.
+Last, for the decoder-only pair: `little_*`, on a few pages of the corpus alone, or on the draft's text from prompts of
+these; and transfer, some of the drafts on two tasks that neither they nor the target were trained on, and before a
+`large_target` that none of them was distilled from.
 
 Each training is a stage of its own: an interrupted sweep repeats no finished one and goes on from the last checkpoint
 of the other. `python -m specjax.reporting.condense configs/records/sweep.json WORKDIR` makes a small record of whatever
@@ -40,6 +41,8 @@ TEXTS = {
     "mixed": (0.0, 0.5, 0.5),
 }
 NEWER = ("negative_log_acceptance", "lk_hybrid")
+# Some forty rows, each of which training then meets over and over.
+LITTLE = 16_000
 # Tasks on which no draft was trained: code of another form, and text that is no code.
 OTHER_TASKS = {"docstrings": ("stdlib_docstrings", 0), "arithmetic": ("arithmetic", 8)}
 TRANSFERRED = ("supervised", "plain_steps", "fixed_forward_kl", "draft_forward_kl", "target_forward_kl")
@@ -60,7 +63,7 @@ def get_config(variant: str = "") -> ConfigDict:
         for name, section in _seed(base, seed):
             config[name] = section
             stages.append(name)
-    for name, section in () if apart else _transfer(base, seeds):
+    for name, section in () if apart else (*_little_data(base, seeds), *_transfer(base, seeds)):
         config[name] = section
         stages.append(name)
     config.stages = tuple(stages)
@@ -92,6 +95,18 @@ def _seed(base: ConfigDict, seed: int):
         names.append(f"{name}_{seed}")
         yield names[-1], section
     yield f"evaluation_controls_{seed}", _evaluation(base, seed, names)
+
+
+def _little_data(base: ConfigDict, seeds: int):
+    """Is the corpus as good as any text only because there is so much of it? The same from LITTLE bytes of it."""
+    for seed in range(seeds):
+        names = []
+        for source in ("fixed", "draft"):
+            section = _distilled(base, seed, source, "forward_kl")
+            section.task.size = LITTLE
+            names.append(f"little_{source}_forward_kl_{seed}")
+            yield names[-1], section
+        yield f"evaluation_little_{seed}", _evaluation(base, seed, names)
 
 
 def _transfer(base: ConfigDict, seeds: int):

@@ -178,6 +178,9 @@ def comparisons(record: Mapping) -> list[dict]:
         draft, target = of("draft_forward_kl"), of("target_forward_kl")
         pairs["draft over target text, forward KL, equal steps"] = (draft, target)
         pairs["draft over target text, forward KL, equal time"] = (draft, of("target_forward_kl_clock"))
+        for text in ("fixed", "draft"):
+            little = of(f"little_{text}_forward_kl")
+            pairs[f"{text} text of a few pages over all of it, forward KL"] = (little, of(f"{text}_forward_kl"))
         for name in (*DIVERGENCES[1:], *NEWER):
             pairs[f"{tables.heading(name)} over forward KL, draft text"] = (of(f"draft_{name}"), draft)
         for said, (values, others) in pairs.items():
