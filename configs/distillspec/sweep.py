@@ -196,15 +196,20 @@ def _base(smoke: bool, apart: bool) -> ConfigDict:
 
 
 def _sizes(base: ConfigDict) -> None:
-    """A target whose verification is cheap on a CPU, and a draft that learns in half a minute on one core."""
-    base.target.model.update({"layers": 4, "width": 384, "heads": 6, "kv_heads": 3, "mlp_width": 1024})
+    """Small enough that a draft learns in some twenty seconds on one core, reading and tokenising included."""
+    base.target.model.update({"layers": 4, "width": 256, "heads": 4, "kv_heads": 4, "mlp_width": 704})
     for section in (base.supervised, base.distilled):
-        section.model.update({"layers": 1, "width": 192, "heads": 3, "kv_heads": 3, "mlp_width": 512})
+        section.model.update({"layers": 1, "width": 128, "heads": 2, "kv_heads": 2, "mlp_width": 352})
+    for section in (base.target, base.supervised, base.distilled):
+        section.task.size = 2_000_000
+        section.data.update({"sequence_length": 96, "prompt_length_min": 8, "prompt_length_max": 32})
+        section.data.generation.max_new_tokens = 64
     base.distilled.data.batch_size = 16
     base.distilled.train.update({"steps": 40, "eval_every": 20, "checkpoint_every": 20, "keep_last": 1})
     base.distilled.train.eval_batches = 2
     base.distilled.optimizer.warmup_steps = 5
-    base.evaluation.selection.count = 32
+    base.evaluation.task.size = 2_000_000
+    base.evaluation.selection.count = 24
     base.evaluation.max_new_tokens = 64
 
 
