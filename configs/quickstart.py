@@ -52,10 +52,12 @@ def _training(steps: int, learning_rate: float) -> ConfigDict:
     config.task = _task()
     # path: an export whose tokenizer to take; "" trains a byte-level BPE of vocab_size on the task's text.
     config.tokenizer = ConfigDict({"path": "stage:target", "vocab_size": 1024})
-    # init: "random", or an export to go on from (then its own config.json gives the shape).
+    # init: "random", or an export to go on from (then its own config.json gives the shape); encoder_layers: above 0 it
+    # is an encoder-decoder in the manner of T5, and rope_theta and max_positions are not read.
     config.model = ConfigDict(
         {
             "init": "random",
+            "encoder_layers": 0,
             "layers": 1,
             "width": 256,
             "heads": 4,
@@ -72,6 +74,8 @@ def _training(steps: int, learning_rate: float) -> ConfigDict:
     )
     # The model to learn from; "" trains on the text alone.
     config.target = ""
+    # A recipe by name (distillation/recipes.py), in place of the fractions (then all 0) and the divergence (then "").
+    config.recipe = ""
     config.data = ConfigDict(
         {
             "batch_size": 16,
@@ -83,6 +87,8 @@ def _training(steps: int, learning_rate: float) -> ConfigDict:
             "fixed": 1.0,
             "draft": 0.0,
             "target": 0.0,
+            # A folder of text that the target wrote before, by the binary target_text; "" has it write in training.
+            "target_path": "",
             "generation": {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 96},
         }
     )

@@ -3,7 +3,7 @@
     python -m specjax.distill --config=FILE --workdir=DIR [--config.section.key=value ...]
 
 One trainer serves all: `loss.divergence` "cross_entropy" without a `target` is plain training, and the
-fractions under `data` say whose text a target's probabilities are learned on.
+fractions under `data` say whose text a target's probabilities are learned on. A `recipe` names these parts.
 """
 
 from pathlib import Path
@@ -13,6 +13,8 @@ import jax
 from jax.experimental import multihost_utils
 
 from specjax.data import batches, tasks
+from specjax.distillation import cached_text, recipes
+from specjax.distillation.data_sources import SOURCES
 from specjax.distillation.evaluator import make_evaluator
 from specjax.distillation.trainer import Material, Outcome, Trainer
 from specjax.hub import adapter as hub_adapter
@@ -22,6 +24,7 @@ from specjax.hub.tokenizer import Tokenizer, train_byte_bpe
 from specjax.models.adapters import Adapter, AdapterConfig
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
+from specjax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from specjax.models.language_model import LanguageModel, Params
 from specjax.models.medusa import MedusaConfig, MedusaHeads
 from specjax.models.self_draft import SelfDraft
@@ -35,19 +38,10 @@ from specjax.runtime.errors import UserError
 # What `model.init` says for a model without a past, and for an adapter or Medusa heads of the target.
 RANDOM, ADAPTER, MEDUSA = "random", "adapter", "medusa"
 
-# Fields of `config.model` that are fields of the decoder.
-_SHAPE = (
-    "rope_theta",
-    "width",
-    "layers",
-    "heads",
-    "kv_heads",
-    "head_size",
-    "mlp_width",
-    "max_positions",
-    "norm_epsilon",
-    "tied_head",
-)
+# Fields of `config.model` that are fields of the model; then those of a decoder alone, and of an encoder-decoder alone.
+_SHAPE = ("width", "layers", "heads", "kv_heads", "head_size", "mlp_width", "norm_epsilon", "tied_head")
+_DECODER = ("rope_theta", "max_positions")
+_ENCODER_DECODER = ("encoder_layers",)
 
 
 def run(config: Any, workdir: str | Path) -> dict:
@@ -60,7 +54,7 @@ def run(config: Any, workdir: str | Path) -> dict:
     Raises:
       UserError: for settings, files and vocabularies that do not fit, and for a loss that is not finite.
     """
-    workdir = Path(workdir)
+    workdir, config = Path(workdir), recipes.expand(config)
     min_seconds = _min_seconds(config.train.min_seconds_of)
     mesh = meshes.make_mesh(config.mesh)
     task = tasks.load_task(config.task)
@@ -98,6 +92,8 @@ def _row(config: Any, draft: LanguageModel, outcome: Outcome) -> dict:
     return {
         "task": config.task.name,
         "target": config.target,
+        "recipe": config.recipe,
+        "data": {name: config.data[name] for name in SOURCES},
         "divergence": config.loss.divergence,
         "seed": config.seed,
         "params": draft.num_params,
@@ -147,6 +143,9 @@ def _material(config: Any, task: tasks.Task, tokenizer: Tokenizer, mesh: jax.sha
     rows = dict(batch_size=data.batch_size, sequence_length=data.sequence_length, seed=config.seed)
     rows["start_token"] = draft.config.start_token if draft.reads_prompt_apart else None
     rows["prompt_length"] = (data.prompt_length_min, data.prompt_length_max)
+    text = None
+    if data.target_path:
+        text = _target_text(config, target, target_params, tokenizer)
     return Material(
         draft=draft,
         params=params,
@@ -156,7 +155,18 @@ def _material(config: Any, task: tasks.Task, tokenizer: Tokenizer, mesh: jax.sha
         validation=batches.validation_batches(task, tokenizer, count=train.eval_batches, **rows),
         eos_ids=tokenizer.eos_ids,
         longest_prompt=data.prompt_length_max if task.is_language_modelling else data.sequence_length - 1,
+        target_text=text,
     )
+
+
+def _target_text(config: Any, target: LanguageModel | None, params: Params | None, tokenizer: Tokenizer):
+    """The text in `data.target_path`, if it is this target's on this task, written with these settings."""
+    if target is None:
+        raise UserError('data.target_path names text of a target, and there is none: set `target`, or the path to ""')
+    text = cached_text.load(config.data.target_path)
+    belongs = hub_adapter.fingerprint(target, params), tokenizer.fingerprint()
+    text.check(cached_text.provenance(*belongs, config.task, config.data))
+    return text
 
 
 def _attached(
@@ -187,17 +197,25 @@ def _model(config: Any, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> tuple[
     if model.init != RANDOM:
         return _load(model.init, tokenizer, model, mesh)
     try:
-        shape = DecoderConfig.llama(
-            vocab_size=tokenizer.vocab_size,
-            param_dtype=model.param_dtype,
-            compute_dtype=dtypes.compute_dtype(model.compute_dtype),
-            **{name: model[name] for name in _SHAPE},
-        )
+        made = _random(model, tokenizer)
     except ValueError as error:
         raise UserError(f"config.model: {error}") from None
-    decoder = Decoder(shape)
-    init = jax.jit(decoder.init, out_shardings=meshes.shardings(decoder.axes(), mesh))
-    return decoder, init(jax.random.key(config.seed))
+    init = jax.jit(made.init, out_shardings=meshes.shardings(made.axes(), mesh))
+    return made, init(jax.random.key(config.seed))
+
+
+def _random(model: Any, tokenizer: Tokenizer) -> LanguageModel:
+    """A Llama of this shape; with `encoder_layers` above 0 an encoder-decoder in the manner of T5 v1.1."""
+    fields = {
+        "vocab_size": tokenizer.vocab_size,
+        "param_dtype": model.param_dtype,
+        "compute_dtype": dtypes.compute_dtype(model.compute_dtype),
+        **{name: model[name] for name in _SHAPE},
+    }
+    if not model.encoder_layers:
+        return Decoder(DecoderConfig.llama(**fields, **{name: model[name] for name in _DECODER}))
+    fields |= {name: model[name] for name in _ENCODER_DECODER}
+    return EncoderDecoder(EncoderDecoderConfig.t5(**fields, start_token=tokenizer.pad_id))
 
 
 def _load(directory: str, tokenizer: Tokenizer, model: Any, mesh) -> tuple[LanguageModel, Params]:

@@ -5,6 +5,7 @@
 A config either names its `binary`, or `stages`, each of them a section with a binary of its own.
 """
 
+import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -57,57 +58,15 @@ def run(config: ConfigDict, workdir: str | Path) -> dict:
     return records.read_results(results)
 
 
+# Modules of this package with a `run(config, workdir)`; each imports what it needs only when it is run.
+BINARIES = ("distill", "choose_layers", "target_text", "evaluate", "spec_bench", "generate", "benchmark")
+
+
 def binary(config: ConfigDict) -> Callable[[ConfigDict, str | Path], Any]:
     """The `run` of the binary that the config names."""
-    if config.binary not in _BINARIES:
-        raise UserError(f'there is no binary "{config.binary}"{nearest(config.binary, _BINARIES)}')
-    return _BINARIES[config.binary]
-
-
-def _distill(config: ConfigDict, workdir: str | Path) -> dict:
-    from specjax import distill
-
-    return distill.run(config, workdir)
-
-
-def _evaluate(config: ConfigDict, workdir: str | Path) -> dict:
-    from specjax import evaluate
-
-    return evaluate.run(config, workdir)
-
-
-def _generate(config: ConfigDict, workdir: str | Path) -> dict:
-    from specjax import generate
-
-    return generate.run(config, workdir)
-
-
-def _benchmark(config: ConfigDict, workdir: str | Path) -> dict:
-    from specjax import benchmark
-
-    return benchmark.run(config, workdir)
-
-
-def _spec_bench(config: ConfigDict, workdir: str | Path) -> dict:
-    from specjax import spec_bench
-
-    return spec_bench.run(config, workdir)
-
-
-def _choose_layers(config: ConfigDict, workdir: str | Path) -> dict:
-    from specjax import choose_layers
-
-    return choose_layers.run(config, workdir)
-
-
-_BINARIES = {
-    "distill": _distill,
-    "choose_layers": _choose_layers,
-    "evaluate": _evaluate,
-    "generate": _generate,
-    "benchmark": _benchmark,
-    "spec_bench": _spec_bench,
-}
+    if config.binary not in BINARIES:
+        raise UserError(f'there is no binary "{config.binary}"{nearest(config.binary, BINARIES)}')
+    return importlib.import_module(f"specjax.{config.binary}").run
 
 
 def _check_stages(config: ConfigDict) -> None:

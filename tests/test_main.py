@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from specjax import main
+from specjax import distill, main
 from specjax.reporting import records
 from specjax.runtime import cli, timing
 from specjax.runtime import config as configs
@@ -212,7 +212,7 @@ def calls(monkeypatch):
         row = {"steps": config.steps}
         records.write_results(workdir / "results.json", binary="distill", config=config.to_dict(), rows=[row])
 
-    monkeypatch.setitem(main._BINARIES, "distill", run)
+    monkeypatch.setattr(distill, "run", run)
     return calls
 
 

@@ -48,6 +48,7 @@ def make_config(**overrides):
                 fixed=1.0,
                 draft=0.0,
                 target=0.0,
+                target_path="",
                 generation=dict(temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=8),
             ),
             loss=dict(divergence="forward_kl", beta=0.5, temperature=1.0, chunk=20),
@@ -552,6 +553,7 @@ def distill_config(**overrides):
     config.tokenizer = dict(path="", vocab_size=300)
     config.model = dict(
         init="random",
+        encoder_layers=0,
         layers=1,
         width=16,
         heads=2,
@@ -565,7 +567,7 @@ def distill_config(**overrides):
         param_dtype="float32",
         compute_dtype="auto",
     )
-    config.target = ""
+    config.target, config.recipe = "", ""
     config.update_from_flattened_dict(overrides)
     return config
 

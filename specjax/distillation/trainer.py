@@ -16,6 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from specjax.distillation import data_sources, objective, update
+from specjax.distillation.cached_text import CachedText
 from specjax.distillation.meter import Clock, Interval
 from specjax.models.language_model import NEXT, LanguageModel, Params
 from specjax.reporting.records import MetricsLog
@@ -76,6 +77,7 @@ class Material:
       validation: batches of the same layout.
       eos_ids: ids that end a generated row.
       longest_prompt: most tokens of a prompt that a row of `batches` can have.
+      target_text: what the target wrote before; None has it write as it is needed.
     """
 
     draft: LanguageModel
@@ -86,6 +88,7 @@ class Material:
     validation: Sequence[Mapping[str, np.ndarray]]
     eos_ids: tuple[int, ...]
     longest_prompt: int
+    target_text: CachedText | None = None
 
 
 def check(config: Any, material: Material) -> None:
@@ -268,10 +271,13 @@ class Trainer:
         self._read(previous)
 
     def _text(self, source: str, batch: Mapping[str, np.ndarray]) -> Mapping[str, jax.Array]:
-        """The batch itself, or its prompts continued by a model."""
+        """The batch itself, its prompts continued by a model, or rows that the target wrote before."""
         if source == data_sources.FIXED:
             return update.shard(batch, self.mesh)
         material = self.material
+        if source == data_sources.TARGET and material.target_text is not None:
+            rows = material.target_text.batch(self.config.seed, self.step, self.config.data.batch_size)
+            return update.shard(rows, self.mesh)
         width = data_sources.prompt_width(
             batch["prompt_lengths"], self.config.data.prompt_length_max, material.longest_prompt
         )

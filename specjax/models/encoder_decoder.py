@@ -16,6 +16,9 @@ from specjax.models.config import DecoderConfig
 from specjax.models.language_model import LanguageModel, Params, consecutive, look_up
 from specjax.runtime.dtypes import dtype_named
 
+# Relative positions have no end.
+UNLIMITED = 1 << 30
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncoderDecoderConfig(DecoderConfig):
@@ -43,6 +46,27 @@ class EncoderDecoderConfig(DecoderConfig):
             raise ValueError(
                 f"relative_distance ({self.relative_distance}) must be above half the {self.relative_buckets} buckets."
             )
+
+    @classmethod
+    def t5(cls, **fields) -> "EncoderDecoderConfig":
+        """A T5 v1.1: what it does not leave to be chosen, and whose `config.json` can say no other.
+
+        Raises:
+          ValueError: where there are fewer key/value heads than heads.
+        """
+        if fields["kv_heads"] != fields["heads"]:
+            raise ValueError(f"a T5 has as many kv_heads ({fields['kv_heads']}) as heads ({fields['heads']}).")
+        return cls(
+            max_positions=UNLIMITED,
+            rotary=None,
+            family="t5",
+            activation="gelu_tanh",
+            query_scale=1.0,
+            relative_buckets=32,
+            relative_distance=128,
+            head_scale=fields["width"] ** -0.5 if fields["tied_head"] else 1.0,
+            **fields,
+        )
 
 
 @jax.tree_util.register_dataclass

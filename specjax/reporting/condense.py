@@ -8,15 +8,18 @@ that tables and figures read. A run that is not finished gives what it has.
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from specjax.reporting import records
 from specjax.runtime.errors import UserError
 
-# Of a training stage's rows and of an evaluation's.
+# Of a training stage's rows, of text that a target wrote, and of an evaluation's.
 KEPT = (
     *("task", "seed", "divergence", "params", "steps", "train_seconds", "validation_loss", "validation_acceptance"),
+    *("data", "last_quarter_improvement"),
+    *("rows", "tokens", "seconds", "plain_tokens_per_second", "drafted_tokens_per_second", "same_text"),
     *("prompts", "drafter", "rule", "lenience", "gamma", "temperature", "batch_size"),
     *("block_efficiency", "block_efficiency_ci", "acceptance_rate", "tokens_per_second", "speedup", "speedup_ci"),
     *("threshold", "drafted_tokens", "ctar", "confidence", "identical_to_baseline", "subtask", "questions"),
@@ -49,7 +52,7 @@ def condensed(workdirs: Sequence[str | Path]) -> dict:
                 rows += [_row(row, stage, config["seed"]) for row in result["rows"]]
     if not rows:
         raise UserError(f"no stage of {', '.join(map(str, workdirs))} has finished; let one finish first")
-    made = {"schema": records.SCHEMA, "binary": "condensed", "config": first, "environment": environment}
+    made = {"schema": records.SCHEMA, "binary": "condensed", "config": brief(first), "environment": environment}
     return {**made, "rows": rows}
 
 
@@ -67,6 +70,32 @@ def _without_seeds(config: object) -> object:
     if not isinstance(config, dict):
         return config
     return {key: _without_seeds(value) for key, value in config.items() if key != "seed"}
+
+
+def brief(config: Mapping) -> dict:
+    """The config, in which a stage much like an earlier one says which, and by key in what it differs."""
+    shown: dict[str, Mapping] = {}
+    leaves: dict[str, dict] = {}
+    for name in config["stages"]:
+        mine = dict(_leaves(config[name]))
+        apart = {
+            other: {key: value for key, value in mine.items() if key not in theirs or theirs[key] != value}
+            for other, theirs in leaves.items()
+            if theirs.keys() <= mine.keys()
+        }
+        nearest = min(apart, key=lambda other: len(apart[other]), default=None)
+        alike = nearest is not None and 3 * len(apart[nearest]) < len(mine)
+        shown[name] = {"like": nearest, **apart[nearest]} if alike else config[name]
+        leaves[name] = mine
+    return {**config, **shown}
+
+
+def _leaves(section: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in section.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _row(row: Mapping, stage: str, run_seed: int) -> dict:

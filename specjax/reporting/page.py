@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar
 
-from specjax.reporting import plots, records, tables
+from specjax.reporting import plots, recipe_sweep, records, tables
 from specjax.reporting.records import json_clean, write_atomically
 
 ORIGINS = {
@@ -24,6 +24,8 @@ ORIGINS = {
     "bonus": "sampled by the target after a whole block was accepted",
     "plain": "decoded without a draft",
 }
+# A figure of more lines than this tells nothing; the table does.
+MOST_LINES = 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,21 +150,22 @@ def run_sections(
     drafted = [row for row in rows if row["gamma"] > 0 and row["drafted_tokens"]]
     timed = [row for row in drafted if row["speedup"] is not None]
     palette = list(dict.fromkeys([*(row["drafter"] for row in drafted), *stages]))
+    few = len(palette) <= MOST_LINES
     if timed:
         sections.append(Section("At a glance", [Cards(headline(rows))]))
     if rows:
         drawn = []
-        if timed:
+        if timed and few:
             plots.speedup_figure(timed, figures / "speedup.png", palette=palette)
             caption = "Speed-up over plain decoding, with 95% intervals; dashed, predicted from the parts."
             drawn.append(Figure(figures / "speedup.png", caption))
-        if drafted:
+        if drafted and few:
             plots.acceptance_figure(drafted, figures / "acceptance.png", palette=palette)
             caption = "How often a drafted token is accepted once its position is reached, at the largest gamma."
             drawn.append(Figure(figures / "acceptance.png", caption))
         table = results_table(rows)
         sections.append(Section("Results", [Figures(drawn), table] if drawn else [table]))
-    curves = plots.training_figures(stages, figures, palette=palette)
+    curves = plots.training_figures(stages, figures, palette=palette) if few else []
     if curves:
         captioned = [Figure(path, f"{path.stem.replace('_', ' ').capitalize()} by step.") for path in curves]
         intro = "Running means over raw values; dashed, held-out data. Each stage counts its own steps."
@@ -186,6 +189,8 @@ def write_run(workdir: Path, results: Mapping, stages: Mapping[str, Sequence[Map
     if results.get("comparisons"):
         intro = "Block efficiency on the same prompts; 95% intervals by paired bootstrap over prompts."
         sections.insert(2, Section("Compared, prompt by prompt", [comparison_table(results["comparisons"])], intro))
+    if recipe_sweep.is_sweep(results):
+        sections.insert(1, sweep_section(results, workdir / "figures"))
     path = workdir / "report.html"
     write_report(
         path,
@@ -209,6 +214,18 @@ def write_run_report(workdir: str | Path, config: Any) -> None:
     last = records.read_results(workdir / config.stages[-1] / "results.json")
     results = last | records.read_results(workdir / "results.json")
     write_run(workdir, results, stages)
+
+
+def sweep_section(results: Mapping, figures: Path) -> Section:
+    """The map of gains of a recipe sweep, and its comparisons."""
+    recipe_sweep.heat_map(results, figures / "recipes.png")
+    blocks: list[Figures | Table] = [Figures([Figure(figures / "recipes.png", "Mean gain over seeds, in percent.")])]
+    for lines in (recipe_sweep.drafts(results), recipe_sweep.comparisons(results)):
+        columns = [
+            Column(key, tables.is_text(lines, key)) for key in dict.fromkeys(key for one in lines for key in one)
+        ]
+        blocks.append(Table(columns, [[tables.cell(line, column.heading) for column in columns] for line in lines]))
+    return Section("Recipes", blocks, "Block efficiency over the undistilled draft of the same seed; 95% over seeds.")
 
 
 def comparison_table(comparisons: Sequence[Mapping]) -> Table:

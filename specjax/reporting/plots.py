@@ -278,7 +278,7 @@ def save_panels(
     legend_height = 0.15 + 0.24 * -(-entries // columns) if entries > 1 else 0.1
     height = PANEL_HEIGHT * len(panels) + legend_height
     for theme, target in ((LIGHT, path), (DARK, dark_twin(path))):
-        with _style(theme):
+        with style(theme):
             figure = Figure(figsize=(WIDTH, height), layout="constrained")
             FigureCanvasAgg(figure)
             figure.get_layout_engine().set(rect=(0, 0, 1, 1 - legend_height / height), hspace=0.06)
@@ -297,7 +297,7 @@ def save_panels(
 
 
 @contextlib.contextmanager
-def _style(theme: Theme):
+def style(theme: Theme):
     """Quiet axes: no box, a faint horizontal grid, text in the ink of the page."""
     import matplotlib
 

@@ -21,6 +21,7 @@ from specjax.reporting import (
     kangaroo_claims,
     kangaroo_figures,
     kangaroo_tables,
+    recipe_sweep,
     records,
     tables,
 )
@@ -137,6 +138,7 @@ TABLES: dict[str, Callable[[Mapping], str]] = {
     "peers": peers,
     **distillspec_tables.TABLES,
     **kangaroo_tables.TABLES,
+    **recipe_sweep.TABLES,
 }
 
 # The name of a table -> what writes it from all records that are there, by their names.
@@ -146,7 +148,11 @@ OVERVIEWS: dict[str, Callable[[Mapping[str, Mapping]], str]] = {
 }
 
 # The name of a record -> what draws its figure to a path.
-FIGURES: dict[str, Callable[[Mapping, Path], None]] = {**distillspec_figures.FIGURES, **kangaroo_figures.FIGURES}
+FIGURES: dict[str, Callable[[Mapping, Path], None]] = {
+    **distillspec_figures.FIGURES,
+    **kangaroo_figures.FIGURES,
+    **recipe_sweep.FIGURES,
+}
 
 
 def synced(readme_text: str, directory: str | Path) -> str:

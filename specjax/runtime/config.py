@@ -100,6 +100,7 @@ def resolve(config: ConfigDict, workdir: str | Path, earlier: Collection[str]) -
 def assert_same_run(config: ConfigDict, workdir: str | Path) -> None:
     """Writes `workdir/config.json`, or checks that the one there says the same.
 
+    Stages may be added to a run of stages: then the file is written anew. What it already says may not change.
     References to earlier stages are written as they stand, so that a workdir may be moved.
 
     Raises:
@@ -108,18 +109,14 @@ def assert_same_run(config: ConfigDict, workdir: str | Path) -> None:
     path = Path(workdir) / "config.json"
     new = to_plain(config)
     if not path.exists():
-        if jax.process_index():
-            return  # The first process writes it.
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name("config.json.partial")
-        partial.write_text(json.dumps(new, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
+        _write(path, new)
         return
     try:
         old = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path} is damaged ({error}); choose another --workdir") from error
-    before, after = dict(_leaves(old)), dict(_leaves(new))
+    asked = _without_new_stages(new, old)
+    before, after = dict(_leaves(old)), dict(_leaves(asked))
     differing = [
         f"{key}: {_shown(before, key)} -> {_shown(after, key)}"
         for key in sorted(before.keys() | after.keys())
@@ -130,6 +127,26 @@ def assert_same_run(config: ConfigDict, workdir: str | Path) -> None:
             f"{workdir} belongs to a run with another config ({'; '.join(differing)}); choose another "
             "--workdir, or ask for what it was started with"
         )
+    if asked != new:
+        _write(path, new)
+
+
+def _write(path: Path, config: dict) -> None:
+    if jax.process_index():
+        return  # The first process writes it.
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name("config.json.partial")
+    partial.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _without_new_stages(config: dict, old: Any) -> dict:
+    """`config` without the stages that `old`, an earlier config of the workdir, did not have; as it is without any."""
+    if "stages" not in config or not isinstance(old, dict) or not isinstance(old.get("stages"), list):
+        return config
+    added = {name for name in config["stages"] if name not in old["stages"] and name not in old}
+    kept = {key: value for key, value in config.items() if key not in added}
+    return {**kept, "stages": [name for name in config["stages"] if name not in added]}
 
 
 def _shown(leaves: dict[str, Any], key: str) -> str:

@@ -7,7 +7,7 @@ of their own.
 from typing import Any
 
 from specjax.hub.families import base
-from specjax.models.encoder_decoder import EncoderDecoderConfig
+from specjax.models.encoder_decoder import UNLIMITED, EncoderDecoderConfig
 from specjax.runtime.errors import UserError
 
 MODEL_TYPE = "t5"
@@ -82,7 +82,7 @@ def read_config(fields: dict[str, Any], *, param_dtype: str, compute_dtype: str)
         kv_heads=heads,
         head_size=base.number(fields, "d_kv", int, absent=64),
         mlp_width=base.number(fields, "d_ff", int),
-        max_positions=UNLIMITED,
+        max_positions=UNLIMITED,  # "n_positions" is the length that the checkpoint was trained with
         rotary=None,
         norm_epsilon=base.number(fields, "layer_norm_epsilon", float, absent=1e-6),
         tied_head=tied,
@@ -96,10 +96,6 @@ def read_config(fields: dict[str, Any], *, param_dtype: str, compute_dtype: str)
         param_dtype=param_dtype,
         compute_dtype=compute_dtype,
     )
-
-
-# Relative positions have no end; "n_positions" is the length that the checkpoint was trained with.
-UNLIMITED = 1 << 30
 
 
 def _feed_forward(fields: dict[str, Any]) -> tuple[bool, str]:

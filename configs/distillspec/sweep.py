@@ -1,0 +1,225 @@
+"""DistillSpec's recipe sweep: whose text x which divergence x decoding temperature x seeds, with controls.
+
+    python -m specjax.main --config=configs/distillspec/sweep.py --workdir=runs/sweep
+    python -m specjax.main --config=configs/distillspec/sweep.py:encoder_decoder --workdir=runs/sweep_encoder_decoder
+
+Variants are words joined by "-": `encoder_decoder` (a pair in T5's manner on `stdlib_docstrings`; without it a
+decoder-only pair on `stdlib_code`), a number of seeds (else 3; a workdir of fewer seeds goes on with more) and `smoke`,
+as in `sweep.py:encoder_decoder-5`.
+
+Stages: `target`; then seed by seed `supervised` (the draft, plainly, to its plateau, from which all others go on),
+`target_text` (what the target writes, once, by speculative decoding with that draft), a draft for each of the 16 cells
+{fixed, draft, target, mixed} x {forward_kl, reverse_kl, jsd, total_variation} of the paper's tables, the newer losses
+on the draft's text, SeqKD, controls, and `evaluation_*` at temperatures 0 and 1 as soon as a row's drafts are there.
+Mixed is half the draft's and half the target's text. Controls: `plain_steps` and `plain_clock` are trained plainly for
+as many steps, and for as long, as `draft_forward_kl`; `target_forward_kl_clock` learns on the target's text as long.
+Last, for the decoder-only pair: `little_*`, on a few pages of the corpus alone, or on the draft's text from prompts of
+these; and transfer, some of the drafts on two tasks that neither they nor the target were trained on, and before a
+`large_target` that none of them was distilled from.
+
+Each training is a stage of its own: an interrupted sweep repeats no finished one and goes on from the last checkpoint
+of the other. `python -m specjax.reporting.condense configs/records/sweep.json WORKDIR` makes a small record of whatever
+is finished, from which `make tables` writes the tables and draws the heat map of README.md beside this file.
+
+Hardware: one CPU core is enough. Time and outcome: README.md.
+"""
+
+import pathlib
+
+from ml_collections import ConfigDict
+
+from specjax.runtime import config as configs
+
+SEEDS = 3
+GAMMA = 4
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "total_variation")
+# Whose text: shares of the corpus, of the draft's and of the target's text.
+TEXTS = {
+    "fixed": (1.0, 0.0, 0.0),
+    "draft": (0.0, 1.0, 0.0),
+    "target": (0.0, 0.0, 1.0),
+    "mixed": (0.0, 0.5, 0.5),
+}
+NEWER = ("negative_log_acceptance", "lk_hybrid")
+# Some forty rows, each of which training then meets over and over.
+LITTLE = 16_000
+# Tasks on which no draft was trained: code of another form, and text that is no code.
+OTHER_TASKS = {"docstrings": ("stdlib_docstrings", 0), "arithmetic": ("arithmetic", 8)}
+TRANSFERRED = ("supervised", "plain_steps", "fixed_forward_kl", "draft_forward_kl", "target_forward_kl")
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    words = set(filter(None, variant.split("-")))
+    numbers = [word for word in words if word.isdigit() and int(word)]
+    unknown = words - {"encoder_decoder", "smoke", *numbers[:1]}
+    if unknown:
+        raise ValueError(f"variants are encoder_decoder, smoke and a number of seeds; not {', '.join(sorted(unknown))}")
+    smoke, apart = "smoke" in words, "encoder_decoder" in words
+    seeds = int(numbers[0]) if numbers else 1 if smoke else SEEDS
+    base = _base(smoke, apart)
+    config = ConfigDict({"seed": base.seed, "target": base.target})
+    stages = ["target"]
+    for seed in range(seeds):
+        for name, section in _seed(base, seed):
+            config[name] = section
+            stages.append(name)
+    for name, section in () if apart else (*_little_data(base, seeds), *_transfer(base, seeds)):
+        config[name] = section
+        stages.append(name)
+    config.stages = tuple(stages)
+    return config
+
+
+def _seed(base: ConfigDict, seed: int):
+    """The stages of one seed, in order: (name, section)."""
+    yield f"supervised_{seed}", _seeded(base.supervised, seed)
+    text = _text(base, seed)
+    yield f"target_text_{seed}", text
+    for source in TEXTS:
+        names = [f"supervised_{seed}"] if source == "fixed" else []
+        for divergence in DIVERGENCES:
+            names.append(f"{source}_{divergence}_{seed}")
+            yield names[-1], _distilled(base, seed, source, divergence)
+        yield f"evaluation_{source}_{seed}", _evaluation(base, seed, names)
+    names = [f"seqkd_{seed}"]
+    yield names[-1], _by_name(base, seed, "seqkd")
+    for divergence in NEWER:
+        names.append(f"draft_{divergence}_{seed}")
+        yield names[-1], _distilled(base, seed, "draft", divergence)
+    clock = f"workdir:draft_forward_kl_{seed}"
+    for name, section in {
+        "plain_steps": _plain(base, seed, ""),
+        "plain_clock": _plain(base, seed, clock),
+        "target_forward_kl_clock": _distilled(base, seed, "target", "forward_kl", clock),
+    }.items():
+        names.append(f"{name}_{seed}")
+        yield names[-1], section
+    yield f"evaluation_controls_{seed}", _evaluation(base, seed, names)
+
+
+def _little_data(base: ConfigDict, seeds: int):
+    """Is the corpus as good as any text only because there is so much of it? The same from LITTLE bytes of it."""
+    for seed in range(seeds):
+        names = []
+        for source in ("fixed", "draft"):
+            section = _distilled(base, seed, source, "forward_kl")
+            section.task.size = LITTLE
+            names.append(f"little_{source}_forward_kl_{seed}")
+            yield names[-1], section
+        yield f"evaluation_little_{seed}", _evaluation(base, seed, names)
+
+
+def _transfer(base: ConfigDict, seeds: int):
+    """Drafts on tasks that they never saw, and before a larger target that they never saw."""
+    large = base.target.copy_and_resolve_references()
+    large.tokenizer.path = "stage:target"
+    large.model.update({"width": 2 * large.model.width, "heads": 2 * large.model.heads})
+    large.model.update({"kv_heads": 2 * large.model.kv_heads, "mlp_width": 2 * large.model.mlp_width})
+    yield "large_target", large
+    for seed in range(seeds):
+        names = [f"{name}_{seed}" for name in TRANSFERRED]
+        for task, (name, size) in OTHER_TASKS.items():
+            section = _evaluation(base, seed, names)
+            section.task.update({"name": name, "size": size})
+            section.selection.length_max = 256  # of such prompts the most that is allowed
+            yield f"transfer_{task}_{seed}", section
+        section = _evaluation(base, seed, names)
+        section.target = "stage:large_target"
+        yield f"transfer_large_target_{seed}", section
+
+
+def _seeded(section: ConfigDict, seed: int) -> ConfigDict:
+    section = section.copy_and_resolve_references()
+    section.seed = seed
+    return section
+
+
+def _distilled(base: ConfigDict, seed: int, source: str, divergence: str, clock: str = "") -> ConfigDict:
+    section = _seeded(base.distilled, seed)
+    section.model.init = f"stage:supervised_{seed}"
+    section.data.update(dict(zip(("fixed", "draft", "target"), TEXTS[source], strict=True)))
+    section.data.target_path = f"stage:target_text_{seed}" if section.data.target else ""
+    section.loss.divergence = divergence
+    section.train.min_seconds_of = clock
+    return section
+
+
+def _by_name(base: ConfigDict, seed: int, recipe: str) -> ConfigDict:
+    """A recipe of distillation/recipes.py, to which the parts are left."""
+    section = _distilled(base, seed, "target", "")
+    section.data.target = 0.0
+    section.recipe = recipe
+    return section
+
+
+def _plain(base: ConfigDict, seed: int, clock: str) -> ConfigDict:
+    """Further on the corpus alone; the target only measures the acceptance on held-out text."""
+    return _distilled(base, seed, "fixed", "cross_entropy", clock)
+
+
+def _text(base: ConfigDict, seed: int) -> ConfigDict:
+    section = ConfigDict({"binary": "target_text", "seed": seed, "mesh": base.mesh, "task": base.target.task})
+    section.update({"target": "stage:target", "param_dtype": "float32", "compute_dtype": "auto"})
+    # The draft that writes along ("" for none), its gamma, and the exact rule.
+    section.drafter = ConfigDict({"path": f"stage:supervised_{seed}", "gamma": GAMMA, "rule": "coupled"})
+    data = base.distilled.data
+    keys = ("batch_size", "sequence_length", "prompt_length_min", "prompt_length_max", "generation")
+    section.data = ConfigDict({key: data[key] for key in keys})
+    section.count = base.distilled.train.steps * data.batch_size  # prompts: as many as training meets
+    section.measure_batches = 3  # the first ones again, with and without the draft, for the speed
+    return section.copy_and_resolve_references()
+
+
+def _evaluation(base: ConfigDict, seed: int, names: list[str]) -> ConfigDict:
+    section = base.evaluation.copy_and_resolve_references()
+    section.seed = seed + 1
+    section.drafters = ConfigDict(
+        {name: {"kind": "model", "path": f"stage:{name}", "lossless": (GAMMA,), "coupled": ()} for name in names}
+    )
+    section.compare = ()
+    return section
+
+
+def _base(smoke: bool, apart: bool) -> ConfigDict:
+    """The quickstart's sections at the sizes of the sweep; every key is explained there."""
+    path = pathlib.Path(__file__).parents[1] / "quickstart.py"
+    base = configs.load(f"{path}:smoke" if smoke else str(path))
+    base.mesh = base.target.mesh
+    base.distilled.speculative_eval.every = 0
+    base.evaluation.measure_parts = False
+    base.evaluation.samples = 1
+    if not smoke:
+        _sizes(base)
+    if apart:
+        _encoder_decoder(base, smoke)
+    return base
+
+
+def _sizes(base: ConfigDict) -> None:
+    """Small enough that a draft learns in some twenty seconds on one core, reading and tokenising included."""
+    base.target.model.update({"layers": 4, "width": 256, "heads": 4, "kv_heads": 4, "mlp_width": 704})
+    for section in (base.supervised, base.distilled):
+        section.model.update({"layers": 1, "width": 128, "heads": 2, "kv_heads": 2, "mlp_width": 352})
+    for section in (base.target, base.supervised, base.distilled):
+        section.task.size = 2_000_000
+        section.data.update({"sequence_length": 96, "prompt_length_min": 8, "prompt_length_max": 32})
+        section.data.generation.max_new_tokens = 64
+    base.distilled.data.batch_size = 16
+    base.distilled.train.update({"steps": 40, "eval_every": 20, "checkpoint_every": 20, "keep_last": 1})
+    base.distilled.train.eval_batches = 2
+    base.distilled.optimizer.warmup_steps = 5
+    base.evaluation.task.size = 2_000_000
+    base.evaluation.selection.count = 24
+    base.evaluation.max_new_tokens = 64
+
+
+def _encoder_decoder(base: ConfigDict, smoke: bool) -> None:
+    for section in (base.target, base.supervised, base.distilled):
+        section.task.update({"name": "stdlib_docstrings", "size": 60 if smoke else 0})
+        section.model.update({"encoder_layers": -(-section.model.layers // 2), "kv_heads": section.model.heads})
+        section.data.update({"prompt_length_min": 1, "sequence_length": 64 if smoke else 96})
+        section.data.prompt_length_max = section.data.sequence_length - 1
+        section.data.generation.max_new_tokens = 8 if smoke else 24
+    base.evaluation.task.update({"name": "stdlib_docstrings", "size": 60 if smoke else 0})
+    base.evaluation.selection.update({"length_min": 1, "length_max": 48 if smoke else 64})
+    base.evaluation.max_new_tokens = 8 if smoke else 24
