@@ -48,7 +48,8 @@ def run(config: Any, workdir: str | Path) -> dict:
     with progress(config.tables, total=len(config.tables), description="benchmark", unit="table") as bar:
         for name in bar:
             measured = [{"benchmark": name, **row} for row in BENCHMARKS[name](config)]
-            print(f"\n{name.replace('_', ' ')}\n{_table(measured)}", flush=True)
+            columns = [key for key in measured[0] if key != "benchmark"]
+            print(f"\n{tables.heading(name)}\n{tables.aligned_table(measured, columns)}", flush=True)
             rows += measured
     path = Path(workdir) / "results.json"
     records.write_results(path, binary="benchmark", config=configs.to_plain(config), rows=rows)
@@ -307,16 +308,6 @@ def _in_turns(cases: Sequence[tuple[Callable, Callable]], repeats: int) -> list[
             if repeat:
                 seconds[index].append(time.perf_counter() - started)
     return seconds
-
-
-def _table(rows: Sequence[dict]) -> str:
-    """Rows of one benchmark, aligned for the terminal."""
-    columns = [key for key in rows[0] if key != "benchmark"]
-    cells = [[tables.heading(key) for key in columns]]
-    cells += [[tables.cell(row, key) for key in columns] for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    pad = lambda line: "  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True))
-    return "\n".join([pad(cells[0]), pad(["-" * width for width in widths]), *map(pad, cells[1:])])
 
 
 if __name__ == "__main__":

@@ -88,7 +88,19 @@ def _benchmark(config: ConfigDict, workdir: str | Path) -> dict:
     return benchmark.run(config, workdir)
 
 
-_BINARIES = {"distill": _distill, "evaluate": _evaluate, "generate": _generate, "benchmark": _benchmark}
+def _design(config: ConfigDict, workdir: str | Path) -> dict:
+    from specjax import design
+
+    return design.run(config, workdir)
+
+
+_BINARIES = {
+    "distill": _distill,
+    "evaluate": _evaluate,
+    "generate": _generate,
+    "benchmark": _benchmark,
+    "design": _design,
+}
 
 
 def _check_stages(config: ConfigDict) -> None:

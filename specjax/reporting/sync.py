@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from specjax.reporting import records, tables
+from specjax.reporting import design_tables, records, tables
 from specjax.runtime.errors import UserError
 
 
@@ -124,6 +124,7 @@ TABLES: dict[str, Callable[[Mapping], str]] = {
     "study": study,
     "benchmark": benchmark,
     "peers": peers,
+    **design_tables.TABLES,
 }
 
 
