@@ -5,12 +5,12 @@
 `config.action` names what is done; its rows go to results.json and its tables to the terminal.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from specjax.draft_design import shapes, throughput
-from specjax.reporting import design_tables, records, tables
+from specjax.draft_design import series, shapes, throughput
+from specjax.reporting import design_tables, records
 from specjax.runtime import cli
 from specjax.runtime import config as configs
 from specjax.runtime.errors import UserError, nearest
@@ -27,15 +27,9 @@ def run(config: Any, workdir: str | Path) -> dict:
     rows = ACTIONS[config.action](config, Path(workdir))
     path = Path(workdir) / "results.json"
     records.write_results(path, binary="design", config=configs.to_plain(config), rows=rows)
-    _print(rows)
-    return records.read_results(path)
-
-
-def _print(rows: Sequence[dict]) -> None:
-    """The rows of each table, aligned."""
-    for name, members in design_tables.by_table(rows).items():
-        columns = [key for key, value in members[0].items() if not isinstance(value, (Mapping, list))]
-        print(f"\n{tables.heading(name)}\n{tables.aligned_table(members, columns)}", flush=True)
+    results = records.read_results(path)
+    print(design_tables.terminal(results["rows"]), flush=True)
+    return results
 
 
 def published(config: Any, workdir: Path) -> list[dict]:
@@ -77,7 +71,7 @@ def published(config: Any, workdir: Path) -> list[dict]:
     return rows
 
 
-ACTIONS: dict[str, Callable[[Any, Path], list[dict]]] = {"published": published}
+ACTIONS: dict[str, Callable[[Any, Path], list[dict]]] = {"published": published, "profile": series.run}
 
 
 if __name__ == "__main__":

@@ -83,8 +83,9 @@ def heads_of(width: int, head_size: int) -> int:
 
 
 def parameters(config: DecoderConfig) -> int:
-    """Parameters, the tied head counted once."""
-    return Decoder(config).num_params
+    """Parameters, the tied head counted once. All layers have as many, so that two of them are looked at."""
+    one, two = (Decoder(reshaped(config, layers=min(layers, config.layers))).num_params for layers in (1, 2))
+    return one + max(config.layers - 1, 0) * (two - one)
 
 
 def weight_bytes(config: DecoderConfig) -> int:
@@ -122,7 +123,7 @@ def at_parameters(like: DecoderConfig, layers: int, wanted: int, tolerance: floa
 
     def shape(kv_heads: int, mlp_width: int | None = None) -> DecoderConfig:
         width = kv_heads * group * like.head_size
-        inner = _rounded(ratio * width) if mlp_width is None else mlp_width
+        inner = rounded(ratio * width) if mlp_width is None else mlp_width
         return reshaped(like, layers=layers, width=width, heads=kv_heads * group, kv_heads=kv_heads, mlp_width=inner)
 
     kv_heads = 1
@@ -140,7 +141,8 @@ def at_parameters(like: DecoderConfig, layers: int, wanted: int, tolerance: floa
     return best
 
 
-def _rounded(width: float) -> int:
+def rounded(width: float) -> int:
+    """An MLP width near this one."""
     return max(_STEP, _STEP * round(width / _STEP))
 
 

@@ -2,15 +2,17 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from specjax.reporting import tables
+from specjax.reporting import page, tables
 
 # Columns of which three digits say too little.
 _FORMATS = {
     "published_tokens_per_second": "{:.2f}",
     "computed_tokens_per_second": "{:.2f}",
     "off_by": "{:+.2%}",
-    "kv_mebibytes": "{:.0f}",
+    "kv_mebibytes": "{:.4g}",
     "parameters": "{:,}",
+    "r_squared": "{:.3f}",
+    "spread": "{:.1%}",
 }
 
 
@@ -33,12 +35,38 @@ def all_tables(record: Mapping) -> str:
     """Every table of a record under its name, and what machine and commit it came from."""
     parts = []
     for name, rows in by_table(record["rows"]).items():
-        columns = [key for key in rows[0] if key != "stage" and not isinstance(rows[0][key], (Mapping, list))]
-        parts.append(f"{tables.heading(name)}\n\n{tables.markdown_table(rows, columns)}")
+        parts.append(f"{tables.heading(name)}\n\n{tables.markdown_table(rows, _columns(rows))}")
     made = record["environment"]
     source = f"jax {made['jax']}, Python {made['python']}, {made['device_kind']}, commit {made['git_commit'][:12]}"
     return "\n\n".join([*parts, source])
 
 
+def terminal(rows: Sequence[Mapping]) -> str:
+    """Every table of the rows, aligned."""
+    parts = by_table(rows).items()
+    return "\n".join(
+        f"\n{tables.heading(name)}\n{tables.aligned_table(members, _columns(members))}" for name, members in parts
+    )
+
+
+def page_tables(rows: Sequence[Mapping]) -> list[tuple[str, list[page.Table]]]:
+    """(title, [table]) of each table of the rows, as sections of a report."""
+    found = []
+    for name, members in by_table(rows).items():
+        keys = _columns(members)
+        columns = [page.Column(tables.heading(key), tables.is_text(members, key)) for key in keys]
+        lines = [[tables.cell(row, key) for key in keys] for row in members]
+        found.append((tables.heading(name).capitalize(), [page.Table(columns, lines)]))
+    return found
+
+
+def _columns(rows: Sequence[Mapping]) -> list[str]:
+    """What is printed of rows: not the stage that they came from, nor lists."""
+    return [key for key, value in rows[0].items() if key != "stage" and not isinstance(value, (Mapping, list))]
+
+
 # The name of a record and of its table -> what writes the table; joined into `sync.TABLES`.
-TABLES: dict[str, Callable[[Mapping], str]] = {"design_published": all_tables}
+TABLES: dict[str, Callable[[Mapping], str]] = {
+    "design_published": all_tables,
+    "design_profile": all_tables,
+}

@@ -164,6 +164,32 @@ def training_figures(
     return paths
 
 
+def lines_figure(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float | int, float]]]],
+    path: str | Path,
+    *,
+    x_label: str,
+    y_label: str,
+    palette: Sequence[str] = (),
+) -> None:
+    """Points (x, y) joined by lines, from 0 upwards: {panel title: {line name: points}}.
+
+    Raises ValueError where there are no panels.
+    """
+    names = list(dict.fromkeys(name for series in panels.values() for name in series))
+    looks = _looks(palette, names)
+
+    def draw(axes, theme: Theme, series: Mapping) -> None:
+        for name, points in series.items():
+            color, marker = looks(theme, name)
+            axes.plot(*zip(*sorted(points), strict=True), color=color, marker=marker, label=name)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+
+    _save(path, panels, names, draw)
+
+
 def dark_twin(path: str | Path) -> Path:
     """Where the dark version of a figure lies."""
     path = Path(path)
