@@ -126,12 +126,28 @@ def _report(config: Any, workdir: Path, rows: list[dict]) -> None:
         title = name.replace("_", " ")
         plots.lines_figure({title: {"measured": points}}, path, x_label=key, y_label="milliseconds a step")
         drawn.append(page.Figure(path, f"Milliseconds of a decoding step: {title}."))
-    sections = [page.Section("Latency", [page.Figures(drawn)])]
-    sections += [page.Section(*each) for each in design_tables.page_tables(rows)]
+    _write(config, workdir, "What a decoding step takes", [page.Section("Latency", [page.Figures(drawn)])], rows)
+
+
+def advice_report(config: Any, workdir: Path, rows: list[dict]) -> None:
+    """report.html of an advice: throughput against gamma of each candidate, and all tables."""
+    candidates = [row for row in rows if row["table"] == "candidates" and not row["threshold"]]
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for row in candidates:
+        curve = curves.setdefault(row["draft"], [(0, row["plain_tokens_per_second"])])
+        curve.append((row["gamma"], row["tokens_per_second"]))
+    path = workdir / "figures" / "throughput.png"
+    plots.lines_figure({"expected": curves}, path, x_label="gamma", y_label="tokens per second")
+    caption = "Expected tokens per second by gamma, without a confidence stop; 0 is plain decoding."
+    figure = page.Section("Throughput", [page.Figures([page.Figure(path, caption)])])
+    _write(config, workdir, "Which draft to build", [figure], rows)
+
+
+def _write(config: Any, workdir: Path, title: str, sections: list, rows: list[dict]) -> None:
     page.write_report(
         workdir / "report.html",
-        title="What a decoding step takes",
+        title=title,
         subtitle=workdir.name,
         environment=records.environment(config.seed),
-        sections=sections,
+        sections=sections + [page.Section(*each) for each in design_tables.page_tables(rows)],
     )
