@@ -40,7 +40,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.param_dtype = "float32"
     config.compute_dtype = "auto"  # float32 on CPU, bfloat16 on accelerators
     if variant == "smoke":
-        config.layers, config.share, config.gammas, config.thresholds = (1,), 0.6, (1, 2), (0.3,)
+        config.layers, config.share, config.gammas, config.thresholds = (1,), 0.8, (1, 2), (0.3,)
         config.max_new_tokens = 8
         config.task.size = 60_000
         config.selection.update({"count": 2, "length_min": 4, "length_max": 8})
