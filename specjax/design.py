@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from specjax.data import batches, tasks
-from specjax.draft_design import advice, pruning, replay, series, shapes, throughput
+from specjax.draft_design import advice, pruning, replay, series, shapes, study, throughput
 from specjax.hub import model as hub_model
 from specjax.reporting import design_tables, records
 from specjax.runtime import cli
@@ -189,6 +189,7 @@ ACTIONS: dict[str, Callable[[Any, Path], list[dict]]] = {
     "profile": series.run,
     "prune": prune,
     "advise": advise,
+    "study": study.run,
 }
 
 

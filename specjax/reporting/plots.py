@@ -171,10 +171,12 @@ def lines_figure(
     x_label: str,
     y_label: str,
     palette: Sequence[str] = (),
+    joined: bool = True,
+    guides: Sequence[Sequence[tuple[float, float]]] = (),
 ) -> None:
-    """Points (x, y) joined by lines, from 0 upwards: {panel title: {line name: points}}.
+    """Points (x, y), joined by lines or not, from 0 upwards: {panel title: {line name: points}}.
 
-    Raises ValueError where there are no panels.
+    `guides` are dashed lines in every panel. Raises ValueError where there are no panels.
     """
     names = list(dict.fromkeys(name for series in panels.values() for name in series))
     looks = _looks(palette, names)
@@ -182,7 +184,10 @@ def lines_figure(
     def draw(axes, theme: Theme, series: Mapping) -> None:
         for name, points in series.items():
             color, marker = looks(theme, name)
-            axes.plot(*zip(*sorted(points), strict=True), color=color, marker=marker, label=name)
+            line = "-" if joined else ""
+            axes.plot(*zip(*sorted(points), strict=True), color=color, marker=marker, linestyle=line, label=name)
+        for guide in guides:
+            axes.plot(*zip(*guide, strict=True), color=theme.ink, linestyle=DASHES, linewidth=1)
         axes.set_ylim(bottom=0)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
