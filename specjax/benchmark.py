@@ -8,7 +8,6 @@ run in turns, so that a slow moment of the machine hits all alike.
 
 import functools
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
 
 from specjax.benchmark_loading import loading
 from specjax.decoding import loop, rules
 from specjax.decoding.drafters.table import make_drafter
 from specjax.decoding.sampling import Sampling, row_keys
 from specjax.distillation import update
+from specjax.draft_design import latency
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder, Params
 from specjax.reporting import records, tables
@@ -30,7 +29,7 @@ from specjax.runtime import cli
 from specjax.runtime import config as configs
 from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError, nearest
-from specjax.runtime.timing import progress
+from specjax.runtime.timing import in_turns, progress
 
 
 def run(config: Any, workdir: str | Path) -> dict:
@@ -48,7 +47,8 @@ def run(config: Any, workdir: str | Path) -> dict:
     with progress(config.tables, total=len(config.tables), description="benchmark", unit="table") as bar:
         for name in bar:
             measured = [{"benchmark": name, **row} for row in BENCHMARKS[name](config)]
-            print(f"\n{name.replace('_', ' ')}\n{_table(measured)}", flush=True)
+            columns = [key for key in measured[0] if key != "benchmark"]
+            print(f"\n{tables.heading(name)}\n{tables.aligned_table(measured, columns)}", flush=True)
             rows += measured
     path = Path(workdir) / "results.json"
     records.write_results(path, binary="benchmark", config=configs.to_plain(config), rows=rows)
@@ -64,7 +64,7 @@ def plain_decoding(config: Any) -> list[dict]:
     for name in section.models:
         model, params = _model(config, name)
         cases = _plain_cases(config, model, params)
-        seconds = [[s / section.new_tokens for s in case] for case in _in_turns(cases, config.repeats)]
+        seconds = [[s / section.new_tokens for s in case] for case in in_turns(cases, config.repeats)]
         size = sum(kernel.nbytes for kernel in _kernels(params)) / 1e9
         mine, minimal, products = (statistics.median(case) for case in seconds)
         rows.append(
@@ -145,7 +145,7 @@ def verification(config: Any) -> list[dict]:
         model, params = _model(config, name)
         widths = (1, *(gamma + 1 for gamma in section.gammas))
         cases = [_step_case(config, model, params, width, section.context, section.capacity) for width in widths]
-        step, *wider = [[s / config.steps for s in case] for case in _in_turns(cases, config.repeats)]
+        step, *wider = [[s / config.steps for s in case] for case in in_turns(cases, config.repeats)]
         for gamma, seconds in zip(section.gammas, wider, strict=True):
             relative = statistics.median(a / b for a, b in zip(seconds, step, strict=True))
             rows.append(
@@ -160,26 +160,12 @@ def verification(config: Any) -> list[dict]:
     return rows
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _step_loop(model: Decoder, steps: int, params: Params, cache, tokens: Int[Array, "B T"], start: Int[Array, "B"]):
-    """The model on T tokens at the same positions again and again; the next tokens are the last argmaxes."""
-    positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-
-    def step(_, carry):
-        cache, tokens = carry
-        hidden, cache = model.extend(params, cache, tokens, positions)
-        return cache, jnp.argmax(model.head(params, hidden), axis=-1).astype(jnp.int32)
-
-    return jax.lax.fori_loop(0, steps, step, (cache, tokens))
-
-
 def _step_case(config: Any, model: Decoder, params: Params, width: int, context: int, capacity: int):
     """Steps of `width` tokens after `context - 1` others. What the cache holds is no matter."""
     if context + width - 1 > capacity:
         raise UserError(f"a context of {context} tokens and {width} more do not fit a capacity of {capacity}")
-    tokens, start = jnp.zeros((1, width), jnp.int32), jnp.full((1,), context - 1, jnp.int32)
-    fresh = lambda: model.start(params, tokens, start, capacity)
-    return fresh, lambda cache: _step_loop(model, config.steps, params, cache, tokens, start)
+    step = latency.Step(model, tokens=width, batch=1, context=context, capacity=capacity, steps=config.steps)
+    return latency.step_case(step, params)
 
 
 def blocks(config: Any) -> list[dict]:
@@ -201,7 +187,7 @@ def blocks(config: Any) -> list[dict]:
             call = functools.partial(loop.run, plan, params, draft_params, sampling=sampling, limits=limits)
             cases.append((fresh, call))
             iterations.append(int(call(fresh()).iterations))
-        for gamma, count, seconds in zip(section.gammas, iterations, _in_turns(cases, config.repeats), strict=True):
+        for gamma, count, seconds in zip(section.gammas, iterations, in_turns(cases, config.repeats), strict=True):
             each = statistics.median(seconds) / count
             rows.append({"batch_size": size, "gamma": gamma, "iterations": count, "seconds_per_block": each})
     return rows
@@ -215,7 +201,7 @@ def context(config: Any) -> list[dict]:
     settings += [("capacity", section.short_context, capacity) for capacity in section.capacities]
     cases = [_step_case(config, model, params, 1, length, capacity) for _, length, capacity in settings]
     rows, first = [], {}
-    for (varied, length, capacity), seconds in zip(settings, _in_turns(cases, config.repeats), strict=True):
+    for (varied, length, capacity), seconds in zip(settings, in_turns(cases, config.repeats), strict=True):
         each = [s / config.steps for s in seconds]
         reference = first.setdefault(varied, each)
         rows.append(
@@ -291,32 +277,6 @@ def _prompts(config: Any, batch: int, length: int, vocabulary: int):
 
 def _limits(batch: int, new_tokens: int) -> loop.Limits:
     return loop.Limits(jnp.full((batch,), new_tokens, jnp.int32), jnp.full((1,), -1, jnp.int32))
-
-
-def _in_turns(cases: Sequence[tuple[Callable, Callable]], repeats: int) -> list[list[float]]:
-    """Seconds of `call(inputs)` for each case, in turns; neither `fresh()` nor the first round counts."""
-    seconds: list[list[float]] = [[] for _ in cases]
-    for repeat in range(repeats + 1):
-        for turn in range(len(cases)):
-            # Each round begins with another case, so that none always follows the same neighbour.
-            index = (turn + repeat) % len(cases)
-            fresh, call = cases[index]
-            inputs = jax.block_until_ready(fresh())
-            started = time.perf_counter()
-            jax.block_until_ready(call(inputs))
-            if repeat:
-                seconds[index].append(time.perf_counter() - started)
-    return seconds
-
-
-def _table(rows: Sequence[dict]) -> str:
-    """Rows of one benchmark, aligned for the terminal."""
-    columns = [key for key in rows[0] if key != "benchmark"]
-    cells = [[tables.heading(key) for key in columns]]
-    cells += [[tables.cell(row, key) for key in columns] for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    pad = lambda line: "  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True))
-    return "\n".join([pad(cells[0]), pad(["-" * width for width in widths]), *map(pad, cells[1:])])
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict:
 
 
 # Modules of this package with a `run(config, workdir)`; each imports what it needs only when it is run.
-BINARIES = ("distill", "choose_layers", "target_text", "evaluate", "spec_bench", "generate", "benchmark")
+BINARIES = ("distill", "choose_layers", "target_text", "evaluate", "spec_bench", "design", "generate", "benchmark")
 
 
 def binary(config: ConfigDict) -> Callable[[ConfigDict, str | Path], Any]:

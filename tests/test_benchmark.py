@@ -11,6 +11,7 @@ import tiny
 from specjax import benchmark, benchmark_loading
 from specjax.decoding import loop
 from specjax.runtime import config as configs
+from specjax.runtime import timing
 from specjax.runtime.errors import UserError
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "benchmark" / "cpu.py"
@@ -126,6 +127,6 @@ def test_a_text_that_does_not_fit_its_cache_is_refused():
 def test_measurements_are_taken_in_turns_and_the_first_round_is_left_out():
     calls = []
     cases = [(lambda: jnp.zeros(()), lambda x, name=name: calls.append(name)) for name in "ab"]
-    seconds = benchmark._in_turns(cases, 2)
+    seconds = timing.in_turns(cases, 2)
     assert [len(case) for case in seconds] == [2, 2]
     assert calls == ["a", "b", "b", "a", "a", "b"]

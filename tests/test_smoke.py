@@ -52,6 +52,8 @@ def models(tmp_path_factory):
         "configs/evaluate/pair.py": (*pair, f"--config.prompts={home}/prompts.txt"),
         "configs/kangaroo/choose_layers.py": (f"--config.target={home}/target",),
         "configs/generate.py": (*pair, "--config.prompt=def main("),
+        "configs/draft_design/advise.py": (pair[0], f"--config.drafts={home}/draft"),
+        "configs/draft_design/train.py": (pair[0], f"--config.tokenizer.path={home}/target"),
     }
 
 

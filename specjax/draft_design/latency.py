@@ -1,4 +1,7 @@
-"""Seconds of each part of a block, on this device, at a given context: loops on the device, never lone dispatches."""
+"""Seconds of each part of a block and of single steps, on this device, at a given context: loops, not lone dispatches.
+
+Every loop feeds each step what the last one chose, or the compiler would hoist it or drop it.
+"""
 
 import dataclasses
 import functools
@@ -15,6 +18,7 @@ from specjax.decoding.drafters.base import Outcome, Proposal
 from specjax.decoding.sampling import Noise, Sampling
 from specjax.draft_design.throughput import Parts
 from specjax.models import kv_cache
+from specjax.models.language_model import LanguageModel
 from specjax.runtime.timing import progress
 
 _STEPS = 16
@@ -82,6 +86,51 @@ def _rule_loop(plan, draft_params, state, proposal, logits, taps, sampling, limi
         return dataclasses.replace(state_after, done=state.done)
 
     return jax.lax.fori_loop(0, _STEPS, step, state)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A model on `tokens` tokens a row, `steps` times in one dispatch.
+
+    Attributes:
+      model: whose weights may be random: nothing here depends on what it says.
+      tokens: of each row in a call: 1 is a step of decoding, gamma + 1 a verification.
+      batch: rows.
+      context: tokens that a row has, the first of the call included.
+      capacity: slots of the cache.
+      steps: of one dispatch; 1 is a lone dispatch, to and from the host for every step.
+    """
+
+    model: LanguageModel
+    tokens: int
+    batch: int
+    context: int
+    capacity: int
+    steps: int
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _steps(step: Step, params, cache, tokens, start):
+    """The same positions again and again; the next tokens are the last argmaxes."""
+    positions = start[:, None] + jnp.arange(step.tokens, dtype=jnp.int32)[None]
+
+    def once(_, carry):
+        cache, tokens = carry
+        hidden, cache = step.model.extend(params, cache, tokens, positions)
+        return cache, jnp.argmax(step.model.head(params, hidden), axis=-1).astype(jnp.int32)
+
+    return jax.lax.fori_loop(0, step.steps, once, (cache, tokens))
+
+
+def step_case(step: Step, params: Any) -> tuple[Callable, Callable]:
+    """(make the inputs, run) for `timing.in_turns`; seconds are those of `step.steps` steps.
+
+    What the cache holds is no matter; the context must fit its capacity.
+    """
+    tokens = jnp.zeros((step.batch, step.tokens), jnp.int32)
+    start = jnp.full((step.batch,), step.context - 1, jnp.int32)
+    fresh = lambda: step.model.start(params, tokens, start, step.capacity)
+    return fresh, lambda cache: _steps(step, params, cache, tokens, start)
 
 
 Timer = Callable[[], float]

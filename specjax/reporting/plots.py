@@ -223,6 +223,37 @@ def tradeoff_figure(
     save_panels(path, panels, names, draw, dashed="Pareto front" if front else None)
 
 
+def lines_figure(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float | int, float]]]],
+    path: str | Path,
+    *,
+    x_label: str,
+    y_label: str,
+    palette: Sequence[str] = (),
+    joined: bool = True,
+    guides: Sequence[Sequence[tuple[float, float]]] = (),
+) -> None:
+    """Points (x, y), joined by lines or not, from 0 upwards: {panel title: {line name: points}}.
+
+    `guides` are dashed lines in every panel. Raises ValueError where there are no panels.
+    """
+    names = list(dict.fromkeys(name for series in panels.values() for name in series))
+    looks = looks_of(palette, names)
+
+    def draw(axes, theme: Theme, series: Mapping) -> None:
+        for name, points in series.items():
+            color, marker = looks(theme, name)
+            line = "-" if joined else ""
+            axes.plot(*zip(*sorted(points), strict=True), color=color, marker=marker, linestyle=line, label=name)
+        for guide in guides:
+            axes.plot(*zip(*guide, strict=True), color=theme.ink, linestyle=DASHES, linewidth=1)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+
+    save_panels(path, panels, names, draw)
+
+
 def dark_twin(path: str | Path) -> Path:
     """Where the dark version of a figure lies."""
     path = Path(path)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from specjax.reporting import (
+    design_tables,
     distillspec_claims,
     distillspec_figures,
     distillspec_tables,
@@ -136,6 +137,7 @@ TABLES: dict[str, Callable[[Mapping], str]] = {
     "study": study,
     "benchmark": benchmark,
     "peers": peers,
+    **design_tables.TABLES,
     **distillspec_tables.TABLES,
     **kangaroo_tables.TABLES,
     **recipe_sweep.TABLES,

@@ -34,7 +34,11 @@ HEADINGS = {
 
 def summary_table(rows: Sequence[Mapping]) -> str:
     """A short aligned table for the terminal; settings in which the rows differ get a column of their own."""
-    columns = summary_columns(rows)
+    return aligned_table(rows, summary_columns(rows))
+
+
+def aligned_table(rows: Sequence[Mapping], columns: Sequence[str]) -> str:
+    """A table for the terminal: words flush left, numbers flush right."""
     cells = [[heading(key) for key in columns], *([cell(row, key) for key in columns] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     lines = []

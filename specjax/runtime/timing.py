@@ -4,7 +4,7 @@ import dataclasses
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -48,6 +48,22 @@ def block_seconds(fn: Callable[..., Any], *args: Any, repeats: int) -> Seconds:
         jax.block_until_ready(fn(*args))
         seconds.append(time.perf_counter() - start)
     return Seconds(tuple(seconds))
+
+
+def in_turns(cases: Sequence[tuple[Callable, Callable]], repeats: int) -> list[list[float]]:
+    """Seconds of `call(inputs)` for each case (fresh, call), in turns; neither `fresh()` nor the first round counts."""
+    seconds: list[list[float]] = [[] for _ in cases]
+    for repeat in range(repeats + 1):
+        for turn in range(len(cases)):
+            # Each round begins with another case, so that none always follows the same neighbour.
+            index = (turn + repeat) % len(cases)
+            fresh, call = cases[index]
+            inputs = jax.block_until_ready(fresh())
+            started = time.perf_counter()
+            jax.block_until_ready(call(inputs))
+            if repeat:
+                seconds[index].append(time.perf_counter() - started)
+    return seconds
 
 
 def progress(iterable: Iterable | None = None, *, total: int | None = None, description: str, unit: str):

@@ -1,0 +1,88 @@
+"""A pruned draft against one from scratch, of one shape and on as many tokens, both taught by the target.
+
+    python -m specjax.main --config=configs/draft_design/pruning.py --workdir=runs/pruning
+
+Stages: `target` (the quickstart's, 4 layers of width 640), `pruned_N` for each shape N (the target cut to it, by what
+matters on held-out text), then for every seed `recovered_N_S` (the pruned draft, distilled on the corpus) and
+`scratch_N_S` (random, distilled on the same batches for as many steps), and `evaluation`. `wide` has one layer of the
+target's width, `narrow` two of half of it.
+
+Hardware: 2 CPU cores; not timed. Whether the pruned draft is ahead, and of which shape, is what the table of
+comparisons says. `configs/draft_design/pruning.py:smoke` takes a minute.
+"""
+
+import importlib.util
+import pathlib
+
+from ml_collections import ConfigDict
+
+SEEDS = (0, 1, 2)
+# 0 is as in the target. Its heads are 64 wide, two query heads to one key head.
+SHAPES = {
+    "wide": {"layers": 1, "width": 0, "heads": 4, "kv_heads": 2, "mlp_width": 704},
+    "narrow": {"layers": 2, "width": 320, "heads": 4, "kv_heads": 2, "mlp_width": 704},
+}
+
+
+def _quickstart(variant: str) -> ConfigDict:
+    """The quickstart's own config, which this one varies."""
+    path = pathlib.Path(__file__).parents[1] / "quickstart.py"
+    spec = importlib.util.spec_from_file_location("quickstart", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(variant)
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    if variant not in ("", "smoke"):
+        raise ValueError(f"configs/draft_design/pruning.py has one variant, smoke; not {variant!r}.")
+    base = _quickstart(variant)
+    config = ConfigDict()
+    config.seed = base.seed
+    config.target = base.target
+    stages, drafters, pairs = ["target"], {}, []
+    for name, shape in SHAPES.items() if not variant else (("wide", {"layers": 1, "mlp_width": 32}),):
+        config[f"pruned_{name}"] = _pruned(base, shape, variant)
+        stages.append(f"pruned_{name}")
+        for seed in SEEDS if not variant else SEEDS[:1]:
+            for recipe in ("recovered", "scratch"):
+                stage = f"{recipe}_{name}_{seed}"
+                config[stage] = _trained(base, recipe, name, shape, seed)
+                stages.append(stage)
+                drafters[stage] = {"kind": "model", "path": f"stage:{stage}", "lossless": (4,), "coupled": ()}
+            pairs.append((f"recovered_{name}_{seed}", f"scratch_{name}_{seed}"))
+    config.evaluation = base.evaluation
+    config.evaluation.drafters = ConfigDict(drafters)
+    config.evaluation.compare = tuple(pairs)
+    config.evaluation.measure_parts = False
+    config.stages = (*stages, "evaluation")
+    return config
+
+
+def _pruned(base: ConfigDict, shape: dict, variant: str) -> ConfigDict:
+    section = ConfigDict()
+    section.binary = "design"
+    section.action = "prune"
+    section.seed = base.seed
+    section.source = "stage:target"  # the checkpoint to prune
+    section.param_dtype = "float32"
+    section.compute_dtype = "auto"
+    section.task = base.target.task  # whose training text the parts are judged on
+    section.calibration = ConfigDict({"batches": 8, "batch_size": 8, "sequence_length": 128})
+    section.shape = ConfigDict(shape)  # what is left; 0, or absent, is as in the source
+    if variant:
+        section.calibration.update({"batches": 1, "batch_size": 2, "sequence_length": 32})
+    return section
+
+
+def _trained(base: ConfigDict, recipe: str, name: str, shape: dict, seed: int) -> ConfigDict:
+    """The quickstart's distillation on the corpus: from the pruned model, or from a random one of its shape."""
+    section = base.distilled.copy_and_resolve_references()
+    section.seed = seed
+    section.data.update({"fixed": 1.0, "draft": 0.0})
+    section.speculative_eval.every = 0
+    section.train.steps = base.supervised.train.steps
+    section.model.init = f"stage:pruned_{name}" if recipe == "recovered" else "random"
+    section.model.update({key: value or base.target.model[key] for key, value in shape.items()})
+    section.model.head_size = base.target.model.head_size
+    return section

@@ -1,0 +1,30 @@
+"""Whether the throughput model gives the numbers that the paper prints, and what its shapes hold.
+
+    python -m specjax.main --config=configs/draft_design/published.py --workdir=runs/published
+
+Rows of "Decoding Speculative Decoding" (arXiv 2402.01528): block efficiency 3.70 at 6.69 ms a draft step gives 32.59
+tokens/s, 3.81 at 13.13 ms gives 23.10. The paper prints neither gamma nor the target's seconds beside them; both are
+inferred from these rows, so this is a check of arithmetic and no reproduction. Caches are those of the project's own
+code at 1024 tokens in float16.
+
+Hardware: any; nothing is run on it, some seconds. Expect `off by` within 0.005 of 0, caches of 192 and 120 MiB, and
+parameters that come to the numbers in the shapes' names. `configs/draft_design/published.py:smoke` is the same.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    if variant not in ("", "smoke"):
+        raise ValueError(f"configs/draft_design/published.py has one variant, smoke; not {variant!r}.")
+    config = ConfigDict()
+    config.binary = "design"
+    config.action = "published"
+    config.seed = 0
+    config.gamma = 8  # inferred
+    config.target_seconds = 60e-3  # of a verification; inferred
+    # What the paper prints of two drafts of LLaMA-65B: name, block efficiency, seconds of a draft step, tokens/s.
+    config.published = (("wide-1.3b", 3.70, 6.69e-3, 32.59), ("noft-1.3b", 3.81, 13.13e-3, 23.10))
+    config.shapes = ("noft-1.3b", "wide-1.3b", "wide-796m", "wide-543m", "wide-290m")
+    config.context = 1024  # tokens in a cache
+    return config

@@ -1,0 +1,120 @@
+"""A grid of drafts at equal parameters: depth, recipe, task, seed, gamma, temperature, batch; 400 configurations.
+
+    python -m specjax.main --config=configs/draft_design/study.py --workdir=runs/study
+
+For each task one target (the quickstart's shape); for each depth and seed one draft of two million parameters trained
+plainly (`supervised_TASK_LAYERS_SEED`) and one that goes on from it by DistillSpec (`distilled_...`), 40 trainings in
+all; for each task and seed one evaluation of every draft, the parts timed apart from the runs; last `study`, which puts
+all of it together: configurations.csv, report.html, and tables of predicted against measured, of depth at equal
+parameters, of perplexity against acceptance. Every stage is finished for itself, so that the same command goes on where
+it stopped; a changed grid is refused in an old workdir.
+
+Hardware: 2 CPU cores; not timed, some hours. `configs/draft_design/study.py:smoke` runs one task, two depths and one
+seed.
+"""
+
+import importlib.util
+import pathlib
+
+from ml_collections import ConfigDict
+
+TASKS = {"code": "stdlib_code", "arithmetic": "arithmetic"}
+SEEDS = (0, 1)
+# Two million parameters each, by draft_design.shapes.at_parameters: layers -> width, heads, key heads, MLP width.
+SHAPES = {
+    1: (384, 12, 6, 1008),
+    2: (256, 8, 4, 872),
+    4: (192, 6, 3, 592),
+    8: (128, 4, 2, 480),
+    12: (128, 4, 2, 280),
+}
+HEAD_SIZE = 32
+# How a draft is evaluated, by its recipe.
+GAMMAS = {"supervised": (4,), "distilled": (1, 2, 4, 6)}
+
+
+def _quickstart(variant: str) -> ConfigDict:
+    """The quickstart's own config, which this one varies."""
+    path = pathlib.Path(__file__).parents[1] / "quickstart.py"
+    spec = importlib.util.spec_from_file_location("quickstart", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(variant)
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    if variant not in ("", "smoke"):
+        raise ValueError(f"configs/draft_design/study.py has one variant, smoke; not {variant!r}.")
+    base = _quickstart(variant)
+    config = ConfigDict()
+    config.seed = base.seed
+    stages, trained, evaluations = [], [], []
+    for task, name in TASKS.items() if not variant else (("code", TASKS["code"]),):
+        target = f"target_{task}"
+        config[target] = _on_task(base.target, name)
+        stages.append(target)
+        for seed in SEEDS if not variant else SEEDS[:1]:
+            drafters = {}
+            for layers in SHAPES if not variant else (1, 2):
+                for recipe, gammas in GAMMAS.items():
+                    stage = f"{recipe}_{task}_{layers}_{seed}"
+                    config[stage] = _draft(base, recipe, task, layers, seed, variant)
+                    drafters[stage] = {"kind": "model", "path": f"stage:{stage}", "lossless": gammas, "coupled": ()}
+                    stages.append(stage)
+                    trained.append(f"workdir:{stage}")
+            evaluation = f"evaluation_{task}_{seed}"
+            config[evaluation] = _evaluation(base, task, seed, drafters, variant)
+            stages.append(evaluation)
+            evaluations.append(f"workdir:{evaluation}")
+    config.study = _study(base, tuple(trained), tuple(evaluations))
+    config.study.gamma = 4 if not variant else 2
+    config.stages = (*stages, "study")
+    return config
+
+
+def _on_task(section: ConfigDict, name: str) -> ConfigDict:
+    section = section.copy_and_resolve_references()
+    section.task.name = name
+    return section
+
+
+def _draft(base: ConfigDict, recipe: str, task: str, layers: int, seed: int, variant: str) -> ConfigDict:
+    section = _on_task(base[recipe], TASKS[task])
+    section.seed = seed
+    section.tokenizer.path = f"stage:target_{task}"
+    if recipe == "distilled":
+        section.target = f"stage:target_{task}"
+        section.model.init = f"stage:supervised_{task}_{layers}_{seed}"
+        section.speculative_eval.every = 0
+    section.model.layers = layers
+    if not variant:
+        width, heads, kv_heads, mlp_width = SHAPES[layers]
+        section.model.update({"width": width, "heads": heads, "kv_heads": kv_heads, "mlp_width": mlp_width})
+        section.model.head_size = HEAD_SIZE
+    return section
+
+
+def _evaluation(base: ConfigDict, task: str, seed: int, drafters: dict, variant: str) -> ConfigDict:
+    section = _on_task(base.evaluation, TASKS[task])
+    section.seed = base.evaluation.seed + seed
+    section.target = f"stage:target_{task}"
+    section.drafters = ConfigDict(drafters)
+    section.compare = ()
+    section.batch_sizes = (1, 4) if not variant else (1, 2)
+    if variant:
+        section.temperatures = (1.0,)
+        for drafter in section.drafters.values():
+            drafter.lossless = (2,)
+    section.measure_parts = True
+    return section
+
+
+def _study(base: ConfigDict, trained: tuple[str, ...], evaluations: tuple[str, ...]) -> ConfigDict:
+    section = ConfigDict()
+    section.binary = "design"
+    section.action = "study"
+    section.seed = base.seed
+    section.trained = trained  # the drafts' trainings; a drafter has its training's name
+    section.evaluations = evaluations
+    section.gamma = 4  # at which shapes are compared
+    return section

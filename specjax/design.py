@@ -1,0 +1,197 @@
+"""Which draft to build: latency profiles, the throughput model, pruning, studies and advice, each an action.
+
+    python -m specjax.design --config=FILE --workdir=DIR [--config.section.key=value ...]
+
+`config.action` names what is done; its rows go to results.json and its tables to the terminal.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from specjax.data import batches, tasks
+from specjax.draft_design import advice, pruning, replay, series, shapes, study, throughput
+from specjax.hub import model as hub_model
+from specjax.reporting import design_tables, records
+from specjax.runtime import cli
+from specjax.runtime import config as configs
+from specjax.runtime.errors import UserError, nearest
+
+
+def run(config: Any, workdir: str | Path) -> dict:
+    """Does what the config's `action` says; returns the content of results.json.
+
+    Raises:
+      UserError: for an action that does not exist, and whatever the action refuses.
+    """
+    if config.action not in ACTIONS:
+        raise UserError(f'there is no action "{config.action}"{nearest(config.action, ACTIONS)}')
+    rows = ACTIONS[config.action](config, Path(workdir))
+    path = Path(workdir) / "results.json"
+    records.write_results(path, binary="design", config=configs.to_plain(config), rows=rows)
+    results = records.read_results(path)
+    print(design_tables.terminal(results["rows"]), flush=True)
+    return results
+
+
+def published(config: Any, workdir: Path) -> list[dict]:
+    """The model on the paper's own rows, and parameters and caches of its shapes.
+
+    A check of arithmetic: gamma and the target's seconds are not printed in the paper, they are what makes both rows
+    come out.
+    """
+    del workdir
+    rows = []
+    for name, block_efficiency, draft_step, tokens_per_second in config.published:
+        costs = throughput.Costs(draft_step, (config.target_seconds,) * (config.gamma + 1))
+        computed = block_efficiency / costs.block(config.gamma)
+        rows.append(
+            {
+                "table": "consistency",
+                "draft": name,
+                "block_efficiency": block_efficiency,
+                "draft_step_seconds": draft_step,
+                "gamma": config.gamma,
+                "target_seconds": config.target_seconds,
+                "computed_tokens_per_second": computed,
+                "published_tokens_per_second": tokens_per_second,
+                "off_by": computed / tokens_per_second - 1,
+            }
+        )
+    for name in config.shapes:
+        shape = shapes.preset(name)
+        rows.append(
+            {
+                "table": "shapes",
+                "draft": name,
+                **{key: getattr(shape, key) for key in ("layers", "width", "heads", "mlp_width")},
+                "parameters": shapes.parameters(shape),
+                "context": config.context,
+                "kv_mebibytes": shapes.kv_bytes(shape, config.context) / 2**20,
+            }
+        )
+    return rows
+
+
+def prune(config: Any, workdir: Path) -> list[dict]:
+    """Cuts a checkpoint to a shape, by what matters on calibration text; writes `workdir/export`."""
+    source = hub_model.load(config.source, param_dtype=config.param_dtype, compute_dtype=config.compute_dtype)
+    calibration = config.calibration
+    rows = batches.training_batches(
+        tasks.load_task(config.task),
+        source.tokenizer,
+        batch_size=calibration.batch_size,
+        sequence_length=calibration.sequence_length,
+        prompt_length=(1, 1),
+        seed=config.seed,
+    )
+    texts = [(row["tokens"], row["lengths"]) for row in itertools.islice(rows, calibration.batches)]
+    matters = pruning.importance(source.decoder, source.params, texts)
+    sizes = {name: value for name, value in config.shape.to_dict().items() if value}
+    shape = shapes.reshaped(source.decoder.config, **sizes)
+    decoder, params = pruning.prune(source.decoder, source.params, shape, matters)
+    hub_model.save(hub_model.Model(decoder, params, source.tokenizer), workdir / "export")
+    row = {
+        "table": "pruned",
+        "source": config.source,
+        **{key: getattr(shape, key) for key in ("layers", "width", "heads", "kv_heads", "mlp_width")},
+        "parameters": shapes.parameters(shape),
+        "parameters_of_source": shapes.parameters(source.decoder.config),
+        "calibration_tokens": int(sum(lengths.sum() for _, lengths in texts)),
+        "layer_importance": matters.layers.tolist(),
+    }
+    return [row]
+
+
+def advise(config: Any, workdir: Path) -> list[dict]:
+    """Times target and candidates, learns or is told how often tokens stand, and says which draft to take; or none."""
+    if not config.target:
+        raise UserError("config.target is empty; give --config.target=DIR")
+    load = lambda path: hub_model.load(path, param_dtype=config.param_dtype, compute_dtype=config.compute_dtype)
+    target = load(config.target)
+    if target.decoder.reads_prompt_apart:
+        raise UserError("advice is for decoder-only targets; measure an encoder-decoder's drafts with evaluate")
+    work = _workload(config, target)
+    gamma, acceptances = max(config.gammas), []
+    for path in config.drafts:
+        draft = load(path)
+        hub_model.check_pair(target, draft)
+        found = {eta: _acceptance(config, target, draft, work, gamma, eta) for eta in (0.0, *config.thresholds)}
+        acceptances.append((advice.Candidate(path, draft.decoder, found, {}, True), draft.params))
+    if config.layers:
+        low, high = _stated(config.acceptance)
+        acceptance = advice.stated(low, high, gamma)
+        shape = target.decoder.config
+        acceptances += advice.untrained(shape, config.layers, config.share, acceptance, config.seed)
+    if not acceptances:
+        raise UserError("there is nothing to choose from; name drafts, or layers of shapes to consider")
+    drafts = [(candidate.decoder, params) for candidate, params in acceptances]
+    timed = advice.time_parts(target.decoder, target.params, drafts, work, config.gammas)
+    candidates = [
+        dataclasses.replace(candidate, parts=parts) for (candidate, _), parts in zip(acceptances, timed, strict=True)
+    ]
+    rows = [row for candidate in candidates for row in candidate.options(work)]
+    advised = advice.recommend(rows)
+    taken = next(candidate for candidate in candidates if candidate.name == advised["draft"])
+    said = [{"table": "reasons", "because": reason} for reason in advice.reasons(rows)]
+    if advised["pays"]:
+        said.append({"table": "reasons", "because": advice.command(config.target, config.task, advised, taken)})
+    rows = [*rows, advised, *said]
+    series.advice_report(config, workdir, rows)
+    return rows
+
+
+def _workload(config: Any, target: hub_model.Model) -> advice.Workload:
+    if config.replay:
+        prompts = _replay(config, target).prompts
+    else:
+        found = batches.evaluation_prompts(
+            tasks.load_task(config.task),
+            target.tokenizer,
+            count=config.selection.count,
+            prompt_length=(config.selection.length_min, config.selection.length_max),
+            seed=config.seed,
+        )
+        prompts = tuple(prompt.tokens for prompt in found)
+    if not 1 <= config.batch_size <= len(prompts):
+        raise UserError(f"batch_size must lie in 1 .. {len(prompts)}, the number of prompts, not {config.batch_size}")
+    return advice.Workload(prompts, config.max_new_tokens, config.batch_size, config.temperature, config.seed)
+
+
+def _replay(config: Any, target: hub_model.Model) -> replay.Replay:
+    stored = replay.load(config.replay)
+    stored.check_target(target)
+    if config.temperature:
+        raise UserError("a replay is of greedy decoding; set temperature to 0, or leave out the replay")
+    return stored
+
+
+def _acceptance(config: Any, target, draft, work: advice.Workload, gamma: int, threshold: float) -> advice.Acceptance:
+    """From the replay where there is one, else by decoding."""
+    if config.replay:
+        stored, options = _replay(config, target), {"threshold": threshold}
+        counts = replay.score(stored, "model", gamma, options, draft=draft, batch_size=work.batch_size)
+    else:
+        counts = advice.decode(target, draft, work, gamma, threshold)
+    return advice.measured(counts, seed=config.seed)
+
+
+def _stated(ends: tuple[float, ...]) -> tuple[float, float]:
+    if len(ends) != 2 or not 0 <= ends[0] <= ends[1] <= 1:
+        raise UserError(f"acceptance is a range within 0 .. 1, such as 0.5,0.7, for shapes without a draft; not {ends}")
+    return ends[0], ends[1]
+
+
+ACTIONS: dict[str, Callable[[Any, Path], list[dict]]] = {
+    "published": published,
+    "profile": series.run,
+    "prune": prune,
+    "advise": advise,
+    "study": study.run,
+}
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.launch(run, "specjax.design"))

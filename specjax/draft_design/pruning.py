@@ -1,0 +1,175 @@
+"""Structured pruning: a smaller checkpoint of the same family, from what matters of a larger one on calibration text.
+
+What is cut are whole layers, query and key/value heads, inner units of the MLPs and channels of the residual stream, so
+that the result is an ordinary model of its family. A pruned model is a start for training, not a draft yet: distil it.
+
+Importance is measured in one forward over the text (formulas of arXiv 2403.03853 for layers, arXiv 2407.14679 for the
+rest): no gradients, no search.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from specjax.models.config import DecoderConfig
+from specjax.models.decoder import Decoder
+from specjax.models.language_model import LanguageModel, Params, consecutive
+from specjax.runtime.errors import UserError
+
+# What a shape may have less of, beside its layers.
+_SIZES = ("layers", "width", "heads", "kv_heads", "mlp_width")
+# Norms of single heads, whose size is no width of the model.
+_HEAD_NORMS = ("query_norm", "key_norm")
+
+
+@dataclasses.dataclass(frozen=True)
+class Importance:
+    """How much each part matters, the more the larger.
+
+    Attributes:
+      layers: 1 - cosine between a layer's input and output, mean over tokens.
+      heads: length of each query head's output before the output projection, mean over tokens.
+      mlp: magnitude of each inner unit, mean over tokens.
+      width: magnitude of each channel behind the norms, mean over tokens, summed over norms.
+    """
+
+    layers: Float[np.ndarray, "L"]
+    heads: Float[np.ndarray, "L N"]
+    mlp: Float[np.ndarray, "L F"]
+    width: Float[np.ndarray, "D"]
+
+
+class _Tap:
+    """Stands before a part of the model, and keeps what goes into it, or what comes out."""
+
+    def __init__(self, part: Any, seen: list, *, output: bool):
+        self._part, self._seen, self._output = part, seen, output
+
+    def __call__(self, inputs):
+        outputs = self._part(inputs)
+        self._seen.append(outputs if self._output else inputs)
+        return outputs
+
+
+def importance(
+    model: LanguageModel, params: Params, texts: Sequence[tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]]
+) -> Importance:
+    """Runs the model over the calibration texts.
+
+    Args:
+      texts: batches of right-padded tokens and their lengths; padding does not count.
+
+    Raises:
+      UserError: for an encoder-decoder, or without any text.
+    """
+    if not isinstance(model, Decoder):
+        raise UserError("only decoder-only models are pruned; train an encoder-decoder draft from scratch")
+    if not texts:
+        raise UserError("there is no calibration text to judge a model's parts by; give some")
+    sums = [_sums(model, params, jnp.asarray(tokens), jnp.asarray(lengths)) for tokens, lengths in texts]
+    count = sum(int(lengths.sum()) for _, lengths in texts)
+    layers, heads, mlp, width = (np.asarray(sum(parts), np.float64) / count for parts in zip(*sums, strict=True))
+    return Importance(layers, heads, mlp, width)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _sums(model: Decoder, params: Params, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]):
+    """Sums over tokens of what `Importance` holds means of."""
+    config, module = model.config, model.bind(params)
+    real = (jnp.arange(tokens.shape[1])[None] < lengths[:, None]).astype(jnp.float32)
+    mixed, inner, normed = [], [], []
+    for block in module.blocks:
+        block.attention.output = _Tap(block.attention.output, mixed, output=False)
+        block.mlp.down = _Tap(block.mlp.down, inner, output=False)
+        for name in ("attention_norm", "mlp_norm"):
+            setattr(block, name, _Tap(getattr(block, name), normed, output=True))
+    positions = consecutive(tokens)
+    hidden, cosines = module.embed(tokens, positions), []
+    for layer in range(config.layers):
+        before = hidden
+        hidden, _ = module.extend(None, hidden, positions, None, layer, layer + 1)
+        cosines.append(jnp.sum((1.0 - _cosine(before, hidden)) * real))
+    over = lambda x: jnp.einsum("BT...,BT->...", x.astype(jnp.float32), real)
+    by_head = [x.reshape(*x.shape[:2], config.heads, config.head_size) for x in mixed]
+    heads = [over(jnp.linalg.norm(x.astype(jnp.float32), axis=-1)) for x in by_head]
+    units = [over(jnp.abs(x)) for x in inner]
+    channels = sum(over(jnp.abs(x)) for x in normed)
+    return jnp.stack(cosines), jnp.stack(heads), jnp.stack(units), channels
+
+
+def _cosine(a: Float[Array, "B T D"], b: Float[Array, "B T D"]) -> Float[Array, "B T"]:
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    scale = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
+    return jnp.sum(a * b, axis=-1) / jnp.maximum(scale, jnp.finfo(jnp.float32).tiny)
+
+
+def prune(model: LanguageModel, params: Params, shape: DecoderConfig, matters: Importance) -> tuple[Decoder, Params]:
+    """The model cut to `shape`: what matters most stays, in its old order.
+
+    Whole groups of a key/value head and its query heads stay or go; where the shape has smaller groups, the best query
+    heads of each stay.
+
+    Raises:
+      UserError: for a shape that is larger somewhere, or differs in what cannot be cut.
+    """
+    config = model.config
+    for name in _SIZES:
+        if getattr(shape, name) > getattr(config, name):
+            raise UserError(
+                f"pruning cannot add: {name} is {getattr(config, name)} and {getattr(shape, name)} was asked for"
+            )
+    if shape.heads // shape.kv_heads > config.heads // config.kv_heads:
+        raise UserError(
+            f"{shape.heads} heads on {shape.kv_heads} key/value heads are larger groups than the model has "
+            f"({config.heads} on {config.kv_heads}); keep more key/value heads"
+        )
+    if config.embedding_width and shape.width < config.width:
+        raise UserError("a model that projects its embedding keeps its width; prune layers, heads or mlp_width")
+    layers = _best(matters.layers, shape.layers).tolist()
+    per_layer = {
+        name: tuple(getattr(config, name)[layer] for layer in layers) if getattr(config, name) else ()
+        for name in ("windows", "rotary_layers")
+    }
+    sizes = {name: getattr(shape, name) for name in _SIZES}
+    if dataclasses.replace(shape, **per_layer) != dataclasses.replace(config, **sizes, **per_layer):
+        raise UserError("a pruned model differs from its source in layers, heads and widths alone; leave the rest")
+    pruned = Decoder(dataclasses.replace(config, **sizes, **per_layer))
+    width = _best(matters.width, shape.width)
+    cut = {"embed": width, "norm": width}
+    whole = {**params, "blocks": {new: params["blocks"][old] for new, old in enumerate(layers)}}
+    axes = model.axes()
+    axes = {**axes, "blocks": {new: axes["blocks"][old] for new, old in enumerate(layers)}}
+    kept = [{**cut, **_kept_of_layer(config, shape, matters, layer)} for layer in layers]
+
+    def take(path, array, names):
+        keys = [entry.key for entry in path]
+        if any(name in keys for name in _HEAD_NORMS):
+            return array
+        chosen = kept[keys[1]] if keys[0] == "blocks" else cut
+        for axis, name in enumerate(names):
+            if name in chosen:
+                array = jnp.take(array, jnp.asarray(chosen[name]), axis=axis)
+        return array
+
+    return pruned, jax.tree_util.tree_map_with_path(take, whole, axes)
+
+
+def _kept_of_layer(config: DecoderConfig, shape: DecoderConfig, matters: Importance, layer: int) -> dict:
+    """Which channels of heads, key/value heads and MLP stay in one layer."""
+    grouped = matters.heads[layer].reshape(config.kv_heads, -1)
+    size = shape.heads // shape.kv_heads
+    groups = _best(grouped.sum(1), shape.kv_heads)
+    heads = [group * grouped.shape[1] + head for group in groups for head in _best(grouped[group], size)]
+    channels = lambda kept: np.concatenate([np.arange(config.head_size) + config.head_size * index for index in kept])
+    return {"heads": channels(heads), "kv_heads": channels(groups), "mlp": _best(matters.mlp[layer], shape.mlp_width)}
+
+
+def _best(scores: Float[np.ndarray, "X"], count: int) -> np.ndarray:
+    """Places of the `count` largest scores, ascending; of equal ones the first."""
+    return np.sort(np.argsort(-scores, kind="stable")[:count])

@@ -1,0 +1,292 @@
+"""A target's greedy output, stored once, against which any draft is scored with the target out of memory.
+
+Greedy speculative decoding emits what plain decoding emits, whatever is drafted. So the decoding loop runs here as it
+always does, with a table of the stored text in the target's place: drafter, gamma and stop rule are the real ones, and
+blocks, counts and ends are those of the live run (up to ties, see README.md). What a drafter reads of the target itself
+(its layers, its cache) is not stored.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from specjax.decoding import batch, loop, rules
+from specjax.decoding.drafters.table import make_drafter
+from specjax.decoding.sampling import Sampling
+from specjax.hub.model import Model
+from specjax.models.language_model import LanguageModel, consecutive
+from specjax.reporting import metrics, records
+from specjax.runtime.errors import UserError
+
+FILE, ARRAYS = "replay.json", "replay.npz"
+SCHEMA = 1
+# Drafters that ask nothing of the target.
+DRAFTERS = ("model", "ngram")
+
+
+@dataclasses.dataclass(frozen=True)
+class Replay:
+    """What a target made of some prompts, greedily.
+
+    Attributes:
+      target: fingerprint of the model.
+      tokenizer: fingerprint of its tokenizer.
+      vocab_size: of the target's logits.
+      max_new_tokens: most tokens a prompt got.
+      eos_ids: what ended a text before that.
+      prompts: token ids.
+      emitted: token ids that followed each prompt.
+      top_ids: `[P, T, k]` the target's k most probable tokens where each emitted one was chosen, k = 0 where none are
+        stored; beyond a text's end anything.
+      top_probs: their probabilities at temperature 1.
+    """
+
+    target: str
+    tokenizer: str
+    vocab_size: int
+    max_new_tokens: int
+    eos_ids: tuple[int, ...]
+    prompts: tuple[tuple[int, ...], ...]
+    emitted: tuple[tuple[int, ...], ...]
+    top_ids: Int[np.ndarray, "P T k"]
+    top_probs: Float[np.ndarray, "P T k"]
+
+    def check_target(self, target: Model) -> None:
+        """Raises UserError unless this is the replay of that target."""
+        self.check_tokenizer(target)
+        if target.fingerprint != self.target:
+            raise UserError(
+                f"this replay is of another target (fingerprint {self.target[:8]}, this model's is "
+                f"{target.fingerprint[:8]}); record it again with this one"
+            )
+
+    def check_tokenizer(self, model: Model) -> None:
+        """Raises UserError unless the model has the tokenizer of the replay."""
+        if model.tokenizer.fingerprint() != self.tokenizer:
+            raise UserError(
+                "this replay was recorded with another tokenizer than this model's; take a draft that has the "
+                "target's, or record the replay again"
+            )
+
+
+def record(
+    target: Model, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, batch_size: int, top_k: int = 0
+) -> Replay:
+    """Decodes the prompts greedily and keeps the text, with the `top_k` most probable tokens of each position.
+
+    Raises:
+      UserError: for an encoder-decoder, prompts that do not fit, and a top_k beyond the vocabulary.
+    """
+    decoder = target.decoder
+    if decoder.reads_prompt_apart:
+        raise UserError("replays are of decoder-only models; evaluate an encoder-decoder's drafts live")
+    if not 0 <= top_k <= decoder.vocab_size:
+        raise UserError(f"top_k must lie in 0 .. {decoder.vocab_size}, the vocabulary, not {top_k}")
+    batch.check_prompts(
+        prompts,
+        vocab_size=decoder.vocab_size,
+        max_new_tokens=max_new_tokens,
+        max_positions=decoder.config.max_positions,
+    )
+    eos_ids = tuple(target.tokenizer.eos_ids)
+    plan = _plan(decoder, None, 0, prompts, max_new_tokens)
+    results = _decode(plan, lambda first: target.params, None, prompts, batch_size, 0.0, max_new_tokens, eos_ids)
+    emitted = tuple(tuple(row) for size, result in results for row in result.tokens[:size])
+    top_ids, top_probs = _most_probable(target, prompts, emitted, max_new_tokens, batch_size, top_k)
+    return Replay(
+        target=target.fingerprint,
+        tokenizer=target.tokenizer.fingerprint(),
+        vocab_size=decoder.vocab_size,
+        max_new_tokens=max_new_tokens,
+        eos_ids=eos_ids,
+        prompts=tuple(tuple(int(token) for token in prompt) for prompt in prompts),
+        emitted=emitted,
+        top_ids=top_ids,
+        top_probs=top_probs,
+    )
+
+
+def save(replay: Replay, directory: str | Path) -> None:
+    """Writes `replay.json` and `replay.npz`."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    fields = {key: value for key, value in vars(replay).items() if not key.startswith("top_")}
+    np.savez_compressed(directory / ARRAYS, top_ids=replay.top_ids, top_probs=replay.top_probs)
+    text = json.dumps({"schema": SCHEMA, **records.json_clean(fields)})
+    records.write_atomically(directory / FILE, text + "\n")
+
+
+def load(directory: str | Path) -> Replay:
+    """Reads what `save` wrote. Raises UserError where it is missing, damaged or of another schema."""
+    directory = Path(directory)
+    if not (directory / FILE).is_file():
+        raise UserError(f"{directory} holds no {FILE}; name the directory of a replay, or record one")
+    try:
+        fields = json.loads((directory / FILE).read_text(encoding="utf-8"))
+        with np.load(directory / ARRAYS) as arrays:
+            fields |= {name: arrays[name] for name in ("top_ids", "top_probs")}
+        schema = fields.pop("schema")
+        rows = {name: tuple(tuple(row) for row in fields[name]) for name in ("prompts", "emitted")}
+        replay = Replay(**{**fields, **rows, "eos_ids": tuple(fields["eos_ids"])})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"the replay in {directory} is damaged ({error}); record it again") from error
+    if schema != SCHEMA:
+        raise UserError(f"the replay in {directory} has schema {schema}, this version reads {SCHEMA}; record it again")
+    return replay
+
+
+def score(
+    replay: Replay,
+    kind: str,
+    gamma: int,
+    options: dict[str, Any],
+    *,
+    draft: Model | None = None,
+    batch_size: int = 1,
+) -> metrics.Counts:
+    """The counts of greedy speculative decoding with this drafter, a row a prompt.
+
+    Args:
+      kind: of the drafter, one of `DRAFTERS`.
+      options: as `drafters.table.make_drafter` takes them, `model` apart.
+      draft: the model of a "model" drafter.
+
+    Raises:
+      UserError: for a drafter that needs the target itself, and a draft with another tokenizer.
+    """
+    if kind not in DRAFTERS:
+        raise UserError(f'a replay holds nothing of which "{kind}" could draft; it scores {" and ".join(DRAFTERS)}')
+    params = None
+    if draft is not None:
+        replay.check_tokenizer(draft)
+        options, params = {**options, "model": draft.decoder}, draft.params
+    table = Stored(None, logits_size=replay.vocab_size)
+    drafter = make_drafter(kind, table, gamma, options)
+    plan = _plan(table, drafter, gamma, replay.prompts, replay.max_new_tokens)
+    texts = _texts(replay, plan.capacity)
+
+    def rows(first: int):
+        part = texts[first : first + batch_size]
+        return jnp.asarray(np.concatenate([part, np.repeat(part[-1:], batch_size - len(part), axis=0)]))
+
+    threshold = options.get("threshold", 0.0)
+    results = _decode(plan, rows, params, replay.prompts, batch_size, threshold, replay.max_new_tokens, replay.eos_ids)
+    return metrics.Counts(**batch.join_counts([result.counts(size) for size, result in results]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored(LanguageModel):
+    """A text in a target's place: its parameters are the texts `[B, S]`, and after position i it is sure of i + 1.
+
+    Only what follows the stored text is right; that is all a greedy block asks, up to its first refusal.
+    """
+
+    @property
+    def layers(self) -> int:
+        return 1
+
+    def start(self, params, prompts, lengths, capacity):
+        del params, prompts, lengths, capacity
+        return ()
+
+    def extend(self, params, cache, inputs, positions, mask=None, *, layers=None):
+        del inputs, mask, layers
+        following = jnp.minimum(positions + 1, params.shape[1] - 1)
+        return jnp.take_along_axis(params, following, axis=1)[..., None].astype(jnp.float32), cache
+
+    def head(self, params, hidden):
+        del params
+        return jax.nn.one_hot(hidden[..., 0].astype(jnp.int32), self.vocab_size, dtype=jnp.float32)
+
+
+def agreement(replay: Replay, draft: Model, *, batch_size: int = 8) -> dict[str, Float[np.ndarray, "N"]]:
+    """What the draft makes of the stored text where it is given all that came before, for each emitted token.
+
+    Returns, flat over prompts and positions:
+      "agrees": 1 where its most probable token is the target's;
+      "surprise": minus the log-probability that it gives the target's token (its mean is the log-perplexity);
+      "overlap": sum of min(target, draft) over the stored most probable tokens, empty where none are stored: what
+        sampling at temperature 1 would accept at least (DistillSpec's token-level acceptance, arXiv 2310.08461).
+
+    Raises:
+      UserError: for a draft with another tokenizer.
+    """
+    replay.check_tokenizer(draft)
+    model = draft.decoder.fitted(replay.vocab_size)
+    slots = batch.prompt_slots(replay.prompts) + replay.max_new_tokens
+    texts = _texts(replay, slots)
+    found: dict[str, list[np.ndarray]] = {"agrees": [], "surprise": [], "overlap": []}
+    for first in range(0, len(texts), batch_size):
+        logprobs = jax.nn.log_softmax(_forward(model, draft.params, jnp.asarray(texts[first : first + batch_size])))
+        for row, number in enumerate(range(first, min(first + batch_size, len(texts)))):
+            start, count = len(replay.prompts[number]), len(replay.emitted[number])
+            here = np.asarray(logprobs[row, start - 1 : start - 1 + count])
+            tokens = np.asarray(replay.emitted[number])
+            found["agrees"].append((here.argmax(-1) == tokens).astype(np.float32))
+            found["surprise"].append(-here[np.arange(count), tokens])
+            if replay.top_ids.shape[2]:
+                mine = np.exp(np.take_along_axis(here, replay.top_ids[number, :count], axis=1))
+                found["overlap"].append(np.minimum(mine, replay.top_probs[number, :count]).sum(-1))
+    return {name: np.concatenate(parts) if parts else np.zeros(0, np.float32) for name, parts in found.items()}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(model: LanguageModel, params: Any, texts: Int[Array, "B S"]) -> Float[Array, "B S V"]:
+    hidden, _ = model.extend(params, None, texts, consecutive(texts))
+    return model.head(params, hidden)
+
+
+def _most_probable(target: Model, prompts, emitted, longest: int, batch_size: int, top_k: int):
+    """Ids and probabilities of the `top_k` best tokens where each emitted one was chosen: `[P, T, k]`."""
+    ids = np.zeros((len(prompts), longest, top_k), np.int32)
+    probs = np.zeros(ids.shape, np.float32)
+    if top_k == 0:
+        return ids, probs
+    rows = [(*prompt, *text) for prompt, text in zip(prompts, emitted, strict=True)]
+    texts, _ = batch.pad(rows, max(map(len, rows)))
+    for first in range(0, len(rows), batch_size):
+        part = jnp.asarray(texts[first : first + batch_size])
+        best, which = jax.lax.top_k(jax.nn.softmax(_forward(target.decoder, target.params, part)), top_k)
+        for row in range(len(part)):
+            start, count = len(prompts[first + row]), len(emitted[first + row])
+            span = slice(start - 1, start - 1 + count)
+            ids[first + row, :count], probs[first + row, :count] = which[row, span], best[row, span]
+    return ids, probs
+
+
+def _texts(replay: Replay, slots: int) -> Int[np.ndarray, "P S"]:
+    """Prompt and what followed, right-padded."""
+    return batch.pad([(*a, *b) for a, b in zip(replay.prompts, replay.emitted, strict=True)], slots)[0]
+
+
+def _plan(target: LanguageModel, drafter: Any, gamma: int, prompts, max_new_tokens: int) -> loop.Plan:
+    capacity = batch.capacity_bucket(batch.prompt_slots(prompts), max_new_tokens, gamma)
+    return loop.Plan(target, drafter, rules.rule_named("lossless"), gamma, capacity, greedy=True)
+
+
+def _decode(plan, params_from, draft_params, prompts, batch_size: int, threshold: float, max_new_tokens: int, eos_ids):
+    """`batch.decode_all` with the target's parameters of each batch."""
+    return [
+        batch.decode_batch_of(
+            plan,
+            params_from(first),
+            draft_params,
+            prompts,
+            first=first,
+            batch_size=batch_size,
+            slots=batch.prompt_slots(prompts),
+            seed=0,
+            sampling=Sampling.of(0.0, threshold=threshold),
+            max_new_tokens=max_new_tokens,
+            eos_ids=eos_ids,
+        )
+        for first in range(0, len(prompts), batch_size)
+    ]

@@ -1,0 +1,95 @@
+"""Draft design: the published shapes and rows, shapes at a budget, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+
+from specjax import design
+from specjax.draft_design import shapes
+from specjax.reporting import design_tables
+from specjax.runtime import config as configs
+from specjax.runtime.errors import UserError
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "draft_design"
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("noft-1.3b", 1_345_423_360),
+        ("wide-1.3b", 1_333_721_600),
+        ("wide-796m", 796_290_560),
+        ("wide-543m", 543_311_360),
+        ("wide-290m", 290_332_160),
+    ],
+)
+def test_published_shapes_have_the_parameters_of_their_names(name, count):
+    layers, width, heads, head_size, mlp = shapes.PRESETS[name]
+    layer = 4 * width * heads * head_size + 3 * width * mlp + 2 * width
+    assert shapes.parameters(shapes.preset(name)) == layers * layer + width + 2 * 32000 * width == count
+    assert shapes.weight_bytes(shapes.preset(name, "bfloat16")) == 2 * count
+
+
+def test_caches_of_the_published_shapes_are_192_and_120_mebibytes():
+    assert shapes.kv_bytes(shapes.preset("noft-1.3b"), 1024) == 192 * 2**20
+    assert shapes.kv_bytes(shapes.preset("wide-1.3b"), 1024) == 120 * 2**20
+    assert shapes.kv_bytes(shapes.preset("wide-1.3b", "float32"), 512, batch=3) == 360 * 2**20
+
+
+def test_a_step_reads_the_head_whole_and_of_the_embedding_a_row():
+    config = tiny.config(tied_head=False)
+    read = shapes.parameters(config) - config.vocab_size * config.width
+    cache = 2 * config.layers * config.kv_heads * config.head_size * 4 * 7
+    assert shapes.step_bytes(config, context=7) == 4 * read + cache
+
+
+def test_the_published_rows_come_out_within_half_a_percent(tmp_path, capsys):
+    results = design.run(configs.load(str(CONFIGS / "published.py")), tmp_path)
+    consistency = [row for row in results["rows"] if row["table"] == "consistency"]
+    assert [row["published_tokens_per_second"] for row in consistency] == [32.59, 23.10]
+    assert all(abs(row["off_by"]) < 5e-3 for row in consistency)
+    caches = {row["draft"]: row["kv_mebibytes"] for row in results["rows"] if row["table"] == "shapes"}
+    assert (caches["noft-1.3b"], caches["wide-1.3b"]) == (192, 120)
+    printed = capsys.readouterr().out
+    assert "32.59" in printed and "23.09" in printed
+    page = design_tables.all_tables(results)
+    assert "| wide-796m | 5 | 2560 | 32 | 11008 | 796,290,560 | 1024 | 80 |" in page
+
+
+@pytest.mark.parametrize("layers", [1, 2, 5])
+def test_a_shape_at_a_budget_has_about_so_many_parameters_in_the_same_proportions(layers):
+    like = tiny.config(head_size=8, heads=4, kv_heads=2, width=32, mlp_width=88)
+    found = shapes.at_parameters(like, layers, 60_000)
+    assert abs(shapes.parameters(found) / 60_000 - 1) < 0.03
+    assert found.layers == layers and found.head_size == 8 and found.heads == 2 * found.kv_heads
+    assert found.width == found.heads * found.head_size
+    assert found.family == like.family and found.vocab_size == like.vocab_size
+
+
+def test_the_largest_shape_within_the_seconds_is_taken():
+    sizes = [tiny.config(layers=layers) for layers in (1, 2, 4)]
+    assert shapes.within_seconds(sizes, lambda shape: shape.layers * 1e-3, 2.5e-3).layers == 2
+
+
+def test_what_no_shape_meets_is_refused():
+    like = tiny.config()
+    with pytest.raises(UserError, match="no shape of 6 layers in these proportions has about 900 parameters"):
+        shapes.at_parameters(like, 6, 900)
+    with pytest.raises(UserError, match=r"no shape takes at most 0.0005 s a step \(the fastest takes 0.001\)"):
+        shapes.within_seconds([like], lambda shape: 1e-3, 5e-4)
+    with pytest.raises(UserError, match="3 heads do not divide into 2 groups"):
+        shapes.reshaped(like, heads=3, kv_heads=2)
+    with pytest.raises(UserError, match="a width of 50 does not divide into heads of 16"):
+        shapes.heads_of(50, 16)
+    with pytest.raises(UserError, match="no such shape: mlp_width must be at least 1, not 0"):
+        shapes.reshaped(like, mlp_width=0)
+    with pytest.raises(UserError, match='no published shape "wide-796"; did you mean "wide-796m"'):
+        shapes.preset("wide-796")
+
+
+def test_an_unknown_action_is_refused(tmp_path):
+    config = configs.load(str(CONFIGS / "published.py"))
+    config.action = "publish"
+    with pytest.raises(UserError, match='no action "publish"; did you mean "published"'):
+        design.run(config, tmp_path)

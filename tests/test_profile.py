@@ -1,0 +1,112 @@
+"""Latency profiles: measured once, kept for one device, estimated where a shape does not fit, and the lines' fits."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+
+from specjax.draft_design import profile, series, shapes
+from specjax.draft_design.profile import Case, Point, Profile
+from specjax.runtime import config as configs
+from specjax.runtime.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = f"{ROOT}/configs/draft_design/profile.py"
+RATES = {"bytes_per_second": 1e9, "operations_per_second": 1e9}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Cases take a millisecond a layer and token; what has been timed together, in order."""
+    timed = []
+
+    def fake(cases, repeats):
+        timed.append([case.shape.layers for case in cases])
+        return {case.key: Point(1e-3 * case.shape.layers * case.tokens, 0.1) for case in cases}
+
+    monkeypatch.setattr(profile, "_timed", fake)
+    monkeypatch.setattr(profile, "_measured_rates", lambda repeats: RATES)
+    return timed
+
+
+def test_a_measured_case_is_kept_on_disk_and_not_measured_again(tmp_path, clock):
+    cases = [Case(tiny.config(layers=layers)) for layers in (1, 2)]
+    points = Profile(tmp_path / "p.json").measure(cases, 3)
+    assert [point.seconds for point in points] == [1e-3, 2e-3]
+    more = [*cases, Case(tiny.config(layers=2), tokens=4)]
+    assert Profile(tmp_path / "p.json").measure(more, 3) == [*points, Point(8e-3, 0.1)]
+    assert clock == [[1, 2], [2]]
+
+
+def test_what_does_not_fit_the_memory_is_estimated_and_says_so(tmp_path, clock):
+    small, large = Case(tiny.config(layers=1)), Case(tiny.config(layers=8))
+    points = Profile(tmp_path / "p.json", memory=(small.bytes + large.bytes) // 2).measure([large, small], 3)
+    read = shapes.step_bytes(large.shape, large.context)
+    assert points == [Point(read / 1e9, 0.0, estimate=True), Point(1e-3, 0.1)]
+    assert clock == [[1]]
+
+
+def test_an_estimate_is_what_is_read_or_computed_whichever_takes_longer():
+    one, many = Case(tiny.config()), Case(tiny.config(), tokens=9)
+    read = shapes.step_bytes(one.shape, one.context)
+    assert profile.estimated_seconds(one, RATES) == read / 1e9
+    computed = 2 * 9 * (read - shapes.kv_bytes(one.shape, one.context)) / 4 / 1e9
+    assert profile.estimated_seconds(many, RATES) == pytest.approx(computed)
+
+
+def test_shapes_that_do_not_fit_together_are_measured_apart(tmp_path, clock):
+    cases = [Case(tiny.config(layers=layers)) for layers in (1, 2, 3)]
+    Profile(tmp_path / "p.json", memory=int(1.26 * cases[2].bytes)).measure(cases, 3)
+    assert clock == [[1], [2], [3]]
+
+
+def test_a_profile_of_another_device_is_refused(tmp_path, clock):
+    path = tmp_path / "p.json"
+    Profile(path).measure([Case(tiny.config())], 3)
+    stored = json.loads(path.read_text())
+    stored["device"]["device_kind"] = "NVIDIA H100"
+    path.write_text(json.dumps(stored))
+    with pytest.raises(UserError, match=r"is of another device \(device_kind: NVIDIA H100 there, cpu here\)"):
+        Profile(path)
+    path.write_text("{}")
+    with pytest.raises(UserError, match="is damaged .* delete it and profile again"):
+        Profile(path)
+
+
+def test_the_clock_runs_real_steps(tmp_path):
+    (point,) = Profile(tmp_path / "p.json").measure([Case(tiny.config(layers=1), context=8, steps=2)], 2)
+    assert point.seconds > 0 and not point.estimate
+
+
+def test_the_line_through_points_is_the_one_worked_by_hand():
+    found = profile.line((1, 2, 3), (3.0, 5.0, 7.0))
+    assert found == pytest.approx({"slope": 2.0, "intercept": 1.0, "r_squared": 1.0})
+    # Slope 1/2 through the mean (2, 5/3) leaves 1/6 of the 2/3 that there is.
+    found = profile.line((1, 2, 3), (1.0, 2.0, 2.0))
+    assert found == pytest.approx({"slope": 0.5, "intercept": 2 / 3, "r_squared": 0.75})
+
+
+@pytest.mark.slow
+def test_series_hold_what_they_hold_fixed(tmp_path, clock):
+    config = configs.load(CONFIG)
+    rows = series.run(config, tmp_path)
+    of = lambda name: [row for row in rows if row["table"] == name]
+    assert [row["layers"] for row in of("depth_at_fixed_parameters")] == list(config.depths)
+    assert all(abs(row["parameters"] / config.parameters - 1) < 0.03 for row in of("depth_at_fixed_parameters"))
+    assert len({(row["layers"], row["parameters"] // 10**5) for row in of("heads_at_fixed_width")}) == 1
+    assert {row["layers"] for row in of("width_at_fixed_depth")} == {config.depth}
+    assert all(row["estimate"] for row in of("published_shapes"))
+    depth = next(row for row in of("lines") if row["against"] == "layers")
+    assert depth["milliseconds_for_one_more"] == pytest.approx(1.0) and depth["r_squared"] == pytest.approx(1.0)
+    assert (tmp_path / "report.html").stat().st_size > 0
+
+
+def test_heads_that_do_not_divide_are_refused(tmp_path, clock):
+    config = configs.load(f"{CONFIG}:smoke")
+    config.heads = (3,)
+    with pytest.raises(UserError, match="a width of 32 does not divide into 3 heads"):
+        series.run(config, tmp_path)
+    config.heads, config.widths = (2,), (20,)
+    with pytest.raises(UserError, match="a width of 20 does not divide into heads of 8"):
+        series.run(config, tmp_path)

@@ -1,0 +1,133 @@
+"""The study's summary: numbers worked by hand from made-up records, and what it refuses."""
+
+import csv
+import math
+from pathlib import Path
+
+import pytest
+import tiny
+from ml_collections import ConfigDict
+
+from specjax import api, main
+from specjax.draft_design import shapes, study
+from specjax.hub.tokenizer import train_byte_bpe
+from specjax.models.config import DecoderConfig
+from specjax.reporting import records
+from specjax.runtime import config as configs
+from specjax.runtime.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = f"{ROOT}/configs/draft_design/study.py"
+
+
+def row(drafter, gamma=4, **changes):
+    """10 prompts of 100 tokens in 40 blocks each of 20 ms: 5 * 2 + 9 + 1, at gamma 4 and 2.5 tokens a block."""
+    values = {
+        "task": "t",
+        "drafter": drafter,
+        "rule": "lossless",
+        "temperature": 0.0,
+        "batch_size": 1,
+        "gamma": gamma,
+        "prompts": 10,
+        "max_new_tokens": 100,
+        "emitted_tokens": 1000,
+        "block_efficiency": 2.5,
+        "acceptance_rate": 0.4,
+        "ctar": [0.6, 0.4, 0.3, 0.2],
+        "iterations": 400,
+        "draft_step_seconds": 2.5e-3,
+        "target_step_seconds": 8e-3,
+        "verify_seconds": 9e-3,
+        "rule_seconds": 1e-3,
+        "prefill_seconds": 0.5,
+        "tokens_per_second": 125.0,
+        "speedup": 1.2,
+    }
+    return {**values, **changes}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Trainings of a shallow and a deep draft with two seeds each, and one evaluation of all of them."""
+    home = tmp_path_factory.mktemp("study")
+    tokenizer = train_byte_bpe(["x = 1\n" * 30], 260)
+    rows = [row("none", gamma=0)]
+    for layers, speed, perplexity in ((1, 130.0, 20.0), (2, 104.0, 16.0)):
+        for seed in (0, 1):
+            name = f"supervised_t_{layers}_{seed}"
+            decoder, params = tiny.decoder(0, layers=layers, vocab_size=tokenizer.vocab_size)
+            api.save(api.Model(decoder, params, tokenizer), home / name / "export")
+            trained = {"seed": seed, "steps": 9, "divergence": "cross_entropy"}
+            trained["validation_loss"] = math.log(perplexity + seed)
+            records.write_results(
+                home / name / "results.json", binary="distill", config={}, environment={}, rows=[trained]
+            )
+            rows.append(row(name, tokens_per_second=speed + 10 * seed, block_efficiency=2.0 + 0.25 * layers))
+    rows.append(row("supervised_t_1_0", batch_size=2, gamma=1, ctar=[0.5], max_new_tokens=2))
+    records.write_results(home / "evaluation" / "results.json", binary="evaluate", config={}, environment={}, rows=rows)
+    return home
+
+
+def config_of(folders):
+    trained = [str(path) for path in sorted(folders.iterdir()) if path.name.startswith("supervised")]
+    return ConfigDict({"seed": 0, "trained": tuple(trained), "evaluations": (str(folders / "evaluation"),), "gamma": 4})
+
+
+def test_a_configuration_is_predicted_from_its_parts():
+    draft = dict.fromkeys(("recipe", "seed", "layers", "width", "heads", "parameters", "steps", "perplexity"), 1)
+    found = study.configuration(row("d"), draft)
+    # 1000 tokens in 0.5 s of prefill and 400 blocks of 20 ms.
+    assert found["predicted_tokens_per_second"] == pytest.approx(1000 / 8.5)
+    assert found["off_by"] == pytest.approx(1000 / 8.5 / 125 - 1)
+    # Two rows of 2 tokens at acceptance 1/2 take 1.75 blocks, and there are 5 batches.
+    batched = study.configuration(row("d", batch_size=2, gamma=1, ctar=[0.5], max_new_tokens=2), draft)
+    assert batched["expected_iterations"] == 5 * 1.75
+    untimed = study.configuration(row("d", draft_step_seconds=None), draft)
+    assert untimed["predicted_tokens_per_second"] is None and untimed["off_by"] is None
+
+
+@pytest.mark.slow
+def test_the_tables_are_those_worked_by_hand(folders, tmp_path):
+    rows = study.run(config_of(folders), tmp_path)
+    of = lambda name: [each for each in rows if each["table"] == name]
+    single, batched = of("predicted_against_measured")
+    assert (single["batch_size"], single["configurations"], batched["configurations"]) == (1, 4, 1)
+    # Against 117.6 predicted: 130 and 140, 104 and 114 measured.
+    assert single["within_10_percent"] == 0.5 and single["largest_error"] == pytest.approx(0.1597, abs=1e-3)
+    shallow, deep = of("depth_at_equal_parameters")
+    assert (shallow["layers"], shallow["seeds"], deep["layers"]) == (1, 2, 2)
+    assert shallow["tokens_per_second_over_deepest"] == "1.24 (1.23 to 1.25)"
+    assert shallow["block_efficiency_over_deepest"] == "0.90 (0.90 to 0.90)"
+    by_quality, by_speed = of("perplexity_correlation")
+    assert by_quality["pearson"] < -0.9 and by_speed["drafts"] == 4 and by_speed["spearman"] == pytest.approx(1.0)
+    with open(tmp_path / study.FILE, newline="") as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == 5 and float(table[0]["perplexity"]) == pytest.approx(20.0)
+    assert (tmp_path / "report.html").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_a_drafter_that_no_training_made_is_refused(folders, tmp_path):
+    config = config_of(folders)
+    config.trained = config.trained[1:]
+    with pytest.raises(UserError, match='no training of this study made the drafter "supervised_t_1_0"'):
+        study.run(config, tmp_path)
+
+
+def test_the_grid_is_at_least_350_configurations_of_20_trained_drafts_at_equal_parameters():
+    config = configs.load(CONFIG)
+    main._check_stages(config)
+    evaluations = [config[name] for name in config.stages if config[name].binary == "evaluate"]
+    count = sum(
+        len(drafter.lossless) * len(each.batch_sizes) * len(each.temperatures)
+        for each in evaluations
+        for drafter in each.drafters.values()
+    )
+    assert count >= 350 and len(config.study.trained) >= 20
+    fields = ("layers", "width", "heads", "kv_heads", "head_size", "mlp_width", "max_positions", "tied_head")
+    models = [config[stage.partition(":")[2]].model for stage in config.study.trained if stage.endswith("_0")]
+    for model in models:
+        shape = {key: model[key] for key in (*fields, "rope_theta", "norm_epsilon", "param_dtype")}
+        config = DecoderConfig.llama(vocab_size=1024, compute_dtype="float32", **shape)
+        assert abs(shapes.parameters(config) / 2e6 - 1) < 0.02
