@@ -187,11 +187,14 @@ def _parts(job: Job, setting: Setting, cases, plans, baseline) -> dict[int, Part
     ]
     if not job.config.measure_parts or not steady:
         return {}
-    timed = [prediction.Timed(plan, case.params, case.sampling) for case, plan in zip(cases, plans, strict=True)]
+    # Drafts of one shape share a plan: one of them is timed for all.
+    timed = {
+        plans[index]: prediction.Timed(plans[index], cases[index].params, cases[index].sampling) for index in steady
+    }
     with meshes.use(job.target.mesh):
         parts = prediction.measure_parts(
-            timed[0],
-            [timed[index] for index in steady],
+            prediction.Timed(plans[0], cases[0].params, cases[0].sampling),
+            list(timed.values()),
             job.target.params,
             job.ids,
             _emitted(baseline),
@@ -199,7 +202,8 @@ def _parts(job: Job, setting: Setting, cases, plans, baseline) -> dict[int, Part
             seed=job.config.seed,
             put=batch.placer(job.target.mesh),
         )
-    return dict(zip(steady, parts, strict=True))
+    of_plan = dict(zip(timed, parts, strict=True))
+    return {index: of_plan[plans[index]] for index in steady}
 
 
 def _identical(job: Job, case: Case, plan, output, baseline) -> dict | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from specjax.decoding import loop, rules
 from specjax.decoding.drafters.base import Outcome, Proposal
@@ -227,10 +228,25 @@ def block_seconds(
     return [statistics.median(times) for times in zip(*seconds[1:], strict=True)]
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _example(plan, params, draft_params, state, sampling) -> tuple[Proposal, jax.Array, tuple[jax.Array, ...]]:
-    """A real proposal, the target's logits for it and its tapped states."""
-    proposal, state = loop.propose(plan, params, draft_params, state, _noise(plan, state), sampling)
-    pending = jnp.zeros_like(state.lengths)
-    logits, _, taps = loop.verify(plan, params, state.target_cache, pending, state.lengths, proposal)
-    return proposal, logits, taps
+    """A full proposal, the target's logits for it and its tapped states, drawn at random.
+
+    The time that a target call and a rule take does not depend on what these say, and compiling a draft only to have
+    real ones took longer than timing it.
+    """
+
+    def shapes():
+        proposal, after = loop.propose(plan, params, draft_params, state, _noise(plan, state), sampling)
+        logits, _, taps = loop.verify(plan, params, after.target_cache, state.lengths, state.lengths, proposal)
+        return proposal, logits, taps
+
+    draws = np.random.default_rng(0)
+
+    def drawn(leaf):
+        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return jnp.asarray(draws.standard_normal(leaf.shape) if floating else np.zeros(leaf.shape), leaf.dtype)
+
+    proposal, logits, taps = jax.tree.map(drawn, jax.eval_shape(shapes))
+    probs = None if proposal.probs is None else jax.nn.softmax(proposal.probs)
+    full = jnp.full_like(proposal.num_drafted, plan.gamma)
+    return dataclasses.replace(proposal, probs=probs, num_drafted=full), logits, taps
