@@ -135,24 +135,24 @@ def _supervised() -> ConfigDict:
 
 
 def _target() -> ConfigDict:
-    config = _training(steps=220, learning_rate=3e-3)
+    config = _training(steps=320, learning_rate=1.5e-3)
     config.tokenizer.path = ""
     # Wide enough that verifying five tokens costs little more than one step on a CPU, and no deeper than time allows.
-    config.model.update({"layers": 3, "width": 640, "heads": 10, "kv_heads": 5, "mlp_width": 1792})
+    config.model.update({"layers": 3, "width": 512, "heads": 8, "kv_heads": 4, "mlp_width": 1408})
     config.data.batch_size = 8
-    config.train.update({"eval_every": 110, "checkpoint_every": 110})
+    config.train.update({"eval_every": 160, "eval_batches": 4, "checkpoint_every": 160})
     return config
 
 
 def _distilled() -> ConfigDict:
-    config = _training(steps=72, learning_rate=3e-3)
+    config = _training(steps=70, learning_rate=3e-3)
     config.model.init = "stage:supervised"
     config.target = "stage:target"
     config.data.update({"batch_size": 24, "fixed": 0.0, "draft": 1.0})
     config.loss.divergence = "forward_kl"
-    config.train.update({"eval_every": 36, "eval_batches": 4, "checkpoint_every": 36})
+    config.train.update({"eval_every": 35, "eval_batches": 4, "checkpoint_every": 35})
     config.train.best_metric = "validation_acceptance"
-    config.speculative_eval.every = 36
+    config.speculative_eval.every = 35
     return config
 
 
@@ -175,7 +175,7 @@ def _evaluation() -> ConfigDict:
     config.compute_dtype = "auto"
     # Of the task's validation split: how many prompts (0: all), their tokens (of prompt tasks, the most allowed), and
     # whether each is wrapped as a user's turn by the tokenizer's chat template.
-    config.selection = ConfigDict({"count": 24, "length_min": 16, "length_max": 32, "chat": False})
+    config.selection = ConfigDict({"count": 20, "length_min": 16, "length_max": 32, "chat": False})
     config.max_new_tokens = 64
     config.batch_sizes = (1,)
     config.temperatures = (0.0, 1.0)
