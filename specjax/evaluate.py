@@ -64,10 +64,9 @@ def _run_group(job: Job, setting: Setting):
     slots = batch.prompt_slots(job.ids)
     plans = [make_plan(job, setting, case, slots) for case in cases]
     cases = [with_costs(job, setting, case, plan, job.ids) for case, plan in zip(cases, plans, strict=True)]
-    outputs = _decode_all(job, setting, cases, plans, slots)
+    outputs, parts = _decode_all(job, setting, cases, plans, slots)
     baseline = outputs[0]
     plain = {id(case.target): output for case, output in zip(cases, outputs, strict=True) if case.gamma == 0}
-    parts = _parts(job, setting, cases, plans, baseline)
     rows, counts, samples = [], {}, []
     favourite = job.config.compare[0][0] if job.config.compare else cases[-1].name
     shown = max(cases, key=lambda case: (case.name == favourite, case.lenience is None, case.gamma))
@@ -106,8 +105,12 @@ def with_costs(job: Job, setting: Setting, case: Case, plan: loop.Plan, ids) -> 
     return dataclasses.replace(case, sampling=dataclasses.replace(case.sampling, costs=costs))
 
 
-def _decode_all(job: Job, setting: Setting, cases, plans, slots) -> list[list]:
-    """For each case a list of (rows that count, BatchResult), one per batch of prompts."""
+def _decode_all(job: Job, setting: Setting, cases, plans, slots) -> tuple[list[list], dict[int, Parts]]:
+    """For each case a list of (rows that count, BatchResult), one per batch of prompts; and the parts, see `_parts`.
+
+    Parts are timed when half of the batches are done: a machine that gets slower or faster meanwhile changes them as it
+    changes the run.
+    """
     ids, size = job.ids, setting.batch_size
     put = batch.placer(job.target.mesh)
     starts = range(0, len(ids), size)
@@ -129,7 +132,7 @@ def _decode_all(job: Job, setting: Setting, cases, plans, slots) -> list[list]:
         )
 
     label = f"{setting.rule} T={setting.temperature:g} batch {size}"
-    outputs = [[] for _ in cases]
+    outputs, parts = [[] for _ in cases], {}
     with meshes.use(job.target.mesh):
         with progress(total=len(cases), description=f"{label}: compile", unit="case") as bar:
             for case, plan in zip(cases, plans, strict=True):
@@ -142,7 +145,9 @@ def _decode_all(job: Job, setting: Setting, cases, plans, slots) -> list[list]:
                     index = (turn + number) % len(cases)
                     outputs[index].append(decode(cases[index], plans[index], first))
                     bar.update(1)
-    return outputs
+                if number == (len(starts) - 1) // 2:
+                    parts = _parts(job, setting, cases, plans, outputs[0])
+    return outputs, parts
 
 
 def _emitted(output) -> list[list[int]]:
@@ -191,17 +196,17 @@ def _parts(job: Job, setting: Setting, cases, plans, baseline) -> dict[int, Part
     timed = {
         plans[index]: prediction.Timed(plans[index], cases[index].params, cases[index].sampling) for index in steady
     }
-    with meshes.use(job.target.mesh):
-        parts = prediction.measure_parts(
-            prediction.Timed(plans[0], cases[0].params, cases[0].sampling),
-            list(timed.values()),
-            job.target.params,
-            job.ids,
-            _emitted(baseline),
-            batch_size=setting.batch_size,
-            seed=job.config.seed,
-            put=batch.placer(job.target.mesh),
-        )
+    emitted = _emitted(baseline)
+    parts = prediction.measure_parts(
+        prediction.Timed(plans[0], cases[0].params, cases[0].sampling),
+        list(timed.values()),
+        job.target.params,
+        job.ids[: len(emitted)],
+        emitted,
+        batch_size=setting.batch_size,
+        seed=job.config.seed,
+        put=batch.placer(job.target.mesh),
+    )
     of_plan = dict(zip(timed, parts, strict=True))
     return {index: of_plan[plans[index]] for index in steady}
 
