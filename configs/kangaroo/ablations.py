@@ -17,7 +17,7 @@ Hardware: 2 CPU cores. What to expect: the tables in configs/kangaroo/README.md.
 import kangaroo_parts as parts
 from ml_collections import ConfigDict
 
-STEPS = 120
+STEPS = 80
 EXIT_LAYERS = (1, 2, 3, 4, 6, 8)
 # The exit at which the other questions are asked.
 EXIT_LAYER = 2

@@ -62,7 +62,7 @@ def adapter(
     if not variant:
         # The target's forward is what a step costs; an adapter is small and gains more from many steps than large ones.
         section.data.batch_size = 4
-        section.optimizer.peak_learning_rate = 2e-3
+        section.optimizer.peak_learning_rate = 3e-3
         section.train.update({"steps": steps, "eval_every": steps // 2, "checkpoint_every": steps // 2})
     return section
 

@@ -15,7 +15,7 @@ Hardware: 2 CPU cores. What to expect: the tables in configs/kangaroo/README.md.
 import kangaroo_parts as parts
 from ml_collections import ConfigDict
 
-STEPS = 80
+STEPS = 60
 SEEDS = (0, 1, 2)
 EXIT_LAYER = 2
 RECIPES = {
