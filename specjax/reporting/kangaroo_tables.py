@@ -224,7 +224,7 @@ def recipes(record: Mapping) -> str:
     lines = []
     for (recipe, temperature), rows in recipe_values(record).items():
         mean = lambda key, recipe=recipe, rows=rows: (
-            Estimate.of([trained[f"{recipe}_{seed}"][key] for seed in rows]).mean
+            Estimate.of([float(trained[f"{recipe}_{seed}"][key]) for seed in rows]).mean
         )
         gain = gain_over_paper(record, recipe, temperature)
         half = "" if gain.half is None else f" ± {gain.half:.1f}"
