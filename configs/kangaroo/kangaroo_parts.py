@@ -25,7 +25,7 @@ def target(variant: str) -> ConfigDict:
         section.model.update({"layers": 16, "width": 384, "heads": 6, "kv_heads": 6, "mlp_width": 1024})
         # Spec-Bench has long prompts; rotary positions cost nothing.
         section.model.max_positions = 8192
-        section.optimizer.warmup_steps = 40
+        section.optimizer.update({"peak_learning_rate": 1.5e-3, "warmup_steps": 40})
         section.train.update({"steps": 420, "eval_every": 140, "checkpoint_every": 140})
     return section
 
@@ -100,6 +100,7 @@ def evaluation(variant: str, target: str, drafters: dict, *, temperatures=(0.0,)
     """Batch 1, on prompts of the validation files; parts are not timed."""
     section = quickstart(variant).evaluation
     section.target = target
+    section.max_new_tokens = 12 if variant else 80
     section.temperatures = temperatures
     section.drafters = ConfigDict(drafters)
     section.compare = compare
