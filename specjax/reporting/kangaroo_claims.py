@@ -215,7 +215,7 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     Claim(
         "the first layers run once a token, for drafting and verification together",
-        "section 3.1",
+        "method",
         "kangaroo",
         _shared_told,
         _shared_verdict,
