@@ -38,8 +38,8 @@ def histogram(
       output: (rows that count, result) of each batch of the prompts.
 
     Returns:
-      {"accepted", "rejected"}: counts in `BINS` equal bins of [0, 1]; None for drafters without `score`, and for targets
-      that read their prompt apart.
+      {"accepted", "rejected"}: counts in `BINS` equal bins of [0, 1]; None for drafters without `score`, and for
+      targets that read their prompt apart.
     """
     if not hasattr(plan.drafter, "score") or plan.target.reads_prompt_apart:
         return None
