@@ -26,7 +26,7 @@ def target(variant: str) -> ConfigDict:
         # Spec-Bench has long prompts; rotary positions cost nothing.
         section.model.max_positions = 8192
         section.optimizer.update({"peak_learning_rate": 1.5e-3, "warmup_steps": 40})
-        section.train.update({"steps": 420, "eval_every": 140, "checkpoint_every": 140})
+        section.train.update({"steps": 420, "eval_every": 140, "eval_batches": 8, "checkpoint_every": 140})
     return section
 
 
@@ -63,7 +63,9 @@ def adapter(
         # The target's forward is what a step costs; an adapter is small and gains more from many steps than large ones.
         section.data.batch_size = 4
         section.optimizer.peak_learning_rate = 3e-3
-        section.train.update({"steps": steps, "eval_every": steps // 2, "checkpoint_every": steps // 2})
+        section.train.update(
+            {"steps": steps, "eval_every": steps // 2, "eval_batches": 4, "checkpoint_every": steps // 2}
+        )
     return section
 
 
