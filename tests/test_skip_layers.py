@@ -41,6 +41,7 @@ def drafted_law(target, params, spans, text, first, count):
     return np.stack(laws)
 
 
+@pytest.mark.slow
 def test_a_block_is_drafted_with_the_kept_layers_on_what_the_whole_target_left(models):
     target, params = models
     gamma = 2
