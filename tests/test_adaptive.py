@@ -192,9 +192,9 @@ law_models = test_kangaroo.law_models
 
 @pytest.mark.slow
 def test_the_loop_samples_the_targets_law(law_models):
-    models = test_kangaroo.law_arguments(law_models, "kangaroo")
+    models = test_kangaroo.law_arguments(law_models, "model")
     adjust = Sampling.of(1.0, threshold=0.5, costs=block_costs(0.4, 0.1, LAW_GAMMA))
-    assert law_p_value(models, law_plan(law_models, "kangaroo", 0.5), adjust) > 1e-4
+    assert law_p_value(models, law_plan(law_models, "model", 0.5), adjust) > 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,8 +268,8 @@ def compare_with_plain(models, pair, kinds, settings, rule, costs):
 @pytest.mark.parametrize(
     ("rule", "settings", "kinds"),
     [
-        ("lossless", GREEDY, [("model", 4, 0.0), ("kangaroo", 4, 0.6), ("ngram", 4, 0.0)]),
-        ("coupled", COUPLED[:1], [("kangaroo", 3, 0.0), ("skip_layers", 3, 0.0), ("medusa", 4, 0.0)]),
+        ("lossless", GREEDY, [("kangaroo", 4, 0.6), ("medusa", 4, 0.0), ("ngram", 4, 0.0)]),
+        ("coupled", COUPLED[:1], [("model", 3, 0.0)]),
     ],
 )
 def test_with_picked_lengths_every_drafter_equals_plain_decoding(models, pair, rule, settings, kinds):
@@ -279,11 +279,11 @@ def test_with_picked_lengths_every_drafter_equals_plain_decoding(models, pair, r
 @pytest.mark.slow
 def test_one_compile_serves_all_costs_and_a_draft_that_cannot_pay_runs_no_layer(models, pair):
     target, params, _, _ = models
-    plan, draft = plan_and_params(models, pair, "kangaroo", gamma=3, greedy=True)
+    plan, draft = plan_and_params(models, pair, "kangaroo", gamma=3)
     drafted, sizes, states = [], set(), []
     for costs in ((0.01, 0.01), (0.3, 0.1), (2.0, 0.1)):
-        adjust = Sampling.of(0.0, costs=block_costs(*costs, 3))
-        state = tiny.decode(plan, params, draft, pair.texts, pair.lengths, 12, adjust=adjust)
+        adjust = Sampling.of(1.0, costs=block_costs(*costs, 3))
+        state = tiny.decode(plan, params, draft, pair.texts[:64], pair.lengths[:64], 12, adjust=adjust)
         sizes.add((loop.prefill._cache_size(), loop.run._cache_size()))
         drafted.append(int(state.statistics.drafted.sum()))
         states.append(state)
@@ -332,8 +332,9 @@ def test_a_rows_text_does_not_depend_on_its_batch(models, pair):
         )
     )
     rows = np.random.default_rng(0).permutation(64)
-    whole, part = run(rows), run(np.sort(rows[:16]))
-    assert part == [whole[list(rows).index(row)] for row in np.sort(rows[:16])]
+    few = np.sort(rows[:16])
+    whole, part = run(rows), run(few)
+    assert part == [whole[list(rows).index(row)] for row in few]
 
 
 # --- bad input -----------------------------------------------------------------------------------------------------

@@ -58,6 +58,7 @@ def test_heads_begin_with_the_targets_own_law_of_the_next_token(models, own_head
     np.testing.assert_allclose(np.asarray(logits), expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_every_block_is_drafted_from_the_state_before_its_pending_token(models):
     target, params, heads, heads_params = models
     gamma = 2  # one head more than are asked
@@ -140,7 +141,7 @@ def further(init, target, params):
 ONE_DEVICE = {"data": 1, "fsdp": 1, "tensor": 1}
 
 
-@pytest.mark.parametrize("kind", ["adapter", "medusa"])
+@pytest.mark.parametrize("kind", [pytest.param("adapter", marks=pytest.mark.slow), "medusa"])
 def test_an_export_is_trained_further_from_its_own_parameters(models, tmp_path, kind):
     target, params, *_ = models
     attached = (
