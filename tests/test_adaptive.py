@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,11 +16,11 @@ from test_exactness import (
     LAW_EMITTED,
     LAW_GAMMA,
     LAW_PROMPTS,
-    LAW_VOCAB,
     assert_same_tokens,
     law_p_value,
     row_limits,
 )
+from test_loop import one_block
 
 from specjax.decoding import loop
 from specjax.decoding.drafters import adaptive
@@ -27,7 +28,7 @@ from specjax.decoding.drafters.adaptive import AdaptiveDrafter, Evidence, best_l
 from specjax.decoding.drafters.base import Outcome, Proposal
 from specjax.decoding.drafters.table import make_drafter
 from specjax.decoding.rules import Lossless
-from specjax.decoding.sampling import Sampling
+from specjax.decoding.sampling import Sampling, row_keys
 from specjax.runtime.errors import UserError
 
 models, pair = test_kangaroo.models, test_kangaroo.pair  # fixtures
@@ -95,7 +96,8 @@ def told(drafter, state, drafted, accepted):
 
 def fresh(rows, gamma=GAMMA):
     zeros = jnp.zeros((rows, gamma), jnp.float32)
-    return Evidence((), zeros, zeros, jnp.zeros((rows,), jnp.int32))
+    none = jnp.zeros((rows,), jnp.int32)
+    return Evidence((), zeros, zeros, none, none, jnp.ones((), bool))
 
 
 def test_only_positions_that_were_reached_count():
@@ -156,7 +158,7 @@ def adaptive_law(tables, laws, pick, learn, state, context, emitted):
     return joint
 
 
-@pytest.mark.parametrize("one_hot", [False, True], ids=["sampled", "one_hot"])
+@pytest.mark.parametrize("one_hot", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["sampled", "one_hot"])
 def test_the_joint_law_is_the_targets_whatever_was_accepted_before(one_hot):
     gamma, emitted = 2, 4
     tables = Forced(5, 3, gamma, False)
@@ -189,12 +191,38 @@ law_models = test_kangaroo.law_models
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "threshold"), [("model", 0.0), ("kangaroo", 0.5)])
-def test_the_loop_samples_the_targets_law(law_models, kind, threshold):
-    assert law_models[0].vocab_size == LAW_VOCAB
-    models = test_kangaroo.law_arguments(law_models, kind)
-    adjust = Sampling.of(1.0, threshold=threshold, costs=block_costs(0.4, 0.1, LAW_GAMMA))
-    assert law_p_value(models, law_plan(law_models, kind, threshold), adjust) > 1e-4
+def test_the_loop_samples_the_targets_law(law_models):
+    models = test_kangaroo.law_arguments(law_models, "model")
+    adjust = Sampling.of(1.0, threshold=0.5, costs=block_costs(0.4, 0.1, LAW_GAMMA))
+    assert law_p_value(models, law_plan(law_models, "model", 0.5), adjust) > 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Watching(AdaptiveDrafter):
+    """Picks the next length by the token that was drafted behind a refusal and dropped."""
+
+    def propose(self, params, target_params, state, target_cache, context):
+        most = jnp.where(state.reached[:, 0] == 1, 0, self.gamma).astype(jnp.int32)
+        context = dataclasses.replace(context, most=most)
+        proposal, inner, cache = self.inner.propose(params, target_params, state.inner, target_cache, context)
+        kept = {"inner": inner, "drafted": proposal.num_drafted, "accepted": proposal.tokens.astype(jnp.float32)}
+        return proposal, dataclasses.replace(state, **kept), cache
+
+    def commit(self, params, state, outcome):
+        dropped = jnp.minimum(outcome.num_accepted + 1, self.gamma - 1)
+        token = jnp.take_along_axis(state.accepted, dropped[:, None], axis=1)[:, 0]
+        watched = (outcome.num_accepted + 1 < state.drafted) & (token < 2)
+        state = super().commit(params, state, outcome)
+        return dataclasses.replace(state, reached=jnp.where(watched, 1.0, 0.0)[:, None] + 0 * state.reached)
+
+
+@pytest.mark.slow
+def test_the_chi_square_test_catches_a_length_picked_by_what_was_dropped(law_models):
+    """The dropped token's noise is drawn again in the next block, whose law then depends on it."""
+    plan = law_plan(law_models, "model")
+    plan = dataclasses.replace(plan, drafter=Watching(plan.drafter.inner, LAW_GAMMA))
+    adjust = Sampling.of(1.0, costs=block_costs(0.4, 0.1, LAW_GAMMA))
+    assert law_p_value(test_kangaroo.law_arguments(law_models, "model"), plan, adjust) < 1e-6
 
 
 # --- token for token -----------------------------------------------------------------------------------------------
@@ -236,25 +264,26 @@ def compare_with_plain(models, pair, kinds, settings, rule, costs):
             assert 0 < drafted.sum() < 0.9 * gamma * calls.sum(), "no length was picked"
 
 
-def test_greedy_decoding_with_picked_lengths_equals_greedy_plain(models, pair):
-    compare_with_plain(models, pair, [("kangaroo", 3, 0.0)], GREEDY, "lossless", (0.2, 0.1))
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("rule", "settings"), [("lossless", GREEDY), ("coupled", COUPLED[:1])])
-def test_with_picked_lengths_every_drafter_equals_plain_decoding(models, pair, rule, settings):
-    kinds = [("model", 4, 0.0), ("kangaroo", 4, 0.6), ("early_exit", 3, 0.0), ("skip_layers", 3, 0.0)]
-    kinds += [("medusa", 4, 0.0), ("ngram", 4, 0.0)]
+@pytest.mark.parametrize(
+    ("rule", "settings", "kinds"),
+    [
+        ("lossless", GREEDY, [("kangaroo", 4, 0.6), ("medusa", 4, 0.0), ("ngram", 4, 0.0)]),
+        ("coupled", COUPLED[:1], [("model", 3, 0.0)]),
+    ],
+)
+def test_with_picked_lengths_every_drafter_equals_plain_decoding(models, pair, rule, settings, kinds):
     compare_with_plain(models, pair, kinds, settings, rule, (0.2, 0.1))
 
 
+@pytest.mark.slow
 def test_one_compile_serves_all_costs_and_a_draft_that_cannot_pay_runs_no_layer(models, pair):
     target, params, _, _ = models
-    plan, draft = plan_and_params(models, pair, "kangaroo", gamma=3, greedy=True)
+    plan, draft = plan_and_params(models, pair, "kangaroo", gamma=3)
     drafted, sizes, states = [], set(), []
     for costs in ((0.01, 0.01), (0.3, 0.1), (2.0, 0.1)):
-        adjust = Sampling.of(0.0, costs=block_costs(*costs, 3))
-        state = tiny.decode(plan, params, draft, pair.texts, pair.lengths, 12, adjust=adjust)
+        adjust = Sampling.of(1.0, costs=block_costs(*costs, 3))
+        state = tiny.decode(plan, params, draft, pair.texts[:64], pair.lengths[:64], 12, adjust=adjust)
         sizes.add((loop.prefill._cache_size(), loop.run._cache_size()))
         drafted.append(int(state.statistics.drafted.sum()))
         states.append(state)
@@ -264,6 +293,32 @@ def test_one_compile_serves_all_costs_and_a_draft_that_cannot_pay_runs_no_layer(
     meter = states[-1].target_cache.meter
     assert int(meter.columns) == target.layers * 12 and np.all(np.asarray(meter.own) == target.layers * 12)
     assert int(states[-1].drafter_state.inner.cache.meter.columns) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["kangaroo", "model"])
+def test_a_draft_that_sat_out_blocks_fills_its_cache_before_it_drafts_again(models, pair, kind):
+    target, params, adapter, _ = models
+    gamma, rows = 2, 8
+    plan, own = plan_and_params(models, pair, kind, gamma=gamma)
+    texts, lengths, batch = pair.texts[:rows], pair.lengths[:rows], np.arange(rows)
+    state = loop.begin(plan, params, own, texts, lengths, row_keys(4, jnp.arange(rows)))
+    for length in (2, 0, 0, 0, 0, 0, 0, 2):  # the gap is more than is fed at a time
+        before = state
+        costs = jnp.full((gamma + 1,), jnp.inf).at[length].set(1.0)
+        adjust = dataclasses.replace(Sampling.of(1.0), costs=costs)
+        state, logits, proposal = one_block(plan, params, own, before, tiny.limits(rows, 24), adjust)
+        assert np.all(np.asarray(proposal.num_drafted) == length)
+    text, at = np.asarray(before.tokens).copy(), np.asarray(before.lengths)[:, None] - 1 + np.arange(gamma + 1)
+    text[batch[:, None], at[:, 1:]] = np.asarray(proposal.tokens)
+    full = np.asarray(tiny.full_logits(target, params, jnp.asarray(text)))[batch[:, None], at]
+    np.testing.assert_allclose(np.asarray(logits), full, atol=1e-4)
+    if kind == "kangaroo":
+        said = test_kangaroo.full_draft_logits(target, adapter, params, own, jnp.asarray(text))
+    else:
+        said = tiny.full_logits(target, own, jnp.asarray(text))
+    said = np.asarray(jax.nn.softmax(said, axis=-1))[batch[:, None], at[:, :-1]]
+    np.testing.assert_allclose(np.asarray(proposal.probs), said, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -277,8 +332,9 @@ def test_a_rows_text_does_not_depend_on_its_batch(models, pair):
         )
     )
     rows = np.random.default_rng(0).permutation(64)
-    whole, part = run(rows), run(np.sort(rows[:16]))
-    assert part == [whole[list(rows).index(row)] for row in np.sort(rows[:16])]
+    few = np.sort(rows[:16])
+    whole, part = run(rows), run(few)
+    assert part == [whole[list(rows).index(row)] for row in few]
 
 
 # --- bad input -----------------------------------------------------------------------------------------------------

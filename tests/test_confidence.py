@@ -81,7 +81,9 @@ def test_the_histogram_has_each_accepted_and_each_first_refused_token_at_its_own
         assert found[fate] == np.bincount(bins, minlength=confidence.BINS).tolist()
 
 
-def test_drafters_that_have_no_probabilities_have_no_histogram(models):  # noqa: F811
-    target, params, _, _ = models
-    plan = tiny.plan(target, "ngram", {"shortest": 1, "longest": 2}, gamma=2, slots=SLOTS, max_new=MAX_NEW)
-    assert confidence.histogram(plan, params, None, [], []) is None
+def test_there_is_no_histogram_where_there_are_no_probabilities_or_the_prompt_is_read_apart(models):  # noqa: F811
+    how = dict(gamma=2, slots=SLOTS, max_new=MAX_NEW)
+    apart, _ = tiny.encoder_decoder(0)
+    for target, kind in ((models[0], "ngram"), (apart, "early_exit")):
+        plan = tiny.plan(target, kind, {"shortest": 1, "longest": 2, "exit_layer": 1}, **how)
+        assert confidence.histogram(plan, {}, None, [], []) is None

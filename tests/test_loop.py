@@ -33,7 +33,15 @@ def options(kind, target):
         "model": {"model": target},
         "ngram": {"shortest": 1, "longest": 2},
         "early_exit": {"exit_layer": 1},
+        "skip_layers": {"skipped": (0,)},
+        "medusa": {"adapter": tiny.heads(target)},
     }[kind]
+
+
+def given(models, kind):
+    """Parameters of the target and of what drafts."""
+    target, params, draft_params = models
+    return params, tiny.heads_params(target, params) if kind == "medusa" else draft_params
 
 
 def make_plan(models, kind, gamma, **changes):
@@ -116,16 +124,17 @@ def test_decoding_leaves_the_callers_arrays_alive(models):
 # --- what a row may depend on --------------------------------------------------------------------------------------
 
 
-SLOW_KINDS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("ngram", "early_exit")]
+SLOW_KINDS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("ngram", "early_exit", "skip_layers", "medusa")]
 
 
 @pytest.mark.parametrize("kind", ["model", *SLOW_KINDS])
 def test_a_rows_text_does_not_depend_on_its_batch(models, kind):
     texts, lengths = tiny.prompts(3, BATCH, SLOTS, VOCAB)
+    both = given(models, kind)
     run = lambda texts, lengths, indices, **how: tiny.texts_of(
         tiny.decode(
             make_plan(models, kind, 3, **how),
-            *models[1:],
+            *both,
             texts,
             lengths,
             MAX_NEW,
@@ -163,10 +172,11 @@ def test_a_rows_text_depends_on_its_index_and_the_seed(models):
 # --- compilation ---------------------------------------------------------------------------------------------------
 
 
-def test_one_compile_serves_every_prompt_length_and_every_traced_setting(models):
-    plan = make_plan(models, "model", 3)
+@pytest.mark.parametrize("kind", ["model", *SLOW_KINDS[-2:]])
+def test_one_compile_serves_every_prompt_length_and_every_traced_setting(models, kind):
+    plan, both = make_plan(models, kind, 3), given(models, kind)
     texts, lengths = tiny.prompts(3, BATCH, SLOTS, VOCAB)
-    tiny.decode(plan, *models[1:], texts, lengths, MAX_NEW, eos=(5,))
+    tiny.decode(plan, *both, texts, lengths, MAX_NEW, eos=(5,))
     compiled = loop.prefill._cache_size(), loop.run._cache_size()
     settings = [
         Sampling.of(0.3),
@@ -176,11 +186,11 @@ def test_one_compile_serves_every_prompt_length_and_every_traced_setting(models)
     ]
     for i, adjust in enumerate(settings):
         texts, lengths = tiny.prompts(20 + i, BATCH, SLOTS, VOCAB)
-        tiny.decode(plan, *models[1:], texts, lengths, 3 + i, eos=(i,), seed=i, adjust=adjust)
-    equal_plan = make_plan(models, "model", 3)
-    tiny.decode(equal_plan, *models[1:], texts, lengths, np.arange(BATCH), eos=(1,))
+        tiny.decode(plan, *both, texts, lengths, 3 + i, eos=(i,), seed=i, adjust=adjust)
+    equal_plan = make_plan(models, kind, 3)
+    tiny.decode(equal_plan, *both, texts, lengths, np.arange(BATCH), eos=(1,))
     assert (loop.prefill._cache_size(), loop.run._cache_size()) == compiled
-    tiny.decode(make_plan(models, "ngram", 0, spare=1), *models[1:], texts, lengths, MAX_NEW, eos=(5,))
+    tiny.decode(make_plan(models, "ngram", 0, spare=1), *both, texts, lengths, MAX_NEW, eos=(5,))
     assert (loop.prefill._cache_size(), loop.run._cache_size()) == (compiled[0] + 1, compiled[1] + 1)
 
 

@@ -41,6 +41,7 @@ def drafted_law(target, params, spans, text, first, count):
     return np.stack(laws)
 
 
+@pytest.mark.slow
 def test_a_block_is_drafted_with_the_kept_layers_on_what_the_whole_target_left(models):
     target, params = models
     gamma = 2
@@ -72,6 +73,7 @@ def searched(models, **how):
     return list(layer_search.search(target, params, tokens, lengths, jnp.ones_like(lengths), **how)), tokens, lengths
 
 
+@pytest.mark.slow
 def test_the_search_first_leaves_out_a_layer_that_does_nothing(models):
     target, params = models
     compiled = layer_search._acceptance._cache_size()

@@ -139,9 +139,6 @@ def test_a_question_with_missing_turns_is_named(tmp_path, changes, said):
 
 
 def test_what_cannot_be_run_is_refused(home, tmp_path):
-    (tmp_path / "question.jsonl").write_text("\n")
-    with pytest.raises(UserError, match="has no questions"):
-        read_questions(tmp_path)
     with pytest.raises(UserError, match=r"set batch_sizes to \(1,\)"):
         spec_bench.run(config_of(home, batch_sizes=(1, 4)), tmp_path)
     with pytest.raises(UserError, match="selection.per_category is -1"):

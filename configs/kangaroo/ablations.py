@@ -17,7 +17,7 @@ Hardware: 2 CPU cores. What to expect: the tables in configs/kangaroo/README.md.
 import kangaroo_parts as parts
 from ml_collections import ConfigDict
 
-STEPS = 120
+STEPS = 80
 EXIT_LAYERS = (1, 2, 3, 4, 6, 8)
 # The exit at which the other questions are asked.
 EXIT_LAYER = 2
@@ -40,25 +40,25 @@ def get_config(variant: str = "") -> ConfigDict:
     stages = []
     if variant:
         config.target, target = parts.target(variant), "stage:target"
-        config.target.model.layers = 3
         stages.append("target")
     else:
         config.target = parts.TARGET  # directory of the target
         target = config.get_ref("target")
-    exits, middle = (EXIT_LAYERS, EXIT_LAYER) if not variant else ((1, 2), 1)
+    exits, middle = (EXIT_LAYERS, EXIT_LAYER) if not variant else ((1,), 1)
+    kinds = KINDS if not variant else {"none": KINDS["none"]}
     recipes = {f"exit_{layer}": {"exit_layer": layer} for layer in exits}
-    recipes |= {name: {"exit_layer": middle, **kind} for name, kind in KINDS.items()}
+    recipes |= {name: {"exit_layer": middle, **kind} for name, kind in kinds.items()}
     for name, recipe in recipes.items():
         config[name] = parts.adapter(variant, target, steps=STEPS, **recipe)
-    evaluations = _evaluations(variant, target, exits, f"exit_{middle}")
+    evaluations = _evaluations(variant, target, exits, f"exit_{middle}", kinds)
     for name, section in evaluations.items():
         config[name] = section
     config.stages = (*stages, *recipes, *evaluations)
     return config
 
 
-def _evaluations(variant: str, target, exits: tuple[int, ...], middle: str) -> dict[str, ConfigDict]:
-    gammas, thresholds = (GAMMAS, THRESHOLDS) if not variant else ((1, 2), (0.0, 0.5))
+def _evaluations(variant: str, target, exits: tuple[int, ...], middle: str, others) -> dict[str, ConfigDict]:
+    gammas, thresholds = (GAMMAS, THRESHOLDS) if not variant else ((2,), (0.0, 0.5))
     temperatures = TEMPERATURES if not variant else TEMPERATURES[-1:]
     gamma = (GAMMA,) if not variant else (2,)
     own = lambda name, threshold, gammas=gamma, **how: parts.kangaroo(f"stage:{name}", gammas, threshold, **how)
@@ -66,13 +66,13 @@ def _evaluations(variant: str, target, exits: tuple[int, ...], middle: str) -> d
     for layer in exits:
         of_exits |= {f"exit_{layer}": own(f"exit_{layer}", THRESHOLD), f"exit_{layer}_fixed": own(f"exit_{layer}", 0.0)}
     grid = {f"threshold_{round(100 * threshold)}": own(middle, threshold, gammas) for threshold in thresholds}
-    kinds = {"attention": own(middle, THRESHOLD), **{name: own(name, THRESHOLD) for name in KINDS}}
+    by_kind = {"attention": own(middle, THRESHOLD), **{name: own(name, THRESHOLD) for name in others}}
     confidence = {"raw": own(middle, THRESHOLD), "adjusted": own(middle, THRESHOLD, adjusted=True)}
     confidence["fixed"] = own(middle, 0.0)
     sections = {
         "exits": parts.evaluation(variant, target, of_exits),
         "grid": parts.evaluation(variant, target, grid),
-        "kinds": parts.evaluation(variant, target, kinds),
+        "kinds": parts.evaluation(variant, target, by_kind),
         "temperatures": parts.evaluation(variant, target, confidence, temperatures=temperatures),
     }
     for section in sections.values():

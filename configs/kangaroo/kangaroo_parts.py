@@ -25,8 +25,8 @@ def target(variant: str) -> ConfigDict:
         section.model.update({"layers": 16, "width": 384, "heads": 6, "kv_heads": 6, "mlp_width": 1024})
         # Spec-Bench has long prompts; rotary positions cost nothing.
         section.model.max_positions = 8192
-        section.optimizer.warmup_steps = 40
-        section.train.update({"steps": 420, "eval_every": 140, "checkpoint_every": 140})
+        section.optimizer.update({"peak_learning_rate": 1.5e-3, "warmup_steps": 40})
+        section.train.update({"steps": 420, "eval_every": 140, "eval_batches": 8, "checkpoint_every": 140})
     return section
 
 
@@ -62,8 +62,10 @@ def adapter(
     if not variant:
         # The target's forward is what a step costs; an adapter is small and gains more from many steps than large ones.
         section.data.batch_size = 4
-        section.optimizer.peak_learning_rate = 2e-3
-        section.train.update({"steps": steps, "eval_every": steps // 2, "checkpoint_every": steps // 2})
+        section.optimizer.peak_learning_rate = 3e-3
+        section.train.update(
+            {"steps": steps, "eval_every": steps // 2, "eval_batches": 4, "checkpoint_every": steps // 2}
+        )
     return section
 
 
@@ -100,6 +102,7 @@ def evaluation(variant: str, target: str, drafters: dict, *, temperatures=(0.0,)
     """Batch 1, on prompts of the validation files; parts are not timed."""
     section = quickstart(variant).evaluation
     section.target = target
+    section.max_new_tokens = 12 if variant else 80
     section.temperatures = temperatures
     section.drafters = ConfigDict(drafters)
     section.compare = compare

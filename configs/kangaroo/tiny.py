@@ -3,10 +3,10 @@
     python -m specjax.main --config=configs/kangaroo/tiny.py --workdir=runs/kangaroo
 
 Stages: `target` (16 layers on the Python standard library, and its tokenizer; the other configs of this folder take
-it from here), `adapter` (soft labels on the corpus, arXiv 2404.18911), `on_policy` (the same loss and steps on text
-that the draft writes itself, as DistillSpec would), `no_adapter` (a norm before the head alone), `medusa` (Medusa-1's
-heads on the target's last state, hard labels, no tree), `layers` (which layers to skip, for drafting by the others),
-`evaluation` (batch 1: all of them at temperatures 0 and 1, beside plain decoding), `batches` (several prompts at once).
+it from here), `adapter` and `adapter_1` (behind 2 layers and behind 1; soft labels on the corpus, arXiv 2404.18911),
+`no_adapter` (a norm before the head alone), `medusa` (Medusa-1's heads on the target's last state, hard labels, no
+tree), `layers` (which layers to skip, for drafting by the others), `evaluation` (batch 1: all of them at temperatures 0
+and 1, beside plain decoding), `batches` (several prompts at once).
 
 Hardware: 2 CPU cores. What to expect: the tables in configs/kangaroo/README.md, which are written from the records.
 `configs/kangaroo/tiny.py:smoke` runs every stage in a minute or two.
@@ -15,14 +15,12 @@ Hardware: 2 CPU cores. What to expect: the tables in configs/kangaroo/README.md,
 import kangaroo_parts as parts
 from ml_collections import ConfigDict
 
-# Layers of the target that draft and verification share: 2 of 16, the upper end of the paper's 1/16 to 1/10.
-EXIT_LAYER = 2
-STEPS = 480
-
+STEPS = 300
+# 1 and 2 layers of 16: the paper's exits lie between 1/16 and 1/10.
 ADAPTERS = {
-    "adapter": {},
-    "on_policy": {"on_policy": 1.0},
-    "no_adapter": {"kind": "none", "steps": 80},
+    "adapter": {"exit_layer": 2},
+    "adapter_1": {"exit_layer": 1},
+    "no_adapter": {"exit_layer": 2, "kind": "none", "steps": 40},
 }
 
 
@@ -33,31 +31,36 @@ def get_config(variant: str = "") -> ConfigDict:
     config.stages = ("target", *ADAPTERS, "medusa", "layers", "evaluation", "batches")
     config.seed = 0
     config.target = parts.target(variant)
-    exit_layer = 1 if variant else EXIT_LAYER
     for name, recipe in ADAPTERS.items():
-        config[name] = parts.adapter(variant, "stage:target", **{"exit_layer": exit_layer, "steps": STEPS, **recipe})
+        shallow = {"exit_layer": 1} if variant else {}
+        config[name] = parts.adapter(variant, "stage:target", **{"steps": STEPS, **recipe, **shallow})
     config.medusa = parts.medusa(variant, "stage:target", steps=STEPS)
     config.layers = parts.layers(variant, "stage:target")
-    config.evaluation = _evaluation(variant, exit_layer)
+    config.evaluation = _evaluation(variant)
     config.batches = _batches(variant)
     return config
 
 
-def _evaluation(variant: str, exit_layer: int) -> ConfigDict:
-    gammas = (3,) if variant else (4, 6)
-    baseline = {"threshold": 0.0, "lossless": gammas[:1], "coupled": ()}
+def _evaluation(variant: str) -> ConfigDict:
+    few, some, many = (2, 4, 6) if not variant else (1, 2, 2)
+    fixed = lambda *gammas: {"threshold": 0.0, "lossless": gammas, "coupled": ()}
+    early_exit = {"kind": "early_exit", "exit_layer": 1 if variant else 2}
     drafters = {
-        "ngram": {"kind": "ngram", "shortest": 2, "longest": 4, **baseline},
-        "early_exit": {"kind": "early_exit", "exit_layer": exit_layer, **baseline},
-        "early_exit_stop": {"kind": "early_exit", "exit_layer": exit_layer, **baseline, "threshold": 0.6},
-        "medusa": {"kind": "medusa", "path": "stage:medusa", **baseline},
-        "skip_layers": {"kind": "skip_layers", "skipped": "workdir:layers", **baseline},
+        "ngram": {"kind": "ngram", "shortest": 2, "longest": 4, **fixed(some)},
+        "early_exit": {**early_exit, **fixed(few)},
+        "early_exit_stop": {**early_exit, **fixed(some), "threshold": 0.6},
+        "medusa": {"kind": "medusa", "path": "stage:medusa", **fixed(few, some)},
+        "skip_layers": {"kind": "skip_layers", "skipped": "workdir:layers", **fixed(few)},
+        "no_adapter": parts.kangaroo("stage:no_adapter", (some,), 0.6),
+        "adapter_adaptive": {**parts.kangaroo("stage:adapter", (many,), 0.0), "adaptive": True, "costs": ()},
     }
-    for stage in ADAPTERS:
-        drafters[stage] = parts.kangaroo(f"stage:{stage}", gammas, 0.6)
-        drafters[f"{stage}_fixed"] = parts.kangaroo(f"stage:{stage}", gammas[:1], 0.0)
-    compare = (("adapter", "no_adapter"), ("on_policy", "adapter"))
+    for stage in ("adapter", "adapter_1"):
+        drafters[f"{stage}_fixed"] = parts.kangaroo(f"stage:{stage}", (few, some), 0.0)
+        drafters[f"{stage}_40"] = parts.kangaroo(f"stage:{stage}", (some,), 0.4)
+        drafters[f"{stage}_60"] = parts.kangaroo(f"stage:{stage}", (some, many), 0.6)
+    compare = (("adapter_60", "no_adapter"), ("adapter_60", "adapter_1_60"))
     section = parts.evaluation(variant, "stage:target", drafters, temperatures=(0.0, 1.0), compare=compare)
+    section.selection.count = 3 if variant else 20
     section.measure_parts = not variant
     return section
 
@@ -65,7 +68,7 @@ def _evaluation(variant: str, exit_layer: int) -> ConfigDict:
 def _batches(variant: str) -> ConfigDict:
     """Rows of a batch stop by themselves; the block ends when all have."""
     gamma = 3 if variant else 4
-    drafters = {"adapter": parts.kangaroo("stage:adapter", (gamma,), 0.6)}
+    drafters = {"adapter_60": parts.kangaroo("stage:adapter", (gamma,), 0.6)}
     drafters["adapter_fixed"] = parts.kangaroo("stage:adapter", (gamma,), 0.0)
     section = parts.evaluation(variant, "stage:target", drafters)
     section.selection.count = 3 if variant else 32

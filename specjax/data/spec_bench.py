@@ -58,10 +58,7 @@ def read_questions(path: str | Path) -> list[Question]:
             )
         return Question(record["question_id"], category, turns)
 
-    questions = layouts.read_jsonl(path, parse)
-    if not questions:
-        raise UserError(f"{path} has no questions; name Spec-Bench's question.jsonl")
-    return questions
+    return layouts.read_jsonl(path, parse)
 
 
 def prompt_ids(tokenizer: Tokenizer, turns: Sequence[str], answers: Sequence[str], *, chat: bool) -> tuple[int, ...]:

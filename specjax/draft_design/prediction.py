@@ -84,7 +84,12 @@ def measure_block_costs(
     seed: int,
     put: Callable,
 ) -> Float[Array, "gamma_plus_1"]:
-    """Seconds of blocks that draft 0 .. gamma tokens, for `Sampling.costs`, about half way through the run."""
+    """Seconds of blocks that draft 0 .. gamma tokens, for `Sampling.costs`, about half way through the run.
+
+    Args:
+      plan: with an `AdaptiveDrafter`.
+      prompts: of the run.
+    """
     apart, half = plan.target.reads_prompt_apart, max_new_tokens // 2
     length = int(np.mean([len(prompt) for prompt in prompts])) + (0 if apart else half)
     given = _example_batch(prompts, length, batch_size, seed, put)

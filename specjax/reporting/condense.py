@@ -24,6 +24,8 @@ KEPT = (
     *("block_efficiency", "block_efficiency_ci", "acceptance_rate", "tokens_per_second", "speedup", "speedup_ci"),
     *("threshold", "drafted_tokens", "ctar", "confidence", "identical_to_baseline", "subtask", "questions"),
     *("draft_step_seconds", "target_step_seconds", "verify_seconds", "rule_seconds", "cost_ratio", "predicted_speedup"),
+    *("target_layers_per_token", "target_layers_per_token_once", "target_layers_per_token_padded"),
+    *("draft_layers_per_token", "block_costs"),
     *("quality", "quality_ci", "quality_difference", "quality_difference_ci"),
 )
 

@@ -11,6 +11,12 @@ from specjax.reporting.tradeoffs import Estimate
 OVERALL = "overall"
 _STEPS = ("draft_step_seconds", "target_step_seconds", "verify_seconds", "rule_seconds")
 _PARTS = (*_STEPS, "cost_ratio", "speedup", "predicted_speedup")
+_LAYERS = {
+    "target_layers_per_token": "target layers",
+    "target_layers_per_token_once": "if each ran once a token",
+    "target_layers_per_token_padded": "with padding",
+    "draft_layers_per_token": "layers of the draft's own",
+}
 
 
 def rows_of(record: Mapping, stage: str) -> list[Mapping]:
@@ -53,6 +59,11 @@ def main_table(record: Mapping) -> str:
         keys = {key: tables.heading(key) for key in ("drafter", "temperature", "gamma")}
         parts.append("Parts, timed apart, and the speed-up that they predict:")
         parts.append(tables.markdown_table(said, keys | headings))
+    counted = [row for row in rows if row.get("target_layers_per_token") is not None]
+    if counted:
+        keys = ("drafter", "temperature", "gamma", "threshold", *_LAYERS)
+        parts.append("Layer executions for each emitted token, counted as they ran, prefill left out:")
+        parts.append(tables.markdown_table(counted, {key: _LAYERS.get(key, tables.heading(key)) for key in keys}))
     batches = rows_of(record, "batches")
     if batches:
         columns = ("batch_size", "drafter", "gamma", "threshold", "block_efficiency", "acceptance_rate")
@@ -213,7 +224,7 @@ def recipes(record: Mapping) -> str:
     lines = []
     for (recipe, temperature), rows in recipe_values(record).items():
         mean = lambda key, recipe=recipe, rows=rows: (
-            Estimate.of([trained[f"{recipe}_{seed}"][key] for seed in rows]).mean
+            Estimate.of([float(trained[f"{recipe}_{seed}"][key]) for seed in rows]).mean
         )
         gain = gain_over_paper(record, recipe, temperature)
         half = "" if gain.half is None else f" ± {gain.half:.1f}"

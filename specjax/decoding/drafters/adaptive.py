@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from specjax.decoding.drafters.base import Context, Outcome, Prefill
 from specjax.runtime.errors import UserError
@@ -26,12 +26,16 @@ class Evidence:
       reached: how often position i of a block was drafted and all before it stood, fading.
       accepted: how often it stood then, fading.
       drafted: tokens of the block that is being verified.
+      fed: tokens of the row that the inner drafter had been run on when it last sat out a block.
+      ran: whether it ran in the last block: for some row of the batch.
     """
 
     inner: Any
     reached: Float[Array, "B gamma"]
     accepted: Float[Array, "B gamma"]
     drafted: Int[Array, "B"]
+    fed: Int[Array, "B"]
+    ran: Bool[Array, ""]
 
 
 def best_lengths(
@@ -76,7 +80,8 @@ class AdaptiveDrafter:
     """Lets another drafter draft as many tokens as have paid so far; none where no number of them pays.
 
     Evidence fades, so a row that has stopped drafting becomes hopeful again and tries: seldom enough to cost little.
-    Where drafting does not pay even if everything is accepted, it never does.
+    Where drafting does not pay even if everything is accepted, it never does. Where no row of the batch drafts, the
+    inner drafter does not run; it is told from which token on (`Context.fed`), to fill its cache when it runs again.
 
     Law: the number is fixed before the block, by what the row emitted and what was accepted of it, so a block is an
     exact one of that length. Positions behind a refusal are left out of the evidence, drafted or not: the noise of such
@@ -100,24 +105,28 @@ class AdaptiveDrafter:
     def init(self, params, target_params, prefill: Prefill, row_keys):
         batch = prefill.lengths.shape[0]
         nothing, none = jnp.zeros((batch, self.gamma), jnp.float32), jnp.zeros((batch,), jnp.int32)
-        return Evidence(self.inner.init(params, target_params, prefill, row_keys), nothing, nothing, none)
+        inner = self.inner.init(params, target_params, prefill, row_keys)
+        return Evidence(inner, nothing, nothing, none, none, jnp.ones((), bool))
 
     def propose(self, params, target_params, state: Evidence, target_cache, context: Context):
         if context.sampling.costs is None:
             raise ValueError("An adaptive draft length needs the costs of blocks: Sampling.of(..., costs=...).")
         most = best_lengths(state.reached, state.accepted, context.sampling.costs)
-        context = dataclasses.replace(context, most=most)
+        # Behind a block that it ran in, its cache lacks nothing but what the first step of the next one feeds.
+        fed = jnp.where(state.ran, context.lengths - 2, state.fed)
+        context = dataclasses.replace(context, most=most, fed=fed)
         proposal, inner, target_cache = self.inner.propose(params, target_params, state.inner, target_cache, context)
         drafted = jnp.where(context.live, jnp.minimum(proposal.num_drafted, most), 0)
         proposal = dataclasses.replace(proposal, num_drafted=drafted)
-        return proposal, dataclasses.replace(state, inner=inner, drafted=drafted), target_cache
+        ran = jnp.any(context.live & (most > 0))
+        return proposal, dataclasses.replace(state, inner=inner, drafted=drafted, fed=fed, ran=ran), target_cache
 
     def commit(self, params, state: Evidence, outcome: Outcome):
         index, stood = jnp.arange(self.gamma, dtype=jnp.int32)[None], outcome.num_accepted[:, None]
         reached = (index < state.drafted[:, None]) & (index <= stood)
-        return Evidence(
-            self.inner.commit(params, state.inner, outcome),
-            _MEMORY * state.reached + reached.astype(jnp.float32),
-            _MEMORY * state.accepted + (reached & (index < stood)).astype(jnp.float32),
-            state.drafted,
+        return dataclasses.replace(
+            state,
+            inner=self.inner.commit(params, state.inner, outcome),
+            reached=_MEMORY * state.reached + reached.astype(jnp.float32),
+            accepted=_MEMORY * state.accepted + (reached & (index < stood)).astype(jnp.float32),
         )

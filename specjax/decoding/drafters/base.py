@@ -58,6 +58,9 @@ class Context:
       noise: the block's random numbers.
       sampling: how logits become probabilities, and the confidence below which drafting stops.
       most: tokens that each row may draft, of an adaptive draft length; None for gamma.
+      fed: where `most` is given, the first token of each row that a drafter with a cache of its own may have missed,
+        because no row drafted then.
+      tokens: the committed text, `tokens[b, :lengths[b]]`.
     """
 
     last_two_tokens: Int[Array, "B 2"]
@@ -66,6 +69,8 @@ class Context:
     noise: Noise
     sampling: Sampling
     most: Int[Array, "B"] | None = None
+    fed: Int[Array, "B"] | None = None
+    tokens: Int[Array, "B S"] | None = None
 
     def draw(
         self, logits: Float[Array, "B V"], offset: Int[Array, ""] | int

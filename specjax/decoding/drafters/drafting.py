@@ -94,3 +94,28 @@ def draft(
     _, _, counts, _, drafted, carry = jax.lax.while_loop(more, functools.partial(turn, step), state)
     tokens, probs = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), drafted)
     return Proposal(tokens, probs, counts), carry
+
+
+def catch_up(context: Context, width: int, feed: Callable[[Array, Array, Any], Any], carry: Any) -> Any:
+    """Feeds the committed tokens from `context.fed` on, but for the last two, which the first step of a block feeds.
+
+    A draft with a cache of its own has holes there after blocks in which no row drafted. Rows without any feed their
+    last tokens once more, and what is fed beyond a row's end is rewritten before it is seen.
+
+    Args:
+      width: tokens fed at a time, at most gamma + 1, for which the caches have room.
+      feed: (tokens [B, width], positions [B, width], carry) -> carry.
+    """
+    if context.fed is None:
+        return carry
+    end = context.lengths - 2
+
+    def body(state):
+        at, carry = state
+        start = jnp.maximum(jnp.minimum(at, end), 0)
+        missed = jnp.where(context.live, jnp.clip(end - start, 0, width), 0)
+        positions = start[:, None] + jnp.arange(width, dtype=jnp.int32)[None]
+        tokens = jnp.take_along_axis(context.tokens, positions, axis=1)
+        return start + width, feed(tokens, positions, kv_cache.counting(carry, missed))
+
+    return jax.lax.while_loop(lambda state: jnp.any(context.live & (state[0] < end)), body, (context.fed, carry))[1]

@@ -35,6 +35,10 @@ class EarlyExitDrafter:
     def init(self, params, target_params, prefill: Prefill, row_keys):
         return ()
 
+    def caught_up(self, params, target_params, state, target_cache, context: Context):
+        """State and cache with what the drafter missed while no row drafted: here it keeps nothing of its own."""
+        return state, target_cache
+
     def read_first(self, params, target_params, state, hidden: Float[Array, "B 1 D"], context: Context):
         """Logits `[B, V]` that follow the pending token, and the state."""
         return self.read(params, target_params, state, hidden, context.lengths[:, None] - 1)
@@ -59,6 +63,7 @@ class EarlyExitDrafter:
 
         def first(carry):
             state, cache, exits = carry
+            state, cache = self.caught_up(params, target_params, state, cache, context)
             logits, state = self.read_first(params, target_params, state, exits[:, :1], context)
             return logits, (state, cache, exits)
 

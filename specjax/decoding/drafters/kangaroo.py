@@ -8,7 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from specjax.decoding.drafters.base import Context, Outcome, Prefill
+from specjax.decoding.drafters.drafting import catch_up
 from specjax.decoding.drafters.early_exit import EarlyExitDrafter
+from specjax.models import kv_cache
 from specjax.models.adapters import Adapter
 from specjax.models.language_model import consecutive
 
@@ -51,6 +53,21 @@ class KangarooDrafter(EarlyExitDrafter):
         before = jnp.maximum(prefill.text_lengths - 2, 0)
         exits = jnp.take_along_axis(states, before[:, None, None], axis=1)
         return KangarooState(cache, jnp.pad(exits, ((0, 0), (0, self.gamma), (0, 0))), jnp.zeros_like(before))
+
+    def caught_up(self, params, target_params, state: KangarooState, target_cache, context: Context):
+        if state.cache is None or not state.cache.keys:
+            return state, target_cache
+
+        # The states at the exit are not kept: the target's first layers run once more, and write what stands there.
+        def feed(tokens, positions, carry):
+            own, cache = carry
+            span = (0, self.exit_layer)
+            hidden, cache = self.target.extend(target_params, cache, tokens, positions, layers=span)
+            return self.adapter.extend(params, own, hidden, positions)[1], cache
+
+        own, target_cache = catch_up(context, self.gamma + 1, feed, (state.cache, target_cache))
+        own = kv_cache.counting(own, context.live.astype(jnp.int32))
+        return dataclasses.replace(state, cache=own), target_cache
 
     def read_first(self, params, target_params, state: KangarooState, hidden, context: Context):
         # A text of one token has no second-last one: read slots 0 and 1, use slot 0; slot 1 is rewritten later.

@@ -5,7 +5,8 @@ import dataclasses
 import jax.numpy as jnp
 
 from specjax.decoding.drafters.base import Context, Outcome, Prefill
-from specjax.decoding.drafters.drafting import draft
+from specjax.decoding.drafters.drafting import catch_up, draft
+from specjax.models import kv_cache
 from specjax.models.language_model import LanguageModel, consecutive
 
 
@@ -32,7 +33,12 @@ class ModelDrafter:
     def propose(self, params, target_params, state, target_cache, context: Context):
         model = self.model
 
+        def feed(tokens, positions, cache):
+            return model.extend(params, cache, tokens, positions)[1]
+
         def first(cache):
+            cache = catch_up(context, self.gamma + 1, feed, cache)
+            cache = kv_cache.counting(cache, context.live.astype(jnp.int32))
             # A one-token prompt has no second-last token: feed slots 0 and 1, read slot 0; slot 1 is rewritten later.
             start = jnp.maximum(context.lengths - 2, 0)
             positions = start[:, None] + jnp.arange(2)[None]

@@ -1,0 +1,72 @@
+"""Costs of blocks that are measured before decoding, and those that a config states."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_kangaroo
+import tiny
+from ml_collections import ConfigDict
+
+from specjax import cases
+from specjax.decoding import loop
+from specjax.decoding.sampling import Sampling
+from specjax.draft_design import latency, prediction
+from specjax.hub.model import Model
+from specjax.runtime.errors import UserError
+
+models = test_kangaroo.models  # a fixture
+
+
+@pytest.mark.slow
+def test_blocks_of_every_length_are_timed_by_one_executable_before_any_text(models):
+    target, params, _, _ = models
+    own, options = tiny.heads_params(target, params), {"adapter": tiny.heads(target), "adaptive": True}
+    plan = tiny.plan(target, "medusa", options, gamma=2, slots=32, max_new=16, greedy=True, spare=32)
+    before = latency._draft_and_verify_loop._cache_size()
+    costs = prediction.measure_block_costs(
+        plan,
+        params,
+        own,
+        [[1, 2, 3], [4, 5]],
+        sampling=Sampling.of(0.0),
+        max_new_tokens=16,
+        batch_size=2,
+        seed=0,
+        put=jnp.asarray,
+    )
+    assert latency._draft_and_verify_loop._cache_size() == before + 1
+    assert costs.shape == (3,) and np.all(np.asarray(costs) > 0) and costs.dtype == jnp.float32
+    # They serve a run of that plan.
+    texts, lengths = tiny.prompts(3, 2, 6, 24)
+    state = tiny.decode(plan, params, own, texts, lengths, 8, adjust=Sampling.of(0.0, costs=costs.tolist()))
+    assert np.all(np.asarray(state.num_emitted) == 8)
+    assert isinstance(state, loop.DecodeState)
+
+
+def job_of(models, section):
+    target, params, _, _ = models
+    config = ConfigDict({"target": "T", "drafters": {"d": section}, "leniences": (), "top_k": 0, "top_p": 1.0})
+    return cases.Job(config, {"T": Model(target, params, None)}, None, [], {})
+
+
+SECTION = {"kind": "early_exit", "exit_layer": 1, "lossless": (2, 3), "coupled": ()}
+
+
+def test_a_config_gives_costs_or_has_them_measured(models):
+    setting = cases.Setting("lossless", 0.0, 1)
+    plain, two, three = cases.make_cases(job_of(models, {**SECTION, "adaptive": True, "costs": (0.25, 0.25)}), setting)
+    assert np.asarray(two.sampling.costs).tolist() == [1, 1.5, 2]
+    assert np.asarray(three.sampling.costs).tolist() == [1, 1.5, 2, 2.5]
+    assert not any(map(cases.needs_costs, (plain, two, three)))
+    made = cases.make_cases(job_of(models, {**SECTION, "adaptive": True}), setting)
+    assert [cases.needs_costs(case) for case in made] == [False, True, True]
+    fixed = cases.make_cases(job_of(models, SECTION), setting)
+    assert not any(map(cases.needs_costs, fixed)) and all(case.sampling.costs is None for case in fixed)
+
+
+def test_costs_that_do_not_come_in_twos_or_are_not_positive_are_refused(models):
+    setting = cases.Setting("lossless", 0.0, 1)
+    with pytest.raises(UserError, match=r"drafters.d.costs has 1 numbers; give the costs of a drafted token"):
+        cases.make_cases(job_of(models, {**SECTION, "adaptive": True, "costs": (0.1,)}), setting)
+    with pytest.raises(UserError, match="and positive; not 0.1 and 0.0"):
+        cases.make_cases(job_of(models, {**SECTION, "adaptive": True, "costs": (0.1, 0.0)}), setting)
