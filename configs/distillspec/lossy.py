@@ -46,5 +46,5 @@ def _evaluation(seed, *, timed: bool, smoke: bool) -> ConfigDict:
     section = stages.evaluation(
         seed, "stage:target", {**drafters, "draft_alone": alone}, timed=timed, temperatures=temperatures, smoke=smoke
     )
-    section.leniences = (0.5,) if smoke else (0.7, 0.5, 0.3, 0.1)
+    section.leniences = (0.5,) if smoke else (0.6, 0.3, 0.1)
     return section

@@ -82,7 +82,7 @@ def evaluation(
     section.seed = seed
     section.task = task(seed, 1)  # other problems for every seed
     section.target = target
-    section.selection.update({"count": 32 if timed else 128, "length_min": 1, "length_max": 64})
+    section.selection.update({"count": 32 if timed else 96, "length_min": 1, "length_max": 64})
     section.max_new_tokens = 40
     section.batch_sizes = (1,) if timed else (32,)
     section.temperatures = temperatures
