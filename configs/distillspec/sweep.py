@@ -204,6 +204,9 @@ def _sizes(base: ConfigDict) -> None:
         section.task.size = 2_000_000
         section.data.update({"sequence_length": 96, "prompt_length_min": 8, "prompt_length_max": 32})
         section.data.generation.max_new_tokens = 64
+    base.target.optimizer.peak_learning_rate = 3e-3
+    base.target.train.update({"steps": 240, "eval_every": 80, "checkpoint_every": 80})
+    base.supervised.train.update({"steps": 360, "eval_every": 45, "checkpoint_every": 90})
     base.distilled.data.batch_size = 16
     base.distilled.train.update({"steps": 40, "eval_every": 20, "checkpoint_every": 20, "keep_last": 1})
     base.distilled.train.eval_batches = 2
