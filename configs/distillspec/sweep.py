@@ -205,7 +205,7 @@ def _sizes(base: ConfigDict) -> None:
         section.data.update({"sequence_length": 96, "prompt_length_min": 8, "prompt_length_max": 32})
         section.data.generation.max_new_tokens = 64
     base.target.optimizer.peak_learning_rate = 3e-3
-    base.target.train.update({"steps": 240, "eval_every": 80, "checkpoint_every": 80})
+    base.target.train.update({"steps": 240, "eval_every": 80, "eval_batches": 8, "checkpoint_every": 80})
     # Few rows a step, for on a CPU it is the number of steps that counts.
     base.supervised.data.batch_size = base.distilled.data.batch_size = 8
     base.supervised.train.update({"steps": 400, "eval_every": 50, "checkpoint_every": 100})
