@@ -204,8 +204,12 @@ def _sizes(base: ConfigDict) -> None:
         section.task.size = 2_000_000
         section.data.update({"sequence_length": 96, "prompt_length_min": 8, "prompt_length_max": 32})
         section.data.generation.max_new_tokens = 64
-    base.distilled.data.batch_size = 16
-    base.distilled.train.update({"steps": 40, "eval_every": 20, "checkpoint_every": 20, "keep_last": 1})
+    base.target.optimizer.peak_learning_rate = 3e-3
+    base.target.train.update({"steps": 240, "eval_every": 80, "eval_batches": 8, "checkpoint_every": 80})
+    # Few rows a step, for on a CPU it is the number of steps that counts.
+    base.supervised.data.batch_size = base.distilled.data.batch_size = 8
+    base.supervised.train.update({"steps": 400, "eval_every": 50, "checkpoint_every": 100})
+    base.distilled.train.update({"steps": 48, "eval_every": 24, "checkpoint_every": 24, "keep_last": 1})
     base.distilled.train.eval_batches = 2
     base.distilled.optimizer.warmup_steps = 5
     base.evaluation.task.size = 2_000_000

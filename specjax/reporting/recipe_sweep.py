@@ -81,12 +81,21 @@ def table(record: Mapping) -> str:
         columns = ["stage", "batch_size", "rows", "tokens", "plain_tokens_per_second", "drafted_tokens_per_second"]
         parts.append(tables.markdown_table(written, [*columns, "speedup", "block_efficiency", "same_text"]))
     made = record["environment"]
+    falls = [100 * row["last_quarter_improvement"] for row in record["rows"] if _is_undistilled(row)]
+    if falls:
+        told = ", ".join(f"{fall:.2f}%" for fall in falls)
+        parts.append(f"The undistilled drafts' validation loss fell by {told} over the last quarter of their steps.")
     finished, stages = len({row["stage"] for row in record["rows"]}), len(record["config"]["stages"])
     parts.append(
         f"{finished} of {stages} stages finished; jax {made['jax']}, Python {made['python']}, {made['device_kind']}, "
         f"commit {made['git_commit'][:12]}"
     )
     return "\n\n".join(parts)
+
+
+def _is_undistilled(row: Mapping) -> bool:
+    known = row.get("last_quarter_improvement") is not None
+    return known and row["stage"].rpartition("_")[0] == UNDISTILLED
 
 
 def _markdown(lines: Sequence[Mapping]) -> str:
