@@ -81,7 +81,6 @@ def _trained(base: ConfigDict, recipe: str, name: str, shape: dict, seed: int) -
     section.seed = seed
     section.data.update({"fixed": 1.0, "draft": 0.0})
     section.speculative_eval.every = 0
-    section.train.steps = base.supervised.train.steps
     section.model.init = f"stage:pruned_{name}" if recipe == "recovered" else "random"
     section.model.update({key: value or base.target.model[key] for key, value in shape.items()})
     section.model.head_size = base.target.model.head_size
