@@ -2,8 +2,8 @@
 
     python -m specjax.main --config=configs/draft_design/pruning.py --workdir=runs/pruning
 
-Stages: `target` (the quickstart's, 4 layers of width 640), `pruned_N` for each shape N (the target cut to it, by what
-matters on held-out text), then for every seed `recovered_N_S` (the pruned draft, distilled on the corpus) and
+Stages: `target` (the quickstart's, some layers of width 640), `pruned_N` for each shape N (the target cut to it, by what
+matters on the corpus), then for every seed `recovered_N_S` (the pruned draft, distilled on the corpus) and
 `scratch_N_S` (random, distilled on the same batches for as many steps), and `evaluation`. `wide` has one layer of the
 target's width, `narrow` two of half of it.
 
