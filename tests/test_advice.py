@@ -94,6 +94,7 @@ def test_acceptance_is_measured_as_ratios_of_sums():
     assert found.low[0] <= 0.6 <= found.high[0]
 
 
+@pytest.mark.slow
 def test_what_advice_cannot_be_given_on_is_refused(tmp_path):
     config = configs.load(f"{CONFIG}:smoke")
     with pytest.raises(UserError, match="config.target is empty; give --config.target=DIR"):
@@ -115,6 +116,7 @@ def test_what_advice_cannot_be_given_on_is_refused(tmp_path):
         design.advise(config, tmp_path)
 
 
+@pytest.mark.slow
 def test_the_shape_is_the_fastest_at_its_parameters_or_the_largest_within_its_milliseconds(tmp_path, monkeypatch):
     tokenizer = train_byte_bpe(["x = 1\n" * 30], 260)
     api.save(api.Model(*tiny.decoder(vocab_size=260), tokenizer), tmp_path / "target")
