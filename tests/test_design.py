@@ -57,6 +57,31 @@ def test_the_published_rows_come_out_within_half_a_percent(tmp_path, capsys):
     assert "| wide-796m | 5 | 2560 | 32 | 11008 | 796,290,560 | 1024 | 80 |" in page
 
 
+def test_verdicts_follow_from_the_rows():
+    line = {"table": "lines", "milliseconds_for_one_more": 0.5, "slowest_over_fastest": 3.0, "r_squared": 0.99}
+    depth = {**line, "series": "depth at fixed parameters", "against": "layers"}
+    width = {**line, "series": "width at fixed depth", "against": "width"}
+    verdicts = lambda *rows: [claim["verdict"] for claim in design_tables.claims(rows)]
+    assert verdicts(depth, width) == ["reproduced in shape", "not reproduced"]
+    flat = {**width, "slowest_over_fastest": 1.1}
+    assert verdicts({**depth, "r_squared": 0.5}, flat) == ["not reproduced", "reproduced in shape"]
+    predicted = {"table": "predicted_against_measured", "batch_size": 1, "configurations": 9}
+    predicted |= {"within_10_percent": 0.95, "median_error": 0.03}
+    assert verdicts(predicted, {**predicted, "median_error": 0.05}) == ["holds", "does not hold"]
+    advice = {"table": "advice", "settings": 12, "within_5_percent": 1.0, "least_of_advised_over_fastest": 0.96}
+    assert verdicts(advice, {**advice, "within_5_percent": 0.9}) == ["holds", "does not hold"]
+    consistent = {"table": "consistency", "off_by": 1e-3}
+    assert verdicts(consistent) == ["consistent; arithmetic, no reproduction"]
+    assert verdicts({**consistent, "off_by": -0.02}) == ["not reproduced"]
+    group = {"table": "depth_at_equal_parameters", "task": "t", "recipe": "r", "temperature": 0.0}
+    group |= {"tokens_per_second_over_deepest": "1.20 (1.10 to 1.30)"}
+    fast, slow = {**group, "layers": 1, "tokens_per_second": 9.0}, {**group, "layers": 8, "tokens_per_second": 8.0}
+    assert verdicts(fast, slow) == ["reproduced in shape"]
+    weak = {"table": "perplexity_correlation", "task": "t", "temperature": 0.0, "with": "tokens per second"}
+    weak |= {"drafts": 9, "spearman": 0.2}
+    assert verdicts(weak, {**weak, "spearman": -0.8}) == ["reproduced in shape", "not reproduced"]
+
+
 @pytest.mark.parametrize("layers", [1, 2, 5])
 def test_a_shape_at_a_budget_has_about_so_many_parameters_in_the_same_proportions(layers):
     like = tiny.config(head_size=8, heads=4, kv_heads=2, width=32, mlp_width=88)
