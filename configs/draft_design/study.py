@@ -2,7 +2,7 @@
 
     python -m specjax.main --config=configs/draft_design/study.py --workdir=runs/study
 
-For each task one target (the quickstart's shape); for each depth and seed one draft of two million parameters trained
+For each task one target; for each depth and seed one draft of two million parameters trained
 plainly (`supervised_TASK_LAYERS_SEED`) and one that goes on from it by DistillSpec (`distilled_...`), 40 trainings in
 all; for each task and seed one evaluation of every draft, the parts timed apart from the runs, and a second run of it
 (`again_...`); last `study`, which puts all of it together: configurations.csv, report.html, and tables of predicted
@@ -30,6 +30,8 @@ SHAPES = {
     12: (128, 4, 2, 280),
 }
 HEAD_SIZE = 32
+# Wide enough that verifying several tokens costs little more than one step on a CPU.
+TARGET = {"layers": 4, "width": 640, "heads": 10, "kv_heads": 5, "mlp_width": 1792}
 # How a draft is evaluated, by its recipe.
 GAMMAS = {"supervised": (4,), "distilled": (1, 2, 4, 6)}
 
@@ -53,6 +55,8 @@ def get_config(variant: str = "") -> ConfigDict:
     for task, name in TASKS.items() if not variant else (("code", TASKS["code"]),):
         target = f"target_{task}"
         config[target] = _on_task(base.target, name)
+        if not variant:
+            config[target].model.update(TARGET)
         stages.append(target)
         for seed in SEEDS if not variant else SEEDS[:1]:
             drafters = {}

@@ -35,81 +35,9 @@ def by_table(rows: Sequence[Mapping]) -> dict[str, list[dict]]:
     return found
 
 
-REPRODUCED, NOT_REPRODUCED = "reproduced in shape", "not reproduced"
-
-
-def claims(rows: Sequence[Mapping]) -> list[dict]:
-    """What a record says of the claims that it speaks to: claim, what was found, verdict by a stated bound."""
-    found = []
-    of = lambda name: [row for row in rows if row.get("table") == name]
-
-    def add(claim: str, bound: str, said: str, holds: bool, yes: str = REPRODUCED, no: str = NOT_REPRODUCED) -> None:
-        found.append({"claim": claim, "bound": bound, "found": said, "verdict": yes if holds else no})
-
-    if of("consistency"):
-        worst = max(abs(row["off_by"]) for row in of("consistency"))
-        yes = "consistent; arithmetic, no reproduction"
-        add("the published rows follow from the model", "within 0.5%", f"within {worst:.2%}", worst < 5e-3, yes)
-    for row in of("lines"):
-        if (row["series"], row["against"]) == ("depth at fixed parameters", "layers"):
-            said = f"R² {row['r_squared']:.3f}, {row['milliseconds_for_one_more']:.3g} ms a layer"
-            holds = row["r_squared"] >= 0.95 and row["milliseconds_for_one_more"] > 0
-            add("at fixed parameters a step's time is linear in depth", "R² >= 0.95, rising", said, holds)
-        if (row["series"], row["against"]) == ("width at fixed depth", "width"):
-            said = f"slowest over fastest {row['slowest_over_fastest']:.2f}"
-            flat = row["slowest_over_fastest"] <= 1.25
-            add("at fixed depth a step's time is nearly flat in width", "at most 1.25", said, flat)
-    for row in of("predicted_against_measured"):
-        said = f"{row['within_10_percent']:.0%} of {row['configurations']}, median error {row['median_error']:.1%}"
-        holds = row["within_10_percent"] >= 0.9 and row["median_error"] < 0.04
-        claim = f"throughput is predicted from parts, batch {row['batch_size']}"
-        add(claim, "90% within 10%, median below 4%", said, holds, "holds", "does not hold")
-    for row in of("advice"):
-        if "within_5_percent" in row:
-            said = (
-                f"{row['within_5_percent']:.0%} of {row['settings']}, least {row['least_of_advised_over_fastest']:.2f}"
-            )
-            holds = row["within_5_percent"] == 1 and row["settings"] >= 10
-            add(
-                "advice is as good as trying everything",
-                "within 5%, 10 settings",
-                said,
-                holds,
-                "holds",
-                "does not hold",
-            )
-    return [*found, *_study_claims(of)]
-
-
-def _study_claims(of: Callable[[str], list[Mapping]]) -> list[dict]:
-    """Of each group of drafts of equal parameters: which depth is fastest, and what perplexity says of throughput."""
-    found = []
-    groups: dict[tuple, list[Mapping]] = {}
-    for row in of("depth_at_equal_parameters"):
-        groups.setdefault((row["task"], row["recipe"], row["temperature"]), []).append(row)
-    for (task, recipe, temperature), rows in groups.items():
-        best = max(rows, key=lambda row: row["tokens_per_second"])
-        deepest = max(row["layers"] for row in rows)
-        verdict = REPRODUCED if best["layers"] < deepest else NOT_REPRODUCED
-        said = (
-            f"{best['layers']} of {deepest} layers; throughput {best['tokens_per_second_over_deepest']} of the deepest"
-        )
-        claim = f"few layers are fastest at equal parameters: {task}, {recipe}, T {temperature:g}"
-        found.append({"claim": claim, "bound": "fewer than the deepest", "found": said, "verdict": verdict})
-    for row in of("perplexity_correlation"):
-        if row["with"] == "tokens per second" and row["spearman"] is not None:
-            weak = abs(row["spearman"]) < 0.5
-            claim = f"perplexity says little of throughput: {row['task']}, T {row['temperature']:g}"
-            said = f"Spearman {row['spearman']:.2f}, {row['drafts']} drafts"
-            verdict = REPRODUCED if weak else NOT_REPRODUCED
-            found.append({"claim": claim, "bound": "|Spearman| below 0.5", "found": said, "verdict": verdict})
-    return found
-
-
 def all_tables(record: Mapping) -> str:
-    """What a record claims, every table of it under its name, and what machine and commit it came from."""
-    claimed = claims(record["rows"])
-    parts = [tables.markdown_table(claimed, list(claimed[0]))] if claimed else []
+    """Every table of a record under its name, and what machine and commit it came from."""
+    parts = []
     for name, rows in by_table(record["rows"]).items():
         parts.append(f"{tables.heading(name)}\n\n{tables.markdown_table(rows, _columns(rows))}")
     made = record["environment"]
