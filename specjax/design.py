@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from specjax.data import batches, tasks
 from specjax.draft_design import advice, profile, pruning, replay, series, shapes, study, throughput
 from specjax.hub import load as hub_load
@@ -140,6 +142,76 @@ def prune(config: Any, workdir: Path) -> list[dict]:
     return [row]
 
 
+def replayed(config: Any, workdir: Path) -> list[dict]:
+    """Records a target's greedy text, or takes a recorded one, and scores drafts against it without the target."""
+    load = lambda path: hub_model.load(path, param_dtype=config.param_dtype, compute_dtype=config.compute_dtype)
+    if config.replay:
+        stored = replay.load(config.replay)
+    elif config.target:
+        # The target is let go of before the first draft is loaded.
+        stored = _recorded(config, load(config.target))
+        replay.save(stored, workdir / "replay")
+    else:
+        raise UserError("config.target is empty; give --config.target=DIR to record, or --config.replay=DIR to score")
+    rows = [
+        {
+            "table": "replay",
+            "directory": config.replay or str(workdir / "replay"),
+            "target_fingerprint": stored.target,
+            "prompts": len(stored.prompts),
+            "emitted_tokens": sum(map(len, stored.emitted)),
+            "top_k": stored.top_ids.shape[2],
+        }
+    ]
+    for path in config.drafts:
+        draft = load(path)
+        shown = {"draft": path, "parameters": draft.decoder.num_params}
+        found = replay.agreement(stored, draft, batch_size=config.batch_size)
+        rows.append(
+            {
+                "table": "agreement",
+                **shown,
+                "agrees": float(found["agrees"].mean()),
+                "perplexity": float(np.exp(found["surprise"].mean())),
+                "overlap": float(found["overlap"].mean()) if len(found["overlap"]) else None,
+            }
+        )
+        for gamma, threshold in itertools.product(config.gammas, (0.0, *config.thresholds)):
+            options = {"threshold": threshold}
+            counts = replay.score(stored, "model", gamma, options, draft=draft, batch_size=config.batch_size)
+            known = advice.measured(counts, seed=config.seed)
+            rows.append(
+                {
+                    "table": "scores",
+                    **shown,
+                    "gamma": gamma,
+                    "threshold": threshold,
+                    "block_efficiency": throughput.emitted(known.ctar, gamma),
+                    "acceptance_rate": float(counts.accepted.sum() / counts.drafted.sum()),
+                    "drafted_a_block": known.drafted,
+                    "ctar": known.ctar,
+                }
+            )
+    return rows
+
+
+def _recorded(config: Any, target: hub_model.Model) -> replay.Replay:
+    how = {"max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size, "top_k": config.top_k}
+    return replay.record(target, _prompts(config, target), **how)
+
+
+def _prompts(config: Any, target: hub_model.Model) -> tuple[tuple[int, ...], ...]:
+    """Of the validation split of the config's task."""
+    found = batches.evaluation_prompts(
+        tasks.load_task(config.task),
+        target.tokenizer,
+        count=config.selection.count,
+        prompt_length=(config.selection.length_min, config.selection.length_max),
+        seed=config.seed,
+    )
+    return tuple(prompt.tokens for prompt in found)
+
+
 def advise(config: Any, workdir: Path) -> list[dict]:
     """Times target and candidates, learns or is told how often tokens stand, and says which draft to take; or none."""
     if not config.target:
@@ -179,17 +251,7 @@ def advise(config: Any, workdir: Path) -> list[dict]:
 
 
 def _workload(config: Any, target: hub_model.Model) -> advice.Workload:
-    if config.replay:
-        prompts = _replay(config, target).prompts
-    else:
-        found = batches.evaluation_prompts(
-            tasks.load_task(config.task),
-            target.tokenizer,
-            count=config.selection.count,
-            prompt_length=(config.selection.length_min, config.selection.length_max),
-            seed=config.seed,
-        )
-        prompts = tuple(prompt.tokens for prompt in found)
+    prompts = _replay(config, target).prompts if config.replay else _prompts(config, target)
     if not 1 <= config.batch_size <= len(prompts):
         raise UserError(f"batch_size must lie in 1 .. {len(prompts)}, the number of prompts, not {config.batch_size}")
     return advice.Workload(prompts, config.max_new_tokens, config.batch_size, config.temperature, config.seed)
@@ -224,6 +286,7 @@ ACTIONS: dict[str, Callable[[Any, Path], list[dict]]] = {
     "profile": series.run,
     "build": build,
     "prune": prune,
+    "replay": replayed,
     "advise": advise,
     "study": study.run,
 }

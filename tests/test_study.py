@@ -106,6 +106,17 @@ def test_advice_and_winner_are_compared_by_a_second_run():
     assert study.check_advice("e", rows((100.0, 130.0, 90.0), (None,) * 3), second) == []
 
 
+def test_a_changed_grid_is_refused_in_an_old_workdir(tmp_path):
+    config = configs.load(f"{CONFIG}:smoke")
+    configs.assert_same_run(config, tmp_path)
+    configs.assert_same_run(config, tmp_path)
+    config.evaluation_code_0.batch_sizes = (1, 4)
+    with pytest.raises(
+        UserError, match=r"evaluation_code_0.batch_sizes: \[1, 2\] -> \[1, 4\].* choose another --workdir"
+    ):
+        configs.assert_same_run(config, tmp_path)
+
+
 @pytest.mark.slow
 def test_the_tables_are_those_worked_by_hand(folders, tmp_path):
     rows = study.run(config_of(folders), tmp_path)
