@@ -32,7 +32,7 @@ def _published_verdict(record: Mapping) -> str:
     return CONSISTENT if all(abs(row["off_by"]) < 5e-3 for row in _of(record, "consistency")) else NOT_REPRODUCED
 
 
-def _caches(record: Mapping) -> dict[str, float]:
+def _caches(record: Mapping) -> dict[str, float | int]:
     return {row["draft"]: row["kv_mebibytes"] for row in _of(record, "shapes")}
 
 
