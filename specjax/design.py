@@ -11,9 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from specjax.data import batches, tasks
-from specjax.draft_design import advice, pruning, replay, series, shapes, study, throughput
+from specjax.draft_design import advice, profile, pruning, replay, series, shapes, study, throughput
+from specjax.hub import load as hub_load
 from specjax.hub import model as hub_model
+from specjax.models.decoder import Decoder
 from specjax.reporting import design_tables, records
 from specjax.runtime import cli
 from specjax.runtime import config as configs
@@ -75,6 +79,39 @@ def published(config: Any, workdir: Path) -> list[dict]:
     return rows
 
 
+def build(config: Any, workdir: Path) -> list[dict]:
+    """Shapes of drafts for a target at a budget: of parameters, or of milliseconds a step on this device."""
+    if not config.target:
+        raise UserError("config.target is empty; give --config.target=DIR")
+    if bool(config.parameters) == bool(config.milliseconds):
+        raise UserError("a budget is either parameters or milliseconds; set one of them, and the other to 0")
+    dtypes = {"param_dtype": config.param_dtype, "compute_dtype": config.compute_dtype}
+    _, like = hub_load.read_config(Path(config.target), **dtypes)
+    sizes = (config.parameters,) if config.parameters else config.sizes
+    found = [shapes.at_parameters(like, layers, size) for layers in config.layers for size in sizes]
+    store = profile.Profile(config.profile or workdir / "profile.json")
+    cases = [profile.Case(shape, context=config.context, batch=config.batch_size) for shape in found]
+    points = dict(zip(found, store.measure(cases, config.repeats), strict=True))
+    fastest = min(found, key=lambda shape: points[shape].seconds)
+    seconds_of = lambda shape: points[shape].seconds
+    chosen = shapes.within_seconds(found, seconds_of, config.milliseconds / 1e3) if config.milliseconds else fastest
+    rows = [
+        {
+            "table": "shapes",
+            **{key: getattr(shape, key) for key in ("layers", "width", "heads", "mlp_width")},
+            "parameters": shapes.parameters(shape),
+            "milliseconds": 1e3 * point.seconds,
+            "spread": point.spread,
+            "estimate": point.estimate,
+            "kv_mebibytes": shapes.kv_bytes(shape, config.context, config.batch_size) / 2**20,
+            "chosen": shape == chosen,
+        }
+        for shape, point in points.items()
+    ]
+    named = advice.Candidate(f"{chosen.layers}x{chosen.width}", Decoder(chosen), {}, {}, False)
+    return [*rows, {"table": "to_train_it", "command": advice.command(config.target, config.task, {}, named)}]
+
+
 def prune(config: Any, workdir: Path) -> list[dict]:
     """Cuts a checkpoint to a shape, by what matters on calibration text; writes `workdir/export`."""
     source = hub_model.load(config.source, param_dtype=config.param_dtype, compute_dtype=config.compute_dtype)
@@ -103,6 +140,76 @@ def prune(config: Any, workdir: Path) -> list[dict]:
         "layer_importance": matters.layers.tolist(),
     }
     return [row]
+
+
+def replayed(config: Any, workdir: Path) -> list[dict]:
+    """Records a target's greedy text, or takes a recorded one, and scores drafts against it without the target."""
+    load = lambda path: hub_model.load(path, param_dtype=config.param_dtype, compute_dtype=config.compute_dtype)
+    if config.replay:
+        stored = replay.load(config.replay)
+    elif config.target:
+        # The target is let go of before the first draft is loaded.
+        stored = _recorded(config, load(config.target))
+        replay.save(stored, workdir / "replay")
+    else:
+        raise UserError("config.target is empty; give --config.target=DIR to record, or --config.replay=DIR to score")
+    rows = [
+        {
+            "table": "replay",
+            "directory": config.replay or str(workdir / "replay"),
+            "target_fingerprint": stored.target,
+            "prompts": len(stored.prompts),
+            "emitted_tokens": sum(map(len, stored.emitted)),
+            "top_k": stored.top_ids.shape[2],
+        }
+    ]
+    for path in config.drafts:
+        draft = load(path)
+        shown = {"draft": path, "parameters": draft.decoder.num_params}
+        found = replay.agreement(stored, draft, batch_size=config.batch_size)
+        rows.append(
+            {
+                "table": "agreement",
+                **shown,
+                "agrees": float(found["agrees"].mean()),
+                "perplexity": float(np.exp(found["surprise"].mean())),
+                "overlap": float(found["overlap"].mean()) if len(found["overlap"]) else None,
+            }
+        )
+        for gamma, threshold in itertools.product(config.gammas, (0.0, *config.thresholds)):
+            options = {"threshold": threshold}
+            counts = replay.score(stored, "model", gamma, options, draft=draft, batch_size=config.batch_size)
+            known = advice.measured(counts, seed=config.seed)
+            rows.append(
+                {
+                    "table": "scores",
+                    **shown,
+                    "gamma": gamma,
+                    "threshold": threshold,
+                    "block_efficiency": throughput.emitted(known.ctar, gamma),
+                    "acceptance_rate": float(counts.accepted.sum() / counts.drafted.sum()),
+                    "drafted_a_block": known.drafted,
+                    "ctar": known.ctar,
+                }
+            )
+    return rows
+
+
+def _recorded(config: Any, target: hub_model.Model) -> replay.Replay:
+    how = {"max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size, "top_k": config.top_k}
+    return replay.record(target, _prompts(config, target), **how)
+
+
+def _prompts(config: Any, target: hub_model.Model) -> tuple[tuple[int, ...], ...]:
+    """Of the validation split of the config's task."""
+    found = batches.evaluation_prompts(
+        tasks.load_task(config.task),
+        target.tokenizer,
+        count=config.selection.count,
+        prompt_length=(config.selection.length_min, config.selection.length_max),
+        seed=config.seed,
+    )
+    return tuple(prompt.tokens for prompt in found)
 
 
 def advise(config: Any, workdir: Path) -> list[dict]:
@@ -144,17 +251,7 @@ def advise(config: Any, workdir: Path) -> list[dict]:
 
 
 def _workload(config: Any, target: hub_model.Model) -> advice.Workload:
-    if config.replay:
-        prompts = _replay(config, target).prompts
-    else:
-        found = batches.evaluation_prompts(
-            tasks.load_task(config.task),
-            target.tokenizer,
-            count=config.selection.count,
-            prompt_length=(config.selection.length_min, config.selection.length_max),
-            seed=config.seed,
-        )
-        prompts = tuple(prompt.tokens for prompt in found)
+    prompts = _replay(config, target).prompts if config.replay else _prompts(config, target)
     if not 1 <= config.batch_size <= len(prompts):
         raise UserError(f"batch_size must lie in 1 .. {len(prompts)}, the number of prompts, not {config.batch_size}")
     return advice.Workload(prompts, config.max_new_tokens, config.batch_size, config.temperature, config.seed)
@@ -187,7 +284,9 @@ def _stated(ends: tuple[float, ...]) -> tuple[float, float]:
 ACTIONS: dict[str, Callable[[Any, Path], list[dict]]] = {
     "published": published,
     "profile": series.run,
+    "build": build,
     "prune": prune,
+    "replay": replayed,
     "advise": advise,
     "study": study.run,
 }

@@ -8,7 +8,8 @@ import tiny
 from ml_collections import ConfigDict
 
 from specjax import api, design
-from specjax.draft_design import advice
+from specjax.draft_design import advice, profile
+from specjax.draft_design.profile import Point
 from specjax.draft_design.throughput import Parts
 from specjax.hub.tokenizer import train_byte_bpe
 from specjax.models.decoder import Decoder
@@ -93,6 +94,7 @@ def test_acceptance_is_measured_as_ratios_of_sums():
     assert found.low[0] <= 0.6 <= found.high[0]
 
 
+@pytest.mark.slow
 def test_what_advice_cannot_be_given_on_is_refused(tmp_path):
     config = configs.load(f"{CONFIG}:smoke")
     with pytest.raises(UserError, match="config.target is empty; give --config.target=DIR"):
@@ -112,6 +114,34 @@ def test_what_advice_cannot_be_given_on_is_refused(tmp_path):
     config.batch_size = 3
     with pytest.raises(UserError, match=r"batch_size must lie in 1 .. 2, the number of prompts, not 3"):
         design.advise(config, tmp_path)
+
+
+@pytest.mark.slow
+def test_the_shape_is_the_fastest_at_its_parameters_or_the_largest_within_its_milliseconds(tmp_path, monkeypatch):
+    tokenizer = train_byte_bpe(["x = 1\n" * 30], 260)
+    api.save(api.Model(*tiny.decoder(vocab_size=260), tokenizer), tmp_path / "target")
+    timed = lambda cases, repeats: {case.key: Point(1e-3 * case.shape.layers, 0.0) for case in cases}
+    monkeypatch.setattr(profile, "_timed", timed)
+    config = configs.load(f"{CONFIG.with_name('build.py')}:smoke")
+    with pytest.raises(UserError, match="config.target is empty"):
+        design.build(config, tmp_path)
+    config.target, config.layers, config.parameters = str(tmp_path / "target"), (2, 1), 12_000
+    *found, train = design.build(config, tmp_path)
+    assert [(row["layers"], row["chosen"]) for row in found] == [(2, False), (1, True)]
+    assert all(abs(row["parameters"] / 12_000 - 1) < 0.03 for row in found)
+    assert "--config.model.layers=1" in train["command"]
+    config.parameters, config.milliseconds, config.sizes = 0, 2.5, (12_000, 16_000)
+    config.layers = (1, 2, 3)
+    *found, _ = design.build(config, tmp_path)
+    assert [row["chosen"] for row in found].count(True) == 1
+    (chosen,) = (row for row in found if row["chosen"])
+    assert chosen["parameters"] == max(row["parameters"] for row in found if row["layers"] < 3)
+    config.milliseconds = 0.5
+    with pytest.raises(UserError, match="no shape takes at most 0.0005 s a step"):
+        design.build(config, tmp_path)
+    config.parameters = 12_000
+    with pytest.raises(UserError, match="a budget is either parameters or milliseconds"):
+        design.build(config, tmp_path)
 
 
 def test_the_page_shows_candidates_advice_and_reasons():

@@ -7,7 +7,7 @@ import tiny
 
 from specjax import design
 from specjax.draft_design import shapes
-from specjax.reporting import design_tables
+from specjax.reporting import design_claims, design_tables
 from specjax.runtime import config as configs
 from specjax.runtime.errors import UserError
 
@@ -55,6 +55,54 @@ def test_the_published_rows_come_out_within_half_a_percent(tmp_path, capsys):
     assert "32.59" in printed and "23.09" in printed
     page = design_tables.all_tables(results)
     assert "| wide-796m | 5 | 2560 | 32 | 11008 | 796,290,560 | 1024 | 80 |" in page
+
+
+def verdicts(record, *rows, **others):
+    """Of the claims that this record judges, by the first words of each."""
+    made = {"rows": rows, **others}
+    return [claim.verdict(made) for claim in design_claims.CLAIMS if claim.record == record]
+
+
+def test_verdicts_of_the_profile_follow_from_its_lines():
+    line = {"table": "lines", "milliseconds_for_one_more": 0.5, "slowest_over_fastest": 3.0, "r_squared": 0.99}
+    depth = {**line, "series": "depth at fixed parameters", "against": "layers"}
+    width = {**line, "series": "width at fixed depth", "against": "width"}
+    assert verdicts("design_profile", depth, width) == ["reproduced in shape", "not reproduced"]
+    flat = {**width, "slowest_over_fastest": 1.1}
+    assert verdicts("design_profile", {**depth, "r_squared": 0.5}, flat) == ["not reproduced", "reproduced in shape"]
+    assert verdicts("design_profile") == ["not measured yet"] * 2
+
+
+def test_verdicts_of_the_study_follow_from_its_tables():
+    predicted = {"table": "predicted_against_measured", "batch_size": 1, "configurations": 9}
+    predicted |= {"within_10_percent": 0.95, "median_error": 0.03}
+    advised = {"table": "advice", "settings": 12, "within_5_percent": 1.0, "least_of_advised_over_fastest": 0.96}
+    depth = {"table": "depth_at_equal_parameters", "task": "t", "recipe": "r", "temperature": 0.0}
+    depths = [{**depth, "layers": n, "tokens_per_second": speed} for n, speed in ((1, 9.0), (4, 9.5), (8, 8.0))]
+    weak = {"table": "perplexity_correlation", "task": "t", "temperature": 0.0, "with": "tokens per second"}
+    weak |= {"drafts": 9, "spearman": 0.2}
+    found = verdicts("design_study", predicted, advised, *depths, weak)
+    assert found == ["reproduced in shape"] * 3 + ["holds"] * 2
+    depths[0]["tokens_per_second"], weak["spearman"] = 10.0, -0.8
+    predicted["median_error"], advised["settings"] = 0.05, 9
+    found = verdicts("design_study", predicted, advised, *depths, weak)
+    assert found == ["reproduced in shape", "not reproduced", "not reproduced", "does not hold", "does not hold"]
+    assert verdicts("design_study") == ["not measured yet"] * 5
+
+
+def test_verdicts_of_published_rows_and_of_pruning():
+    rows = [{"table": "consistency", "off_by": 1e-3, "computed_tokens_per_second": 1.0}]
+    rows += [
+        {"table": "shapes", "draft": f"{name}-1.3b", "kv_mebibytes": size}
+        for name, size in (("noft", 192), ("wide", 120))
+    ]
+    consistent = "consistent; arithmetic, nothing is reproduced"
+    assert verdicts("design_published", *rows) == [consistent, consistent, "not testable here"]
+    rows[0]["off_by"], rows[1]["kv_mebibytes"] = -0.02, 191
+    assert verdicts("design_published", *rows)[:2] == ["not reproduced"] * 2
+    pair = {"drafter": "recovered_wide_0", "temperature": 0.0, "block_efficiency_ratio": 1.2}
+    assert verdicts("design_pruning", comparisons=[pair]) == ["holds"]
+    assert verdicts("design_pruning", comparisons=[pair, {**pair, "block_efficiency_ratio": 0.9}]) == ["does not hold"]
 
 
 @pytest.mark.parametrize("layers", [1, 2, 5])

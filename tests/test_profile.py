@@ -74,6 +74,7 @@ def test_a_profile_of_another_device_is_refused(tmp_path, clock):
         Profile(path)
 
 
+@pytest.mark.slow
 def test_the_clock_runs_real_steps(tmp_path):
     (point,) = Profile(tmp_path / "p.json").measure([Case(tiny.config(layers=1), context=8, steps=2)], 2)
     assert point.seconds > 0 and not point.estimate

@@ -53,6 +53,8 @@ def models(tmp_path_factory):
         "configs/kangaroo/choose_layers.py": (f"--config.target={home}/target",),
         "configs/generate.py": (*pair, "--config.prompt=def main("),
         "configs/draft_design/advise.py": (pair[0], f"--config.drafts={home}/draft"),
+        "configs/draft_design/build.py": (pair[0],),
+        "configs/draft_design/replay.py": (pair[0], f"--config.drafts={home}/draft"),
         "configs/draft_design/train.py": (pair[0], f"--config.tokenizer.path={home}/target"),
     }
 

@@ -43,6 +43,7 @@ def row(drafter, gamma=4, **changes):
         "prefill_seconds": 0.5,
         "tokens_per_second": 125.0,
         "speedup": 1.2,
+        "predicted_speedup": 1.2,
     }
     return {**values, **changes}
 
@@ -87,6 +88,35 @@ def test_a_configuration_is_predicted_from_its_parts():
     assert untimed["predicted_tokens_per_second"] is None and untimed["off_by"] is None
 
 
+def test_advice_and_winner_are_compared_by_a_second_run():
+    def rows(speeds, predicted):
+        names = ("none", "a", "b")
+        return [
+            row(name, gamma=4 * bool(i), tokens_per_second=speed, predicted_speedup=ahead)
+            for i, (name, speed, ahead) in enumerate(zip(names, speeds, predicted, strict=True))
+        ]
+
+    # The parts speak for b; a was lucky, and fell back when it was measured again.
+    first, second = rows((100.0, 130.0, 125.0), (None, 1.2, 1.3)), rows((100.0, 120.0, 126.0), (None,) * 3)
+    (found,) = study.check_advice("e", first, second)
+    assert (found["advised"], found["fastest"]) == ("b, gamma 4", "a, gamma 4")
+    assert found["advised_over_fastest"] == pytest.approx(1.05)
+    (found,) = study.check_advice("e", rows((100.0, 130.0, 90.0), (None, 0.9, 0.8)), second)
+    assert found["advised"] == "plain decoding" and found["advised_over_fastest"] == pytest.approx(100 / 120)
+    assert study.check_advice("e", rows((100.0, 130.0, 90.0), (None,) * 3), second) == []
+
+
+def test_a_changed_grid_is_refused_in_an_old_workdir(tmp_path):
+    config = configs.load(f"{CONFIG}:smoke")
+    configs.assert_same_run(config, tmp_path)
+    configs.assert_same_run(config, tmp_path)
+    config.evaluation_code_0.batch_sizes = (1, 4)
+    with pytest.raises(
+        UserError, match=r"evaluation_code_0.batch_sizes: \[1, 2\] -> \[1, 4\].* choose another --workdir"
+    ):
+        configs.assert_same_run(config, tmp_path)
+
+
 @pytest.mark.slow
 def test_the_tables_are_those_worked_by_hand(folders, tmp_path):
     rows = study.run(config_of(folders), tmp_path)
@@ -110,7 +140,10 @@ def test_the_tables_are_those_worked_by_hand(folders, tmp_path):
 @pytest.mark.slow
 def test_a_drafter_that_no_training_made_is_refused(folders, tmp_path):
     config = config_of(folders)
-    config.trained = config.trained[1:]
+    config.again = ("one", "two")
+    with pytest.raises(UserError, match="again lists a second run of every evaluation"):
+        study.run(config, tmp_path)
+    config.again, config.trained = (), config.trained[1:]
     with pytest.raises(UserError, match='no training of this study made the drafter "supervised_t_1_0"'):
         study.run(config, tmp_path)
 
@@ -118,7 +151,7 @@ def test_a_drafter_that_no_training_made_is_refused(folders, tmp_path):
 def test_the_grid_is_at_least_350_configurations_of_20_trained_drafts_at_equal_parameters():
     config = configs.load(CONFIG)
     main._check_stages(config)
-    evaluations = [config[name] for name in config.stages if config[name].binary == "evaluate"]
+    evaluations = [config[name] for name in config.stages if name.startswith("evaluation")]
     count = sum(
         len(drafter.lossless) * len(each.batch_sizes) * len(each.temperatures)
         for each in evaluations

@@ -2,10 +2,10 @@
 
     python -m specjax.main --config=configs/draft_design/pruning.py --workdir=runs/pruning
 
-Stages: `target` (the quickstart's, 4 layers of width 640), `pruned_N` for each shape N (the target cut to it, by what
-matters on held-out text), then for every seed `recovered_N_S` (the pruned draft, distilled on the corpus) and
-`scratch_N_S` (random, distilled on the same batches for as many steps), and `evaluation`. `wide` has one layer of the
-target's width, `narrow` two of half of it.
+Stages: `target` (the quickstart's, of width 640), `pruned_N` for each shape N (the target cut to it, by what matters on
+the corpus), then for every seed `recovered_N_S` (the pruned draft, distilled on the corpus) and `scratch_N_S` (random,
+distilled on the same batches for as many steps), and `evaluation`. `wide` has one layer of the target's width, `narrow`
+two of half of it.
 
 Hardware: 2 CPU cores; not timed. Whether the pruned draft is ahead, and of which shape, is what the table of
 comparisons says. `configs/draft_design/pruning.py:smoke` takes a minute.
@@ -81,7 +81,6 @@ def _trained(base: ConfigDict, recipe: str, name: str, shape: dict, seed: int) -
     section.seed = seed
     section.data.update({"fixed": 1.0, "draft": 0.0})
     section.speculative_eval.every = 0
-    section.train.steps = base.supervised.train.steps
     section.model.init = f"stage:pruned_{name}" if recipe == "recovered" else "random"
     section.model.update({key: value or base.target.model[key] for key, value in shape.items()})
     section.model.head_size = base.target.model.head_size

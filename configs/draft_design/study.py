@@ -2,11 +2,12 @@
 
     python -m specjax.main --config=configs/draft_design/study.py --workdir=runs/study
 
-For each task one target (the quickstart's shape); for each depth and seed one draft of two million parameters trained
+For each task one target; for each depth and seed one draft of two million parameters trained
 plainly (`supervised_TASK_LAYERS_SEED`) and one that goes on from it by DistillSpec (`distilled_...`), 40 trainings in
-all; for each task and seed one evaluation of every draft, the parts timed apart from the runs; last `study`, which puts
-all of it together: configurations.csv, report.html, and tables of predicted against measured, of depth at equal
-parameters, of perplexity against acceptance. Every stage is finished for itself, so that the same command goes on where
+all; for each task and seed one evaluation of every draft, the parts timed apart from the runs, and a second run of it
+(`again_...`); last `study`, which puts all of it together: configurations.csv, report.html, and tables of predicted
+against measured, of depth at equal parameters, of perplexity against acceptance, and of what the model would have
+advised beside what was fastest. Every stage is finished for itself, so that the same command goes on where
 it stopped; a changed grid is refused in an old workdir.
 
 Hardware: 2 CPU cores; not timed, some hours. `configs/draft_design/study.py:smoke` runs one task, two depths and one
@@ -29,6 +30,8 @@ SHAPES = {
     12: (128, 4, 2, 280),
 }
 HEAD_SIZE = 32
+# Wide enough that verifying several tokens costs little more than one step on a CPU.
+TARGET = {"layers": 4, "width": 640, "heads": 10, "kv_heads": 5, "mlp_width": 1792}
 # How a draft is evaluated, by its recipe.
 GAMMAS = {"supervised": (4,), "distilled": (1, 2, 4, 6)}
 
@@ -48,10 +51,12 @@ def get_config(variant: str = "") -> ConfigDict:
     base = _quickstart(variant)
     config = ConfigDict()
     config.seed = base.seed
-    stages, trained, evaluations = [], [], []
+    stages, trained, evaluations, again = [], [], [], []
     for task, name in TASKS.items() if not variant else (("code", TASKS["code"]),):
         target = f"target_{task}"
         config[target] = _on_task(base.target, name)
+        if not variant:
+            config[target].model.update(TARGET)
         stages.append(target)
         for seed in SEEDS if not variant else SEEDS[:1]:
             drafters = {}
@@ -64,9 +69,12 @@ def get_config(variant: str = "") -> ConfigDict:
                     trained.append(f"workdir:{stage}")
             evaluation = f"evaluation_{task}_{seed}"
             config[evaluation] = _evaluation(base, task, seed, drafters, variant)
-            stages.append(evaluation)
+            config[f"again_{task}_{seed}"] = config[evaluation].copy_and_resolve_references()
+            config[f"again_{task}_{seed}"].measure_parts = False
+            stages += [evaluation, f"again_{task}_{seed}"]
             evaluations.append(f"workdir:{evaluation}")
-    config.study = _study(base, tuple(trained), tuple(evaluations))
+            again.append(f"workdir:again_{task}_{seed}")
+    config.study = _study(base, tuple(trained), tuple(evaluations), tuple(again))
     config.study.gamma = 4 if not variant else 2
     config.stages = (*stages, "study")
     return config
@@ -109,12 +117,13 @@ def _evaluation(base: ConfigDict, task: str, seed: int, drafters: dict, variant:
     return section
 
 
-def _study(base: ConfigDict, trained: tuple[str, ...], evaluations: tuple[str, ...]) -> ConfigDict:
+def _study(base: ConfigDict, trained: tuple, evaluations: tuple, again: tuple) -> ConfigDict:
     section = ConfigDict()
     section.binary = "design"
     section.action = "study"
     section.seed = base.seed
     section.trained = trained  # the drafts' trainings; a drafter has its training's name
     section.evaluations = evaluations
+    section.again = again  # a second run of each evaluation, by which advice and winner are compared; or ()
     section.gamma = 4  # at which shapes are compared
     return section

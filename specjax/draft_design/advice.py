@@ -59,7 +59,8 @@ class Acceptance:
 
     Attributes:
       ctar: the best guess, for as many positions as were drafted.
-      low: and high: its 95% interval, or the ends of a stated range.
+      low: the lower end of its 95% interval, or of a stated range.
+      high: the upper one.
       drafted: tokens of a block, gamma where it never stops early.
     """
 
@@ -263,7 +264,7 @@ def command(target: str, task: Any, row: dict, candidate: Candidate) -> str:
     if candidate.trained:
         given = {"target": target, "drafter.path": candidate.name, "gamma": row["gamma"]}
         config, workdir = "configs/generate.py", "generate"
-        given["drafter.threshold"] = row["threshold"]
+        given |= {"drafter.threshold": row["threshold"], "prompt": '"def main("'}
     else:
         shape = candidate.decoder.config
         sizes = ("layers", "width", "heads", "kv_heads", "head_size", "mlp_width", "max_positions")

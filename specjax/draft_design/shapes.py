@@ -102,8 +102,12 @@ def step_bytes(config: DecoderConfig, context: int, batch: int = 1) -> int:
 def kv_bytes(config: DecoderConfig, tokens: int, batch: int = 1) -> int:
     """What the cache of so many tokens a row occupies, by the cache that decoding would make; nothing is allocated."""
     prompts, lengths = jnp.zeros((batch, 1), jnp.int32), jnp.ones((batch,), jnp.int32)
-    arrays = jax.eval_shape(lambda: jax.tree.leaves(Decoder(config).start({}, prompts, lengths, tokens)))
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
+
+    def arrays():
+        cache = Decoder(config).start({}, prompts, lengths, tokens)
+        return *cache.keys, *cache.values
+
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.eval_shape(arrays))
 
 
 def at_parameters(like: DecoderConfig, layers: int, wanted: int, tolerance: float = 0.03) -> DecoderConfig:

@@ -37,19 +37,77 @@ def run(config: Any, workdir: Path) -> list[dict]:
       UserError: for a stage without results, and a drafter that none of the trainings made.
     """
     drafts = {Path(path).name: _draft(Path(path)) for path in config.trained}
-    found = []
-    for path in config.evaluations:
-        for row in records.read_results(Path(path) / "results.json")["rows"]:
-            if row["gamma"] and row["drafter"] not in drafts:
-                raise UserError(f'no training of this study made the drafter "{row["drafter"]}"; list its stage')
-            if row["gamma"]:
-                found.append(configuration(row, drafts[row["drafter"]]))
+    found, checked = [], []
+    if len(config.again) not in (0, len(config.evaluations)):
+        raise UserError("again lists a second run of every evaluation, in their order, or of none")
+    for index, path in enumerate(config.evaluations):
+        measured = records.read_results(Path(path) / "results.json")["rows"]
+        for name in (row["drafter"] for row in measured if row["gamma"]):
+            if name not in drafts:
+                raise UserError(f'no training of this study made the drafter "{name}"; list its stage')
+        found += [configuration(row, drafts[row["drafter"]]) for row in measured if row["gamma"]]
+        if config.again:
+            again = records.read_results(Path(config.again[index]) / "results.json")["rows"]
+            checked += check_advice(Path(path).name, measured, again)
     if not found:
         raise UserError("the study's evaluations have no rows with a draft; give its drafters some gammas")
     _write_csv(workdir / FILE, found)
     rows = [*_prediction_rows(found), *_shape_rows(found, config.gamma), *_correlation_rows(found, config.gamma)]
+    rows += [*_advice_summary(checked), *checked]
     _report(config, workdir, rows, found)
     return rows
+
+
+def check_advice(name: str, measured: Sequence[Mapping], again: Sequence[Mapping]) -> list[dict]:
+    """Of each temperature and batch size: what the parts and counts advise, beside what was fastest when all were run.
+
+    Both are compared by a second run, so that the winner of the first is not paid for its luck. Where no draft is
+    predicted to beat plain decoding, plain decoding is the advice.
+    """
+    key = lambda row: (row["drafter"], row["gamma"], row["temperature"], row["batch_size"])
+    second = {key(row): row["tokens_per_second"] for row in again}
+    rows = []
+    for temperature, size in sorted({(row["temperature"], row["batch_size"]) for row in measured}):
+        group = [row for row in measured if (row["temperature"], row["batch_size"]) == (temperature, size)]
+        timed = [row for row in group if row["gamma"] and row["predicted_speedup"] is not None]
+        if not timed:
+            continue
+        # Predicted throughput: all of a group share one plain decoding.
+        advised = max(timed, key=lambda row: row["predicted_speedup"])
+        if advised["predicted_speedup"] <= 1:
+            advised = next(row for row in group if not row["gamma"])
+        winner = max(group, key=lambda row: row["tokens_per_second"])
+        said = lambda row: f"{row['drafter']}, gamma {row['gamma']}" if row["gamma"] else "plain decoding"
+        rows.append(
+            {
+                "table": "advice_checked",
+                "evaluation": name,
+                "temperature": temperature,
+                "batch_size": size,
+                "configurations": len(group),
+                "advised": said(advised),
+                "fastest": said(winner),
+                "tokens_per_second_of_advised": second[key(advised)],
+                "tokens_per_second_of_fastest": second[key(winner)],
+                "advised_over_fastest": second[key(advised)] / second[key(winner)],
+            }
+        )
+    return rows
+
+
+def _advice_summary(checked: Sequence[Mapping]) -> list[dict]:
+    if not checked:
+        return []
+    ratios = [row["advised_over_fastest"] for row in checked]
+    return [
+        {
+            "table": "advice",
+            "settings": len(checked),
+            "within_5_percent": sum(ratio >= 0.95 for ratio in ratios) / len(ratios),
+            "median_of_advised_over_fastest": statistics.median(ratios),
+            "least_of_advised_over_fastest": min(ratios),
+        }
+    ]
 
 
 def _draft(folder: Path) -> dict:

@@ -40,8 +40,8 @@ class Meter:
 
     @classmethod
     def zeros(cls, batch: int) -> "Meter":
-        row = jnp.zeros((batch,), jnp.int32)
-        return cls(row, row, jnp.zeros((), jnp.int32))
+        row = lambda: jnp.zeros((batch,), jnp.int32)  # an array each: a cache that is donated may hold none twice
+        return cls(row(), row(), jnp.zeros((), jnp.int32))
 
     def after(self, layers: int, columns: int) -> "Meter":
         """The meter behind a call of so many layers on so many columns."""

@@ -13,6 +13,10 @@ _FORMATS = {
     "parameters": "{:,}",
     "r_squared": "{:.3f}",
     "spread": "{:.1%}",
+    "within_10_percent": "{:.0%}",
+    "within_5_percent": "{:.0%}",
+    "median_error": "{:.1%}",
+    "largest_error": "{:.1%}",
 }
 
 
@@ -65,8 +69,23 @@ def _columns(rows: Sequence[Mapping]) -> list[str]:
     return [key for key, value in rows[0].items() if key != "stage" and not isinstance(value, (Mapping, list))]
 
 
+def pruning(record: Mapping) -> str:
+    """What was pruned to what, and each recovered draft against the one from scratch, prompt by prompt."""
+    compared = [
+        {
+            **{key: row[key] for key in ("drafter", "against", "temperature", "gamma")},
+            "ratio of block efficiencies": f"{row['block_efficiency_ratio']:.3f}",
+            "95% interval": "{:.3f} to {:.3f}".format(*row["block_efficiency_ratio_ci"]),
+        }
+        for row in record["comparisons"]
+    ]
+    return f"{tables.markdown_table(compared, list(compared[0]))}\n\n{all_tables(record)}"
+
+
 # The name of a record and of its table -> what writes the table; joined into `sync.TABLES`.
 TABLES: dict[str, Callable[[Mapping], str]] = {
     "design_published": all_tables,
     "design_profile": all_tables,
+    "design_study": all_tables,
+    "design_pruning": pruning,
 }

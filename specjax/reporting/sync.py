@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from specjax.reporting import (
+    design_claims,
     design_tables,
     distillspec_claims,
     distillspec_figures,
@@ -147,6 +148,7 @@ TABLES: dict[str, Callable[[Mapping], str]] = {
 OVERVIEWS: dict[str, Callable[[Mapping[str, Mapping]], str]] = {
     "claims": distillspec_claims.claims,
     "kangaroo_claims": kangaroo_claims.claims,
+    "design_claims": design_claims.claims,
 }
 
 # The name of a record -> what draws its figure to a path.

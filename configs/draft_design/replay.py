@@ -1,0 +1,44 @@
+"""Records what a target says greedily, and scores drafts against it with the target out of memory.
+
+    python -m specjax.main --config=configs/draft_design/replay.py --workdir=runs/replay --config.target=DIR
+    python -m specjax.main --config=configs/draft_design/replay.py --workdir=runs/scores \\
+        --config.replay=runs/replay/replay --config.drafts=DIR,DIR
+
+The first writes runs/replay/replay: tokens, and where `top_k` is above 0 the most probable tokens of each position. The
+second decodes with every draft, gamma and threshold as if the target were there; its counts are those of the live
+greedy run. A draft with another tokenizer is refused. `agreement` says what a draft makes of the text where it is given
+all that came before: how often its best token is the target's, its perplexity, and at least what sampling at
+temperature 1 would accept (the mass that both give to the stored tokens).
+
+Hardware: whatever holds the larger of both models; not timed. `configs/draft_design/replay.py:smoke` records two
+prompts.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    if variant not in ("", "smoke"):
+        raise ValueError(f"configs/draft_design/replay.py has one variant, smoke; not {variant!r}.")
+    config = ConfigDict()
+    config.binary = "design"
+    config.action = "replay"
+    config.seed = 0
+    config.target = ""  # directory of the target to record
+    config.replay = ""  # directory of a replay to score against, in place of recording one
+    config.drafts = ()  # directories of the drafts to score
+    config.gammas = (1, 2, 4, 6)
+    config.thresholds = (0.3, 0.5)  # confidence below which a block ends, beside none
+    config.batch_size = 8
+    config.max_new_tokens = 128
+    config.top_k = 32  # most probable tokens stored of each position; 0 stores none
+    # The prompts: of the task's validation split.
+    config.task = ConfigDict({"name": "stdlib_code", "path": "", "seed": 0, "size": 0})
+    config.selection = ConfigDict({"count": 40, "length_min": 16, "length_max": 32})
+    config.param_dtype = "float32"
+    config.compute_dtype = "auto"  # float32 on CPU, bfloat16 on accelerators
+    if variant == "smoke":
+        config.gammas, config.thresholds, config.batch_size, config.max_new_tokens = (2,), (0.3,), 2, 8
+        config.top_k, config.task.size = 4, 60_000
+        config.selection.update({"count": 2, "length_min": 4, "length_max": 8})
+    return config
