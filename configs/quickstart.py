@@ -59,11 +59,11 @@ def _training(steps: int, learning_rate: float) -> ConfigDict:
             "init": "random",
             "encoder_layers": 0,
             "layers": 1,
-            "width": 192,
-            "heads": 3,
-            "kv_heads": 3,
+            "width": 256,
+            "heads": 4,
+            "kv_heads": 2,
             "head_size": 64,
-            "mlp_width": 512,
+            "mlp_width": 704,
             "max_positions": 1024,
             "rope_theta": 10000.0,
             "norm_epsilon": 1e-5,
@@ -135,12 +135,12 @@ def _supervised() -> ConfigDict:
 
 
 def _target() -> ConfigDict:
-    config = _training(steps=290, learning_rate=1.5e-3)
+    config = _training(steps=320, learning_rate=1.5e-3)
     config.tokenizer.path = ""
     # Wide enough that verifying five tokens costs little more than one step on a CPU, and no deeper than time allows.
-    config.model.update({"layers": 3, "width": 576, "heads": 9, "kv_heads": 3, "mlp_width": 1536})
+    config.model.update({"layers": 3, "width": 512, "heads": 8, "kv_heads": 4, "mlp_width": 1408})
     config.data.batch_size = 8
-    config.train.update({"eval_every": 145, "eval_batches": 4, "checkpoint_every": 145})
+    config.train.update({"eval_every": 160, "eval_batches": 4, "checkpoint_every": 160})
     return config
 
 
