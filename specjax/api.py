@@ -118,22 +118,14 @@ def generate(
       UserError: for settings out of range, empty or too long prompts, ids outside the vocabulary, different
         vocabularies or tokenizers.
     """
-    ids = _ids(target, prompts, max_new_tokens)
-    if batch_size < 1:
-        raise UserError(f"batch_size must be at least 1, not {batch_size}")
+    ids = _ids(target, prompts, max_new_tokens, batch_size)
     costs = None if adaptive is None or drafter is None else block_costs(*adaptive, gamma)
     sampling = Sampling.of(temperature, top_k, top_p, lenience=lenience, threshold=threshold, costs=costs)
-    options = {"exit_layer": exit_layer, "skipped": skipped, "shortest": shortest, "longest": longest}
-    options |= {"threshold": threshold, "adaptive": adaptive is not None}
+    stops = {"threshold": threshold, "adaptive": adaptive is not None}
+    options = {"exit_layer": exit_layer, "skipped": skipped, "shortest": shortest, "longest": longest, **stops}
     (gamma, proposer), slots = _proposer(target, drafter, gamma, options), batch.prompt_slots(ids)
-    plan = loop.Plan(
-        target=target.decoder,
-        drafter=proposer,
-        rule=_rule(rule, lenience),
-        gamma=gamma,
-        capacity=batch.capacity_bucket(target.decoder.text_slots(slots), max_new_tokens, gamma),
-        greedy=temperature == 0,
-    )
+    capacity = batch.capacity_bucket(target.decoder.text_slots(slots), max_new_tokens, gamma)
+    plan = loop.Plan(target.decoder, proposer, _rule(rule, lenience), gamma, capacity, temperature == 0)
     with meshes.use(target.mesh) if target.mesh is not None else contextlib.nullcontext():
         results = batch.decode_all(
             plan,
@@ -160,8 +152,12 @@ def _rule(name: str, lenience: float):
     return rule
 
 
-def _ids(target: Model, prompts: Sequence[str] | Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
-    """Token ids of the prompts, checked."""
+def _ids(
+    target: Model, prompts: Sequence[str] | Sequence[Sequence[int]], max_new_tokens: int, batch_size: int
+) -> list[list[int]]:
+    """Token ids of the prompts, checked as the batch's size is."""
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, not {batch_size}")
     ids = [target.tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
     config = target.decoder.config
     batch.check_prompts(

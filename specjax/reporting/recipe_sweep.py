@@ -62,7 +62,7 @@ def matrix(cells: Mapping[str, Mapping[int, float]]) -> list[list[float | None]]
 
 
 def heat_map(record: Mapping, path: str | Path) -> None:
-    """Draws `matrix`, a panel for each temperature."""
+    """Gain over the undistilled draft in percent, by text and divergence, a panel for each temperature."""
     panels = {f"temperature {temperature:g}": matrix(cells) for temperature, cells in efficiencies(record).items()}
     heatmaps.heat_map(
         panels,

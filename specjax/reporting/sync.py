@@ -7,6 +7,7 @@ marks. A record that is not there leaves its table as it is. Of a record with a 
 page of its table. An overview is made of all records together.
 """
 
+import inspect
 import json
 import statistics
 import sys
@@ -169,7 +170,7 @@ def synced(readme_text: str, directory: str | Path) -> str:
     for name, write in TABLES.items():
         path = Path(directory) / f"{name}.json"
         if _has_table(readme_text, name) and path.is_file():
-            written[name] = _of_record(write, path)
+            written[name] = _figure(name) + _of_record(write, path)
     for name, write in OVERVIEWS.items():
         if _has_table(readme_text, name):
             paths = {made: Path(directory) / f"{made}.json" for made in TABLES}
@@ -190,6 +191,15 @@ def draw_figures(page: Path, directory: str | Path) -> list[Path]:
             drawn.append(page.parent / f"{name}.png")
             _of_record(lambda record, draw=draw: draw(record, drawn[-1]), path)
     return drawn
+
+
+def _figure(name: str) -> str:
+    """The lines that show a record's figure above its table; nothing where it has none."""
+    if name not in FIGURES:
+        return ""
+    said = inspect.getdoc(FIGURES[name]).splitlines()[0].replace('"', "'")
+    dark = f'<source media="(prefers-color-scheme: dark)" srcset="{name}.dark.png">'
+    return f'<picture>{dark}<img src="{name}.png" alt="{said}"></picture>\n\n'
 
 
 def _has_table(page: str, name: str) -> bool:
