@@ -2,11 +2,11 @@
 
     python -m specjax.main --config=configs/quickstart_controls.py --workdir=runs/controls
 
-Hardware: 2 CPU cores, 25 to 45 minutes. One target, larger than the quickstart's (which has ten minutes for everything),
-and for each seed one draft trained plainly to its plateau, from which four drafts go on: `distilled` (on-policy), `fixed`
-(the same divergence and steps on the corpus), `control_steps` (plainly, equal steps) and `control_clock` (plainly, at least
-as long by the clock as `distilled`). The results are committed as configs/records/study.json; README.md says what they
-show.
+Hardware: 2 CPU cores, 25 to 45 minutes. One target, larger than the quickstart's (which has ten minutes for it all),
+and for each seed one draft trained plainly to its plateau, from which four drafts go on: `distilled` (on-policy),
+`fixed` (the same divergence and steps on the corpus), `control_steps` (plainly, equal steps) and `control_clock`
+(plainly, at least as long by the clock as `distilled`). The results are committed as configs/records/study.json;
+README.md says what they show.
 """
 
 import importlib.util
