@@ -11,6 +11,7 @@ import tiny as tiny_models
 
 from specjax.distillation import divergences, objective
 from specjax.models.decoder import Decoder
+from specjax.models.language_model import NEXT
 from specjax.runtime.errors import UserError
 
 NAMES = tuple(divergences.DIVERGENCES)
@@ -260,6 +261,8 @@ def test_padding_changes_nothing(divergence):
 
 class Bigram:
     """A "model" without context: each token's logits are a row of its table."""
+
+    predicts = NEXT
 
     def extend(self, params, cache, tokens, positions):
         return params["table"][tokens], cache

@@ -466,6 +466,10 @@ def test_generate_takes_an_adapter_and_keeps_the_text(home):
     out = api.generate(target, ["the cat", "the"], drafter=adapter, gamma=3, threshold=0.5, **settings)
     assert out.tokens == plain.tokens
     assert 0 < out.stats.counts.drafted.sum() < 3 * out.stats.target_calls
+    how = {"drafter": "skip_layers", "skipped": (1,), "gamma": 3, "adaptive": (0.3, 0.1)}
+    out = api.generate(target, ["the cat", "the"], **how, **settings)
+    assert out.tokens == plain.tokens
+    assert 0 < out.stats.counts.drafted.sum() < 3 * out.stats.target_calls
 
 
 def test_an_adapter_of_another_target_is_refused(home):

@@ -13,6 +13,7 @@ from specjax.decoding import loop
 from specjax.decoding.drafters.table import make_drafter
 from specjax.decoding.sampling import Sampling, row_keys
 from specjax.draft_design import layer_search
+from specjax.models.encoder_decoder import EncoderDecoder
 from specjax.reporting import records
 from specjax.runtime.errors import UserError
 
@@ -111,6 +112,8 @@ def test_layers_that_are_not_there_and_costs_that_cannot_be_are_refused(models):
         searched(models, most_skipped=4)
     with pytest.raises(UserError, match="a positive cost"):
         searched(models, verify_cost=0.0)
+    with pytest.raises(UserError, match="of decoder-only models, not of an encoder-decoder"):
+        searched((EncoderDecoder.__new__(EncoderDecoder), {}))
 
 
 def test_a_run_that_chose_nothing_is_named(tmp_path):

@@ -9,7 +9,7 @@ import tiny
 from specjax.decoding.sampling import Sampling
 from specjax.distillation import divergences, objective
 from specjax.models.decoder import Decoder
-from specjax.models.language_model import fit_logits
+from specjax.models.language_model import NEXT, fit_logits
 
 VOCAB, BATCH, SLOTS, MAX_NEW = 24, 32, 8, 12
 LOSSLESS = ("lossless", False)
@@ -102,6 +102,8 @@ def test_with_any_draft_vocabulary_the_tokens_are_those_of_plain_decoding(target
 
 class Table:
     """A "model" without context: the logits after a token are a row of its table."""
+
+    predicts = NEXT
 
     def extend(self, params, cache, tokens, positions):
         return params["table"][tokens], cache
