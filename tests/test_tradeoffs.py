@@ -205,6 +205,7 @@ def test_claims_name_records_that_have_tables_and_stand_without_them():
 def run(workdir, seed, steps=5, rows=({"drafter": "d", "speedup": 2.0, "samples": "much"},)):
     """A workdir of a run with one finished stage of two."""
     config = {"seed": seed, "stages": ["quality", "latency"], "quality": {"seed": seed, "steps": steps}}
+    config["latency"] = {"seed": seed}
     results = {"schema": 1, "binary": "evaluate", "config": {}, "environment": ENVIRONMENT, "rows": list(rows)}
     (workdir / "quality").mkdir(parents=True)
     (workdir / "config.json").write_text(json.dumps(config))
