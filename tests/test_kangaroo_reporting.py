@@ -44,7 +44,7 @@ def record(rows, config):
 
 
 def drafters(**paths):
-    return {"drafters": {name: {"path": path} for name, path in paths.items()}}
+    return {"drafters": {name: {"kind": "kangaroo", "path": path} for name, path in paths.items()}}
 
 
 def main_record(**changes):
@@ -63,7 +63,7 @@ def main_record(**changes):
         row("batches", "adapter", 1.3, batch_size=4),
     ]
     paths = drafters(adapter="stage:adapter", adapter_fixed="stage:adapter", medusa="stage:medusa")
-    paths["drafters"]["early_exit"] = {"exit_layer": 2}
+    paths["drafters"]["early_exit"] = {"kind": "early_exit", "exit_layer": 2}
     return record(rows, {"evaluation": paths})
 
 
@@ -83,8 +83,12 @@ def ablation_record(**changes):
     rows += [row("kinds", name, speed) for name, speed in kinds.items()]
     for name, speed in (("raw", 1.4), ("adjusted", 1.2), ("fixed", 1.1)):
         rows += [row("temperatures", name, speed, temperature=temperature) for temperature in (0.2, 1.0)]
-    config = {f"exit_{layer}": {"adapter": {"exit_layer": layer}} for layer in layers}
-    config |= {"exits": drafters(**exits), "kinds": drafters(**{name: f"stage:{name}" for name in kinds})}
+    # As condensing leaves them: stages that are much alike say so.
+    config = {"exit_1": {"adapter": {"exit_layer": 1, "kind": "attention"}}}
+    config |= {f"exit_{layer}": {"like": "exit_1", "adapter.exit_layer": layer} for layer in layers[1:]}
+    config |= {"exits": drafters(**exits), "kinds": {"like": "exits"}}
+    for name in kinds:
+        config["kinds"] |= {f"drafters.{name}.kind": "kangaroo", f"drafters.{name}.path": f"stage:{name}"}
     rows += [trained("own_head", 200), trained("exit_2", 50)]
     return record(rows, config)
 

@@ -4,6 +4,7 @@ Records are those of `reporting/condense.py`, of the config that bears the recor
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from specjax.reporting import tables
 from specjax.reporting.tradeoffs import Estimate
@@ -24,9 +25,18 @@ def rows_of(record: Mapping, stage: str) -> list[Mapping]:
     return [row for row in record["rows"] if row.get("stage") == stage and "drafter" in row]
 
 
-def section_of(record: Mapping, stage: str, drafter: str) -> Mapping:
-    """A drafter's section in the record's config; empty of plain decoding."""
-    return record["config"][stage]["drafters"].get(drafter, {})
+def setting_of(record: Mapping, stage: str, key: str) -> Any:
+    """A key ("drafters.adapter.path") of a stage in the record's config, None where it has none.
+
+    In a condensed record a stage may say which other it is `like`, and in which keys it differs.
+    """
+    section = record["config"].get(stage, {})
+    if key in section:
+        return section[key]
+    found: Any = section
+    for part in key.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return setting_of(record, section["like"], key) if found is None and "like" in section else found
 
 
 def trained_params(record: Mapping) -> dict[str, int]:
@@ -36,10 +46,10 @@ def trained_params(record: Mapping) -> dict[str, int]:
 
 def added_params(record: Mapping, stage: str, drafter: str) -> int | None:
     """Parameters that a drafter has besides its target's: 0 where it has none, None of plain decoding."""
-    section = section_of(record, stage, drafter)
-    if not section:
+    if setting_of(record, stage, f"drafters.{drafter}.kind") is None:
         return None
-    return trained_params(record).get(section.get("path", "").removeprefix("stage:"), 0)
+    path = setting_of(record, stage, f"drafters.{drafter}.path") or ""
+    return trained_params(record).get(path.removeprefix("stage:"), 0)
 
 
 def main_table(record: Mapping) -> str:
@@ -93,8 +103,8 @@ def _ctar(row: Mapping) -> str | None:
 
 
 def _exit_layer(record: Mapping, stage: str, drafter: str) -> int:
-    trained = section_of(record, stage, drafter)["path"].removeprefix("stage:")
-    return record["config"][trained]["adapter"]["exit_layer"]
+    trained = setting_of(record, stage, f"drafters.{drafter}.path").removeprefix("stage:")
+    return setting_of(record, trained, "adapter.exit_layer")
 
 
 def exit_lines(record: Mapping) -> list[dict]:
