@@ -12,7 +12,7 @@ decoded plainly, with the plain draft (`MODEL_sd`) and with its own (`MODEL_dist
 prompt at a time, all models in turn, to be run on a machine with nothing else to do.
 
 Hardware: 2 CPU cores. Time: not timed. Expect distilled smaller models to lose less quality than raw ones;
-configs/distillspec/README.md says what came out. `configs/distillspec/garden.py:smoke` runs every stage in a minute.
+no record of it has been committed yet. `configs/distillspec/garden.py:smoke` takes tiny models.
 """
 
 import stages

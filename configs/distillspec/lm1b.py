@@ -7,7 +7,7 @@ Stages: `target` (and its tokenizer), `draft`, `distilled`, `evaluation`. The da
 
 Hardware: 8 accelerators (`--config.mesh.fsdp=N` for another number). Time: not timed; it was never run at full size.
 Expect, by the paper, a gain of 10 to 45% over decoding with the undistilled draft. What is the paper's and what is ours
-is marked in `real_scale.py` and below. `:smoke` takes a file of JSON lines and runs in a minute.
+is marked in `real_scale.py` and below. `:smoke` takes a file of JSON lines.
 """
 
 import real_scale

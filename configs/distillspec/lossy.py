@@ -10,8 +10,8 @@ probabilities; `quality`, every rule at every lenience over many prompts; `laten
 be run on a machine with nothing else to do.
 
 Hardware: 2 CPU cores. Time: not timed. Expect, as in DistillSpec's figure 6, more tokens a target call and lower
-quality the smaller the lenience; configs/distillspec/README.md says what came out. `configs/distillspec/lossy.py:smoke`
-runs every stage in seconds.
+quality the smaller the lenience; no record of it has been committed yet. `configs/distillspec/lossy.py:smoke`
+takes tiny models.
 """
 
 import stages

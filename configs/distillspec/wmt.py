@@ -10,8 +10,8 @@ it is not in TFDS's default folder), or from JSON lines.
 
 Hardware: 16 accelerators (`--config.mesh.fsdp=N` for another number). Time: not timed; it was never run at full size.
 Expect, by the paper, a gain of 10 to 45% over decoding with the undistilled draft.
-What is the paper's and what is ours is marked in `real_scale.py` and below. `:smoke` takes tiny checkpoints and a
-file of JSON lines, and runs in a minute.
+What is the paper's and what is ours is marked in `real_scale.py` and below. `:smoke` takes tiny checkpoints and
+a file of JSON lines.
 """
 
 import real_scale
