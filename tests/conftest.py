@@ -4,7 +4,7 @@ import os
 
 # Before the first array: read when the backend starts. One thread a worker: the arrays of tests are small, and
 # workers that each want all cores wait for one another. Most of the time is compilation, a fifth of which is optimising
-# what runs for milliseconds; the smoke runs compile as users do.
+# what runs for milliseconds.
 XLA_FLAGS = (
     "--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0"
 )

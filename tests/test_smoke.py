@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import tiny
 
-from specjax import api
+from specjax import api, main
 from specjax.hub.tokenizer import train_byte_bpe
+from specjax.runtime import cli
 from specjax.runtime import config as configs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,16 +61,25 @@ def models(tmp_path_factory):
 
 
 def run(config, workdir, *overrides):
-    command = [
-        sys.executable,
-        "-m",
-        "specjax.main",
-        f"--config={config}:smoke",
-        f"--workdir={workdir}",
-        *overrides,
-    ]
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}  # one device
+    """As from the command line, on one device; what one config has compiled the next need not."""
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "JAX_COMPILATION_CACHE_DIR": str(workdir.parent.parent / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    command = [sys.executable, "-m", "specjax.main", *arguments(config, workdir, *overrides)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+
+
+def run_again(capsys, config, workdir, *overrides):
+    """(exit code, what was said) of the same command in this process, which spares it the start."""
+    capsys.readouterr()
+    code = cli.launch(main.run, "specjax.main", arguments(config, workdir, *overrides))
+    return code, capsys.readouterr().err
+
+
+def arguments(config, workdir, *overrides):
+    return [f"--config={config}:smoke", f"--workdir={workdir}", *overrides]
 
 
 def sections(config, workdir):
@@ -79,7 +89,7 @@ def sections(config, workdir):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_smoke_run_leaves_its_results_is_skipped_when_finished_and_keeps_its_config(path, tmp_path, models):
+def test_a_smoke_run_leaves_its_results_is_skipped_when_finished_and_keeps_its_config(path, tmp_path, models, capsys):
     config, workdir = configs.load(f"{path}:smoke"), tmp_path / "w"
     named = models.get(str(path.relative_to(ROOT)), ())
     first = run(path, workdir, *named)
@@ -93,15 +103,15 @@ def test_a_smoke_run_leaves_its_results_is_skipped_when_finished_and_keeps_its_c
         assert (workdir / "report.html").stat().st_size > 0
 
     if "stages" in config:
-        again = run(path, workdir, *named)
-        assert again.returncode == 0, again.stderr
+        code, said = run_again(capsys, path, workdir, *named)
+        assert code == 0, said
         count = len(config.stages)
         assert [f"[{i + 1}/{count}]" in first.stderr for i in range(count)] == [True] * count
-        assert not any(f"[{i + 1}/{count}]" in again.stderr for i in range(count))
+        assert not any(f"[{i + 1}/{count}]" in said for i in range(count))
         assert {file: file.read_bytes() for file in left} == left
 
-    changed = run(path, workdir, *named, f"--config.seed={config.seed + 1}")
-    assert changed.returncode == 2
-    assert f"seed: {config.seed} -> {config.seed + 1}" in changed.stderr
-    assert "choose another --workdir" in changed.stderr
+    code, said = run_again(capsys, path, workdir, *named, f"--config.seed={config.seed + 1}")
+    assert code == 2
+    assert f"seed: {config.seed} -> {config.seed + 1}" in said
+    assert "choose another --workdir" in said
     assert {file: file.read_bytes() for file in left} == left

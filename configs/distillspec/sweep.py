@@ -121,7 +121,7 @@ def _transfer(base: ConfigDict, seeds: int):
         for task, (name, size) in OTHER_TASKS.items():
             section = _evaluation(base, seed, names)
             section.task.update({"name": name, "size": size})
-            section.selection.length_max = 256  # of such prompts the most that is allowed
+            section.selection.length_max = 512  # of such prompts the most that is allowed
             yield f"transfer_{task}_{seed}", section
         section = _evaluation(base, seed, names)
         section.target = "stage:large_target"

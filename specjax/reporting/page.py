@@ -181,7 +181,7 @@ def write_run(workdir: Path, results: Mapping, stages: Mapping[str, Sequence[Map
     """Writes report.html and figures/ of a run from its results and its training stages' metrics; says where."""
     sections = run_sections(
         figures=workdir / "figures",
-        rows=[row for row in results["rows"] if "drafter" in row],
+        rows=[row for row in results["rows"] if "drafted_tokens" in row],
         stages=stages,
         samples=results.get("samples", ()),
         config=results["config"],
