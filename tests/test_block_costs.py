@@ -8,10 +8,12 @@ import tiny
 from ml_collections import ConfigDict
 
 from specjax import cases
+from specjax.data import tasks
 from specjax.decoding import loop
 from specjax.decoding.sampling import Sampling
 from specjax.draft_design import latency, prediction
 from specjax.hub.model import Model
+from specjax.hub.tokenizer import train_byte_bpe
 from specjax.runtime.errors import UserError
 
 models = test_kangaroo.models  # a fixture
@@ -46,7 +48,9 @@ def test_blocks_of_every_length_are_timed_by_one_executable_before_any_text(mode
 def job_of(models, section):
     target, params, _, _ = models
     config = ConfigDict({"target": "T", "drafters": {"d": section}, "leniences": (), "top_k": 0, "top_p": 1.0})
-    return cases.Job(config, {"T": Model(target, params, None)}, None, [], {})
+    tokenizer = train_byte_bpe(["no text is read"], 260)
+    task = tasks.load_task(ConfigDict({"name": "arithmetic", "path": "", "seed": 0, "size": 2}))
+    return cases.Job(config, {"T": Model(target, params, tokenizer)}, task, [], {})
 
 
 SECTION = {"kind": "early_exit", "exit_layer": 1, "lossless": (2, 3), "coupled": ()}

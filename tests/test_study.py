@@ -72,7 +72,8 @@ def folders(tmp_path_factory):
 
 def config_of(folders):
     trained = [str(path) for path in sorted(folders.iterdir()) if path.name.startswith("supervised")]
-    return ConfigDict({"seed": 0, "trained": tuple(trained), "evaluations": (str(folders / "evaluation"),), "gamma": 4})
+    evaluations = (str(folders / "evaluation"),)
+    return ConfigDict({"seed": 0, "trained": tuple(trained), "evaluations": evaluations, "again": (), "gamma": 4})
 
 
 def test_a_configuration_is_predicted_from_its_parts():

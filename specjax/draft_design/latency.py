@@ -235,10 +235,14 @@ def _example(plan, params, draft_params, state, sampling) -> tuple[Proposal, jax
     real ones took longer than timing it.
     """
 
-    def shapes():
+    structures = []
+
+    def leaves():
         proposal, after = loop.propose(plan, params, draft_params, state, _noise(plan, state), sampling)
         logits, _, taps = loop.verify(plan, params, after.target_cache, state.lengths, state.lengths, proposal)
-        return proposal, logits, taps
+        # A Proposal holds arrays, not their shapes: what it is made of goes through `eval_shape`.
+        structures.append(jax.tree.structure((proposal, logits, taps)))
+        return jax.tree.leaves((proposal, logits, taps))
 
     draws = np.random.default_rng(0)
 
@@ -246,7 +250,8 @@ def _example(plan, params, draft_params, state, sampling) -> tuple[Proposal, jax
         floating = jnp.issubdtype(leaf.dtype, jnp.floating)
         return jnp.asarray(draws.standard_normal(leaf.shape) if floating else np.zeros(leaf.shape), leaf.dtype)
 
-    proposal, logits, taps = jax.tree.map(drawn, jax.eval_shape(shapes))
+    arrays = [drawn(leaf) for leaf in jax.eval_shape(leaves)]
+    proposal, logits, taps = jax.tree.unflatten(structures[0], arrays)
     probs = None if proposal.probs is None else jax.nn.softmax(proposal.probs)
     full = jnp.full_like(proposal.num_drafted, plan.gamma)
     return dataclasses.replace(proposal, probs=probs, num_drafted=full), logits, taps

@@ -10,7 +10,7 @@ from specjax.reporting.kangaroo_tables import OVERALL, exit_lines, histogram_row
 from specjax.reporting.plots import Mark
 
 
-def _mark(x: float, row: Mapping, key: str) -> Mark:
+def _mark(x: float | int, row: Mapping, key: str) -> Mark:
     return Mark(x, None, row[key], row.get(f"{key}_ci"))
 
 

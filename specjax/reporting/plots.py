@@ -168,9 +168,9 @@ def training_figures(
 class Mark:
     """A point with its intervals, None where there is none; hollow or full."""
 
-    x: float
+    x: float | int
     x_edges: tuple[float, float] | None
-    y: float
+    y: float | int
     y_edges: tuple[float, float] | None
     hollow: bool = False
 
