@@ -9,26 +9,15 @@ and for each seed one draft trained plainly to its plateau, from which four draf
 README.md says what they show.
 """
 
-import importlib.util
-import pathlib
-
+import quickstart
 from ml_collections import ConfigDict
 
 SEEDS = (0, 1, 2)
 RECIPES = ("distilled", "fixed", "control_steps", "control_clock")
 
 
-def _quickstart(variant: str) -> ConfigDict:
-    """The quickstart's own config, which this one varies."""
-    path = pathlib.Path(__file__).with_name("quickstart.py")
-    spec = importlib.util.spec_from_file_location("quickstart", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(variant)
-
-
 def get_config(variant: str = "") -> ConfigDict:
-    base = _quickstart(variant)
+    base = quickstart.get_config(variant)
     if not variant:
         _enlarge(base)
     config = ConfigDict()

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from specjax.data import batches, tasks
 from specjax.decoding import batch, loop, rules
@@ -85,7 +86,7 @@ def load_job(config: Any) -> Job:
     _check_rules(config)
     targets, drafters = {config.target: target}, {}
     for name, section in config.drafters.items():
-        own = section.get("target", config.target)
+        own = _options(config, section)["target"]
         if own not in targets:
             targets[own] = load(own)
             hub_model.check_pair(target, targets[own])
@@ -160,13 +161,18 @@ def _sampling(job: Job, setting: Setting, lenience: float | None, options: dict[
     )
 
 
+def _options(config: Any, section: ConfigDict) -> dict[str, Any]:
+    """A drafter's section, with what it leaves out: the target of all, a draft length that is fixed and never stops."""
+    return {"target": config.target, "threshold": 0.0, "adaptive": False, "costs": (), **section.to_dict()}
+
+
 def make_cases(job: Job, setting: Setting) -> list[Case]:
     """Plain decoding, then every drafter at its gammas; refuses what does not fit (UserError)."""
-    without = {"threshold": 0.0, "adaptive": False}
-    plain = (setting.rule, None, 0, _sampling(job, setting, None, without, 0))
-    cases = [Case(BASELINE, job.target, "model", *plain, {}, None, 0)]
+    options = _options(job.config, ConfigDict())
+    plain = (setting.rule, None, 0, _sampling(job, setting, None, options, 0))
+    cases = [Case(BASELINE, job.target, "model", *plain, options, None, 0)]
     for name, section in job.config.drafters.items():
-        options, drafter = section.to_dict(), job.drafters.get(name)
+        options, drafter = _options(job.config, section), job.drafters.get(name)
         params, size = (None, 0) if drafter is None else (drafter.params, 0)
         if isinstance(drafter, LoadedAdapter):
             options["adapter"] = drafter.adapter
@@ -174,13 +180,12 @@ def make_cases(job: Job, setting: Setting) -> list[Case]:
             options["model"], size = drafter.decoder, drafter.decoder.num_params
         if isinstance(options.get("skipped"), str):
             options["skipped"] = records.chosen(options["skipped"])["skipped"]
-        options = {"threshold": 0.0, "adaptive": False, "costs": (), **options}
         if len(options["costs"]) not in (0, 2):
             raise UserError(
                 f"drafters.{name}.costs has {len(options['costs'])} numbers; give the costs of a drafted token and of "
                 "verifying it, relative to a plain step, or none to have them measured"
             )
-        target = job.targets[options.setdefault("target", job.config.target)]
+        target = job.targets[options["target"]]
         for rule, lenience in _rules(job.config, setting):
             for gamma in section.get(rule, ()):
                 make_drafter(section.kind, target.decoder, gamma, options)  # refuses what does not fit
@@ -212,12 +217,12 @@ def described(config: Any, setting: Setting, case: Case, prompts: int) -> dict:
     return {
         "task": config.task.name,
         "prompts": prompts,
-        "target": case.options.get("target", config.target),
+        "target": case.options["target"],
         "drafter": case.name,
         "rule": case.rule,
         "lenience": case.lenience,
         "gamma": case.gamma,
-        "threshold": case.options.get("threshold", 0.0),
+        "threshold": case.options["threshold"],
         "block_costs": None if case.sampling.costs is None else np.asarray(case.sampling.costs).tolist(),
         "temperature": setting.temperature,
         "top_k": config.top_k,

@@ -124,10 +124,11 @@ def test_decoding_leaves_the_callers_arrays_alive(models):
 # --- what a row may depend on --------------------------------------------------------------------------------------
 
 
-SLOW_KINDS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("ngram", "early_exit", "skip_layers", "medusa")]
+KINDS = ("model", "ngram", "early_exit", "skip_layers", "medusa")
+EVERY_KIND = [KINDS[0], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])]
 
 
-@pytest.mark.parametrize("kind", ["model", *SLOW_KINDS])
+@pytest.mark.parametrize("kind", EVERY_KIND)
 def test_a_rows_text_does_not_depend_on_its_batch(models, kind):
     texts, lengths = tiny.prompts(3, BATCH, SLOTS, VOCAB)
     both = given(models, kind)
@@ -172,7 +173,7 @@ def test_a_rows_text_depends_on_its_index_and_the_seed(models):
 # --- compilation ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["model", *SLOW_KINDS[-2:]])
+@pytest.mark.parametrize("kind", [EVERY_KIND[0], *EVERY_KIND[-2:]])
 def test_one_compile_serves_every_prompt_length_and_every_traced_setting(models, kind):
     plan, both = make_plan(models, kind, 3), given(models, kind)
     texts, lengths = tiny.prompts(3, BATCH, SLOTS, VOCAB)
@@ -191,7 +192,7 @@ def test_one_compile_serves_every_prompt_length_and_every_traced_setting(models,
     tiny.decode(equal_plan, *both, texts, lengths, np.arange(BATCH), eos=(1,))
     assert (loop.prefill._cache_size(), loop.run._cache_size()) == compiled
     # A capacity of its own, or what the test of another drafter compiled would serve.
-    other = make_plan(models, "ngram", 0, spare=1 + ("model", *SLOW_KINDS).index(kind))
+    other = make_plan(models, "ngram", 0, spare=1 + KINDS.index(kind))
     tiny.decode(other, *both, texts, lengths, MAX_NEW, eos=(5,))
     assert (loop.prefill._cache_size(), loop.run._cache_size()) == (compiled[0] + 1, compiled[1] + 1)
 

@@ -9,6 +9,7 @@ which are taken as they are (ours).
 
 from collections.abc import Mapping
 
+import quickstart
 import stages
 from ml_collections import ConfigDict
 
@@ -94,7 +95,7 @@ def base(pair: Mapping, task: str) -> ConfigDict:
 
 def training(config: ConfigDict, *, tokenizer: str, init: str) -> ConfigDict:
     """A training stage on the config's task, mesh and seed, with the paper's hyperparameters where they are known."""
-    section = stages.quickstart().supervised.copy_and_resolve_references()
+    section = quickstart.get_config().supervised.copy_and_resolve_references()
     section.seed = config.get_ref("seed")
     section.mesh = _copy_of(config.mesh)
     section.task = _copy_of(config.task)
@@ -154,7 +155,7 @@ def distillation(config: ConfigDict, target, draft, data: Mapping[str, float], d
 
 def evaluation(config: ConfigDict, target, draft) -> ConfigDict:
     """The draft before and after, beside plain decoding: quality, block efficiency, latency at batch size 1."""
-    section = stages.quickstart().evaluation.copy_and_resolve_references()
+    section = quickstart.get_config().evaluation.copy_and_resolve_references()
     section.seed = config.get_ref("seed")
     section.mesh = _copy_of(config.mesh)
     section.task = _copy_of(config.task)

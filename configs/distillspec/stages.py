@@ -1,10 +1,9 @@
 """Stages that the configs beside this file are made of: the quickstart's, varied."""
 
-import importlib.util
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import quickstart
 from ml_collections import ConfigDict
 
 # Layers and width. Wide enough that verifying five tokens costs little more than one step on a CPU, and smaller ones.
@@ -12,15 +11,6 @@ SHAPES = {"large": (3, 384), "medium": (2, 256), "small": (2, 160), "draft": (1,
 _TINY = {"large": (2, 32), "medium": (1, 32), "small": (1, 16), "draft": (1, 16)}
 
 GAMMA = 4
-
-
-def quickstart() -> ConfigDict:
-    """The quickstart's own config."""
-    path = pathlib.Path(__file__).parents[1] / "quickstart.py"
-    spec = importlib.util.spec_from_file_location("quickstart", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
 
 
 def check_variant(name: str, variant: str, variants: tuple[str, ...] = ("smoke",)) -> None:
@@ -36,7 +26,7 @@ def task(seed: Any, size: int) -> ConfigDict:
 
 def trained(seed: Any, shape: str, *, steps: int, rate: float, tokenizer: str, smoke: bool) -> ConfigDict:
     """A model of a shape in SHAPES, trained plainly; `tokenizer` is an export's, "" trains one."""
-    section = quickstart().supervised.copy_and_resolve_references()
+    section = quickstart.get_config().supervised.copy_and_resolve_references()
     section.seed = seed
     section.task = task(0, 64 if smoke else 40_000)
     section.tokenizer.update({"path": tokenizer, "vocab_size": 400})
@@ -78,7 +68,7 @@ def evaluation(
     seed: Any, target: str, drafters: Mapping[str, Mapping], *, timed: bool, temperatures: tuple, smoke: bool
 ) -> ConfigDict:
     """Quality and block efficiency on many prompts; or, `timed`, the same on a few, one at a time, for their speed."""
-    section = quickstart().evaluation.copy_and_resolve_references()
+    section = quickstart.get_config().evaluation.copy_and_resolve_references()
     section.seed = seed
     section.task = task(seed, 1)  # other problems for every seed
     section.target = target

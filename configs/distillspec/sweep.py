@@ -24,11 +24,8 @@ is finished, from which `make tables` writes the tables and draws the heat map o
 Hardware: one CPU core is enough. Time and outcome: README.md.
 """
 
-import pathlib
-
+import quickstart
 from ml_collections import ConfigDict
-
-from specjax.runtime import config as configs
 
 SEEDS = 3
 GAMMA = 4
@@ -182,8 +179,7 @@ def _evaluation(base: ConfigDict, seed: int, names: list[str]) -> ConfigDict:
 
 def _base(smoke: bool, apart: bool) -> ConfigDict:
     """The quickstart's sections at the sizes of the sweep; every key is explained there."""
-    path = pathlib.Path(__file__).parents[1] / "quickstart.py"
-    base = configs.load(f"{path}:smoke" if smoke else str(path))
+    base = quickstart.get_config("smoke" if smoke else "")
     base.mesh = base.target.mesh
     base.distilled.speculative_eval.every = 0
     base.evaluation.measure_parts = False

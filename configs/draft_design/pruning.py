@@ -2,18 +2,16 @@
 
     python -m specjax.main --config=configs/draft_design/pruning.py --workdir=runs/pruning
 
-Stages: `target` (the quickstart's, of width 640), `pruned_N` for each shape N (the target cut to it, by what matters on
+Stages: `target` (the quickstart's), `pruned_N` for each shape N (the target cut to it, by what matters on
 the corpus), then for every seed `recovered_N_S` (the pruned draft, distilled on the corpus) and `scratch_N_S` (random,
 distilled on the same batches for as many steps), and `evaluation`. `wide` has one layer of the target's width, `narrow`
-two of half of it.
+two of a little more than half of it.
 
 Hardware: 2 CPU cores; not timed. Whether the pruned draft is ahead, and of which shape, is what the table of
 comparisons says. `configs/draft_design/pruning.py:smoke` takes a minute.
 """
 
-import importlib.util
-import pathlib
-
+import quickstart
 from ml_collections import ConfigDict
 
 SEEDS = (0, 1, 2)
@@ -24,19 +22,10 @@ SHAPES = {
 }
 
 
-def _quickstart(variant: str) -> ConfigDict:
-    """The quickstart's own config, which this one varies."""
-    path = pathlib.Path(__file__).parents[1] / "quickstart.py"
-    spec = importlib.util.spec_from_file_location("quickstart", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(variant)
-
-
 def get_config(variant: str = "") -> ConfigDict:
     if variant not in ("", "smoke"):
         raise ValueError(f"configs/draft_design/pruning.py has one variant, smoke; not {variant!r}.")
-    base = _quickstart(variant)
+    base = quickstart.get_config(variant)
     config = ConfigDict()
     config.seed = base.seed
     config.target = base.target

@@ -14,9 +14,7 @@ Hardware: 2 CPU cores; not timed, some hours. `configs/draft_design/study.py:smo
 seed.
 """
 
-import importlib.util
-import pathlib
-
+import quickstart
 from ml_collections import ConfigDict
 
 TASKS = {"code": "stdlib_code", "arithmetic": "arithmetic"}
@@ -36,19 +34,10 @@ TARGET = {"layers": 4, "width": 640, "heads": 10, "kv_heads": 5, "mlp_width": 17
 GAMMAS = {"supervised": (4,), "distilled": (1, 2, 4, 6)}
 
 
-def _quickstart(variant: str) -> ConfigDict:
-    """The quickstart's own config, which this one varies."""
-    path = pathlib.Path(__file__).parents[1] / "quickstart.py"
-    spec = importlib.util.spec_from_file_location("quickstart", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(variant)
-
-
 def get_config(variant: str = "") -> ConfigDict:
     if variant not in ("", "smoke"):
         raise ValueError(f"configs/draft_design/study.py has one variant, smoke; not {variant!r}.")
-    base = _quickstart(variant)
+    base = quickstart.get_config(variant)
     config = ConfigDict()
     config.seed = base.seed
     stages, trained, evaluations, again = [], [], [], []

@@ -10,20 +10,14 @@ plateau.
 Hardware: whatever holds both models; not timed. `configs/draft_design/train.py:smoke` takes a few steps.
 """
 
-import importlib.util
-import pathlib
-
+import quickstart
 from ml_collections import ConfigDict
 
 
 def get_config(variant: str = "") -> ConfigDict:
     if variant not in ("", "smoke"):
         raise ValueError(f"configs/draft_design/train.py has one variant, smoke; not {variant!r}.")
-    path = pathlib.Path(__file__).parents[1] / "quickstart.py"
-    spec = importlib.util.spec_from_file_location("quickstart", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    base = module.get_config(variant)
+    base = quickstart.get_config(variant)
     config = base.distilled.copy_and_resolve_references()
     config.target = ""  # directory of the target
     config.tokenizer.path = ""  # the same directory: a draft speaks its target's tokens

@@ -37,13 +37,7 @@ def get_config(variant: str = "") -> ConfigDict:
         raise ValueError(f"configs/kangaroo/ablations.py has one variant, smoke; not {variant!r}.")
     config = ConfigDict()
     config.seed = 0
-    stages = []
-    if variant:
-        config.target, target = parts.target(variant), "stage:target"
-        stages.append("target")
-    else:
-        config.target = parts.TARGET  # directory of the target
-        target = config.get_ref("target")
+    stages, target = parts.given_target(config, variant)
     exits, middle = (EXIT_LAYERS, EXIT_LAYER) if not variant else ((1,), 1)
     kinds = KINDS if not variant else {"none": KINDS["none"]}
     recipes = {f"exit_{layer}": {"exit_layer": layer} for layer in exits}

@@ -1,26 +1,19 @@
 """Sections that the configs of this folder share: the target, the training of an adapter, an evaluation."""
 
-import importlib.util
 import pathlib
+from typing import Any
 
+import choose_layers
+import quickstart
 from ml_collections import ConfigDict
 
 # Where configs/kangaroo/tiny.py leaves its target when it is run as its docstring says.
 TARGET = "runs/kangaroo/target/export"
 
 
-def quickstart(variant: str) -> ConfigDict:
-    """The quickstart's own config, which these vary."""
-    path = pathlib.Path(__file__).parents[1] / "quickstart.py"
-    spec = importlib.util.spec_from_file_location("quickstart", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(variant)
-
-
 def target(variant: str) -> ConfigDict:
     """Plain training of the target: 16 layers, wide enough that verification is cheap on a CPU."""
-    section = quickstart(variant).target
+    section = quickstart.get_config(variant).target
     if not variant:
         section.model.update({"layers": 16, "width": 384, "heads": 6, "kv_heads": 6, "mlp_width": 1024})
         # Spec-Bench has long prompts; rotary positions cost nothing.
@@ -28,6 +21,15 @@ def target(variant: str) -> ConfigDict:
         section.optimizer.update({"peak_learning_rate": 1.5e-3, "warmup_steps": 40})
         section.train.update({"steps": 420, "eval_every": 140, "eval_batches": 8, "checkpoint_every": 140})
     return section
+
+
+def given_target(config: ConfigDict, variant: str) -> tuple[list[str], Any]:
+    """Puts the trained target into a config: (stages before all others, what names it); `smoke` trains one itself."""
+    if variant:
+        config.target = target(variant)
+        return ["target"], "stage:target"
+    config.target = TARGET  # directory of the target
+    return [], config.get_ref("target")
 
 
 def adapter(
@@ -49,7 +51,7 @@ def adapter(
       kind: "attention" (the paper's), "layer", "mlp" or "none"; `own_head` a trained head in place of the frozen one.
       on_policy: share of steps on text that the draft writes itself; the others are on the corpus.
     """
-    section = quickstart(variant).distilled.copy_and_resolve_references()
+    section = quickstart.get_config(variant).distilled.copy_and_resolve_references()
     section.seed = seed
     section.target = target
     section.tokenizer.path = target
@@ -80,11 +82,7 @@ def medusa(variant: str, target: str, *, steps: int) -> ConfigDict:
 
 def layers(variant: str, target: str) -> ConfigDict:
     """The search for layers to skip, as configs/kangaroo/choose_layers.py has it."""
-    path = pathlib.Path(__file__).with_name("choose_layers.py")
-    spec = importlib.util.spec_from_file_location("choose_layers", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    section = module.get_config(variant)
+    section = choose_layers.get_config(variant)
     section.target = target
     return section
 
@@ -100,7 +98,7 @@ def kangaroo(path: str, gammas: tuple[int, ...], threshold: float, *, adjusted: 
 
 def evaluation(variant: str, target: str, drafters: dict, *, temperatures=(0.0,), compare=()) -> ConfigDict:
     """Batch 1, on prompts of the validation files; parts are not timed."""
-    section = quickstart(variant).evaluation
+    section = quickstart.get_config(variant).evaluation
     section.target = target
     section.max_new_tokens = 12 if variant else 80
     section.temperatures = temperatures

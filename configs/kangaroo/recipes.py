@@ -33,13 +33,7 @@ def get_config(variant: str = "") -> ConfigDict:
         raise ValueError(f"configs/kangaroo/recipes.py has one variant, smoke; not {variant!r}.")
     config = ConfigDict()
     config.seed = 0
-    stages = []
-    if variant:
-        config.target, target = parts.target(variant), "stage:target"
-        stages.append("target")
-    else:
-        config.target = parts.TARGET  # directory of the target
-        target = config.get_ref("target")
+    stages, target = parts.given_target(config, variant)
     recipes = RECIPES if not variant else {name: RECIPES[name] for name in ("paper", "on_policy", "paper_clock")}
     names, pairs = [], []
     for seed in SEEDS[:1] if variant else SEEDS:

@@ -11,7 +11,8 @@ from specjax.reporting.plots import Mark
 
 
 def _mark(x: float | int, row: Mapping, key: str) -> Mark:
-    return Mark(x, None, row[key], row.get(f"{key}_ci"))
+    edges = row.get(f"{key}_ci")
+    return Mark(x, None, row[key], tuple(edges) if edges else None)
 
 
 def _shares(counts: Sequence[int]) -> list[Mark]:

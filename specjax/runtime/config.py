@@ -33,14 +33,16 @@ def load(path_and_variant: str) -> ConfigDict:
     if spec is None or spec.loader is None:
         raise UserError(f"{name} is not a Python file; a config is a .py file with a get_config function")
     module = importlib.util.module_from_spec(spec)
-    # A config may import a helper that lies beside it.
-    sys.path.insert(0, str(path.parent.resolve()))
+    # A config may import what lies beside it, and a config of the folder above, which it varies.
+    beside, above = str(path.parent.resolve()), str(path.parent.resolve().parent)
+    sys.path[:] = [beside, *sys.path, above]
     try:
         spec.loader.exec_module(module)
     except SyntaxError as error:
         raise UserError(f"{name} is not valid Python ({error}); correct it") from error
     finally:
-        sys.path.pop(0)
+        sys.path.remove(beside)
+        sys.path.pop()
     if not hasattr(module, "get_config"):
         raise UserError(f"{name} has no get_config function; name a config file, such as configs/quickstart.py")
     if colon and not module.get_config.__code__.co_argcount:
