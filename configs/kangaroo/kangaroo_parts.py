@@ -25,7 +25,7 @@ def target(variant: str) -> ConfigDict:
         # Spec-Bench has long prompts; rotary positions cost nothing.
         section.model.max_positions = 8192
         section.optimizer.update({"peak_learning_rate": 1.2e-3, "warmup_steps": 40})
-        section.train.update({"steps": 1600, "eval_every": 400, "eval_batches": 8, "checkpoint_every": 200})
+        section.train.update({"steps": 1600, "eval_every": 400, "eval_batches": 8, "checkpoint_every": 400})
     return section
 
 
