@@ -135,12 +135,12 @@ def _supervised() -> ConfigDict:
 
 
 def _target() -> ConfigDict:
-    config = _training(steps=320, learning_rate=1.5e-3)
+    config = _training(steps=380, learning_rate=1.5e-3)
     config.tokenizer.path = ""
     # Wide enough that verifying five tokens costs little more than one step on a CPU, and no deeper than time allows.
     config.model.update({"layers": 3, "width": 512, "heads": 8, "kv_heads": 4, "mlp_width": 1408})
     config.data.batch_size = 8
-    config.train.update({"eval_every": 160, "eval_batches": 4, "checkpoint_every": 160})
+    config.train.update({"eval_every": 190, "eval_batches": 4, "checkpoint_every": 190})
     return config
 
 
@@ -175,8 +175,8 @@ def _evaluation() -> ConfigDict:
     config.compute_dtype = "auto"
     # Of the task's validation split: how many prompts (0: all), their tokens (of prompt tasks, the most allowed), and
     # whether each is wrapped as a user's turn by the tokenizer's chat template.
-    config.selection = ConfigDict({"count": 20, "length_min": 16, "length_max": 32, "chat": False})
-    config.max_new_tokens = 64
+    config.selection = ConfigDict({"count": 16, "length_min": 16, "length_max": 32, "chat": False})
+    config.max_new_tokens = 96
     config.batch_sizes = (1,)
     config.temperatures = (0.0, 1.0)
     config.top_k = 0
