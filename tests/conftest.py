@@ -1,6 +1,9 @@
-"""Settings of every test, made before JAX starts: eight virtual CPU devices, strict promotions."""
+"""Settings of every test, made before JAX starts: eight virtual CPU devices, strict promotions, shared programs."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # Before the first array: read when the backend starts. One thread a worker: the arrays of tests are small, and
 # workers that each want all cores wait for one another. Most of the time is compilation, a fifth of which is optimising
@@ -9,6 +12,13 @@ XLA_FLAGS = (
     "--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0"
 )
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS}".strip()
+
+# What one file has compiled, in whichever worker, the others read: a fifth of the processor's time. It goes with the
+# run; the process that is first here hands it to its workers.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="specjax-tests-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
 import pytest
