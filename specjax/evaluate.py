@@ -22,7 +22,7 @@ from specjax.reporting import metrics, page, records, tables
 from specjax.runtime import cli
 from specjax.runtime import config as configs
 from specjax.runtime import mesh as meshes
-from specjax.runtime.timing import progress, warm_up
+from specjax.runtime.timing import progress
 
 
 def run(config: Any, workdir: str | Path) -> dict:
@@ -134,9 +134,10 @@ def _decode_all(job: Job, setting: Setting, cases, plans, slots) -> tuple[list[l
     label = f"{setting.rule} T={setting.temperature:g} batch {size}"
     outputs, parts = [[] for _ in cases], {}
     with meshes.use(job.target.mesh):
-        # Drafts of one shape share a plan, and what is compiled of it.
-        once = {plan: functools.partial(decode, case, plan, 0) for case, plan in zip(cases, plans, strict=True)}
-        warm_up(list(once.values()), f"{label}: compile")
+        with progress(total=len(cases), description=f"{label}: compile", unit="case") as bar:
+            for case, plan in zip(cases, plans, strict=True):
+                decode(case, plan, 0)
+                bar.update(1)
         with progress(total=len(starts) * len(cases), description=label, unit="run") as bar:
             for number, first in enumerate(starts):
                 # Each batch begins with another case, so that none always follows the same neighbour.

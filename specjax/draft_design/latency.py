@@ -20,7 +20,7 @@ from specjax.decoding.sampling import Noise, Sampling
 from specjax.draft_design.throughput import Parts
 from specjax.models import kv_cache
 from specjax.models.language_model import LanguageModel
-from specjax.runtime.timing import progress, warm_up
+from specjax.runtime.timing import progress
 
 _STEPS = 16
 _ROUNDS = 7
@@ -191,15 +191,11 @@ def measure(plain: dict[str, Timer], speculative: Sequence[dict[str, Timer]], ga
       gammas: of each plan, 1 or more.
     """
     everything = [plain, *speculative]
-    verify = [timers["verify"] for timers in everything]
-    others = [timer for timers in everything for name, timer in timers.items() if name != "verify"]
-    # Plans share their target calls: at one time, two of them would compile the same.
-    warm_up([lambda: [timer() for timer in verify], *others], "parts: compile")
-    rounds = [
-        [{name: timer() for name, timer in timers.items()} for timers in everything]
-        for _ in progress(range(_ROUNDS), description="parts", unit="round")
-    ]
-    median = lambda index, of: statistics.median(of(times[index]) for times in rounds)
+    rounds = []
+    # The first round compiles.
+    for _ in progress(range(_ROUNDS + 1), description="parts", unit="round"):
+        rounds.append([{name: timer() for name, timer in timers.items()} for timers in everything])
+    median = lambda index, of: statistics.median(of(times[index]) for times in rounds[1:])
     draft = lambda times: times["propose_and_verify"] - times["verify"]
     return [
         Parts(

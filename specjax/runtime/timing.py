@@ -1,8 +1,6 @@
 """Wall-clock measurements of device work, and progress bars."""
 
-import concurrent.futures
 import dataclasses
-import os
 import statistics
 import sys
 import time
@@ -66,24 +64,6 @@ def in_turns(cases: Sequence[tuple[Callable, Callable]], repeats: int) -> list[l
             if repeat:
                 seconds[index].append(time.perf_counter() - started)
     return seconds
-
-
-def warm_up(calls: Sequence[Callable[[], Any]], description: str) -> None:
-    """Makes every call once, so that what it runs is compiled; on one device as many at a time as there are cores.
-
-    A compiler keeps little more than one core busy. Several devices take one call after another: two programs that both
-    communicate would wait for one another.
-    """
-    mesh = jax.sharding.get_mesh()
-
-    def once(call: Callable[[], Any]) -> None:
-        with jax.set_mesh(mesh):  # a thread begins without one
-            jax.block_until_ready(call())
-
-    workers = 1 if mesh.size > 1 else os.cpu_count()
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        for _ in progress(pool.map(once, calls), total=len(calls), description=description, unit="case"):
-            pass
 
 
 def progress(iterable: Iterable | None = None, *, total: int | None = None, description: str, unit: str):
