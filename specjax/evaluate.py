@@ -16,7 +16,7 @@ import numpy as np
 from specjax.cases import Case, Job, Setting, described, make_cases, make_job, make_plan, make_settings, needs_costs
 from specjax.data import tasks
 from specjax.decoding import batch, identity, loop
-from specjax.draft_design import confidence, prediction
+from specjax.draft_design import confidence, latency, prediction
 from specjax.draft_design.throughput import Parts
 from specjax.reporting import metrics, page, records, tables
 from specjax.runtime import cli
@@ -108,12 +108,13 @@ def with_costs(job: Job, setting: Setting, case: Case, plan: loop.Plan, ids) -> 
 def _decode_all(job: Job, setting: Setting, cases, plans, slots) -> tuple[list[list], dict[int, Parts]]:
     """For each case a list of (rows that count, BatchResult), one per batch of prompts; and the parts, see `_parts`.
 
-    Parts are timed when half of the batches are done: a machine that gets slower or faster meanwhile changes them as it
-    changes the run.
+    Parts are timed between the batches, once a quarter of these has told how long texts get: a machine that gets slower
+    or faster meanwhile changes them as it changes the run.
     """
     ids, size = job.ids, setting.batch_size
     put = batch.placer(job.target.mesh)
     starts = range(0, len(ids), size)
+    quarter = (len(starts) - 1) // 4
 
     def decode(case, plan, first):
         return batch.decode_batch_of(
@@ -132,7 +133,7 @@ def _decode_all(job: Job, setting: Setting, cases, plans, slots) -> tuple[list[l
         )
 
     label = f"{setting.rule} T={setting.temperature:g} batch {size}"
-    outputs, parts = [[] for _ in cases], {}
+    outputs, meter = [[] for _ in cases], None
     with meshes.use(job.target.mesh):
         with progress(total=len(cases), description=f"{label}: compile", unit="case") as bar:
             for case, plan in zip(cases, plans, strict=True):
@@ -145,9 +146,11 @@ def _decode_all(job: Job, setting: Setting, cases, plans, slots) -> tuple[list[l
                     index = (turn + number) % len(cases)
                     outputs[index].append(decode(cases[index], plans[index], first))
                     bar.update(1)
-                if number == (len(starts) - 1) // 2:
-                    parts = _parts(job, setting, cases, plans, outputs[0])
-    return outputs, parts
+                if number == quarter:
+                    meter = _parts_meter(job, setting, cases, plans, outputs[0])
+                if meter is not None:
+                    meter.keep_up((number - quarter + 1) / (len(starts) - quarter))
+    return outputs, {} if meter is None else _parts(job, cases, plans, meter)
 
 
 def _emitted(output) -> list[list[int]]:
@@ -180,34 +183,37 @@ def _quality(job: Job, output, baseline) -> dict[str, dict]:
     return {name: of() for name, of in scored.items()} | {f"{name}_ci": intervals(of) for name, of in scored.items()}
 
 
-def _parts(job: Job, setting: Setting, cases, plans, baseline) -> dict[int, Parts]:
-    """Measured parts by the case's index: of the speculative ones on the job's target, where parts are to be measured.
+def _steady(job: Job, cases) -> list[int]:
+    """Which cases have parts: the speculative ones on the job's target whose blocks have one length."""
+    stops = lambda case: case.options["threshold"] or case.options["adaptive"]
+    return [i for i, case in enumerate(cases) if case.gamma and case.target is job.target and not stops(case)]
 
-    A block that stops early has no one length, so its case has no parts.
-    """
-    steady = [
-        index
-        for index, case in enumerate(cases)
-        if case.gamma and case.target is job.target and not case.options["threshold"] and not case.options["adaptive"]
-    ]
-    if not job.config.measure_parts or not steady:
-        return {}
+
+def _parts_meter(job: Job, setting: Setting, cases, plans, baseline) -> latency.PartsMeter | None:
+    """What times the parts of `_steady` cases; None where there are none, or parts are not to be measured."""
     # Drafts of one shape share a plan: one of them is timed for all.
     timed = {
-        plans[index]: prediction.Timed(plans[index], cases[index].params, cases[index].sampling) for index in steady
+        plans[index]: prediction.Timed(plans[index], cases[index].params, cases[index].sampling)
+        for index in _steady(job, cases)
     }
-    emitted = _emitted(baseline)
-    parts = prediction.measure_parts(
+    if not job.config.measure_parts or not timed:
+        return None
+    return prediction.parts_meter(
         prediction.Timed(plans[0], cases[0].params, cases[0].sampling),
         list(timed.values()),
         job.target.params,
-        job.ids[: len(emitted)],
-        emitted,
+        job.ids,
+        _emitted(baseline),
         batch_size=setting.batch_size,
         seed=job.config.seed,
         put=batch.placer(job.target.mesh),
     )
-    of_plan = dict(zip(timed, parts, strict=True))
+
+
+def _parts(job: Job, cases, plans, meter: latency.PartsMeter) -> dict[int, Parts]:
+    """Measured parts by the case's index."""
+    steady = _steady(job, cases)
+    of_plan = dict(zip(dict.fromkeys(plans[index] for index in steady), meter.parts(), strict=True))
     return {index: of_plan[plans[index]] for index in steady}
 
 

@@ -171,15 +171,14 @@ def _rows(job, setting, cases, questions: Sequence[Question], answers: Answers) 
             made = [answers[i][index] for i in chosen]
             plain = [answers[i][0] for i in chosen]
             turns = sum(map(len, made))
+            results = [(1, answer.result) for turns in made for answer in turns]
             settings = described(job.config, setting, case, turns)
-            settings |= {"subtask": subtask, "questions": len(chosen), "iterations": _iterations(made)}
+            settings |= {"subtask": subtask, "questions": len(chosen)}
+            settings["iterations"] = sum(result.iterations for _, result in results)
             settings["identical_to_baseline"] = _identical(questions, chosen, made)
-            rows.append(settings | _measured(made, plain, job.config.seed))
+            layers = batch.layers_per_token(results, case.target.decoder.layers)
+            rows.append(settings | _measured(made, plain, job.config.seed) | layers)
     return rows
-
-
-def _iterations(made: Sequence[Sequence[Answer]]) -> int:
-    return sum(answer.result.iterations for turns in made for answer in turns)
 
 
 def _measured(made, plain, seed: int) -> dict:

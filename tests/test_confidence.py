@@ -30,6 +30,7 @@ def drafted(temperature, *, adjusted):
     )
 
 
+@pytest.mark.slow
 def test_adjusted_confidence_is_that_after_temperature_and_raw_confidence_is_not():
     assert drafted(0.2, adjusted=False) == 1
     # 0.5 against 0.056 at temperature 1 is 0.99996 at 0.2; the greedy choice is certain.
@@ -44,7 +45,8 @@ def test_the_option_reaches_the_drafter(models):  # noqa: F811
         assert make_drafter(kind, target, 2, options | {"adjusted": True}).adjusted
 
 
-@pytest.mark.parametrize(("threshold", "temperature"), [(0.5, 0.0), pytest.param(0.0, 1.0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("threshold", "temperature"), [(0.5, 0.0), (0.0, 1.0)])
 def test_the_histogram_has_each_accepted_and_each_first_refused_token_at_its_own_confidence(
     models,  # noqa: F811
     threshold,

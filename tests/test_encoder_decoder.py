@@ -81,8 +81,8 @@ def test_neither_padding_nor_the_other_rows_reach_a_row():
     ("drafter", "rule", "greedy"),
     [
         ("model", "lossless", True),
-        ("ngram", "coupled", False),
-        ("early_exit", "coupled", False),
+        pytest.param("ngram", "coupled", False, marks=pytest.mark.slow),
+        pytest.param("early_exit", "coupled", False, marks=pytest.mark.slow),
         pytest.param("model", "coupled", False, marks=pytest.mark.slow),
         pytest.param("ngram", "lossless", True, marks=pytest.mark.slow),
         pytest.param("early_exit", "lossless", True, marks=pytest.mark.slow),
@@ -134,6 +134,7 @@ def test_sampled_first_tokens_follow_the_law():
     assert statistic < 37.7  # 15 degrees of freedom, p = 0.001
 
 
+@pytest.mark.slow
 def test_no_gradient_comes_from_the_prompt_or_the_padding_and_the_target_is_a_constant():
     target, target_params = model(1)
     draft, params = model(2, layers=1)

@@ -38,7 +38,7 @@ def plain(printed: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "kind", ["model", "none", *(pytest.param(k, marks=pytest.mark.slow) for k in ("ngram", "early_exit"))]
+    "kind", ["none", *(pytest.param(k, marks=pytest.mark.slow) for k in ("model", "ngram", "early_exit"))]
 )
 def test_what_is_printed_bit_by_bit_is_the_text(config, tmp_path, capsys, kind):
     config.drafter.kind, config.colours, config.blocks_at_once = kind, "always", 1

@@ -70,6 +70,7 @@ def config_of(home, **changes):
     return ConfigDict({**config, **changes})
 
 
+@pytest.mark.slow
 def test_every_subtask_and_all_questions_have_a_row_and_a_second_turn_reads_the_first_answer(
     home, tmp_path, monkeypatch
 ):
@@ -95,6 +96,7 @@ def test_every_subtask_and_all_questions_have_a_row_and_a_second_turn_reads_the_
         assert row["block_efficiency"] == pytest.approx(1 + sum(row["ctar"]), abs=1e-12)
         assert row["emitted_tokens"] == by[row["subtask"], "none"]["emitted_tokens"], "like for like"
         assert row["iterations"] == row["target_calls"]
+        assert row["target_layers_per_token"] == row["target_layers_per_token_once"], "one row, no end inside a block"
     for key in ("emitted_tokens", "target_calls", "drafted_tokens", "accepted_tokens"):
         assert by["overall", "kangaroo"][key] == by["mt_bench", "kangaroo"][key] + by["qa", "kangaroo"][key] > 0
     assert by["overall", "none"]["identical_to_baseline"] is None

@@ -152,6 +152,7 @@ def test_the_bound_holds_for_random_models_near_and_far():
     assert tightest < 0.05, "some model comes near the bound"
 
 
+@pytest.mark.slow
 def test_the_loop_accepts_what_equation_3_says():
     """Whole decoding with models and EOS: accepted over emitted, within four standard errors of the enumeration."""
     vocab, eos, longest, rows, prompt = 5, 2, 4, 6000, [3, 1]

@@ -125,9 +125,11 @@ def time_parts(
     timers = lambda draft, its, gamma: latency.timers(
         longer.plan(target, draft, gamma, 0.0), params, its, *given, behind=0
     )
-    measured = latency.measure(
+    meter = latency.PartsMeter(
         timers(None, None, 0), [timers(*pair) for pair in pairs], [gamma for _, _, gamma in pairs]
     )
+    meter.keep_up(1.0)
+    measured = meter.parts()
     rows_of = [measured[i : i + len(gammas)] for i in range(0, len(measured), len(gammas))]
     return [dict(zip(gammas, parts, strict=True)) for parts in rows_of]
 

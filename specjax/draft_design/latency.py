@@ -181,32 +181,49 @@ def timers(
     return made
 
 
-def measure(plain: dict[str, Timer], speculative: Sequence[dict[str, Timer]], gammas: Sequence[int]) -> list[Parts]:
-    """The parts of several speculative plans beside plain decoding (all of `timers`): medians over rounds, in seconds.
+class PartsMeter:
+    """Times the parts of several speculative plans beside plain decoding, round by round.
 
-    Every round times all of them, one after another: a slow second of the machine then spoils one round of a few, and
-    a slow minute one round of all.
+    Every round times all of them, one after another: a slow second of the machine then spoils one round of a few, and a
+    slow minute one round of all. Rounds may be spread over a run that the parts are to predict.
 
-    Args:
-      gammas: of each plan, 1 or more.
+    Attributes:
+      rounds: seconds of each part of each plan, round by round.
     """
-    everything = [plain, *speculative]
-    rounds = []
-    # The first round compiles.
-    for _ in progress(range(_ROUNDS + 1), description="parts", unit="round"):
-        rounds.append([{name: timer() for name, timer in timers.items()} for timers in everything])
-    median = lambda index, of: statistics.median(of(times[index]) for times in rounds[1:])
-    draft = lambda times: times["propose_and_verify"] - times["verify"]
-    return [
-        Parts(
-            draft_step=max(median(index, draft), 0.0) / gamma,
-            target_step=median(0, lambda times: times["verify"]),
-            verify=median(index, lambda times: times["verify"]),
-            rule=median(index, lambda times: times["rule"]),
-            baseline_rule=median(0, lambda times: times["rule"]),
-        )
-        for index, gamma in enumerate(gammas, 1)
-    ]
+
+    def __init__(self, plain: dict[str, Timer], speculative: Sequence[dict[str, Timer]], gammas: Sequence[int]) -> None:
+        """Compiles what is to be timed.
+
+        Args:
+          plain: `timers` of plain decoding; `speculative` of each other plan, `gammas` its draft length, 1 or more.
+        """
+        self._timed, self._gammas, self.rounds = (plain, *speculative), gammas, []
+        for timers in progress(self._timed, description="parts: compile", unit="case"):
+            _once(timers)
+
+    def keep_up(self, share: float) -> None:
+        """Makes rounds until this share of them has been made."""
+        while len(self.rounds) < round(share * _ROUNDS):
+            self.rounds.append([_once(timers) for timers in self._timed])
+
+    def parts(self) -> list[Parts]:
+        """Of each speculative plan: medians over the rounds, in seconds."""
+        median = lambda index, of: statistics.median(of(times[index]) for times in self.rounds)
+        draft = lambda times: times["propose_and_verify"] - times["verify"]
+        return [
+            Parts(
+                draft_step=max(median(index, draft), 0.0) / gamma,
+                target_step=median(0, lambda times: times["verify"]),
+                verify=median(index, lambda times: times["verify"]),
+                rule=median(index, lambda times: times["rule"]),
+                baseline_rule=median(0, lambda times: times["rule"]),
+            )
+            for index, gamma in enumerate(self._gammas, 1)
+        ]
+
+
+def _once(timers: dict[str, Timer]) -> dict[str, float]:
+    return {name: timer() for name, timer in timers.items()}
 
 
 def block_seconds(

@@ -43,7 +43,7 @@ class Timed:
     sampling: Sampling
 
 
-def measure_parts(
+def parts_meter(
     plain: Timed,
     speculative: Sequence[Timed],
     params: Any,
@@ -53,23 +53,22 @@ def measure_parts(
     batch_size: int,
     seed: int,
     put: Callable,
-) -> list[throughput.Parts]:
-    """Times the parts of each speculative plan and of plain decoding on rows as long as the run's mean context.
-
-    All in turn, the plain step among them: a machine's speed drifts between minutes.
+) -> latency.PartsMeter:
+    """What times the parts of each speculative plan and of plain decoding on rows as long as the run's mean context.
 
     Args:
       prompts: of the run.
-      emitted: what plain decoding made of each; half of it is the mean context.
+      emitted: what plain decoding made of the first of them; half of that is behind a prompt on average.
     """
-    halves = [tokens[: len(tokens) // 2] for tokens in emitted]
     apart = plain.plan.target.reads_prompt_apart
-    texts = prompts if apart else [(*prompt, *half) for prompt, half in zip(prompts, halves, strict=True)]
-    behind = int(np.mean([len(half) for half in halves])) if apart else 0
-    given = _example_batch(texts, int(np.mean([len(text) for text in texts])), batch_size, seed, put)
+    half = int(np.mean([len(tokens) // 2 for tokens in emitted]))
+    length = int(np.mean([len(prompt) for prompt in prompts])) + (0 if apart else half)
+    texts = prompts if apart else [(*prompt, *tokens) for prompt, tokens in zip(prompts, emitted, strict=False)]
+    given = _example_batch(texts, length, batch_size, seed, put)
+    behind = half if apart else 0
     timers = lambda timed: latency.timers(timed.plan, params, timed.draft_params, *given, timed.sampling, behind=behind)
     gammas = [timed.plan.gamma for timed in speculative]
-    return latency.measure(timers(plain), [timers(timed) for timed in speculative], gammas)
+    return latency.PartsMeter(timers(plain), [timers(timed) for timed in speculative], gammas)
 
 
 def measure_block_costs(
