@@ -42,9 +42,11 @@ def get_config(variant: str = "") -> ConfigDict:
 
 
 def _enlarge(base: ConfigDict) -> None:
-    """A wider and deeper target, and longer training of everything, than the quickstart has time for."""
+    """Wider and deeper models, and longer training of everything, than the quickstart has time for."""
     base.target.model.update({"layers": 4, "width": 640, "heads": 10, "kv_heads": 5, "mlp_width": 1792})
     base.target.train.update({"steps": 300, "eval_every": 100, "checkpoint_every": 100})
+    for stage in ("supervised", "distilled", "control"):
+        base[stage].model.mlp_width = 704
     base.supervised.train.steps = 480
     base.distilled.train.update({"steps": 90, "eval_every": 45, "checkpoint_every": 45})
     base.evaluation.max_new_tokens = 80
