@@ -8,6 +8,8 @@ RUN := $(VENV)/bin/python
 PYTEST := $(RUN) -m pytest
 # One worker a core, but no more than the tests can keep busy.
 WORKERS ?= auto
+# Comparisons of speed, for which nothing else may run.
+TIMED := tests/peers/test_speed.py tests/peers/test_gkd.py
 
 .PHONY: quickstart test test-all test-peers check tables
 .DEFAULT_GOAL := test
@@ -22,8 +24,8 @@ test-all: check $(VENV)/.installed-tpu-compiler
 	$(PYTEST) -n $(WORKERS) --dist loadfile -m "not peers"
 
 test-peers: $(VENV)/.installed-peers
-	$(PYTEST) -n $(WORKERS) --dist loadfile -m "peers and not slow" --ignore=tests/peers/test_speed.py tests/peers
-	$(PYTEST) -m peers tests/peers/test_speed.py
+	$(PYTEST) -n $(WORKERS) --dist loadfile -m "peers and not slow" $(TIMED:%=--ignore=%) tests/peers
+	$(PYTEST) -m peers $(TIMED)
 
 check: $(VENV)/.installed-dev
 	$(RUN) -m ruff format --check .

@@ -14,13 +14,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from specjax.benchmark_loading import loading
+from specjax.benchmark_memory import distillation_memory
 from specjax.decoding import loop, rules
 from specjax.decoding.drafters.table import make_drafter
 from specjax.decoding.sampling import Sampling, row_keys
-from specjax.distillation import update
 from specjax.draft_design import latency
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder, Params
@@ -216,44 +215,12 @@ def context(config: Any) -> list[dict]:
     return rows
 
 
-def memory(config: Any) -> list[dict]:
-    """Temporary bytes of a compiled distillation step: heads in chunks of positions, and all at once."""
-    section, rows = config.memory, []
-    size, length = section.batch_size, section.sequence_length
-    batch = {name: jax.ShapeDtypeStruct((size,), jnp.int32) for name in update.BATCH_AXES}
-    batch["tokens"] = jax.ShapeDtypeStruct((size, length), jnp.int32)
-    optimizer = optax.adamw(1e-3)
-    for vocabulary in section.vocabularies:
-        draft, target = (
-            Decoder(_model_config(config, name, vocab_size=vocabulary)) for name in (section.draft, section.target)
-        )
-        params = draft.abstract_params()
-        step = jax.ShapeDtypeStruct((), jnp.int32)
-        state = update.TrainState(params, jax.eval_shape(optimizer.init, params), step)
-        used = {}
-        for name, chunk in (("chunked", section.chunk), ("whole", length)):
-            loss = update.Loss(draft, target, section.divergence, 0.5, 1.0, chunk)
-            function = update.make_step(loss, optimizer, lambda step: step, 1)
-            compiled = jax.jit(function, donate_argnums=0).lower(state, target.abstract_params(), batch).compile()
-            used[name] = compiled.memory_analysis().temp_size_in_bytes
-        rows.append(
-            {
-                "vocabulary": vocabulary,
-                "chunk": section.chunk,
-                "chunked_megabytes": used["chunked"] / 1e6,
-                "whole_megabytes": used["whole"] / 1e6,
-                "logits_megabytes": size * length * vocabulary * 4 / 1e6,
-            }
-        )
-    return rows
-
-
 BENCHMARKS: dict[str, Callable[[Any], list[dict]]] = {
     "plain_decoding": plain_decoding,
     "verification": verification,
     "blocks": blocks,
     "context": context,
-    "distillation_memory": memory,
+    "distillation_memory": distillation_memory,
     "loading": loading,
 }
 

@@ -1,8 +1,6 @@
 """Exports a random checkpoint and loads it onto the mesh: seconds, bytes read by each rank, memory of the host."""
 
 import contextlib
-import ctypes
-import gc
 import os
 import tempfile
 import time
@@ -21,6 +19,7 @@ from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
 from specjax.models.language_model import Params
 from specjax.runtime import mesh as meshes
+from specjax.runtime import process_memory
 from specjax.runtime.errors import UserError
 
 
@@ -64,12 +63,12 @@ def _load(directory: Path, param_dtype: str, mesh: jax.sharding.Mesh) -> dict:
     started = time.perf_counter()
     _, arriving = hub_load.stream(directory, shardings=shardings, **dtypes)
     arrays, of_rank, held, above = [], dict.fromkeys(mesh.devices.flat, 0), 0, []
-    before = _baseline()
+    before = process_memory.settled()
     for loaded in arriving:
         arrays.append(loaded.array)
         held += sum(shard.data.nbytes for shard in loaded.array.addressable_shards)
-        above.append(_resident("VmHWM") - before - held)
-        _reset_peak()
+        above.append(process_memory.peak() - before - held)
+        process_memory.reset_peak()
         for device, count in loaded.file_bytes.items():
             of_rank[device] += count
     seconds = time.perf_counter() - started
@@ -117,25 +116,3 @@ def _forget(files: list[Path]) -> None:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _resident(field: str) -> int:
-    """Bytes that this process occupies (VmRSS), or has occupied at most since the last reset (VmHWM)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise UserError(f"the memory of a process cannot be measured here (no {field} in /proc/self/status); run on Linux")
-
-
-def _baseline() -> int:
-    """Bytes that this process occupies, once memory that it has let go is the system's again."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:  # only glibc keeps so much of it
-        trim(0)
-    _reset_peak()
-    return _resident("VmRSS")
-
-
-def _reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")

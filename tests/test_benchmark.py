@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import tiny
 
-from specjax import benchmark, benchmark_loading
+from specjax import benchmark, benchmark_memory
 from specjax.decoding import loop
 from specjax.runtime import config as configs
-from specjax.runtime import timing
+from specjax.runtime import process_memory, timing
 from specjax.runtime.errors import UserError
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "benchmark" / "cpu.py"
@@ -33,8 +33,6 @@ def test_a_run_leaves_a_row_for_every_setting(tmp_path, capsys):
     settings = [(row["batch_size"], row["gamma"]) for row in of("blocks")]
     assert settings == [(b, g) for b in config.blocks.batch_sizes for g in config.blocks.gammas]
     assert len(of("context")) == len(config.context.contexts) + len(config.context.capacities)
-    for row in of("distillation_memory"):
-        assert row["chunked_megabytes"] < row["whole_megabytes"]
     assert all(value > 0 for row in results["rows"] for key, value in row.items() if "second" in key)
     assert "verification" in capsys.readouterr().out
 
@@ -64,6 +62,29 @@ def test_the_bare_product_reads_every_matrix_of_a_step():
         assert not np.allclose(benchmark._matvec_loop(1, changed, x), reference)
 
 
+@pytest.mark.standard_promotion
+def test_heads_in_chunks_need_a_chunks_logits_and_all_at_once_those_of_all_positions():
+    config = configs.load(f"{CONFIG.with_name('distillation_memory.py')}:smoke")
+    case = {role: config.models[role].to_dict() | {"vocab_size": 8192} for role in ("draft", "target")}
+    case |= {"batch_size": 4, "sequence_length": 64, "divergence": "forward_kl", "seed": 0}
+    used = {chunk: benchmark_memory.measured({**case, "chunk": chunk}) for chunk in (16, 256)}
+    logits = 4 * 8192 * 256
+    assert used[256]["compiled"] - used[16]["compiled"] > 2 * logits
+    for chunk, counts in used.items():
+        paper = benchmark_memory.on_paper(chunk, 8192, config.models.draft.width)
+        assert paper < counts["compiled"] < 3 * paper + 2e6
+
+
+def test_a_step_that_does_not_end_is_named_with_what_to_lower():
+    config = configs.load(f"{CONFIG.with_name('distillation_memory.py')}:smoke")
+    config.memory.divergence = "forward"
+    with pytest.raises(UserError, match="vocabulary of 4096 and chunks of 16 .*unknown divergence.*lower memory"):
+        benchmark.distillation_memory(config)
+    config.memory.draft = "drafd"
+    with pytest.raises(UserError, match='describes no model "drafd"; did you mean "draft"'):
+        benchmark.distillation_memory(config)
+
+
 def loading_config(**mesh):
     config = configs.load(f"{CONFIG.with_name('loading.py')}:smoke")
     config.mesh.update(mesh)
@@ -84,12 +105,12 @@ def test_each_rank_of_a_loading_mesh_reads_its_share(tmp_path):
 
 
 def test_the_peak_of_a_loading_sees_memory_that_is_let_go_again():
-    before = benchmark_loading._resident("VmRSS")
-    benchmark_loading._reset_peak()
+    before = process_memory.resident()
+    process_memory.reset_peak()
     np.ones(20_000_000)
-    assert benchmark_loading._resident("VmHWM") - before > 150e6
-    benchmark_loading._reset_peak()
-    assert benchmark_loading._resident("VmHWM") - before < 50e6
+    assert process_memory.peak() - before > 150e6
+    process_memory.reset_peak()
+    assert process_memory.peak() - before < 50e6
 
 
 def test_a_disk_without_room_for_the_checkpoint_is_named(tmp_path):

@@ -22,7 +22,7 @@ FLOORS = (
     ("hub",),
     ("decoding", "data", "reporting"),
     ("distillation", "draft_design", "cases"),
-    ("distill", "choose_layers", "evaluate", "api", "benchmark_loading", "target_text"),
+    ("distill", "choose_layers", "evaluate", "api", "benchmark_loading", "benchmark_memory", "target_text"),
     ("design", "benchmark", "generate", "spec_bench"),
     ("main",),
 )

@@ -1,4 +1,4 @@
-"""What decoding costs on this machine: our loop beside the barest one, verification, blocks, context, memory.
+"""What decoding costs on this machine: our loop beside the barest one, verification, blocks, context.
 
     python -m specjax.main --config=configs/benchmark/cpu.py --workdir=runs/benchmark_cpu
 
@@ -21,7 +21,7 @@ def get_config(variant: str = "") -> ConfigDict:
     # Devices along each axis; the benchmarks are of one device.
     config.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1})
     # The benchmarks to run, a table each.
-    config.tables = ("plain_decoding", "verification", "blocks", "context", "distillation_memory")
+    config.tables = ("plain_decoding", "verification", "blocks", "context")
     config.repeats = 7  # measurements of which the median is taken
     config.steps = 24  # steps of a loop on the device in one measurement of a step
     config.models = ConfigDict(
@@ -65,18 +65,6 @@ def get_config(variant: str = "") -> ConfigDict:
             "capacities": (256, 512, 1024, 2048),
         }
     )
-    # Temporary memory of a distillation step, compiled only: heads in chunks of positions, and all at once.
-    config.memory = ConfigDict(
-        {
-            "target": "wide",
-            "draft": "draft",
-            "vocabularies": (2048, 4096, 8192, 16384, 32768),
-            "batch_size": 8,
-            "sequence_length": 256,
-            "chunk": 32,
-            "divergence": "forward_kl",
-        }
-    )
     if variant == "smoke":
         _shrink(config)
     return config
@@ -110,4 +98,3 @@ def _shrink(config: ConfigDict) -> None:
     config.verification.update({"models": ("wide",), "gammas": (1, 2), "context": 8, "capacity": 16})
     config.blocks.update({"gammas": (0, 2), "batch_sizes": (1, 2), "prompt": 4, "new_tokens": 4})
     config.context.update({"contexts": (8, 16), "capacity": 32, "short_context": 8, "capacities": (16, 256)})
-    config.memory.update({"vocabularies": (256,), "batch_size": 2, "sequence_length": 32, "chunk": 8})

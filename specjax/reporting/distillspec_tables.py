@@ -206,4 +206,25 @@ def garden(record: Mapping) -> str:
     return "\n\n".join([*written, tables.markdown_table(lines, list(lines[0])), source(record)])
 
 
-TABLES: dict[str, Callable[[Mapping], str]] = {"lossy": lossy, "garden": garden}
+def distillation_memory(record: Mapping) -> str:
+    """Megabytes of a step at each vocabulary, by formula, compiler and system; in chunks, and all positions at once."""
+    columns = {"vocabulary": "vocabulary", "logits_megabytes": "all logits, once"}
+    for way in ("chunked", "whole"):
+        columns |= {f"{way}_{name}_megabytes": f"{way}, {name.replace('_', ' ')}" for name in _ACCOUNTS}
+    rows, config = record["rows"], record["config"]
+    made = record["environment"]
+    run = (
+        f"{rows[0]['positions']} positions, chunks of {rows[0]['chunk']}; a draft {config['models']['draft']['width']} "
+        f"wide; {made['device_kind']}, jax {made['jax']}, commit {made['git_commit'][:12]}"
+    )
+    return f"{tables.markdown_table(rows, columns)}\n\n{run}"
+
+
+_ACCOUNTS = ("on_paper", "compiled", "peak")
+
+
+TABLES: dict[str, Callable[[Mapping], str]] = {
+    "lossy": lossy,
+    "garden": garden,
+    "distillation_memory": distillation_memory,
+}

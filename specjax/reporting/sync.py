@@ -133,12 +133,28 @@ def peers(record: Mapping) -> str:
     return f"{table}\n\n{run}"
 
 
+def peers_distillation(record: Mapping) -> str:
+    """Tokens written and learned from per second by each trainer's on-policy step, pair by pair, and what was run."""
+    columns = ("pair", "system", "setting", "tokens_per_second", "step_seconds", "generation_seconds", "ratio")
+    pairs = "; ".join(
+        f"{name}: target {target[0]} x {target[1]}, draft {draft[0]} x {draft[1]}, {vocabulary} ids"
+        for name, (target, draft, vocabulary) in record["pairs"].items()
+    )
+    run = (
+        f"Layers x width of {pairs}. {record['batch_size']} rows, "
+        f"{record['prompt_tokens']} prompt and {record['new_tokens']} new tokens, JSD, float32, random weights, "
+        f"{record['cpus']} CPU cores."
+    )
+    return f"{tables.markdown_table(record['rows'], columns)}\n\n{run}"
+
+
 # The name of a record and of its table -> what writes the table.
 TABLES: dict[str, Callable[[Mapping], str]] = {
     "quickstart": quickstart,
     "study": study,
     "benchmark": benchmark,
     "peers": peers,
+    "peers_distillation": peers_distillation,
     **design_tables.TABLES,
     **distillspec_tables.TABLES,
     **kangaroo_tables.TABLES,
