@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 
 from specjax.data import batches, tasks
 from specjax.distillation import cached_text, recipes
@@ -30,7 +29,7 @@ from specjax.models.medusa import MedusaConfig, MedusaHeads
 from specjax.models.self_draft import SelfDraft
 from specjax.models.table import model_of
 from specjax.reporting import records
-from specjax.runtime import cli, dtypes
+from specjax.runtime import cli, dtypes, processes
 from specjax.runtime import config as configs
 from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError
@@ -66,25 +65,24 @@ def run(config: Any, workdir: str | Path) -> dict:
             raise UserError(
                 "speculative_eval.every needs a target to draft for: set `target`, or speculative_eval.every to 0"
             )
-        evaluator = make_evaluator(config, material, task, tokenizer)
+        evaluator = make_evaluator(config, material, task, tokenizer, mesh)
     trainer = Trainer(config, workdir, material, mesh, min_seconds=min_seconds, evaluator=evaluator)
     outcome = trainer.run()
-    several = jax.process_count() > 1
-    params = multihost_utils.process_allgather(outcome.params, tiled=True) if several else outcome.params
-    if isinstance(material.draft, SelfDraft):
-        belongs = hub_adapter.fingerprint(material.target, material.target_params)
-        adapter = hub_adapter.LoadedAdapter(material.draft.adapter, params, belongs)
-        export = lambda directory: hub_adapter.save(directory, adapter)
-    else:
-        export = lambda directory: hub_save.save(directory, material.draft, params, tokenizer)
+    _export(workdir / "export", material, processes.fetch_to_first(outcome.params), tokenizer)
     path = workdir / "results.json"
-    if jax.process_index() == 0:
-        export(workdir / "export")
-        rows = [_row(config, material.draft, outcome)]
-        records.write_results(path, binary="distill", config=configs.to_plain(config), rows=rows)
-    if several:
-        multihost_utils.sync_global_devices("the results are written")
+    rows = [_row(config, material.draft, outcome)]
+    records.write_results(path, binary="distill", config=configs.to_plain(config), rows=rows)
     return records.read_results(path)
+
+
+def _export(directory: Path, material: Material, params: Params, tokenizer: Tokenizer) -> None:
+    """Writes what was trained; of several processes the first does, which alone has the parameters whole."""
+    if isinstance(material.draft, SelfDraft):
+        belongs = hub_adapter.fingerprint(material.target, material.target_params)  # all processes come here
+        if processes.first():
+            hub_adapter.save(directory, hub_adapter.LoadedAdapter(material.draft.adapter, params, belongs))
+    elif processes.first():
+        hub_save.save(directory, material.draft, params, tokenizer)
 
 
 def _row(config: Any, draft: LanguageModel, outcome: Outcome) -> dict:
@@ -146,12 +144,13 @@ def _material(config: Any, task: tasks.Task, tokenizer: Tokenizer, mesh: jax.sha
     text = None
     if data.target_path:
         text = _target_text(config, target, target_params, tokenizer)
+    own = meshes.own_rows(mesh, data.batch_size) if jax.process_count() > 1 else None
     return Material(
         draft=draft,
         params=params,
         target=target,
         target_params=target_params,
-        batches=batches.training_batches(task, tokenizer, **rows),
+        batches=batches.training_batches(task, tokenizer, own_rows=own, **rows),
         validation=batches.validation_batches(task, tokenizer, count=train.eval_batches, **rows),
         eos_ids=tokenizer.eos_ids,
         longest_prompt=data.prompt_length_max if task.is_language_modelling else data.sequence_length - 1,

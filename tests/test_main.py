@@ -12,7 +12,7 @@ import pytest
 
 from specjax import distill, main
 from specjax.reporting import records
-from specjax.runtime import cli, timing
+from specjax.runtime import cli, processes, timing
 from specjax.runtime import config as configs
 from specjax.runtime.errors import UserError, nearest
 
@@ -282,7 +282,7 @@ def test_a_stage_that_cannot_run_is_found_before_the_first_one_starts(
     ],
 )
 def test_only_one_of_several_processes_waits_for_others(environment, several):
-    assert cli.several_processes(environment) is several
+    assert processes.several(environment) is several
 
 
 def test_the_module_runs_from_the_command_line(tmp_path):

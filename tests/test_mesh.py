@@ -54,7 +54,7 @@ def generated(sizes, rule):
             sampling=Sampling.of(1.0),
             max_new_tokens=MAX_NEW,
             eos_ids=(3,),
-            put=batch.placer(mesh),
+            put=batch.Placer(mesh),
         )
 
 
