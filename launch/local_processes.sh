@@ -80,6 +80,7 @@ for ((id = 0; id < processes; id++)); do
   if ! $dry_run; then
     "${command[@]}" &
     pids+=("$!")
+    echo "process $id is $!" >&2
   fi
 done
 $dry_run && exit 0
@@ -101,7 +102,7 @@ while ((running)); do
   if ((gone && ended && code == 0)); then
     code=$ended
     # Those that fail alike, or save because they were told to, end by themselves; the others never would.
-    (sleep "${SPECJAX_GRACE_SECONDS:-20}"; stop_all KILL) &
+    (sleep "${SPECJAX_GRACE_SECONDS:-20}"; stop_all KILL) >/dev/null 2>&1 &
     watcher=$!
   fi
 done

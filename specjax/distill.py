@@ -155,6 +155,7 @@ def _material(config: Any, task: tasks.Task, tokenizer: Tokenizer, mesh: jax.sha
         eos_ids=tokenizer.eos_ids,
         longest_prompt=data.prompt_length_max if task.is_language_modelling else data.sequence_length - 1,
         target_text=text,
+        whole=config.model.whole,
     )
 
 
@@ -176,7 +177,7 @@ def _attached(
     if target is None:
         raise UserError(f'model.init is "{init}", which attaches to a target: set `target`')
     if init not in (ADAPTER, MEDUSA):
-        shardings = lambda adapter: meshes.shardings(adapter.axes(), mesh)
+        shardings = lambda adapter: meshes.shardings(adapter.axes(whole=config.model.whole), mesh)
         loaded = hub_adapter.load(init, target, shardings=shardings)
         loaded.check(hub_adapter.fingerprint(target, target_params))
         return SelfDraft.of(loaded.adapter), loaded.params
@@ -186,7 +187,7 @@ def _attached(
     else:
         adapter = MedusaHeads(MedusaConfig(target.config, section.heads, section.own_head))
     draft = SelfDraft.of(adapter)
-    begin = jax.jit(draft.init_on, out_shardings=meshes.shardings(draft.axes(), mesh))
+    begin = jax.jit(draft.init_on, out_shardings=meshes.shardings(draft.axes(whole=config.model.whole), mesh))
     return draft, begin(jax.random.key(config.seed), target_params)
 
 
@@ -194,12 +195,14 @@ def _model(config: Any, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> tuple[
     """The model to train: from an export, or random with the tokenizer's vocabulary."""
     model = config.model
     if model.init != RANDOM:
-        return _load(model.init, tokenizer, model, mesh)
+        return _load(model.init, tokenizer, model, mesh, whole=model.whole)
     try:
         made = _random(model, tokenizer)
     except ValueError as error:
         raise UserError(f"config.model: {error}") from None
-    init = jax.jit(made.init, out_shardings=meshes.shardings(made.axes(), mesh))
+    if not model.whole:
+        made.check_split(mesh)
+    init = jax.jit(made.init, out_shardings=meshes.shardings(made.axes(whole=model.whole), mesh))
     return made, init(jax.random.key(config.seed))
 
 
@@ -217,7 +220,9 @@ def _random(model: Any, tokenizer: Tokenizer) -> LanguageModel:
     return EncoderDecoder(EncoderDecoderConfig.t5(**fields, start_token=tokenizer.pad_id))
 
 
-def _load(directory: str, tokenizer: Tokenizer, model: Any, mesh) -> tuple[LanguageModel, Params]:
+def _load(
+    directory: str, tokenizer: Tokenizer, model: Any, mesh: jax.sharding.Mesh, *, whole: bool = False
+) -> tuple[LanguageModel, Params]:
     """Reads an export straight onto the mesh; it has the tokenizer used here, and at least a row for each id."""
     if Tokenizer.load(directory).fingerprint() != tokenizer.fingerprint():
         raise UserError(
@@ -230,7 +235,11 @@ def _load(directory: str, tokenizer: Tokenizer, model: Any, mesh) -> tuple[Langu
             f"the tokenizer has {tokenizer.vocab_size} ids and the model in {directory} only {config.vocab_size}; "
             "take the tokenizer that the model was trained with"
         )
-    return hub_load.load(directory, shardings=meshes.shardings(model_of(config).axes(), mesh), **dtypes_of)
+    described = model_of(config)
+    if not whole:
+        described.check_split(mesh)
+    shardings = meshes.shardings(described.axes(whole=whole), mesh)
+    return hub_load.load(directory, shardings=shardings, **dtypes_of)
 
 
 if __name__ == "__main__":

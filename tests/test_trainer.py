@@ -566,6 +566,7 @@ def distill_config(**overrides):
         tied_head=True,
         param_dtype="float32",
         compute_dtype="auto",
+        whole=False,
     )
     config.target, config.recipe = "", ""
     config.update_from_flattened_dict(overrides)

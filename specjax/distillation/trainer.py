@@ -78,6 +78,7 @@ class Material:
       eos_ids: ids that end a generated row.
       longest_prompt: most tokens of a prompt that a row of `batches` can have.
       target_text: what the target wrote before; None has it write as it is needed.
+      whole: every device of the mesh's tensor axis holds the whole draft, and of its optimiser.
     """
 
     draft: LanguageModel
@@ -89,6 +90,7 @@ class Material:
     eos_ids: tuple[int, ...]
     longest_prompt: int
     target_text: CachedText | None = None
+    whole: bool = False
 
 
 def check(config: Any, material: Material) -> None:
@@ -170,7 +172,8 @@ class Trainer:
         self.config, self.material, self.mesh = config, material, mesh
         self.workdir, self.min_seconds, self.evaluator = Path(workdir), min_seconds, evaluator
         optimizer = update.make_optimizer(config.optimizer, config.train.steps)
-        self.state = update.initial_state(material.params, material.draft.axes(), optimizer, mesh)
+        axes = material.draft.axes(whole=material.whole)
+        self.state = update.initial_state(material.params, axes, optimizer, mesh)
         self.clock = Clock()
         self.step, self.saved, self.seconds = 0, None, 0.0  # seconds as of the last checkpoint
         self.tokens, self.loss, self.validation = 0.0, None, []

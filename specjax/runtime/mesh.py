@@ -34,8 +34,8 @@ RULES: dict[str, tuple[str, ...] | None] = {
 def make_mesh(config: Any) -> jax.sharding.Mesh:
     """A mesh of `data` x `fsdp` x `tensor` devices, as `config` says; 1 x 1 x 1 is the first device alone.
 
-    Where devices come in several slices, between which the network is slow, `data` runs over the slices, and `fsdp` over
-    what `data` is too small for; `tensor` stays within one.
+    Where devices come in several slices, between which the network is slow, `data` runs over the slices, and `fsdp`
+    over what `data` is too small for; `tensor` stays within one.
 
     Raises:
       UserError: for sizes below 1, where the sizes do not multiply to the number of devices, and where slices would
@@ -71,8 +71,8 @@ def over_slices(sizes: tuple[int, int, int], slices: int) -> tuple[int, int, int
     ways = math.gcd(data, slices), slices // math.gcd(data, slices)
     if fsdp % ways[1]:
         raise UserError(
-            f"the devices are in {slices} slices, over which mesh.data {data} and mesh.fsdp {fsdp} do not split evenly; let "
-            f"mesh.data be a multiple of {slices}: between slices the network is slow, and mesh.tensor stays within one"
+            f"the devices are in {slices} slices, over which mesh.data {data} and mesh.fsdp {fsdp} do not divide; "
+            f"let mesh.data be a multiple of {slices} (mesh.tensor stays within a slice: the network between is slow)"
         )
     return (*ways, 1)
 
@@ -162,6 +162,12 @@ def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(axes))
 
 
+def whole_over_tensor(axes_tree: Any) -> Any:
+    """The tree of logical names without those that are split over the tensor axis."""
+    kept = lambda name: None if name is not None and "tensor" in (RULES[name] or ()) else name
+    return jax.tree.map(lambda axes: tuple(map(kept, axes)), axes_tree, is_leaf=_is_axes)
+
+
 def check_divisible(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh_shape: Any) -> None:
     """Raises UserError where a dimension does not divide evenly over its mesh axes.
 
@@ -184,7 +190,7 @@ def check_divisible(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh_s
             )
 
 
-def check_model(sizes: Mapping[str, int], mesh: jax.sharding.Mesh) -> None:
+def check_split(sizes: Mapping[str, int], mesh: jax.sharding.Mesh) -> None:
     """Refuses a model that does not split evenly over the tensor axis.
 
     Args:

@@ -130,6 +130,8 @@ def start(joining: Joining, environment: Mapping[str, str]) -> None:
             "process_id": joining.process_id,
             "cluster_detection_method": "deactivate",
         }
+        if joining.coordinator.startswith(("127.0.0.1:", "localhost:")):  # then no other host needs to reach it
+            flags["coordinator_bind_address"] = joining.coordinator
     watch = threading.Timer(joining.seconds, _give_up, [joining])
     watch.daemon = True
     watch.start()
@@ -151,8 +153,8 @@ def _give_up(joining: Joining) -> None:
     who = f"process {joining.process_id} of {joining.processes}" if told else "this process"
     print(
         f"error: {who} did not find the others within {joining.seconds} s; check that all of them are started, each "
-        f"with an id of its own and the same count, that process 0 listens at {where} (no other program at that port, an "
-        "address that the other hosts know, the port open between them), and that no proxy variable is set; "
+        f"with an id of its own and the same count, that process 0 listens at {where} (no other program at that "
+        "port, an address that the other hosts know, the port open between them), and that no proxy variable is set; "
         "--join_seconds=N waits longer",
         file=sys.stderr,
         flush=True,
