@@ -25,7 +25,7 @@ from specjax.reporting import records
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = "".join(f"def add_{i}(x):\n    return x + {i}\n\n\n" for i in range(300))
-STEPS = 12
+STEPS = 6
 # Of a run, from its start to its end.
 SECONDS = 150
 
@@ -51,7 +51,7 @@ def get_config():
     draft.speculative_eval.every = 0
     evaluation.drafters = {{"draft": {{"kind": "model", "path": "stage:draft", "lossless": (2,), "coupled": ()}}}}
     evaluation.temperatures, evaluation.compare = (1.0,), ()
-    evaluation.selection.count, evaluation.batch_sizes = 5, (2,)
+    evaluation.selection.count, evaluation.batch_sizes = 3, (2,)
     return config
 """
 
@@ -122,7 +122,7 @@ def quick(home):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0",
-        "SPECJAX_GRACE_SECONDS": "10",
+        "SPECJAX_GRACE_SECONDS": "5",
     }
 
 
@@ -174,7 +174,7 @@ def assert_close(mine, theirs, where):
 def test_a_process_killed_mid_run_and_all_started_again_end_as_one_process_does(home, alone):
     workdir = home / "killed"
     run = Run(home, workdir, 2, 2)
-    run.wait_for(workdir / "draft" / "checkpoints" / "4")
+    run.wait_for(workdir / "draft" / "checkpoints" / "2")
     run.send(signal.SIGKILL, process=1)
     assert run.end() not in (0, "too long"), run.said
     assert not (workdir / "draft" / "results.json").exists(), "it was killed before its end"

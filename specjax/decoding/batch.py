@@ -124,8 +124,8 @@ class Placer:
         return 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
     def rows(self, count: int) -> int:
-        """How many rows a batch of `count` is run with: so many that they divide, unless it has fewer than devices."""
-        return count if count < self._ways else _round_up(count, self._ways)
+        """How many rows a batch of `count` is run with: so many that they divide over the devices."""
+        return _round_up(count, self._ways)
 
     def __call__(self, array: np.ndarray) -> jax.Array:
         if self.mesh is None:

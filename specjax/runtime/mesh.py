@@ -116,6 +116,24 @@ def shard(tree: Any, axes_tree: Any, mesh: jax.sharding.Mesh) -> Any:
     return jax.device_put(tree, shardings(axes_tree, mesh, shapes=tree))
 
 
+def pin_last(x: jax.Array, name: str) -> jax.Array:
+    """As `constrain`, of the last axis alone, and only where it divides; how the others lie is left to the compiler."""
+    if not splits(name) or x.shape[-1] % _ways(name, jax.sharding.get_abstract_mesh()):
+        return x
+    free = (jax.P.UNCONSTRAINED,) * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, jax.P(*free, RULES[name]))
+
+
+def splits(name: str) -> bool:
+    """Inside jit, under `use`: whether this logical axis is spread over devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and _ways(name, mesh) > 1
+
+
+def _ways(name: str, mesh: Any) -> int:
+    return math.prod(mesh.shape[axis] for axis in RULES[name] or ())
+
+
 def place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
     """A host array that every process has whole, on the devices of the sharding; each process places its own part."""
     if sharding.is_fully_addressable:
