@@ -3,6 +3,7 @@
 Whole training runs on a mesh: test_trainer.py, and over several processes test_processes.py.
 """
 
+import dataclasses
 import functools
 import re
 
@@ -247,6 +248,24 @@ def test_slices_cut_the_data_axis_first_and_never_the_tensor_axis():
     assert meshes.over_slices((1, 4, 1), 4) == (1, 4, 1)
     with pytest.raises(UserError, match="let mesh.data be a multiple of 2"):
         meshes.over_slices((1, 1, 8), 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """A device of one of several slices, as far as laying out a mesh asks."""
+
+    id: int
+    slice_index: int
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+    process_index: int = 0
+
+
+def test_a_mesh_of_two_slices_crosses_between_them_along_data_alone():
+    devices = [Device(number, number // 4) for number in range(8)]
+    laid_out = meshes.lay_out((4, 1, 2), devices, 2)
+    assert laid_out.shape == (4, 1, 2)
+    assert [{device.slice_index for device in row.flat} for row in laid_out] == [{0}, {0}, {1}, {1}]
 
 
 @pytest.mark.parametrize(("sizes", "rows"), [((8, 1, 1), 8), ((2, 2, 2), 4)])

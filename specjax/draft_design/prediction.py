@@ -1,7 +1,7 @@
 """Predicted beside measured: parts of a block timed at a run's mean context, and the speed-up they foretell."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ def measure_parts(
     *,
     batch_size: int,
     seed: int,
-    put: Callable,
+    put: batch.Placer,
 ) -> list[throughput.Parts]:
     """Times the parts of each speculative plan and of plain decoding on rows as long as the run's mean context.
 
@@ -83,7 +83,7 @@ def measure_block_costs(
     max_new_tokens: int,
     batch_size: int,
     seed: int,
-    put: Callable,
+    put: batch.Placer,
 ) -> Float[Array, "gamma_plus_1"]:
     """Seconds of blocks that draft 0 .. gamma tokens, for `Sampling.costs`, about half way through the run.
 
@@ -99,9 +99,10 @@ def measure_block_costs(
     return jnp.asarray(processes.from_first(np.asarray(seconds, np.float32)))  # all draft by one clock
 
 
-def _example_batch(texts: Sequence[Sequence[int]], length: int, batch_size: int, seed: int, put: Callable) -> tuple:
+def _example_batch(texts: Sequence[Sequence[int]], length: int, batch_size: int, seed: int, put: batch.Placer) -> tuple:
     """Tokens, lengths and keys of the longest texts, each repeated or cut to one length."""
     rows = [(tuple(text) * length)[:length] for text in sorted(texts, key=len)[-batch_size:]]
+    rows += rows[-1:] * (put.rows(len(rows)) - len(rows))
     tokens, lengths = batch.pad(rows, batch.prompt_slots(rows))
     return put(tokens), put(lengths), row_keys(seed, put(np.arange(len(rows), dtype=np.int32)))
 

@@ -58,6 +58,7 @@ def launch(run: Callable[[ConfigDict, str], Any], module: str, argv: Sequence[st
         return stopping.STOPPED
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        processes.leave(130)
         return 130
     except Exception as error:
         if jax.process_count() == 1:

@@ -5,7 +5,7 @@ case in which each of these splits is trivial.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -59,10 +59,14 @@ def make_mesh(config: Any) -> jax.sharding.Mesh:
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
         return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+    return jax.sharding.Mesh(lay_out(sizes, devices, slices), AXES, axis_types=types)
+
+
+def lay_out(sizes: tuple[int, int, int], devices: Sequence[Any], slices: int) -> np.ndarray:
+    """Devices of several slices in the shape of a mesh. Raises UserError where slices do not divide it."""
     between = over_slices(sizes, slices)
     within = tuple(size // ways for size, ways in zip(sizes, between, strict=True))
-    laid_out = mesh_utils.create_hybrid_device_mesh(within, between, devices)
-    return jax.sharding.Mesh(laid_out, AXES, axis_types=types)
+    return mesh_utils.create_hybrid_device_mesh(within, between, devices)
 
 
 def over_slices(sizes: tuple[int, int, int], slices: int) -> tuple[int, int, int]:

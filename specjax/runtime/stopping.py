@@ -48,11 +48,11 @@ def stoppable() -> Iterator[None]:
     if not watched:
         yield
         return
-    _Notice.asked = False
     before = signal.signal(signal.SIGTERM, _on_sigterm)
     try:
         yield
     finally:
+        _Notice.asked = False
         signal.signal(signal.SIGTERM, before)
 
 
