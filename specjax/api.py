@@ -138,7 +138,7 @@ def generate(
             sampling=sampling,
             max_new_tokens=max_new_tokens,
             eos_ids=target.tokenizer.eos_ids if eos_ids is None else tuple(eos_ids),
-            put=batch.placer(target.mesh),
+            put=batch.Placer(target.mesh),
             **_listener(target, plan, blocks_at_once, on_text),
         )
     return _generation(target, plan, results)

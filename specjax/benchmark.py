@@ -24,7 +24,7 @@ from specjax.draft_design import latency
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder, Params
 from specjax.reporting import records, tables
-from specjax.runtime import cli
+from specjax.runtime import cli, processes
 from specjax.runtime import config as configs
 from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError, nearest
@@ -40,6 +40,7 @@ def run(config: Any, workdir: str | Path) -> dict:
     for name in config.tables:
         if name not in BENCHMARKS:
             raise UserError(f'there is no benchmark "{name}"{nearest(name, BENCHMARKS)}')
+    processes.refuse_several("benchmark")
     if meshes.make_mesh(config.mesh).size > 1 and set(config.tables) - {"loading"}:
         raise UserError("all benchmarks but loading are of one device; set mesh.data, mesh.fsdp and mesh.tensor to 1")
     rows = []

@@ -79,8 +79,8 @@ def load_job(config: Any) -> Job:
       UserError: for directories that do not hold what they should, models that do not fit, rules without leniences.
     """
     mesh = meshes.make_mesh(config.mesh)
-    load = lambda path: hub_model.load(
-        path, param_dtype=config.param_dtype, compute_dtype=config.compute_dtype, mesh=mesh
+    load = lambda path, **how: hub_model.load(
+        path, param_dtype=config.param_dtype, compute_dtype=config.compute_dtype, mesh=mesh, **how
     )
     target = load(config.target)
     _check_rules(config)
@@ -91,7 +91,7 @@ def load_job(config: Any) -> Job:
             targets[own] = load(own)
             hub_model.check_pair(target, targets[own])
         if section.kind == "model":
-            drafters[name] = load(section.path)
+            drafters[name] = load(section.path, whole=_options(config, section)["whole"])
             hub_model.check_pair(target, drafters[name])
         elif section.kind in ATTACHED:
             drafters[name] = hub_model.load_adapter(section.path, targets[own])
@@ -163,7 +163,14 @@ def _sampling(job: Job, setting: Setting, lenience: float | None, options: dict[
 
 def _options(config: Any, section: ConfigDict) -> dict[str, Any]:
     """A drafter's section, with what it leaves out: the target of all, a draft length that is fixed and never stops."""
-    return {"target": config.target, "threshold": 0.0, "adaptive": False, "costs": (), **section.to_dict()}
+    return {
+        "target": config.target,
+        "threshold": 0.0,
+        "adaptive": False,
+        "costs": (),
+        "whole": False,
+        **section.to_dict(),
+    }
 
 
 def make_cases(job: Job, setting: Setting) -> list[Case]:

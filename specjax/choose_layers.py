@@ -88,7 +88,7 @@ def _texts(config: Any, target: hub_model.Model, sampling: Sampling):
         sampling=sampling,
         max_new_tokens=config.max_new_tokens,
         eos_ids=target.tokenizer.eos_ids,
-        put=batch.placer(target.mesh),
+        put=batch.Placer(target.mesh),
     )
     texts = [(*prompt, *emitted) for prompt, emitted in zip(ids, result.tokens, strict=True)]
     tokens, lengths = batch.pad(texts, batch.prompt_slots(texts))

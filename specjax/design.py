@@ -19,7 +19,7 @@ from specjax.hub import load as hub_load
 from specjax.hub import model as hub_model
 from specjax.models.decoder import Decoder
 from specjax.reporting import design_tables, records
-from specjax.runtime import cli
+from specjax.runtime import cli, processes
 from specjax.runtime import config as configs
 from specjax.runtime.errors import UserError, nearest
 
@@ -32,6 +32,7 @@ def run(config: Any, workdir: str | Path) -> dict:
     """
     if config.action not in ACTIONS:
         raise UserError(f'there is no action "{config.action}"{nearest(config.action, ACTIONS)}')
+    processes.refuse_several("design")
     rows = ACTIONS[config.action](config, Path(workdir))
     path = Path(workdir) / "results.json"
     records.write_results(path, binary="design", config=configs.to_plain(config), rows=rows)

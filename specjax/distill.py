@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 
 from specjax.data import batches, tasks
 from specjax.distillation import cached_text, recipes
@@ -30,7 +29,7 @@ from specjax.models.medusa import MedusaConfig, MedusaHeads
 from specjax.models.self_draft import SelfDraft
 from specjax.models.table import model_of
 from specjax.reporting import records
-from specjax.runtime import cli, dtypes
+from specjax.runtime import cli, dtypes, processes
 from specjax.runtime import config as configs
 from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError
@@ -66,25 +65,24 @@ def run(config: Any, workdir: str | Path) -> dict:
             raise UserError(
                 "speculative_eval.every needs a target to draft for: set `target`, or speculative_eval.every to 0"
             )
-        evaluator = make_evaluator(config, material, task, tokenizer)
+        evaluator = make_evaluator(config, material, task, tokenizer, mesh)
     trainer = Trainer(config, workdir, material, mesh, min_seconds=min_seconds, evaluator=evaluator)
     outcome = trainer.run()
-    several = jax.process_count() > 1
-    params = multihost_utils.process_allgather(outcome.params, tiled=True) if several else outcome.params
-    if isinstance(material.draft, SelfDraft):
-        belongs = hub_adapter.fingerprint(material.target, material.target_params)
-        adapter = hub_adapter.LoadedAdapter(material.draft.adapter, params, belongs)
-        export = lambda directory: hub_adapter.save(directory, adapter)
-    else:
-        export = lambda directory: hub_save.save(directory, material.draft, params, tokenizer)
+    _export(workdir / "export", material, processes.fetch_to_first(outcome.params), tokenizer)
     path = workdir / "results.json"
-    if jax.process_index() == 0:
-        export(workdir / "export")
-        rows = [_row(config, material.draft, outcome)]
-        records.write_results(path, binary="distill", config=configs.to_plain(config), rows=rows)
-    if several:
-        multihost_utils.sync_global_devices("the results are written")
+    rows = [_row(config, material.draft, outcome)]
+    records.write_results(path, binary="distill", config=configs.to_plain(config), rows=rows)
     return records.read_results(path)
+
+
+def _export(directory: Path, material: Material, params: Params, tokenizer: Tokenizer) -> None:
+    """Writes what was trained; of several processes the first does, which alone has the parameters whole."""
+    if isinstance(material.draft, SelfDraft):
+        belongs = hub_adapter.fingerprint(material.target, material.target_params)  # all processes come here
+        if processes.first():
+            hub_adapter.save(directory, hub_adapter.LoadedAdapter(material.draft.adapter, params, belongs))
+    elif processes.first():
+        hub_save.save(directory, material.draft, params, tokenizer)
 
 
 def _row(config: Any, draft: LanguageModel, outcome: Outcome) -> dict:
@@ -146,16 +144,18 @@ def _material(config: Any, task: tasks.Task, tokenizer: Tokenizer, mesh: jax.sha
     text = None
     if data.target_path:
         text = _target_text(config, target, target_params, tokenizer)
+    own = meshes.own_rows(mesh, data.batch_size) if jax.process_count() > 1 else None
     return Material(
         draft=draft,
         params=params,
         target=target,
         target_params=target_params,
-        batches=batches.training_batches(task, tokenizer, **rows),
+        batches=batches.training_batches(task, tokenizer, own_rows=own, **rows),
         validation=batches.validation_batches(task, tokenizer, count=train.eval_batches, **rows),
         eos_ids=tokenizer.eos_ids,
         longest_prompt=data.prompt_length_max if task.is_language_modelling else data.sequence_length - 1,
         target_text=text,
+        whole=config.model.whole,
     )
 
 
@@ -177,7 +177,7 @@ def _attached(
     if target is None:
         raise UserError(f'model.init is "{init}", which attaches to a target: set `target`')
     if init not in (ADAPTER, MEDUSA):
-        shardings = lambda adapter: meshes.shardings(adapter.axes(), mesh)
+        shardings = lambda adapter: meshes.shardings(adapter.axes(whole=config.model.whole), mesh)
         loaded = hub_adapter.load(init, target, shardings=shardings)
         loaded.check(hub_adapter.fingerprint(target, target_params))
         return SelfDraft.of(loaded.adapter), loaded.params
@@ -187,7 +187,7 @@ def _attached(
     else:
         adapter = MedusaHeads(MedusaConfig(target.config, section.heads, section.own_head))
     draft = SelfDraft.of(adapter)
-    begin = jax.jit(draft.init_on, out_shardings=meshes.shardings(draft.axes(), mesh))
+    begin = jax.jit(draft.init_on, out_shardings=meshes.shardings(draft.axes(whole=config.model.whole), mesh))
     return draft, begin(jax.random.key(config.seed), target_params)
 
 
@@ -195,12 +195,14 @@ def _model(config: Any, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> tuple[
     """The model to train: from an export, or random with the tokenizer's vocabulary."""
     model = config.model
     if model.init != RANDOM:
-        return _load(model.init, tokenizer, model, mesh)
+        return _load(model.init, tokenizer, model, mesh, whole=model.whole)
     try:
         made = _random(model, tokenizer)
     except ValueError as error:
         raise UserError(f"config.model: {error}") from None
-    init = jax.jit(made.init, out_shardings=meshes.shardings(made.axes(), mesh))
+    if not model.whole:
+        made.check_split(mesh)
+    init = jax.jit(made.init, out_shardings=meshes.shardings(made.axes(whole=model.whole), mesh))
     return made, init(jax.random.key(config.seed))
 
 
@@ -218,7 +220,9 @@ def _random(model: Any, tokenizer: Tokenizer) -> LanguageModel:
     return EncoderDecoder(EncoderDecoderConfig.t5(**fields, start_token=tokenizer.pad_id))
 
 
-def _load(directory: str, tokenizer: Tokenizer, model: Any, mesh) -> tuple[LanguageModel, Params]:
+def _load(
+    directory: str, tokenizer: Tokenizer, model: Any, mesh: jax.sharding.Mesh, *, whole: bool = False
+) -> tuple[LanguageModel, Params]:
     """Reads an export straight onto the mesh; it has the tokenizer used here, and at least a row for each id."""
     if Tokenizer.load(directory).fingerprint() != tokenizer.fingerprint():
         raise UserError(
@@ -231,7 +235,11 @@ def _load(directory: str, tokenizer: Tokenizer, model: Any, mesh) -> tuple[Langu
             f"the tokenizer has {tokenizer.vocab_size} ids and the model in {directory} only {config.vocab_size}; "
             "take the tokenizer that the model was trained with"
         )
-    return hub_load.load(directory, shardings=meshes.shardings(model_of(config).axes(), mesh), **dtypes_of)
+    described = model_of(config)
+    if not whole:
+        described.check_split(mesh)
+    shardings = meshes.shardings(described.axes(whole=whole), mesh)
+    return hub_load.load(directory, shardings=shardings, **dtypes_of)
 
 
 if __name__ == "__main__":

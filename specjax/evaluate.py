@@ -19,7 +19,7 @@ from specjax.decoding import batch, identity, loop
 from specjax.draft_design import confidence, latency, prediction
 from specjax.draft_design.throughput import Parts
 from specjax.reporting import metrics, page, records, tables
-from specjax.runtime import cli
+from specjax.runtime import cli, processes, stopping
 from specjax.runtime import config as configs
 from specjax.runtime import mesh as meshes
 from specjax.runtime.timing import progress
@@ -53,8 +53,9 @@ def run(config: Any, workdir: str | Path) -> dict:
         samples=samples,
     )
     results = records.read_results(path)
-    print(tables.summary_table(results["rows"]))
-    page.write_run(workdir, results, stages={})
+    if processes.first():
+        print(tables.summary_table(results["rows"]))
+        page.write_run(workdir, results, stages={})
     return results
 
 
@@ -100,7 +101,7 @@ def with_costs(job: Job, setting: Setting, case: Case, plan: loop.Plan, ids) -> 
             max_new_tokens=job.config.max_new_tokens,
             batch_size=setting.batch_size,
             seed=job.config.seed,
-            put=batch.placer(job.target.mesh),
+            put=batch.Placer(job.target.mesh),
         )
     return dataclasses.replace(case, sampling=dataclasses.replace(case.sampling, costs=costs))
 
@@ -112,7 +113,7 @@ def _decode_all(job: Job, setting: Setting, cases, plans, slots) -> tuple[list[l
     or faster meanwhile changes them as it changes the run.
     """
     ids, size = job.ids, setting.batch_size
-    put = batch.placer(job.target.mesh)
+    put = batch.Placer(job.target.mesh)
     starts = range(0, len(ids), size)
     quarter = (len(starts) - 1) // 4
 
@@ -141,6 +142,7 @@ def _decode_all(job: Job, setting: Setting, cases, plans, slots) -> tuple[list[l
                 bar.update(1)
         with progress(total=len(starts) * len(cases), description=label, unit="run") as bar:
             for number, first in enumerate(starts):
+                stopping.stop_if_asked()
                 # Each batch begins with another case, so that none always follows the same neighbour.
                 for turn in range(len(cases)):
                     index = (turn + number) % len(cases)
@@ -206,7 +208,7 @@ def _parts_meter(job: Job, setting: Setting, cases, plans, baseline) -> latency.
         _emitted(baseline),
         batch_size=setting.batch_size,
         seed=job.config.seed,
-        put=batch.placer(job.target.mesh),
+        put=batch.Placer(job.target.mesh),
     )
 
 

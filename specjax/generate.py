@@ -12,7 +12,7 @@ from specjax.decoding.drafters.table import ATTACHED
 from specjax.hub.adapter import LoadedAdapter
 from specjax.hub.model import Model
 from specjax.reporting import records, tables
-from specjax.runtime import cli
+from specjax.runtime import cli, processes
 from specjax.runtime import config as configs
 from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError
@@ -80,7 +80,8 @@ def run(config: Any, workdir: str | Path) -> dict:
         "acceptance_rate": out.stats.acceptance_rate,
         "tokens_per_second": out.stats.tokens_per_second,
     }
-    print(_summary(row, printer.colours), file=sys.stderr)
+    if processes.first():
+        print(_summary(row, printer.colours), file=sys.stderr)
     path = Path(workdir) / "results.json"
     records.write_results(path, binary="generate", config=configs.to_plain(config), rows=[row])
     return records.read_results(path)
@@ -111,6 +112,8 @@ class _Printer:
         sys.stdout.flush()
 
     def _print(self, pieces: list[str], origins: list[str]) -> None:
+        if not processes.first():
+            return
         for piece, origin in list(zip(pieces, origins, strict=False))[self._printed :]:
             colour = _COLOURS.get(origin) if self.colours else None
             sys.stdout.write(f"\033[{colour}m{piece}\033[0m" if colour else piece)

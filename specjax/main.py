@@ -11,11 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from specjax.runtime import cli
+from specjax.runtime import cli, processes, stopping
 from specjax.runtime import config as configs
 from specjax.runtime.errors import UserError, nearest
 
@@ -36,22 +34,22 @@ def run(config: ConfigDict, workdir: str | Path) -> dict:
     rows, comparisons = [], []
     for number, name in enumerate(config.stages):
         finished = workdir / name / "results.json"
-        if not finished.exists():
-            print(f"[{number + 1}/{len(config.stages)}] {name}", file=sys.stderr, flush=True)
-            results.unlink(missing_ok=True)
+        stopping.stop_if_asked()
+        # The first process looks for all: the others may be a moment later, and file systems slower.
+        if not processes.from_first(finished.exists()):
+            if processes.first():
+                print(f"[{number + 1}/{len(config.stages)}] {name}", file=sys.stderr, flush=True)
+                results.unlink(missing_ok=True)
             configs.assert_same_run(config[name], workdir / name)
             section = configs.resolve(config[name], workdir, config.stages[:number])
             binary(section)(section, workdir / name)
-            if jax.process_count() > 1:
-                # The first process writes the results that all of them read next.
-                multihost_utils.sync_global_devices(name)
         outcome = records.read_results(finished)
         rows += [{"stage": name, **row} for row in outcome["rows"]]
         comparisons += outcome.get("comparisons", [])
-    if not results.exists():
+    if not processes.from_first(results.exists()):
         plain = configs.to_plain(config)
         records.write_results(results, binary="main", config=plain, rows=rows, comparisons=comparisons)
-    if config[config.stages[-1]].binary == "evaluate":
+    if config[config.stages[-1]].binary == "evaluate" and processes.first():
         from specjax.reporting import page
 
         page.write_run_report(workdir, config)

@@ -20,7 +20,7 @@ from specjax.data.spec_bench import Question
 from specjax.decoding import batch, identity
 from specjax.evaluate import with_costs
 from specjax.reporting import kangaroo_figures, metrics, records, tables
-from specjax.runtime import cli
+from specjax.runtime import cli, processes, stopping
 from specjax.runtime import config as configs
 from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError
@@ -68,8 +68,9 @@ def run(config: Any, workdir: str | Path) -> dict:
     path = workdir / "results.json"
     records.write_results(path, binary="spec_bench", config=configs.to_plain(config), rows=rows)
     results = records.read_results(path)
-    print(tables.summary_table([row for row in rows if row["subtask"] == OVERALL]))
-    kangaroo_figures.write_spec_bench(workdir, results)
+    if processes.first():
+        print(tables.summary_table([row for row in rows if row["subtask"] == OVERALL]))
+        kangaroo_figures.write_spec_bench(workdir, results)
     return results
 
 
@@ -126,7 +127,7 @@ def _answer_group(job, setting, cases, slots: int, prompts: dict[int, tuple[int,
     plans = [make_plan(job, setting, case, slots) for case in cases]
     ids = list(prompts.values())
     cases = [with_costs(job, setting, case, plan, ids) for case, plan in zip(cases, plans, strict=True)]
-    put = batch.placer(target.mesh)
+    put = batch.Placer(target.mesh)
 
     def decode(case, plan, number):
         return batch.decode(
@@ -148,6 +149,7 @@ def _answer_group(job, setting, cases, slots: int, prompts: dict[int, tuple[int,
         for case, plan in zip(cases, plans, strict=True):
             decode(case, plan, min(prompts))  # compiles
         for place, number in enumerate(progress(prompts, description=label, unit="prompt")):
+            stopping.stop_if_asked()
             made: list[batch.BatchResult | None] = [None] * len(cases)
             for offset in range(len(cases)):
                 index = (offset + place) % len(cases)

@@ -19,7 +19,7 @@ from specjax.decoding.sampling import Sampling
 from specjax.distillation import cached_text
 from specjax.hub import model as hub_model
 from specjax.reporting import records
-from specjax.runtime import cli
+from specjax.runtime import cli, processes, stopping
 from specjax.runtime import config as configs
 from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError
@@ -35,17 +35,24 @@ def run(config: Any, workdir: str | Path) -> dict:
     workdir = Path(workdir)
     writer = _Writer(config)
     directory = workdir / "export"
-    cached_text.begin(directory, writer.about)
+    if processes.first():
+        cached_text.begin(directory, writer.about)
+    processes.meet("the folder of the text")
     total = -(-config.count // config.data.batch_size)
-    missing = [number for number in range(total) if not cached_text.rows_file(directory, number).exists()]
+    written = [cached_text.rows_file(directory, number).exists() for number in range(total)]
+    missing = [number for number, there in enumerate(processes.from_first(written)) if not there]
     with meshes.use(writer.target.mesh):
         if missing:
             writer.write(0, writer.plan)  # compiles, so that no batch's seconds have that in them
         with progress(total=total, description=workdir.name, unit="batch") as bar:
             bar.update(total - len(missing))
             for number in missing:
-                cached_text.write_rows(directory, number, writer.rows(number, writer.write(number, writer.plan)))
+                stopping.stop_if_asked()
+                rows = writer.rows(number, writer.write(number, writer.plan))
+                if processes.first():
+                    cached_text.write_rows(directory, number, rows)
                 bar.update(1)
+        processes.meet("the text is written")
         measured = writer.measure()
     row = {**_settings(config), **_written(cached_text.load(directory)), **measured}
     path = workdir / "results.json"
@@ -134,7 +141,7 @@ class _Writer:
             sampling=Sampling.of(generation.temperature, generation.top_k, generation.top_p),
             max_new_tokens=generation.max_new_tokens,
             eos_ids=self.target.tokenizer.eos_ids,
-            put=batch.placer(self.target.mesh),
+            put=batch.Placer(self.target.mesh),
         )
 
     def rows(self, number: int, written: tuple[int, batch.BatchResult]) -> dict[str, np.ndarray]:

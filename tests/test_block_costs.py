@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from specjax import cases
 from specjax.data import tasks
-from specjax.decoding import loop
+from specjax.decoding import batch, loop
 from specjax.decoding.sampling import Sampling
 from specjax.draft_design import latency, prediction
 from specjax.hub.model import Model
@@ -34,7 +34,7 @@ def test_blocks_of_every_length_are_timed_by_one_executable_before_any_text(mode
         max_new_tokens=16,
         batch_size=2,
         seed=0,
-        put=jnp.asarray,
+        put=batch.HERE,
     )
     assert latency._draft_and_verify_loop._cache_size() == before + 1
     assert costs.shape == (3,) and np.all(np.asarray(costs) > 0) and costs.dtype == jnp.float32

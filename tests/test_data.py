@@ -432,6 +432,26 @@ def test_the_same_seed_gives_the_same_batches_and_another_seed_others(tokenizer)
         assert differs
 
 
+@pytest.mark.parametrize("start_token", [None, 0])
+def test_processes_make_their_own_rows_of_one_batch_and_go_on_in_any_number(tokenizer, start_token):
+    for task in (LANGUAGE, PAIRED):
+        how = dict(batch_size=4, start_token=start_token)
+        whole = batches(task, tokenizer, **how)
+        halves = [batches(task, tokenizer, own_rows=own, **how) for own in ((0, 1), (2, 3))]
+        for _ in range(7):
+            batch, parts = next(whole), [next(half) for half in halves]
+            for name, array in batch.items():
+                assert all(part[name].dtype == np.int32 for part in parts)
+                if array.ndim == 1:
+                    np.testing.assert_array_equal([part[name] for part in parts], [array, array])
+                else:
+                    np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), array)
+        assert whole.get_state() == halves[0].get_state() == halves[1].get_state()
+        alone = batches(task, tokenizer, **how)
+        alone.set_state(halves[1].get_state())
+        assert_same(next(alone), next(whole))
+
+
 @pytest.mark.parametrize("steps", [0, 1, 5, 13, 40])
 def test_a_restored_iterator_continues_exactly_where_the_state_was_taken(tokenizer, steps):
     for task in (LANGUAGE, PAIRED):

@@ -1,10 +1,12 @@
-"""The Cloud TPU launcher, run for real against a gcloud that only writes down what it is asked."""
+"""The launchers, run for real against a gcloud, an xpk and an srun that only write down what they are asked."""
 
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -182,3 +184,182 @@ def test_a_misspelt_argument_is_named_in_one_sentence(cloud):
     assert done.returncode == 2
     assert "--onn_demand" in done.stderr and done.stderr.count("\n") == 1
     assert cloud.calls() == []
+
+
+# The other launchers.
+
+TOOL = r"""#!/usr/bin/env bash
+printf '%s\x1f' "${0##*/}" "$@" >>"$CALLS"
+echo >>"$CALLS"
+case "$*" in
+  *"workload create"*) exit "${CREATE_CODE:-0}" ;;
+  *wait-for-job-completion*) exit "${RUN_CODE:-0}" ;;
+  *specjax.main*) exit "${RUN_CODE:-0}" ;;
+esac
+"""
+
+
+class Tools:
+    """xpk, kubectl, srun and scontrol that only write down what they are asked."""
+
+    def __init__(self, root):
+        self.root = root
+        for name in ("xpk", "kubectl", "srun", "scontrol"):
+            path = root / "bin" / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(TOOL)
+            path.chmod(0o755)
+
+    def launch(self, script, *arguments, **environment):
+        path = f"{self.root / 'bin'}{os.pathsep}{os.environ['PATH']}"
+        environment = {"PATH": path, "CALLS": str(self.root / "calls"), "SLURM_JOB_ID": "7", **environment}
+        command = ["bash", str(SCRIPT.parent / script), *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+    def calls(self):
+        path = self.root / "calls"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [line.split("\x1f")[:-1] for line in lines]
+
+    def verbs(self):
+        return [" ".join(call[:3]) if call[0] == "xpk" else call[0] for call in self.calls()]
+
+
+@pytest.fixture
+def tools(tmp_path):
+    return Tools(tmp_path)
+
+
+XPK = ("--project=p", "--zone=z", "--cluster=c", "--type=v5litepod-16", "--config=configs/a.py", "--workdir=/mnt/a")
+SBATCH = ("--config=configs/a.py", "--workdir=/shared/a")
+LOCALLY = ("--processes=3", "--config=configs/a.py", "--workdir=runs/a")
+OVERRIDE = "--config.data.path=it's a file; rm -rf $HOME"
+
+
+def printed(done):
+    return [line.removeprefix("+ ") for line in done.stderr.splitlines() if line.startswith("+ ")]
+
+
+@pytest.mark.parametrize(
+    ("script", "given"), [("xpk.sh", (*XPK, "--create")), ("slurm.sbatch", SBATCH), ("local_processes.sh", LOCALLY)]
+)
+def test_every_launcher_prints_in_a_dry_run_what_it_would_do_and_does_nothing(tools, script, given):
+    dry = tools.launch(script, *given, "--dry_run", "--", OVERRIDE)
+    assert dry.returncode == 0, dry.stderr
+    assert tools.calls() == []
+    runs = [line for line in printed(dry) if "specjax.main" in line]
+    assert len(runs) == (3 if script == "local_processes.sh" else 1)
+    for line in runs:
+        words = shlex.split(line)
+        words = shlex.split(next(word for word in words if "specjax.main" in word)) if script == "xpk.sh" else words
+        assert OVERRIDE in words
+    if script != "local_processes.sh":
+        real = tools.launch(script, *given, "--", OVERRIDE)
+        assert real.returncode == 0, real.stderr
+        assert printed(real) == printed(dry)
+        assert len(tools.calls()) == len(printed(dry))
+
+
+@pytest.mark.parametrize(
+    ("script", "given"), [("xpk.sh", XPK), ("slurm.sbatch", SBATCH), ("local_processes.sh", LOCALLY)]
+)
+def test_every_launcher_names_what_is_missing_or_misspelt(tools, script, given):
+    for argument in given:
+        name = argument.partition("=")[0]
+        done = tools.launch(script, *(other for other in given if other != argument), "--dry_run")
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"error: {name} is missing") and done.stderr.count("\n") == 1
+    done = tools.launch(script, *given, "--dry_runn")
+    assert done.returncode == 2 and "--dry_runn is not understood" in done.stderr
+
+
+def test_a_cluster_that_was_made_is_deleted_however_the_run_ends_and_another_is_kept(tools):
+    made = ["xpk cluster create", "xpk workload create", "kubectl", "xpk workload list"]
+    gone = ["xpk workload delete", "xpk cluster delete"]
+    assert tools.launch("xpk.sh", *XPK, "--create").returncode == 0
+    assert tools.verbs() == [*made, *gone]
+    create = tools.calls()[0]
+    assert "--spot" in create and {"--cluster=c", "--project=p", "--zone=z"} <= set(create)
+    for ending in ({"RUN_CODE": "125"}, {"CREATE_CODE": "1"}):
+        (tools.root / "calls").unlink()
+        done = tools.launch("xpk.sh", *XPK, "--create", "--on_demand", **ending)
+        assert done.returncode != 0
+        assert tools.verbs()[-2:] == gone and "--on-demand" in tools.calls()[0]
+    assert "error: the run did not end well" in tools.launch("xpk.sh", *XPK, RUN_CODE="125").stderr
+    (tools.root / "calls").unlink()
+    tools.launch("xpk.sh", *XPK, "--slices=4", "--storage=disk")
+    assert tools.verbs() == [*made[1:], "xpk workload delete"], "a cluster that was there stays"
+    assert {"--num-slices=4", "--storage=disk", "--restart-on-user-code-failure"} <= set(tools.calls()[0])
+    (tools.root / "calls").unlink()
+    tools.launch("xpk.sh", *XPK, "--create", "--keep")
+    assert tools.verbs() == made
+
+
+def test_pods_need_a_workdir_that_outlives_them(tools):
+    done = tools.launch("xpk.sh", *XPK[:-1], "--workdir=runs/a")
+    assert done.returncode == 2 and "absolute path" in done.stderr and tools.calls() == []
+
+
+@pytest.mark.parametrize(("code", "verbs"), [(75, ["srun", "scontrol"]), (0, ["srun"]), (2, ["srun"])])
+def test_a_slurm_job_that_was_told_to_stop_is_queued_again(tools, code, verbs):
+    done = tools.launch("slurm.sbatch", *SBATCH, RUN_CODE=str(code))
+    assert done.returncode == code
+    assert tools.verbs() == verbs
+    if code == 75:
+        assert tools.calls()[-1] == ["scontrol", "requeue", "7"]
+
+
+PYTHON = r"""#!/usr/bin/env bash
+case "$*" in
+  *--process_id=1*) [[ -z $FAILS ]] || exit 3 ;;
+esac
+trap 'exit 75' TERM
+touch "$STARTED.$$"
+for ((i = 0; i < 300; i++)); do sleep 0.1; done
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path):
+    path = tmp_path / "python"
+    path.write_text(PYTHON)
+    path.chmod(0o755)
+    return path
+
+
+def locally(stand_in, fails):
+    environment = {
+        **os.environ,
+        "STARTED": str(stand_in.parent / "started"),
+        "FAILS": fails,
+        "SPECJAX_GRACE_SECONDS": "1",
+    }
+    command = ["bash", str(SCRIPT.parent / "local_processes.sh"), *LOCALLY, f"--python={stand_in}"]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_process_that_fails_takes_the_others_with_it(stand_in):
+    done = locally(stand_in, "yes")
+    said = done.communicate(timeout=20)[1]
+    assert done.returncode == 3
+    pids = [int(line.split()[-1]) for line in said.splitlines() if line.startswith("process ")]
+    assert len(pids) == 3
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_the_launcher_hands_a_signal_on_to_all_processes(stand_in):
+    done = locally(stand_in, "")
+    deadline = time.monotonic() + 20
+    while len(list(stand_in.parent.glob("started.*"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    done.send_signal(signal.SIGTERM)
+    done.communicate(timeout=20)
+    assert done.returncode == 75
+
+
+@pytest.mark.parametrize("count", ["0", "two", "-1"])
+def test_a_count_of_processes_is_a_number(tools, count):
+    done = tools.launch("local_processes.sh", f"--processes={count}", *LOCALLY[1:])
+    assert done.returncode == 2 and f"--processes is {count}" in done.stderr

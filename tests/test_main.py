@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from specjax import distill, main
 from specjax.reporting import records
-from specjax.runtime import cli, timing
+from specjax.runtime import cli, processes, stopping, timing
 from specjax.runtime import config as configs
 from specjax.runtime.errors import UserError, nearest
 
@@ -189,6 +190,69 @@ def test_a_changed_config_in_an_old_workdir_is_refused_with_the_difference(confi
         configs.assert_same_run(config, tmp_path)
 
 
+def test_the_mesh_may_change_from_one_sitting_to_the_next(config_file, tmp_path):
+    config = configs.load(config_file)
+    config.mesh, config.train.mesh = {"data": 4, "tensor": 1}, {"data": 4, "tensor": 1}
+    configs.assert_same_run(config, tmp_path)
+    config.train.mesh.data, config.mesh.tensor = 1, 2
+    configs.assert_same_run(config, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["train"]["mesh"] == {"data": 1, "tensor": 1}
+    config.train.steps = 1
+    with pytest.raises(UserError, match=r"another config \(train.steps: 300 -> 1\)"):
+        configs.assert_same_run(config, tmp_path)
+
+
+def test_a_run_that_is_told_to_stop_ends_with_a_code_of_its_own(config_file, tmp_path, capsys):
+    def told(config, workdir):
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("it goes on")
+
+    def holds(config, workdir):
+        with stopping.holding():
+            os.kill(os.getpid(), signal.SIGTERM)
+            saved.append(stopping.stop_asked())
+        stopping.stop_if_asked()
+
+    saved, argv = [], [f"--config={config_file}", f"--workdir={tmp_path / 'w'}"]
+    before = signal.getsignal(signal.SIGTERM)
+    for run in (told, holds):
+        assert cli.launch(run, "specjax.main", argv) == 75
+        assert "the same command goes on from what was saved" in capsys.readouterr().err
+    assert saved == [True] and signal.getsignal(signal.SIGTERM) is before
+    assert cli.launch(lambda config, workdir: None, "specjax.main", argv) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--coordinator=h:1", "--processes=2"], "--process_id is missing"),
+        (["--processes=2", "--process_id=0"], "--coordinator is missing"),
+        (["--coordinator=h", "--processes=2", "--process_id=0"], "must be HOST:PORT"),
+        (["--coordinator=h:1", "--processes=2", "--process_id=2"], "--process_id=2 of --processes=2"),
+        (["--coordinator=h:1", "--processes=two", "--process_id=0"], '--processes is "two"'),
+        (["--coordinator"], "--coordinator has no value"),
+    ],
+)
+def test_flags_of_several_processes_that_make_no_sense_are_refused(flags, said):
+    with pytest.raises(UserError, match=said):
+        processes.parse(flags)
+
+
+def test_flags_of_several_processes_are_taken_from_the_others():
+    flags = ["--coordinator=[::1]:80", "--processes=4", "--process_id=3", "--join_seconds=9"]
+    joining, rest = processes.parse(["--config=a", *flags, "--config.seed=1"])
+    assert joining == processes.Joining("[::1]:80", 4, 3, 9)
+    assert rest == ["--config=a", "--config.seed=1"]
+    assert processes.parse([]) == (processes.Joining(), [])
+
+
+def test_a_workdir_that_cannot_be_written_is_refused(config_file, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    argv = [f"--config={config_file}", f"--workdir={tmp_path / 'file' / 'w'}"]
+    assert cli.launch(lambda config, workdir: pytest.fail("it began"), "specjax.main", argv) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
 def test_references_to_earlier_stages_become_paths(stages_file):
     config = configs.load(stages_file)
     config.draft.others = ("workdir:target", "C:stage", 3)
@@ -278,11 +342,12 @@ def test_a_stage_that_cannot_run_is_found_before_the_first_one_starts(
         ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
         ({"TPU_WORKER_HOSTNAMES": "t0,t1"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "t0", "MEGASCALE_NUM_SLICES": "2"}, True),
         ({"SPECJAX_MULTIPROCESS": "1"}, True),
     ],
 )
 def test_only_one_of_several_processes_waits_for_others(environment, several):
-    assert cli.several_processes(environment) is several
+    assert processes.several(environment) is several
 
 
 def test_the_module_runs_from_the_command_line(tmp_path):

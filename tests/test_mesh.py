@@ -1,24 +1,35 @@
-"""Eight devices say what one says: generated tokens and validation sums. Training steps: test_trainer.py."""
+"""Eight devices say what one says: generated tokens, losses and gradients, on every way to split them.
 
+Whole training runs on a mesh: test_trainer.py, and over several processes test_processes.py.
+"""
+
+import dataclasses
 import functools
+import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny
 from ml_collections import ConfigDict
 
-from specjax.decoding import batch, identity
+from specjax.decoding import batch, identity, loop, sampling
 from specjax.decoding.sampling import Sampling
 from specjax.distillation import update
+from specjax.models import kv_cache
 from specjax.runtime import mesh as meshes
+from specjax.runtime.errors import UserError
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 (virtual) devices")
 
-MESHES = [(8, 1, 1), (2, 2, 2)]
+ALONE = (1, 1, 1)
+MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
 SLOTS, MAX_NEW, GAMMA, SEED = 8, 16, 3, 5
-# Heads and rows that divide over every mesh here.
-SHAPE = dict(heads=4, kv_heads=2, vocab_size=32)
+# Everything divides over every mesh here; the vocabulary is like no other size.
+SHAPE = dict(heads=8, kv_heads=8, head_size=4, vocab_size=96)
+VOCAB = SHAPE["vocab_size"]
 
 
 @functools.cache
@@ -31,70 +42,237 @@ def mesh_of(sizes):
 
 
 def texts():
-    tokens, lengths = tiny.prompts(0, 8, SLOTS, SHAPE["vocab_size"])
+    tokens, lengths = tiny.prompts(0, 8, SLOTS, VOCAB)
     rows = zip(np.asarray(tokens), np.asarray(lengths), strict=True)
     return [row[:length].tolist() for row, length in rows]
 
 
+# How the tokens are drawn: the rule, greedy or not, and cuts of the law, which over devices are found by sums.
+WAYS = {
+    "greedy": ("lossless", True, Sampling.of(0.0)),
+    "sampled": ("lossless", False, Sampling.of(1.0, top_k=40, top_p=0.95)),
+    "coupled": ("coupled", False, Sampling.of(1.0)),
+}
+
+
 @functools.cache
-def generated(sizes, rule):
-    """Emitted tokens of every row on the mesh."""
+def plan_of(way):
+    (target, _), (draft, _) = models()
+    rule, greedy, _ = WAYS[way]
+    settings = dict(gamma=GAMMA, slots=SLOTS, max_new=MAX_NEW, rule=rule, greedy=greedy)
+    return tiny.plan(target, "model", {"model": draft}, **settings)
+
+
+def placed(sizes, whole=False):
+    """The mesh, and the parameters of target and draft on it."""
     (target, params), (draft, draft_params) = models()
-    plan = tiny.plan(target, "model", {"model": draft}, gamma=GAMMA, slots=SLOTS, max_new=MAX_NEW, rule=rule)
     mesh = mesh_of(sizes)
+    return mesh, meshes.shard(params, target.axes(), mesh), meshes.shard(draft_params, draft.axes(whole=whole), mesh)
+
+
+@functools.cache
+def generated(sizes, way, whole=False, count=8):
+    """What a batch of the first prompts came to on the mesh."""
+    mesh, params, draft_params = placed(sizes, whole)
     with meshes.use(mesh):
-        return plan, batch.decode(
-            plan,
-            meshes.shard(params, target.axes(), mesh),
-            meshes.shard(draft_params, draft.axes(), mesh),
-            texts(),
+        return batch.decode(
+            plan_of(way),
+            params,
+            draft_params,
+            texts()[:count],
             slots=SLOTS,
-            indices=range(8),
+            indices=range(count),
             seed=SEED,
-            sampling=Sampling.of(1.0),
+            sampling=WAYS[way][2],
             max_new_tokens=MAX_NEW,
             eos_ids=(3,),
-            put=batch.placer(mesh),
+            put=batch.Placer(mesh),
         )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("rule", ["coupled", "lossless"])
-@pytest.mark.parametrize("sizes", MESHES)
-def test_a_mesh_generates_the_tokens_of_one_device(sizes, rule):
-    plan, alone = generated((1, 1, 1), rule)
-    _, spread = generated(sizes, rule)
-    params = models()[0][1]
-    settings = dict(slots=plan.capacity, seed=SEED, sampling=Sampling.of(1.0))
-    found = identity.compare(plan, params, texts(), alone.tokens, spread.tokens, **settings)
+def assert_same_tokens(alone, spread, way):
+    """Token for token, but where the two best candidates are a tie; and then the same counts."""
+    plan, rows = plan_of(way), len(spread.tokens)
+    settings = dict(slots=plan.capacity, seed=SEED, sampling=WAYS[way][2])
+    found = identity.compare(plan, models()[0][1], texts()[:rows], alone.tokens[:rows], spread.tokens, **settings)
     assert identity.only_ties(found), found
     assert found["equal"] > 0 and any(len(row) > GAMMA + 1 for row in alone.tokens)
     if found["equal"] == found["of"]:
-        for name, counts in alone.counts(8).items():
-            np.testing.assert_array_equal(spread.counts(8)[name], counts)
+        for name, counts in alone.counts(rows).items():
+            np.testing.assert_array_equal(spread.counts(rows)[name], counts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["greedy", "sampled"])
+@pytest.mark.parametrize("sizes", MESHES)
+def test_a_mesh_generates_the_tokens_of_one_device(sizes, way):
+    assert_same_tokens(generated(ALONE, way), generated(sizes, way), way)
+
+
+@pytest.mark.slow
+def test_a_mesh_draws_with_one_devices_noise():
+    assert_same_tokens(generated(ALONE, "coupled"), generated((2, 2, 2), "coupled"), "coupled")
+
+
+@pytest.mark.slow
+def test_prompts_that_do_not_divide_over_the_mesh_are_padded_and_none_counts_twice():
+    few = generated((2, 2, 2), "greedy", count=5)
+    assert len(few.tokens) == len(few.origins) == 5
+    assert_same_tokens(generated(ALONE, "greedy"), few, "greedy")
+    assert few.counts(5)["emitted"].sum() == sum(map(len, few.tokens))
+    assert few.statistics.target_calls[5:].sum() == 0, "rows without a prompt make no calls"
+
+
+@pytest.mark.slow
+def test_a_draft_that_is_whole_on_every_device_of_the_tensor_axis_drafts_the_same():
+    mesh, _, draft_params = placed((2, 2, 2), whole=True)
+    split = {axis for leaf in jax.tree.leaves(draft_params) for axis in jax.tree.leaves(tuple(leaf.sharding.spec))}
+    assert mesh.shape["tensor"] == 2 and split == {"fsdp"}
+    assert_same_tokens(generated(ALONE, "greedy"), generated((2, 2, 2), "greedy", whole=True), "greedy")
+
+
+def decode_step(sizes, way, whole=False):
+    """The compiled loop of decoding and the state it begins with."""
+    mesh, params, draft_params = placed(sizes, whole)
+    put, plan = batch.Placer(mesh), plan_of(way)
+    tokens, lengths = batch.pad(texts(), SLOTS)
+    with meshes.use(mesh):
+        keys = sampling.row_keys(SEED, put(np.arange(8, dtype=np.int32)))
+        state = loop.begin(plan, params, draft_params, put(tokens), put(lengths), keys)
+        limits = loop.Limits(put(np.full(8, MAX_NEW, np.int32)), jnp.asarray([3], jnp.int32))
+        return loop.run.lower(plan, params, draft_params, state, WAYS[way][2], limits).compile().as_text(), state
+
+
+def gathered(text):
+    """The shapes of what all-gathers of a compiled program give."""
+    found = []
+    for line in text.splitlines():
+        made = re.search(r"= (.*?) all-gather(?:-start)?\(", line)
+        if made:
+            found += [tuple(map(int, filter(None, dims.split(",")))) for dims in re.findall(r"\[([\d,]*)\]", made[1])]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["greedy", "sampled"])
+@pytest.mark.parametrize("sizes", [(1, 1, 8), (2, 2, 2)])
+def test_decoding_gathers_neither_the_vocabulary_nor_whole_parameters(sizes, way):
+    text, _ = decode_step(sizes, way)
+    shapes = gathered(text)
+    assert "all-reduce" in text, "it is a program of several devices"
+    assert not [shape for shape in shapes if VOCAB in shape], "logits, or the embedding"
+    (_, params), (_, draft_params) = models()
+    matrices = {leaf.shape for leaf in jax.tree.leaves((params, draft_params)) if leaf.ndim > 1}
+    assert not matrices & {tuple(size for size in shape if size > 1) for shape in shapes}
+
+
+def test_a_gather_of_the_vocabulary_would_be_seen():
+    mesh = mesh_of((1, 1, 8))
+    logits = jax.ShapeDtypeStruct((8, VOCAB), jnp.float32, sharding=jax.NamedSharding(mesh, jax.P(None, "tensor")))
+    text = jax.jit(lambda x: jnp.sort(x, axis=-1)).lower(logits).compile().as_text()
+    assert any(VOCAB in shape for shape in gathered(text))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whole", [False, True])
+def test_caches_lie_where_the_rules_say(whole):
+    _, state = decode_step((2, 2, 2), "greedy", whole)
+    split, of_rows = meshes.spec(kv_cache.AXES), jax.P(("data", "fsdp"))
+    for cache, wanted in ((state.target_cache, split), (state.drafter_state, of_rows if whole else split)):
+        for slots in (*cache.keys, *cache.values):
+            expected = jax.NamedSharding(slots.sharding.mesh, wanted)
+            assert slots.sharding.is_equivalent_to(expected, slots.ndim), slots.sharding
 
 
 @functools.cache
-def validation_sums(sizes):
-    """The loss of one batch, as the trainer's validation computes it."""
-    (target, params), (draft, draft_params) = models()
-    tokens, lengths = tiny.prompts(1, 8, 16, SHAPE["vocab_size"])
+def loss_and_gradient(sizes, whole=False):
+    """Of one batch: the sums that validation takes, and the gradient that a step clips."""
+    (target, _), (draft, _) = models()
+    tokens, lengths = tiny.prompts(1, 8, 16, VOCAB)
     starts = np.minimum(2, np.asarray(lengths)).astype(np.int32)
     rows = {"tokens": tokens, "lengths": lengths, "loss_start": starts, "prompt_lengths": starts}
-    mesh = mesh_of(sizes)
+    mesh, params, draft_params = placed(sizes, whole)
     loss = update.Loss(draft, target, "forward_kl", 0.5, 1.0, 4)
+    gradient = jax.jit(lambda *given: update._gradient_of_sum(loss, *given, 1))
     with meshes.use(mesh):
-        sums = jax.jit(loss, out_shardings=jax.NamedSharding(mesh, jax.P()))(
-            meshes.shard(draft_params, draft.axes(), mesh),
-            meshes.shard(params, target.axes(), mesh),
-            meshes.shard(rows, update.BATCH_AXES, mesh),
-        )
-    return jax.device_get(sums)
+        return jax.device_get(gradient(draft_params, params, update.shard(rows, mesh)))
 
 
-@pytest.mark.parametrize("sizes", MESHES)
-def test_a_mesh_validates_as_one_device_does(sizes):
-    alone, spread = validation_sums((1, 1, 1)), validation_sums(sizes)
-    assert spread.tokens == alone.tokens > 0
-    np.testing.assert_allclose(spread.loss, alone.loss, rtol=1e-5)
-    np.testing.assert_allclose(spread.acceptance, alone.acceptance, rtol=1e-5)
+def assert_same_loss(alone, spread):
+    (sums, gradient), (spread_sums, spread_gradient) = alone, spread
+    assert spread_sums.tokens == sums.tokens > 0
+    np.testing.assert_allclose(spread_sums.loss, sums.loss, rtol=1e-5)
+    np.testing.assert_allclose(spread_sums.acceptance, sums.acceptance, rtol=1e-5)
+    difference = optax.tree.norm(optax.tree.sub(spread_gradient, gradient))
+    assert difference < 1e-5 * optax.tree.norm(gradient)
+
+
+@pytest.mark.standard_promotion
+@pytest.mark.parametrize(
+    "sizes", [pytest.param(sizes, marks=[pytest.mark.slow] * (sizes != (2, 2, 2))) for sizes in MESHES]
+)
+def test_a_mesh_has_the_loss_and_the_gradient_of_one_device(sizes):
+    assert_same_loss(loss_and_gradient(ALONE), loss_and_gradient(sizes))
+
+
+@pytest.mark.slow
+@pytest.mark.standard_promotion
+def test_a_draft_that_is_whole_has_the_same_gradient():
+    assert_same_loss(loss_and_gradient(ALONE), loss_and_gradient((2, 2, 2), whole=True))
+
+
+@pytest.mark.parametrize("sizes", [(2, 1, 1), (1, 3, 1), (4, 4, 1)])
+def test_a_mesh_that_does_not_match_the_devices_is_refused_with_their_number(sizes):
+    with pytest.raises(UserError, match=f"let mesh.data \\* mesh.fsdp \\* mesh.tensor be {jax.device_count()}"):
+        mesh_of(sizes)
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [
+        ({"kv_heads": 2}, r"does not divide key/value heads 2 of this model; let it be one of 1, 2$"),
+        ({"heads": 4, "kv_heads": 4}, r"does not divide heads 4 and key/value heads 4 .* one of 1, 2, 4$"),
+        ({"vocab_size": 100}, r"does not divide vocabulary 100 of this model; let it be one of 1, 2, 4$"),
+    ],
+)
+def test_what_does_not_divide_over_the_tensor_axis_is_named_with_what_would(shape, said):
+    model = tiny.decoder(0, **{**SHAPE, **shape})[0]
+    with pytest.raises(UserError, match=said):
+        model.check_split(mesh_of((1, 1, 8)))
+    model.check_split(mesh_of((8, 1, 1)))
+
+
+def test_slices_cut_the_data_axis_first_and_never_the_tensor_axis():
+    assert meshes.over_slices((4, 2, 8), 2) == (2, 1, 1)
+    assert meshes.over_slices((2, 4, 8), 4) == (2, 2, 1)
+    assert meshes.over_slices((1, 4, 1), 4) == (1, 4, 1)
+    with pytest.raises(UserError, match="let mesh.data be a multiple of 2"):
+        meshes.over_slices((1, 1, 8), 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """A device of one of several slices, as far as laying out a mesh asks."""
+
+    id: int
+    slice_index: int
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+    process_index: int = 0
+
+
+def test_a_mesh_of_two_slices_crosses_between_them_along_data_alone():
+    devices = [Device(number, number // 4) for number in range(8)]
+    laid_out = meshes.lay_out((4, 1, 2), devices, 2)
+    assert laid_out.shape == (4, 1, 2)
+    assert [{device.slice_index for device in row.flat} for row in laid_out] == [{0}, {0}, {1}, {1}]
+
+
+@pytest.mark.parametrize(("sizes", "rows"), [((8, 1, 1), 8), ((2, 2, 2), 4)])
+def test_a_process_that_is_alone_has_all_rows(sizes, rows):
+    mesh = mesh_of(sizes)
+    assert meshes.own_rows(mesh, rows) == tuple(range(rows))
+    array = np.arange(3 * rows).reshape(rows, 3)
+    np.testing.assert_array_equal(meshes.place_rows(array, rows, mesh), array)
+    with pytest.raises(UserError, match='axis "batch" of size 6'):
+        meshes.own_rows(mesh_of((8, 1, 1)), 6)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.special
 
+from specjax.decoding import sampling
 from specjax.decoding.sampling import Noise, Sampling, Stream, probabilities, row_keys
 from specjax.runtime.errors import UserError
 
@@ -41,6 +42,20 @@ def test_probabilities_are_the_plain_references(temperature, top_k, top_p):
     expected = np.apply_along_axis(reference, -1, logits.astype(np.float64), temperature, top_k, top_p)
     np.testing.assert_array_equal(ours > 0, expected > 0)
     np.testing.assert_allclose(ours, expected, rtol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "top_k, top_p", [(0, 1.0), (1, 1.0), (5, 1.0), (99, 1.0), (0, 0.6), (0, 1e-6), (7, 0.7), (0, 0.999)]
+)
+def test_a_spread_vocabulary_is_cut_by_sums_where_one_device_cuts_by_sorting(monkeypatch, top_k, top_p):
+    logits = np.random.default_rng(1).normal(size=(3, 4, 30)).astype(np.float32) * 4
+    logits[0, :, 5:9] = logits[0, :, 4:5]  # ties
+    logits[1, 0] = [300.0] + [0.0] * 29  # all but one are 0
+    one = np.asarray(adjusted(jnp.asarray(logits), Sampling.of(0.7, top_k, top_p)))
+    monkeypatch.setattr(sampling.meshes, "splits", lambda name: True)
+    spread = jax.jit(lambda *given: sampling._truncate(*given))
+    uncut = adjusted(jnp.asarray(logits), Sampling.of(0.7))
+    np.testing.assert_array_equal(np.asarray(spread(uncut, Sampling.of(0.7, top_k, top_p))), one)
 
 
 def test_ties_at_either_edge_are_all_kept():

@@ -200,7 +200,7 @@ def test_every_module_imports():
         importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
 
 
-LAUNCHERS = sorted((ROOT / "launch").glob("*.sh"))
+LAUNCHERS = sorted(path for path in (ROOT / "launch").iterdir() if path.suffix in (".sh", ".sbatch"))
 
 
 @pytest.mark.parametrize("path", [*LAUNCHERS, ROOT / ".ci" / "run"], ids=named)

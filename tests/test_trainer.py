@@ -30,6 +30,7 @@ from specjax.hub.tokenizer import Tokenizer
 from specjax.models.decoder import Decoder
 from specjax.reporting import records
 from specjax.runtime import mesh as meshes
+from specjax.runtime import stopping
 from specjax.runtime.errors import UserError
 
 VOCAB, BATCH, LENGTH = 16, 4, 12
@@ -494,12 +495,39 @@ def test_without_a_target_what_needs_one_is_refused(tmp_path):
             make_trainer(config, tmp_path, material=make_material(config, with_target=False))
 
 
-# A real process, really killed.
+@pytest.mark.standard_promotion
+def test_a_run_that_is_told_to_stop_saves_where_it_stands_and_goes_on_to_the_same_end(tmp_path, monkeypatch):
+    config = make_config()
+    straight = make_trainer(config, tmp_path / "straight").run()
+    answers = iter([False] * 6 + [True])
+    with monkeypatch.context() as told:
+        told.setattr(stopping, "stop_asked", lambda: next(answers))
+        with pytest.raises(stopping.Stopped):
+            make_trainer(config, tmp_path / "stopped").run()
+    kept = {int(path.name) for path in (tmp_path / "stopped" / "checkpoints").iterdir()}
+    assert kept == {4, 6}, "the step it was at, beside those of the schedule"
+    goes_on = make_trainer(config, tmp_path / "stopped")
+    resumed = goes_on.run()
+    jax.tree.map(np.testing.assert_array_equal, resumed.params, straight.params)
+    assert resumed.validation == straight.validation and resumed.loss == straight.loss
+    timed = ("train_seconds", "tokens_per_second")
+    lines = [
+        [
+            {k: v for k, v in line.items() if k not in timed}
+            for line in records.read_metrics(tmp_path / name / "metrics.jsonl")
+        ]
+        for name in ("straight", "stopped")
+    ]
+    assert lines[0] == lines[1]
+
+
+# A real process, really killed, or told to stop.
 
 
 def train_in_process(workdir):
     config = make_config(**{**HALF_ON_POLICY, "train.steps": 400, "train.checkpoint_every": 20, "train.log_every": 1})
-    outcome = make_trainer(config, workdir).run()
+    with stopping.stoppable():
+        outcome = make_trainer(config, workdir).run()
     np.savez(Path(workdir) / "params.npz", *map(np.asarray, jax.tree.leaves(outcome.params)))
 
 
@@ -519,13 +547,13 @@ def logged_step(workdir):
 @pytest.mark.slow
 def test_a_run_killed_at_any_moment_arrives_at_the_same_bits(tmp_path):
     straight = start(tmp_path / "straight")
-    for step in (90, 215):
+    for step, how, code in ((90, signal.SIGKILL, -signal.SIGKILL), (215, signal.SIGTERM, stopping.STOPPED)):
         process = start(tmp_path / "killed")
         while logged_step(tmp_path / "killed") < step:
             assert process.poll() is None, "it ended before it could be killed"
             time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        process.send_signal(how)
+        assert process.wait(timeout=300) == code
         assert not (tmp_path / "killed" / "params.npz").exists()
     last = start(tmp_path / "killed")
     assert last.wait(timeout=300) == 0 and straight.wait(timeout=300) == 0
@@ -566,6 +594,7 @@ def distill_config(**overrides):
         tied_head=True,
         param_dtype="float32",
         compute_dtype="auto",
+        whole=False,
     )
     config.target, config.recipe = "", ""
     config.update_from_flattened_dict(overrides)
@@ -686,4 +715,7 @@ def test_a_run_that_cannot_be_is_refused(tmp_path, overrides, message):
 
 
 if __name__ == "__main__":
-    train_in_process(sys.argv[1])
+    try:
+        train_in_process(sys.argv[1])
+    except stopping.Stopped:
+        sys.exit(stopping.STOPPED)

@@ -11,6 +11,9 @@ For an encoder-decoder, which reads the prompt apart, `tokens` begin with its st
 `prompt_lengths` count the prompt's tokens, and there is one array more:
 
   sources         [B, T]  the prompts, right-padded
+
+Of a run of several processes each may ask for its own rows of every training batch. Then `tokens` and `sources` hold
+these rows alone; the arrays `[B]` are those of the whole batch in every process.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,11 +23,10 @@ import numpy as np
 from absl import logging
 from jaxtyping import Int32
 
+from specjax.data.stream import Batch, Batches
 from specjax.data.tasks import Example, Task
 from specjax.hub.tokenizer import Tokenizer
 from specjax.runtime.errors import UserError
-
-Batch = dict[str, Int32[np.ndarray, "..."]]
 
 # Texts are tokenised this many characters at a time, which bounds the memory of the tokenizer's own records.
 _CHARACTERS_AT_ONCE = 1_000_000
@@ -61,12 +63,15 @@ def training_batches(
     prompt_length: tuple[int, int],
     seed: int,
     start_token: int | None = None,
-) -> Iterator[Batch]:
-    """Returns a grain iterator over batches of the training split, without end.
+    own_rows: Sequence[int] | None = None,
+) -> Batches:
+    """Returns an iterator over batches of the training split, read by grain, without end.
 
     Every epoch visits every row once, in an order of its own; a batch may straddle two epochs. Equal
     arguments give equal batches. `get_state()` is a small JSON-compatible value and `set_state()` returns to
-    it exactly, at once.
+    it exactly, at once, whatever rows the process that got it had.
+
+    `own_rows` are the places in a batch of the rows that this process makes; None is all of them.
 
     Language modelling packs: documents, each ended by EOS, stand one after another and are cut into full rows
     (less than one row is left over); `prompt_lengths` are drawn from `prompt_length`, bounds included, by row
@@ -78,16 +83,10 @@ def training_batches(
 
     Raises UserError for a task without training data, and for sizes that do not fit each other or the data.
     """
-    import grain
-
     if not task.train:
         raise UserError(f'task "{task.name}" is for evaluation only; train on another task')
     rows = _rows(task, task.train, tokenizer, sequence_length, prompt_length, batch_size, seed, start_token)
-    epochs = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
-    # Rows lie in memory, so threads that read ahead would only cost time. Batching comes after the turn to an
-    # iterator because the endless map's length overflows when it is divided by a batch size of 1.
-    stream = epochs.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-    return iter(stream.batch(batch_size))
+    return Batches.of(rows, batch_size, seed, range(batch_size) if own_rows is None else own_rows)
 
 
 def validation_batches(
@@ -199,6 +198,14 @@ class _Rows:
             return self._row(row, self.loss_start[index], prompt)
         text = np.concatenate([np.asarray([self.start_token], np.int32), row[prompt:]])
         return {**self._row(text, np.asarray(1, np.int32), prompt), "sources": self._padded(row[:prompt])}
+
+    def numbers(self, indices: Sequence[int]) -> Batch:
+        """The arrays `[B]` of these rows, without the rows themselves."""
+        lengths = np.asarray([len(self.rows[index]) for index in indices], np.int32)
+        starts, prompts = self.loss_start[indices], self.prompt_lengths[indices]
+        if self.start_token is not None:
+            lengths, starts = lengths - prompts + 1, np.ones_like(starts)
+        return {"lengths": lengths, "loss_start": starts, "prompt_lengths": prompts}
 
     def _row(self, tokens, loss_start, prompt_length) -> dict[str, np.ndarray]:
         return {

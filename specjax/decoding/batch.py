@@ -14,6 +14,7 @@ from specjax.decoding.sampling import Sampling, row_keys
 from specjax.decoding.statistics import Statistics
 from specjax.models import kv_cache
 from specjax.runtime import mesh as meshes
+from specjax.runtime import processes
 from specjax.runtime.errors import UserError
 
 # Prompts and capacities are padded to multiples of these, so that neighbouring lengths share an executable.
@@ -108,17 +109,33 @@ def pad(prompts: Sequence[Sequence[int]], slots: int) -> tuple[np.ndarray, np.nd
     return tokens, np.asarray([len(prompt) for prompt in prompts], np.int32)
 
 
-def placer(mesh: jax.sharding.Mesh | None):
-    """A function that places a host array: on the default device, or over the mesh's batch axes where it divides."""
-    if mesh is None:
-        return jax.device_put
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+@dataclasses.dataclass(frozen=True)
+class Placer:
+    """Places host arrays `[rows, ...]`, the same in every process, over the batch axes of a mesh.
 
-    def put(array):
-        axes = ("batch" if array.shape[0] % parts == 0 else None, *[None] * (array.ndim - 1))
-        return jax.device_put(array, jax.NamedSharding(mesh, meshes.spec(axes)))
+    Attributes:
+      mesh: None is the default device.
+    """
 
-    return put
+    mesh: jax.sharding.Mesh | None = None
+
+    @property
+    def _ways(self) -> int:
+        return 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+    def rows(self, count: int) -> int:
+        """How many rows a batch of `count` is run with: so many that they divide over the devices."""
+        return _round_up(count, self._ways)
+
+    def __call__(self, array: np.ndarray) -> jax.Array:
+        if self.mesh is None:
+            return jax.device_put(array)
+        axes = ("batch" if array.shape[0] % self._ways == 0 else None, *[None] * (array.ndim - 1))
+        return meshes.place(array, jax.NamedSharding(self.mesh, meshes.spec(axes)))
+
+
+# The default device.
+HERE = Placer()
 
 
 def decode(
@@ -133,24 +150,28 @@ def decode(
     sampling: Sampling,
     max_new_tokens: int,
     eos_ids: Sequence[int],
-    put=jax.device_put,
+    put: Placer = HERE,
+    size: int | None = None,
     blocks: int | None = None,
     on_blocks: Callable[[BatchResult], None] | None = None,
 ) -> BatchResult:
-    """Continues one batch of prompts.
+    """Continues one batch of prompts. Every process of a run calls it alike, and gets the whole result.
 
     Args:
       slots: padded prompt length.
       indices: index of each prompt in the whole run; with `seed` it determines the row's randomness.
       put: places the batch on devices (by default on the default device).
+      size: rows of the compiled batch, where there are fewer prompts; more are added if the devices need them. Rows
+        without a prompt of their own end before they begin, and are in no count.
       blocks: return to the host after every so many blocks, to call `on_blocks` with what there is by then.
     """
-    tokens, lengths = pad(prompts, slots)
-    keys = row_keys(seed, np.asarray(indices, np.int32))
-    limits = loop.Limits(
-        put(np.full(len(prompts), max_new_tokens, np.int32)), jnp.asarray(tuple(eos_ids) or (-1,), jnp.int32)
-    )
-    tokens, lengths, keys = put(tokens), put(lengths), put(keys)
+    count = len(prompts)
+    rows = put.rows(max(size or 0, count))
+    tokens, lengths = pad([*prompts, *[prompts[-1]] * (rows - count)], slots)
+    room = np.where(np.arange(rows) < count, max_new_tokens, 0).astype(np.int32)
+    places = np.asarray([*indices, *[0] * (rows - count)], np.int32)
+    limits = loop.Limits(put(room), jnp.asarray(tuple(eos_ids) or (-1,), jnp.int32))
+    tokens, lengths, keys = put(tokens), put(lengths), row_keys(seed, put(places))
     jax.block_until_ready((tokens, lengths, keys, limits))
     started = time.perf_counter()
     state = jax.block_until_ready(loop.begin(plan, params, draft_params, tokens, lengths, keys))
@@ -163,28 +184,32 @@ def decode(
         started = time.perf_counter()
         state = jax.block_until_ready(loop.run(plan, params, draft_params, state, sampling, limits))
         decode_seconds += time.perf_counter() - started
-        result = _result(state, prefill_seconds, decode_seconds)
+        result, ended = _result(state, count, prefill_seconds, decode_seconds)
         if on_blocks is not None:
             on_blocks(result)
-        if blocks is None or bool(jnp.all(state.done)):
+        if blocks is None or ended:
             return result
 
 
-def _result(state: loop.DecodeState, prefill_seconds: float, decode_seconds: float) -> BatchResult:
+def _result(
+    state: loop.DecodeState, count: int, prefill_seconds: float, decode_seconds: float
+) -> tuple[BatchResult, bool]:
+    """What the first `count` rows have come to, and whether all rows have ended."""
     meters = {"target": kv_cache.meters(state.target_cache), "draft": kv_cache.meters(state.drafter_state)}
     spans = (state.prompt_lengths, state.lengths)
-    wanted = (state.tokens, state.origins, *spans, state.statistics, meters, state.iterations)
-    all_tokens, all_origins, starts, ends, statistics, meters, iterations = jax.device_get(wanted)
-    spans = [slice(int(start), int(end)) for start, end in zip(starts, ends, strict=True)]
-    return BatchResult(
-        tokens=[row[span].tolist() for row, span in zip(all_tokens, spans, strict=True)],
-        origins=[row[span].tolist() for row, span in zip(all_origins, spans, strict=True)],
+    wanted = (state.tokens, state.origins, *spans, state.statistics, meters, state.iterations, state.done)
+    all_tokens, all_origins, starts, ends, statistics, meters, iterations, done = processes.fetch(wanted)
+    spans = [slice(int(start), int(end)) for start, end in zip(starts[:count], ends, strict=False)]
+    result = BatchResult(
+        tokens=[row[span].tolist() for row, span in zip(all_tokens, spans, strict=False)],
+        origins=[row[span].tolist() for row, span in zip(all_origins, spans, strict=False)],
         statistics=statistics,
         executions=meters,
         prefill_seconds=prefill_seconds,
         decode_seconds=decode_seconds,
         iterations=int(iterations),
     )
+    return result, bool(done.all())
 
 
 def decode_batch_of(
@@ -196,9 +221,8 @@ def decode_batch_of(
       how many rows are prompts of their own, and the result.
     """
     part = list(prompts[first : first + batch_size])
-    padded = part + [part[-1]] * (batch_size - len(part))
-    indices = range(first, first + batch_size)
-    return len(part), decode(plan, params, draft_params, padded, indices=indices, **settings)
+    indices = range(first, first + len(part))
+    return len(part), decode(plan, params, draft_params, part, indices=indices, size=batch_size, **settings)
 
 
 def decode_all(

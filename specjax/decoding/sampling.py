@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError
 
 
@@ -77,6 +78,13 @@ class Sampling:
 
 def _truncate(probs: Float[Array, "B T V"], sampling: Sampling) -> Float[Array, "B T V"]:
     """Keeps the top k, then the top p of what is left, renormalised. Ties at either edge are all kept."""
+    find_edge = _edge_by_bisection if meshes.splits("vocab") else _edge_by_sorting
+    kept = jnp.where(probs >= find_edge(probs, sampling), probs, 0)
+    return kept / jnp.sum(kept, axis=-1, keepdims=True)
+
+
+def _edge_by_sorting(probs: Float[Array, "B T V"], sampling: Sampling) -> Float[Array, "B T 1"]:
+    """The smallest probability that is kept."""
     vocab = probs.shape[-1]
     descending = -jnp.sort(-probs, axis=-1)
     k = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, vocab), vocab)
@@ -85,16 +93,46 @@ def _truncate(probs: Float[Array, "B T V"], sampling: Sampling) -> Float[Array, 
     before = jnp.cumsum(descending, axis=-1) - descending
     wanted = sampling.top_p * jnp.sum(descending, axis=-1, keepdims=True)
     inside = (before < wanted) | (sampling.top_p >= 1)  # rounding must not drop a tail that nobody asked to drop
-    edge = jnp.min(jnp.where(inside & (descending > 0), descending, jnp.inf), axis=-1, keepdims=True)
-    kept = jnp.where(probs >= edge, probs, 0)
-    return kept / jnp.sum(kept, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(inside & (descending > 0), descending, jnp.inf), axis=-1, keepdims=True)
+
+
+def _edge_by_bisection(probs: Float[Array, "B T V"], sampling: Sampling) -> Float[Array, "B T 1"]:
+    """The same, by sums alone: sorting would gather a vocabulary that is spread over devices.
+
+    The edge is the largest value such that enough lies at or above it: k tokens, then a share of p of their mass.
+    Values that are not negative are ordered as their bits are, so halving the bits' range 31 times finds it exactly.
+    """
+    bits = jax.lax.bitcast_convert_type(probs, jnp.int32)
+
+    def largest(enough):
+        def halve(_, span):
+            low, high = span
+            middle = low + (high - low + 1) // 2
+            fits = enough(bits >= middle)
+            return jnp.where(fits, middle, low), jnp.where(fits, high, middle - 1)
+
+        shape = (*probs.shape[:-1], 1)
+        one = jax.lax.bitcast_convert_type(jnp.float32(1), jnp.int32)
+        # Rounding may leave a probability just above 1.
+        return jax.lax.fori_loop(0, 31, halve, (jnp.zeros(shape, jnp.int32), jnp.full(shape, one + 16)))[0]
+
+    vocab = probs.shape[-1]
+    k = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, vocab), vocab)
+    kth = largest(lambda above: jnp.sum(above, axis=-1, keepdims=True, dtype=jnp.int32) >= k)
+    mass = lambda above: jnp.sum(jnp.where(above & (bits >= kth), probs, 0), axis=-1, keepdims=True)
+    wanted = sampling.top_p * mass(True)
+    share = largest(lambda above: (mass(above) >= wanted) & (mass(above) > 0))
+    edge = jnp.where(sampling.top_p >= 1, kth, jnp.maximum(share, kth))
+    return jax.lax.bitcast_convert_type(edge, jnp.float32)
 
 
 def probabilities(logits: Float[Array, "B T V"], sampling: Sampling, *, greedy: bool) -> Float[Array, "B T V"]:
     """The adjusted distribution: softmax at the temperature, cut to top-k, then to top-p; one-hot when greedy."""
     if greedy:
-        return jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=jnp.float32)
-    logits = logits.astype(jnp.float32)
+        return jax.nn.one_hot(
+            jnp.argmax(meshes.pin_last(logits, "vocab"), axis=-1), logits.shape[-1], dtype=jnp.float32
+        )
+    logits = meshes.pin_last(logits.astype(jnp.float32), "vocab")
     # The maximum goes first: a small temperature must not make two infinities of the two best logits.
     logits = logits - jnp.max(logits, axis=-1, keepdims=True)
     probs = jax.nn.softmax(logits / sampling.temperature, axis=-1)

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from specjax.data import batches, tasks
 from specjax.decoding import batch, loop, rules
 from specjax.decoding.drafters.table import make_drafter
@@ -18,7 +20,9 @@ def _drafter(material: Any, gamma: int) -> Any:
     return make_drafter("model", material.target, gamma, {"model": material.draft})
 
 
-def make_evaluator(config: Any, material: Any, task: tasks.Task, tokenizer: Tokenizer) -> Callable:
+def make_evaluator(
+    config: Any, material: Any, task: tasks.Task, tokenizer: Tokenizer, mesh: jax.sharding.Mesh
+) -> Callable:
     """The trainer's in-training speculative evaluation: (draft params, step) -> {"block_efficiency": ...}."""
     section = config.speculative_eval
     lengths = (config.data.prompt_length_min, config.data.prompt_length_max)
@@ -36,6 +40,8 @@ def make_evaluator(config: Any, material: Any, task: tasks.Task, tokenizer: Toke
         greedy=section.temperature == 0,
     )
 
+    put = batch.Placer(mesh)
+
     def evaluate(params: Any, step: int) -> dict[str, float]:
         result = batch.decode(
             plan,
@@ -48,6 +54,7 @@ def make_evaluator(config: Any, material: Any, task: tasks.Task, tokenizer: Toke
             sampling=Sampling.of(section.temperature),
             max_new_tokens=section.max_new_tokens,
             eos_ids=tokenizer.eos_ids,
+            put=put,
         )
         counts = result.counts(len(ids))
         return {"block_efficiency": float(counts["emitted"].sum() / counts["target_calls"].sum())}

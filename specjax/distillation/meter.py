@@ -43,6 +43,19 @@ class Interval:
         self._since, self._steps, self._learning_rate = seconds, 0, 0.0
         self._sums: dict[str, float] = {}
 
+    @classmethod
+    def of(cls, state: Mapping) -> "Interval":
+        """What `state` was taken of."""
+        interval = cls(state["since"])
+        interval._steps, interval._learning_rate = state["steps"], state["learning_rate"]
+        interval._sums = dict(state["sums"])
+        return interval
+
+    def state(self) -> dict:
+        """Of JSON's types, for a checkpoint between two lines."""
+        since, steps, rate = self._since, self._steps, self._learning_rate
+        return {"since": since, "steps": steps, "learning_rate": rate, "sums": self._sums}
+
     def add(self, values: Mapping[str, float]) -> None:
         self._steps += 1
         self._learning_rate = values["learning_rate"]

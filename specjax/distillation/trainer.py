@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from specjax.distillation import data_sources, objective, update
 from specjax.distillation.cached_text import CachedText
@@ -21,6 +20,7 @@ from specjax.distillation.meter import Clock, Interval
 from specjax.models.language_model import NEXT, LanguageModel, Params
 from specjax.reporting.records import MetricsLog
 from specjax.runtime import mesh as meshes
+from specjax.runtime import processes, stopping
 from specjax.runtime.checkpoint import Checkpointer
 from specjax.runtime.errors import UserError, nearest
 from specjax.runtime.timing import progress
@@ -78,6 +78,7 @@ class Material:
       eos_ids: ids that end a generated row.
       longest_prompt: most tokens of a prompt that a row of `batches` can have.
       target_text: what the target wrote before; None has it write as it is needed.
+      whole: every device of the mesh's tensor axis holds the whole draft, and of its optimiser.
     """
 
     draft: LanguageModel
@@ -89,6 +90,7 @@ class Material:
     eos_ids: tuple[int, ...]
     longest_prompt: int
     target_text: CachedText | None = None
+    whole: bool = False
 
 
 def check(config: Any, material: Material) -> None:
@@ -170,7 +172,8 @@ class Trainer:
         self.config, self.material, self.mesh = config, material, mesh
         self.workdir, self.min_seconds, self.evaluator = Path(workdir), min_seconds, evaluator
         optimizer = update.make_optimizer(config.optimizer, config.train.steps)
-        self.state = update.initial_state(material.params, material.draft.axes(), optimizer, mesh)
+        axes = material.draft.axes(whole=material.whole)
+        self.state = update.initial_state(material.params, axes, optimizer, mesh)
         self.clock = Clock()
         self.step, self.saved, self.seconds = 0, None, 0.0  # seconds as of the last checkpoint
         self.tokens, self.loss, self.validation = 0.0, None, []
@@ -217,6 +220,7 @@ class Trainer:
 
         Raises:
           UserError: where the loss is no longer finite; the last checkpoint stays as it is.
+          Stopped: where the run was told to stop; it is saved as it stands.
         """
         train = self.config.train
         checkpoints = Checkpointer(
@@ -225,9 +229,14 @@ class Trainer:
             best_metric=train.best_metric,
             best_mode=BEST_METRICS[train.best_metric],
         )
-        with contextlib.closing(checkpoints), meshes.use(self.mesh), contextlib.ExitStack() as stack:
+        with (
+            stopping.holding(),
+            contextlib.closing(checkpoints),
+            meshes.use(self.mesh),
+            contextlib.ExitStack() as stack,
+        ):
             resumed = self._restore(checkpoints)
-            if jax.process_index() == 0:
+            if processes.first():
                 log = MetricsLog(self.workdir, resume_step=self.step if resumed else None)
                 self._log = stack.enter_context(log)
             stack.enter_context(self.clock.running())
@@ -243,13 +252,16 @@ class Trainer:
             # The time left is reckoned from the steps of this sitting.
             bar.initial = bar.n = self.step
             while not finished:
+                if stopping.stop_asked():
+                    self._save(checkpoints, {})
+                    raise stopping.Stopped
                 self._advance(next(self.material.batches))
                 bar.update()
                 finished = self._finished()
                 if finished or self.step % train.eval_every == 0:
                     self._evaluate()
                 if finished or self.step % train.checkpoint_every == 0:
-                    self._save(checkpoints)
+                    self._save(checkpoints, self.validation[-1])
 
     def _finished(self) -> bool:
         if self.step < self.config.train.steps:
@@ -257,7 +269,7 @@ class Trainer:
         finished = self.clock.seconds >= self.min_seconds
         if self.min_seconds and jax.process_count() > 1:
             # Clocks differ, and processes that disagree about another step would wait for each other forever.
-            finished = bool(multihost_utils.broadcast_one_to_all(np.asarray(finished)))
+            finished = bool(processes.from_first(finished))
         return finished
 
     def _advance(self, batch: Mapping[str, np.ndarray]) -> None:
@@ -316,7 +328,7 @@ class Trainer:
             return
         step, metrics = pending
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        # A finite gradient of a finite loss, clipped, gives finite parameters: these two are enough.
+        # A finite gradient of a finite loss, clipped, gives finite parameters.
         self._check_finite("training loss", step, values["loss"], values["grad_norm"])
         self.tokens += values["tokens"]
         self._interval.add(values)
@@ -361,8 +373,11 @@ class Trainer:
                 line |= self.evaluator(self.state.params, self.step)
             self._write(self.step, {**line, "train_seconds": self.clock.seconds})
 
-    def _save(self, checkpoints: Checkpointer) -> None:
+    def _save(self, checkpoints: Checkpointer, measured: Mapping[str, float]) -> None:
+        """Saves the run as it stands, under the validation metrics of this step (none where it was not validated)."""
         self._settle()
+        if self.saved == self.step:
+            return
         with self.clock.paused():
             self.seconds = self.clock.seconds
             host = {
@@ -371,8 +386,9 @@ class Trainer:
                 "tokens": self.tokens,
                 "loss": self.loss,
                 "validation": self.validation,
+                "interval": self._interval.state(),
             }
-            metrics = {name: value for name, value in self.validation[-1].items() if name != "step"}
+            metrics = {name: value for name, value in measured.items() if name != "step"}
             checkpoints.save(self.step, self.state, host=host, metrics=metrics)
             self.saved = self.step
 
@@ -390,5 +406,5 @@ class Trainer:
         self.seconds = host["seconds"]
         self.clock = Clock(self.seconds)
         self.tokens, self.loss, self.validation = host["tokens"], host["loss"], host["validation"]
-        self._interval = Interval(self.clock.seconds)
+        self._interval = Interval.of(host["interval"]) if "interval" in host else Interval(self.clock.seconds)
         return True

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
@@ -72,9 +73,9 @@ class Loss:
 
 
 def shard(batch: Mapping, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-    """A batch, or some of its arrays, over the mesh's batch axes."""
-    axes = BATCH_AXES | SOURCE_AXES
-    return meshes.shard(dict(batch), {name: axes[name] for name in batch}, mesh)
+    """A batch of `data.batches`, or some of its arrays, the lengths among them, over the mesh's batch axes."""
+    count = len(batch["lengths"])
+    return {name: meshes.place_rows(np.asarray(array), count, mesh) for name, array in batch.items()}
 
 
 def learning_rate(config: Any, steps: int) -> Callable[[Int[Array, ""]], Float[Array, ""]]:
@@ -187,4 +188,4 @@ def initial_state(
         transform_non_params=lambda _: whole,
     )
     optimizer_state = jax.jit(optimizer.init, out_shardings=optimizer_placed)(params)
-    return TrainState(params, optimizer_state, jax.device_put(jnp.zeros((), jnp.int32), whole))
+    return TrainState(params, optimizer_state, meshes.place(np.zeros((), np.int32), whole))

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from specjax.decoding import batch, loop
+from specjax.runtime import processes
 
 BINS = 20
 
@@ -48,7 +49,7 @@ def histogram(
     counts = {loop.ACCEPTED: np.zeros(BINS, int), loop.RECOVERED: np.zeros(BINS, int)}
     for prompt, emitted, origin in zip(prompts, tokens, origins, strict=True):
         text, _ = batch.pad([[*prompt, *emitted]], plan.capacity)
-        sure = np.asarray(_confidence(plan.drafter, params, draft_params, text))[0]
+        sure = processes.fetch(_confidence(plan.drafter, params, draft_params, text))[0]
         # What is said behind a token is about the next one.
         sure = sure[len(prompt) - 1 : len(prompt) - 1 + len(emitted)]
         for kind, bins in counts.items():

@@ -1,7 +1,7 @@
 """Predicted beside measured: parts of a block timed at a run's mean context, and the speed-up they foretell."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from specjax.decoding import batch, loop
 from specjax.decoding.sampling import Sampling, row_keys
 from specjax.draft_design import latency, throughput
+from specjax.runtime import processes
 
 _KEYS = (
     "draft_step_seconds",
@@ -52,7 +53,7 @@ def parts_meter(
     *,
     batch_size: int,
     seed: int,
-    put: Callable,
+    put: batch.Placer,
 ) -> latency.PartsMeter:
     """What times the parts of each speculative plan and of plain decoding on rows as long as the run's mean context.
 
@@ -81,7 +82,7 @@ def measure_block_costs(
     max_new_tokens: int,
     batch_size: int,
     seed: int,
-    put: Callable,
+    put: batch.Placer,
 ) -> Float[Array, "gamma_plus_1"]:
     """Seconds of blocks that draft 0 .. gamma tokens, for `Sampling.costs`, about half way through the run.
 
@@ -93,14 +94,16 @@ def measure_block_costs(
     length = int(np.mean([len(prompt) for prompt in prompts])) + (0 if apart else half)
     given = _example_batch(prompts, length, batch_size, seed, put)
     behind = half if apart else 0
-    return jnp.asarray(latency.block_seconds(plan, params, draft_params, *given, sampling, behind=behind))
+    seconds = latency.block_seconds(plan, params, draft_params, *given, sampling, behind=behind)
+    return jnp.asarray(processes.from_first(np.asarray(seconds, np.float32)))  # all draft by one clock
 
 
-def _example_batch(texts: Sequence[Sequence[int]], length: int, batch_size: int, seed: int, put: Callable) -> tuple:
+def _example_batch(texts: Sequence[Sequence[int]], length: int, batch_size: int, seed: int, put: batch.Placer) -> tuple:
     """Tokens, lengths and keys of the longest texts, each repeated or cut to one length."""
     rows = [(tuple(text) * length)[:length] for text in sorted(texts, key=len)[-batch_size:]]
+    rows += rows[-1:] * (put.rows(len(rows)) - len(rows))
     tokens, lengths = batch.pad(rows, batch.prompt_slots(rows))
-    return put(tokens), put(lengths), put(row_keys(seed, np.arange(len(rows), dtype=np.int32)))
+    return put(tokens), put(lengths), row_keys(seed, put(np.arange(len(rows), dtype=np.int32)))
 
 
 def predict(

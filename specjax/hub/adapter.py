@@ -9,13 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.tree_util import keystr
 
 from specjax.hub import weights
 from specjax.models.adapters import Adapter, AdapterConfig
 from specjax.models.language_model import LanguageModel, Params
 from specjax.models.medusa import MedusaConfig, MedusaHeads
+from specjax.runtime import processes
 from specjax.runtime.dtypes import dtype_named
 from specjax.runtime.errors import UserError, nearest
 
@@ -37,9 +37,7 @@ def fingerprint(decoder: LanguageModel, params: Params) -> str:
     for name in ("param_dtype", "compute_dtype"):
         del fields[name]
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
-    samples = _samples(params)
-    if jax.process_count() > 1:  # all processes come here together
-        samples = multihost_utils.process_allgather(samples, tiled=True)
+    samples = processes.fetch(_samples(params))  # all processes come here together
     for path, values in jax.tree_util.tree_leaves_with_path(samples):
         digest.update(_name(path).encode())
         digest.update(np.asarray(values).tobytes())

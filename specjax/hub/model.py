@@ -78,8 +78,13 @@ def load(
     param_dtype: str = "float32",
     compute_dtype: str = "auto",
     mesh: jax.sharding.Mesh | None = None,
+    whole: bool = False,
 ) -> Model:
     """Loads `config.json`, `*.safetensors` and the tokenizer of a Hugging Face directory.
+
+    Args:
+      whole: every device of the mesh's tensor axis holds the whole model, for a small draft beside a target that is
+        split.
 
     Raises:
       UserError: for whatever is missing, damaged, or not implemented.
@@ -88,7 +93,10 @@ def load(
     shardings = None
     if mesh is not None:
         _, config = hub_load.read_config(Path(directory), **dtypes)
-        shardings = meshes.shardings(model_of(config).axes(), mesh)
+        described = model_of(config)
+        if not whole:
+            described.check_split(mesh)
+        shardings = meshes.shardings(described.axes(whole=whole), mesh)
     decoder, params = hub_load.load(directory, shardings=shardings, **dtypes)
     return Model(decoder, params, Tokenizer.load(directory), mesh)
 

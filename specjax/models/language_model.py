@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from specjax.runtime import mesh as meshes
+
 Params = dict
 
 # What a head predicts: the next token, whose loss is the whole loss.
@@ -55,14 +57,19 @@ class Network:
         """The tree of `init` as shapes and dtypes, nothing allocated."""
         return nnx.to_pure_dict(_abstract(self.module, self.config)[1])
 
-    def axes(self) -> Params:
-        """The tree of `init` with a tuple of logical axis names in place of each array."""
+    def axes(self, *, whole: bool = False) -> Params:
+        """The tree of `init` with a tuple of logical axis names in place of each array.
+
+        Args:
+          whole: leave out what would be split over the tensor axis of a mesh: each of its devices then holds the whole.
+        """
         named = jax.tree.map(
             lambda variable: variable.get_metadata()["axes"],
             _abstract(self.module, self.config)[1],
             is_leaf=lambda x: isinstance(x, nnx.Variable),
         )
-        return nnx.to_pure_dict(named)
+        axes = nnx.to_pure_dict(named)
+        return meshes.whole_over_tensor(axes) if whole else axes
 
     def bind(self, params: Params) -> Any:
         """The NNX module with these parameters."""
@@ -121,6 +128,12 @@ class LanguageModel(Network):
         """What the model runs with: its own parameters, or those and its target's where it is a part of that."""
         del target_params
         return params
+
+    def check_split(self, mesh: jax.sharding.Mesh) -> None:
+        """Raises UserError where heads or vocabulary do not divide evenly over the mesh's tensor axis."""
+        config = self.config
+        sizes = {"heads": config.heads, "key/value heads": config.kv_heads, "vocabulary": config.vocab_size}
+        meshes.check_split({**sizes, "MLP width": config.mlp_width}, mesh)
 
     def opening(self, prompt: Sequence[int]) -> list[int]:
         """The tokens with which the text of this prompt begins."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from specjax.runtime import processes
 from specjax.runtime.errors import UserError
 
 SCHEMA = 1
@@ -43,8 +44,14 @@ def write_results(path: str | Path, *, binary: str, config: Mapping, rows: Seque
     """Writes results.json at once: a reader sees the old file or the whole new one.
 
     `extra` adds top-level keys. The environment is looked up here, with the config's seed, unless given in
-    `extra`.
+    `extra`. Of several processes, which all come here, the first writes, and the others wait until it has.
     """
+    if processes.first():
+        _write_results(Path(path), binary, config, rows, extra)
+    processes.meet(f"results of {binary}")
+
+
+def _write_results(path: Path, binary: str, config: Mapping, rows: Sequence[Mapping], extra: dict) -> None:
     if "environment" not in extra:
         extra["environment"] = environment(config["seed"])
     record = {"schema": SCHEMA, "binary": binary, "config": config, **extra, "rows": rows}

@@ -45,7 +45,8 @@ class Checkpointer:
         best = None
         if best_metric is not None:
             best = lambda metrics: metrics[best_metric]
-            keep.append(policies.BestN(get_metric_fn=best, reverse=best_mode == "min", n=1))
+            how = {"reverse": best_mode == "min", "n": 1, "keep_checkpoints_without_metrics": False}
+            keep.append(policies.BestN(get_metric_fn=best, **how))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(keep),
             save_decision_policy=policies.FixedIntervalPolicy(1),
@@ -69,9 +70,10 @@ class Checkpointer:
           step: not saved before.
           state: a tree of arrays.
           host: anything that JSON can hold.
-          metrics: with the best metric among them.
+          metrics: with the best metric among them; none where nothing was measured at this step, which then is kept as
+            the latest alone.
         """
-        if self.best_metric is not None and self.best_metric not in metrics:
+        if metrics and self.best_metric is not None and self.best_metric not in metrics:
             raise UserError(
                 f'"{self.best_metric}" is to tell the best checkpoint and is not measured'
                 f"{nearest(self.best_metric, metrics)}"
@@ -84,7 +86,7 @@ class Checkpointer:
             state=self._args.StandardSave(arrays),
             host=self._args.JsonSave({"format": _FORMAT, "arrays": described, "host": host}),
         )
-        if not self._manager.save(step, args=items, metrics=metrics):
+        if not self._manager.save(step, args=items, metrics=metrics or None):
             raise ValueError(f"A checkpoint of step {step} or a later one is already in {self.directory}.")
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict, int] | None:

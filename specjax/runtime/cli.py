@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax
 from ml_collections import ConfigDict
 
 from specjax.runtime import config as configs
+from specjax.runtime import processes, stopping
 from specjax.runtime.errors import UserError, nearest
 
 _USAGE = """python -m {module} --config=FILE[:variant] --workdir=DIR [--config.section.key=value ...]
@@ -17,11 +19,17 @@ _USAGE = """python -m {module} --config=FILE[:variant] --workdir=DIR [--config.s
   --config   a config file, such as configs/quickstart.py; ":smoke" runs it in seconds
   --workdir  where results, checkpoints and the report go; the same command again resumes
   --config.section.key=value overrides one key; the file says what each key means
+
+Of a run of several processes each is started so; Cloud TPU, GKE and Slurm tell the rest, elsewhere each is given:
+
+{flags}
+
+Exit codes: 0 done, 2 a mistake in what was asked for, 75 told to stop (SIGTERM) and saved, 130 interrupted
 """
 
 
 def launch(run: Callable[[ConfigDict, str], Any], module: str, argv: Sequence[str] | None = None) -> int:
-    """Runs a binary and returns its exit code: 0, 2 for a mistake of the user's, 130 for an interrupt.
+    """Runs a binary and returns its exit code: 0, 2 for a mistake of the user's, 75 for SIGTERM, 130 for an interrupt.
 
     Args:
       run: the binary, `run(config, workdir)`.
@@ -30,20 +38,47 @@ def launch(run: Callable[[ConfigDict, str], Any], module: str, argv: Sequence[st
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if any(argument in ("-h", "-help", "--help") for argument in argv):
-        print(_USAGE.format(module=module), end="")
+        flags = "\n".join(f"  {name:14} {what}" for name, what in processes.FLAGS.items())
+        print(_USAGE.format(module=module, flags=flags), end="")
         return 0
     try:
+        joining, argv = processes.parse(argv)
         config, workdir = parse(argv)
-        start_processes(os.environ)
-        configs.assert_same_run(config, workdir)
-        run(config, workdir)
+        processes.start(joining, os.environ)
+        with stopping.stoppable():
+            _begin(config, workdir)
+            run(config, workdir)
+        processes.meet("the end")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        processes.leave(2)
         return 2
+    except stopping.Stopped:
+        print("stopped as asked (SIGTERM); the same command goes on from what was saved", file=sys.stderr)
+        return stopping.STOPPED
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        processes.leave(130)
         return 130
+    except Exception as error:
+        if jax.process_count() == 1:
+            raise
+        traceback.print_exc()
+        if processes.lost_another(error):
+            print(
+                "error: another process of this run is gone, or cannot be reached; start all of them again: the same "
+                "command goes on from the last checkpoint",
+                file=sys.stderr,
+            )
+        processes.leave(1)
     return 0
+
+
+def _begin(config: ConfigDict, workdir: str) -> None:
+    """What has to be right in all processes before any of them begins. Raises UserError in all where it is not."""
+    processes.check_alike(configs.to_plain(config), workdir)
+    processes.check_shared(workdir)
+    configs.assert_same_run(config, workdir)
 
 
 def parse(argv: Sequence[str]) -> tuple[ConfigDict, str]:
@@ -116,23 +151,3 @@ def _number_or_text(text: str) -> int | float | str:
         with contextlib.suppress(ValueError):
             return kind(text)
     return text
-
-
-def start_processes(environment: Any) -> None:
-    """Joins the other processes of the run, where the environment says that there are any.
-
-    JAX finds out the rest by itself on Cloud TPU, Slurm and Open MPI. SPECJAX_MULTIPROCESS=1 is for launchers
-    on machines whose environment does not tell.
-    """
-    if several_processes(environment) and not jax.distributed.is_initialized():
-        jax.distributed.initialize()
-
-
-def several_processes(environment: Any) -> bool:
-    """Whether this process is one of several. Inside an allocation but outside `srun` it is not."""
-    return (
-        environment.get("SPECJAX_MULTIPROCESS") == "1"
-        or "," in environment.get("TPU_WORKER_HOSTNAMES", "")
-        or int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1
-        or int(environment.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
-    )

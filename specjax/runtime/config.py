@@ -102,8 +102,9 @@ def resolve(config: ConfigDict, workdir: str | Path, earlier: Collection[str]) -
 def assert_same_run(config: ConfigDict, workdir: str | Path) -> None:
     """Writes `workdir/config.json`, or checks that the one there says the same.
 
-    Stages may be added to a run of stages: then the file is written anew. What it already says may not change.
-    References to earlier stages are written as they stand, so that a workdir may be moved.
+    Stages may be added to a run of stages, and a mesh may change, since a run goes on wherever there are devices: then
+    the file is written anew. What else it already says may not change. References to earlier stages are written as
+    they stand, so that a workdir may be moved.
 
     Raises:
       UserError: listing the keys that differ, as `key: there -> asked for`.
@@ -119,17 +120,17 @@ def assert_same_run(config: ConfigDict, workdir: str | Path) -> None:
         raise UserError(f"{path} is damaged ({error}); choose another --workdir") from error
     asked = _without_new_stages(new, old)
     before, after = dict(_leaves(old)), dict(_leaves(asked))
+    keys = sorted(before.keys() | after.keys())
+    changed = [key for key in keys if _shown(before, key) != _shown(after, key)]
     differing = [
-        f"{key}: {_shown(before, key)} -> {_shown(after, key)}"
-        for key in sorted(before.keys() | after.keys())
-        if _shown(before, key) != _shown(after, key)
+        f"{key}: {_shown(before, key)} -> {_shown(after, key)}" for key in changed if "mesh" not in key.split(".")
     ]
     if differing:
         raise UserError(
             f"{workdir} belongs to a run with another config ({'; '.join(differing)}); choose another "
             "--workdir, or ask for what it was started with"
         )
-    if asked != new:
+    if changed or asked != new:
         _write(path, new)
 
 

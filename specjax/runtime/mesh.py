@@ -5,9 +5,12 @@ case in which each of these splits is trivial.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 
 from specjax.runtime.errors import UserError
 
@@ -31,8 +34,12 @@ RULES: dict[str, tuple[str, ...] | None] = {
 def make_mesh(config: Any) -> jax.sharding.Mesh:
     """A mesh of `data` x `fsdp` x `tensor` devices, as `config` says; 1 x 1 x 1 is the first device alone.
 
+    Where devices come in several slices, between which the network is slow, `data` runs over the slices, and `fsdp`
+    over what `data` is too small for; `tensor` stays within one.
+
     Raises:
-      UserError: for sizes below 1, and where the sizes do not multiply to the number of devices.
+      UserError: for sizes below 1, where the sizes do not multiply to the number of devices, and where slices would
+        have to share a `tensor` axis.
     """
     sizes = tuple(config[axis] for axis in AXES)
     said = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
@@ -41,13 +48,37 @@ def make_mesh(config: Any) -> jax.sharding.Mesh:
     wanted, devices = math.prod(sizes), jax.devices()
     alone = wanted == 1 and jax.process_count() == 1
     if wanted != len(devices) and not alone:
+        several = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
         raise UserError(
-            f"a mesh of {said} needs {wanted} devices and there are {len(devices)}; "
+            f"a mesh of {said} needs {wanted} devices and there are {len(devices)}{several}; "
             f"let mesh.data * mesh.fsdp * mesh.tensor be {len(devices)}"
         )
     # Auto: the compiler propagates shardings from parameters, caches and batches to everything else.
     types = (jax.sharding.AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices[:wanted])
+    devices = devices[:wanted]
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+    return jax.sharding.Mesh(lay_out(sizes, devices, slices), AXES, axis_types=types)
+
+
+def lay_out(sizes: tuple[int, int, int], devices: Sequence[Any], slices: int) -> np.ndarray:
+    """Devices of several slices in the shape of a mesh. Raises UserError where slices do not divide it."""
+    between = over_slices(sizes, slices)
+    within = tuple(size // ways for size, ways in zip(sizes, between, strict=True))
+    return mesh_utils.create_hybrid_device_mesh(within, between, devices)
+
+
+def over_slices(sizes: tuple[int, int, int], slices: int) -> tuple[int, int, int]:
+    """Into how many parts each axis is cut by the slices. Raises UserError where the slices do not divide them."""
+    data, fsdp, _ = sizes
+    ways = math.gcd(data, slices), slices // math.gcd(data, slices)
+    if fsdp % ways[1]:
+        raise UserError(
+            f"the devices are in {slices} slices, over which mesh.data {data} and mesh.fsdp {fsdp} do not divide; "
+            f"let mesh.data be a multiple of {slices} (mesh.tensor stays within a slice: the network between is slow)"
+        )
+    return (*ways, 1)
 
 
 def use(mesh: jax.sharding.Mesh):
@@ -89,6 +120,61 @@ def shard(tree: Any, axes_tree: Any, mesh: jax.sharding.Mesh) -> Any:
     return jax.device_put(tree, shardings(axes_tree, mesh, shapes=tree))
 
 
+def pin_last(x: jax.Array, name: str) -> jax.Array:
+    """As `constrain`, of the last axis alone, and only where it divides; how the others lie is left to the compiler."""
+    if not splits(name) or x.shape[-1] % _ways(name, jax.sharding.get_abstract_mesh()):
+        return x
+    free = (jax.P.UNCONSTRAINED,) * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, jax.P(*free, RULES[name]))
+
+
+def splits(name: str) -> bool:
+    """Inside jit, under `use`: whether this logical axis is spread over devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and _ways(name, mesh) > 1
+
+
+def _ways(name: str, mesh: Any) -> int:
+    return math.prod(mesh.shape[axis] for axis in RULES[name] or ())
+
+
+def place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    """A host array that every process has whole, on the devices of the sharding; each process places its own part."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def own_rows(mesh: jax.sharding.Mesh, count: int) -> tuple[int, ...]:
+    """Which rows of a batch of `count` lie on devices of this process: all of them where it is alone.
+
+    Raises:
+      UserError: for a batch that does not divide evenly over the mesh.
+    """
+    check_divisible((count,), ("batch",), mesh.shape)
+    sharding = jax.NamedSharding(mesh, spec(("batch",)))
+    places = sharding.addressable_devices_indices_map((count,)).values()
+    return tuple(sorted({row for place in places for row in range(*place[0].indices(count))}))
+
+
+def place_rows(array: np.ndarray, count: int, mesh: jax.sharding.Mesh) -> jax.Array:
+    """The batch of `count` rows of which this process has all, or its `own_rows`, on the mesh."""
+    axes = ("batch", *[None] * (array.ndim - 1))
+    shape = (count, *array.shape[1:])
+    check_divisible(shape, axes, mesh.shape)
+    sharding = jax.NamedSharding(mesh, spec(axes))
+    if len(array) == count:
+        return place(array, sharding)
+    own = own_rows(mesh, count)
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        first, end, _ = index[0].indices(count)
+        at = own.index(first)
+        return array[at : at + end - first]
+
+    return jax.make_array_from_callback(shape, sharding, part)
+
+
 def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     """Inside jit, under `use`: `x` with its layout pinned. Without a mesh, or on one device, `x` itself."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -96,6 +182,12 @@ def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
         return x
     check_divisible(x.shape, axes, mesh.shape)
     return jax.lax.with_sharding_constraint(x, spec(axes))
+
+
+def whole_over_tensor(axes_tree: Any) -> Any:
+    """The tree of logical names without those that are split over the tensor axis."""
+    kept = lambda name: None if name is not None and "tensor" in (RULES[name] or ()) else name
+    return jax.tree.map(lambda axes: tuple(map(kept, axes)), axes_tree, is_leaf=_is_axes)
 
 
 def check_divisible(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh_shape: Any) -> None:
@@ -118,6 +210,24 @@ def check_divisible(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh_s
                 f'axis "{name}" of size {size} does not split evenly over {product} = {ways}; '
                 f"let that be one of {divisors}, or the size a multiple of {ways}"
             )
+
+
+def check_split(sizes: Mapping[str, int], mesh: jax.sharding.Mesh) -> None:
+    """Refuses a model that does not split evenly over the tensor axis.
+
+    Args:
+      sizes: what of it is split there: heads, vocabulary, ...
+
+    Raises:
+      UserError: with the sizes of the axis that divide it.
+    """
+    tensor, common = mesh.shape["tensor"], math.gcd(*sizes.values())
+    uneven = [f"{name} {size}" for name, size in sizes.items() if size % tensor]
+    if uneven:
+        working = ", ".join(str(d) for d in range(1, common + 1) if common % d == 0)
+        raise UserError(
+            f"mesh.tensor {tensor} does not divide {' and '.join(uneven)} of this model; let it be one of {working}"
+        )
 
 
 def _is_axes(x: Any) -> bool:

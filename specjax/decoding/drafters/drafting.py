@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from specjax.decoding.drafters.base import Context, Proposal
 from specjax.models import kv_cache
+from specjax.runtime.mesh import pin_last
 
 # first(carry) -> (logits [B, V], carry): what follows the pending token.
 First = Callable[[Any], tuple[Float[Array, "B V"], Any]]
@@ -79,7 +80,8 @@ def draft(
 
     begin = lambda token, offset, carry: first(carry)
     logits = jax.eval_shape(lambda carry: first(carry)[0], carry)
-    probs = None if context.noise.greedy else jnp.zeros((gamma, *logits.shape), jnp.float32)
+    # Spread as the draft's probabilities are: a loop would otherwise gather each before it keeps it.
+    probs = None if context.noise.greedy else pin_last(jnp.zeros((gamma, *logits.shape), jnp.float32), "vocab")
     done = ~context.live if ends else jnp.zeros((batch,), bool)
     none = jnp.zeros((batch,), jnp.int32)
     state = jnp.int32(0), none, none, done, (jnp.zeros((gamma, batch), jnp.int32), probs), carry

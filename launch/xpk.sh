@@ -1,0 +1,98 @@
+#!/usr/bin/env bash
+# Runs a config on a GKE cluster of TPUs through xpk: makes the cluster if asked to, starts the run on every host, follows
+# its log, takes the run off the cluster, and deletes the cluster that it made.
+#
+#   launch/xpk.sh --project=P --zone=Z --cluster=C --type=v5litepod-16 --config=configs/a.py --workdir=/mnt/shared/a \
+#       [--slices=N] [--storage=NAME] [--restarts=N] [--create] [--on_demand] [--keep] [--dry_run] \
+#       [-- --config.section.key=value ...]
+#
+#   --name       of the run (default: specjax)
+#   --slices     how many slices of that type the run has (default: 1); let mesh.data be a multiple of it
+#   --image      that this checkout is laid over (default: python:3.12)
+#   --storage    an xpk storage of the cluster (`xpk storage list`) to mount; --workdir has to lie on it, since hosts share
+#                it and pods go
+#   --restarts   how often a run that ended badly, or was told to stop, is started again (default: 20); it goes on from
+#                its checkpoint
+#   --create     makes the cluster first; it is deleted at the end
+#   --on_demand  of a cluster that is made: not preemptible; without it its nodes are spot nodes
+#   --keep       neither takes the run off the cluster nor deletes the cluster
+#   --dry_run    prints the commands and runs none of them
+#
+# A cluster is billed until it is deleted, whether anything runs on it or not.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+name=specjax slices=1 image=python:3.12 restarts=20
+project="" zone="" cluster="" type="" config="" workdir="" storage=""
+provisioning=--spot
+create=false
+keep=false
+dry_run=false
+
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+while (($#)); do
+  case $1 in
+    --name=* | --slices=* | --image=* | --restarts=* | --project=* | --zone=* | --cluster=* | --type=* | \
+      --config=* | --workdir=* | --storage=*)
+      key=${1%%=*}
+      printf -v "${key#--}" '%s' "${1#*=}"
+      ;;
+    --create) create=true ;;
+    --on_demand) provisioning=--on-demand ;;
+    --keep) keep=true ;;
+    --dry_run) dry_run=true ;;
+    --)
+      shift
+      break
+      ;;
+    *) fail "$1 is not understood; see the first lines of $0" ;;
+  esac
+  shift
+done
+overrides=("$@")
+for required in project zone cluster type config workdir; do
+  [[ -n ${!required} ]] || fail "--$required is missing; see the first lines of $0"
+done
+[[ $workdir == /* ]] || fail "--workdir is $workdir; pods go, so give an absolute path on a storage that they share"
+
+run() {
+  printf '+ %s\n' "$(printf '%q ' "$@")" >&2
+  $dry_run || "$@"
+}
+
+place=(--cluster="$cluster" --project="$project" --zone="$zone")
+
+clean_up() {
+  $keep && return
+  run xpk workload delete --workload="$name" "${place[@]}" --force || true
+  if $create; then
+    run xpk cluster delete "${place[@]}" --force ||
+      echo "error: the cluster $cluster is still there, and billed until it is deleted" >&2
+  fi
+}
+
+if $create; then
+  # From here on the cluster costs money: it is deleted however this ends.
+  trap clean_up EXIT
+  run xpk cluster create "${place[@]}" --tpu-type="$type" --num-slices="$slices" "$provisioning"
+fi
+
+command="pip install --quiet 'jax[tpu]' --requirement requirements.txt && exec python -m specjax.main"
+command+=$(printf ' %q' --config="$config" --workdir="$workdir" ${overrides[@]+"${overrides[@]}"})
+mounted=()
+[[ -z $storage ]] || mounted=(--storage="$storage")
+run xpk workload create "${place[@]}" --workload="$name" --tpu-type="$type" --num-slices="$slices" \
+  --base-docker-image="$image" --script-dir=. --max-restarts="$restarts" --restart-on-user-code-failure \
+  --termination-grace-period-seconds=120 ${mounted[@]+"${mounted[@]}"} \
+  --command="$command"
+trap clean_up EXIT
+
+# The log of the first host, for as long as there is one; whether the run succeeded is what xpk says at its end.
+selector="jobset.sigs.k8s.io/jobset-name=$name,batch.kubernetes.io/job-completion-index=0"
+run kubectl logs --follow --selector="$selector" --pod-running-timeout=24h --ignore-errors || true
+run xpk workload list "${place[@]}" --wait-for-job-completion="$name" ||
+  fail "the run did not end well; what it left is in $workdir, and the same command resumes it"
