@@ -17,7 +17,13 @@ _USAGE = """python -m {module} --config=FILE[:variant] --workdir=DIR [--config.s
   --config   a config file, such as configs/quickstart.py; ":smoke" runs it in seconds
   --workdir  where results, checkpoints and the report go; the same command again resumes
   --config.section.key=value overrides one key; the file says what each key means
+  --plan=CHIP (of specjax.main) compiles the steps for chips that need not be there, and says what they take
 """
+
+
+def asks_for_plan(argument: str) -> bool:
+    """Whether this argument is `--plan` or `--plan=CHIP`."""
+    return argument.partition("=")[0] == "--plan"
 
 
 def launch(run: Callable[[ConfigDict, str], Any], module: str, argv: Sequence[str] | None = None) -> int:
@@ -46,8 +52,8 @@ def launch(run: Callable[[ConfigDict, str], Any], module: str, argv: Sequence[st
     return 0
 
 
-def parse(argv: Sequence[str]) -> tuple[ConfigDict, str]:
-    """The locked config with its overrides, and the workdir.
+def parse(argv: Sequence[str], *, needs_workdir: bool = True) -> tuple[ConfigDict, str]:
+    """The locked config with its overrides, and the workdir: "" where it is left out and not needed.
 
     Raises:
       UserError: for anything missing, misspelt or of the wrong type.
@@ -64,11 +70,11 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, str]:
                 "--config.section.key=value"
             )
         given[name] = value
-    for name in ("--config", "--workdir"):
+    for name in ("--config", "--workdir") if needs_workdir else ("--config",):
         if not given.get(name):
             raise UserError(f"{name} is missing; see --help")
     config = configs.load(given.pop("--config")).lock()
-    workdir = given.pop("--workdir")
+    workdir = given.pop("--workdir", "")
     for name, text in given.items():
         _override(config, name.removeprefix("--config."), text)
     configs.check_given(config)

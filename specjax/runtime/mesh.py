@@ -84,6 +84,22 @@ def shardings(axes_tree: Any, mesh: jax.sharding.Mesh, shapes: Any = None) -> An
     return jax.tree.map(checked, shapes, axes_tree)
 
 
+def abstract(shapes: Any, placed: Any) -> Any:
+    """ShapeDtypeStructs of these shapes (or arrays) with these shardings: what is compiled for without an array."""
+    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, placed)
+
+
+def local_bytes(tree: Any) -> int:
+    """What the arrays, or shapes with shardings, occupy on one device."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def platform() -> str:
+    """Of the devices of the mesh in use, which need not be there, or of the default one: "cpu", "gpu" or "tpu"."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def shard(tree: Any, axes_tree: Any, mesh: jax.sharding.Mesh) -> Any:
     """The arrays, laid out on the mesh. Raises UserError for a dimension that does not divide evenly."""
     return jax.device_put(tree, shardings(axes_tree, mesh, shapes=tree))
