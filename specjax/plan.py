@@ -8,8 +8,11 @@ no weights are read, and of a checkpoint its `config.json` is enough. For a TPU 
 for GPUs the CPU compiler stands in, and what it says of temporary memory is an estimate.
 """
 
+import dataclasses
+import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +68,18 @@ def run(config: ConfigDict, name: str = "") -> dict:
     if not planned:
         raise UserError(f"nothing here can be planned: that is for stages of {' and '.join(_PLANNED)}")
     parts = [chips.slice_named(name, _size(section)) for _, section in planned]
-    shelf, rows, summary = Shelf(), [], []
+    shelf, described = Shelf(), []
     for (stage, section), part in zip(planned, parts, strict=True):
-        sizes = {axis: section.mesh[axis] for axis in meshes.AXES}
-        mesh = chips.make_mesh(part, sizes)
-        found, needs = _planned(stage, section, shelf, part, mesh)
-        rows += found
-        summary.append(smallest.summary(stage, section, needs, found, part, sizes))
+        mesh = chips.make_mesh(part, {axis: section.mesh[axis] for axis in meshes.AXES})
+        described.append(_described(stage, section, shelf, part, mesh))
+    # A compiler leaves the interpreter to others: stages are compiled side by side.
+    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+        compiled = list(pool.map(_compiled, described))
+    summary = [
+        smallest.summary(of.stage, of.section, of.resident_on, rows, of.part, dict(of.mesh.shape))
+        for of, rows in zip(described, compiled, strict=True)
+    ]
+    rows = [row for rows in compiled for row in rows]
     return {"binary": "plan", "config": configs.to_plain(config), "rows": rows, "stages": summary}
 
 
@@ -82,30 +90,54 @@ def _size(section: ConfigDict) -> int:
     return sizes[0] * sizes[1] * sizes[2]
 
 
-def _planned(stage: str, section: ConfigDict, shelf: Shelf, part: chips.Slice, mesh: Any) -> tuple[list[dict], Any]:
-    """The rows of a stage, and a function that tells its resident bytes on another mesh."""
+@dataclasses.dataclass(frozen=True)
+class _Stage:
+    """A stage that is described and not compiled yet.
+
+    Attributes:
+      executables: groups of steps, each with what a row says of it besides.
+      resident_on: bytes on one chip of another mesh, by what they are.
+    """
+
+    stage: str
+    section: ConfigDict
+    part: chips.Slice
+    mesh: Any
+    executables: Sequence[tuple[Iterator[steps.Step], Mapping]]
+    resident_on: Callable[[Any], Mapping[str, int]]
+
+
+def _described(stage: str, section: ConfigDict, shelf: Shelf, part: chips.Slice, mesh: Any) -> _Stage:
+    """Puts what a training stage makes on the shelf. Raises UserError for what does not fit the mesh."""
     if section.binary == "distill":
-        described = steps.training(section, shelf, mesh)
-        shelf.made[stage] = described.draft
-        rows = list(_rows(stage, steps.training_steps(described), part, mesh))
-        return rows, lambda other: steps.training(section, shelf, other).resident
-    rows = []
+        training = steps.training(section, shelf, mesh)
+        shelf.made[stage] = training.draft
+        on = lambda other: steps.training(section, shelf, other).resident
+        return _Stage(stage, section, part, mesh, [(steps.training_steps(training), {})], on)
+    groups = []
     for decoding in steps.decodings(section, shelf, mesh):
-        found = _rows(stage, steps.decoding_steps(decoding), part, mesh)
         about = {"drafter": decoding.name, "gamma": decoding.plan.gamma, "batch_size": decoding.batch}
-        rows += [{**row, **about, "capacity": decoding.plan.capacity} for row in found]
-    most = lambda every: max(every, key=lambda resident: sum(resident.values()))
-    return rows, lambda other: most([decoding.resident for decoding in steps.decodings(section, shelf, other)])
+        groups.append((steps.decoding_steps(decoding), {**about, "capacity": decoding.plan.capacity}))
+
+    def most(other: Any) -> Mapping[str, int]:
+        every = [decoding.resident for decoding in steps.decodings(section, shelf, other)]
+        return max(every, key=lambda resident: sum(resident.values()))
+
+    return _Stage(stage, section, part, mesh, groups, most)
 
 
-def _rows(stage: str, planned: Iterator[steps.Step], part: chips.Slice, mesh: Any) -> Iterator[Mapping]:
-    before = None
-    for step in planned:
-        if step.needs_before and before is None:
-            return  # what it goes on from was refused
-        print(f"{stage or 'plan'}: {step.name} for {part.name}", file=sys.stderr, flush=True)
-        before, seconds, words = account.compiled_step(step, before, mesh)
-        yield account.row(stage, step, part, mesh, before, seconds, words)
+def _compiled(stage: _Stage) -> list[dict]:
+    """The rows of a stage; a group ends at the first step that is refused."""
+    rows = []
+    for group, about in stage.executables:
+        before = None
+        for step in group:
+            if step.needs_before and before is None:
+                break
+            print(f"{stage.stage or 'plan'}: {step.name} for {stage.part.name}", file=sys.stderr, flush=True)
+            before, seconds, words = account.compiled_step(step, before, stage.mesh)
+            rows.append({**account.row(stage.stage, step, stage.part, stage.mesh, before, seconds, words), **about})
+    return rows
 
 
 if __name__ == "__main__":

@@ -186,20 +186,21 @@ class Decoding:
         """What `loop.begin` compiles."""
         return loop.prefill.lower(dataclasses.replace(self.plan, rule=None, greedy=True), *self._arguments)
 
-    def state(self, prefill: Compiled | None = None) -> loop.DecodeState:
-        """What the loop carries, as shapes, laid out as the compiled prefill leaves it; without one, caches by rule."""
+    def state(self, prefill: Compiled) -> loop.DecodeState:
+        """What the loop carries, as shapes, laid out as the compiled prefill leaves it."""
         shapes = jax.eval_shape(lambda *given: loop.begin(self.plan, *given), *self._arguments)
-        if prefill is not None:
-            return meshes.abstract(shapes, prefill.output_shardings)
-        lay = lambda x: kv_cache.AXES if x.ndim == 4 else ("batch",) * bool(x.ndim) + (None,) * (x.ndim - 1)
-        return jax.tree.map(lambda x: meshes.abstract(x, meshes.shardings(lay(x), self.mesh, shapes=x)), shapes)
+        return meshes.abstract(shapes, prefill.output_shardings)
 
     def caches(self, prefill: Compiled | None = None) -> list[jax.ShapeDtypeStruct]:
-        """The arrays of keys and values, of target and draft."""
-        state = self.state(prefill)
-        return [x for x in jax.tree.leaves((state.target_cache, state.drafter_state)) if x.ndim == 4]
+        """The arrays of keys and values, of target and draft, as the compiled prefill leaves them, or by the rules."""
+        of = lambda state: [x for x in jax.tree.leaves((state.target_cache, state.drafter_state)) if x.ndim == 4]
+        if prefill is not None:
+            return of(self.state(prefill))
+        shapes = jax.eval_shape(lambda *given: of(loop.begin(self.plan, *given)), *self._arguments)
+        lay = lambda x: meshes.shardings(kv_cache.AXES, self.mesh, shapes=x)
+        return [meshes.abstract(x, lay(x)) for x in shapes]
 
-    def lower_loop(self, prefill: Compiled | None) -> Lowered:
+    def lower_loop(self, prefill: Compiled) -> Lowered:
         """What `loop.run` compiles."""
         limits = loop.Limits(rows(self.mesh, self.batch), whole(jax.ShapeDtypeStruct((1,), jnp.int32), self.mesh))
         sampling = whole(jax.eval_shape(lambda: self.sampling), self.mesh)

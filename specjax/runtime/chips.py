@@ -133,8 +133,10 @@ def make_mesh(part: Slice, sizes: dict[str, int]) -> jax.sharding.Mesh:
 def stand_apart() -> None:
     """Has JAX look for no accelerator in this process, and make as many virtual devices as the largest slice has.
 
-    Where JAX has looked already, its devices stay as they are.
+    Where JAX has looked already, or XLA_FLAGS says how many, the devices stay as they are.
     """
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", max(int(count) for count in _NODES))
         jax.config.update("jax_platforms", "cpu")
