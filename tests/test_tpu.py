@@ -120,7 +120,7 @@ def decoding(name: str, mesh) -> steps.Decoding:
 
 def training(name: str, mesh) -> steps.Training:
     """A stage of the quickstart with these models in the place of its own."""
-    section = configs.load("configs/quickstart.py:smoke")[name if name == "supervised" else "distilled"]
+    section = configs.load(f"{ROOT}/configs/quickstart.py:smoke")[name if name == "supervised" else "distilled"]
     section.mesh.update(MESH)
     section.data.batch_size = BATCH
     apart = name.startswith("t5")
@@ -128,7 +128,7 @@ def training(name: str, mesh) -> steps.Training:
     shelf.made["draft"] = encoder_decoder(1) if apart else decoder(1)
     section.model.update({"init": "stage:draft", "param_dtype": "bfloat16"})
     if name == "adapter":
-        section = configs.load("configs/plan/pairs.py:vicuna_13b").adapter.copy_and_resolve_references()
+        section = configs.load(f"{ROOT}/configs/plan/pairs.py:vicuna_13b").adapter.copy_and_resolve_references()
         section.target, section.tokenizer.path, section.adapter.exit_layer = "stage:target", "stage:target", 1
         section.mesh.update(MESH)
         section.data.update({"batch_size": BATCH, "sequence_length": 32, "prompt_length_max": 16})

@@ -38,7 +38,7 @@ def make_steps(
     eos_ids: tuple[int, ...],
     optimizer: optax.GradientTransformation,
     placed: update.TrainState,
-    mesh: jax.sharding.Mesh,
+    mesh: meshes.AnyMesh,
 ) -> Steps:
     """Builds the functions; nothing is compiled yet.
 

@@ -172,7 +172,7 @@ def _gradient_of_sum(loss, params, target_params, batch, accumulation):
 
 
 def state_shardings(
-    params: Params, axes: Params, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+    params: Params, axes: Params, optimizer: optax.GradientTransformation, mesh: meshes.AnyMesh
 ) -> TrainState:
     """Where each part of a state lies: what the optimiser keeps of a parameter lies where that does.
 
@@ -202,7 +202,7 @@ def initial_state(
 
 
 def abstract_state(
-    params: Params, axes: Params, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+    params: Params, axes: Params, optimizer: optax.GradientTransformation, mesh: meshes.AnyMesh
 ) -> TrainState:
     """`initial_state` as shapes with their shardings, from the shapes of the parameters; nothing is allocated."""
     placed = state_shardings(params, axes, optimizer, mesh)

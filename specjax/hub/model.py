@@ -39,7 +39,7 @@ class Model:
     decoder: LanguageModel
     params: Any
     tokenizer: Tokenizer | None
-    mesh: jax.sharding.Mesh | None = None
+    mesh: meshes.AnyMesh | None = None
 
     @functools.cached_property
     def fingerprint(self) -> str:

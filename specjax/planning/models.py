@@ -16,11 +16,12 @@ from specjax.models.self_draft import SelfDraft
 from specjax.runtime import dtypes
 from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError, nearest
+from specjax.runtime.mesh import AnyMesh
 
 _STAGE = "stage:"
 
 
-def placed(model: Network, mesh: Any) -> Params:
+def placed(model: Network, mesh: AnyMesh) -> Params:
     """The parameters as shapes, laid out as the rules say. Raises UserError for what does not divide."""
     shapes = model.abstract_params()
     return meshes.abstract(shapes, meshes.shardings(model.axes(), mesh, shapes=shapes))
@@ -101,7 +102,7 @@ class Shelf:
             raise UserError(f'"{name}" is of no stage that is planned before this one{nearest(stage, self.made)}')
         return self.made[stage]
 
-    def loaded(self, name: str, config: Any, mesh: Any) -> hub_model.Model:
+    def loaded(self, name: str, config: Any, mesh: AnyMesh) -> hub_model.Model:
         """A model as an evaluation holds it, its parameters laid out on the mesh."""
         model = self.model(name, config.param_dtype, config.compute_dtype)
         check_tensor_axis(model.config, f"model in {name}", mesh.shape["tensor"])
@@ -113,13 +114,13 @@ class Shelf:
         return hub_adapter.LoadedAdapter(adapter, placed(adapter, target.mesh), "")
 
 
-def whole(tree: Any, mesh: Any) -> Any:
+def whole(tree: Any, mesh: AnyMesh) -> Any:
     """Shapes of which every device has a whole copy."""
     everywhere = jax.NamedSharding(mesh, jax.P())
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), tree)
 
 
-def rows(mesh: Any, *shape: int) -> jax.ShapeDtypeStruct:
+def rows(mesh: AnyMesh, *shape: int) -> jax.ShapeDtypeStruct:
     """Whole numbers of a batch, its rows over the mesh's batch axes. Raises UserError where they do not divide."""
     x = jax.ShapeDtypeStruct(shape, jax.numpy.int32)
     return meshes.abstract(x, meshes.shardings(("batch", *[None] * (len(shape) - 1)), mesh, shapes=x))

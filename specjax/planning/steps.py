@@ -20,6 +20,7 @@ from specjax.planning.models import Shelf, placed, rows, whole
 from specjax.runtime import hlo
 from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError
+from specjax.runtime.mesh import AnyMesh
 
 # Stands for ids that end a row: which they are changes nothing.
 _EOS = (0,)
@@ -73,7 +74,7 @@ class Training:
     config: Any
     draft: LanguageModel
     target: LanguageModel | None
-    mesh: Any
+    mesh: AnyMesh
     state: update.TrainState
     teacher: Any
     steps: Steps
@@ -93,7 +94,7 @@ class Training:
         return found
 
 
-def training(config: Any, shelf: Shelf, mesh: Any) -> Training:
+def training(config: Any, shelf: Shelf, mesh: AnyMesh) -> Training:
     """Describes a training stage on a mesh.
 
     Raises:
@@ -171,7 +172,7 @@ class Decoding:
     params: Any
     draft_params: Any
     sampling: Any
-    mesh: Any
+    mesh: AnyMesh
     batch: int
     slots: int
 
@@ -217,7 +218,7 @@ class Decoding:
         }
 
 
-def decodings(config: Any, shelf: Shelf, mesh: Any) -> Iterator[Decoding]:
+def decodings(config: Any, shelf: Shelf, mesh: AnyMesh) -> Iterator[Decoding]:
     """Each drafter of an evaluation at its largest gamma, at every batch size, at the highest temperature.
 
     Prompts are taken to be as long as `selection.length_max`, as far as the positions reach.

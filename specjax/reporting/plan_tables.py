@@ -16,11 +16,11 @@ _SHORT = {
 }
 
 
-def _gib(size: float | None) -> str | None:
+def _gib(size: int | float | None) -> str | None:
     return None if size is None else f"{size / _GIB:.2f}"
 
 
-def _seconds(seconds: float) -> str:
+def _seconds(seconds: int | float) -> str:
     return f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
 
 

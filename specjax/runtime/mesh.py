@@ -13,6 +13,9 @@ from specjax.runtime.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
 
+# Of devices, or of their number alone: shapes are laid out on either.
+AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
+
 # Logical axis -> the mesh axes it is split over; None is a whole copy on every device.
 RULES: dict[str, tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
@@ -63,7 +66,7 @@ def spec(axes: tuple[str | None, ...]) -> jax.P:
     return jax.P(*(None if name is None else RULES[name] for name in axes))
 
 
-def shardings(axes_tree: Any, mesh: jax.sharding.Mesh, shapes: Any = None) -> Any:
+def shardings(axes_tree: Any, mesh: AnyMesh, shapes: Any = None) -> Any:
     """NamedShardings in the place of each tuple of logical names.
 
     Args:
