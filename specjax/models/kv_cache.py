@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from specjax.runtime.mesh import constrain
+
 # Logical axes of each cache array; the mesh rules map them to devices.
 AXES = ("batch", "kv_heads", "slots", "head")
 
@@ -89,6 +91,25 @@ def zeros(config, batch: int, capacity: int, dtype) -> Cache:
         tuple(jnp.zeros(shape, dtype) for _ in range(config.layers)),
         Meter.zeros(batch),
     )
+
+
+def laid_out(tree: Any) -> Any:
+    """Inside jit, under a mesh: the tree with the arrays of its caches split by the rules, as far as heads divide.
+
+    Left to itself the compiler keeps a cache that is only written yet whole on every device of the tensor axis.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def lay(x):
+        divides = not mesh.empty and x.ndim == len(AXES) and x.shape[1] % mesh.shape["tensor"] == 0
+        return constrain(x, AXES) if divides else x
+
+    def lay_cache(node):
+        if not isinstance(node, Cache):
+            return node
+        return dataclasses.replace(node, keys=tuple(map(lay, node.keys)), values=tuple(map(lay, node.values)))
+
+    return jax.tree.map(lay_cache, tree, is_leaf=lambda node: isinstance(node, Cache))
 
 
 def _is_meter(node: Any) -> bool:

@@ -39,7 +39,9 @@ class Memory:
         found = compiled.memory_analysis()
         sizes = [getattr(found, f"{part}_size_in_bytes") for part in ("argument", "output", "alias", "temp")]
         arguments, results, aliased, temporary = sizes
-        return cls(arguments, results, aliased, temporary, arguments + results - aliased + temporary)
+        # Not every compiler tells its peak, and one that does not has all of this at a time.
+        peak = found.peak_memory_in_bytes or arguments + results - aliased + temporary
+        return cls(arguments, results, aliased, temporary, peak)
 
 
 def compiled_step(step: Step, before: Compiled | None, mesh: Any) -> tuple[Compiled | None, float, str]:
