@@ -93,8 +93,8 @@ def zeros(config, batch: int, capacity: int, dtype) -> Cache:
     )
 
 
-def laid_out(tree: Any) -> Any:
-    """Inside jit, under a mesh: the tree with the arrays of its caches split by the rules, as far as heads divide.
+def laid_out(state: Any) -> Any:
+    """Inside jit, under a mesh: a drafter's state with keys and values split by the rules, as far as heads divide.
 
     Left to itself the compiler keeps a cache that is only written yet whole on every device of the tensor axis.
     """
@@ -104,12 +104,7 @@ def laid_out(tree: Any) -> Any:
         divides = not mesh.empty and x.ndim == len(AXES) and x.shape[1] % mesh.shape["tensor"] == 0
         return constrain(x, AXES) if divides else x
 
-    def lay_cache(node):
-        if not isinstance(node, Cache):
-            return node
-        return dataclasses.replace(node, keys=tuple(map(lay, node.keys)), values=tuple(map(lay, node.values)))
-
-    return jax.tree.map(lay_cache, tree, is_leaf=lambda node: isinstance(node, Cache))
+    return jax.tree.map(lay, state)
 
 
 def _is_meter(node: Any) -> bool:
