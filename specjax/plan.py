@@ -117,14 +117,13 @@ def _described(stage: str, section: ConfigDict, shelf: Shelf, part: chips.Slice,
         shelf.made[stage] = training.draft
         on = lambda other: steps.training(section, shelf, other).resident
         return _Stage(stage, section, part, mesh, [(steps.training_steps(training), {})], on)
-    groups = []
-    for decoding in steps.decodings(section, shelf, mesh):
+    decodings, groups = list(steps.decodings(section, shelf, mesh)), []
+    for decoding in decodings:
         about = {"drafter": decoding.name, "gamma": decoding.plan.gamma, "batch_size": decoding.batch}
         groups.append((steps.decoding_steps(decoding), {**about, "capacity": decoding.plan.capacity}))
 
     def most(other: Any) -> Mapping[str, int]:
-        every = [decoding.resident for decoding in steps.decodings(section, shelf, other)]
-        return max(every, key=lambda resident: sum(resident.values()))
+        return max((of.resident_on(other) for of in decodings), key=lambda resident: sum(resident.values()))
 
     return _Stage(stage, section, part, mesh, groups, most)
 

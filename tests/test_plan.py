@@ -162,7 +162,6 @@ def compare(config, mesh):
         (decoding,) = steps.decodings(config.evaluation, shelf, mesh)
         begun_state = begun(decoding, target, params, mesh)
     caches = [x for x in jax.tree.leaves((begun_state.target_cache, begun_state.drafter_state)) if x.ndim == 4]
-    assert len(caches) == len(decoding.caches()) > 0
     assert decoding.resident["cache"] == held(caches)
     assert decoding.resident["parameters"] == held(params)
     assert decoding.resident["target parameters"] == held(target)

@@ -28,7 +28,7 @@ from specjax.models.decoder import Decoder
 from specjax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from specjax.models.medusa import MedusaConfig, MedusaHeads
 from specjax.planning import account, steps
-from specjax.planning.models import Shelf, placed
+from specjax.planning.models import Shelf
 from specjax.runtime import chips, hlo
 from specjax.runtime import config as configs
 from specjax.runtime import mesh as meshes
@@ -116,8 +116,7 @@ def decoding(name: str, mesh) -> steps.Decoding:
     plan = loop.Plan(target, drafter, rules.rule_named("lossless"), gamma, CAPACITY, False)
     sampling = Sampling.of(1.0, costs=(1.0,) * (gamma + 1) if how.get("adaptive") else None)
     own = how.get("model", how.get("adapter"))
-    params = None if own is None else placed(own, mesh)
-    return steps.Decoding(name, plan, placed(target, mesh), params, sampling, mesh, BATCH, PROMPT)
+    return steps.Decoding(name, plan, own, sampling, mesh, BATCH, PROMPT)
 
 
 def training(name: str, mesh) -> steps.Training:

@@ -14,7 +14,7 @@ from specjax.decoding import batch, loop
 from specjax.distillation import data_sources, recipes, trainer, update
 from specjax.distillation.steps import Steps, make_steps
 from specjax.models import kv_cache
-from specjax.models.language_model import LanguageModel
+from specjax.models.language_model import LanguageModel, Network
 from specjax.planning import models
 from specjax.planning.models import Shelf, placed, rows, whole
 from specjax.runtime import hlo
@@ -165,16 +165,30 @@ def _given(stage: Training, source: str) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """One drafter of an evaluation at one batch size, as shapes."""
+    """One drafter of an evaluation at one batch size, as shapes.
+
+    Attributes:
+      draft: the model, adapter or heads that it brings along, or None.
+      slots: padded length of a prompt.
+    """
 
     name: str
     plan: loop.Plan
-    params: Any
-    draft_params: Any
+    draft: Network | None
     sampling: Any
     mesh: AnyMesh
     batch: int
     slots: int
+
+    @functools.cached_property
+    def params(self) -> Any:
+        """The target's parameters."""
+        return placed(self.plan.target, self.mesh)
+
+    @functools.cached_property
+    def draft_params(self) -> Any:
+        """The draft's own, or None."""
+        return None if self.draft is None else placed(self.draft, self.mesh)
 
     @property
     def _arguments(self) -> tuple:
@@ -192,14 +206,14 @@ class Decoding:
         shapes = jax.eval_shape(lambda *given: loop.begin(self.plan, *given), *self._arguments)
         return meshes.abstract(shapes, prefill.output_shardings)
 
-    def caches(self, prefill: Compiled | None = None) -> list[jax.ShapeDtypeStruct]:
-        """The arrays of keys and values, of target and draft, as the compiled prefill leaves them, or by the rules."""
-        of = lambda state: [x for x in jax.tree.leaves((state.target_cache, state.drafter_state)) if x.ndim == 4]
-        if prefill is not None:
-            return of(self.state(prefill))
-        shapes = jax.eval_shape(lambda *given: of(loop.begin(self.plan, *given)), *self._arguments)
-        lay = lambda x: meshes.shardings(kv_cache.AXES, self.mesh, shapes=x)
-        return [meshes.abstract(x, lay(x)) for x in shapes]
+    def caches(self, prefill: Compiled) -> list[jax.ShapeDtypeStruct]:
+        """The arrays of keys and values, of target and draft, as the compiled prefill leaves them."""
+        return _caches_of(self.state(prefill))
+
+    @functools.cached_property
+    def _cache_shapes(self) -> list[jax.ShapeDtypeStruct]:
+        bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._arguments)
+        return jax.eval_shape(lambda *given: _caches_of(loop.begin(self.plan, *given)), *bare)
 
     def lower_loop(self, prefill: Compiled) -> Lowered:
         """What `loop.run` compiles."""
@@ -210,12 +224,19 @@ class Decoding:
     @functools.cached_property
     def resident(self) -> dict[str, int]:
         """Bytes on one chip while it decodes."""
-        own = () if self.draft_params is None else self.draft_params
-        return {
-            "parameters": meshes.local_bytes(own),
-            "target parameters": meshes.local_bytes(self.params),
-            "cache": meshes.local_bytes(self.caches()),
-        }
+        return self.resident_on(self.mesh)
+
+    def resident_on(self, mesh: AnyMesh) -> dict[str, int]:
+        """The same on another mesh. Raises UserError for what does not divide over it."""
+        on = lambda model: 0 if model is None else meshes.local_bytes(placed(model, mesh))
+        lay = lambda x: meshes.abstract(x, meshes.shardings(kv_cache.AXES, mesh, shapes=x))
+        caches = meshes.local_bytes([lay(x) for x in self._cache_shapes])
+        return {"parameters": on(self.draft), "target parameters": on(self.plan.target), "cache": caches}
+
+
+def _caches_of(state: loop.DecodeState) -> list[Any]:
+    """The arrays of keys and values, of target and draft."""
+    return [x for x in jax.tree.leaves((state.target_cache, state.drafter_state)) if x.ndim == len(kv_cache.AXES)]
 
 
 def decodings(config: Any, shelf: Shelf, mesh: AnyMesh) -> Iterator[Decoding]:
@@ -241,9 +262,14 @@ def decodings(config: Any, shelf: Shelf, mesh: AnyMesh) -> Iterator[Decoding]:
             sampling = case.sampling
             if cases.needs_costs(case):
                 sampling = dataclasses.replace(sampling, costs=jnp.ones((case.gamma + 1,), jnp.float32))
-            yield Decoding(name, plan, case.target.params, case.params, sampling, mesh, size, slots)
+            yield Decoding(name, plan, _brought(drafters.get(name)), sampling, mesh, size, slots)
     if not any(section.lossless for section in config.drafters.values()):
         raise UserError("no drafter of this evaluation is run under the lossless rule; name a gamma of it")
+
+
+def _brought(drafter: Any) -> Network | None:
+    """What a drafter of `cases` has parameters for."""
+    return getattr(drafter, "adapter", None) or getattr(drafter, "decoder", None)
 
 
 def decoding_steps(decoding: Decoding) -> Iterator[Step]:
