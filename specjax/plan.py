@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from specjax.planning import account, smallest, steps
@@ -36,8 +35,6 @@ def launch(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     asked = [argument for argument in argv if cli.asks_for_plan(argument)]
     chips.stand_apart()
-    # The compiler looks for the fastest code for four fifths of its time, and a plan is no faster for that.
-    jax.config.update("jax_exec_time_optimization_effort", -1.0)
     try:
         config, workdir = cli.parse([argument for argument in argv if argument not in asked], needs_workdir=False)
         record = run(config, asked[-1].partition("=")[2] if asked else "")
