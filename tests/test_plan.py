@@ -304,7 +304,7 @@ def test_the_work_of_a_compiled_scan_is_that_of_its_turns():
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((64, 128), (128, 128))]
     compiled = jax.jit(scan).lower(*shapes).compile()
     step = steps.Step("scan", print, lambda source: None, {}, (), frozenset())
-    work = account.work_of(compiled, step)
+    work = account.work_of(compiled, step, account.program_of(compiled))
     np.testing.assert_allclose(work.flops, 7 * 2 * 64 * 128 * 128, rtol=0.02)
     assert account.Memory.of(compiled).arguments == 4 * (64 * 128 + 128 * 128)
 

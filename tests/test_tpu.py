@@ -146,7 +146,7 @@ def decode_report(name: str, mesh) -> dict:
         compiled, took, words = account.compiled_step(step, prefill, mesh)
         assert compiled is not None, words
         prefill, before, seconds = compiled, prefill, [*seconds, took]
-    program = hlo.Program(compiled.as_text())
+    program = account.program_of(compiled)
     return {
         "aliased": account.Memory.of(compiled).aliased,
         "cache_bytes": meshes.local_bytes(described.caches(before)),
@@ -154,8 +154,8 @@ def decode_report(name: str, mesh) -> dict:
         "caches": sorted(account.cache_shapes(described, before)),
         "copies": hlo.cache_copies(program, account.cache_shapes(described, before)),
         "vocabulary": [shape for shape in hlo.gathered(program.everywhere()) if VOCABULARY in shape],
-        "weights": account.gathered_weights(compiled, step),
-        "work": dataclasses.asdict(account.work_of(compiled, step)),
+        "weights": account.gathered_weights(program, step),
+        "work": dataclasses.asdict(account.work_of(compiled, step, program)),
         "seconds": seconds,
     }
 
@@ -166,7 +166,7 @@ def train_report(name: str, mesh) -> dict:
     for step in steps.training_steps(stage):
         compiled, seconds[step.name], words = account.compiled_step(step, None, mesh)
         assert compiled is not None, words
-    program = hlo.Program(compiled.as_text())
+    program = account.program_of(compiled)
     kept = [x for x in jax.tree.leaves(stage.state) if x.ndim]
     return {
         "aliased": account.Memory.of(compiled).aliased,

@@ -13,6 +13,7 @@ from specjax.planning.steps import Decoding, Step
 from specjax.runtime import hlo
 from specjax.runtime import mesh as meshes
 from specjax.runtime.chips import CHIPS, Chip, Slice
+from specjax.runtime.errors import UserError
 
 # How a compiler says that what it was given does not fit.
 _REFUSED = "RESOURCE_EXHAUSTED"
@@ -63,13 +64,23 @@ def _words(refusal: str) -> str:
     return " ".join(told[:3]) or refusal.strip().splitlines()[0][:300]
 
 
-def work_of(compiled: Compiled, step: Step) -> hlo.Work:
+def program_of(compiled: Compiled) -> hlo.Program:
+    """The executable's text, read. Raises UserError where the compiler wrote what this jax cannot read."""
+    try:
+        return hlo.Program(compiled.as_text())
+    except JaxRuntimeError as error:
+        raise UserError(
+            f"this jax cannot read what the TPU compiler wrote ({str(error).splitlines()[0][:120]}); install the version "
+            "that goes with it: make .venv/.installed-tpu-compiler"
+        ) from error
+
+
+def work_of(compiled: Compiled, step: Step, program: hlo.Program) -> hlo.Work:
     """Work of one call on one chip.
 
     Operations and bytes are the compiler's (`cost_analysis`), which counts each loop's body once; what further turns
     add, and collectives, are read from its text.
     """
-    program = hlo.Program(compiled.as_text())
     every, once = program.work(step.turns), program.work(known=False)
     said = compiled.cost_analysis() or {}
     flops = said["flops"] + every.flops - once.flops if "flops" in said else every.flops
@@ -77,9 +88,8 @@ def work_of(compiled: Compiled, step: Step) -> hlo.Work:
     return hlo.Work(max(flops, every.flops), max(moved, 0.0), every.traffic)
 
 
-def gathered_weights(compiled: Compiled, step: Step) -> list[tuple[int, ...]]:
+def gathered_weights(program: hlo.Program, step: Step) -> list[tuple[int, ...]]:
     """Shapes of matrices of the model that a loop of this executable puts together on every chip, turn by turn."""
-    program = hlo.Program(compiled.as_text())
     wanted = step.weights | {shape[::-1] for shape in step.weights}
     return sorted({shape for shape in hlo.gathered(program.inside_loops()) if shape in wanted})
 
@@ -121,7 +131,8 @@ def row(stage: str, step: Step, part: Slice, mesh: Any, compiled: Compiled | Non
     }
     if compiled is None:
         return found
-    memory, work = Memory.of(compiled), work_of(compiled, step)
+    memory, program = Memory.of(compiled), program_of(compiled)
+    work = work_of(compiled, step, program)
     peak = memory.peak + beside
     return found | {
         "memory": dataclasses.asdict(memory),
@@ -130,7 +141,7 @@ def row(stage: str, step: Step, part: Slice, mesh: Any, compiled: Compiled | Non
         "flops": work.flops,
         "bytes": work.bytes,
         "collectives": {kind: dataclasses.asdict(of) for kind, of in sorted(work.traffic.items()) if of.count},
-        "gathered_weights": [list(shape) for shape in gathered_weights(compiled, step)],
+        "gathered_weights": [list(shape) for shape in gathered_weights(program, step)],
         "roofline": {chip.name: roofline(work, chip) for chip in CHIPS.values()},
     }
 

@@ -133,9 +133,9 @@ def make_mesh(part: Slice, sizes: dict[str, int]) -> jax.sharding.Mesh:
 def stand_apart() -> None:
     """Makes of this process one that only plans.
 
-    JAX looks for no accelerator in it and makes as many virtual devices as the largest slice has; the TPU compiler looks
-    for no faster code, which takes it four fifths of its time. Where JAX has looked already, or XLA_FLAGS says how many
-    devices there are, all stays as it is.
+    JAX looks for no accelerator in it and makes as many virtual devices as the largest slice has; the TPU compiler
+    looks for no faster code, which takes it four fifths of its time. Where JAX has looked already, or XLA_FLAGS says
+    how many devices there are, all stays as it is.
     """
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
