@@ -70,8 +70,8 @@ def program_of(compiled: Compiled) -> hlo.Program:
         return hlo.Program(compiled.as_text())
     except JaxRuntimeError as error:
         raise UserError(
-            f"this jax cannot read what the TPU compiler wrote ({str(error).splitlines()[0][:120]}); install the version "
-            "that goes with it: make .venv/.installed-tpu-compiler"
+            f"this jax cannot read what the TPU compiler wrote ({str(error).splitlines()[0][:120]}); install "
+            "the version that goes with it: make .venv/.installed-tpu-compiler"
         ) from error
 
 
