@@ -69,7 +69,7 @@ class Instruction:
         sides = lambda dims: tuple(int(side) for side in dims.split(",") if side)
         return [Array(kind, sides(dims), "S(1)" in layout) for kind, dims, layout in _ARRAY.findall(self.type)]
 
-    @property
+    @functools.cached_property
     def called(self) -> list[str]:
         """Computations that it runs."""
         return [name for group in _CALLED.findall(self.rest) for name in re.findall(r"[\w.\-]+", group)]
