@@ -1,6 +1,7 @@
 """What an evaluation runs: targets, drafters and prompts, settings, and the cases of each setting."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,7 @@ class Job:
 
     config: Any
     targets: dict[str, hub_model.Model]
-    task: tasks.Task
+    task: tasks.Task | None
     prompts: list[batches.Prompt]
     drafters: dict[str, hub_model.Model | LoadedAdapter]
 
@@ -82,6 +83,20 @@ def load_job(config: Any) -> Job:
     load = lambda path, **how: hub_model.load(
         path, param_dtype=config.param_dtype, compute_dtype=config.compute_dtype, mesh=mesh, **how
     )
+    targets, drafters = load_models(config, load, hub_model.load_adapter)
+    return Job(config, targets, tasks.load_task(config.task), [], drafters)
+
+
+def load_models(config: Any, load: Callable, load_adapter: Callable) -> tuple[dict, dict]:
+    """Targets by their paths and drafters by their names.
+
+    Args:
+      load: (path) -> Model.
+      load_adapter: (path, target) -> LoadedAdapter.
+
+    Raises:
+      UserError: for models that do not fit each other, and rules without leniences.
+    """
     target = load(config.target)
     _check_rules(config)
     targets, drafters = {config.target: target}, {}
@@ -94,8 +109,8 @@ def load_job(config: Any) -> Job:
             drafters[name] = load(section.path, whole=_options(config, section)["whole"])
             hub_model.check_pair(target, drafters[name])
         elif section.kind in ATTACHED:
-            drafters[name] = hub_model.load_adapter(section.path, targets[own])
-    return Job(config, targets, tasks.load_task(config.task), [], drafters)
+            drafters[name] = load_adapter(section.path, targets[own])
+    return targets, drafters
 
 
 def make_job(config: Any) -> Job:

@@ -181,14 +181,17 @@ def _attached(
         loaded = hub_adapter.load(init, target, shardings=shardings)
         loaded.check(hub_adapter.fingerprint(target, target_params))
         return SelfDraft.of(loaded.adapter), loaded.params
-    section = config[init]
-    if init == ADAPTER:
-        adapter = Adapter(AdapterConfig(target.config, section.exit_layer, section.kind, section.own_head))
-    else:
-        adapter = MedusaHeads(MedusaConfig(target.config, section.heads, section.own_head))
-    draft = SelfDraft.of(adapter)
+    draft = attachment(config, target)
     begin = jax.jit(draft.init_on, out_shardings=meshes.shardings(draft.axes(whole=config.model.whole), mesh))
     return draft, begin(jax.random.key(config.seed), target_params)
+
+
+def attachment(config: Any, target: LanguageModel) -> SelfDraft:
+    """What `config.adapter` or `config.medusa` describes, as `model.init` says."""
+    section = config[config.model.init]
+    if config.model.init == ADAPTER:
+        return SelfDraft.of(Adapter(AdapterConfig(target.config, section.exit_layer, section.kind, section.own_head)))
+    return SelfDraft.of(MedusaHeads(MedusaConfig(target.config, section.heads, section.own_head)))
 
 
 def _model(config: Any, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> tuple[LanguageModel, Params]:
@@ -196,28 +199,32 @@ def _model(config: Any, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> tuple[
     model = config.model
     if model.init != RANDOM:
         return _load(model.init, tokenizer, model, mesh, whole=model.whole)
-    try:
-        made = _random(model, tokenizer)
-    except ValueError as error:
-        raise UserError(f"config.model: {error}") from None
+    made = random_model(model, tokenizer.vocab_size, tokenizer.pad_id)
     if not model.whole:
         made.check_split(mesh)
     init = jax.jit(made.init, out_shardings=meshes.shardings(made.axes(whole=model.whole), mesh))
     return made, init(jax.random.key(config.seed))
 
 
-def _random(model: Any, tokenizer: Tokenizer) -> LanguageModel:
-    """A Llama of this shape; with `encoder_layers` above 0 an encoder-decoder in the manner of T5 v1.1."""
+def random_model(model: Any, vocab_size: int, pad_id: int) -> LanguageModel:
+    """A Llama of this shape; with `encoder_layers` above 0 an encoder-decoder in the manner of T5 v1.1.
+
+    Raises:
+      UserError: for a shape that no model has.
+    """
     fields = {
-        "vocab_size": tokenizer.vocab_size,
+        "vocab_size": vocab_size,
         "param_dtype": model.param_dtype,
         "compute_dtype": dtypes.compute_dtype(model.compute_dtype),
         **{name: model[name] for name in _SHAPE},
     }
-    if not model.encoder_layers:
-        return Decoder(DecoderConfig.llama(**fields, **{name: model[name] for name in _DECODER}))
-    fields |= {name: model[name] for name in _ENCODER_DECODER}
-    return EncoderDecoder(EncoderDecoderConfig.t5(**fields, start_token=tokenizer.pad_id))
+    try:
+        if not model.encoder_layers:
+            return Decoder(DecoderConfig.llama(**fields, **{name: model[name] for name in _DECODER}))
+        fields |= {name: model[name] for name in _ENCODER_DECODER}
+        return EncoderDecoder(EncoderDecoderConfig.t5(**fields, start_token=pad_id))
+    except ValueError as error:
+        raise UserError(f"config.model: {error}") from None
 
 
 def _load(

@@ -7,7 +7,7 @@ A config either names its `binary`, or `stages`, each of them a section with a b
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,5 +76,14 @@ def _check_stages(config: ConfigDict) -> None:
         configs.resolve(config[name], ".", config.stages[:number])
 
 
+def launch(argv: Sequence[str]) -> int:
+    """Runs, or with `--plan` plans, what the command line asks for; returns the exit code."""
+    if not any(map(cli.asks_for_plan, argv)):
+        return cli.launch(run, "specjax.main", argv)
+    from specjax import plan
+
+    return plan.launch(argv)
+
+
 if __name__ == "__main__":
-    sys.exit(cli.launch(run, "specjax.main"))
+    sys.exit(launch(sys.argv[1:]))

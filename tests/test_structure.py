@@ -23,7 +23,8 @@ FLOORS = (
     ("decoding", "data", "reporting"),
     ("distillation", "draft_design", "cases"),
     ("distill", "choose_layers", "evaluate", "api", "benchmark_loading", "benchmark_memory", "target_text"),
-    ("design", "benchmark", "generate", "spec_bench"),
+    ("design", "benchmark", "generate", "spec_bench", "planning"),
+    ("plan",),
     ("main",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -1,89 +1,44 @@
-"""The loop and the training step compile for a TPU slice, and decoding copies no cache. No TPU is needed.
+"""Every drafter decodes, and every kind of draft is trained, on TPU slices; no cache is copied. No TPU is needed.
 
-Each compilation runs in a process of its own: the TPU plugin must not disturb tests on the CPU. By hand:
+All that is compiled for a slice is compiled in one process of its own: the TPU plugin must not disturb tests on the
+CPU. By hand, for one case or for all of them:
 
-    python tests/test_tpu.py decode
+    python tests/test_tpu.py v5e:2x2 kangaroo
 """
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 import pytest
 
 from specjax.decoding import loop, rules
 from specjax.decoding.drafters.table import make_drafter
 from specjax.decoding.sampling import Sampling
-from specjax.distillation import update
+from specjax.models.adapters import Adapter, AdapterConfig
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
-from specjax.models.rotary import Rotary
+from specjax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
+from specjax.models.medusa import MedusaConfig, MedusaHeads
+from specjax.planning import account, steps
+from specjax.planning.models import Shelf
+from specjax.runtime import chips, hlo
+from specjax.runtime import config as configs
 from specjax.runtime import mesh as meshes
 
 ROOT = Path(__file__).resolve().parents[1]
-TOPOLOGY = "v5e:2x2"
-BATCH, PROMPT, CAPACITY = 4, 64, 1024
+SLICES = ("v5e:2x2", "v5p:2x2x1")
+MESH = {"data": 1, "fsdp": 2, "tensor": 2}
+# The vocabulary is a size that nothing else has.
+BATCH, PROMPT, CAPACITY, GAMMA, VOCABULARY = 4, 32, 256, 2, 1536
 pytestmark = pytest.mark.slow
-
-# What writes a whole array again. A fusion that only reads the cache, or a slice update in place, does not.
-REWRITES = r"(?:copy|copy-start|select|scatter|transpose)\("
-
-
-def computations(hlo: str) -> dict[str, list[str]]:
-    """Instructions by computation."""
-    found, name = {}, None
-    for line in hlo.splitlines():
-        head = re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line)
-        if head:
-            name = head.group(1)
-            found[name] = []
-        elif line.startswith("}"):
-            name = None
-        elif name is not None:
-            found[name].append(line.strip())
-    return found
-
-
-def inside_loops(hlo: str) -> list[str]:
-    """Instructions of every while body, and of whatever is called from one."""
-    parts = computations(hlo)
-    waiting = [name for lines in parts.values() for line in lines for name in re.findall(r"\bbody=%?([\w.\-]+)", line)]
-    reached = set()
-    while waiting:
-        name = waiting.pop()
-        if name not in reached:
-            reached.add(name)
-            calls = r"\b(?:body|condition|calls|to_apply|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)"
-            for called in re.findall(calls, "\n".join(parts[name])):
-                waiting += re.findall(r"[\w.\-]+", called)
-    return [line for name in reached for line in parts[name]]
-
-
-def cache_copies(hlo: str, shapes: set[str]) -> list[str]:
-    """Instructions inside loops that write a whole cache array again.
-
-    A copy-start between memory spaces, S(1) on one side alone, is the compiler's prefetch of what fits on-chip
-    memory, and no copy.
-    """
-    copies = []
-    for line in inside_loops(hlo):
-        _, _, right = line.partition(" = ")
-        operation = re.search(REWRITES, right)
-        if not operation or not right.lstrip("(").startswith(tuple(shapes)):
-            continue
-        if operation.group() == "copy-start(" and right[: operation.start()].count("S(1)") == 1:
-            continue
-        copies.append(line[:200])
-    return copies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,9 +54,9 @@ class ReadsTheOldCache(Decoder):
         return hidden, new
 
 
-def model_config(layers: int) -> DecoderConfig:
-    return DecoderConfig(
-        vocab_size=512,
+def decoder(layers: int, **changes) -> Decoder:
+    values = dict(
+        vocab_size=VOCABULARY,
         width=256,
         layers=layers,
         heads=4,
@@ -109,116 +64,136 @@ def model_config(layers: int) -> DecoderConfig:
         head_size=128,
         mlp_width=512,
         max_positions=2048,
-        rotary=Rotary(1e4, 128),
+        rope_theta=1e4,
         norm_epsilon=1e-5,
         tied_head=True,
         param_dtype="bfloat16",
         compute_dtype="bfloat16",
     )
+    return Decoder(DecoderConfig.llama(**{**values, **changes}))
 
 
-def placed(shapes, axes, mesh):
-    """Abstract arrays with the layout that the mesh rules give them."""
-    layout = meshes.shardings(axes, mesh, shapes=shapes)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout)
+def encoder_decoder(layers: int) -> EncoderDecoder:
+    fields = {
+        name: getattr(decoder(layers).config, name)
+        for name in ("vocab_size", "width", "layers", "heads", "head_size", "mlp_width", "param_dtype", "compute_dtype")
+    }
+    fields |= {"kv_heads": 4, "encoder_layers": layers, "norm_epsilon": 1e-6, "tied_head": False, "start_token": 0}
+    return EncoderDecoder(EncoderDecoderConfig.t5(**fields))
 
 
-def whole(tree, mesh):
-    put = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, jax.P()))
-    return jax.tree.map(put, tree)
-
-
-def rows(mesh, *shape):
-    return placed(jax.ShapeDtypeStruct(shape, jnp.int32), ("batch", *[None] * (len(shape) - 1)), mesh)
-
-
-def slice_of_tpus():
-    from jax.experimental import topologies
-
-    devices = np.array(topologies.get_topology_desc(TOPOLOGY, "tpu").devices).reshape(1, 2, 2)
-    return jax.sharding.Mesh(devices, meshes.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
-
-
-def memory_of(compiled) -> dict[str, int]:
-    analysis = compiled.memory_analysis()
-    parts = ("argument", "output", "alias", "temp")
-    return {part: getattr(analysis, f"{part}_size_in_bytes") for part in parts}
-
-
-def decode_report(mesh, target: Decoder, draft: Decoder, gamma: int) -> dict:
-    """Compiles prefill and loop for the mesh; says what they use and which caches the loop copies."""
-    drafter = make_drafter("model", target, gamma, {"model": draft})
-    plan = loop.Plan(target, drafter, rules.rule_named("lossless"), gamma, CAPACITY, False)
-    params = placed(target.abstract_params(), target.axes(), mesh)
-    draft_params = placed(draft.abstract_params(), draft.axes(), mesh)
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), BATCH))
-    keys = placed(keys, ("batch",), mesh)
-    given = (params, draft_params, rows(mesh, BATCH, PROMPT), rows(mesh, BATCH), keys)
-    begin = loop.prefill.lower(plan, *given).compile()
-    shapes = jax.eval_shape(lambda *given: loop.begin(plan, *given), *given)
-    state = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, begin.output_shardings
-    )
-    sampling = whole(jax.eval_shape(lambda: Sampling.of(1.0)), mesh)
-    limits = loop.Limits(rows(mesh, BATCH), whole(jax.ShapeDtypeStruct((1,), jnp.int32), mesh))
-    compiled = loop.run.lower(plan, params, draft_params, state, sampling, limits).compile()
-    caches = [x for x in jax.tree.leaves((state.target_cache, state.drafter_state)) if x.ndim == 4]
-    local = [x.sharding.shard_shape(x.shape) for x in caches]
-    names = {f"bf16[{','.join(map(str, shape))}]" for shape in local}
+def options(target: Decoder) -> dict[str, tuple[str, dict]]:
+    """The kind and the options of every drafter that is compiled, by name."""
+    of_target = target.config
     return {
-        "begin": memory_of(begin),
-        "run": memory_of(compiled),
-        "caches": sorted(names),
-        "cache_bytes": sum(2 * int(np.prod(shape)) for shape in local),
-        "copies": cache_copies(compiled.as_text(), names),
+        "model": ("model", {"model": decoder(1)}),
+        "stopping": ("model", {"model": decoder(1), "threshold": 0.5}),
+        "adaptive": ("model", {"model": decoder(1), "adaptive": True}),
+        "ngram": ("ngram", {"shortest": 1, "longest": 2}),
+        "early_exit": ("early_exit", {"exit_layer": 1}),
+        "skip_layers": ("skip_layers", {"skipped": (1,)}),
+        "kangaroo": ("kangaroo", {"adapter": Adapter(AdapterConfig(of_target, 1))}),
+        "medusa": ("medusa", {"adapter": MedusaHeads(MedusaConfig(of_target, GAMMA, own_head=False))}),
     }
 
 
-def train_report(mesh) -> dict:
-    """Compiles one distillation step for the mesh."""
-    target, draft = Decoder(model_config(2)), Decoder(model_config(1))
-    optimizer = optax.adamw(1e-3)
-    params = placed(draft.abstract_params(), draft.axes(), mesh)
-    place = lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p.sharding)
-    moments = optax.tree.map_params(
-        optimizer,
-        place,
-        jax.eval_shape(optimizer.init, params),
-        params,
-        transform_non_params=lambda x: whole(x, mesh),
-    )
-    state = update.TrainState(params, moments, whole(jax.ShapeDtypeStruct((), jnp.int32), mesh))
-    batch = {name: rows(mesh, BATCH) for name in update.BATCH_AXES} | {"tokens": rows(mesh, BATCH, 128)}
-    loss = update.Loss(draft, target, "forward_kl", 0.5, 1.0, 32)
-    step = jax.jit(update.make_step(loss, optimizer, lambda step: step, 1), donate_argnums=0)
-    teacher = placed(target.abstract_params(), target.axes(), mesh)
-    with meshes.use(mesh):  # not before: optax makes small arrays, which no device of this mesh could hold
-        compiled = step.lower(state, teacher, batch).compile()
-    kept = [x for x in jax.tree.leaves(state) if x.ndim]
-    size = lambda x: int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
-    return {"step": memory_of(compiled), "state_bytes": sum(map(size, kept))}
+DRAFTERS = (*options(decoder(2)), "t5")
+# Compiled as a run is; the others with the least effort, in a fifth of the time.
+THOROUGHLY = ("model", "planted")
+TRAINED = ("supervised", "distilled", "adapter", "t5_distilled")
 
 
-def report(what: str) -> dict:
-    mesh = slice_of_tpus()
-    if what == "train":
-        return train_report(mesh)
-    with meshes.use(mesh):
-        if what == "decode":
-            return decode_report(mesh, Decoder(model_config(2)), Decoder(model_config(1)), 2)
-        return decode_report(mesh, ReadsTheOldCache(model_config(1)), Decoder(model_config(1)), 0)
+def decoding(name: str, mesh) -> steps.Decoding:
+    target, gamma = (ReadsTheOldCache(decoder(1).config) if name == "planted" else decoder(2)), GAMMA
+    if name == "planted":
+        kind, how = "ngram", {"shortest": 1, "longest": 2}
+    elif name == "t5":
+        target = encoder_decoder(1)
+        kind, how = "model", {"model": encoder_decoder(1)}
+    else:
+        kind, how = options(target)[name]
+    drafter = make_drafter(kind, target, gamma, how)
+    plan = loop.Plan(target, drafter, rules.rule_named("lossless"), gamma, CAPACITY, False)
+    sampling = Sampling.of(1.0, costs=(1.0,) * (gamma + 1) if how.get("adaptive") else None)
+    own = how.get("model", how.get("adapter"))
+    return steps.Decoding(name, plan, own, sampling, mesh, BATCH, PROMPT)
 
 
-def in_a_process_of_its_own(what: str) -> dict:
+def training(name: str, mesh) -> steps.Training:
+    """A stage of the quickstart with these models in the place of its own."""
+    section = configs.load(f"{ROOT}/configs/quickstart.py:smoke")[name if name == "supervised" else "distilled"]
+    section.mesh.update(MESH)
+    section.data.batch_size = BATCH
+    apart = name.startswith("t5")
+    shelf = Shelf({"target": encoder_decoder(1) if apart else decoder(2), "supervised": decoder(1)})
+    shelf.made["draft"] = encoder_decoder(1) if apart else decoder(1)
+    section.model.update({"init": "stage:draft", "param_dtype": "bfloat16"})
+    if name == "adapter":
+        section = configs.load(f"{ROOT}/configs/plan/pairs.py:vicuna_13b").adapter.copy_and_resolve_references()
+        section.target, section.tokenizer.path, section.adapter.exit_layer = "stage:target", "stage:target", 1
+        section.mesh.update(MESH)
+        section.data.update({"batch_size": BATCH, "sequence_length": 32, "prompt_length_max": 16})
+        section.data.generation.max_new_tokens = 16
+        section.loss.chunk = 32
+    section.unlock()
+    return steps.training(section, shelf, mesh)
+
+
+def decode_report(name: str, mesh) -> dict:
+    """Compiles prefill and loop; says what the loop aliases, copies and gathers."""
+    described, prefill, seconds = decoding(name, mesh), None, []
+    for step in steps.decoding_steps(described):
+        compiled, took, words = account.compiled_step(step, prefill, mesh)
+        assert compiled is not None, words
+        prefill, before, seconds = compiled, prefill, [*seconds, took]
+    program = account.program_of(compiled)
+    return {
+        "aliased": account.Memory.of(compiled).aliased,
+        "cache_bytes": meshes.local_bytes(described.caches(before)),
+        "planned_cache_bytes": described.resident["cache"],
+        "caches": sorted(account.cache_shapes(described, before)),
+        "copies": hlo.cache_copies(program, account.cache_shapes(described, before)),
+        "vocabulary": [shape for shape in hlo.gathered(program.everywhere()) if VOCABULARY in shape],
+        "weights": account.gathered_weights(program, step),
+        "work": dataclasses.asdict(account.work_of(compiled, step, program)),
+        "seconds": seconds,
+    }
+
+
+def train_report(name: str, mesh) -> dict:
+    """Compiles what writes the text and the update; says what is updated in place and gathered."""
+    stage, seconds = training(name, mesh), {}
+    for step in steps.training_steps(stage):
+        compiled, seconds[step.name], words = account.compiled_step(step, None, mesh)
+        assert compiled is not None, words
+    program = account.program_of(compiled)
+    kept = [x for x in jax.tree.leaves(stage.state) if x.ndim]
+    return {
+        "aliased": account.Memory.of(compiled).aliased,
+        "state_bytes": meshes.local_bytes(kept),
+        "vocabulary": [shape for shape in hlo.gathered(program.everywhere()) if VOCABULARY in shape],
+        "seconds": seconds,
+    }
+
+
+def report(part: str, names: list[str]) -> dict:
+    chips.stand_apart()
+    mesh, found = chips.make_mesh(chips.slice_named(part, 4), MESH), {}
+    for name in names:
+        jax.config.update("jax_exec_time_optimization_effort", 0.0 if name in THOROUGHLY else -1.0)
+        found[name] = (train_report if name in TRAINED else decode_report)(name, mesh)
+        print(name, found[name]["seconds"], file=sys.stderr, flush=True)
+    return found
+
+
+@functools.cache
+def in_a_process_of_its_own(part: str, *names: str) -> dict:
     # Kept apart from the environment, where it would have every run look for a TPU.
     compiler = Path(sys.prefix) / "tpu-compiler"
     if not (compiler / "libtpu").exists() and importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed: make .venv/.installed-tpu-compiler")
-    path = os.pathsep.join([str(ROOT), str(compiler)])
-    environment = dict(os.environ, PYTHONPATH=path, JAX_PLATFORMS="cpu", XLA_FLAGS="")
-    # No TPU is looked for, and none is locked against another process.
-    environment |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    command = [sys.executable, __file__, what]
+    environment = dict(os.environ, PYTHONPATH=str(ROOT), JAX_PLATFORMS="cpu", XLA_FLAGS="")
+    command = [sys.executable, __file__, part, *names]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout.splitlines()[-1])
@@ -226,24 +201,37 @@ def in_a_process_of_its_own(what: str) -> dict:
     return found
 
 
-def test_decoding_on_a_tpu_slice_copies_no_cache_in_its_loop():
-    found = in_a_process_of_its_own("decode")
-    assert found["caches"] == [f"bf16[2,1,{CAPACITY},128]"]  # rows over fsdp, key heads over tensor
+def compiled_for(part: str) -> dict:
+    """The reports of all cases, which are compiled in one process."""
+    return in_a_process_of_its_own(part, *DRAFTERS, *TRAINED)
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.parametrize("part", SLICES)
+def test_a_drafter_decodes_on_a_slice_without_copying_a_cache_or_gathering_logits(part, name):
+    found = compiled_for(part)[name]
     assert found["copies"] == []
-    assert found["run"]["alias"] >= found["cache_bytes"]  # donated: there is one cache, not two
+    assert found["aliased"] >= found["cache_bytes"] > 0  # donated: there is one cache, not two
+    assert found["planned_cache_bytes"] == found["cache_bytes"]
+    assert found["vocabulary"] == []
+    assert all(seconds > 0 for seconds in found["seconds"])
+
+
+@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("part", SLICES)
+def test_a_draft_is_trained_on_a_slice_in_place_without_gathering_logits(part, name):
+    found = compiled_for(part)[name]
+    assert found["aliased"] >= found["state_bytes"]
+    assert found["vocabulary"] == []
+    assert set(found["seconds"]) == ({"update"} if name == "supervised" else {"draft text", "update"})
 
 
 def test_a_loop_that_keeps_the_old_cache_is_seen_to_copy_it():
-    assert in_a_process_of_its_own("planted")["copies"]
-
-
-def test_a_training_step_compiles_for_a_tpu_slice_and_updates_in_place():
-    found = in_a_process_of_its_own("train")
-    assert found["step"]["alias"] >= found["state_bytes"]
+    assert in_a_process_of_its_own("v5e:2x2", "planted")["planted"]["copies"]
 
 
 def test_copies_are_told_from_prefetches_and_from_what_is_outside_loops():
-    hlo = """
+    text = """
 %body (p: bf16[2,4]) -> bf16[2,4] {
   %a = bf16[2,4]{1,0} copy(%p)
   %b = (bf16[2,4]{1,0:S(1)}, bf16[2,4]{1,0}, u32[]{:S(2)}) copy-start(%p)
@@ -261,9 +249,9 @@ ENTRY %main (p: bf16[2,4]) -> bf16[2,4] {
   ROOT %g = pred[] constant(true)
 }
 """
-    names = {re.search(r"%(\w+) =", line).group(1) for line in cache_copies(hlo, {"bf16[2,4]"})}
+    names = {line.split(" = ")[0] for line in hlo.cache_copies(hlo.Program(text), {"bf16[2,4]"})}
     assert names == {"a", "e"}
 
 
 if __name__ == "__main__":
-    print(json.dumps(report(sys.argv[1])))
+    print(json.dumps(report(sys.argv[1], sys.argv[2:] or [*DRAFTERS, *TRAINED])))

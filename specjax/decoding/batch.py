@@ -68,7 +68,12 @@ def _round_up(value: int, multiple: int) -> int:
 
 def prompt_slots(prompts: Sequence[Sequence[int]]) -> int:
     """The padded prompt length that holds all of these prompts."""
-    return _round_up(max(len(prompt) for prompt in prompts), PROMPT_BUCKET)
+    return padded_slots(max(len(prompt) for prompt in prompts))
+
+
+def padded_slots(tokens: int) -> int:
+    """The padded length of a prompt of so many tokens."""
+    return _round_up(tokens, PROMPT_BUCKET)
 
 
 def capacity_bucket(text_slots: int, max_new_tokens: int, gamma: int) -> int:

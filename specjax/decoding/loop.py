@@ -153,7 +153,7 @@ def prefill(plan: Plan, params, draft_params, prompts, lengths, row_keys) -> Dec
     if plan.gamma:
         prefill = Prefill(prompts, lengths, texts, text_lengths, tap_states, plan.capacity)
         with jax.named_scope("drafter_init"):
-            drafter_state = plan.drafter.init(draft_params, params, prefill, row_keys)
+            drafter_state = kv_cache.laid_out(plan.drafter.init(draft_params, params, prefill, row_keys))
     tokens = jnp.pad(texts, ((0, 0), (0, plan.capacity - texts.shape[1])))
     cache, drafter_state = kv_cache.unmetered((cache, drafter_state))
     return DecodeState(

@@ -17,6 +17,7 @@ import numpy as np
 from specjax.distillation import data_sources, objective, update
 from specjax.distillation.cached_text import CachedText
 from specjax.distillation.meter import Clock, Interval
+from specjax.distillation.steps import make_steps
 from specjax.models.language_model import NEXT, LanguageModel, Params
 from specjax.reporting.records import MetricsLog
 from specjax.runtime import mesh as meshes
@@ -181,39 +182,10 @@ class Trainer:
         self._pending: tuple[int, dict] | None = None
         self._interval = Interval(self.clock.seconds)
         self._executables: dict[str, Callable] = {}
-        self._build(optimizer)
-
-    def _build(self, optimizer) -> None:
-        config, material = self.config, self.material
-        settings = (config.loss.divergence, config.loss.beta, config.loss.temperature, config.loss.chunk)
-        # Hard labels need no teacher: its forward would only cost time in training.
-        plain = config.loss.divergence == objective.CROSS_ENTROPY
-        teacher = None if plain else material.target
-        self._teacher_params = None if plain and not material.draft.needs_target else material.target_params
-        drafts_for = material.draft if material.target is None else material.target
-        self._author = material.draft.fitted(drafts_for.vocab_size)
         self._fractions = data_sources.fractions_of(config.data)
-        rate = update.learning_rate(config.optimizer, config.train.steps)
-        step = update.make_step(
-            update.Loss(material.draft, teacher, *settings), optimizer, rate, config.optimizer.accumulation
-        )
         placed = jax.tree.map(lambda leaf: leaf.sharding, self.state)
-        whole = jax.NamedSharding(self.mesh, jax.P())
-        self._update = jax.jit(step, donate_argnums=0, out_shardings=(placed, whole))
-        self._validation_loss = jax.jit(update.Loss(material.draft, material.target, *settings), out_shardings=whole)
-        generation = config.data.generation
-        generate = data_sources.Generation(
-            generation.temperature,
-            generation.top_k,
-            generation.top_p,
-            generation.max_new_tokens,
-            material.eos_ids,
-            config.seed,
-        )
-        apart = material.draft.reads_prompt_apart
-        axes = update.BATCH_AXES | (update.SOURCE_AXES if apart else {})
-        batch_placed = meshes.shardings(axes, self.mesh)
-        self._generate = jax.jit(generate, static_argnums=0, out_shardings=batch_placed)
+        self._steps = make_steps(config, material.draft, material.target, material.eos_ids, optimizer, placed, mesh)
+        self._teacher_params = material.target_params if self._steps.needs_teacher else None
 
     def run(self) -> Outcome:
         """Trains to the end, from the last checkpoint if there is one.
@@ -277,7 +249,7 @@ class Trainer:
         source = data_sources.source_of_step(self._fractions, self.config.seed, self.step)
         rows = self._text(source, batch)
         name = f"update {rows['tokens'].shape}"
-        self.state, metrics = self._call(name, self._update, (), self.state, self._teacher_params, rows)
+        self.state, metrics = self._call(name, self._steps.update, (), self.state, self._teacher_params, rows)
         self.step += 1
         previous, self._pending = self._pending, (self.step, metrics)
         self._read(previous)
@@ -297,12 +269,12 @@ class Trainer:
         prompts = update.shard({"tokens": given[:, :width], "lengths": batch["prompt_lengths"]}, self.mesh)
         of_target = source == data_sources.TARGET
         # The draft writes what it would draft, in ids that the target has.
-        model = material.target if of_target else self._author
+        model = material.target if of_target else self._steps.author
         own = self.state.params
         params = material.target_params if of_target else model.joined(own, material.target_params)
         return self._call(
             f"{source} {width}",
-            self._generate,
+            self._steps.generate,
             (model,),
             params,
             prompts["tokens"],
@@ -360,7 +332,7 @@ class Trainer:
             sums = []
             for batch in self.material.validation:
                 rows = update.shard(batch, self.mesh)
-                sums.append(self._validation_loss(self.state.params, self.material.target_params, rows))
+                sums.append(self._steps.validation_loss(self.state.params, self.material.target_params, rows))
             sums = jax.device_get(sums)
             tokens = max(sum(float(part.tokens) for part in sums), 1.0)
             line = {"validation_loss": sum(float(part.loss) for part in sums) / tokens}

@@ -172,14 +172,15 @@ def _gradient_of_sum(loss, params, target_params, batch, accumulation):
     return jax.lax.scan(add, zeros, jax.tree.map(split, dict(batch)))[0]
 
 
-def initial_state(
-    params: Params, axes: Params, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+def state_shardings(
+    params: Params, axes: Params, optimizer: optax.GradientTransformation, mesh: meshes.AnyMesh
 ) -> TrainState:
-    """The state of step 0 on the mesh: what the optimiser keeps of a parameter lies where that does."""
-    placed = meshes.shardings(axes, mesh, shapes=params)
-    whole = jax.NamedSharding(mesh, jax.P())
-    # A copy: the state is donated to every step, the caller's parameters are not.
-    params = jax.jit(functools.partial(jax.tree.map, jnp.copy), out_shardings=placed)(params)
+    """Where each part of a state lies: what the optimiser keeps of a parameter lies where that does.
+
+    Args:
+      params: the parameters, or their shapes.
+    """
+    placed, whole = meshes.shardings(axes, mesh, shapes=params), jax.NamedSharding(mesh, jax.P())
     optimizer_placed = optax.tree.map_params(
         optimizer,
         lambda _, sharding: sharding,
@@ -187,5 +188,24 @@ def initial_state(
         placed,
         transform_non_params=lambda _: whole,
     )
-    optimizer_state = jax.jit(optimizer.init, out_shardings=optimizer_placed)(params)
-    return TrainState(params, optimizer_state, meshes.place(np.zeros((), np.int32), whole))
+    return TrainState(placed, optimizer_placed, whole)
+
+
+def initial_state(
+    params: Params, axes: Params, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> TrainState:
+    """The state of step 0 on the mesh."""
+    placed = state_shardings(params, axes, optimizer, mesh)
+    # A copy: the state is donated to every step, the caller's parameters are not.
+    params = jax.jit(functools.partial(jax.tree.map, jnp.copy), out_shardings=placed.params)(params)
+    optimizer_state = jax.jit(optimizer.init, out_shardings=placed.optimizer_state)(params)
+    return TrainState(params, optimizer_state, meshes.place(np.zeros((), np.int32), placed.step))
+
+
+def abstract_state(
+    params: Params, axes: Params, optimizer: optax.GradientTransformation, mesh: meshes.AnyMesh
+) -> TrainState:
+    """`initial_state` as shapes with their shardings, from the shapes of the parameters; nothing is allocated."""
+    placed = state_shardings(params, axes, optimizer, mesh)
+    shapes = TrainState(params, jax.eval_shape(optimizer.init, params), jax.ShapeDtypeStruct((), jnp.int32))
+    return meshes.abstract(shapes, placed)

@@ -121,6 +121,35 @@ def load(directory: str | Path, target: LanguageModel, *, shardings=None) -> Loa
     from safetensors.numpy import load_file
 
     directory = Path(directory)
+    adapter, belongs = describe(directory, target)
+    path = directory / weights.SPECJAX_ADAPTER_FILE
+    try:
+        stored = load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"there is no {path}; copy the adapter again") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged or cut short ({error}); copy or export it again") from None
+    expected = {
+        _name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(adapter.abstract_params())
+    }
+    if expected != {name: values.shape for name, values in stored.items()}:
+        raise UserError(
+            f"the tensors in {path} are not those of this adapter on this target; take the target it is for"
+        )
+    dtype = dtype_named(adapter.config.target.param_dtype)
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jnp.asarray(stored[_name(path)]).astype(dtype), adapter.abstract_params()
+    )
+    params = params if shardings is None else jax.device_put(params, shardings(adapter))
+    return LoadedAdapter(adapter, params, belongs)
+
+
+def describe(directory: Path, target: LanguageModel) -> tuple[Adapter | MedusaHeads, str]:
+    """What the directory's `adapter_config.json` describes on this target, and the fingerprint of its own target.
+
+    Raises:
+      UserError: for a file that is missing or damaged, or not one of ours.
+    """
     described, fields = directory / CONFIG_FILE, weights.read_json(directory / CONFIG_FILE)
     if fields.get("format") != _FORMAT:
         raise UserError(f'{described} has no "format": "{_FORMAT}"; name a directory that specjax wrote an adapter to')
@@ -133,27 +162,7 @@ def load(directory: str | Path, target: LanguageModel, *, shardings=None) -> Loa
         belongs = fields["target"]["fingerprint"]
     except (KeyError, TypeError) as error:
         raise UserError(f"{described} lacks or misstates {error}; export the adapter again") from None
-    path = directory / weights.SPECJAX_ADAPTER_FILE
-    try:
-        stored = load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"there is no {path}; copy the adapter again") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged or cut short ({error}); copy or export it again") from None
-    adapter = network(config)
-    expected = {
-        _name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(adapter.abstract_params())
-    }
-    if expected != {name: values.shape for name, values in stored.items()}:
-        raise UserError(
-            f"the tensors in {path} are not those of this adapter on this target; take the target it is for"
-        )
-    dtype = dtype_named(config.target.param_dtype)
-    params = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jnp.asarray(stored[_name(path)]).astype(dtype), adapter.abstract_params()
-    )
-    params = params if shardings is None else jax.device_put(params, shardings(adapter))
-    return LoadedAdapter(adapter, params, belongs)
+    return network(config), belongs
 
 
 def _own_fields(config_of: type) -> list[str]:

@@ -145,6 +145,11 @@ def read_config(directory: Path, *, param_dtype: str, compute_dtype: str):
     return FAMILIES[model_type], config
 
 
+def describe(directory: str | Path, *, param_dtype: str, compute_dtype: str) -> LanguageModel:
+    """The model of a directory's `config.json`, which is all that is read. Raises UserError, naming the file."""
+    return model_of(read_config(Path(directory), param_dtype=param_dtype, compute_dtype=compute_dtype)[1])
+
+
 def at(tree: Params, path: tuple[str | int, ...]) -> Any:
     """The leaf of a nested dict at this path."""
     for key in path:

@@ -31,12 +31,15 @@ def _logits(
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A language model with its parameters and tokenizer; on one device where there is no mesh."""
+    """A language model with its parameters and tokenizer; on one device where there is no mesh.
+
+    Of a model that is only planned with, the parameters are shapes and there is no tokenizer.
+    """
 
     decoder: LanguageModel
     params: Any
-    tokenizer: Tokenizer
-    mesh: jax.sharding.Mesh | None = None
+    tokenizer: Tokenizer | None
+    mesh: meshes.AnyMesh | None = None
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -127,5 +130,7 @@ def check_pair(target: Model, draft: Model) -> None:
     """
     if target.decoder.reads_prompt_apart != draft.decoder.reads_prompt_apart:
         raise UserError("an encoder-decoder and a decoder-only model cannot draft for each other; take two of a kind")
+    if target.tokenizer is None or draft.tokenizer is None:
+        return
     if target.tokenizer.fingerprint() != draft.tokenizer.fingerprint():
         raise UserError("target and draft have different tokenizers; take a draft trained with the target's")

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from specjax.runtime.mesh import constrain
+
 # Logical axes of each cache array; the mesh rules map them to devices.
 AXES = ("batch", "kv_heads", "slots", "head")
 
@@ -89,6 +91,20 @@ def zeros(config, batch: int, capacity: int, dtype) -> Cache:
         tuple(jnp.zeros(shape, dtype) for _ in range(config.layers)),
         Meter.zeros(batch),
     )
+
+
+def laid_out(state: Any) -> Any:
+    """Inside jit, under a mesh: a drafter's state with keys and values split by the rules, as far as heads divide.
+
+    Left to itself the compiler keeps a cache that is only written yet whole on every device of the tensor axis.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def lay(x):
+        divides = not mesh.empty and x.ndim == len(AXES) and x.shape[1] % mesh.shape["tensor"] == 0
+        return constrain(x, AXES) if divides else x
+
+    return jax.tree.map(lay, state)
 
 
 def _is_meter(node: Any) -> bool:

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from specjax.models import kv_cache
 from specjax.models.config import DecoderConfig
 from specjax.models.rotary import rotate
+from specjax.runtime import mesh as meshes
 from specjax.runtime.dtypes import dtype_named
 
 _ACTIVATIONS = {
@@ -57,7 +58,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((outputs,), dtype_named(dtype)), axes=axes[1:]) if bias else None
 
     def __call__(self, inputs: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
-        multiply = _product if jax.default_backend() == "cpu" else jnp.matmul
+        multiply = _product if meshes.platform() == "cpu" else jnp.matmul
         outputs = multiply(inputs, self.kernel[...].astype(inputs.dtype))
         return outputs if self.bias is None else outputs + self.bias[...].astype(inputs.dtype)[None, None]
 

@@ -24,6 +24,7 @@ from specjax.reporting import (
     kangaroo_claims,
     kangaroo_figures,
     kangaroo_tables,
+    plan_tables,
     recipe_sweep,
     records,
     tables,
@@ -158,6 +159,7 @@ TABLES: dict[str, Callable[[Mapping], str]] = {
     **design_tables.TABLES,
     **distillspec_tables.TABLES,
     **kangaroo_tables.TABLES,
+    **plan_tables.TABLES,
     **recipe_sweep.TABLES,
 }
 

@@ -19,6 +19,7 @@ _USAGE = """python -m {module} --config=FILE[:variant] --workdir=DIR [--config.s
   --config   a config file, such as configs/quickstart.py; ":smoke" runs it in seconds
   --workdir  where results, checkpoints and the report go; the same command again resumes
   --config.section.key=value overrides one key; the file says what each key means
+  --plan=CHIP (of specjax.main) compiles the steps for chips that need not be there, and says what they take
 
 Of a run of several processes each is started so; Cloud TPU, GKE and Slurm tell the rest, elsewhere each is given:
 
@@ -26,6 +27,11 @@ Of a run of several processes each is started so; Cloud TPU, GKE and Slurm tell 
 
 Exit codes: 0 done, 2 a mistake in what was asked for, 75 told to stop (SIGTERM) and saved, 130 interrupted
 """
+
+
+def asks_for_plan(argument: str) -> bool:
+    """Whether this argument is `--plan` or `--plan=CHIP`."""
+    return argument.partition("=")[0] == "--plan"
 
 
 def launch(run: Callable[[ConfigDict, str], Any], module: str, argv: Sequence[str] | None = None) -> int:
@@ -81,8 +87,8 @@ def _begin(config: ConfigDict, workdir: str) -> None:
     configs.assert_same_run(config, workdir)
 
 
-def parse(argv: Sequence[str]) -> tuple[ConfigDict, str]:
-    """The locked config with its overrides, and the workdir.
+def parse(argv: Sequence[str], *, needs_workdir: bool = True) -> tuple[ConfigDict, str]:
+    """The locked config with its overrides, and the workdir: "" where it is left out and not needed.
 
     Raises:
       UserError: for anything missing, misspelt or of the wrong type.
@@ -99,11 +105,11 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, str]:
                 "--config.section.key=value"
             )
         given[name] = value
-    for name in ("--config", "--workdir"):
+    for name in ("--config", "--workdir") if needs_workdir else ("--config",):
         if not given.get(name):
             raise UserError(f"{name} is missing; see --help")
     config = configs.load(given.pop("--config")).lock()
-    workdir = given.pop("--workdir")
+    workdir = given.pop("--workdir", "")
     for name, text in given.items():
         _override(config, name.removeprefix("--config."), text)
     configs.check_given(config)

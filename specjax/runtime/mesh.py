@@ -16,6 +16,9 @@ from specjax.runtime.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
 
+# Of devices, or of their number alone: shapes are laid out on either.
+AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
+
 # Logical axis -> the mesh axes it is split over; None is a whole copy on every device.
 RULES: dict[str, tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
@@ -94,7 +97,7 @@ def spec(axes: tuple[str | None, ...]) -> jax.P:
     return jax.P(*(None if name is None else RULES[name] for name in axes))
 
 
-def shardings(axes_tree: Any, mesh: jax.sharding.Mesh, shapes: Any = None) -> Any:
+def shardings(axes_tree: Any, mesh: AnyMesh, shapes: Any = None) -> Any:
     """NamedShardings in the place of each tuple of logical names.
 
     Args:
@@ -113,6 +116,22 @@ def shardings(axes_tree: Any, mesh: jax.sharding.Mesh, shapes: Any = None) -> An
         return jax.NamedSharding(mesh, spec(axes))
 
     return jax.tree.map(checked, shapes, axes_tree)
+
+
+def abstract(shapes: Any, placed: Any) -> Any:
+    """ShapeDtypeStructs of these shapes (or arrays) with these shardings: what is compiled for without an array."""
+    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, placed)
+
+
+def local_bytes(tree: Any) -> int:
+    """What the arrays, or shapes with shardings, occupy on one device."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def platform() -> str:
+    """Of the devices of the mesh in use, which need not be there, or of the default one: "cpu", "gpu" or "tpu"."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def shard(tree: Any, axes_tree: Any, mesh: jax.sharding.Mesh) -> Any:

@@ -1,0 +1,158 @@
+"""Four large pairs of published shape, planned for slices that nobody need have: what each takes, and whether it fits.
+
+    python -m specjax.main --config=configs/plan/pairs.py:llama_65b --plan
+    python -m specjax.main --config=configs/plan/pairs.py:vicuna_13b --plan
+    python -m specjax.main --config=configs/plan/pairs.py:t5_xxl --plan
+    python -m specjax.main --config=configs/plan/pairs.py:llama3_70b --plan
+
+Hardware: none; two CPU cores and the TPU compiler. Wall-clock time: under two minutes each. Nothing is read but the
+`config.json` of each shape in configs/plan/shapes/; a directory of your own goes in its place with
+`--config.target=DIR --config.draft=DIR`, another slice with `--plan=v5p:2x2x4` and the mesh of each stage,
+`--config.distilled.mesh.tensor=8`. Without `--plan` it is a config to run, with your checkpoints and data.
+Expect the tables of README.md. Seconds of compilation vary with the machine.
+"""
+
+import dataclasses
+import pathlib
+
+import quickstart
+from ml_collections import ConfigDict
+
+SHAPES = pathlib.Path(__file__).with_name("shapes")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A target with its draft: directories under shapes/, and where they are published.
+
+    Attributes:
+      draft: "" where an adapter drafts.
+      chip: to plan for.
+      training: data, fsdp and tensor axes of the mesh of training; `decoding` those of evaluation.
+      rows: of a batch of training, and their tokens.
+      prompts: of a batch of evaluation, and their tokens.
+    """
+
+    target: str
+    draft: str
+    sources: tuple[str, ...]
+    chip: str
+    training: tuple[int, int, int]
+    decoding: tuple[int, int, int]
+    rows: tuple[int, int]
+    prompts: tuple[int, int]
+    gamma: int
+
+
+PAIRS = {
+    "llama_65b": Pair(
+        "llama_65b",
+        "wide_796m",
+        ("arXiv 2302.13971, table 2", "arXiv 2402.01528, table 2"),
+        "v5p",
+        training=(1, 2, 8),
+        decoding=(1, 1, 8),
+        rows=(16, 1024),
+        prompts=(8, 512),
+        gamma=4,
+    ),
+    "vicuna_13b": Pair(
+        "vicuna_13b",
+        "",
+        ("lmsys/vicuna-13b-v1.5, config.json", "arXiv 2404.18911, section 4"),
+        "v5e",
+        training=(1, 2, 4),
+        decoding=(1, 1, 4),
+        rows=(8, 1024),
+        prompts=(1, 512),
+        gamma=6,
+    ),
+    "t5_xxl": Pair(
+        "t5_xxl",
+        "t5_small",
+        ("google/t5-v1_1-xxl, config.json", "google/t5-v1_1-small, config.json"),
+        "v5e",
+        training=(2, 4, 2),
+        decoding=(4, 1, 2),
+        rows=(32, 512),
+        prompts=(8, 512),
+        gamma=7,
+    ),
+    "llama3_70b": Pair(
+        "llama3_70b",
+        "llama3_1b",
+        ("meta-llama/Meta-Llama-3-70B, config.json", "meta-llama/Llama-3.2-1B, config.json"),
+        "v5p",
+        training=(1, 2, 8),
+        decoding=(1, 1, 8),
+        rows=(16, 1024),
+        prompts=(8, 2048),
+        gamma=4,
+    ),
+}
+
+
+def get_config(pair: str = "llama_65b") -> ConfigDict:
+    if pair not in PAIRS:
+        raise ValueError(f"configs/plan/pairs.py has the variants {', '.join(PAIRS)}; not {pair!r}.")
+    return of_pair(PAIRS[pair])
+
+
+def of_pair(pair: Pair) -> ConfigDict:
+    """On-policy distillation of the draft (training of the adapter where there is none), and an evaluation with it."""
+    config = ConfigDict()
+    config.seed = 0
+    config.chip = pair.chip  # what --plan alone is for
+    config.target = str(SHAPES / pair.target)  # directories with config.json at least
+    config.draft = str(SHAPES / pair.draft) if pair.draft else ""
+    stage = "distilled" if pair.draft else "adapter"
+    config[stage] = _distilled(config, pair) if pair.draft else _adapter(config, pair)
+    config.evaluation = _evaluation(config, pair, stage)
+    config.stages = (stage, "evaluation")
+    return config
+
+
+def _distilled(config: ConfigDict, pair: Pair) -> ConfigDict:
+    section = quickstart.get_config().distilled.copy_and_resolve_references()
+    section.model.init = config.get_ref("draft")
+    _train(section, config, pair)
+    return section
+
+
+def _adapter(config: ConfigDict, pair: Pair) -> ConfigDict:
+    section = quickstart.get_config().distilled.copy_and_resolve_references()
+    section.model.init = "adapter"
+    section.adapter = ConfigDict({"exit_layer": 3, "kind": "attention", "own_head": False})
+    _train(section, config, pair)
+    return section
+
+
+def _train(section: ConfigDict, config: ConfigDict, pair: Pair) -> None:
+    """The batch on the mesh, in bfloat16."""
+    section.target = config.get_ref("target")
+    section.tokenizer.path = config.get_ref("target")
+    section.mesh.update(dict(zip(("data", "fsdp", "tensor"), pair.training, strict=True)))
+    section.model.update({"param_dtype": "bfloat16", "compute_dtype": "bfloat16"})
+    rows, tokens = pair.rows
+    section.data.update({"batch_size": rows, "sequence_length": tokens, "prompt_length_max": tokens // 2})
+    section.data.generation.max_new_tokens = tokens // 2
+    section.loss.chunk = 2048
+    section.speculative_eval.every = 0
+
+
+def _evaluation(config: ConfigDict, pair: Pair, stage: str) -> ConfigDict:
+    section = quickstart.get_config().evaluation.copy_and_resolve_references()
+    section.mesh.update(dict(zip(("data", "fsdp", "tensor"), pair.decoding, strict=True)))
+    section.target = config.get_ref("target")
+    section.param_dtype = section.compute_dtype = "bfloat16"
+    batch, tokens = pair.prompts
+    section.selection.update({"count": 80, "length_min": 1, "length_max": tokens})
+    section.max_new_tokens = 256
+    section.batch_sizes = (batch,)
+    section.temperatures = (1.0,)
+    kind = "model" if pair.draft else "kangaroo"
+    draft = {"kind": kind, "path": f"stage:{stage}", "lossless": (pair.gamma,), "coupled": ()}
+    section.drafters = ConfigDict({"draft": draft if pair.draft else {**draft, "threshold": 0.0}})
+    section.compare = ()
+    section.measure_parts = False
+    return section

@@ -1,0 +1,38 @@
+"""Weak scaling on paper: on-policy distillation of a draft at equal rows a chip, from 8 to 256 chips.
+
+    python -m specjax.main --config=configs/plan/scaling.py --plan
+
+Hardware: none; the TPU compiler. Wall-clock time: some minutes. Each stage is the same step on a larger mesh: the 796M
+draft of arXiv 2402.01528 on its own text, by the probabilities of Vicuna-7B's shape (arXiv 2302.13971, table 2). More
+chips are more rows: the tensor axis stays and `fsdp` grows, so that what a chip computes stays and what it sends
+approaches a whole copy of the parameters. Expect the table of README.md.
+"""
+
+import pairs
+from ml_collections import ConfigDict
+
+CHIPS = (8, 16, 32, 64, 128, 256)
+TENSOR = 4
+ROWS = 4  # of a batch, on each chip of the data axes
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0
+    config.chip = "v5e"  # what --plan alone is for
+    for chips in CHIPS:
+        ways = chips // TENSOR
+        pair = pairs.Pair(
+            "llama_7b",
+            "wide_796m",
+            ("arXiv 2302.13971, table 2", "arXiv 2402.01528, table 2"),
+            "v5e",
+            training=(1, ways, TENSOR),
+            decoding=(1, 1, TENSOR),
+            rows=(ROWS * ways, 1024),
+            prompts=(8, 512),
+            gamma=4,
+        )
+        config[f"chips_{chips}"] = pairs.of_pair(pair).distilled.copy_and_resolve_references()
+    config.stages = tuple(f"chips_{chips}" for chips in CHIPS)
+    return config

@@ -1,0 +1,143 @@
+"""Plans a config for chips that need not be there: what each step takes of a chip, whether it fits, what it costs.
+
+    python -m specjax.main --config=configs/plan/pairs.py:llama_65b --plan
+    python -m specjax.main --config=configs/quickstart.py --plan=v5e:2x2 --config.distilled.mesh.tensor=4
+
+`--plan` alone takes the config's own `chip`. The steps are those that a run compiles, made for the slice from shapes:
+no weights are read, and of a checkpoint its `config.json` is enough. For a TPU the TPU compiler itself says what fits;
+for GPUs the CPU compiler stands in, and what it says of temporary memory is an estimate.
+"""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from specjax.planning import account, smallest, steps
+from specjax.planning.models import Shelf
+from specjax.reporting import plan_tables, records
+from specjax.runtime import chips, cli
+from specjax.runtime import config as configs
+from specjax.runtime import mesh as meshes
+from specjax.runtime.errors import UserError
+
+# Binaries of which steps are planned; others are passed over.
+_PLANNED = ("distill", "evaluate")
+
+
+def launch(argv: Sequence[str] | None = None) -> int:
+    """Plans what the command line asks for, prints it, and returns the exit code; 2 for a mistake of the user's."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    asked = [argument for argument in argv if cli.asks_for_plan(argument)]
+    chips.stand_apart()
+    try:
+        config, workdir = cli.parse([argument for argument in argv if argument not in asked], needs_workdir=False)
+        record = run(config, asked[-1].partition("=")[2] if asked else "")
+        print(plan_tables.terminal(record))
+        if workdir:
+            records.write_results(Path(workdir) / "plan.json", **record)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(config: ConfigDict, name: str = "") -> dict:
+    """Plans every stage of the config that trains or evaluates.
+
+    Args:
+      name: of the slice, such as "v5e:4x4"; "v5e" is the listed one of the mesh's size, "" the config's `chip`.
+
+    Returns:
+      the record: a row a step, and a row a stage with the smallest slice that holds it.
+
+    Raises:
+      UserError: for an unknown chip, a mesh that is no slice, sizes that do not divide over it, and configs with
+        nothing to plan.
+    """
+    if not name and "chip" not in config:
+        raise UserError("the config names no chip to plan for; name one, as in --plan=v5e or --plan=v5p:2x2x4")
+    name = name or config.chip
+    stages = [(stage, config[stage]) for stage in config.stages] if "stages" in config else [("", config)]
+    planned = [(stage, section) for stage, section in stages if section.binary in _PLANNED]
+    if not planned:
+        raise UserError(f"nothing here can be planned: that is for stages of {' and '.join(_PLANNED)}")
+    parts = [chips.slice_named(name, _size(section)) for _, section in planned]
+    shelf, described = Shelf(), []
+    for (stage, section), part in zip(planned, parts, strict=True):
+        mesh = chips.make_mesh(part, {axis: section.mesh[axis] for axis in meshes.AXES})
+        described.append(_described(stage, section, shelf, part, mesh))
+    # A compiler leaves the interpreter to others: stages are compiled side by side.
+    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+        compiled = list(pool.map(_compiled, described))
+    summary = [
+        smallest.summary(of.stage, of.section, of.resident_on, rows, of.part, dict(of.mesh.shape))
+        for of, rows in zip(described, compiled, strict=True)
+    ]
+    rows = [row for rows in compiled for row in rows]
+    return {"binary": "plan", "config": configs.to_plain(config), "rows": rows, "stages": summary}
+
+
+def _size(section: ConfigDict) -> int:
+    sizes = [section.mesh[axis] for axis in meshes.AXES]
+    if min(sizes) < 1:
+        raise UserError(f"every axis of a mesh needs at least 1, and mesh is {' x '.join(map(str, sizes))}")
+    return sizes[0] * sizes[1] * sizes[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stage:
+    """A stage that is described and not compiled yet.
+
+    Attributes:
+      executables: groups of steps, each with what a row says of it besides.
+      resident_on: bytes on one chip of another mesh, by what they are.
+    """
+
+    stage: str
+    section: ConfigDict
+    part: chips.Slice
+    mesh: Any
+    executables: Sequence[tuple[Iterator[steps.Step], Mapping]]
+    resident_on: Callable[[Any], Mapping[str, int]]
+
+
+def _described(stage: str, section: ConfigDict, shelf: Shelf, part: chips.Slice, mesh: Any) -> _Stage:
+    """Puts what a training stage makes on the shelf. Raises UserError for what does not fit the mesh."""
+    if section.binary == "distill":
+        training = steps.training(section, shelf, mesh)
+        shelf.made[stage] = training.draft
+        on = lambda other: steps.training(section, shelf, other).resident
+        return _Stage(stage, section, part, mesh, [(steps.training_steps(training), {})], on)
+    decodings, groups = list(steps.decodings(section, shelf, mesh)), []
+    for decoding in decodings:
+        about = {"drafter": decoding.name, "gamma": decoding.plan.gamma, "batch_size": decoding.batch}
+        groups.append((steps.decoding_steps(decoding), {**about, "capacity": decoding.plan.capacity}))
+
+    def most(other: Any) -> Mapping[str, int]:
+        return max((of.resident_on(other) for of in decodings), key=lambda resident: sum(resident.values()))
+
+    return _Stage(stage, section, part, mesh, groups, most)
+
+
+def _compiled(stage: _Stage) -> list[dict]:
+    """The rows of a stage; a group ends at the first step that is refused."""
+    rows = []
+    for group, about in stage.executables:
+        before = None
+        for step in group:
+            if step.needs_before and before is None:
+                break
+            print(f"{stage.stage or 'plan'}: {step.name} for {stage.part.name}", file=sys.stderr, flush=True)
+            before, seconds, words = account.compiled_step(step, before, stage.mesh)
+            rows.append({**account.row(stage.stage, step, stage.part, stage.mesh, before, seconds, words), **about})
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(launch())

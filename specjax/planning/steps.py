@@ -1,0 +1,292 @@
+"""The executables of a stage: the very functions that a run compiles, traced for a mesh from shapes alone."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.stages import Compiled, Lowered
+
+from specjax import cases
+from specjax.decoding import batch, loop
+from specjax.distillation import data_sources, recipes, trainer, update
+from specjax.distillation.steps import Steps, make_steps
+from specjax.models import kv_cache
+from specjax.models.language_model import LanguageModel, Network
+from specjax.planning import models
+from specjax.planning.models import Shelf, placed, rows, whole
+from specjax.runtime import hlo
+from specjax.runtime import mesh as meshes
+from specjax.runtime.errors import UserError
+from specjax.runtime.mesh import AnyMesh
+
+# Stands for ids that end a row: which they are changes nothing.
+_EOS = (0,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One executable.
+
+    Attributes:
+      name: of what it does.
+      lower: traces it; to be called under the mesh. A step that is made of the one before it gets that, compiled.
+      turns: of its loops, where the compiler does not know.
+      resident: bytes on one chip that are there while it runs, by what they are.
+      given: of `resident`, what are its own arguments; the others lie beside them.
+      weights: shapes of the parameters' matrices, whole.
+      needs_before: whether it goes on from the results of the step before it.
+    """
+
+    name: str
+    lower: Callable[[Compiled | None], Lowered]
+    turns: hlo.Turns
+    resident: dict[str, int]
+    given: tuple[str, ...]
+    weights: frozenset[tuple[int, ...]]
+    needs_before: bool = False
+
+
+def _unsaid(source: str) -> None:
+    """Turns of loops of which their text says enough."""
+
+
+def matrices(*trees: Any) -> frozenset[tuple[int, ...]]:
+    """Whole shapes of the matrices in these trees that are split over the mesh."""
+    leaves = [x for x in jax.tree.leaves(trees) if x.ndim > 1]
+    return frozenset(x.shape for x in leaves if x.sharding.shard_shape(x.shape) != x.shape)
+
+
+# --- training
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """A training stage as shapes.
+
+    Attributes:
+      state: parameters and optimiser.
+      teacher: the target's parameters, or None.
+    """
+
+    config: Any
+    draft: LanguageModel
+    target: LanguageModel | None
+    mesh: AnyMesh
+    state: update.TrainState
+    teacher: Any
+    steps: Steps
+
+    @property
+    def prompt_slots(self) -> int:
+        """The most tokens of a prompt that is continued in training: of any task, as far as the config says."""
+        data = self.config.data
+        return data.sequence_length - 1 if self.draft.reads_prompt_apart else data.prompt_length_max
+
+    @functools.cached_property
+    def resident(self) -> dict[str, int]:
+        """Bytes on one chip throughout the stage."""
+        found = {"parameters": meshes.local_bytes(self.state.params)}
+        found["optimizer"] = meshes.local_bytes(self.state.optimizer_state)
+        found["target parameters"] = 0 if self.teacher is None else meshes.local_bytes(self.teacher)
+        return found
+
+
+def training(config: Any, shelf: Shelf, mesh: AnyMesh) -> Training:
+    """Describes a training stage on a mesh.
+
+    Raises:
+      UserError: for settings that make no sense together, and for what does not divide over the mesh.
+    """
+    config = recipes.expand(config)
+    draft, target = shelf.trained(config)
+    for who, model in (("model to train", draft), ("target", target)):
+        if model is not None:
+            models.check_tensor_axis(model.config, who, mesh.shape["tensor"])
+    params = draft.abstract_params()
+    optimizer = update.make_optimizer(config.optimizer, config.train.steps)
+    state = update.abstract_state(params, draft.axes(), optimizer, mesh)
+    teacher = None if target is None else placed(target, mesh)
+    where = jax.tree.map(lambda x: x.sharding, state)
+    steps = make_steps(config, draft, target, _EOS, optimizer, where, mesh)
+    found = Training(config, draft, target, mesh, state, teacher, steps)
+    longest = found.prompt_slots
+    material = trainer.Material(draft, state.params, target, teacher, iter(()), (), _EOS, longest)
+    trainer.check(config, material)
+    return found
+
+
+def training_steps(stage: Training) -> Iterator[Step]:
+    """The update on the widest text, and before it what writes the text, where a model does."""
+    data, mesh, rows_ = stage.config.data, stage.mesh, stage.config.data.batch_size
+    weights = matrices(stage.state.params, stage.teacher)
+    fractions, width = data_sources.fractions_of(data), data.sequence_length
+    given = rows(mesh, rows_, stage.prompt_slots), rows(mesh, rows_), jax.ShapeDtypeStruct((), jnp.int32)
+    writers = {"draft": (stage.steps.author, stage.draft.joined(stage.state.params, stage.teacher))}
+    if not data.target_path:
+        writers["target"] = (stage.target, stage.teacher)
+    for source, (author, params) in writers.items():
+        if not fractions[source]:
+            continue
+        slots = author.text_slots(stage.prompt_slots) + data.generation.max_new_tokens
+        width = max(width, slots) if fractions[data_sources.FIXED] else slots
+        yield Step(
+            name=f"{source} text",
+            lower=lambda _, author=author, params=params: stage.steps.generate.lower(author, params, *given),
+            turns=lambda source: data.generation.max_new_tokens if source.count("/while") == 1 else None,
+            resident=stage.resident,
+            given=_given(stage, source),
+            weights=weights,
+        )
+    text = {name: rows(mesh, rows_) for name in update.BATCH_AXES} | {"tokens": rows(mesh, rows_, width)}
+    if stage.draft.reads_prompt_apart:
+        text["sources"] = rows(mesh, rows_, stage.prompt_slots)
+    teacher = stage.teacher if stage.steps.needs_teacher else None
+    yield Step(
+        name="update",
+        lower=lambda _: stage.steps.update.lower(stage.state, teacher, text),
+        turns=_unsaid,
+        resident=stage.resident,
+        given=("parameters", "optimizer", *(["target parameters"] if teacher is not None else [])),
+        weights=weights,
+    )
+
+
+def _given(stage: Training, source: str) -> tuple[str, ...]:
+    if source == "target":
+        return ("target parameters",)
+    return ("parameters", "target parameters") if stage.draft.needs_target else ("parameters",)
+
+
+# --- evaluation
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """One drafter of an evaluation at one batch size, as shapes.
+
+    Attributes:
+      draft: the model, adapter or heads that it brings along, or None.
+      slots: padded length of a prompt.
+    """
+
+    name: str
+    plan: loop.Plan
+    draft: Network | None
+    sampling: Any
+    mesh: AnyMesh
+    batch: int
+    slots: int
+
+    @functools.cached_property
+    def params(self) -> Any:
+        """The target's parameters."""
+        return placed(self.plan.target, self.mesh)
+
+    @functools.cached_property
+    def draft_params(self) -> Any:
+        """The draft's own, or None."""
+        return None if self.draft is None else placed(self.draft, self.mesh)
+
+    @property
+    def _arguments(self) -> tuple:
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), self.batch))
+        keys = meshes.abstract(keys, meshes.shardings(("batch",), self.mesh, shapes=keys))
+        prompts = rows(self.mesh, self.batch, self.slots), rows(self.mesh, self.batch)
+        return self.params, self.draft_params, *prompts, keys
+
+    def lower_prefill(self, _: Compiled | None = None) -> Lowered:
+        """What `loop.begin` compiles."""
+        return loop.prefill.lower(dataclasses.replace(self.plan, rule=None, greedy=True), *self._arguments)
+
+    def state(self, prefill: Compiled) -> loop.DecodeState:
+        """What the loop carries, as shapes, laid out as the compiled prefill leaves it."""
+        shapes = jax.eval_shape(lambda *given: loop.begin(self.plan, *given), *self._arguments)
+        return meshes.abstract(shapes, prefill.output_shardings)
+
+    def caches(self, prefill: Compiled) -> list[jax.ShapeDtypeStruct]:
+        """The arrays of keys and values, of target and draft, as the compiled prefill leaves them."""
+        return _caches_of(self.state(prefill))
+
+    @functools.cached_property
+    def _cache_shapes(self) -> list[jax.ShapeDtypeStruct]:
+        bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._arguments)
+        return jax.eval_shape(lambda *given: _caches_of(loop.begin(self.plan, *given)), *bare)
+
+    def lower_loop(self, prefill: Compiled) -> Lowered:
+        """What `loop.run` compiles."""
+        limits = loop.Limits(rows(self.mesh, self.batch), whole(jax.ShapeDtypeStruct((1,), jnp.int32), self.mesh))
+        sampling = whole(jax.eval_shape(lambda: self.sampling), self.mesh)
+        return loop.run.lower(self.plan, self.params, self.draft_params, self.state(prefill), sampling, limits)
+
+    @functools.cached_property
+    def resident(self) -> dict[str, int]:
+        """Bytes on one chip while it decodes."""
+        return self.resident_on(self.mesh)
+
+    def resident_on(self, mesh: AnyMesh) -> dict[str, int]:
+        """The same on another mesh. Raises UserError for what does not divide over it."""
+        on = lambda model: 0 if model is None else meshes.local_bytes(placed(model, mesh))
+        lay = lambda x: meshes.abstract(x, meshes.shardings(kv_cache.AXES, mesh, shapes=x))
+        caches = meshes.local_bytes([lay(x) for x in self._cache_shapes])
+        return {"parameters": on(self.draft), "target parameters": on(self.plan.target), "cache": caches}
+
+
+def _caches_of(state: loop.DecodeState) -> list[Any]:
+    """The arrays of keys and values, of target and draft."""
+    return [x for x in jax.tree.leaves((state.target_cache, state.drafter_state)) if x.ndim == len(kv_cache.AXES)]
+
+
+def decodings(config: Any, shelf: Shelf, mesh: AnyMesh) -> Iterator[Decoding]:
+    """Each drafter of an evaluation at its largest gamma, at every batch size, at the highest temperature.
+
+    Prompts are taken to be as long as `selection.length_max`, as far as the positions reach.
+
+    Raises:
+      UserError: for models that do not fit each other, and for what does not divide over the mesh.
+    """
+    targets, drafters = cases.load_models(config, lambda name: shelf.loaded(name, config, mesh), shelf.attached)
+    job = cases.Job(config, targets, None, [], drafters)
+    room = min(model.decoder.config.max_positions for model in targets.values()) - config.max_new_tokens
+    slots = batch.padded_slots(min(config.selection.length_max, room))
+    for size in config.batch_sizes:
+        setting = cases.Setting("lossless", max(config.temperatures), size)
+        largest: dict[str, cases.Case] = {}
+        for case in cases.make_cases(job, setting):
+            if case.rule == "lossless" and case.gamma > (largest[case.name].gamma if case.name in largest else 0):
+                largest[case.name] = case
+        for name, case in largest.items():
+            plan = cases.make_plan(job, setting, case, slots)
+            sampling = case.sampling
+            if cases.needs_costs(case):
+                sampling = dataclasses.replace(sampling, costs=jnp.ones((case.gamma + 1,), jnp.float32))
+            yield Decoding(name, plan, _brought(drafters.get(name)), sampling, mesh, size, slots)
+    if not any(section.lossless for section in config.drafters.values()):
+        raise UserError("no drafter of this evaluation is run under the lossless rule; name a gamma of it")
+
+
+def _brought(drafter: Any) -> Network | None:
+    """What a drafter of `cases` has parameters for."""
+    return getattr(drafter, "adapter", None) or getattr(drafter, "decoder", None)
+
+
+def decoding_steps(decoding: Decoding) -> Iterator[Step]:
+    """Prefill, and one block of the loop: gamma tokens drafted and verified."""
+    shared = dict(resident=decoding.resident, weights=matrices(decoding.params, decoding.draft_params))
+    own = ("parameters", "target parameters")
+    yield Step("prefill", decoding.lower_prefill, _unsaid, given=own, **shared)
+    turns, own = block_turns(decoding.plan), (*own, "cache")
+    yield Step("decode block", decoding.lower_loop, turns, given=own, needs_before=True, **shared)
+
+
+def block_turns(plan: loop.Plan) -> hlo.Turns:
+    """Turns of the loops in one block: all of gamma is drafted, and of the widths of a verification one is taken."""
+
+    def turns(source: str) -> int | None:
+        if source.endswith("/propose/while"):
+            return plan.gamma - 1  # the first token is drafted before the loop
+        return hlo.ONE_OF_THEM if source.endswith("/verify/while") else None
+
+    return turns

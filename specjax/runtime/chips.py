@@ -1,0 +1,173 @@
+"""Chips and the slices they come in: what a plan is made for, and what its times are reckoned from.
+
+Peaks are those of the vendors' data sheets, dense bfloat16. `interconnect` is what a chip sends over all of its links
+at once: half of a figure that counts both directions. A ring along one axis of a mesh may have fewer links than that,
+so times of communication are the least that is possible.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from specjax.runtime import mesh as meshes
+from specjax.runtime.errors import UserError, nearest
+
+GIB = 2**30
+_PLANAR = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBIC = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8")
+_NODES = ("1", "2", "4", "8", "16", "32", "64", "128", "256")
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A kind of accelerator.
+
+    Attributes:
+      name: as a plan asks for it.
+      flops: bfloat16 operations a second.
+      memory: bytes of high-bandwidth memory.
+      bandwidth: bytes a second to and from it.
+      interconnect: bytes a second to other chips of the slice.
+      slices: of so many chips it is to be had, small ones first; of a TPU with their topology.
+      source: where the figures are published.
+    """
+
+    name: str
+    flops: float
+    memory: int
+    bandwidth: float
+    interconnect: float
+    slices: tuple[str, ...]
+    source: str
+
+    @property
+    def is_tpu(self) -> bool:
+        """Whether its own compiler is at hand without it."""
+        return self.name.startswith("v")
+
+
+_ALL = (
+    Chip("v4", 275e12, 32 * GIB, 1228e9, 300e9, _CUBIC, "https://cloud.google.com/tpu/docs/v4"),
+    Chip("v5e", 197e12, 16 * GIB, 819e9, 200e9, _PLANAR, "https://cloud.google.com/tpu/docs/v5e"),
+    Chip("v5p", 459e12, 95 * GIB, 2765e9, 600e9, _CUBIC, "https://cloud.google.com/tpu/docs/v5p"),
+    Chip("v6e", 918e12, 32 * GIB, 1640e9, 448e9, _PLANAR, "https://cloud.google.com/tpu/docs/v6e"),
+    # SXM, 80 GB, dense; NVLink 600, 900 and 900 GB/s in both directions.
+    Chip("a100", 312e12, 80 * 10**9, 2039e9, 300e9, _NODES, "https://www.nvidia.com/en-us/data-center/a100/"),
+    Chip("h100", 989e12, 80 * 10**9, 3350e9, 450e9, _NODES, "https://www.nvidia.com/en-us/data-center/h100/"),
+    Chip("h200", 989e12, 141 * 10**9, 4800e9, 450e9, _NODES, "https://www.nvidia.com/en-us/data-center/h200/"),
+)
+CHIPS = {chip.name: chip for chip in _ALL}
+
+# What the compiler of a chip with two cores has to be told, so that the two are one device.
+_ONE_DEVICE_A_CHIP = {"v4": {"chip_config_name": "megacore"}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """Chips that are connected.
+
+    Attributes:
+      topology: how they are arranged, such as "4x4"; of GPUs their number.
+    """
+
+    chip: Chip
+    topology: str
+
+    @property
+    def size(self) -> int:
+        """How many chips."""
+        return math.prod(int(side) for side in self.topology.split("x"))
+
+    @property
+    def name(self) -> str:
+        return f"{self.chip.name}:{self.topology}"
+
+
+def slices_of(chip: Chip) -> list[Slice]:
+    """All that are listed, small ones first."""
+    return [Slice(chip, topology) for topology in chip.slices]
+
+
+def slice_named(name: str, size: int) -> Slice:
+    """The slice "v5e:4x4", or with "v5e" alone the listed one of `size` chips.
+
+    Raises:
+      UserError: for a chip or a topology that is not listed, and for one of another size.
+    """
+    kind, colon, topology = name.lower().partition(":")
+    if kind not in CHIPS:
+        raise UserError(f'there is no chip "{kind}" to plan for{nearest(kind, CHIPS)}')
+    listed = slices_of(CHIPS[kind])
+    sizes = ", ".join(f"{found.name} ({found.size})" for found in listed)
+    if colon and topology not in CHIPS[kind].slices:
+        raise UserError(f"{kind} has no slice {topology}; with their chips, the listed ones are {sizes}")
+    for found in listed:
+        if found.size == size and topology in ("", found.topology):
+            return found
+    wanted = f"{name.lower()} has {Slice(CHIPS[kind], topology).size} chips" if colon else f"{kind} has none of {size}"
+    raise UserError(
+        f"the mesh is of {size} devices and {wanted}; let mesh.data * mesh.fsdp * mesh.tensor be the size of a slice: "
+        f"{sizes}"
+    )
+
+
+def make_mesh(part: Slice, sizes: dict[str, int]) -> jax.sharding.Mesh:
+    """A mesh of the slice's devices, none of which need be there; of GPUs virtual CPUs stand in for them.
+
+    Raises:
+      UserError: where the TPU compiler is not installed, or this process has too few virtual devices.
+    """
+    devices = _tpus(part) if part.chip.is_tpu else _virtual(part.size)
+    types = (jax.sharding.AxisType.Auto,) * len(meshes.AXES)
+    shape = tuple(sizes[axis] for axis in meshes.AXES)
+    return jax.make_mesh(shape, meshes.AXES, axis_types=types, devices=devices)
+
+
+def stand_apart() -> None:
+    """Makes of this process one that only plans.
+
+    JAX looks for no accelerator in it and makes as many virtual devices as the largest slice has; the TPU compiler
+    looks for no faster code, which takes it four fifths of its time. Where JAX has looked already, or XLA_FLAGS says
+    how many devices there are, all stays as it is.
+    """
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", max(int(count) for count in _NODES))
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_exec_time_optimization_effort", -1.0)
+
+
+def _tpus(part: Slice) -> Sequence[jax.Device]:
+    from jax.experimental import topologies
+
+    # No TPU is looked for, and none is locked against another process.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+    os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+    beside = str(Path(sys.prefix) / "tpu-compiler")  # where the Makefile installs it
+    if importlib.util.find_spec("libtpu") is None and beside not in sys.path:
+        sys.path.append(beside)
+        importlib.invalidate_caches()
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("the TPU compiler is not installed; run `make .venv/.installed-tpu-compiler`")
+    how = _ONE_DEVICE_A_CHIP.get(part.chip.name, {})
+    return topologies.get_topology_desc(part.name, "tpu", **how).devices
+
+
+def _virtual(count: int) -> Sequence[jax.Device]:
+    devices = jax.devices("cpu")
+    if len(devices) < count:
+        raise UserError(
+            f"{count} virtual devices are wanted and this process has {len(devices)}; run the plan as a command of its "
+            f"own, or set XLA_FLAGS=--xla_force_host_platform_device_count={count}"
+        )
+    return devices[:count]
