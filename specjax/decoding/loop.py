@@ -26,7 +26,7 @@ from specjax.decoding.sampling import Noise, Sampling, probabilities
 from specjax.decoding.statistics import Statistics
 from specjax.models import kv_cache
 from specjax.models.language_model import LanguageModel, consecutive
-from specjax.runtime.mesh import constrain
+from specjax.runtime.mesh import constrain, pin_first
 
 # Where an emitted token came from; what the report colours.
 PROMPT, ACCEPTED, RECOVERED, BONUS, PLAIN = range(5)
@@ -156,6 +156,9 @@ def prefill(plan: Plan, params, draft_params, prompts, lengths, row_keys) -> Dec
             drafter_state = kv_cache.laid_out(plan.drafter.init(draft_params, params, prefill, row_keys))
     tokens = jnp.pad(texts, ((0, 0), (0, plan.capacity - texts.shape[1])))
     cache, drafter_state = kv_cache.unmetered((cache, drafter_state))
+    # Said of the result too: left alone, the compiler would have the rows of caches whole along `fsdp`, as weights are.
+    cache = jax.tree.map(lambda x: constrain(x, kv_cache.AXES[: x.ndim]), cache)
+    drafter_state = jax.tree.map(lambda x: pin_first(x, "batch") if x.ndim == 4 else x, drafter_state)
     return DecodeState(
         tokens=tokens,
         origins=jnp.where(jnp.arange(plan.capacity)[None] < text_lengths[:, None], PROMPT, PLAIN).astype(jnp.int32),
