@@ -373,7 +373,7 @@ class Trainer:
                 line |= self.evaluator(self.state.params, self.step)
             self._write(self.step, {**line, "train_seconds": self.clock.seconds})
 
-    def _save(self, checkpoints: Checkpointer, measured: Mapping[str, float]) -> None:
+    def _save(self, checkpoints: Checkpointer, measured: Mapping[str, float | int]) -> None:
         """Saves the run as it stands, under the validation metrics of this step (none where it was not validated)."""
         self._settle()
         if self.saved == self.step:
