@@ -33,7 +33,7 @@ from specjax.decoding.drafters.drafting import draft
 from specjax.decoding.drafters.model import ModelDrafter
 from specjax.decoding.drafters.table import make_drafter
 from specjax.decoding.sampling import Noise, Sampling, row_keys
-from specjax.distillation import trainer, update
+from specjax.distillation import settings, trainer, update
 from specjax.hub.adapter import LoadedAdapter
 from specjax.hub.tokenizer import train_byte_bpe
 from specjax.models.adapters import Adapter, AdapterConfig
@@ -400,7 +400,7 @@ def test_an_adapter_without_a_target_or_with_hard_labels_is_refused(models):
     for changes, given in (({}, None), ({"loss.divergence": "cross_entropy"}, target)):
         material = trainer.Material(SelfDraft.of(adapter), {}, given, {}, iter(()), [], (0,), 4)
         with pytest.raises(UserError, match="an adapter learns from the target that it is attached to"):
-            trainer.check(test_trainer.make_config(**changes), material)
+            settings.check(test_trainer.make_config(**changes), material)
 
 
 # --- bad input -----------------------------------------------------------------------------------------------------

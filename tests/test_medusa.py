@@ -16,7 +16,7 @@ from specjax import distill
 from specjax.decoding import loop
 from specjax.decoding.drafters.table import make_drafter
 from specjax.decoding.sampling import Sampling, row_keys
-from specjax.distillation import trainer, update
+from specjax.distillation import settings, trainer, update
 from specjax.hub import adapter as hub_adapter
 from specjax.models.encoder_decoder import EncoderDecoderConfig
 from specjax.models.medusa import MedusaConfig, MedusaHeads
@@ -181,4 +181,4 @@ def test_what_heads_cannot_do_is_refused_in_one_sentence(models):
         MedusaConfig(EncoderDecoderConfig.__new__(EncoderDecoderConfig), 1)
     material = trainer.Material(SelfDraft.of(heads), {}, target, {}, iter(()), [], (0,), 4)
     with pytest.raises(UserError, match="writes no text of its own; set data.draft to 0"):
-        trainer.check(test_trainer.make_config(**{"data.fixed": 0.0, "data.draft": 1.0}), material)
+        settings.check(test_trainer.make_config(**{"data.fixed": 0.0, "data.draft": 1.0}), material)

@@ -14,20 +14,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from specjax.distillation import data_sources, objective, update
+from specjax.distillation import data_sources, objective, settings, update
 from specjax.distillation.cached_text import CachedText
 from specjax.distillation.meter import Clock, Interval
 from specjax.distillation.steps import make_steps
-from specjax.models.language_model import NEXT, LanguageModel, Params
+from specjax.models.language_model import LanguageModel, Params
 from specjax.reporting.records import MetricsLog
 from specjax.runtime import mesh as meshes
 from specjax.runtime import processes, stopping
 from specjax.runtime.checkpoint import Checkpointer
-from specjax.runtime.errors import UserError, nearest
+from specjax.runtime.errors import UserError
 from specjax.runtime.timing import progress
-
-# What `train.best_metric` may name, and which way it is better.
-BEST_METRICS = {"validation_loss": "min", "validation_acceptance": "max"}
 
 Evaluator = Callable[[Params, int], Mapping[str, float]]
 
@@ -94,54 +91,6 @@ class Material:
     whole: bool = False
 
 
-def check(config: Any, material: Material) -> None:
-    """Refuses settings of training that make no sense together, before anything is compiled.
-
-    Raises:
-      UserError: naming the setting.
-    """
-    has_target = material.target is not None
-    data, train, loss = config.data, config.train, config.loss
-    writes = material.draft.predicts == NEXT
-    if material.draft.needs_target and (not has_target or (writes and loss.divergence == objective.CROSS_ENTROPY)):
-        raise UserError(
-            "an adapter learns from the target that it is attached to: set `target`, and loss.divergence to one that "
-            f'compares with it, not "{loss.divergence}"'
-        )
-    if data.draft > 0 and not writes:
-        raise UserError(
-            f"data.draft is {data.draft}, but what is trained guesses further tokens and writes no text of its own; "
-            "set data.draft to 0, and data.target to have the target write"
-        )
-    objective.check(loss.divergence, loss.beta, loss.temperature, loss.chunk, has_target=has_target)
-    data_sources.check_fractions(data_sources.fractions_of(data), has_target=has_target)
-    for name in ("steps", "log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_last"):
-        if train[name] < 1:
-            raise UserError(f"train.{name} is {train[name]}; it must be 1 or more")
-    if train.checkpoint_every % train.eval_every:
-        raise UserError(
-            f"train.checkpoint_every ({train.checkpoint_every}) must be a multiple of train.eval_every "
-            f"({train.eval_every}), so that each checkpoint has its validation metrics"
-        )
-    known = [name for name in BEST_METRICS if has_target or name != "validation_acceptance"]
-    if train.best_metric not in known:
-        raise UserError(f'train.best_metric "{train.best_metric}" is not measured{nearest(train.best_metric, known)}')
-    rows = config.optimizer.accumulation * config.mesh.data * config.mesh.fsdp
-    if data.batch_size % rows:
-        raise UserError(
-            f"data.batch_size ({data.batch_size}) must be a multiple of optimizer.accumulation * mesh.data * "
-            f"mesh.fsdp ({rows})"
-        )
-    generated = material.longest_prompt + data.generation.max_new_tokens if data.fixed < 1 else 0
-    longest = max(data.sequence_length, generated)
-    for role, model in (("model", material.draft), ("target", material.target)):
-        if model is not None and longest > model.config.max_positions:
-            raise UserError(
-                f"rows of {longest} tokens do not fit the {role}'s {model.config.max_positions} positions; "
-                "lower data.sequence_length or data.generation.max_new_tokens"
-            )
-
-
 class Trainer:
     """Trains until `train.steps` and, where asked for, until a time has passed; resumes what was cut off.
 
@@ -169,7 +118,7 @@ class Trainer:
         Raises:
           UserError: for settings that make no sense.
         """
-        check(config, material)
+        settings.check(config, material)
         self.config, self.material, self.mesh = config, material, mesh
         self.workdir, self.min_seconds, self.evaluator = Path(workdir), min_seconds, evaluator
         optimizer = update.make_optimizer(config.optimizer, config.train.steps)
@@ -199,7 +148,7 @@ class Trainer:
             self.workdir / "checkpoints",
             keep_last=train.keep_last,
             best_metric=train.best_metric,
-            best_mode=BEST_METRICS[train.best_metric],
+            best_mode=settings.BEST_METRICS[train.best_metric],
         )
         with (
             stopping.holding(),
@@ -345,7 +294,7 @@ class Trainer:
                 line |= self.evaluator(self.state.params, self.step)
             self._write(self.step, {**line, "train_seconds": self.clock.seconds})
 
-    def _save(self, checkpoints: Checkpointer, measured: Mapping[str, float]) -> None:
+    def _save(self, checkpoints: Checkpointer, measured: Mapping[str, float | int]) -> None:
         """Saves the run as it stands, under the validation metrics of this step (none where it was not validated)."""
         self._settle()
         if self.saved == self.step:
