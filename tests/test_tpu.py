@@ -213,7 +213,7 @@ def test_a_drafter_decodes_on_a_slice_without_copying_a_cache_or_gathering_logit
     assert found["copies"] == []
     assert found["aliased"] >= found["cache_bytes"] > 0  # donated: there is one cache, not two
     assert found["planned_cache_bytes"] == found["cache_bytes"]
-    assert found["vocabulary"] == []
+    assert found["vocabulary"] == found["weights"] == []  # nothing whole is put together, turn by turn
     assert all(seconds > 0 for seconds in found["seconds"])
 
 

@@ -115,7 +115,6 @@ def roofline(work: hlo.Work, chip: Chip) -> dict[str, float]:
 
 def row(stage: str, step: Step, part: Slice, mesh: Any, compiled: Compiled | None, seconds: float, words: str) -> dict:
     """Everything that is known of a step on a slice, as a row of a record; bytes are those of one chip."""
-    beside = sum(size for name, size in step.resident.items() if name not in step.given)
     found = {
         "stage": stage,
         "step": step.name,
@@ -125,7 +124,6 @@ def row(stage: str, step: Step, part: Slice, mesh: Any, compiled: Compiled | Non
         "compiler": "TPU" if part.chip.is_tpu else "CPU",
         "compile_seconds": seconds,
         "resident_bytes": step.resident,
-        "beside_bytes": beside,
         "refusal": words,
         "fits": False,
     }
@@ -133,8 +131,10 @@ def row(stage: str, step: Step, part: Slice, mesh: Any, compiled: Compiled | Non
         return found
     memory, program = Memory.of(compiled), program_of(compiled)
     work = work_of(compiled, step, program)
+    beside = beside_of(step.resident, step.makes, memory.arguments)
     peak = memory.peak + beside
     return found | {
+        "beside_bytes": beside,
         "memory": dataclasses.asdict(memory),
         "peak_bytes": peak,
         "fits": peak <= part.chip.memory,
@@ -144,6 +144,12 @@ def row(stage: str, step: Step, part: Slice, mesh: Any, compiled: Compiled | Non
         "gathered_weights": [list(shape) for shape in gathered_weights(program, step)],
         "roofline": {chip.name: roofline(work, chip) for chip in CHIPS.values()},
     }
+
+
+def beside_of(resident: Mapping[str, int], makes: Iterable[str], arguments: int) -> int:
+    """Bytes of a stage that lie beside the arguments of one of its steps: what it does not look at."""
+    there = sum(size for name, size in resident.items() if name not in makes)
+    return max(there - arguments, 0)
 
 
 def peak_of(rows: Iterable[Mapping]) -> int | None:

@@ -35,7 +35,7 @@ class Step:
       lower: traces it; to be called under the mesh. A step that is made of the one before it gets that, compiled.
       turns: of its loops, where the compiler does not know.
       resident: bytes on one chip that are there while it runs, by what they are.
-      given: of `resident`, what are its own arguments; the others lie beside them.
+      makes: of `resident`, what is not there before it.
       weights: shapes of the parameters' matrices, whole.
       needs_before: whether it goes on from the results of the step before it.
     """
@@ -44,7 +44,7 @@ class Step:
     lower: Callable[[Compiled | None], Lowered]
     turns: hlo.Turns
     resident: dict[str, int]
-    given: tuple[str, ...]
+    makes: tuple[str, ...]
     weights: frozenset[tuple[int, ...]]
     needs_before: bool = False
 
@@ -137,7 +137,7 @@ def training_steps(stage: Training) -> Iterator[Step]:
             lower=lambda _, author=author, params=params: stage.steps.generate.lower(author, params, *given),
             turns=lambda source: data.generation.max_new_tokens if source.count("/while") == 1 else None,
             resident=stage.resident,
-            given=_given(stage, source),
+            makes=(),
             weights=weights,
         )
     text = {name: rows(mesh, rows_) for name in update.BATCH_AXES} | {"tokens": rows(mesh, rows_, width)}
@@ -149,15 +149,9 @@ def training_steps(stage: Training) -> Iterator[Step]:
         lower=lambda _: stage.steps.update.lower(stage.state, teacher, text),
         turns=_unsaid,
         resident=stage.resident,
-        given=("parameters", "optimizer", *(["target parameters"] if teacher is not None else [])),
+        makes=(),
         weights=weights,
     )
-
-
-def _given(stage: Training, source: str) -> tuple[str, ...]:
-    if source == "target":
-        return ("target parameters",)
-    return ("parameters", "target parameters") if stage.draft.needs_target else ("parameters",)
 
 
 # --- evaluation
@@ -275,10 +269,9 @@ def _brought(drafter: Any) -> Network | None:
 def decoding_steps(decoding: Decoding) -> Iterator[Step]:
     """Prefill, and one block of the loop: gamma tokens drafted and verified."""
     shared = dict(resident=decoding.resident, weights=matrices(decoding.params, decoding.draft_params))
-    own = ("parameters", "target parameters")
-    yield Step("prefill", decoding.lower_prefill, _unsaid, given=own, **shared)
-    turns, own = block_turns(decoding.plan), (*own, "cache")
-    yield Step("decode block", decoding.lower_loop, turns, given=own, needs_before=True, **shared)
+    yield Step("prefill", decoding.lower_prefill, _unsaid, makes=("cache",), **shared)
+    turns = block_turns(decoding.plan)
+    yield Step("decode block", decoding.lower_loop, turns, makes=(), needs_before=True, **shared)
 
 
 def block_turns(plan: loop.Plan) -> hlo.Turns:

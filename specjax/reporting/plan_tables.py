@@ -121,7 +121,7 @@ def plan(record: Mapping) -> str:
     rows = record["rows"]
     steps = _table(map(step_line, rows), tables.markdown_table)
     times = _table([roofline_line(row) for row in rows if "roofline" in row], tables.markdown_table)
-    return "\n\n".join([steps, times, " \n".join(f"- {stage_line(of)}" for of in record["stages"])])
+    return "\n\n".join([steps, times, "\n".join(f"- {stage_line(of)}" for of in record["stages"])])
 
 
 def scaling(record: Mapping) -> str:
