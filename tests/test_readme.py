@@ -75,14 +75,15 @@ MADE_UP = {
         "rows": [{"system": "transformers plain", "setting": {"threads": 1}, "tokens_per_second": 123.0}],
     },
     "peers_distillation": {
-        "pairs": {"small": [[4, 256], [1, 128], 512]},
-        "batch_size": 2,
+        "pairs": {"small": [[4, 256], [1, 128]]},
+        "vocabulary": 512,
         "prompt_tokens": 8,
         "new_tokens": 16,
         "cpus": 2,
         "rows": [
             {
                 "pair": "small",
+                "batch_size": 2,
                 "system": "specjax",
                 "setting": {},
                 "tokens_per_second": 2000.0,
@@ -128,7 +129,7 @@ def test_each_record_fills_its_table_and_a_changed_number_is_drift(tmp_path):
     assert "plain decoding\n\n| width | gigabytes |" in body(filled, "benchmark")
     assert "| 64 | 3.5 |" in body(filled, "benchmark") and "| 128 | 7.25 |" in body(filled, "benchmark")
     assert "| transformers plain | threads 1 | 123 |" in body(filled, "peers")
-    assert "| small | specjax | – | 2000 | 0.25 | 0.1 | 4 |" in body(filled, "peers_distillation")
+    assert "| small | 2 | specjax | – | 2000 | 0.25 | 0.1 | 4 |" in body(filled, "peers_distillation")
     changed = {"rows": [{**MADE_UP["peers"]["rows"][0], "tokens_per_second": 124.0}]}
     written(tmp_path / "records", peers={**MADE_UP["peers"], **changed})
     assert sync.synced(filled, tmp_path / "records") != filled

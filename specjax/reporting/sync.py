@@ -136,13 +136,14 @@ def peers(record: Mapping) -> str:
 
 def peers_distillation(record: Mapping) -> str:
     """Tokens written and learned from per second by each trainer's on-policy step, pair by pair, and what was run."""
-    columns = ("pair", "system", "setting", "tokens_per_second", "step_seconds", "generation_seconds", "ratio")
+    settings = ("pair", "batch_size", "system", "setting")
+    columns = (*settings, "tokens_per_second", "step_seconds", "generation_seconds", "ratio")
     pairs = "; ".join(
-        f"{name}: target {target[0]} x {target[1]}, draft {draft[0]} x {draft[1]}, {vocabulary} ids"
-        for name, (target, draft, vocabulary) in record["pairs"].items()
+        f"{name}: target {target[0]} x {target[1]}, draft {draft[0]} x {draft[1]}"
+        for name, (target, draft) in record["pairs"].items()
     )
     run = (
-        f"Layers x width of {pairs}. {record['batch_size']} rows, "
+        f"Layers x width of {pairs}. Vocabulary {record['vocabulary']}, "
         f"{record['prompt_tokens']} prompt and {record['new_tokens']} new tokens, JSD, float32, random weights, "
         f"{record['cpus']} CPU cores."
     )
