@@ -115,11 +115,10 @@ class Run:
 
 
 def quick(home):
-    """What keeps tiny programs from taking long: compiled once for all processes and runs, and not optimised."""
+    """What keeps tiny programs from taking long: compiled once for several runs, and not optimised."""
     return {
         "PYTHONPATH": str(ROOT),
         "JAX_COMPILATION_CACHE_DIR": str(home / "compiled"),
-        "JAX_SHARE_BINARY_BETWEEN_HOSTS": "1",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0",
