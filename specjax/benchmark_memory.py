@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -91,7 +92,9 @@ def measured(case: Mapping[str, Any]) -> dict[str, int]:
 
 def _in_a_process(case: Mapping[str, Any]) -> dict[str, int]:
     command = [sys.executable, "-m", "specjax.benchmark_memory", json.dumps(case)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    # Unfiltered, or what JAX says of its filter would stand in the place of the error.
+    environment = os.environ | {"JAX_TRACEBACK_FILTERING": "off"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise UserError(

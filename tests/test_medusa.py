@@ -134,7 +134,7 @@ def test_heads_learn_from_hard_labels_on_text_of_two_sources(tmp_path):
 
 
 def further(init, target, params):
-    sections = {"model": {"init": str(init)}, "medusa": {"heads": 2, "own_head": True}, "seed": 0}
+    sections = {"model": {"init": str(init), "whole": False}, "medusa": {"heads": 2, "own_head": True}, "seed": 0}
     return distill._attached(ConfigDict(sections), target, params, meshes.make_mesh(ConfigDict(ONE_DEVICE)))
 
 

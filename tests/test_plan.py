@@ -96,7 +96,10 @@ def test_a_slice_is_found_by_its_chip_and_the_size_of_the_mesh():
 
 def test_a_tensor_axis_that_does_not_divide_is_refused_with_the_sizes_that_do(tmp_path):
     config = pair(directory(tmp_path / "t"), directory(tmp_path / "d", heads=6, kv_heads=2, vocab_size=60), (2, 1, 4))
-    with pytest.raises(UserError, match=r"heads 6 and kv_heads 2 of the model to train do not divide .* over 1, 2$"):
+    with pytest.raises(
+        UserError,
+        match=r"mesh.tensor 4 does not divide heads 6 and key/value heads 2 of this model; let it be one of 1, 2$",
+    ):
         plan.run(config, "h100:8")
 
 

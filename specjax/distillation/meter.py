@@ -52,9 +52,9 @@ class Interval:
         return interval
 
     def state(self) -> dict:
-        """Of JSON's types, for a checkpoint between two lines."""
+        """Of JSON's types, for a checkpoint between two lines; a copy, for it is written while training goes on."""
         since, steps, rate = self._since, self._steps, self._learning_rate
-        return {"since": since, "steps": steps, "learning_rate": rate, "sums": self._sums}
+        return {"since": since, "steps": steps, "learning_rate": rate, "sums": dict(self._sums)}
 
     def add(self, values: Mapping[str, float]) -> None:
         self._steps += 1

@@ -306,7 +306,7 @@ class Trainer:
                 "seconds": self.seconds,
                 "tokens": self.tokens,
                 "loss": self.loss,
-                "validation": self.validation,
+                "validation": list(self.validation),
                 "interval": self._interval.state(),
             }
             metrics = {name: value for name, value in measured.items() if name != "step"}

@@ -10,7 +10,6 @@ from specjax import distill
 from specjax.hub import adapter as hub_adapter
 from specjax.hub import load as hub_load
 from specjax.hub import model as hub_model
-from specjax.models.config import DecoderConfig
 from specjax.models.language_model import LanguageModel, Network, Params
 from specjax.models.self_draft import SelfDraft
 from specjax.runtime import dtypes
@@ -21,29 +20,14 @@ from specjax.runtime.mesh import AnyMesh
 _STAGE = "stage:"
 
 
-def placed(model: Network, mesh: AnyMesh) -> Params:
-    """The parameters as shapes, laid out as the rules say. Raises UserError for what does not divide."""
-    shapes = model.abstract_params()
-    return meshes.abstract(shapes, meshes.shardings(model.axes(), mesh, shapes=shapes))
+def placed(model: Network, mesh: AnyMesh, *, whole: bool = False) -> Params:
+    """The parameters as shapes, laid out as the rules say. Raises UserError for what does not divide.
 
-
-def check_tensor_axis(config: DecoderConfig, who: str, tensor: int) -> None:
-    """Refuses a tensor axis over which heads or vocabulary do not divide; says which do.
-
-    Neither is padded: heads without a key of their own would have to be made up, and ids beyond the vocabulary would
-    be drawn, or would have to be masked in every rule.
-
-    Raises:
-      UserError: naming all sizes that do not divide.
+    Args:
+      whole: every device of the tensor axis holds all of it.
     """
-    sizes = {name: getattr(config, name) for name in ("heads", "kv_heads", "mlp_width", "vocab_size")}
-    wrong = [f"{name} {size}" for name, size in sizes.items() if size % tensor]
-    if wrong:
-        fits = [str(ways) for ways in range(1, 257) if not any(size % ways for size in sizes.values())]
-        raise UserError(
-            f"{' and '.join(wrong)} of the {who} do not divide over mesh.tensor = {tensor}; all of its sizes divide "
-            f"over {', '.join(fits)}"
-        )
+    shapes = model.abstract_params()
+    return meshes.abstract(shapes, meshes.shardings(model.axes(whole=whole), mesh, shapes=shapes))
 
 
 @dataclasses.dataclass
@@ -102,11 +86,12 @@ class Shelf:
             raise UserError(f'"{name}" is of no stage that is planned before this one{nearest(stage, self.made)}')
         return self.made[stage]
 
-    def loaded(self, name: str, config: Any, mesh: AnyMesh) -> hub_model.Model:
+    def loaded(self, name: str, config: Any, mesh: AnyMesh, *, whole: bool = False) -> hub_model.Model:
         """A model as an evaluation holds it, its parameters laid out on the mesh."""
         model = self.model(name, config.param_dtype, config.compute_dtype)
-        check_tensor_axis(model.config, f"model in {name}", mesh.shape["tensor"])
-        return hub_model.Model(model, placed(model, mesh), None, mesh)
+        if not whole:
+            model.check_split(mesh)
+        return hub_model.Model(model, placed(model, mesh, whole=whole), None, mesh)
 
     def attached(self, name: str, target: hub_model.Model) -> hub_adapter.LoadedAdapter:
         """An adapter as an evaluation holds it."""

@@ -11,11 +11,10 @@ from jax.stages import Compiled, Lowered
 
 from specjax import cases
 from specjax.decoding import batch, loop
-from specjax.distillation import data_sources, recipes, trainer, update
+from specjax.distillation import data_sources, recipes, settings, trainer, update
 from specjax.distillation.steps import Steps, make_steps
 from specjax.models import kv_cache
 from specjax.models.language_model import LanguageModel, Network
-from specjax.planning import models
 from specjax.planning.models import Shelf, placed, rows, whole
 from specjax.runtime import hlo
 from specjax.runtime import mesh as meshes
@@ -102,19 +101,19 @@ def training(config: Any, shelf: Shelf, mesh: AnyMesh) -> Training:
     """
     config = recipes.expand(config)
     draft, target = shelf.trained(config)
-    for who, model in (("model to train", draft), ("target", target)):
+    for model in (None if config.model.whole else draft, target):
         if model is not None:
-            models.check_tensor_axis(model.config, who, mesh.shape["tensor"])
+            model.check_split(mesh)
     params = draft.abstract_params()
     optimizer = update.make_optimizer(config.optimizer, config.train.steps)
-    state = update.abstract_state(params, draft.axes(), optimizer, mesh)
+    state = update.abstract_state(params, draft.axes(whole=config.model.whole), optimizer, mesh)
     teacher = None if target is None else placed(target, mesh)
     where = jax.tree.map(lambda x: x.sharding, state)
     steps = make_steps(config, draft, target, _EOS, optimizer, where, mesh)
     found = Training(config, draft, target, mesh, state, teacher, steps)
     longest = found.prompt_slots
     material = trainer.Material(draft, state.params, target, teacher, iter(()), (), _EOS, longest)
-    trainer.check(config, material)
+    settings.check(config, material)
     return found
 
 
@@ -163,12 +162,14 @@ class Decoding:
 
     Attributes:
       draft: the model, adapter or heads that it brings along, or None.
+      whole: every device of the tensor axis holds all of the draft.
       slots: padded length of a prompt.
     """
 
     name: str
     plan: loop.Plan
     draft: Network | None
+    whole: bool
     sampling: Any
     mesh: AnyMesh
     batch: int
@@ -182,7 +183,7 @@ class Decoding:
     @functools.cached_property
     def draft_params(self) -> Any:
         """The draft's own, or None."""
-        return None if self.draft is None else placed(self.draft, self.mesh)
+        return None if self.draft is None else placed(self.draft, self.mesh, whole=self.whole)
 
     @property
     def _arguments(self) -> tuple:
@@ -222,10 +223,11 @@ class Decoding:
 
     def resident_on(self, mesh: AnyMesh) -> dict[str, int]:
         """The same on another mesh. Raises UserError for what does not divide over it."""
-        on = lambda model: 0 if model is None else meshes.local_bytes(placed(model, mesh))
+        on = lambda model, **how: 0 if model is None else meshes.local_bytes(placed(model, mesh, **how))
         lay = lambda x: meshes.abstract(x, meshes.shardings(kv_cache.AXES, mesh, shapes=x))
         caches = meshes.local_bytes([lay(x) for x in self._cache_shapes])
-        return {"parameters": on(self.draft), "target parameters": on(self.plan.target), "cache": caches}
+        own = on(self.draft, whole=self.whole)
+        return {"parameters": own, "target parameters": on(self.plan.target), "cache": caches}
 
 
 def _caches_of(state: loop.DecodeState) -> list[Any]:
@@ -241,7 +243,9 @@ def decodings(config: Any, shelf: Shelf, mesh: AnyMesh) -> Iterator[Decoding]:
     Raises:
       UserError: for models that do not fit each other, and for what does not divide over the mesh.
     """
-    targets, drafters = cases.load_models(config, lambda name: shelf.loaded(name, config, mesh), shelf.attached)
+    targets, drafters = cases.load_models(
+        config, lambda name, **how: shelf.loaded(name, config, mesh, **how), shelf.attached
+    )
     job = cases.Job(config, targets, None, [], drafters)
     room = min(model.decoder.config.max_positions for model in targets.values()) - config.max_new_tokens
     slots = batch.padded_slots(min(config.selection.length_max, room))
@@ -256,7 +260,8 @@ def decodings(config: Any, shelf: Shelf, mesh: AnyMesh) -> Iterator[Decoding]:
             sampling = case.sampling
             if cases.needs_costs(case):
                 sampling = dataclasses.replace(sampling, costs=jnp.ones((case.gamma + 1,), jnp.float32))
-            yield Decoding(name, plan, _brought(drafters.get(name)), sampling, mesh, size, slots)
+            brought = _brought(drafters.get(name))
+            yield Decoding(name, plan, brought, case.options["whole"], sampling, mesh, size, slots)
     if not any(section.lossless for section in config.drafters.values()):
         raise UserError("no drafter of this evaluation is run under the lossless rule; name a gamma of it")
 
