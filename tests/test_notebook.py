@@ -1,5 +1,6 @@
 """Every notebook runs from top to bottom, and is committed without what it printed."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,20 @@ def test_a_notebook_is_committed_without_outputs(path):
     cells = [cell for cell in read(path).cells if cell.cell_type == "code"]
     assert cells
     assert [cell.source for cell in cells if cell.outputs or cell.execution_count] == []
+
+
+def test_every_notebook_is_installed_by_the_same_cell():
+    first = {next(cell.source for cell in read(path).cells if cell.cell_type == "code") for path in NOTEBOOKS}
+    assert len(first) == 1 and "pip" in first.pop()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_ends_with_what_does_it_at_scale(path):
+    last = read(path).cells[-1].source
+    assert last.startswith("## At scale")
+    named = re.findall(r"configs/[\w/]+\.(?:py|md)", last)
+    assert named or "make quickstart" in last
+    assert [name for name in named if not (ROOT / name).is_file()] == []
 
 
 @pytest.mark.slow
