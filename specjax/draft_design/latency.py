@@ -23,7 +23,7 @@ from specjax.models.language_model import LanguageModel
 from specjax.runtime.timing import progress
 
 _STEPS = 16
-_ROUNDS = 7
+_ROUNDS = 15
 _COST_ROUNDS = 3
 
 
