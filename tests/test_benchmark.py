@@ -62,6 +62,7 @@ def test_the_bare_product_reads_every_matrix_of_a_step():
         assert not np.allclose(benchmark._matvec_loop(1, changed, x), reference)
 
 
+@pytest.mark.slow
 @pytest.mark.standard_promotion
 def test_heads_in_chunks_need_a_chunks_logits_and_all_at_once_those_of_all_positions():
     config = configs.load(f"{CONFIG.with_name('distillation_memory.py')}:smoke")
@@ -75,6 +76,7 @@ def test_heads_in_chunks_need_a_chunks_logits_and_all_at_once_those_of_all_posit
         assert paper < counts["compiled"] < 3 * paper + 2e6
 
 
+@pytest.mark.slow
 def test_a_step_that_does_not_end_is_named_with_what_to_lower():
     config = configs.load(f"{CONFIG.with_name('distillation_memory.py')}:smoke")
     config.memory.divergence = "forward"
