@@ -74,7 +74,7 @@ def test_the_histogram_has_each_accepted_and_each_first_refused_token_at_its_own
                 if origin in (loop.ACCEPTED, loop.RECOVERED):
                     expected["accepted" if origin == loop.ACCEPTED else "rejected"].append(sure[place])
     prompts = [np.asarray(texts)[row, : int(lengths[row])].tolist() for row in range(BATCH)]
-    result = batch._result(state, 0.0, 0.0)
+    result, _ = batch._result(state, len(lengths), 0.0, 0.0)
     found = confidence.histogram(plan, params, adapter_params, prompts, [(BATCH, result)])
     for fate, values in expected.items():
         bins = np.minimum((np.asarray(values) * confidence.BINS).astype(int), confidence.BINS - 1)

@@ -57,7 +57,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config = ConfigDict({"seed": base.seed, "target": base.target})
     stages = ["target"]
     for seed in range(seeds):
-        for name, section in _seed(base, seed):
+        for name, section in _seed(base, seed, smoke):
             config[name] = section
             stages.append(name)
     for name, section in () if apart else (*_little_data(base, seeds), *_transfer(base, seeds)):
@@ -67,20 +67,20 @@ def get_config(variant: str = "") -> ConfigDict:
     return config
 
 
-def _seed(base: ConfigDict, seed: int):
-    """The stages of one seed, in order: (name, section)."""
+def _seed(base: ConfigDict, seed: int, smoke: bool):
+    """The stages of one seed, in order: (name, section); of a smoke run with one divergence for each text."""
     yield f"supervised_{seed}", _seeded(base.supervised, seed)
     text = _text(base, seed)
     yield f"target_text_{seed}", text
     for source in TEXTS:
         names = [f"supervised_{seed}"] if source == "fixed" else []
-        for divergence in DIVERGENCES:
+        for divergence in DIVERGENCES[:1] if smoke else DIVERGENCES:
             names.append(f"{source}_{divergence}_{seed}")
             yield names[-1], _distilled(base, seed, source, divergence)
         yield f"evaluation_{source}_{seed}", _evaluation(base, seed, names)
     names = [f"seqkd_{seed}"]
     yield names[-1], _by_name(base, seed, "seqkd")
-    for divergence in NEWER:
+    for divergence in NEWER[:1] if smoke else NEWER:
         names.append(f"draft_{divergence}_{seed}")
         yield names[-1], _distilled(base, seed, "draft", divergence)
     clock = f"workdir:draft_forward_kl_{seed}"
