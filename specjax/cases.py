@@ -231,6 +231,7 @@ def make_plan(job: Job, setting: Setting, case: Case, slots: int) -> loop.Plan:
         gamma=case.gamma,
         capacity=batch.capacity_bucket(decoder.text_slots(slots), job.config.max_new_tokens, case.gamma),
         greedy=setting.temperature == 0,
+        whole_draft=case.options["whole"],
     )
 
 

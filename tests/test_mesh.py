@@ -56,11 +56,11 @@ WAYS = {
 
 
 @functools.cache
-def plan_of(way):
+def plan_of(way, whole=False):
     (target, _), (draft, _) = models()
     rule, greedy, _ = WAYS[way]
     settings = dict(gamma=GAMMA, slots=SLOTS, max_new=MAX_NEW, rule=rule, greedy=greedy)
-    return tiny.plan(target, "model", {"model": draft}, **settings)
+    return dataclasses.replace(tiny.plan(target, "model", {"model": draft}, **settings), whole_draft=whole)
 
 
 def placed(sizes, whole=False):
@@ -76,7 +76,7 @@ def generated(sizes, way, whole=False, count=8):
     mesh, params, draft_params = placed(sizes, whole)
     with meshes.use(mesh):
         return batch.decode(
-            plan_of(way),
+            plan_of(way, whole),
             params,
             draft_params,
             texts()[:count],
@@ -134,7 +134,7 @@ def test_a_draft_that_is_whole_on_every_device_of_the_tensor_axis_drafts_the_sam
 def decode_step(sizes, way, whole=False):
     """The compiled loop of decoding and the state it begins with."""
     mesh, params, draft_params = placed(sizes, whole)
-    put, plan = batch.Placer(mesh), plan_of(way)
+    put, plan = batch.Placer(mesh), plan_of(way, whole)
     tokens, lengths = batch.pad(texts(), SLOTS)
     with meshes.use(mesh):
         keys = sampling.row_keys(SEED, put(np.arange(8, dtype=np.int32)))
@@ -179,11 +179,12 @@ def test_a_gather_of_the_vocabulary_would_be_seen():
 @pytest.mark.slow
 @pytest.mark.parametrize("whole", [False, True])
 def test_caches_lie_where_the_rules_say(whole):
-    """Those of a draft whose weights are whole too: the prefill does not know of it."""
+    """Those of a draft that is whole on every device of the tensor axis have their rows split, and nothing else."""
     _, state = decode_step((2, 2, 2), "greedy", whole)
-    for cache in (state.target_cache, state.drafter_state):
+    of_draft = jax.P(("data", "fsdp")) if whole else meshes.spec(kv_cache.AXES)
+    for cache, lies in ((state.target_cache, meshes.spec(kv_cache.AXES)), (state.drafter_state, of_draft)):
         for slots in (*cache.keys, *cache.values):
-            expected = jax.NamedSharding(slots.sharding.mesh, meshes.spec(kv_cache.AXES))
+            expected = jax.NamedSharding(slots.sharding.mesh, lies)
             assert slots.sharding.is_equivalent_to(expected, slots.ndim), slots.sharding
 
 

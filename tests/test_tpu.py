@@ -116,7 +116,7 @@ def decoding(name: str, mesh) -> steps.Decoding:
     plan = loop.Plan(target, drafter, rules.rule_named("lossless"), gamma, CAPACITY, False)
     sampling = Sampling.of(1.0, costs=(1.0,) * (gamma + 1) if how.get("adaptive") else None)
     own = how.get("model", how.get("adapter"))
-    return steps.Decoding(name, plan, own, False, sampling, mesh, BATCH, PROMPT)
+    return steps.Decoding(name, plan, own, sampling, mesh, BATCH, PROMPT)
 
 
 def training(name: str, mesh) -> steps.Training:

@@ -26,7 +26,7 @@ from specjax.decoding.sampling import Noise, Sampling, probabilities
 from specjax.decoding.statistics import Statistics
 from specjax.models import kv_cache
 from specjax.models.language_model import LanguageModel, consecutive
-from specjax.runtime.mesh import constrain, pin_first
+from specjax.runtime.mesh import constrain
 
 # Where an emitted token came from; what the report colours.
 PROMPT, ACCEPTED, RECOVERED, BONUS, PLAIN = range(5)
@@ -44,6 +44,7 @@ class Plan:
       gamma: most tokens drafted a block.
       capacity: cache slots and token slots a row; see `capacity_for`.
       greedy: temperature 0.
+      whole_draft: every device of the tensor axis holds all of the draft, and so all heads of its caches.
     """
 
     target: LanguageModel
@@ -52,6 +53,7 @@ class Plan:
     gamma: int
     capacity: int
     greedy: bool
+    whole_draft: bool = False
 
 
 @jax.tree_util.register_dataclass
@@ -153,12 +155,12 @@ def prefill(plan: Plan, params, draft_params, prompts, lengths, row_keys) -> Dec
     if plan.gamma:
         prefill = Prefill(prompts, lengths, texts, text_lengths, tap_states, plan.capacity)
         with jax.named_scope("drafter_init"):
-            drafter_state = kv_cache.laid_out(plan.drafter.init(draft_params, params, prefill, row_keys))
+            drafter_state = plan.drafter.init(draft_params, params, prefill, row_keys)
     tokens = jnp.pad(texts, ((0, 0), (0, plan.capacity - texts.shape[1])))
     cache, drafter_state = kv_cache.unmetered((cache, drafter_state))
     # Said of the result too: left alone, the compiler would have the rows of caches whole along `fsdp`, as weights are.
     cache = jax.tree.map(lambda x: constrain(x, kv_cache.AXES[: x.ndim]), cache)
-    drafter_state = jax.tree.map(lambda x: pin_first(x, "batch") if x.ndim == 4 else x, drafter_state)
+    drafter_state = kv_cache.laid_out(drafter_state, whole=plan.whole_draft)
     return DecodeState(
         tokens=tokens,
         origins=jnp.where(jnp.arange(plan.capacity)[None] < text_lengths[:, None], PROMPT, PLAIN).astype(jnp.int32),

@@ -93,17 +93,26 @@ def zeros(config, batch: int, capacity: int, dtype) -> Cache:
     )
 
 
-def laid_out(state: Any) -> Any:
-    """Inside jit, under a mesh: a drafter's state with keys and values split by the rules, as far as heads divide.
+def draft_axes(heads: int, ways: int, *, whole: bool) -> tuple[str | None, ...]:
+    """Logical axes of a draft's cache.
 
-    Left to itself the compiler keeps a cache that is only written yet whole on every device of the tensor axis.
+    Args:
+      heads: of keys and values.
+      ways: size of the mesh's tensor axis.
+      whole: every device of that axis holds all of the draft's weights, and so all heads; as where heads do not divide.
+    """
+    return (AXES[0], None, None, None) if whole or heads % ways else AXES
+
+
+def laid_out(state: Any, *, whole: bool) -> Any:
+    """Inside jit, under a mesh: a drafter's state with keys and values split by `draft_axes`.
+
+    Left to itself the compiler keeps a cache that is only written yet whole on every device of the tensor axis, and
+    its rows whole along `fsdp`, as weights are.
     """
     mesh = jax.sharding.get_abstract_mesh()
-
-    def lay(x):
-        divides = not mesh.empty and x.ndim == len(AXES) and x.shape[1] % mesh.shape["tensor"] == 0
-        return constrain(x, AXES) if divides else x
-
+    ways = 1 if mesh.empty else mesh.shape["tensor"]
+    lay = lambda x: constrain(x, draft_axes(x.shape[1], ways, whole=whole)) if x.ndim == len(AXES) else x
     return jax.tree.map(lay, state)
 
 

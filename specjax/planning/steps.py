@@ -162,14 +162,12 @@ class Decoding:
 
     Attributes:
       draft: the model, adapter or heads that it brings along, or None.
-      whole: every device of the tensor axis holds all of the draft.
       slots: padded length of a prompt.
     """
 
     name: str
     plan: loop.Plan
     draft: Network | None
-    whole: bool
     sampling: Any
     mesh: AnyMesh
     batch: int
@@ -183,7 +181,7 @@ class Decoding:
     @functools.cached_property
     def draft_params(self) -> Any:
         """The draft's own, or None."""
-        return None if self.draft is None else placed(self.draft, self.mesh, whole=self.whole)
+        return None if self.draft is None else placed(self.draft, self.mesh, whole=self.plan.whole_draft)
 
     @property
     def _arguments(self) -> tuple:
@@ -203,10 +201,11 @@ class Decoding:
 
     def caches(self, prefill: Compiled) -> list[jax.ShapeDtypeStruct]:
         """The arrays of keys and values, of target and draft, as the compiled prefill leaves them."""
-        return _caches_of(self.state(prefill))
+        of_target, of_draft = _caches_of(self.state(prefill))
+        return of_target + of_draft
 
     @functools.cached_property
-    def _cache_shapes(self) -> list[jax.ShapeDtypeStruct]:
+    def _cache_shapes(self) -> tuple[list[jax.ShapeDtypeStruct], ...]:
         bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._arguments)
         return jax.eval_shape(lambda *given: _caches_of(loop.begin(self.plan, *given)), *bare)
 
@@ -224,15 +223,18 @@ class Decoding:
     def resident_on(self, mesh: AnyMesh) -> dict[str, int]:
         """The same on another mesh. Raises UserError for what does not divide over it."""
         on = lambda model, **how: 0 if model is None else meshes.local_bytes(placed(model, mesh, **how))
-        lay = lambda x: meshes.abstract(x, meshes.shardings(kv_cache.AXES, mesh, shapes=x))
-        caches = meshes.local_bytes([lay(x) for x in self._cache_shapes])
-        own = on(self.draft, whole=self.whole)
-        return {"parameters": own, "target parameters": on(self.plan.target), "cache": caches}
+        laid = lambda axes, x: meshes.abstract(x, meshes.shardings(axes, mesh, shapes=x))
+        of_draft = lambda x: kv_cache.draft_axes(x.shape[1], mesh.shape["tensor"], whole=self.plan.whole_draft)
+        target_caches, draft_caches = self._cache_shapes
+        caches = [laid(kv_cache.AXES, x) for x in target_caches] + [laid(of_draft(x), x) for x in draft_caches]
+        own = on(self.draft, whole=self.plan.whole_draft)
+        return {"parameters": own, "target parameters": on(self.plan.target), "cache": meshes.local_bytes(caches)}
 
 
-def _caches_of(state: loop.DecodeState) -> list[Any]:
-    """The arrays of keys and values, of target and draft."""
-    return [x for x in jax.tree.leaves((state.target_cache, state.drafter_state)) if x.ndim == len(kv_cache.AXES)]
+def _caches_of(state: loop.DecodeState) -> tuple[list[Any], ...]:
+    """The arrays of keys and values: of the target, and of the draft."""
+    slots = lambda tree: [x for x in jax.tree.leaves(tree) if x.ndim == len(kv_cache.AXES)]
+    return slots(state.target_cache), slots(state.drafter_state)
 
 
 def decodings(config: Any, shelf: Shelf, mesh: AnyMesh) -> Iterator[Decoding]:
@@ -261,7 +263,7 @@ def decodings(config: Any, shelf: Shelf, mesh: AnyMesh) -> Iterator[Decoding]:
             if cases.needs_costs(case):
                 sampling = dataclasses.replace(sampling, costs=jnp.ones((case.gamma + 1,), jnp.float32))
             brought = _brought(drafters.get(name))
-            yield Decoding(name, plan, brought, case.options["whole"], sampling, mesh, size, slots)
+            yield Decoding(name, plan, brought, sampling, mesh, size, slots)
     if not any(section.lossless for section in config.drafters.values()):
         raise UserError("no drafter of this evaluation is run under the lossless rule; name a gamma of it")
 

@@ -141,20 +141,9 @@ def shard(tree: Any, axes_tree: Any, mesh: jax.sharding.Mesh) -> Any:
 
 def pin_last(x: jax.Array, name: str) -> jax.Array:
     """As `constrain`, of the last axis alone, and only where it divides; how the others lie is left to the compiler."""
-    return _pin(x, x.ndim - 1, name)
-
-
-def pin_first(x: jax.Array, name: str) -> jax.Array:
-    """As `pin_last`, of the first axis."""
-    return _pin(x, 0, name)
-
-
-def _pin(x: jax.Array, axis: int, name: str) -> jax.Array:
-    if not splits(name) or x.shape[axis] % _ways(name, jax.sharding.get_abstract_mesh()):
+    if not splits(name) or x.shape[-1] % _ways(name, jax.sharding.get_abstract_mesh()):
         return x
-    parts = [jax.P.UNCONSTRAINED] * x.ndim
-    parts[axis] = RULES[name]
-    return jax.lax.with_sharding_constraint(x, jax.P(*parts))
+    return jax.lax.with_sharding_constraint(x, jax.P(*[jax.P.UNCONSTRAINED] * (x.ndim - 1), RULES[name]))
 
 
 def splits(name: str) -> bool:
