@@ -27,6 +27,17 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+# Files of which each test is a run by itself, of up to a minute and a half: whichever worker is free takes the next one.
+# The tests of any other file share what they have made, and stay together.
+APART = ("test_smoke.py", "test_notebook.py")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.name not in APART:
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def compiled_programs():
     """Let go of after each file, which are some hundred: kept, a worker grows to several gigabytes."""

@@ -64,7 +64,6 @@ def run(config, workdir, *overrides):
     """As from the command line, on one device; what one config has compiled the next need not."""
     environment = os.environ | {
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        "JAX_COMPILATION_CACHE_DIR": str(workdir.parent.parent / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     command = [sys.executable, "-m", "specjax.main", *arguments(config, workdir, *overrides)]

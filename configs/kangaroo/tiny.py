@@ -59,7 +59,8 @@ def _evaluation(variant: str) -> ConfigDict:
         drafters[f"{stage}_40"] = parts.kangaroo(f"stage:{stage}", (some,), 0.4)
         drafters[f"{stage}_60"] = parts.kangaroo(f"stage:{stage}", (some, many), 0.6)
     compare = (("adapter_60", "no_adapter"), ("adapter_60", "adapter_1_60"))
-    section = parts.evaluation(variant, "stage:target", drafters, temperatures=(0.0, 1.0), compare=compare)
+    temperatures = (0.0,) if variant else (0.0, 1.0)
+    section = parts.evaluation(variant, "stage:target", drafters, temperatures=temperatures, compare=compare)
     section.selection.count = 3 if variant else 20
     section.measure_parts = not variant
     return section
