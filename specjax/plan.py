@@ -11,7 +11,7 @@ for GPUs the CPU compiler stands in, and what it says of temporary memory is an 
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -72,9 +72,11 @@ def run(config: ConfigDict, name: str = "") -> dict:
     for (stage, section), part in zip(planned, parts, strict=True):
         mesh = chips.make_mesh(part, {axis: section.mesh[axis] for axis in meshes.AXES})
         described.append(_described(stage, section, shelf, part, mesh))
-    # A compiler leaves the interpreter to others: stages are compiled side by side.
+    # A compiler leaves the interpreter to others: steps are compiled side by side, the last stage's first, which takes
+    # longest as a rule.
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        compiled = list(pool.map(_compiled, described))
+        begun = [[pool.submit(_compiled, of, step, about) for step, about in of.executables] for of in described[::-1]]
+        compiled = [[row.result() for row in rows] for rows in begun[::-1]]
     summary = [
         smallest.summary(of.stage, of.section, of.resident_on, rows, of.part, dict(of.mesh.shape))
         for of, rows in zip(described, compiled, strict=True)
@@ -95,7 +97,7 @@ class _Stage:
     """A stage that is described and not compiled yet.
 
     Attributes:
-      executables: groups of steps, each with what a row says of it besides.
+      executables: steps, each with what a row says of it besides.
       resident_on: bytes on one chip of another mesh, by what they are.
     """
 
@@ -103,7 +105,7 @@ class _Stage:
     section: ConfigDict
     part: chips.Slice
     mesh: Any
-    executables: Sequence[tuple[Iterator[steps.Step], Mapping]]
+    executables: Sequence[tuple[steps.Step, Mapping]]
     resident_on: Callable[[Any], Mapping[str, int]]
 
 
@@ -113,30 +115,23 @@ def _described(stage: str, section: ConfigDict, shelf: Shelf, part: chips.Slice,
         training = steps.training(section, shelf, mesh)
         shelf.made[stage] = training.draft
         on = lambda other: steps.training(section, shelf, other).resident
-        return _Stage(stage, section, part, mesh, [(steps.training_steps(training), {})], on)
-    decodings, groups = list(steps.decodings(section, shelf, mesh)), []
-    for decoding in decodings:
-        about = {"drafter": decoding.name, "gamma": decoding.plan.gamma, "batch_size": decoding.batch}
-        groups.append((steps.decoding_steps(decoding), {**about, "capacity": decoding.plan.capacity}))
+        return _Stage(stage, section, part, mesh, [(step, {}) for step in steps.training_steps(training)], on)
+    decodings, executables = list(steps.decodings(section, shelf, mesh)), []
+    for of in decodings:
+        about = {"drafter": of.name, "gamma": of.plan.gamma, "batch_size": of.batch, "capacity": of.plan.capacity}
+        executables += [(step, about) for step in steps.decoding_steps(of)]
 
     def most(other: Any) -> Mapping[str, int]:
         return max((of.resident_on(other) for of in decodings), key=lambda resident: sum(resident.values()))
 
-    return _Stage(stage, section, part, mesh, groups, most)
+    return _Stage(stage, section, part, mesh, executables, most)
 
 
-def _compiled(stage: _Stage) -> list[dict]:
-    """The rows of a stage; a group ends at the first step that is refused."""
-    rows = []
-    for group, about in stage.executables:
-        before = None
-        for step in group:
-            if step.needs_before and before is None:
-                break
-            print(f"{stage.stage or 'plan'}: {step.name} for {stage.part.name}", file=sys.stderr, flush=True)
-            before, seconds, words = account.compiled_step(step, before, stage.mesh)
-            rows.append({**account.row(stage.stage, step, stage.part, stage.mesh, before, seconds, words), **about})
-    return rows
+def _compiled(stage: _Stage, step: steps.Step, about: Mapping) -> dict:
+    """The row of a step."""
+    print(f"{stage.stage or 'plan'}: {step.name} for {stage.part.name}", file=sys.stderr, flush=True)
+    compiled, seconds, words = account.compiled_step(step, stage.mesh)
+    return {**account.row(stage.stage, step, stage.part, stage.mesh, compiled, seconds, words), **about}
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-# Files of which each test is a run by itself, of up to a minute and a half: whichever worker is free takes the next one.
-# The tests of any other file share what they have made, and stay together.
+# Files of which each test is a run by itself, of up to a minute and a half: whichever worker is free takes the next
+# one. The tests of any other file share what they have made, and stay together.
 APART = ("test_smoke.py", "test_notebook.py")
 
 

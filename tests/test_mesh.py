@@ -186,6 +186,11 @@ def test_caches_lie_where_the_rules_say(whole):
         for slots in (*cache.keys, *cache.values):
             expected = jax.NamedSharding(slots.sharding.mesh, lies)
             assert slots.sharding.is_equivalent_to(expected, slots.ndim), slots.sharding
+    # All that the loop carries lies where plans for chips take it to lie.
+    for of_draft, part in ((False, dataclasses.replace(state, drafter_state=())), (True, state.drafter_state)):
+        for x in jax.tree.leaves(part):
+            names = loop.axes_of(plan_of("greedy", whole), x, 2, of_draft=of_draft)
+            assert x.sharding.is_equivalent_to(jax.NamedSharding(x.sharding.mesh, meshes.spec(names)), x.ndim), x
 
 
 @functools.cache

@@ -141,18 +141,18 @@ def training(name: str, mesh) -> steps.Training:
 
 def decode_report(name: str, mesh) -> dict:
     """Compiles prefill and loop; says what the loop aliases, copies and gathers."""
-    described, prefill, seconds = decoding(name, mesh), None, []
+    described, seconds = decoding(name, mesh), []
     for step in steps.decoding_steps(described):
-        compiled, took, words = account.compiled_step(step, prefill, mesh)
+        compiled, took, words = account.compiled_step(step, mesh)
         assert compiled is not None, words
-        prefill, before, seconds = compiled, prefill, [*seconds, took]
+        seconds.append(took)
     program = account.program_of(compiled)
     return {
         "aliased": account.Memory.of(compiled).aliased,
-        "cache_bytes": meshes.local_bytes(described.caches(before)),
+        "cache_bytes": meshes.local_bytes(described.caches_on(mesh)),
         "planned_cache_bytes": described.resident["cache"],
-        "caches": sorted(account.cache_shapes(described, before)),
-        "copies": hlo.cache_copies(program, account.cache_shapes(described, before)),
+        "caches": sorted(account.cache_shapes(described)),
+        "copies": hlo.cache_copies(program, account.cache_shapes(described)),
         "vocabulary": [shape for shape in hlo.gathered(program.everywhere()) if VOCABULARY in shape],
         "weights": account.gathered_weights(program, step),
         "work": dataclasses.asdict(account.work_of(compiled, step, program)),
@@ -164,7 +164,7 @@ def train_report(name: str, mesh) -> dict:
     """Compiles what writes the text and the update; says what is updated in place and gathered."""
     stage, seconds = training(name, mesh), {}
     for step in steps.training_steps(stage):
-        compiled, seconds[step.name], words = account.compiled_step(step, None, mesh)
+        compiled, seconds[step.name], words = account.compiled_step(step, mesh)
         assert compiled is not None, words
     program = account.program_of(compiled)
     kept = [x for x in jax.tree.leaves(stage.state) if x.ndim]

@@ -26,6 +26,7 @@ from specjax.decoding.sampling import Noise, Sampling, probabilities
 from specjax.decoding.statistics import Statistics
 from specjax.models import kv_cache
 from specjax.models.language_model import LanguageModel, consecutive
+from specjax.runtime import mesh as meshes
 from specjax.runtime.mesh import constrain
 
 # Where an emitted token came from; what the report colours.
@@ -158,10 +159,7 @@ def prefill(plan: Plan, params, draft_params, prompts, lengths, row_keys) -> Dec
             drafter_state = plan.drafter.init(draft_params, params, prefill, row_keys)
     tokens = jnp.pad(texts, ((0, 0), (0, plan.capacity - texts.shape[1])))
     cache, drafter_state = kv_cache.unmetered((cache, drafter_state))
-    # Said of the result too: left alone, the compiler would have the rows of caches whole along `fsdp`, as weights are.
-    cache = jax.tree.map(lambda x: constrain(x, kv_cache.AXES[: x.ndim]), cache)
-    drafter_state = kv_cache.laid_out(drafter_state, whole=plan.whole_draft)
-    return DecodeState(
+    state = DecodeState(
         tokens=tokens,
         origins=jnp.where(jnp.arange(plan.capacity)[None] < text_lengths[:, None], PROMPT, PLAIN).astype(jnp.int32),
         lengths=text_lengths,
@@ -173,6 +171,24 @@ def prefill(plan: Plan, params, draft_params, prompts, lengths, row_keys) -> Dec
         statistics=Statistics.zeros(lengths.shape[0], plan.gamma),
         iterations=jnp.zeros((), jnp.int32),
     )
+    # Said of all that it gives: left alone, the compiler keeps a cache that is only written yet whole on every device
+    # of the tensor axis, and its rows whole along `fsdp`, as weights are.
+    ways = meshes.ways("kv_heads")
+    lay = lambda of_draft: lambda x: constrain(x, axes_of(plan, x, ways, of_draft=of_draft))
+    laid_out = jax.tree.map(lay(False), dataclasses.replace(state, drafter_state=()))
+    return dataclasses.replace(laid_out, drafter_state=jax.tree.map(lay(True), drafter_state))
+
+
+def axes_of(plan: Plan, x: Any, ways: int, *, of_draft: bool) -> tuple[str | None, ...]:
+    """Logical axes of an array, or shape, of what the loop carries: rows are split, and of caches the heads too.
+
+    Args:
+      ways: devices along the tensor axis.
+      of_draft: whether it is of the drafter's state.
+    """
+    if x.ndim != len(kv_cache.AXES):
+        return ("batch", *[None] * (x.ndim - 1)) if x.ndim else ()
+    return kv_cache.draft_axes(x.shape[1], ways, whole=plan.whole_draft) if of_draft else kv_cache.AXES
 
 
 def verify(plan: Plan, params, cache, pending: Int[Array, "B"], lengths: Int[Array, "B"], proposal: Proposal):

@@ -13,8 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from specjax.runtime.mesh import constrain
-
 # Logical axes of each cache array; the mesh rules map them to devices.
 AXES = ("batch", "kv_heads", "slots", "head")
 
@@ -102,18 +100,6 @@ def draft_axes(heads: int, ways: int, *, whole: bool) -> tuple[str | None, ...]:
       whole: every device of that axis holds all of the draft's weights, and so all heads; as where heads do not divide.
     """
     return (AXES[0], None, None, None) if whole or heads % ways else AXES
-
-
-def laid_out(state: Any, *, whole: bool) -> Any:
-    """Inside jit, under a mesh: a drafter's state with keys and values split by `draft_axes`.
-
-    Left to itself the compiler keeps a cache that is only written yet whole on every device of the tensor axis, and
-    its rows whole along `fsdp`, as weights are.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    ways = 1 if mesh.empty else mesh.shape["tensor"]
-    lay = lambda x: constrain(x, draft_axes(x.shape[1], ways, whole=whole)) if x.ndim == len(AXES) else x
-    return jax.tree.map(lay, state)
 
 
 def _is_meter(node: Any) -> bool:

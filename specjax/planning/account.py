@@ -45,12 +45,12 @@ class Memory:
         return cls(arguments, results, aliased, temporary, peak)
 
 
-def compiled_step(step: Step, before: Compiled | None, mesh: Any) -> tuple[Compiled | None, float, str]:
+def compiled_step(step: Step, mesh: Any) -> tuple[Compiled | None, float, str]:
     """Compiles a step: the executable (None where it does not fit), the seconds, and the compiler's words if not."""
     with meshes.use(mesh):
         started = time.perf_counter()
         try:
-            compiled = step.lower(before).compile()
+            compiled = step.lower().compile()
         except JaxRuntimeError as error:
             if _REFUSED not in str(error):
                 raise
@@ -94,12 +94,12 @@ def gathered_weights(program: hlo.Program, step: Step) -> list[tuple[int, ...]]:
     return sorted({shape for shape in hlo.gathered(program.inside_loops()) if shape in wanted})
 
 
-def cache_shapes(decoding: Decoding, prefill: Compiled) -> set[str]:
+def cache_shapes(decoding: Decoding) -> set[str]:
     """The caches of one chip as the compiled text writes them."""
     short = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
     return {
         f"{short[x.dtype.name]}[{','.join(map(str, x.sharding.shard_shape(x.shape)))}]"
-        for x in decoding.caches(prefill)
+        for x in decoding.caches_on(decoding.mesh)
     }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.stages import Compiled, Lowered
+from jax.stages import Lowered
 
 from specjax import cases
 from specjax.decoding import batch, loop
@@ -31,21 +31,19 @@ class Step:
 
     Attributes:
       name: of what it does.
-      lower: traces it; to be called under the mesh. A step that is made of the one before it gets that, compiled.
+      lower: traces it; to be called under the mesh.
       turns: of its loops, where the compiler does not know.
       resident: bytes on one chip that are there while it runs, by what they are.
       makes: of `resident`, what is not there before it.
       weights: shapes of the parameters' matrices, whole.
-      needs_before: whether it goes on from the results of the step before it.
     """
 
     name: str
-    lower: Callable[[Compiled | None], Lowered]
+    lower: Callable[[], Lowered]
     turns: hlo.Turns
     resident: dict[str, int]
     makes: tuple[str, ...]
     weights: frozenset[tuple[int, ...]]
-    needs_before: bool = False
 
 
 def _unsaid(source: str) -> None:
@@ -133,7 +131,7 @@ def training_steps(stage: Training) -> Iterator[Step]:
         width = max(width, slots) if fractions[data_sources.FIXED] else slots
         yield Step(
             name=f"{source} text",
-            lower=lambda _, author=author, params=params: stage.steps.generate.lower(author, params, *given),
+            lower=lambda author=author, params=params: stage.steps.generate.lower(author, params, *given),
             turns=lambda source: data.generation.max_new_tokens if source.count("/while") == 1 else None,
             resident=stage.resident,
             makes=(),
@@ -145,7 +143,7 @@ def training_steps(stage: Training) -> Iterator[Step]:
     teacher = stage.teacher if stage.steps.needs_teacher else None
     yield Step(
         name="update",
-        lower=lambda _: stage.steps.update.lower(stage.state, teacher, text),
+        lower=lambda: stage.steps.update.lower(stage.state, teacher, text),
         turns=_unsaid,
         resident=stage.resident,
         makes=(),
@@ -190,30 +188,37 @@ class Decoding:
         prompts = rows(self.mesh, self.batch, self.slots), rows(self.mesh, self.batch)
         return self.params, self.draft_params, *prompts, keys
 
-    def lower_prefill(self, _: Compiled | None = None) -> Lowered:
+    def lower_prefill(self) -> Lowered:
         """What `loop.begin` compiles."""
         return loop.prefill.lower(dataclasses.replace(self.plan, rule=None, greedy=True), *self._arguments)
-
-    def state(self, prefill: Compiled) -> loop.DecodeState:
-        """What the loop carries, as shapes, laid out as the compiled prefill leaves it."""
-        shapes = jax.eval_shape(lambda *given: loop.begin(self.plan, *given), *self._arguments)
-        return meshes.abstract(shapes, prefill.output_shardings)
-
-    def caches(self, prefill: Compiled) -> list[jax.ShapeDtypeStruct]:
-        """The arrays of keys and values, of target and draft, as the compiled prefill leaves them."""
-        of_target, of_draft = _caches_of(self.state(prefill))
-        return of_target + of_draft
 
     @functools.cached_property
     def _cache_shapes(self) -> tuple[list[jax.ShapeDtypeStruct], ...]:
         bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._arguments)
         return jax.eval_shape(lambda *given: _caches_of(loop.begin(self.plan, *given)), *bare)
 
-    def lower_loop(self, prefill: Compiled) -> Lowered:
+    def _lay(self, mesh: AnyMesh, *, of_draft: bool) -> Callable[[Any], jax.ShapeDtypeStruct]:
+        axes = lambda x: loop.axes_of(self.plan, x, mesh.shape["tensor"], of_draft=of_draft)
+        return lambda x: meshes.abstract(x, meshes.shardings(axes(x), mesh, shapes=x))
+
+    def caches_on(self, mesh: AnyMesh) -> list[jax.ShapeDtypeStruct]:
+        """The arrays of keys and values, of target and draft. Raises UserError for what does not divide over it."""
+        of_target, of_draft = self._cache_shapes
+        return [*map(self._lay(mesh, of_draft=False), of_target), *map(self._lay(mesh, of_draft=True), of_draft)]
+
+    @property
+    def _state(self) -> loop.DecodeState:
+        """What the loop carries, as shapes, laid out as the prefill leaves it."""
+        shapes = jax.eval_shape(lambda *given: loop.begin(self.plan, *given), *self._arguments)
+        laid = jax.tree.map(self._lay(self.mesh, of_draft=False), dataclasses.replace(shapes, drafter_state=()))
+        of_draft = jax.tree.map(self._lay(self.mesh, of_draft=True), shapes.drafter_state)
+        return dataclasses.replace(laid, drafter_state=of_draft)
+
+    def lower_loop(self) -> Lowered:
         """What `loop.run` compiles."""
         limits = loop.Limits(rows(self.mesh, self.batch), whole(jax.ShapeDtypeStruct((1,), jnp.int32), self.mesh))
         sampling = whole(jax.eval_shape(lambda: self.sampling), self.mesh)
-        return loop.run.lower(self.plan, self.params, self.draft_params, self.state(prefill), sampling, limits)
+        return loop.run.lower(self.plan, self.params, self.draft_params, self._state, sampling, limits)
 
     @functools.cached_property
     def resident(self) -> dict[str, int]:
@@ -223,12 +228,11 @@ class Decoding:
     def resident_on(self, mesh: AnyMesh) -> dict[str, int]:
         """The same on another mesh. Raises UserError for what does not divide over it."""
         on = lambda model, **how: 0 if model is None else meshes.local_bytes(placed(model, mesh, **how))
-        laid = lambda axes, x: meshes.abstract(x, meshes.shardings(axes, mesh, shapes=x))
-        of_draft = lambda x: kv_cache.draft_axes(x.shape[1], mesh.shape["tensor"], whole=self.plan.whole_draft)
-        target_caches, draft_caches = self._cache_shapes
-        caches = [laid(kv_cache.AXES, x) for x in target_caches] + [laid(of_draft(x), x) for x in draft_caches]
-        own = on(self.draft, whole=self.plan.whole_draft)
-        return {"parameters": own, "target parameters": on(self.plan.target), "cache": meshes.local_bytes(caches)}
+        return {
+            "parameters": on(self.draft, whole=self.plan.whole_draft),
+            "target parameters": on(self.plan.target),
+            "cache": meshes.local_bytes(self.caches_on(mesh)),
+        }
 
 
 def _caches_of(state: loop.DecodeState) -> tuple[list[Any], ...]:
@@ -278,7 +282,7 @@ def decoding_steps(decoding: Decoding) -> Iterator[Step]:
     shared = dict(resident=decoding.resident, weights=matrices(decoding.params, decoding.draft_params))
     yield Step("prefill", decoding.lower_prefill, _unsaid, makes=("cache",), **shared)
     turns = block_turns(decoding.plan)
-    yield Step("decode block", decoding.lower_loop, turns, makes=(), needs_before=True, **shared)
+    yield Step("decode block", decoding.lower_loop, turns, makes=(), **shared)
 
 
 def block_turns(plan: loop.Plan) -> hlo.Turns:

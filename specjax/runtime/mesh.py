@@ -141,19 +141,20 @@ def shard(tree: Any, axes_tree: Any, mesh: jax.sharding.Mesh) -> Any:
 
 def pin_last(x: jax.Array, name: str) -> jax.Array:
     """As `constrain`, of the last axis alone, and only where it divides; how the others lie is left to the compiler."""
-    if not splits(name) or x.shape[-1] % _ways(name, jax.sharding.get_abstract_mesh()):
+    if not splits(name) or x.shape[-1] % ways(name):
         return x
     return jax.lax.with_sharding_constraint(x, jax.P(*[jax.P.UNCONSTRAINED] * (x.ndim - 1), RULES[name]))
 
 
 def splits(name: str) -> bool:
     """Inside jit, under `use`: whether this logical axis is spread over devices."""
+    return ways(name) > 1
+
+
+def ways(name: str) -> int:
+    """Inside jit, under `use`: over how many devices this logical axis is spread; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and _ways(name, mesh) > 1
-
-
-def _ways(name: str, mesh: Any) -> int:
-    return math.prod(mesh.shape[axis] for axis in RULES[name] or ())
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES[name] or ())
 
 
 def place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
