@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar
 
-from specjax.reporting import plots, recipe_sweep, records, tables
+from specjax.reporting import panels, plots, recipe_sweep, records, tables
 from specjax.reporting.records import json_clean, write_atomically
 
 ORIGINS = {
@@ -63,7 +63,7 @@ class Table:
 @dataclasses.dataclass(frozen=True)
 class Figure:
     path: Path
-    """A PNG; its dark twin (see plots.dark_twin) is shown on dark screens where there is one."""
+    """A PNG; its dark twin (see `panels.dark_twin`) is shown on dark screens where there is one."""
     caption: str
 
 
@@ -127,7 +127,7 @@ def write_report(
         subtitle=subtitle,
         environment=json_clean(environment),
         sections=sections,
-        dark_twin=plots.dark_twin,
+        dark_twin=panels.dark_twin,
     )
     write_atomically(path, html)
 
