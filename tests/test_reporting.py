@@ -521,3 +521,18 @@ def test_a_curve_has_room_above_it_and_whole_numbers_below(drawn, tmp_path):
     drawn[0].canvas.draw()
     assert axes.get_ylim() == (0, pytest.approx(1.06 * 1.01))
     assert all(float(tick).is_integer() for tick in axes.get_xticks())
+
+
+@pytest.mark.parametrize(
+    "targets, shown",
+    [
+        (("/runs/a/target/export", "/runs/a/large/export"), ["target/export", "large/export"]),
+        (("runs/a/target", "runs/a/target/export"), ["target", "target/export"]),
+        (("one", "team/two"), ["one", "team/two"]),
+        (("/runs/a", "team/two"), ["/runs/a", "team/two"]),
+    ],
+)
+def test_targets_are_shown_without_the_folder_that_they_share(targets, shown):
+    rows = [result_row(target=target) for target in targets]
+    assert [line[0] for line in page.results_table(rows).lines] == shown
+    assert [row["target"] for row in rows] == list(targets)

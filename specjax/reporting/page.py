@@ -301,7 +301,7 @@ def results_table(rows: Sequence[Mapping]) -> Table:
     note = " Lossy rows do not follow the target's law and are never marked." if any(map(tables.is_lossy, rows)) else ""
     return Table(
         columns=[Column(tables.heading(key), tables.is_text(rows, key)) for key in keys],
-        lines=[[tables.cell(row, key) for key in keys] for row in rows],
+        lines=[[tables.cell(row, key) for key in keys] for row in tables.short_targets(rows)],
         best=frozenset(best.values()),
         caption="± is half the 95% bootstrap interval. Marked: the fastest at each temperature." + note,
     )
