@@ -14,34 +14,12 @@
 # exit code is that of the first that ended badly: 75 where the run was told to stop and goes on when it is started again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source-path=SCRIPTDIR/..
+source launch/common.sh
 
 processes="" devices=1 port="" config="" workdir="" python=""
-dry_run=false
-
-fail() {
-  echo "error: $*" >&2
-  exit 2
-}
-
-while (($#)); do
-  case $1 in
-    --processes=* | --devices=* | --port=* | --python=* | --config=* | --workdir=*)
-      key=${1%%=*}
-      printf -v "${key#--}" '%s' "${1#*=}"
-      ;;
-    --dry_run) dry_run=true ;;
-    --)
-      shift
-      break
-      ;;
-    *) fail "$1 is not understood; see the first lines of $0" ;;
-  esac
-  shift
-done
-overrides=("$@")
-for required in processes config workdir; do
-  [[ -n ${!required} ]] || fail "--$required is missing; see the first lines of $0"
-done
+take_arguments "processes devices port python config workdir" "" "$@"
+need processes config workdir
 for number in processes devices; do
   [[ ${!number} =~ ^[1-9][0-9]*$ ]] || fail "--$number is ${!number}; it must be a whole number above 0"
 done
@@ -76,7 +54,7 @@ for ((id = 0; id < processes; id++)); do
   command=(env JAX_PLATFORMS=cpu "XLA_FLAGS=${flags:+$flags }--xla_force_host_platform_device_count=$devices"
     "$python" -m specjax.main --config="$config" --workdir="$workdir"
     --coordinator="127.0.0.1:$port" --processes="$processes" --process_id="$id" ${overrides[@]+"${overrides[@]}"})
-  printf '+ %s\n' "$(printf '%q ' "${command[@]}")" >&2
+  show "${command[@]}"
   if ! $dry_run; then
     "${command[@]}" &
     pids+=("$!")

@@ -16,44 +16,16 @@
 # checkpoint of a sharded model is written by all hosts. Such a workdir is neither copied there nor fetched.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source-path=SCRIPTDIR/..
+source launch/common.sh
 
 name=specjax project="" zone="" type="" runtime="" config="" workdir=""
-provisioning=(--spot)
-keep=false
-dry_run=false
+on_demand=false keep=false
+take_arguments "name project zone type runtime config workdir" "on_demand keep" "$@"
+need project zone type runtime config workdir
 
-fail() {
-  echo "error: $*" >&2
-  exit 2
-}
-
-while (($#)); do
-  case $1 in
-    --name=* | --project=* | --zone=* | --type=* | --runtime=* | --config=* | --workdir=*)
-      key=${1%%=*}
-      printf -v "${key#--}" '%s' "${1#*=}"
-      ;;
-    --on_demand) provisioning=() ;;
-    --keep) keep=true ;;
-    --dry_run) dry_run=true ;;
-    --)
-      shift
-      break
-      ;;
-    *) fail "$1 is not understood; see the first lines of $0" ;;
-  esac
-  shift
-done
-overrides=("$@")
-for required in project zone type runtime config workdir; do
-  [[ -n ${!required} ]] || fail "--$required is missing; see the first lines of $0"
-done
-
-run() {
-  printf '+ %s\n' "$(printf '%q ' "$@")" >&2
-  $dry_run || "$@"
-}
-
+provisioning=()
+$on_demand || provisioning=(--spot)
 place=(--project="$project" --zone="$zone")
 
 on_all() {

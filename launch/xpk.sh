@@ -21,49 +21,18 @@
 # A cluster is billed until it is deleted, whether anything runs on it or not.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source-path=SCRIPTDIR/..
+source launch/common.sh
 
 name=specjax slices=1 image=python:3.12 restarts=20
 project="" zone="" cluster="" type="" config="" workdir="" storage=""
-provisioning=--spot
-create=false
-keep=false
-dry_run=false
-
-fail() {
-  echo "error: $*" >&2
-  exit 2
-}
-
-while (($#)); do
-  case $1 in
-    --name=* | --slices=* | --image=* | --restarts=* | --project=* | --zone=* | --cluster=* | --type=* | \
-      --config=* | --workdir=* | --storage=*)
-      key=${1%%=*}
-      printf -v "${key#--}" '%s' "${1#*=}"
-      ;;
-    --create) create=true ;;
-    --on_demand) provisioning=--on-demand ;;
-    --keep) keep=true ;;
-    --dry_run) dry_run=true ;;
-    --)
-      shift
-      break
-      ;;
-    *) fail "$1 is not understood; see the first lines of $0" ;;
-  esac
-  shift
-done
-overrides=("$@")
-for required in project zone cluster type config workdir; do
-  [[ -n ${!required} ]] || fail "--$required is missing; see the first lines of $0"
-done
+create=false on_demand=false keep=false
+take_arguments "name slices image restarts project zone cluster type config workdir storage" "create on_demand keep" "$@"
+need project zone cluster type config workdir
 [[ $workdir == /* ]] || fail "--workdir is $workdir; pods go, so give an absolute path on a storage that they share"
 
-run() {
-  printf '+ %s\n' "$(printf '%q ' "$@")" >&2
-  $dry_run || "$@"
-}
-
+provisioning=--on-demand
+$on_demand || provisioning=--spot
 place=(--cluster="$cluster" --project="$project" --zone="$zone")
 
 clean_up() {

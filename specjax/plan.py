@@ -9,6 +9,7 @@ for GPUs the CPU compiler stands in, and what it says of temporary memory is an 
 """
 
 import dataclasses
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -67,7 +68,7 @@ def run(config: ConfigDict, name: str = "") -> dict:
     planned = [(stage, section) for stage, section in stages if section.binary in _PLANNED]
     if not planned:
         raise UserError(f"nothing here can be planned: that is for stages of {' and '.join(_PLANNED)}")
-    parts = [chips.slice_named(name, _size(section)) for _, section in planned]
+    parts = [chips.slice_named(name, math.prod(meshes.sizes_of(section.mesh))) for _, section in planned]
     shelf, described = Shelf(), []
     for (stage, section), part in zip(planned, parts, strict=True):
         mesh = chips.make_mesh(part, {axis: section.mesh[axis] for axis in meshes.AXES})
@@ -83,13 +84,6 @@ def run(config: ConfigDict, name: str = "") -> dict:
     ]
     rows = [row for rows in compiled for row in rows]
     return {"binary": "plan", "config": configs.to_plain(config), "rows": rows, "stages": summary}
-
-
-def _size(section: ConfigDict) -> int:
-    sizes = [section.mesh[axis] for axis in meshes.AXES]
-    if min(sizes) < 1:
-        raise UserError(f"every axis of a mesh needs at least 1, and mesh is {' x '.join(map(str, sizes))}")
-    return sizes[0] * sizes[1] * sizes[2]
 
 
 @dataclasses.dataclass(frozen=True)

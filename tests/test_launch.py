@@ -18,8 +18,8 @@ LOCAL = (*GIVEN, "--workdir=runs/a")
 
 # Separates the words of a call by a character that none of them has.
 GCLOUD = r"""#!/usr/bin/env bash
-printf '%s\x1f' "$@" >>calls
-echo >>calls
+printf '%s\x1f' "$@" >>"$CALLS"
+echo >>"$CALLS"
 case "$*" in
   *describe*)
     state=$(head -n 1 states)
@@ -34,32 +34,43 @@ esac
 """
 
 
-class Cloud:
-    """A checkout with the launcher in it, and a gcloud and a sleep of its own on the PATH."""
+class Fakes:
+    """Commands on the PATH of a launcher, `texts` by name, that write down in `calls` what they are asked."""
 
-    def __init__(self, root):
+    def __init__(self, root, texts):
         self.root = root
-        shutil.copytree(SCRIPT.parent, root / "launch")
-        for name in ("specjax/main.py", "configs/a.py", "pyproject.toml", "requirements.txt", "README.md"):
-            (root / name).parent.mkdir(exist_ok=True)
-            (root / name).touch()
-        for name, text in (("gcloud", GCLOUD), ("sleep", "#!/bin/sh\n")):
+        for name, text in texts.items():
             path = root / "bin" / name
             path.parent.mkdir(exist_ok=True)
             path.write_text(text)
             path.chmod(0o755)
 
-    def launch(self, *arguments, states=("absent", "ACTIVE"), run=0, fetch=0):
-        (self.root / "states").write_text("".join(f"{state}\n" for state in states))
+    def run(self, script, *arguments, **environment):
         path = f"{self.root / 'bin'}{os.pathsep}{os.environ['PATH']}"
-        environment = {"PATH": path, "TMPDIR": str(self.root), "RUN_CODE": str(run), "FETCH_CODE": str(fetch)}
-        command = ["bash", str(self.root / "launch" / "tpu_vm.sh"), *arguments]
+        environment = {"PATH": path, "CALLS": str(self.root / "calls"), **environment}
+        command = ["bash", str(script), *arguments]
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
 
     def calls(self):
         path = self.root / "calls"
         lines = path.read_text().splitlines() if path.exists() else []
         return [line.split("\x1f")[:-1] for line in lines]
+
+
+class Cloud(Fakes):
+    """A checkout with the launcher in it, and a gcloud and a sleep of its own on the PATH."""
+
+    def __init__(self, root):
+        super().__init__(root, {"gcloud": GCLOUD, "sleep": "#!/bin/sh\n"})
+        shutil.copytree(SCRIPT.parent, root / "launch")
+        for name in ("specjax/main.py", "configs/a.py", "pyproject.toml", "requirements.txt", "README.md"):
+            (root / name).parent.mkdir(exist_ok=True)
+            (root / name).touch()
+
+    def launch(self, *arguments, states=("absent", "ACTIVE"), run=0, fetch=0):
+        (self.root / "states").write_text("".join(f"{state}\n" for state in states))
+        environment = {"TMPDIR": str(self.root), "RUN_CODE": str(run), "FETCH_CODE": str(fetch)}
+        return self.run(self.root / "launch" / "tpu_vm.sh", *arguments, **environment)
 
     def verbs(self):
         """What each call does; polls of the state counted once."""
@@ -199,27 +210,14 @@ esac
 """
 
 
-class Tools:
+class Tools(Fakes):
     """xpk, kubectl, srun and scontrol that only write down what they are asked."""
 
     def __init__(self, root):
-        self.root = root
-        for name in ("xpk", "kubectl", "srun", "scontrol"):
-            path = root / "bin" / name
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(TOOL)
-            path.chmod(0o755)
+        super().__init__(root, dict.fromkeys(("xpk", "kubectl", "srun", "scontrol"), TOOL))
 
     def launch(self, script, *arguments, **environment):
-        path = f"{self.root / 'bin'}{os.pathsep}{os.environ['PATH']}"
-        environment = {"PATH": path, "CALLS": str(self.root / "calls"), "SLURM_JOB_ID": "7", **environment}
-        command = ["bash", str(SCRIPT.parent / script), *arguments]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-
-    def calls(self):
-        path = self.root / "calls"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [line.split("\x1f")[:-1] for line in lines]
+        return self.run(SCRIPT.parent / script, *arguments, SLURM_JOB_ID="7", **environment)
 
     def verbs(self):
         return [" ".join(call[:3]) if call[0] == "xpk" else call[0] for call in self.calls()]

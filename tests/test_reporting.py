@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from specjax.reporting import metrics, page, plots, records, sync, tables
+from specjax.reporting import metrics, page, panels, plots, records, sync, tables
 from specjax.runtime.errors import UserError
 
 
@@ -468,6 +468,71 @@ def test_figures_without_data_say_so(tmp_path):
 
 def test_a_drafter_keeps_its_colour_when_others_are_absent():
     palette = ["control", "distilled", "ngram"]
-    alone, together = plots.looks_of(palette, ["ngram"]), plots.looks_of(palette, palette)
-    assert alone(plots.LIGHT, "ngram") == together(plots.LIGHT, "ngram")
-    assert len({together(plots.DARK, name) for name in palette}) == 3
+    alone, together = panels.looks_of(palette, ["ngram"]), panels.looks_of(palette, palette)
+    assert alone(panels.LIGHT, "ngram") == together(panels.LIGHT, "ngram")
+    assert len({together(panels.DARK, name) for name in palette}) == 3
+
+
+def test_lines_beyond_the_colours_differ_in_their_markers():
+    names = [f"drafter {number}" for number in range(20)]
+    look = panels.looks_of((), names)
+    assert len({look(panels.LIGHT, name) for name in names}) == 20
+
+
+def test_the_legend_tells_lines_apart_and_no_more():
+    rows = [result_row("a", threshold=0.4), result_row("b", threshold=0.6), result_row("b", threshold=0.0)]
+    assert plots._grouped(rows)[1] == ["a", "b (threshold 0.6)", "b (threshold 0.0)"]
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Figures, kept instead of being saved; the light one of each first."""
+    from matplotlib.figure import Figure
+
+    kept = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: kept.append(figure))
+    return kept
+
+
+@pytest.mark.parametrize("longest", [4, 22, 34, 48])
+def test_no_entry_of_a_legend_is_cut_off(drawn, tmp_path, longest):
+    rows = [result_row((f"{number}" + 6 * "_adapter")[:longest]) for number in range(5)]
+    plots.speedup_figure(rows, tmp_path / "x.png")
+    figure = drawn[0]
+    figure.canvas.draw()
+    legend = figure.legends[0].get_window_extent()
+    assert legend.x1 <= figure.bbox.x1
+    top = figure.axes[0].title.get_window_extent().y1
+    assert top <= legend.y0, "the legend is above the panels"
+
+
+def test_lines_that_are_alone_at_a_gamma_stand_at_it(drawn, tmp_path):
+    rows = [result_row("a", 2), result_row("a", 4), result_row("b", 4), result_row("c", 3)]
+    plots.speedup_figure(rows, tmp_path / "x.png")
+    lines = {line.get_label(): line.get_xdata() for line in drawn[0].axes[0].lines}
+    np.testing.assert_allclose(lines["a"], [2, 3.975])
+    np.testing.assert_allclose(lines["b"], [4.025])
+    np.testing.assert_allclose(lines["c"], [3])
+
+
+def test_a_curve_has_room_above_it_and_whole_numbers_below(drawn, tmp_path):
+    plots.lines_figure({"batch": {"measured": [(1, 1.0), (2, 1.01)]}}, tmp_path / "x.png", x_label="x", y_label="y")
+    axes = drawn[0].axes[0]
+    drawn[0].canvas.draw()
+    assert axes.get_ylim() == (0, pytest.approx(1.06 * 1.01))
+    assert all(float(tick).is_integer() for tick in axes.get_xticks())
+
+
+@pytest.mark.parametrize(
+    "targets, shown",
+    [
+        (("/runs/a/target/export", "/runs/a/large/export"), ["target/export", "large/export"]),
+        (("runs/a/target", "runs/a/target/export"), ["target", "target/export"]),
+        (("one", "team/two"), ["one", "team/two"]),
+        (("/runs/a", "team/two"), ["/runs/a", "team/two"]),
+    ],
+)
+def test_targets_are_shown_without_the_folder_that_they_share(targets, shown):
+    rows = [result_row(target=target) for target in targets]
+    assert [line[0] for line in page.results_table(rows).lines] == shown
+    assert [row["target"] for row in rows] == list(targets)

@@ -210,7 +210,7 @@ def test_shell_scripts_are_clean(path):
     shellcheck = shutil.which("shellcheck", path=os.pathsep.join((beside, os.environ["PATH"])))
     if shellcheck is None:
         pytest.skip("shellcheck is not installed")
-    done = subprocess.run([shellcheck, str(path)], capture_output=True, text=True)
+    done = subprocess.run([shellcheck, "--external-sources", str(path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 

@@ -445,6 +445,21 @@ def test_the_clock_stands_still_while_paused():
     assert clock.seconds == clock.seconds >= 10.01
 
 
+def test_the_state_of_an_interval_stays_as_it_was_taken():
+    values = {"loss": 6.0, "grad_norm": 1.0, "learning_rate": 0.5, "tokens": 4.0}
+    interval = meter.Interval(10.0)
+    interval.add(values)
+    taken = interval.state()
+    as_json = json.dumps(taken)
+    interval.add({name: 3 * value for name, value in values.items()})
+    assert json.dumps(taken) == as_json, "a checkpoint is written while training goes on"
+    # Nor is it touched by what goes on from it.
+    resumed = meter.Interval.of(taken)
+    assert resumed.line(12.0, False)["loss"] == 1.5 and resumed.line(12.0, False)["tokens_per_second"] == 2.0
+    resumed.add(values)
+    assert json.dumps(taken) == as_json
+
+
 def outcome_of(*losses, steps):
     validation = [{"step": step, "validation_loss": loss} for step, loss in losses]
     return trainer.Outcome({}, steps, 1.0, 1.0, 1.0, validation)

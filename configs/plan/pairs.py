@@ -106,29 +106,20 @@ def of_pair(pair: Pair) -> ConfigDict:
     config.target = str(SHAPES / pair.target)  # directories with config.json at least
     config.draft = str(SHAPES / pair.draft) if pair.draft else ""
     stage = "distilled" if pair.draft else "adapter"
-    config[stage] = _distilled(config, pair) if pair.draft else _adapter(config, pair)
+    config[stage] = _training(config, pair)
     config.evaluation = _evaluation(config, pair, stage)
     config.stages = (stage, "evaluation")
     return config
 
 
-def _distilled(config: ConfigDict, pair: Pair) -> ConfigDict:
+def _training(config: ConfigDict, pair: Pair) -> ConfigDict:
+    """The quickstart's, of the draft or of an adapter: its batch on the mesh, in bfloat16."""
     section = quickstart.get_config().distilled.copy_and_resolve_references()
-    section.model.init = config.get_ref("draft")
-    _train(section, config, pair)
-    return section
-
-
-def _adapter(config: ConfigDict, pair: Pair) -> ConfigDict:
-    section = quickstart.get_config().distilled.copy_and_resolve_references()
-    section.model.init = "adapter"
-    section.adapter = ConfigDict({"exit_layer": 3, "kind": "attention", "own_head": False})
-    _train(section, config, pair)
-    return section
-
-
-def _train(section: ConfigDict, config: ConfigDict, pair: Pair) -> None:
-    """The batch on the mesh, in bfloat16."""
+    if pair.draft:
+        section.model.init = config.get_ref("draft")
+    else:
+        section.model.init = "adapter"
+        section.adapter = ConfigDict({"exit_layer": 3, "kind": "attention", "own_head": False})
     section.target = config.get_ref("target")
     section.tokenizer.path = config.get_ref("target")
     section.mesh.update(dict(zip(("data", "fsdp", "tensor"), pair.training, strict=True)))
@@ -138,6 +129,7 @@ def _train(section: ConfigDict, config: ConfigDict, pair: Pair) -> None:
     section.data.generation.max_new_tokens = tokens // 2
     section.loss.chunk = 2048
     section.speculative_eval.every = 0
+    return section
 
 
 def _evaluation(config: ConfigDict, pair: Pair, stage: str) -> ConfigDict:

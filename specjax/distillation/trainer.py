@@ -327,5 +327,5 @@ class Trainer:
         self.seconds = host["seconds"]
         self.clock = Clock(self.seconds)
         self.tokens, self.loss, self.validation = host["tokens"], host["loss"], host["validation"]
-        self._interval = Interval.of(host["interval"]) if "interval" in host else Interval(self.clock.seconds)
+        self._interval = Interval.of(host["interval"])
         return True

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from specjax.reporting.plots import DARK, DPI, LIGHT, PANEL_HEIGHT, WIDTH, dark_twin, style
+from specjax.reporting.panels import DARK, DPI, LIGHT, PANEL_HEIGHT, WIDTH, dark_twin, style
 
 
 def heat_map(

@@ -7,6 +7,7 @@ import numpy as np
 
 from specjax.reporting import page, plots
 from specjax.reporting.kangaroo_tables import OVERALL, exit_lines, histogram_row, rows_of
+from specjax.reporting.panels import Theme, looks_of, save_panels
 from specjax.reporting.plots import Mark
 
 
@@ -54,9 +55,9 @@ def spec_bench(record: Mapping, path: Path) -> None:
     name = lambda row: f"{row['drafter']}, gamma {row['gamma']}, T {row['temperature']:g}"
     names = list(dict.fromkeys(map(name, rows)))
     subtasks = list(dict.fromkeys(row["subtask"] for row in rows))
-    looks = plots.looks_of((), names)
+    looks = looks_of((), names)
 
-    def draw_speed(axes, theme: plots.Theme) -> None:
+    def draw_speed(axes, theme: Theme) -> None:
         axes.axhline(1, color=theme.ink, linewidth=1.1)
         width = 0.8 / len(names)
         for place, drafter in enumerate(names):
@@ -70,7 +71,7 @@ def spec_bench(record: Mapping, path: Path) -> None:
         axes.set_xticks(range(len(subtasks)), [s.replace("_", "\n") for s in subtasks], fontsize=7)
         axes.set_ylabel("speed-up")
 
-    def draw_ctar(axes, theme: plots.Theme) -> None:
+    def draw_ctar(axes, theme: Theme) -> None:
         for row in rows:
             if row["subtask"] == OVERALL:
                 color, marker = looks(theme, name(row))
@@ -79,7 +80,7 @@ def spec_bench(record: Mapping, path: Path) -> None:
         axes.set_ylabel("CTAR(w), all questions")
 
     panels = {"Speed-up by subtask": {"draw": draw_speed}, "All guesses accepted": {"draw": draw_ctar}} if rows else {}
-    plots.save_panels(path, panels, names, lambda axes, theme, series: series["draw"](axes, theme))
+    save_panels(path, panels, names, lambda axes, theme, series: series["draw"](axes, theme))
 
 
 def write_spec_bench(workdir: Path, results: Mapping) -> None:

@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar
 
-from specjax.reporting import plots, recipe_sweep, records, tables
+from specjax.reporting import panels, plots, recipe_sweep, records, tables
 from specjax.reporting.records import json_clean, write_atomically
 
 ORIGINS = {
@@ -63,7 +63,7 @@ class Table:
 @dataclasses.dataclass(frozen=True)
 class Figure:
     path: Path
-    """A PNG; its dark twin (see plots.dark_twin) is shown on dark screens where there is one."""
+    """A PNG; its dark twin (see `panels.dark_twin`) is shown on dark screens where there is one."""
     caption: str
 
 
@@ -127,7 +127,7 @@ def write_report(
         subtitle=subtitle,
         environment=json_clean(environment),
         sections=sections,
-        dark_twin=plots.dark_twin,
+        dark_twin=panels.dark_twin,
     )
     write_atomically(path, html)
 
@@ -301,7 +301,7 @@ def results_table(rows: Sequence[Mapping]) -> Table:
     note = " Lossy rows do not follow the target's law and are never marked." if any(map(tables.is_lossy, rows)) else ""
     return Table(
         columns=[Column(tables.heading(key), tables.is_text(rows, key)) for key in keys],
-        lines=[[tables.cell(row, key) for key in keys] for row in rows],
+        lines=[[tables.cell(row, key) for key in keys] for row in tables.short_targets(rows)],
         best=frozenset(best.values()),
         caption="± is half the 95% bootstrap interval. Marked: the fastest at each temperature." + note,
     )

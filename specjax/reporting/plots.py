@@ -1,45 +1,13 @@
-"""Figures as functions of the records: speed-up against gamma, acceptance by position, training curves.
+"""Figures as functions of the records: speed-up against gamma, acceptance by position, training curves."""
 
-Each figure is saved twice, as NAME.png for light pages and NAME.dark.png for dark ones. Panels are stacked,
-so that a figure stays as wide as a phone and its text is readable there. A name keeps its colour in all
-figures that are given the same `palette`, the list of all names.
-"""
-
-import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from specjax.reporting.panels import DASHES, Theme, looks_of, save_panels
 from specjax.reporting.tables import SETTINGS, is_lossy, rule_label, varying
-
-WIDTH, PANEL_HEIGHT, DPI = 5.0, 2.7, 170
-MARKERS = "osD^vPX"
-DASHES = (0, (4, 2))
-
-
-@dataclasses.dataclass(frozen=True)
-class Theme:
-    ink: str
-    faint: str
-    paper: str
-    series: tuple[str, ...]
-
-
-# Hues that people with red-green blindness tell apart too, each beside a marker of its own shape.
-LIGHT = Theme(
-    ink="#33312d",
-    faint="#d9d5cc",
-    paper="#ffffff",
-    series=("#1f6f8b", "#c8572b", "#5b7f1e", "#7d57a8", "#b08400", "#3b5bb5", "#a8446b"),
-)
-DARK = Theme(
-    ink="#cfcbc2",
-    faint="#3d4046",
-    paper="#1d1f23",
-    series=("#5fb7d4", "#f08a5d", "#a3c95c", "#b79be0", "#e3bd4b", "#8aa5f0", "#e58aac"),
-)
 
 
 def speedup_figure(rows: Sequence[Mapping], path: str | Path, *, palette: Sequence[str] = ()) -> None:
@@ -56,10 +24,8 @@ def speedup_figure(rows: Sequence[Mapping], path: str | Path, *, palette: Sequen
         axes.axhline(1, color=theme.ink, linewidth=1.1)
         for name, members in series.items():
             color, marker = looks(theme, name)
-            # Set a little apart, or intervals of equal gamma would hide one another.
-            shift = 0.05 * (names.index(name) - (len(names) - 1) / 2)
             members = sorted(members, key=lambda row: row["gamma"])
-            at = np.array([row["gamma"] for row in members]) + shift
+            at = np.array([row["gamma"] + _apart(series, name, row["gamma"]) for row in members])
             value = np.array([row["speedup"] for row in members])
             edges = np.array([row["speedup_ci"] or (row["speedup"],) * 2 for row in members])
             axes.plot(at, value, color=color, marker=marker, label=name)
@@ -237,6 +203,8 @@ def lines_figure(
 
     `guides` are dashed lines in every panel. Raises ValueError where there are no panels.
     """
+    from matplotlib.ticker import MaxNLocator
+
     names = list(dict.fromkeys(name for series in panels.values() for name in series))
     looks = looks_of(palette, names)
 
@@ -247,21 +215,18 @@ def lines_figure(
             axes.plot(*zip(*sorted(points), strict=True), color=color, marker=marker, linestyle=line, label=name)
         for guide in guides:
             axes.plot(*zip(*guide, strict=True), color=theme.ink, linestyle=DASHES, linewidth=1)
-        axes.set_ylim(bottom=0)
+        points = [point for line in (*series.values(), *guides) for point in line]
+        axes.set_ylim(0, 1.06 * max(y for _, y in points) or None)
+        if all(float(x).is_integer() for x, _ in points):
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
 
     save_panels(path, panels, names, draw)
 
 
-def dark_twin(path: str | Path) -> Path:
-    """Where the dark version of a figure lies."""
-    path = Path(path)
-    return path.with_name(f"{path.stem}.dark.png")
-
-
 def _grouped(rows: Sequence[Mapping]) -> tuple[dict[str, dict[str, list]], list[str]]:
-    """{panel title: {line name: rows}} and all line names; settings that vary, and lossy rules, join the drafter's."""
+    """{panel title: {line name: rows}} and all line names, with rules and what differs within a drafter."""
     panels: dict[str, dict[str, list]] = {}
     vary = varying(rows, SETTINGS)
     others = [key for key in vary if key not in ("task", "rule", "lenience")]
@@ -270,101 +235,18 @@ def _grouped(rows: Sequence[Mapping]) -> tuple[dict[str, dict[str, list]], list[
     for row in sorted(rows, key=lambda row: row["temperature"]):
         title = ", ".join([*(str(row[key]) for key in by_task), f"temperature {row['temperature']:g}"])
         rule = [rule_label(row)] if by_rule or is_lossy(row) else []
-        settings = ", ".join([*rule, *(f"{key.replace('_', ' ')} {row.get(key)}" for key in others)])
+        own = varying([other for other in rows if other["drafter"] == row["drafter"]], others)
+        settings = ", ".join([*rule, *(f"{key.replace('_', ' ')} {row.get(key)}" for key in own)])
         name = row["drafter"] + (f" ({settings})" if settings else "")
         panels.setdefault(title, {}).setdefault(name, []).append(row)
     in_order = {name: None for row in rows for series in panels.values() for name, m in series.items() if row in m}
     return panels, list(in_order)
 
 
-def looks_of(palette: Sequence[str], names: Sequence[str]) -> Callable[[Theme, str], tuple[str, str]]:
-    """Colour and marker of a line by its place in the palette; names that are not in it follow."""
-    places = {name: place for place, name in enumerate(dict.fromkeys([*palette, *names]))}
-    return lambda theme, name: (
-        theme.series[places[name] % len(theme.series)],
-        MARKERS[places[name] % len(MARKERS)],
-    )
-
-
-def save_panels(
-    path: str | Path,
-    panels: Mapping[str, Mapping],
-    names: Sequence[str],
-    draw: Callable,
-    *,
-    share_y: bool = False,
-    dashed: str | None = None,
-) -> None:
-    """Draws every panel in both themes, under one legend."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-
-    if not panels:
-        raise ValueError("there is nothing to draw: no record has the values of this figure")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    entries = len(names) + bool(dashed)
-    columns = 2 if max(map(len, names)) > 18 else 3
-    legend_height = 0.15 + 0.24 * -(-entries // columns) if entries > 1 else 0.1
-    height = PANEL_HEIGHT * len(panels) + legend_height
-    for theme, target in ((LIGHT, path), (DARK, dark_twin(path))):
-        with style(theme):
-            figure = Figure(figsize=(WIDTH, height), layout="constrained")
-            FigureCanvasAgg(figure)
-            figure.get_layout_engine().set(rect=(0, 0, 1, 1 - legend_height / height), hspace=0.06)
-            grid = figure.subplots(len(panels), 1, squeeze=False, sharey=share_y)[:, 0]
-            for axes, (title, series) in zip(grid, panels.items(), strict=True):
-                draw(axes, theme, series)
-                axes.set_title(title, loc="left")
-            if entries > 1:
-                found = [axes.get_legend_handles_labels() for axes in grid]
-                handles = {label: handle for pair in found for handle, label in zip(*pair, strict=True)}
-                handles = {name: handles[name] for name in names if name in handles}
-                if dashed:
-                    handles[dashed] = Line2D([], [], color=theme.ink, linestyle=DASHES, linewidth=1)
-                figure.legend(handles.values(), handles.keys(), loc="upper left", ncols=columns)
-            figure.savefig(target, dpi=DPI)
-
-
-@contextlib.contextmanager
-def style(theme: Theme):
-    """Quiet axes: no box, a faint horizontal grid, text in the ink of the page."""
-    import matplotlib
-
-    settings = {
-        "font.family": "sans-serif",
-        "font.size": 10.5,
-        "axes.titlesize": 11,
-        "axes.titleweight": "bold",
-        "axes.titlecolor": theme.ink,
-        "axes.labelcolor": theme.ink,
-        "axes.facecolor": theme.paper,
-        "axes.edgecolor": theme.ink,
-        "axes.linewidth": 0.8,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.spines.left": False,
-        "axes.grid": True,
-        "axes.grid.axis": "y",
-        "axes.axisbelow": True,
-        "grid.color": theme.faint,
-        "grid.linewidth": 0.8,
-        "figure.facecolor": theme.paper,
-        "text.color": theme.ink,
-        "xtick.color": theme.ink,
-        "ytick.color": theme.ink,
-        "ytick.left": False,
-        "ytick.minor.left": False,
-        "legend.frameon": False,
-        "legend.fontsize": 10,
-        "legend.handlelength": 1.8,
-        "legend.borderaxespad": 0.3,
-        "lines.linewidth": 1.9,
-        "lines.markersize": 5,
-    }
-    with matplotlib.rc_context(settings):
-        yield
+def _apart(series: Mapping[str, Sequence[Mapping]], name: str, gamma: int) -> float:
+    """How far a line is set off at this gamma, where intervals of several lines would hide one another."""
+    beside = [other for other, members in series.items() if any(row["gamma"] == gamma for row in members)]
+    return 0.05 * (beside.index(name) - (len(beside) - 1) / 2)
 
 
 def _logarithmic(axes) -> None:

@@ -1,5 +1,6 @@
 """Tables as pure functions of result rows: for the terminal, for Markdown, into the README."""
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -105,6 +106,17 @@ def varying(rows: Iterable[Mapping], keys: Iterable[str]) -> list[str]:
     """Those of `keys` for which the rows do not all have the same value."""
     rows = list(rows)
     return [key for key in keys if len({repr(row.get(key)) for row in rows}) > 1]
+
+
+def short_targets(rows: Sequence[Mapping]) -> list[Mapping]:
+    """The rows, of whose targets the paths are without the folder that all of them lie in."""
+    targets = {row["target"] for row in rows if row.get("target")}
+    if len(targets) < 2 or len(set(map(os.path.isabs, targets))) > 1:
+        return list(rows)
+    folder = os.path.commonpath([os.path.dirname(target) for target in targets])
+    return [
+        {**row, "target": os.path.relpath(row["target"], folder or ".")} if row.get("target") else row for row in rows
+    ]
 
 
 def heading(key: str) -> str:

@@ -34,6 +34,18 @@ RULES: dict[str, tuple[str, ...] | None] = {
 }
 
 
+def sizes_of(config: Any) -> tuple[int, int, int]:
+    """How long each of `AXES` is, as `config` says. Raises UserError for a size below 1."""
+    sizes = tuple(config[axis] for axis in AXES)
+    if min(sizes) < 1:
+        raise UserError(f"a mesh of {_said(sizes)} is not possible; every axis needs at least 1")
+    return sizes
+
+
+def _said(sizes: tuple[int, int, int]) -> str:
+    return " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
+
+
 def make_mesh(config: Any) -> jax.sharding.Mesh:
     """A mesh of `data` x `fsdp` x `tensor` devices, as `config` says; 1 x 1 x 1 is the first device alone.
 
@@ -44,16 +56,13 @@ def make_mesh(config: Any) -> jax.sharding.Mesh:
       UserError: for sizes below 1, where the sizes do not multiply to the number of devices, and where slices would
         have to share a `tensor` axis.
     """
-    sizes = tuple(config[axis] for axis in AXES)
-    said = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
-    if any(size < 1 for size in sizes):
-        raise UserError(f"a mesh of {said} is not possible; every axis needs at least 1")
+    sizes = sizes_of(config)
     wanted, devices = math.prod(sizes), jax.devices()
     alone = wanted == 1 and jax.process_count() == 1
     if wanted != len(devices) and not alone:
         several = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
         raise UserError(
-            f"a mesh of {said} needs {wanted} devices and there are {len(devices)}{several}; "
+            f"a mesh of {_said(sizes)} needs {wanted} devices and there are {len(devices)}{several}; "
             f"let mesh.data * mesh.fsdp * mesh.tensor be {len(devices)}"
         )
     # Auto: the compiler propagates shardings from parameters, caches and batches to everything else.

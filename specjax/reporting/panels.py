@@ -1,0 +1,148 @@
+"""What all figures have in common: two themes, the look of a line, panels under one legend.
+
+Each figure is saved twice, as NAME.png for light pages and NAME.dark.png for dark ones. Panels are stacked,
+so that a figure stays as wide as a phone and its text is readable there. A name keeps its colour in all
+figures that are given the same `palette`, the list of all names.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+WIDTH, PANEL_HEIGHT, DPI = 5.0, 2.7, 170
+MARKERS = "osD^vPX"
+DASHES = (0, (4, 2))
+
+
+@dataclasses.dataclass(frozen=True)
+class Theme:
+    ink: str
+    faint: str
+    paper: str
+    series: tuple[str, ...]
+
+
+# Hues that people with red-green blindness tell apart too, each beside a marker of its own shape.
+LIGHT = Theme(
+    ink="#33312d",
+    faint="#d9d5cc",
+    paper="#ffffff",
+    series=("#1f6f8b", "#c8572b", "#5b7f1e", "#7d57a8", "#b08400", "#3b5bb5", "#a8446b"),
+)
+DARK = Theme(
+    ink="#cfcbc2",
+    faint="#3d4046",
+    paper="#1d1f23",
+    series=("#5fb7d4", "#f08a5d", "#a3c95c", "#b79be0", "#e3bd4b", "#8aa5f0", "#e58aac"),
+)
+
+
+def dark_twin(path: str | Path) -> Path:
+    """Where the dark version of a figure lies."""
+    path = Path(path)
+    return path.with_name(f"{path.stem}.dark.png")
+
+
+def looks_of(palette: Sequence[str], names: Sequence[str]) -> Callable[[Theme, str], tuple[str, str]]:
+    """Colour and marker of a line by its place in the palette; names that are not in it follow."""
+    places = {name: place for place, name in enumerate(dict.fromkeys([*palette, *names]))}
+
+    def look(theme: Theme, name: str) -> tuple[str, str]:
+        again, place = divmod(places[name], len(theme.series))  # a colour comes again with another marker
+        return theme.series[place], MARKERS[(place + again) % len(MARKERS)]
+
+    return look
+
+
+def save_panels(
+    path: str | Path,
+    panels: Mapping[str, Mapping],
+    names: Sequence[str],
+    draw: Callable,
+    *,
+    share_y: bool = False,
+    dashed: str | None = None,
+) -> None:
+    """Draws every panel in both themes, under one legend."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    if not panels:
+        raise ValueError("there is nothing to draw: no record has the values of this figure")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    entries = [*names, *([dashed] if dashed else [])]
+    columns = _columns(entries)
+    legend_height = 0.15 + 0.24 * -(-len(entries) // columns) if len(entries) > 1 else 0.1
+    height = PANEL_HEIGHT * len(panels) + legend_height
+    for theme, target in ((LIGHT, path), (DARK, dark_twin(path))):
+        with style(theme):
+            figure = Figure(figsize=(WIDTH, height), layout="constrained")
+            FigureCanvasAgg(figure)
+            figure.get_layout_engine().set(rect=(0, 0, 1, 1 - legend_height / height), hspace=0.06)
+            grid = figure.subplots(len(panels), 1, squeeze=False, sharey=share_y)[:, 0]
+            for axes, (title, series) in zip(grid, panels.items(), strict=True):
+                draw(axes, theme, series)
+                axes.set_title(title, loc="left")
+            if len(entries) > 1:
+                found = [axes.get_legend_handles_labels() for axes in grid]
+                handles = {label: handle for pair in found for handle, label in zip(*pair, strict=True)}
+                handles = {name: handles[name] for name in names if name in handles}
+                if dashed:
+                    handles[dashed] = Line2D([], [], color=theme.ink, linestyle=DASHES, linewidth=1)
+                figure.legend(handles.values(), handles.keys(), loc="upper left", ncols=columns)
+            figure.savefig(target, dpi=DPI)
+
+
+def _columns(entries: Sequence[str]) -> int:
+    """In how many columns a legend of these fits the figure's width; one is the least."""
+    from matplotlib.textpath import TextPath
+
+    # Beside its text an entry has its line, and room before and behind.
+    widths = [TextPath((0, 0), name, size=10).get_extents().width / 72 + 0.65 for name in entries]
+    fits = lambda columns: sum(max(part, default=0.0) for part in np.array_split(widths, columns)) <= WIDTH
+    return next((columns for columns in (3, 2) if fits(columns)), 1)
+
+
+@contextlib.contextmanager
+def style(theme: Theme):
+    """Quiet axes: no box, a faint horizontal grid, text in the ink of the page."""
+    import matplotlib
+
+    settings = {
+        "font.family": "sans-serif",
+        "font.size": 10.5,
+        "axes.titlesize": 11,
+        "axes.titleweight": "bold",
+        "axes.titlecolor": theme.ink,
+        "axes.labelcolor": theme.ink,
+        "axes.facecolor": theme.paper,
+        "axes.edgecolor": theme.ink,
+        "axes.linewidth": 0.8,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.spines.left": False,
+        "axes.grid": True,
+        "axes.grid.axis": "y",
+        "axes.axisbelow": True,
+        "grid.color": theme.faint,
+        "grid.linewidth": 0.8,
+        "figure.facecolor": theme.paper,
+        "text.color": theme.ink,
+        "xtick.color": theme.ink,
+        "ytick.color": theme.ink,
+        "ytick.left": False,
+        "ytick.minor.left": False,
+        "legend.frameon": False,
+        "legend.fontsize": 10,
+        "legend.handlelength": 1.8,
+        "legend.borderaxespad": 0.3,
+        "lines.linewidth": 1.9,
+        "lines.markersize": 5,
+    }
+    with matplotlib.rc_context(settings):
+        yield
