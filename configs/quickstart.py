@@ -136,25 +136,25 @@ def _supervised() -> ConfigDict:
 
 
 def _target() -> ConfigDict:
-    config = _training(steps=340, learning_rate=1.5e-3)
+    config = _training(steps=290, learning_rate=1.5e-3)
     config.tokenizer.path = ""
     # Wide enough that verifying five tokens costs little more than one step on a CPU, and no deeper than time allows.
     # At width 512 or 768 they cost a tenth more than at this one.
     config.model.update({"layers": 2, "width": 640, "heads": 10, "kv_heads": 5, "mlp_width": 1760})
     config.data.batch_size = 8
-    config.train.update({"eval_every": 170, "eval_batches": 4, "checkpoint_every": 170})
+    config.train.update({"eval_every": 145, "eval_batches": 4, "checkpoint_every": 145})
     return config
 
 
 def _distilled() -> ConfigDict:
-    config = _training(steps=70, learning_rate=3e-3)
+    config = _training(steps=60, learning_rate=3e-3)
     config.model.init = "stage:supervised"
     config.target = "stage:target"
     config.data.update({"batch_size": 24, "fixed": 0.0, "draft": 1.0})
     config.loss.divergence = "forward_kl"
-    config.train.update({"eval_every": 35, "eval_batches": 4, "checkpoint_every": 35})
+    config.train.update({"eval_every": 30, "eval_batches": 4, "checkpoint_every": 30})
     config.train.best_metric = "validation_acceptance"
-    config.speculative_eval.every = 35
+    config.speculative_eval.every = 30
     return config
 
 
@@ -191,7 +191,7 @@ def _evaluation() -> ConfigDict:
             "control": _model_drafter("control", lossless=(4,)),
             "distilled": _model_drafter("distilled", lossless=(2, 3, 4), coupled=(3,)),
             "ngram": {"kind": "ngram", "shortest": 2, "longest": 4, "lossless": (3,), "coupled": (3,)},
-            "early_exit": {"kind": "early_exit", "exit_layer": 1, "lossless": (2,), "coupled": (2,)},
+            "early_exit": {"kind": "early_exit", "exit_layer": 1, "lossless": (2,), "coupled": ()},
         }
     )
     # Leniences of lossy rules (rules.RULES); a drafter's section that names one would be run under it at each of these.

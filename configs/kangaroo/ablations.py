@@ -28,7 +28,7 @@ KINDS = {
     "none": {"kind": "none"},
 }
 GAMMA, THRESHOLD = 6, 0.6
-GAMMAS, THRESHOLDS = (2, 4, 6, 8), (0.0, 0.2, 0.4, 0.6, 0.8, 0.95)
+GAMMAS, THRESHOLDS = (2, 4, 6, 8), (0.0, 0.1, 0.2, 0.4, 0.6, 0.8)
 TEMPERATURES = (0.2, 0.5, 1.0)
 
 

@@ -36,11 +36,11 @@ PROMPT, NEW = 32, 128
 WARM_UP, TRIED, MEASURED = 2, 2, 6
 ROWS = 8  # of the comparison of losses
 # Layers and width of target and draft.
-PAIRS = {"small": ((4, 256), (1, 128)), "quickstart": ((3, 512), (1, 256))}
+PAIRS = {"small": ((4, 256), (1, 128)), "medium": ((3, 512), (1, 256))}
 VOCAB = 1024
 # (pair, rows of a batch) -> how many times as fast ours has to be. With few rows writing is most of a step; the more
 # there are, the more both trainers wait for the same matrix products of the target.
-NEEDED = {("small", 1): 3.0, ("small", 8): 1.0, ("quickstart", 8): 1.0}
+NEEDED = {("small", 1): 3.0, ("small", 8): 1.0, ("medium", 8): 1.0}
 ATTENTION, THREADS = ("eager", "sdpa"), tuple(range(1, (os.cpu_count() or 1) + 1))
 
 
