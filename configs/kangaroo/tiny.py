@@ -48,17 +48,17 @@ def _evaluation(variant: str) -> ConfigDict:
     drafters = {
         "ngram": {"kind": "ngram", "shortest": 2, "longest": 4, **fixed(some)},
         "early_exit": {**early_exit, **fixed(few)},
-        "early_exit_stop": {**early_exit, **fixed(some), "threshold": 0.6},
+        "early_exit_stop": {**early_exit, **fixed(some), "threshold": 0.2},
         "medusa": {"kind": "medusa", "path": "stage:medusa", **fixed(few, some)},
         "skip_layers": {"kind": "skip_layers", "skipped": "workdir:layers", **fixed(few)},
-        "no_adapter": parts.kangaroo("stage:no_adapter", (some,), 0.6),
+        "no_adapter": parts.kangaroo("stage:no_adapter", (some,), 0.2),
         "adapter_adaptive": {**parts.kangaroo("stage:adapter", (many,), 0.0), "adaptive": True, "costs": ()},
     }
     for stage in ("adapter", "adapter_1"):
         drafters[f"{stage}_fixed"] = parts.kangaroo(f"stage:{stage}", (few, some), 0.0)
+        drafters[f"{stage}_20"] = parts.kangaroo(f"stage:{stage}", (some, many), 0.2)
         drafters[f"{stage}_40"] = parts.kangaroo(f"stage:{stage}", (some,), 0.4)
-        drafters[f"{stage}_60"] = parts.kangaroo(f"stage:{stage}", (some, many), 0.6)
-    compare = (("adapter_60", "no_adapter"), ("adapter_60", "adapter_1_60"))
+    compare = (("adapter_20", "no_adapter"), ("adapter_20", "adapter_1_20"))
     temperatures = (0.0,) if variant else (0.0, 1.0)
     section = parts.evaluation(variant, "stage:target", drafters, temperatures=temperatures, compare=compare)
     section.selection.count = 3 if variant else 20
@@ -69,7 +69,7 @@ def _evaluation(variant: str) -> ConfigDict:
 def _batches(variant: str) -> ConfigDict:
     """Rows of a batch stop by themselves; the block ends when all have."""
     gamma = 3 if variant else 4
-    drafters = {"adapter_60": parts.kangaroo("stage:adapter", (gamma,), 0.6)}
+    drafters = {"adapter_20": parts.kangaroo("stage:adapter", (gamma,), 0.2)}
     drafters["adapter_fixed"] = parts.kangaroo("stage:adapter", (gamma,), 0.0)
     section = parts.evaluation(variant, "stage:target", drafters)
     section.selection.count = 3 if variant else 32
