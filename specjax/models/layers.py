@@ -158,7 +158,8 @@ def attend_to_prefix(queries, keys, values, positions, mask, *, window=0, bias=N
     A short text in a large cache must not pay for the large cache. The switch is around attention alone and only
     reads the cache; around the whole forward it would copy the cache every step.
     """
-    lengths = kv_cache.prefixes(keys.shape[2])
+    # T tokens stand in T slots at least: a prefill needs no branch for less, each of which is compiled in every layer.
+    lengths = [length for length in kv_cache.prefixes(keys.shape[2]) if length >= queries.shape[2]]
 
     def branch(length):
         def run(queries, keys, values, positions, mask):
