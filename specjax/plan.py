@@ -73,11 +73,12 @@ def run(config: ConfigDict, name: str = "") -> dict:
     for (stage, section), part in zip(planned, parts, strict=True):
         mesh = chips.make_mesh(part, {axis: section.mesh[axis] for axis in meshes.AXES})
         described.append(_described(stage, section, shelf, part, mesh))
-    # A compiler leaves the interpreter to others: steps are compiled side by side, the last stage's first, which takes
-    # longest as a rule.
+    # A compiler leaves the interpreter to others: steps are compiled side by side. The last ones, of decoding, take
+    # longest as a rule, and so begin.
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        begun = [[pool.submit(_compiled, of, step, about) for step, about in of.executables] for of in described[::-1]]
-        compiled = [[row.result() for row in rows] for rows in begun[::-1]]
+        begin = lambda of: [pool.submit(_compiled, of, step, about) for step, about in of.executables[::-1]]
+        begun = [begin(of) for of in described[::-1]]
+        compiled = [[row.result() for row in rows[::-1]] for rows in begun[::-1]]
     summary = [
         smallest.summary(of.stage, of.section, of.resident_on, rows, of.part, dict(of.mesh.shape))
         for of, rows in zip(described, compiled, strict=True)
