@@ -172,6 +172,11 @@ def test_verdicts_follow_the_records():
     }
     found = verdicts(**against)
     assert [place for place, verdict in enumerate(found) if verdict == "not reproduced"] == [1, 3, 4, 5, 9]
+    some = ablation_record()
+    some["rows"] = [row for row in some["rows"] if row["stage"] == "exits"]  # as far as a run has come
+    told = verdicts(kangaroo_ablations=some)
+    assert [place for place, verdict in enumerate(told) if verdict != "not measured yet"] == [4]
+    assert kangaroo_tables.ablations(some).count("(greedy)") == 1
     deepest = verdicts(kangaroo_ablations=ablation_record(speeds=(1.2, 1.3, 1.4)))
     assert deepest[4] == "not reproduced", "a peak at the end is none inside"
 

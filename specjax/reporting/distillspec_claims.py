@@ -24,6 +24,7 @@ class Claim:
       record: the one that it is judged by.
       ours: what the record says, with interval and seeds.
       verdict: one of the three words above, or NOT_MEASURED where the record lacks the stage.
+      stage: of a record that grows stage by stage, the one without which there is nothing to say.
     """
 
     paper: str
@@ -31,6 +32,11 @@ class Claim:
     record: str
     ours: Callable[[Mapping], str]
     verdict: Callable[[Mapping], str]
+    stage: str = ""
+
+    def measured(self, record: Mapping | None) -> bool:
+        """Whether the record, and the stage of it, is there."""
+        return record is not None and (not self.stage or any(row.get("stage") == self.stage for row in record["rows"]))
 
 
 def _calls_saved(record: Mapping) -> str:
@@ -213,6 +219,6 @@ def claims_table(all_claims: Sequence[Claim], records: Mapping[str, Mapping]) ->
     lines = []
     for claim in all_claims:
         record = records.get(claim.record)
-        told = (None, NOT_MEASURED) if record is None else (claim.ours(record), claim.verdict(record))
+        told = (claim.ours(record), claim.verdict(record)) if claim.measured(record) else (None, NOT_MEASURED)
         lines.append({"the paper": claim.paper, "where": claim.place, "ours": told[0], "verdict": told[1]})
     return tables.markdown_table(lines, list(lines[0]))

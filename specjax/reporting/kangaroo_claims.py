@@ -226,6 +226,7 @@ CLAIMS: tuple[Claim, ...] = (
         "kangaroo_ablations",
         _exits,
         _exits_verdict,
+        "exits",
     ),
     Claim(
         "for every gamma a threshold of 0.6 to 0.7 is fastest (1.50x; without one 1.11x to 1.36x)",
@@ -233,6 +234,7 @@ CLAIMS: tuple[Claim, ...] = (
         "kangaroo_ablations",
         _grid,
         _grid_verdict,
+        "grid",
     ),
     Claim(
         "attention alone 1.50x, own head 1.44x, a whole layer 1.37x, MLP 1.22x",
@@ -240,6 +242,7 @@ CLAIMS: tuple[Claim, ...] = (
         "kangaroo_ablations",
         _kinds,
         _kinds_verdict,
+        "kinds",
     ),
     Claim(
         "confidence before temperature is the better stop (T 0.2: 1.48x against 1.34x)",
@@ -247,6 +250,7 @@ CLAIMS: tuple[Claim, ...] = (
         "kangaroo_ablations",
         _confidence,
         _confidence_verdict,
+        "temperatures",
     ),
     Claim(
         "accepted and refused tokens are told apart by confidence",
@@ -254,6 +258,7 @@ CLAIMS: tuple[Claim, ...] = (
         "kangaroo_ablations",
         _separation,
         _separation_verdict,
+        "grid",
     ),
     Claim(
         "not in the paper: on-policy text, as DistillSpec has it, makes a better adapter than the corpus",

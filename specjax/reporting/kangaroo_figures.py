@@ -27,14 +27,14 @@ def ablations(record: Mapping, path: Path) -> None:
     panels, axes = {}, []
     measures = {"speed-up": "speedup", "compression rate": "block_efficiency"}
     lines = exit_lines(record)
-    for said, key in measures.items():
+    for said, key in measures.items() if lines else ():
         series = {
             kind: [_mark(line["exit layer"], line[kind], key) for line in lines] for kind in ("threshold", "fixed")
         }
         panels[f"Exit layer: {said}"] = series
         axes.append(("layers before the exit", said))
     rows = [row for row in rows_of(record, "grid") if row["gamma"]]
-    for said, key in measures.items():
+    for said, key in measures.items() if rows else ():
         series = {}
         for row in sorted(rows, key=lambda row: (row["gamma"], row["threshold"])):
             series.setdefault(f"gamma {row['gamma']}", []).append(_mark(row["threshold"], row, key))

@@ -199,15 +199,20 @@ def _confidence(record: Mapping) -> str:
 
 
 def ablations(record: Mapping) -> str:
-    """Exit layer, threshold and gamma, architecture, temperature of the confidence, how well confidence separates."""
-    parts = {
-        "Exit layer (greedy)": _exits,
-        "Threshold and gamma (greedy): speed-up (compression rate)": _grid,
-        "Architecture (greedy)": _kinds,
-        "Confidence at temperature 1 (raw), after temperature (adjusted), not used (fixed)": _temperatures,
-        "Confidence of accepted and refused tokens": _confidence,
-    }
-    return "\n\n".join([*(f"{title}\n\n{write(record)}" for title, write in parts.items()), source(record)])
+    """Exit layer, threshold and gamma, architecture, temperature of the confidence, how well confidence separates.
+
+    Of each evaluation that has finished.
+    """
+    raw = "Confidence at temperature 1 (raw), after temperature (adjusted), not used (fixed)"
+    parts = (
+        ("exits", "Exit layer (greedy)", _exits),
+        ("grid", "Threshold and gamma (greedy): speed-up (compression rate)", _grid),
+        ("kinds", "Architecture (greedy)", _kinds),
+        ("temperatures", raw, _temperatures),
+        ("grid", "Confidence of accepted and refused tokens", _confidence),
+    )
+    told = [f"{title}\n\n{write(record)}" for stage, title, write in parts if rows_of(record, stage)]
+    return "\n\n".join([*told, source(record)])
 
 
 def recipe_values(record: Mapping) -> dict[tuple[str, float], dict[int, Mapping]]:
