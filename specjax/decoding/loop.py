@@ -186,6 +186,8 @@ def axes_of(plan: Plan, x: Any, ways: int, *, of_draft: bool) -> tuple[str | Non
       ways: devices along the tensor axis.
       of_draft: whether it is of the drafter's state.
     """
+    if x.ndim == 3:  # hidden states: with their rows split, the compiler puts whole weights together for them
+        return None, None, "embed"
     if x.ndim != len(kv_cache.AXES):
         return ("batch", *[None] * (x.ndim - 1)) if x.ndim else ()
     return kv_cache.draft_axes(x.shape[1], ways, whole=plan.whole_draft) if of_draft else kv_cache.AXES
