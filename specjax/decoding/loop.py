@@ -180,7 +180,9 @@ def prefill(plan: Plan, params, draft_params, prompts, lengths, row_keys) -> Dec
 
 
 def axes_of(plan: Plan, x: Any, ways: int, *, of_draft: bool) -> tuple[str | None, ...]:
-    """Logical axes of an array, or shape, of what the loop carries: rows are split, and of caches the heads too.
+    """Logical axes of an array, or shape, of what the loop carries.
+
+    Rows are split, and of caches the heads too; of hidden states the width alone.
 
     Args:
       ways: devices along the tensor axis.
