@@ -18,13 +18,13 @@ quickstart: $(VENV)/.installed
 	$(RUN) -m specjax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
 test: $(VENV)/.installed-dev
-	$(PYTEST) -n $(WORKERS) --dist loadgroup -m "not slow and not peers"
+	$(PYTEST) -n $(WORKERS) -m "not slow and not peers"
 
 test-all: check $(VENV)/.installed-tpu-compiler
-	$(PYTEST) -n $(WORKERS) --dist loadgroup -m "not peers"
+	$(PYTEST) -n $(WORKERS) -m "not peers"
 
 test-peers: $(VENV)/.installed-peers
-	$(PYTEST) -n $(WORKERS) --dist loadgroup -m "peers and not slow" $(TIMED:%=--ignore=%) tests/peers
+	$(PYTEST) -n $(WORKERS) -m "peers and not slow" $(TIMED:%=--ignore=%) tests/peers
 	$(PYTEST) -m peers $(TIMED)
 
 check: $(VENV)/.installed-dev

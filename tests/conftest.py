@@ -32,10 +32,17 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 APART = ("test_smoke.py", "test_notebook.py")
 
 
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if item.path.name not in APART:
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
+@pytest.hookimpl(optionalhook=True)  # absent with -p no:xdist
+def pytest_xdist_make_scheduler(config, log):
+    """Ours rather than --dist loadgroup, of which pytest 9.2 leaves no group together."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.split("::", 1)[0]
+            return nodeid if file.endswith(APART) else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(autouse=True, scope="module")
