@@ -5,13 +5,10 @@ import os
 import shutil
 import tempfile
 
-# Before the first array: read when the backend starts. One thread a worker: the arrays of tests are small, and
-# workers that each want all cores wait for one another. Most of the time is compilation, a fifth of which is optimising
-# what runs for milliseconds.
-XLA_FLAGS = (
-    "--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0"
-)
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS}".strip()
+import flags
+
+# Before the first array: read when the backend starts.
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), flags.DEVICES, flags.THREADS, flags.QUICK]).strip()
 
 # What one file has compiled, in whichever worker, the others read: a fifth of the processor's time. It goes with the
 # run; the process that is first here hands it to its workers.

@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import flags
 import numpy as np
 import pytest
 import tiny
@@ -121,7 +122,7 @@ def quick(home):
         "JAX_COMPILATION_CACHE_DIR": str(home / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0",
+        "XLA_FLAGS": f"{flags.THREADS} {flags.QUICK}",
         "SPECJAX_GRACE_SECONDS": "5",
     }
 

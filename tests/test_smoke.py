@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import flags
 import pytest
 import tiny
 
@@ -63,7 +64,7 @@ def models(tmp_path_factory):
 def run(config, workdir, *overrides):
     """As from the command line, on one device; what one config has compiled the next need not."""
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": flags.QUICK,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     command = [sys.executable, "-m", "specjax.main", *arguments(config, workdir, *overrides)]

@@ -288,8 +288,11 @@ def test_no_function_is_on_both_sides_and_a_library_without_docstrings_is_refuse
     part = load_task(config("stdlib_docstrings", size=3))
     assert part.train == task.train[:3] and part.validation == task.validation
     assert task == load_task(config("stdlib_docstrings"))
-    for path in tmp_path.iterdir():
-        path.write_text("x = 1\n")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for path in list(tmp_path.glob("*.py")):
+        (bare / path.name).write_text("x = 1\n")
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(bare))
     with pytest.raises(UserError, match="hold no docstrings"):
         load_task(config("stdlib_docstrings"))
 

@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+import flags
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -547,8 +548,7 @@ def train_in_process(workdir):
 
 
 def start(workdir):
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-    environment.pop("XLA_FLAGS", None)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1]), "XLA_FLAGS": flags.QUICK}
     return subprocess.Popen([sys.executable, __file__, str(workdir)], env=environment)
 
 

@@ -3,10 +3,12 @@
 A corpus is two tuples of (name, text), training and validation, split by whole files where there are several.
 """
 
+import functools
 import hashlib
+import os
 import re
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from specjax.runtime.errors import UserError
@@ -29,20 +31,30 @@ def stdlib_files() -> tuple[Files, Files]:
     Raises UserError if this Python comes without its sources.
     """
     root = Path(sysconfig.get_path("stdlib"))
-    files = []
-    for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
-        name = path.relative_to(root)
-        if _NOT_LIBRARY.intersection(name.parts[:-1]):
-            continue
-        try:
-            text = path.read_bytes().decode("utf-8")
-        except (OSError, UnicodeDecodeError):
-            continue
-        if text.strip() and not _GENERATED.search(text[:300]):
-            files.append((name.as_posix(), text))
+    files = _library(root)
     if len(files) < 2:
         raise UserError(f"no Python sources in {root}; use a task that reads a file, such as `text` with a path")
     return _split_files(files)
+
+
+@functools.cache  # a run of many stages asks for it in each
+def _library(root: Path) -> Files:
+    files = []
+    for name in sorted(_sources(root)):
+        try:
+            text = (root / name).read_bytes().decode("utf-8")
+        except (OSError, UnicodeDecodeError):
+            continue
+        if text.strip() and not _GENERATED.search(text[:300]):
+            files.append((name, text))
+    return tuple(files)
+
+
+def _sources(root: Path) -> Iterator[str]:
+    """Paths of the Python files beneath the root, relative to it; what is installed there is not even walked."""
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in _NOT_LIBRARY]
+        yield from ((Path(folder) / name).relative_to(root).as_posix() for name in names if name.endswith(".py"))
 
 
 def text_files(path: str) -> tuple[Files, Files]:

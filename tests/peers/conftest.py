@@ -2,19 +2,14 @@
 
 import os
 
+import flags
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-
-# What tests/conftest.py sets.
-OF_TESTS = (
-    "--xla_force_host_platform_device_count=",
-    "--xla_cpu_multi_thread_eigen=",
-    "--xla_backend_optimization_level=",
-)
 
 
 def pytest_configure(config):
     """Our side of a comparison runs as users have it: one device, all cores, compiled with every optimisation."""
     if config.getoption("markexpr").startswith("peers"):
-        flags = os.environ["XLA_FLAGS"].split()
-        os.environ["XLA_FLAGS"] = " ".join(flag for flag in flags if not flag.startswith(OF_TESTS))
+        of_tests = {*flags.DEVICES.split(), *flags.THREADS.split(), *flags.QUICK.split()}
+        os.environ["XLA_FLAGS"] = " ".join(x for x in os.environ["XLA_FLAGS"].split() if x not in of_tests)

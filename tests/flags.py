@@ -1,0 +1,13 @@
+"""XLA's flags under test. Most of the time of tests is compilation, for models that then run for milliseconds."""
+
+import importlib.metadata
+
+DEVICES = "--xla_force_host_platform_device_count=8"
+# One thread a worker: arrays of tests are small, and workers that each want all cores wait for one another.
+THREADS = "--xla_cpu_multi_thread_eigen=false"
+# A fifth of the time of compilation is optimising.
+QUICK = "--xla_backend_optimization_level=0"
+if importlib.metadata.version("jax").startswith("0.10."):
+    # Its older way to compile what is fused takes two thirds of the time; later versions have only the newer one, and
+    # end at a flag that they do not know.
+    QUICK += " --xla_cpu_use_fusion_emitters=false"
