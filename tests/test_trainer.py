@@ -335,7 +335,7 @@ def test_a_run_of_all_sources_compiles_once_for_each_shape_and_logs_what_it_did(
     run = make_trainer(config, tmp_path)
     outcome = run.run()
     # Text is written by two models; rows from the data and generated ones (4 + 8) are equally wide.
-    assert sorted(run._executables) == ["draft 4", "target 4", "update (4, 12)"]
+    assert sorted(run._executables) == ["draft 4", "target 4", "update {'tokens': (4, 12)}"]
     assert run._steps.validation_loss._cache_size() == 1
     assert outcome.steps == 12 and outcome.train_seconds > 0
     assert [line["step"] for line in outcome.validation] == [0, 4, 8, 12]

@@ -197,7 +197,8 @@ class Trainer:
         """Dispatches one step, then reads the metrics of the one before it, which the device has ended."""
         source = data_sources.source_of_step(self._fractions, self.config.seed, self.step)
         rows = self._text(source, batch)
-        name = f"update {rows['tokens'].shape}"
+        shapes = {name: rows[name].shape for name in ("tokens", "sources") if name in rows}
+        name = f"update {shapes}"
         self.state, metrics = self._call(name, self._steps.update, (), self.state, self._teacher_params, rows)
         self.step += 1
         previous, self._pending = self._pending, (self.step, metrics)
