@@ -47,7 +47,7 @@ def get_config(variant: str = "") -> ConfigDict:
         pairs += [(f"{recipe}_{seed}", f"paper_{seed}") for recipe in recipes if recipe != "paper"]
     drafters = {name: parts.kangaroo(f"stage:{name}", (4,), 0.0) for name in names}
     section = parts.evaluation(variant, target, drafters, temperatures=(0.0, 1.0), compare=tuple(pairs))
-    section.selection.count = 3 if variant else 40
+    section.selection.count = 3 if variant else 24
     config.evaluation = section
     config.stages = (*stages, *names, "evaluation")
     return config
