@@ -28,17 +28,24 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant not in ("", "smoke"):
         raise ValueError(f"configs/kangaroo/tiny.py has one variant, smoke; not {variant!r}.")
     config = ConfigDict()
-    config.stages = ("target", *ADAPTERS, "medusa", "layers", "evaluation", "batches")
+    adapters = _adapters(variant)
+    config.stages = ("target", *adapters, "medusa", "layers", "evaluation", "batches")
     config.seed = 0
     config.target = parts.target(variant)
-    for name, recipe in ADAPTERS.items():
-        shallow = {"exit_layer": 1} if variant else {}
-        config[name] = parts.adapter(variant, "stage:target", **{"steps": STEPS, **recipe, **shallow})
+    for name, recipe in adapters.items():
+        config[name] = parts.adapter(variant, "stage:target", **{"steps": STEPS, **recipe})
     config.medusa = parts.medusa(variant, "stage:target", steps=STEPS)
     config.layers = parts.layers(variant, "stage:target")
     config.evaluation = _evaluation(variant)
     config.batches = _batches(variant)
     return config
+
+
+def _adapters(variant: str) -> dict[str, dict]:
+    """A smoke run's target has two layers, and one exit."""
+    if not variant:
+        return ADAPTERS
+    return {name: {**recipe, "exit_layer": 1} for name, recipe in ADAPTERS.items() if name != "adapter_1"}
 
 
 def _evaluation(variant: str) -> ConfigDict:
@@ -54,11 +61,11 @@ def _evaluation(variant: str) -> ConfigDict:
         "no_adapter": parts.kangaroo("stage:no_adapter", (some,), 0.2),
         "adapter_adaptive": {**parts.kangaroo("stage:adapter", (many,), 0.0), "adaptive": True, "costs": ()},
     }
-    for stage in ("adapter", "adapter_1"):
+    for stage in ("adapter",) if variant else ("adapter", "adapter_1"):
         drafters[f"{stage}_fixed"] = parts.kangaroo(f"stage:{stage}", (few, some), 0.0)
         drafters[f"{stage}_20"] = parts.kangaroo(f"stage:{stage}", (some, many), 0.2)
         drafters[f"{stage}_40"] = parts.kangaroo(f"stage:{stage}", (some,), 0.4)
-    compare = (("adapter_20", "no_adapter"), ("adapter_20", "adapter_1_20"))
+    compare = (("adapter_20", "no_adapter"), *(() if variant else (("adapter_20", "adapter_1_20"),)))
     temperatures = (0.0,) if variant else (0.0, 1.0)
     section = parts.evaluation(variant, "stage:target", drafters, temperatures=temperatures, compare=compare)
     section.selection.count = 3 if variant else 20
