@@ -61,11 +61,12 @@ def _evaluation(variant: str) -> ConfigDict:
         "no_adapter": parts.kangaroo("stage:no_adapter", (some,), 0.2),
         "adapter_adaptive": {**parts.kangaroo("stage:adapter", (many,), 0.0), "adaptive": True, "costs": ()},
     }
-    for stage in ("adapter",) if variant else ("adapter", "adapter_1"):
+    exits = [name for name in _adapters(variant) if name != "no_adapter"]
+    for stage in exits:
         drafters[f"{stage}_fixed"] = parts.kangaroo(f"stage:{stage}", (few, some), 0.0)
         drafters[f"{stage}_20"] = parts.kangaroo(f"stage:{stage}", (some, many), 0.2)
         drafters[f"{stage}_40"] = parts.kangaroo(f"stage:{stage}", (some,), 0.4)
-    compare = (("adapter_20", "no_adapter"), *(() if variant else (("adapter_20", "adapter_1_20"),)))
+    compare = (("adapter_20", "no_adapter"), *(("adapter_20", f"{stage}_20") for stage in exits[1:]))
     temperatures = (0.0,) if variant else (0.0, 1.0)
     section = parts.evaluation(variant, "stage:target", drafters, temperatures=temperatures, compare=compare)
     section.selection.count = 3 if variant else 20
