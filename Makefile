@@ -6,7 +6,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 VENV := .venv
 RUN := $(VENV)/bin/python
 PYTEST := $(RUN) -m pytest
-# One worker a core, but no more than the tests can keep busy.
+# How many tests run side by side; tests/conftest.py says how many by itself.
 WORKERS ?= auto
 # Comparisons of speed, for which nothing else may run.
 TIMED := tests/peers/test_speed.py tests/peers/test_gkd.py

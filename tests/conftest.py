@@ -29,7 +29,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 APART = ("test_smoke.py", "test_notebook.py")
 
 
-@pytest.hookimpl(optionalhook=True)  # absent with -p no:xdist
+@pytest.hookimpl(wrapper=True, optionalhook=True)  # absent with -p no:xdist
+def pytest_xdist_auto_num_workers(config):
+    """One more than cores, as tests of several processes, of signals and of lost hosts are waiting for long."""
+    return (yield) + 1
+
+
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """Ours rather than --dist loadgroup, of which pytest 9.2 leaves no group together."""
     from xdist.scheduler import LoadScopeScheduling

@@ -261,7 +261,11 @@ def test_a_workdir_that_the_hosts_do_not_share_is_refused(home, tmp_path):
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:
         folder.mkdir()
-    started = [start(home, *p, cwd=f) for p, f in zip(pair(home, 20721, "--workdir=w"), folders, strict=True)]
+    # A file system is given 20 seconds to show what another host wrote.
+    hurry = "\nfrom specjax.runtime import processes\nprocesses._VISIBLE_SECONDS = 2\n"
+    (tmp_path / "config.py").write_text((home / "config.py").read_text() + hurry)
+    arguments = pair(home, 20721, "--workdir=w", f"--config={tmp_path / 'config.py'}")
+    started = [start(home, *each, cwd=folder) for each, folder in zip(arguments, folders, strict=True)]
     for code, said in endings(started):
         assert code == 2
         assert "process 0: " in said and "does not see what process 1 wrote to w" in said

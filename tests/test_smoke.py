@@ -1,12 +1,10 @@
 """Every config's smoke run, from the command line: what it leaves, what is skipped, what is refused."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import flags
+import forked
 import pytest
 import tiny
 
@@ -62,13 +60,10 @@ def models(tmp_path_factory):
 
 
 def run(config, workdir, *overrides):
-    """As from the command line, on one device; what one config has compiled the next need not."""
-    environment = os.environ | {
-        "XLA_FLAGS": flags.QUICK,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    command = [sys.executable, "-m", "specjax.main", *arguments(config, workdir, *overrides)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    """(exit code, what was said) as from the command line, on one device."""
+    log = workdir.with_suffix(".log")
+    code = forked.run(arguments(config, workdir, *overrides), log, {"XLA_FLAGS": flags.QUICK})
+    return code, log.read_text()
 
 
 def run_again(capsys, config, workdir, *overrides):
@@ -92,8 +87,8 @@ def sections(config, workdir):
 def test_a_smoke_run_leaves_its_results_is_skipped_when_finished_and_keeps_its_config(path, tmp_path, models, capsys):
     config, workdir = configs.load(f"{path}:smoke"), tmp_path / "w"
     named = models.get(str(path.relative_to(ROOT)), ())
-    first = run(path, workdir, *named)
-    assert first.returncode == 0, first.stderr
+    code, first = run(path, workdir, *named)
+    assert code == 0, first
     left = {}
     for section, folder in [*sections(config, workdir), (config, workdir)]:
         left[folder / "results.json"] = (folder / "results.json").read_bytes()
@@ -106,7 +101,7 @@ def test_a_smoke_run_leaves_its_results_is_skipped_when_finished_and_keeps_its_c
         code, said = run_again(capsys, path, workdir, *named)
         assert code == 0, said
         count = len(config.stages)
-        assert [f"[{i + 1}/{count}]" in first.stderr for i in range(count)] == [True] * count
+        assert [f"[{i + 1}/{count}]" in first for i in range(count)] == [True] * count
         assert not any(f"[{i + 1}/{count}]" in said for i in range(count))
         assert {file: file.read_bytes() for file in left} == left
 
