@@ -40,7 +40,7 @@ def get_config(variant: str = "") -> ConfigDict:
     base = quickstart.get_config(variant)
     config = ConfigDict()
     config.seed = base.seed
-    stages, trained, evaluations, again = [], [], [], []
+    stages, timed, trained, evaluations, again = [], [], [], [], []
     for task, name in TASKS.items() if not variant else (("code", TASKS["code"]),):
         target = f"target_{task}"
         config[target] = _on_task(base.target, name)
@@ -60,12 +60,12 @@ def get_config(variant: str = "") -> ConfigDict:
             config[evaluation] = _evaluation(base, task, seed, drafters, variant)
             config[f"again_{task}_{seed}"] = config[evaluation].copy_and_resolve_references()
             config[f"again_{task}_{seed}"].measure_parts = False
-            stages += [evaluation, f"again_{task}_{seed}"]
+            timed += [evaluation, f"again_{task}_{seed}"]
             evaluations.append(f"workdir:{evaluation}")
             again.append(f"workdir:again_{task}_{seed}")
     config.study = _study(base, tuple(trained), tuple(evaluations), tuple(again))
     config.study.gamma = 4 if not variant else 2
-    config.stages = (*stages, "study")
+    config.stages = (*stages, *timed, "study")
     return config
 
 
@@ -85,6 +85,11 @@ def _draft(base: ConfigDict, recipe: str, task: str, layers: int, seed: int, var
         section.speculative_eval.every = 0
     section.model.layers = layers
     if not variant:
+        # Of 40 trainings none can be long; shapes are compared at equal steps.
+        steps = {"supervised": 210, "distilled": 30}[recipe]
+        section.train.update({"steps": steps, "eval_every": steps // 2, "checkpoint_every": steps // 2})
+        section.optimizer.warmup_steps = steps // 6
+        section.data.batch_size = 16
         width, heads, kv_heads, mlp_width = SHAPES[layers]
         section.model.update({"width": width, "heads": heads, "kv_heads": kv_heads, "mlp_width": mlp_width})
         section.model.head_size = HEAD_SIZE
@@ -98,6 +103,10 @@ def _evaluation(base: ConfigDict, task: str, seed: int, drafters: dict, variant:
     section.drafters = ConfigDict(drafters)
     section.compare = ()
     section.batch_sizes = (1, 4) if not variant else (1, 2)
+    if not variant:
+        # A configuration's tokens a second and its parts want few texts: there are 800 runs of them.
+        section.selection.count = 8
+        section.max_new_tokens = 64
     if variant:
         section.temperatures = (1.0,)
         for drafter in section.drafters.values():

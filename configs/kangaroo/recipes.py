@@ -8,7 +8,11 @@ corpus: forward KL up to a constant, arXiv 2404.18911), and on text that the dra
 2310.08461) `on_policy` (forward KL), `reverse_kl`, `jsd`, `tv` (total variation). `paper_clock` is the paper's recipe
 for at least as long by the clock as `on_policy` took. The stage `evaluation` decodes with all of them.
 
-Hardware: 2 CPU cores. What to expect: the tables in configs/kangaroo/README.md.
+`configs/kangaroo/recipes.py:continued` (`--workdir=runs/kangaroo_recipes_continued`) begins where the adapters `paper`
+of that run ended, as DistillSpec's drafts begin trained: a draft that cannot write yet learns little from its own text.
+There `paper` is the paper's recipe for as many steps again, and `mixed` has half of its text from the draft.
+
+Hardware: 2 CPU cores; about 25 minutes, continued about 15. What to expect: the tables in configs/kangaroo/README.md.
 `configs/kangaroo/recipes.py:smoke` trains a tiny target of its own and one seed.
 """
 
@@ -26,28 +30,46 @@ RECIPES = {
     "jsd": {"divergence": "jsd", "on_policy": 1.0},
     "tv": {"divergence": "total_variation", "on_policy": 1.0},
 }
+CONTINUED = {
+    "paper": {},
+    "on_policy": {"on_policy": 1.0},
+    "paper_clock": {},
+    "mixed": {"on_policy": 0.5},
+    "tv": {"divergence": "total_variation", "on_policy": 1.0},
+}
+OF_VARIANT = {
+    "": RECIPES,
+    "continued": CONTINUED,
+    "smoke": {name: RECIPES[name] for name in ("paper", "on_policy", "paper_clock")},
+}
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    if variant not in ("", "smoke"):
-        raise ValueError(f"configs/kangaroo/recipes.py has one variant, smoke; not {variant!r}.")
+    if variant not in OF_VARIANT:
+        raise ValueError(f"configs/kangaroo/recipes.py has the variants continued and smoke; not {variant!r}.")
+    smoke = "smoke" if variant == "smoke" else ""
     config = ConfigDict()
     config.seed = 0
-    stages, target = parts.given_target(config, variant)
-    recipes = RECIPES if not variant else {name: RECIPES[name] for name in ("paper", "on_policy", "paper_clock")}
+    stages, target = parts.given_target(config, smoke)
+    recipes = OF_VARIANT[variant]
+    if variant == "continued":
+        config.begun = "runs/kangaroo_recipes"  # workdir of the run whose adapters `paper` are trained further
     names, pairs = [], []
-    for seed in SEEDS[:1] if variant else SEEDS:
+    for seed in SEEDS[:1] if smoke else SEEDS:
         for recipe, how in recipes.items():
             name = f"{recipe}_{seed}"
-            exit_layer = 1 if variant else EXIT_LAYER
-            config[name] = parts.adapter(variant, target, exit_layer=exit_layer, steps=STEPS, seed=seed, **how)
+            exit_layer = 1 if smoke else EXIT_LAYER
+            config[name] = parts.adapter(smoke, target, exit_layer=exit_layer, steps=STEPS, seed=seed, **how)
+            if variant == "continued":
+                config[name].model.init = config.get_ref("begun") + f"/paper_{seed}/export"
+                config[name].seed = seed + len(SEEDS)  # other text than before
             if recipe == "paper_clock":
                 config[name].train.min_seconds_of = f"workdir:on_policy_{seed}"
             names.append(name)
         pairs += [(f"{recipe}_{seed}", f"paper_{seed}") for recipe in recipes if recipe != "paper"]
     drafters = {name: parts.kangaroo(f"stage:{name}", (4,), 0.0) for name in names}
-    section = parts.evaluation(variant, target, drafters, temperatures=(0.0, 1.0), compare=tuple(pairs))
-    section.selection.count = 3 if variant else 24
+    section = parts.evaluation(smoke, target, drafters, temperatures=(0.0, 1.0), compare=tuple(pairs))
+    section.selection.count = 3 if smoke else 24
     config.evaluation = section
     config.stages = (*stages, *names, "evaluation")
     return config

@@ -284,5 +284,6 @@ TABLES: dict[str, Callable[[Mapping], str]] = {
     "kangaroo": main_table,
     "kangaroo_ablations": ablations,
     "kangaroo_recipes": recipes,
+    "kangaroo_recipes_continued": recipes,
     "kangaroo_spec_bench": _spec_bench_record,
 }
