@@ -69,16 +69,16 @@ def run(config: ConfigDict, name: str = "") -> dict:
     if not planned:
         raise UserError(f"nothing here can be planned: that is for stages of {' and '.join(_PLANNED)}")
     parts = [chips.slice_named(name, math.prod(meshes.sizes_of(section.mesh))) for _, section in planned]
-    shelf, described = Shelf(), []
-    for (stage, section), part in zip(planned, parts, strict=True):
-        mesh = chips.make_mesh(part, {axis: section.mesh[axis] for axis in meshes.AXES})
-        described.append(_described(stage, section, shelf, part, mesh))
-    # A compiler leaves the interpreter to others: steps are compiled side by side. The last ones, of decoding, take
-    # longest as a rule, and so begin.
-    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        begin = lambda of: [pool.submit(_compiled, of, step, about) for step, about in of.executables[::-1]]
-        begun = [begin(of) for of in described[::-1]]
-        compiled = [[row.result() for row in rows[::-1]] for rows in begun[::-1]]
+    shelf, described, begun = Shelf(), [], []
+    # A compiler leaves the interpreter to others: steps are compiled side by side, and beside the description of the
+    # next stage; more of them than cores, as each also waits for the interpreter, to be traced and to be read.
+    with ThreadPoolExecutor(max_workers=2 * (os.cpu_count() or 1)) as pool:
+        for (stage, section), part in zip(planned, parts, strict=True):
+            mesh = chips.make_mesh(part, {axis: section.mesh[axis] for axis in meshes.AXES})
+            of = _described(stage, section, shelf, part, mesh)
+            described.append(of)
+            begun.append([pool.submit(_compiled, of, step, about) for step, about in of.executables])
+        compiled = [[row.result() for row in rows] for rows in begun]
     summary = [
         smallest.summary(of.stage, of.section, of.resident_on, rows, of.part, dict(of.mesh.shape))
         for of, rows in zip(described, compiled, strict=True)

@@ -49,6 +49,18 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 @pytest.fixture(autouse=True, scope="module")
+def one_worker(request, tmp_path_factory):
+    """Of a file: a later pytest or xdist may leave our scheduler unused, and only the time would tell."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is None or request.path.name in APART:
+        return
+    note = tmp_path_factory.getbasetemp().parent / f"{request.path.stem}.worker"  # in the folder of all workers
+    if note.exists():
+        assert note.read_text() == worker, f"tests of {request.path.name} are spread over workers: see ByFile"
+    note.write_text(worker)
+
+
+@pytest.fixture(autouse=True, scope="module")
 def compiled_programs():
     """Let go of after each file, which are some hundred: kept, a worker grows to several gigabytes."""
     yield

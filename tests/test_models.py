@@ -138,7 +138,7 @@ def test_rows_at_different_positions_cross_the_cache_prefixes(grouped):
     """Rows start apart, and their slots cross one prefix or another while other rows stay below."""
     model, params = grouped
     short, steps, batch = kv_cache.prefixes(10**6)[0], 20, 4
-    slots = 2 * short + 40
+    slots = 3 * short + 40
     assert kv_cache.prefixes(slots) == [short, 2 * short, slots]
     texts = jnp.asarray(np.random.default_rng(0).integers(0, model.vocab_size, (batch, slots)), jnp.int32)
     full = np.asarray(tiny.full_logits(model, params, texts))
@@ -160,6 +160,7 @@ def test_prefixes_double_up_to_the_whole():
     lengths = kv_cache.prefixes(1000)
     assert lengths[-1] == 1000
     assert all(b == 2 * a for a, b in itertools.pairwise(lengths[:-1]))
+    assert kv_cache.prefixes(2 * lengths[0] + 1) == [lengths[0], 2 * lengths[0] + 1]  # not one for the last slot
     assert kv_cache.prefixes(lengths[0]) == [lengths[0]] and kv_cache.prefixes(5) == [5]
 
 

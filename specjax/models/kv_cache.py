@@ -143,10 +143,13 @@ def write_rows(array: jax.Array, new: jax.Array, start: Int[Array, "B"], *, axis
 
 
 def prefixes(capacity: int) -> list[int]:
-    """Lengths of cache prefixes that attention may be asked to read: powers of two, and the whole."""
+    """Lengths of cache prefixes that attention may be asked to read: powers of two, and the whole.
+
+    A prefix of three quarters of the whole or more is none: each is compiled in every layer, and spares little.
+    """
     lengths = []
     length = _SHORTEST_PREFIX
-    while length < capacity:
+    while 4 * length < 3 * capacity:
         lengths.append(length)
         length *= 2
     return [*lengths, capacity]

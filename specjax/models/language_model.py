@@ -25,7 +25,13 @@ NEXT = ((0, 1.0),)
 
 @functools.cache
 def _abstract(module: type, config: Any):
-    return nnx.split(nnx.eval_shape(lambda: module(config, nnx.Rngs(params=0))))
+    def shaped():
+        rngs = nnx.Rngs(params=0)
+        key = rngs.params()
+        rngs.params = lambda: key  # shapes ask for no keys of their own, which are most of the time of tracing this
+        return module(config, rngs)
+
+    return nnx.split(nnx.eval_shape(shaped))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

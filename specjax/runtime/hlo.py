@@ -48,8 +48,12 @@ class Array:
 
     @property
     def bytes(self) -> int:
-        bits = _BITS.get(self.kind) if self.kind in _BITS else int(re.sub(r"\D*(\d+).*", r"\1", self.kind) or 0)
-        return math.prod(self.shape) * bits // 8
+        return math.prod(self.shape) * _bits(self.kind) // 8
+
+
+@functools.cache
+def _bits(kind: str) -> int:
+    return _BITS[kind] if kind in _BITS else int(re.sub(r"\D*(\d+).*", r"\1", kind) or 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +121,8 @@ class Work:
     traffic: Mapping[str, Traffic] = dataclasses.field(default_factory=dict)
 
     def __add__(self, other: "Work") -> "Work":
+        if not other.traffic:
+            return Work(self.flops + other.flops, self.bytes + other.bytes, self.traffic)
         kinds = {*self.traffic, *other.traffic}
         traffic = {kind: self.traffic.get(kind, Traffic()) + other.traffic.get(kind, Traffic()) for kind in kinds}
         return Work(self.flops + other.flops, self.bytes + other.bytes, traffic)
