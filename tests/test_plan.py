@@ -171,6 +171,28 @@ def compare(config, mesh):
 
 
 @pytest.mark.standard_promotion
+@pytest.mark.parametrize("encoder_decoder", [False, True])
+def test_more_devices_with_as_many_rows_each_hold_and_send_no_more(tmp_path, encoder_decoder):
+    """Over `fsdp` the weights go to the rows: of a step, rows that went to the weights would be all rows of all."""
+    write = t5_directory if encoder_decoder else directory
+    target, draft = write(tmp_path / "target", width=64), write(tmp_path / "draft", layers=1)
+    found = []
+    for ways in (2, 8):
+        types = (jax.sharding.AxisType.Auto,) * len(meshes.AXES)
+        mesh = jax.make_mesh((1, ways, 1), meshes.AXES, axis_types=types, devices=jax.devices()[:ways])
+        section = pair(target, draft, (1, ways, 1)).distilled
+        section.data.batch_size = 8 * ways
+        *_, step = steps.training_steps(steps.training(section, Shelf(), mesh))
+        with meshes.use(mesh):
+            compiled = step.lower().compile()
+        traffic = account.program_of(compiled).work().traffic
+        found.append((account.Memory.of(compiled).temporary, sum(of.sent for of in traffic.values())))
+    (held_by_two, sent_by_two), (held_by_eight, sent_by_eight) = found
+    assert held_by_eight < 1.3 * held_by_two
+    assert sent_by_eight < 2 * sent_by_two  # of a whole copy 7/8 come from others, in place of 1/2
+
+
+@pytest.mark.standard_promotion
 @pytest.mark.parametrize("mesh", [(2, 2, 2), pytest.param((1, 4, 2), marks=pytest.mark.slow)], ids=str)
 def test_bytes_of_a_decoder_and_its_draft_are_those_of_a_run(tmp_path, mesh):
     config = pair(directory(tmp_path / "t", kv_heads=2), directory(tmp_path / "d", layers=1, tied_head=True), mesh)
@@ -298,6 +320,12 @@ def test_of_loops_of_which_one_is_taken_the_most_expensive_counts():
         )
     )
     assert program.work(lambda source: hlo.ONE_OF_THEM).flops == hlo.Program(TEXT).work(known=False).flops
+
+
+def test_a_loop_that_counts_by_two_takes_half_the_turns():
+    counter = "  %two = s32[] constant(2)\n  %j = s32[] get-tuple-element(%q), index=0\n  %i2 = s32[] add(%j, %two)\n"
+    program = hlo.Program(TEXT.replace("  %x = f32[8,16]", f"{counter}  %x = f32[8,16]", 1))
+    assert program.work().traffic["all-reduce"].count == 3  # 0, 2 and 4 are below 5
 
 
 def test_the_work_of_a_compiled_scan_is_that_of_its_turns():

@@ -65,14 +65,21 @@ def taught(
 
 
 def evaluation(
-    seed: Any, target: str, drafters: Mapping[str, Mapping], *, timed: bool, temperatures: tuple, smoke: bool
+    seed: Any,
+    target: str,
+    drafters: Mapping[str, Mapping],
+    *,
+    timed: bool,
+    temperatures: tuple,
+    smoke: bool,
+    prompts: int = 96,
 ) -> ConfigDict:
     """Quality and block efficiency on many prompts; or, `timed`, the same on a few, one at a time, for their speed."""
     section = quickstart.get_config().evaluation.copy_and_resolve_references()
     section.seed = seed
     section.task = task(seed, 1)  # other problems for every seed
     section.target = target
-    section.selection.update({"count": 32 if timed else 96, "length_min": 1, "length_max": 64})
+    section.selection.update({"count": 32 if timed else prompts, "length_min": 1, "length_max": 64})
     section.max_new_tokens = 40
     section.batch_sizes = (1,) if timed else (32,)
     section.temperatures = temperatures

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from specjax.distillation import divergences
 from specjax.models.language_model import consecutive, fit_logits
+from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError
 
 # Hard labels: the negative log-likelihood of the batch's own tokens, for which no target is needed.
@@ -106,7 +107,9 @@ def distillation_loss(
       divergence: a name in `divergences.DIVERGENCES`, or "cross_entropy".
       beta: of `jsd`.
       loss_temperature: divides both logits in the loss (not in `acceptance`); the loss is not rescaled by it.
-      chunk: predictions, of all rows and heads, whose logits exist at one time (but one of each row and head at least).
+      chunk: predictions, of all rows and heads of one device, whose logits exist at one time (but one of each row and
+        head at least). Each chunk of a mesh adds up the heads' gradients over devices, so more rows must not be more
+        chunks.
 
     Raises:
       UserError: for an unknown divergence, and for one that lacks its target.
@@ -143,7 +146,7 @@ def distillation_loss(
         return Sums(jnp.sum(weights * losses), jnp.sum(weights * overlap), jnp.sum(weights))
 
     rows, columns = tokens.shape
-    width = min(max(chunk // (rows * len(draft.predicts)), 1), columns)
+    width = min(max(chunk * meshes.ways("batch") // (rows * len(draft.predicts)), 1), columns)
     chunks = jax.tree.map(functools.partial(_in_chunks, chunk=width), parts)
     with jax.named_scope("heads"):
         sums, _ = jax.lax.scan(lambda total, part: (total + chunk_sums(draft_params, part), None), Sums.zeros(), chunks)

@@ -12,6 +12,7 @@ from specjax.models import kv_cache, layers
 from specjax.models.config import DecoderConfig
 from specjax.models.language_model import NEXT, LanguageModel, Network, Params, fit_logits
 from specjax.models.rotary import Rotary, angles
+from specjax.runtime import mesh as meshes
 from specjax.runtime.dtypes import dtype_named
 from specjax.runtime.errors import UserError, nearest
 
@@ -105,7 +106,9 @@ class AdapterModule(nnx.Module):
             cache = None if cache is None else cache.with_layer(0, keys, values)
         if self.mlp is not None:
             hidden = hidden + self.mlp(self.mlp_norm(hidden))
-        return hidden, None if cache is None else cache.metered(1, hidden.shape[1])
+        if cache is None:
+            return meshes.pin_rows(hidden), None
+        return hidden, cache.metered(1, hidden.shape[1])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ from specjax.models import kv_cache, layers
 from specjax.models.config import DecoderConfig
 from specjax.models.language_model import LanguageModel, Params, look_up
 from specjax.models.rotary import angles
+from specjax.runtime import mesh as meshes
 from specjax.runtime.dtypes import dtype_named
 
 
@@ -53,12 +54,16 @@ class DecoderModule(nnx.Module):
         capacity = inputs.shape[1] if cache is None else cache.capacity
         turn = lambda rotary: None if rotary is None else angles(rotary, positions, capacity)
         everywhere, local = turn(config.rotary), turn(config.local_rotary)
+        # Of whole texts the weights go to the rows; of a step's few tokens the rows go to the weights.
+        pin = meshes.pin_rows if cache is None else lambda x: x
+        hidden = pin(hidden)
         for layer in range(lo, hi):
             keys, values = (None, None) if cache is None else (cache.keys[layer], cache.values[layer])
             turned = local if local is not None and config.window(layer) else everywhere
             turned = turned if config.turns(layer) else None
             with jax.named_scope(f"layer_{layer}"):
                 hidden, keys, values = self.blocks[layer](hidden, turned, positions, mask, keys, values)
+                hidden = pin(hidden)
             if cache is not None:
                 cache = cache.with_layer(layer, keys, values).metered(1, hidden.shape[1])
         return hidden, cache

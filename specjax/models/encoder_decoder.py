@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from specjax.models import kv_cache, layers
 from specjax.models.config import DecoderConfig
 from specjax.models.language_model import LanguageModel, Params, consecutive, look_up
+from specjax.runtime import mesh as meshes
 from specjax.runtime.dtypes import dtype_named
 
 # Relative positions have no end.
@@ -184,8 +185,10 @@ class EncoderDecoderModule(nnx.Module):
         bias = self.encoder_bias(positions[:1], positions[:1])
         for layer, block in enumerate(self.encoder_blocks):
             with jax.named_scope(f"encoder_layer_{layer}"):
-                hidden, _, _ = block(hidden, None, positions, there, None, None, bias=bias, causal=False)
-        return self.encoder_norm(hidden)
+                hidden, _, _ = block(
+                    meshes.pin_rows(hidden), None, positions, there, None, None, bias=bias, causal=False
+                )
+        return self.encoder_norm(meshes.pin_rows(hidden))
 
     def remember(self, prompts, lengths):
         memory = self.encode(prompts, lengths)
@@ -205,6 +208,7 @@ class EncoderDecoderModule(nnx.Module):
             cross = cache.cross_keys[layer], cache.cross_values[layer]
             with jax.named_scope(f"layer_{layer}"):
                 hidden, keys, values = self.blocks[layer](hidden, positions, mask, keys, values, bias, *cross, visible)
+                hidden = meshes.pin_rows(hidden) if own is None else hidden
             if own is not None:
                 own = own.with_layer(layer, keys, values).metered(1, hidden.shape[1])
         return hidden, dataclasses.replace(cache, own=own)

@@ -214,17 +214,28 @@ class Program:
             return said
         if found := _KNOWN_TURNS.search(line.rest):
             return int(found.group(1))
-        condition = re.search(r"\bcondition=%?([\w.\-]+)", line.rest)
-        return self._bound(condition.group(1)) if condition else 1
+        condition, body = (re.search(rf"\b{part}=%?([\w.\-]+)", line.rest) for part in ("condition", "body"))
+        return self._bound(condition.group(1), body.group(1)) if condition and body else 1
 
-    def _bound(self, name: str) -> int:
-        """The constant below which a counter stays, where that is all that the condition says (a scan); or else 1."""
-        part = self.computations.get(name, {})
+    def _bound(self, condition: str, body: str) -> int:
+        """From 0 to the constant below which a counter stays, where that is all that is asked (a scan); or else 1."""
+        part = self.computations.get(condition, {})
         compared = [line for line in part.values() if line.op not in ("parameter", "get-tuple-element", "constant")]
-        constants = [line for line in part.values() if line.op == "constant" and line.type.startswith("s32[]")]
+        constants = [line for line in part.values() if line.op == "constant" and line.type[:5] in ("s32[]", "u32[]")]
         if len(compared) != 1 or len(constants) != 1 or compared[0].op != "compare":
             return 1
-        return int(constants[0].value) if "direction=LT" in compared[0].rest else 1
+        if "direction=LT" not in compared[0].rest:
+            return 1
+        place = re.search(r"\bindex=(\d+)", part[compared[0].operands[0]].rest)
+        return -(-int(constants[0].value) // (self._stride(body, int(place.group(1))) if place else 1))
+
+    def _stride(self, body: str, place: int) -> int:
+        """What a loop's body adds to its counter, which is at this place of what the body hands on; 1 if unknown."""
+        part = self.computations.get(body, {})
+        handed = list(part.values())[-1].operands[place : place + 1] if part else ()
+        added = [part[name] for name in handed if name in part and part[name].op == "add"]
+        steps = [part[name] for line in added for name in line.operands if name in part and part[name].op == "constant"]
+        return max(int(steps[0].value), 1) if steps else 1
 
     def _bytes(self, line: Instruction, part: Mapping[str, Instruction]) -> float:
         """What an instruction reads and writes; of a fusion that looks at parts of an array, those parts."""

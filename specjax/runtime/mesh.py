@@ -155,6 +155,17 @@ def pin_last(x: jax.Array, name: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, jax.P(*[jax.P.UNCONSTRAINED] * (x.ndim - 1), RULES[name]))
 
 
+def pin_rows(x: jax.Array) -> jax.Array:
+    """As `constrain`, of activations: rows split as a batch is, all else whole; and only where the rows divide.
+
+    Without it the compiler keeps weights that are spread over `fsdp` where they are, and sends every row to all of
+    them: what a chip sends and holds would grow with the number of chips.
+    """
+    if not splits("batch") or x.shape[0] % ways("batch"):
+        return x
+    return jax.lax.with_sharding_constraint(x, jax.P(RULES["batch"], *[None] * (x.ndim - 1)))
+
+
 def splits(name: str) -> bool:
     """Inside jit, under `use`: whether this logical axis is spread over devices."""
     return ways(name) > 1
