@@ -86,7 +86,7 @@ PAIRS = {
         training=(1, 2, 8),
         decoding=(1, 1, 8),
         rows=(16, 1024),
-        prompts=(8, 1024),
+        prompts=(8, 2048),
         gamma=4,
     ),
 }
