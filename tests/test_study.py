@@ -36,6 +36,7 @@ def row(drafter, gamma=4, **changes):
         "acceptance_rate": 0.4,
         "ctar": [0.6, 0.4, 0.3, 0.2],
         "iterations": 400,
+        "expected_iterations": 410.0,
         "draft_step_seconds": 2.5e-3,
         "target_step_seconds": 8e-3,
         "verify_seconds": 9e-3,
@@ -82,29 +83,42 @@ def test_a_configuration_is_predicted_from_its_parts():
     # 1000 tokens in 0.5 s of prefill and 400 blocks of 20 ms.
     assert found["predicted_tokens_per_second"] == pytest.approx(1000 / 8.5)
     assert found["off_by"] == pytest.approx(1000 / 8.5 / 125 - 1)
-    # Two rows of 2 tokens at acceptance 1/2 take 1.75 blocks, and there are 5 batches.
-    batched = study.configuration(row("d", batch_size=2, gamma=1, ctar=[0.5], max_new_tokens=2), draft)
-    assert batched["expected_iterations"] == 5 * 1.75
+    # Of a batch, the expected blocks: 200 of 20 ms in place of those that it happened to take.
+    batched = study.configuration(row("d", batch_size=2, expected_iterations=200.0), draft)
+    assert batched["predicted_tokens_per_second"] == pytest.approx(1000 / 4.5)
     untimed = study.configuration(row("d", draft_step_seconds=None), draft)
     assert untimed["predicted_tokens_per_second"] is None and untimed["off_by"] is None
 
 
 def test_advice_and_winner_are_compared_by_a_second_run():
-    def rows(speeds, predicted):
-        names = ("none", "a", "b")
+    def rows(speeds, steps, plain=80.0):
+        """Plain decoding and two drafts, by what was measured of them and by the seconds of their steps."""
+        drafted = zip("ab", speeds, steps, strict=True)
         return [
-            row(name, gamma=4 * bool(i), tokens_per_second=speed, predicted_speedup=ahead)
-            for i, (name, speed, ahead) in enumerate(zip(names, speeds, predicted, strict=True))
+            row("none", gamma=0, ctar=[], tokens_per_second=plain),
+            *(row(name, tokens_per_second=speed, draft_step_seconds=step) for name, speed, step in drafted),
         ]
 
     # The parts speak for b; a was lucky, and fell back when it was measured again.
-    first, second = rows((100.0, 130.0, 125.0), (None, 1.2, 1.3)), rows((100.0, 120.0, 126.0), (None,) * 3)
+    first, second = rows((130.0, 125.0), (3e-3, 2e-3)), rows((120.0, 126.0), (None, None), plain=81.0)
     (found,) = study.check_advice("e", first, second)
     assert (found["advised"], found["fastest"]) == ("b, gamma 4", "a, gamma 4")
     assert found["advised_over_fastest"] == pytest.approx(1.05)
-    (found,) = study.check_advice("e", rows((100.0, 130.0, 90.0), (None, 0.9, 0.8)), second)
-    assert found["advised"] == "plain decoding" and found["advised_over_fastest"] == pytest.approx(100 / 120)
-    assert study.check_advice("e", rows((100.0, 130.0, 90.0), (None,) * 3), second) == []
+    # Drafts so slow that plain decoding is the advice, whatever was measured of them.
+    (found,) = study.check_advice("e", rows((130.0, 90.0), (2e-2, 3e-2)), second)
+    assert found["advised"] == "plain decoding" and found["advised_over_fastest"] == pytest.approx(81 / 120)
+    assert study.check_advice("e", rows((130.0, 90.0), (None, None)), second) == []
+
+
+@pytest.mark.parametrize(("certain", "advised"), [(0.9, "a, gamma 4"), (1.0, "a, gamma 1")])
+def test_advice_takes_the_acceptance_of_a_shorter_draft_from_the_longest(certain, advised):
+    plain = row("none", gamma=0, ctar=[], tokens_per_second=50.0)
+    # 4 tokens in 50 ms against 1.9 or, were it perfect, 2 in 24.7 ms.
+    longest = row("a", ctar=[certain, 1.7 - certain, 0.7, 0.6], draft_step_seconds=1e-2)
+    short = row("a", gamma=1, ctar=[1.0], draft_step_seconds=1e-2, verify_seconds=13.7e-3)
+    first = [plain, short, longest]
+    (found,) = study.check_advice("e", first, first)
+    assert found["advised"] == advised
 
 
 def test_a_changed_grid_is_refused_in_an_old_workdir(tmp_path):

@@ -17,7 +17,7 @@ seed.
 import quickstart
 from ml_collections import ConfigDict
 
-TASKS = {"code": "stdlib_code", "arithmetic": "arithmetic"}
+TASKS = {"code": {"name": "stdlib_code", "size": 0}, "arithmetic": {"name": "arithmetic", "size": 20_000}}
 SEEDS = (0, 1)
 # Two million parameters each, by draft_design.shapes.at_parameters: layers -> width, heads, key heads, MLP width.
 SHAPES = {
@@ -41,9 +41,9 @@ def get_config(variant: str = "") -> ConfigDict:
     config = ConfigDict()
     config.seed = base.seed
     stages, timed, trained, evaluations, again = [], [], [], [], []
-    for task, name in TASKS.items() if not variant else (("code", TASKS["code"]),):
+    for task in TASKS if not variant else ("code",):
         target = f"target_{task}"
-        config[target] = _on_task(base.target, name)
+        config[target] = _on_task(base.target, task, variant)
         if not variant:
             config[target].model.update(TARGET)
         stages.append(target)
@@ -59,7 +59,7 @@ def get_config(variant: str = "") -> ConfigDict:
             evaluation = f"evaluation_{task}_{seed}"
             config[evaluation] = _evaluation(base, task, seed, drafters, variant)
             config[f"again_{task}_{seed}"] = config[evaluation].copy_and_resolve_references()
-            config[f"again_{task}_{seed}"].measure_parts = False
+            config[f"again_{task}_{seed}"].update(_other_prompts(config[evaluation]))
             timed += [evaluation, f"again_{task}_{seed}"]
             evaluations.append(f"workdir:{evaluation}")
             again.append(f"workdir:again_{task}_{seed}")
@@ -69,14 +69,23 @@ def get_config(variant: str = "") -> ConfigDict:
     return config
 
 
-def _on_task(section: ConfigDict, name: str) -> ConfigDict:
+def _on_task(section: ConfigDict, task: str, variant: str) -> ConfigDict:
     section = section.copy_and_resolve_references()
-    section.task.name = name
+    if variant:
+        return section
+    section.task.update(TASKS[task])
+    if task == "arithmetic":
+        # Questions have up to 75 tokens, and nine answers of ten fit behind theirs.
+        if section.binary == "evaluate":
+            section.selection.length_max = 80
+        else:
+            section.data.update({"sequence_length": 144, "prompt_length_max": 80})
+            section.data.generation.max_new_tokens = 64
     return section
 
 
 def _draft(base: ConfigDict, recipe: str, task: str, layers: int, seed: int, variant: str) -> ConfigDict:
-    section = _on_task(base[recipe], TASKS[task])
+    section = _on_task(base[recipe], task, variant)
     section.seed = seed
     section.tokenizer.path = f"stage:target_{task}"
     if recipe == "distilled":
@@ -97,8 +106,9 @@ def _draft(base: ConfigDict, recipe: str, task: str, layers: int, seed: int, var
 
 
 def _evaluation(base: ConfigDict, task: str, seed: int, drafters: dict, variant: str) -> ConfigDict:
-    section = _on_task(base.evaluation, TASKS[task])
+    section = _on_task(base.evaluation, task, variant)
     section.seed = base.evaluation.seed + seed
+    section.task.seed = seed
     section.target = f"stage:target_{task}"
     section.drafters = ConfigDict(drafters)
     section.compare = ()
@@ -113,6 +123,13 @@ def _evaluation(base: ConfigDict, task: str, seed: int, drafters: dict, variant:
             drafter.lossless = (2,)
     section.measure_parts = True
     return section
+
+
+def _other_prompts(evaluation: ConfigDict) -> ConfigDict:
+    """What a second run has otherwise: windows of the corpus by another seed, generated problems by another seed."""
+    task = evaluation.task.copy_and_resolve_references()
+    task.seed = evaluation.task.seed + len(SEEDS)
+    return ConfigDict({"seed": evaluation.seed + len(SEEDS), "task": task, "measure_parts": False})
 
 
 def _study(base: ConfigDict, trained: tuple, evaluations: tuple, again: tuple) -> ConfigDict:

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from specjax.decoding import batch, loop
 from specjax.decoding.sampling import Sampling, row_keys
@@ -104,6 +104,17 @@ def _example_batch(texts: Sequence[Sequence[int]], length: int, batch_size: int,
     rows += rows[-1:] * (put.rows(len(rows)) - len(rows))
     tokens, lengths = batch.pad(rows, batch.prompt_slots(rows))
     return put(tokens), put(lengths), row_keys(seed, put(np.arange(len(rows), dtype=np.int32)))
+
+
+def expected_iterations(ctar: Sequence[float], emitted: Int[np.ndarray, "N"], batch_size: int) -> float:
+    """Blocks that batches of these rows should take: of each the expected maximum over its rows.
+
+    Args:
+      ctar: of all rows, see `throughput`.
+      emitted: tokens of each row, in the order in which they are put into batches.
+    """
+    batches = [emitted[first : first + batch_size].tolist() for first in range(0, len(emitted), batch_size)]
+    return sum(throughput.expected_rounds([ctar] * len(tokens), tokens) for tokens in batches)
 
 
 def predict(

@@ -59,23 +59,24 @@ def run(config: Any, workdir: Path) -> list[dict]:
 
 
 def check_advice(name: str, measured: Sequence[Mapping], again: Sequence[Mapping]) -> list[dict]:
-    """Of each temperature and batch size: what the parts and counts advise, beside what was fastest when all were run.
+    """Of each temperature and batch size: what would be advised, beside what was fastest when all were run.
 
-    Both are compared by a second run, so that the winner of the first is not paid for its luck. Where no draft is
-    predicted to beat plain decoding, plain decoding is the advice.
+    The advice knows the parts, how often each draft's tokens stood at its largest gamma, and how fast plain decoding
+    was. Where no draft is predicted to beat that, plain decoding is the advice. Advised and fastest are compared by the
+    second run, on other prompts, so that the winner of the first is not paid for its luck.
     """
     key = lambda row: (row["drafter"], row["gamma"], row["temperature"], row["batch_size"])
     second = {key(row): row["tokens_per_second"] for row in again}
     rows = []
     for temperature, size in sorted({(row["temperature"], row["batch_size"]) for row in measured}):
         group = [row for row in measured if (row["temperature"], row["batch_size"]) == (temperature, size)]
-        timed = [row for row in group if row["gamma"] and row["predicted_speedup"] is not None]
-        if not timed:
+        longest = {row["drafter"]: row for row in sorted(group, key=lambda row: row["gamma"])}
+        known = {key(row): _foretold(row, longest[row["drafter"]]["ctar"]) for row in group if row["gamma"]}
+        if None in known.values():
             continue
-        # Predicted throughput: all of a group share one plain decoding.
-        advised = max(timed, key=lambda row: row["predicted_speedup"])
-        if advised["predicted_speedup"] <= 1:
-            advised = next(row for row in group if not row["gamma"])
+        plain = next(row for row in group if not row["gamma"])
+        speeds = {**known, key(plain): plain["tokens_per_second"]}
+        advised = max(group, key=lambda row: speeds[key(row)])
         winner = max(group, key=lambda row: row["tokens_per_second"])
         said = lambda row: f"{row['drafter']}, gamma {row['gamma']}" if row["gamma"] else "plain decoding"
         rows.append(
@@ -93,6 +94,21 @@ def check_advice(name: str, measured: Sequence[Mapping], again: Sequence[Mapping
             }
         )
     return rows
+
+
+def _foretold(row: Mapping, ctar: Sequence[float]) -> float | None:
+    """Tokens per second of batches whose rows all emit the mean number of tokens; None where no parts were timed."""
+    if row["draft_step_seconds"] is None:
+        return None
+    gamma, size, batches = row["gamma"], row["batch_size"], math.ceil(row["prompts"] / row["batch_size"])
+    tokens = round(row["emitted_tokens"] / row["prompts"])
+    rounds = throughput.expected_rounds([ctar[:gamma]] * size, tokens)
+    return size * tokens / (row["prefill_seconds"] / batches + rounds * _block(row))
+
+
+def _block(row: Mapping) -> float:
+    """Seconds of a block, from its parts."""
+    return row["gamma"] * row["draft_step_seconds"] + row["verify_seconds"] + row["rule_seconds"]
 
 
 def _advice_summary(checked: Sequence[Mapping]) -> list[dict]:
@@ -134,15 +150,11 @@ def configuration(row: Mapping, draft: Mapping) -> dict:
     A batch runs until its slowest row has its tokens: its blocks are the expected maximum over rows, each with the
     acceptance of all. Of a batch of one the run's own blocks are taken, which its acceptance is the ratio of.
     """
-    batches = math.ceil(row["prompts"] / row["batch_size"])
-    expected = row["iterations"]
-    if row["batch_size"] > 1:
-        expected = batches * throughput.expected_rounds([row["ctar"]] * row["batch_size"], row["max_new_tokens"])
+    blocks = row["iterations"] if row["batch_size"] == 1 else row["expected_iterations"]
     predicted = None
     if row["draft_step_seconds"] is not None:
-        block = row["gamma"] * row["draft_step_seconds"] + row["verify_seconds"] + row["rule_seconds"]
-        predicted = row["emitted_tokens"] / (row["prefill_seconds"] + expected * block)
-    known = {**row, **draft, "expected_iterations": expected, "predicted_tokens_per_second": predicted}
+        predicted = row["emitted_tokens"] / (row["prefill_seconds"] + blocks * _block(row))
+    known = {**row, **draft, "predicted_tokens_per_second": predicted}
     known["off_by"] = predicted / row["tokens_per_second"] - 1 if predicted else None
     return {key: known[key] for key in COLUMNS}
 
