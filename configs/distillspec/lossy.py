@@ -9,7 +9,8 @@ Stages: `target`; `supervised`, a draft trained plainly; `distilled`, the same o
 probabilities; `quality`, every rule at every lenience over many prompts; `latency`, the same one prompt at a time, to
 be run on a machine with nothing else to do.
 
-Hardware: 2 CPU cores. Time: seven minutes a seed, four where the target is copied from another seed's workdir. Expect,
+Hardware: 2 CPU cores. Time: about eleven minutes a seed, eight where the target is copied from another seed's workdir;
+most of it uses one core. Expect,
 as in DistillSpec's figure 6, more tokens a target call and lower quality the smaller the lenience: the tables of
 configs/distillspec/README.md. `configs/distillspec/lossy.py:smoke` takes tiny models.
 """
