@@ -1,9 +1,9 @@
-"""A grid of drafts at equal parameters: depth, recipe, task, seed, gamma, temperature, batch; 400 configurations.
+"""A grid of drafts at equal parameters: depth, recipe, task, seed, gamma, temperature, batch; 480 configurations.
 
     python -m specjax.main --config=configs/draft_design/study.py --workdir=runs/study
 
 For each task one target; for each depth and seed one draft of two million parameters trained
-plainly (`supervised_TASK_LAYERS_SEED`) and one that goes on from it by DistillSpec (`distilled_...`), 40 trainings in
+plainly (`supervised_TASK_LAYERS_SEED`) and one that goes on from it by DistillSpec (`distilled_...`), 60 trainings in
 all; for each task and seed one evaluation of every draft, the parts timed apart from the runs, and a second run of it
 (`again_...`); last `study`, which puts all of it together: configurations.csv, report.html, and tables of predicted
 against measured, of depth at equal parameters, of perplexity against acceptance, and of what the model would have
@@ -18,7 +18,7 @@ import quickstart
 from ml_collections import ConfigDict
 
 TASKS = {"code": {"name": "stdlib_code", "size": 0}, "arithmetic": {"name": "arithmetic", "size": 20_000}}
-SEEDS = (0, 1)
+SEEDS = (0, 1, 2)
 # Two million parameters each, by draft_design.shapes.at_parameters: layers -> width, heads, key heads, MLP width.
 SHAPES = {
     1: (384, 12, 6, 1008),
@@ -31,7 +31,7 @@ HEAD_SIZE = 32
 # Wide enough that verifying several tokens costs little more than one step on a CPU.
 TARGET = {"layers": 4, "width": 640, "heads": 10, "kv_heads": 5, "mlp_width": 1792}
 # How a draft is evaluated, by its recipe.
-GAMMAS = {"supervised": (4,), "distilled": (1, 2, 4, 6)}
+GAMMAS = {"supervised": (4,), "distilled": (2, 4, 6)}
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -94,7 +94,7 @@ def _draft(base: ConfigDict, recipe: str, task: str, layers: int, seed: int, var
         section.speculative_eval.every = 0
     section.model.layers = layers
     if not variant:
-        # Of 40 trainings none can be long; shapes are compared at equal steps.
+        # Of 60 trainings none can be long; shapes are compared at equal steps.
         steps = {"supervised": 210, "distilled": 30}[recipe]
         section.train.update({"steps": steps, "eval_every": steps // 2, "checkpoint_every": steps // 2})
         section.optimizer.warmup_steps = steps // 6
@@ -114,7 +114,7 @@ def _evaluation(base: ConfigDict, task: str, seed: int, drafters: dict, variant:
     section.compare = ()
     section.batch_sizes = (1, 4) if not variant else (1, 2)
     if not variant:
-        # A configuration's tokens a second and its parts want few texts: there are 800 runs of them.
+        # A configuration's tokens a second and its parts want few texts: there are 960 runs of them.
         section.selection.count = 8
         section.max_new_tokens = 64
     if variant:
