@@ -93,7 +93,7 @@ def _training(steps: int, learning_rate: float) -> ConfigDict:
             "generation": {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 96},
         }
     )
-    # chunk: predictions of one device whose logits exist at one time; temperature: of the loss, apart from generation's.
+    # chunk: predictions of one device whose logits exist at one time; temperature: of the loss, not of generation.
     config.loss = ConfigDict({"divergence": "cross_entropy", "beta": 0.5, "temperature": 1.0, "chunk": 512})
     config.optimizer = ConfigDict(
         {

@@ -17,7 +17,7 @@ import numpy as np
 from specjax.draft_design import shapes, throughput
 from specjax.hub import load as hub_load
 from specjax.models.config import DecoderConfig
-from specjax.reporting import design_tables, page, plots, records
+from specjax.reporting import design_tables, page, plots, records, tradeoffs
 from specjax.runtime.errors import UserError
 
 FILE = "configurations.csv"
@@ -38,16 +38,16 @@ def run(config: Any, workdir: Path) -> list[dict]:
     """
     drafts = {Path(path).name: _draft(Path(path)) for path in config.trained}
     found, checked = [], []
-    if len(config.again) not in (0, len(config.evaluations)):
-        raise UserError("again lists a second run of every evaluation, in their order, or of none")
-    for index, path in enumerate(config.evaluations):
+    if len(config.again) != len(config.evaluations):
+        raise UserError('again lists the second run of every evaluation, in their order; "" stands for none')
+    for path, second in zip(config.evaluations, config.again, strict=True):
         measured = records.read_results(Path(path) / "results.json")["rows"]
         for name in (row["drafter"] for row in measured if row["gamma"]):
             if name not in drafts:
                 raise UserError(f'no training of this study made the drafter "{name}"; list its stage')
         found += [configuration(row, drafts[row["drafter"]]) for row in measured if row["gamma"]]
-        if config.again:
-            again = records.read_results(Path(config.again[index]) / "results.json")["rows"]
+        if second:
+            again = records.read_results(Path(second) / "results.json")["rows"]
             checked += check_advice(Path(path).name, measured, again)
     if not found:
         raise UserError("the study's evaluations have no rows with a draft; give its drafters some gammas")
@@ -228,12 +228,11 @@ def _shape_rows(found: Sequence[Mapping], gamma: int) -> list[dict]:
 
 
 def _ratios(mine: Sequence[Mapping], deepest: Mapping[int, Mapping], key: str) -> str | None:
-    """Mean and range over seeds of this key's ratio to the deepest draft's."""
+    """This key's ratio to the deepest draft's: mean over seeds, and half its interval."""
     pairs = [(row[key], deepest[row["seed"]][key]) for row in mine]
     if any(not a or not b for a, b in pairs):
         return None
-    ratios = [a / b for a, b in pairs]
-    return f"{statistics.fmean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    return str(tradeoffs.Estimate.of([a / b for a, b in pairs]))
 
 
 def _correlation_rows(found: Sequence[Mapping], gamma: int) -> list[dict]:

@@ -130,6 +130,11 @@ def make_mesh(part: Slice, sizes: dict[str, int]) -> jax.sharding.Mesh:
     return jax.make_mesh(shape, meshes.AXES, axis_types=types, devices=devices)
 
 
+# Parts of a program that are alike, as layers are, are made machine code of once. What is told of the program (memory,
+# work, text) comes from before that and is the same; of the compiler's time it saves a quarter.
+_SHARED_CODE = "--xla_tpu_enable_deduplicated_calls=true --xla_tpu_deduplicated_hlo_min_bundle_count=0"
+
+
 def stand_apart() -> None:
     """Makes of this process one that only plans.
 
@@ -153,6 +158,7 @@ def _tpus(part: Slice) -> Sequence[jax.Device]:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+    os.environ["LIBTPU_INIT_ARGS"] = " ".join([_SHARED_CODE, os.environ.get("LIBTPU_INIT_ARGS", "")]).strip()
     beside = str(Path(sys.prefix) / "tpu-compiler")  # where the Makefile installs it
     if importlib.util.find_spec("libtpu") is None and beside not in sys.path:
         sys.path.append(beside)
