@@ -8,6 +8,7 @@ CPU. By hand, for one case or for all of them:
 
 import dataclasses
 import functools
+import hashlib
 import importlib.util
 import json
 import os
@@ -156,6 +157,8 @@ def decode_report(name: str, mesh) -> dict:
         "vocabulary": [shape for shape in hlo.gathered(program.everywhere()) if VOCABULARY in shape],
         "weights": account.gathered_weights(program, step),
         "work": dataclasses.asdict(account.work_of(compiled, step, program)),
+        "memory": dataclasses.asdict(account.Memory.of(compiled)),
+        "text": hashlib.sha256(compiled.as_text().encode()).hexdigest(),
         "seconds": seconds,
     }
 
@@ -187,12 +190,13 @@ def report(part: str, names: list[str]) -> dict:
 
 
 @functools.cache
-def in_a_process_of_its_own(part: str, *names: str) -> dict:
+def in_a_process_of_its_own(part: str, *names: str, flags: str = "") -> dict:
+    """The reports of these cases; `flags` are the TPU compiler's, and have the last word."""
     # Kept apart from the environment, where it would have every run look for a TPU.
     compiler = Path(sys.prefix) / "tpu-compiler"
     if not (compiler / "libtpu").exists() and importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed: make .venv/.installed-tpu-compiler")
-    environment = dict(os.environ, PYTHONPATH=str(ROOT), JAX_PLATFORMS="cpu", XLA_FLAGS="")
+    environment = dict(os.environ, PYTHONPATH=str(ROOT), JAX_PLATFORMS="cpu", XLA_FLAGS="", LIBTPU_INIT_ARGS=flags)
     command = [sys.executable, __file__, part, *names]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -224,6 +228,12 @@ def test_a_draft_is_trained_on_a_slice_in_place_without_gathering_logits(part, n
     assert found["aliased"] >= found["state_bytes"]
     assert found["vocabulary"] == []
     assert set(found["seconds"]) == ({"update"} if name == "supervised" else {"draft text", "update"})
+
+
+def test_machine_code_that_equal_parts_share_changes_nothing_that_a_plan_tells():
+    apart = in_a_process_of_its_own("v5e:2x2", "ngram", flags="--xla_tpu_enable_deduplicated_calls=false")["ngram"]
+    shared = compiled_for("v5e:2x2")["ngram"]
+    assert {**apart, "seconds": shared["seconds"]} == shared
 
 
 def test_a_loop_that_keeps_the_old_cache_is_seen_to_copy_it():
