@@ -11,6 +11,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from specjax.cases import Case, Job, Setting, described, make_cases, make_job, make_plan, make_settings, needs_costs
@@ -19,7 +20,7 @@ from specjax.decoding import batch, identity, loop
 from specjax.draft_design import confidence, latency, prediction
 from specjax.draft_design.throughput import Parts
 from specjax.reporting import metrics, page, records, tables
-from specjax.runtime import cli, processes, stopping
+from specjax.runtime import cli, process_memory, processes, stopping
 from specjax.runtime import config as configs
 from specjax.runtime import mesh as meshes
 from specjax.runtime.timing import progress
@@ -38,6 +39,8 @@ def run(config: Any, workdir: str | Path) -> dict:
     for setting in settings:
         make_cases(job, setting)  # refuses what does not fit before the first group takes its minutes
     for setting in settings:
+        if process_memory.crowded():  # with programs of settings that are done
+            jax.clear_caches()
         group_rows, group_counts, group_samples = _run_group(job, setting)
         rows += group_rows
         counts.update({(setting, *case): c for case, c in group_counts.items()})

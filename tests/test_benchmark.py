@@ -153,3 +153,15 @@ def test_measurements_are_taken_in_turns_and_the_first_round_is_left_out():
     seconds = timing.in_turns(cases, 2)
     assert [len(case) for case in seconds] == [2, 2]
     assert calls == ["a", "b", "b", "a", "a", "b"]
+
+
+def test_programs_that_are_let_go_of_leave_room_for_others_to_be_mapped():
+    mapped = lambda: len(Path("/proc/self/maps").read_text().splitlines())
+    functions = [jax.jit(lambda x, k=k: jnp.tanh(x + k) @ x) for k in range(20)]
+    before = mapped()
+    for function in functions:
+        function(jnp.ones((4, 4))).block_until_ready()
+    full = mapped()
+    jax.clear_caches()
+    assert full - before >= 20 and mapped() - before < (full - before) / 2
+    assert process_memory.crowded(0.0) and not process_memory.crowded(1.0)

@@ -125,9 +125,9 @@ def test_a_changed_grid_is_refused_in_an_old_workdir(tmp_path):
     config = configs.load(f"{CONFIG}:smoke")
     configs.assert_same_run(config, tmp_path)
     configs.assert_same_run(config, tmp_path)
-    config.evaluation_code_0.batch_sizes = (1, 4)
+    config.evaluation_code.batch_sizes = (1, 4)
     with pytest.raises(
-        UserError, match=r"evaluation_code_0.batch_sizes: \[1, 2\] -> \[1, 4\].* choose another --workdir"
+        UserError, match=r"evaluation_code.batch_sizes: \[1, 2\] -> \[1, 4\].* choose another --workdir"
     ):
         configs.assert_same_run(config, tmp_path)
 
@@ -150,6 +150,20 @@ def test_the_tables_are_those_worked_by_hand(folders, tmp_path):
         table = list(csv.DictReader(file))
     assert len(table) == 5 and float(table[0]["perplexity"]) == pytest.approx(20.0)
     assert (tmp_path / "report.html").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_the_drafts_of_each_seed_that_ran_twice_are_advised_on_apart(folders, tmp_path):
+    second = [row("none", gamma=0, ctar=[], tokens_per_second=90.0)]
+    second += [row(f"supervised_t_{layers}_1", tokens_per_second=100.0 + 20 * layers) for layers in (1, 2)]
+    records.write_results(tmp_path / "again/results.json", binary="evaluate", config={}, environment={}, rows=second)
+    config = config_of(folders)
+    config.again = (str(tmp_path / "again"),)
+    (found,) = [each for each in study.run(config, tmp_path / "study") if each["table"] == "advice_checked"]
+    assert (found["seed"], found["batch_size"], found["configurations"]) == (1, 1, 3)
+    # 117 tokens a second are foretold of both drafts of this seed and 125 were measured without; then 140 of one.
+    assert (found["advised"], found["fastest"]) == ("plain decoding", "supervised_t_1_1, gamma 4")
+    assert found["advised_over_fastest"] == pytest.approx(90 / 120)
 
 
 @pytest.mark.slow

@@ -4,14 +4,14 @@
 
 For each task one target; for each depth and seed one draft of two million parameters trained plainly
 (`supervised_TASK_LAYERS_SEED`) and one that goes on from it by DistillSpec (`distilled_...`), 60 trainings in all; for
-each task and seed one evaluation of every draft, the parts timed apart from the runs, and of two seeds a second run of
-it, on other prompts (`again_...`); last `study`, which puts all of it together: configurations.csv, report.html, and
+each task one evaluation of every draft, the parts timed apart from the runs, and of the drafts of two seeds a second
+one, on other prompts (`again_TASK`); last `study`, which puts all of it together: configurations.csv, report.html, and
 tables of predicted against measured, of depth at equal parameters, of perplexity against acceptance, and of what the
 model would have advised beside what was fastest. Every stage is finished for itself, so that the same command goes on
 where it stopped; a changed grid is refused in an old workdir.
 
-Hardware: 2 CPU cores; not timed, some hours. `configs/draft_design/study.py:smoke` runs one task, two depths and one
-seed.
+Hardware: 2 CPU cores; an hour and a half of training (half of that in two processes on a core each), as long of timing.
+`configs/draft_design/study.py:smoke` runs one task, two depths and one seed.
 """
 
 import quickstart
@@ -41,33 +41,35 @@ def get_config(variant: str = "") -> ConfigDict:
     base = quickstart.get_config(variant)
     config = ConfigDict()
     config.seed = base.seed
-    stages, timed, trained, evaluations, again = [], [], [], [], []
-    for task in TASKS if not variant else ("code",):
+    stages, timed, trained = [], [], []
+    tasks = tuple(TASKS) if not variant else ("code",)
+    for task in tasks:
         target = f"target_{task}"
         config[target] = _on_task(base.target, task, variant)
         if not variant:
             config[target].model.update(TARGET)
         stages.append(target)
+        drafters: dict[int, dict] = {}
         for seed in SEEDS if not variant else SEEDS[:1]:
-            drafters = {}
+            drafters[seed] = {}
             for layers in SHAPES if not variant else (1, 2):
                 for recipe, gammas in GAMMAS.items():
                     stage = f"{recipe}_{task}_{layers}_{seed}"
                     config[stage] = _draft(base, recipe, task, layers, seed, variant)
-                    drafters[stage] = {"kind": "model", "path": f"stage:{stage}", "lossless": gammas, "coupled": ()}
+                    drafters[seed][stage] = {
+                        "kind": "model",
+                        "path": f"stage:{stage}",
+                        "lossless": gammas,
+                        "coupled": (),
+                    }
                     stages.append(stage)
                     trained.append(f"workdir:{stage}")
-            evaluation = f"evaluation_{task}_{seed}"
-            config[evaluation] = _evaluation(base, task, seed, drafters, variant)
-            evaluations.append(f"workdir:{evaluation}")
-            timed.append(evaluation)
-            if seed in ADVISED:
-                second = f"again_{task}_{seed}"
-                config[second] = config[evaluation].copy_and_resolve_references()
-                config[second].update(_other_prompts(config[evaluation]))
-                timed.append(second)
-            again.append(f"workdir:{second}" if seed in ADVISED else "")
-    config.study = _study(base, tuple(trained), tuple(evaluations), tuple(again))
+        for name, seeds, prompts in (("evaluation", SEEDS, 0), ("again", ADVISED, 1)):
+            chosen = {stage: how for seed in seeds for stage, how in drafters.get(seed, {}).items()}
+            config[f"{name}_{task}"] = _evaluation(base, task, chosen, prompts, variant)
+            timed.append(f"{name}_{task}")
+        config[f"again_{task}"].measure_parts = False
+    config.study = _study(base, tuple(trained), tasks)
     config.study.gamma = 4 if not variant else 2
     config.stages = (*stages, *timed, "study")
     return config
@@ -109,10 +111,11 @@ def _draft(base: ConfigDict, recipe: str, task: str, layers: int, seed: int, var
     return section
 
 
-def _evaluation(base: ConfigDict, task: str, seed: int, drafters: dict, variant: str) -> ConfigDict:
+def _evaluation(base: ConfigDict, task: str, drafters: dict, prompts: int, variant: str) -> ConfigDict:
+    """Of these drafters; `prompts` is the seed by which windows of the corpus are drawn and problems generated."""
     section = _on_task(base.evaluation, task, variant)
-    section.seed = base.evaluation.seed + seed
-    section.task.seed = seed
+    section.seed = base.evaluation.seed + prompts
+    section.task.seed = prompts
     section.target = f"stage:target_{task}"
     section.drafters = ConfigDict(drafters)
     section.compare = ()
@@ -129,20 +132,14 @@ def _evaluation(base: ConfigDict, task: str, seed: int, drafters: dict, variant:
     return section
 
 
-def _other_prompts(evaluation: ConfigDict) -> ConfigDict:
-    """What a second run has otherwise: windows of the corpus by another seed, generated problems by another seed."""
-    task = evaluation.task.copy_and_resolve_references()
-    task.seed = evaluation.task.seed + len(SEEDS)
-    return ConfigDict({"seed": evaluation.seed + len(SEEDS), "task": task, "measure_parts": False})
-
-
-def _study(base: ConfigDict, trained: tuple, evaluations: tuple, again: tuple) -> ConfigDict:
+def _study(base: ConfigDict, trained: tuple, tasks: tuple) -> ConfigDict:
     section = ConfigDict()
     section.binary = "design"
     section.action = "study"
     section.seed = base.seed
     section.trained = trained  # the drafts' trainings; a drafter has its training's name
-    section.evaluations = evaluations
-    section.again = again  # a second run of each evaluation, "" where there is none: advice and winner compared by it
+    section.evaluations = tuple(f"workdir:evaluation_{task}" for task in tasks)
+    # A second run of each evaluation, or of some of its drafters, by which advice and winner are compared; "" is none.
+    section.again = tuple(f"workdir:again_{task}" for task in tasks)
     section.gamma = 4  # at which shapes are compared
     return section

@@ -6,10 +6,10 @@
     python -m specjax.main --config=configs/plan/pairs.py:llama3_70b --plan
 
 Hardware: none; two CPU cores and the TPU compiler. Wall-clock time: under two minutes each; a plan says how long each
-step took to compile. Nothing is read but the `config.json` of each shape in configs/plan/shapes/; a directory of your own goes in
-its place with `--config.target=DIR --config.draft=DIR`, another slice with `--plan=v5p:2x2x4` and the mesh of each
-stage, `--config.distilled.mesh.tensor=8`. Without `--plan` it is a config to run, with your checkpoints and data.
-Expect the tables of README.md.
+step took to compile. Nothing is read but the `config.json` of each shape in configs/plan/shapes/; a directory of your
+own goes in its place with `--config.target=DIR --config.draft=DIR`, another slice with `--plan=v5p:2x2x4` and the mesh
+of each stage, `--config.distilled.mesh.tensor=8`. Without `--plan` it is a config to run, with your checkpoints and
+data. Expect the tables of README.md.
 """
 
 import dataclasses

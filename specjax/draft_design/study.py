@@ -48,13 +48,25 @@ def run(config: Any, workdir: Path) -> list[dict]:
         found += [configuration(row, drafts[row["drafter"]]) for row in measured if row["gamma"]]
         if second:
             again = records.read_results(Path(second) / "results.json")["rows"]
-            checked += check_advice(Path(path).name, measured, again)
+            checked += _checked_by_seed(Path(path).name, drafts, measured, again)
     if not found:
         raise UserError("the study's evaluations have no rows with a draft; give its drafters some gammas")
     _write_csv(workdir / FILE, found)
     rows = [*_prediction_rows(found), *_shape_rows(found, config.gamma), *_correlation_rows(found, config.gamma)]
     rows += [*_advice_summary(checked), *checked]
     _report(config, workdir, rows, found)
+    return rows
+
+
+def _checked_by_seed(
+    name: str, drafts: Mapping[str, Mapping], measured: Sequence[Mapping], again: Sequence[Mapping]
+) -> list[dict]:
+    """The advice on the drafts of each seed that was run a second time."""
+    seed_of = lambda row: drafts[row["drafter"]]["seed"]
+    rows = []
+    for seed in sorted({seed_of(row) for row in again if row["gamma"]}):
+        of_seed = lambda rows, seed=seed: [row for row in rows if not row["gamma"] or seed_of(row) == seed]
+        rows += [{**row, "seed": seed} for row in check_advice(name, of_seed(measured), of_seed(again))]
     return rows
 
 

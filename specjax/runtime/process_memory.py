@@ -35,6 +35,17 @@ def settled() -> int:
     return resident()
 
 
+def crowded(share: float = 0.5) -> bool:
+    """Whether this process has mapped this share of the regions of memory that Linux lets it; False on another system.
+
+    The CPU compiler maps up to some hundreds for a program, and at one that finds none left the process ends.
+    """
+    limit, mapped = Path("/proc/sys/vm/max_map_count"), Path("/proc/self/maps")
+    if not limit.exists() or not mapped.exists():
+        return False
+    return mapped.read_text().count("\n") > share * int(limit.read_text())
+
+
 def _field(name: str) -> int:
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
