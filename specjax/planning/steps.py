@@ -25,12 +25,16 @@ from specjax.runtime.mesh import AnyMesh
 _EOS = (0,)
 
 
+# What steps are called, from the one that mostly takes longest to compile.
+LONGEST_FIRST = ("decode block", "update", "prefill", "draft text")
+
+
 @dataclasses.dataclass(frozen=True)
 class Step:
     """One executable.
 
     Attributes:
-      name: of what it does.
+      name: of what it does, one of LONGEST_FIRST.
       lower: traces it; to be called under the mesh.
       turns: of its loops, where the compiler does not know.
       resident: bytes on one chip that are there while it runs, by what they are.
