@@ -1,7 +1,7 @@
 """Plans a config for chips that need not be there: what each step takes of a chip, whether it fits, what it costs.
 
     python -m specjax.main --config=configs/plan/pairs.py:llama_65b --plan
-    python -m specjax.main --config=configs/quickstart.py --plan=v5e:2x2 --config.distilled.mesh.tensor=4
+    python -m specjax.main --config=configs/quickstart.py --plan=v5e --config.distilled.mesh.data=4
 
 `--plan` alone takes the config's own `chip`. The steps are those that a run compiles, made for the slice from shapes:
 no weights are read, and of a checkpoint its `config.json` is enough. For a TPU the TPU compiler itself says what fits;

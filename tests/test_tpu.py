@@ -183,7 +183,7 @@ def report(part: str, names: list[str]) -> dict:
     chips.stand_apart()
     mesh, found = chips.make_mesh(chips.slice_named(part, 4), MESH), {}
     for name in names:
-        jax.config.update("jax_exec_time_optimization_effort", 0.0 if name in THOROUGHLY else -1.0)
+        jax.config.update("jax_optimization_level", "UNKNOWN" if name in THOROUGHLY else "O0")
         found[name] = (train_report if name in TRAINED else decode_report)(name, mesh)
         print(name, found[name]["seconds"], file=sys.stderr, flush=True)
     return found
@@ -231,9 +231,23 @@ def test_a_draft_is_trained_on_a_slice_in_place_without_gathering_logits(part, n
 
 
 def test_machine_code_that_equal_parts_share_changes_nothing_that_a_plan_tells():
-    apart = in_a_process_of_its_own("v5e:2x2", "ngram", flags="--xla_tpu_enable_deduplicated_calls=false")["ngram"]
-    shared = compiled_for("v5e:2x2")["ngram"]
+    flags = {"shared": "", "apart": "--xla_tpu_enable_deduplicated_calls=false"}
+    found = {name: in_a_process_of_its_own("v5e:2x2", "ngram", flags=of)["ngram"] for name, of in flags.items()}
+    apart, shared = found["apart"], found["shared"]
     assert {**apart, "seconds": shared["seconds"]} == shared
+
+
+def test_stages_are_planned_each_for_the_slice_of_its_mesh_one_chip_or_four():
+    if not (Path(sys.prefix) / "tpu-compiler" / "libtpu").exists() and importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed: make .venv/.installed-tpu-compiler")
+    # As in the README.
+    arguments = ["--config=configs/quickstart.py:smoke", "--plan=v5e", "--config.distilled.mesh.data=2"]
+    arguments += ["--config.distilled.mesh.fsdp=2", "--config.distilled.data.batch_size=4"]
+    environment = dict(os.environ, PYTHONPATH=str(ROOT), JAX_PLATFORMS="cpu", XLA_FLAGS="")
+    command = [sys.executable, "-m", "specjax.main", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "distilled fits v5e:2x2" in done.stdout and "evaluation fits v5e:1x1" in done.stdout
 
 
 def test_a_loop_that_keeps_the_old_cache_is_seen_to_copy_it():

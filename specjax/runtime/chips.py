@@ -147,7 +147,7 @@ def stand_apart() -> None:
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", max(int(count) for count in _NODES))
         jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_exec_time_optimization_effort", -1.0)
+        jax.config.update("jax_optimization_level", "O0")
 
 
 def _tpus(part: Slice) -> Sequence[jax.Device]:
@@ -165,7 +165,9 @@ def _tpus(part: Slice) -> Sequence[jax.Device]:
         importlib.invalidate_caches()
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("the TPU compiler is not installed; run `make .venv/.installed-tpu-compiler`")
-    how = _ONE_DEVICE_A_CHIP.get(part.chip.name, {})
+    how = dict(_ONE_DEVICE_A_CHIP.get(part.chip.name, {}))
+    if part.size == 1:
+        how["chips_per_host_bounds"] = (1, 1, 1)  # it takes every host for a larger one
     return topologies.get_topology_desc(part.name, "tpu", **how).devices
 
 
