@@ -7,8 +7,8 @@ the corpus), then for every seed `recovered_N_S` (the pruned draft, distilled on
 distilled on the same batches for as many steps), and `evaluation`. `wide` has one layer of the target's width, `narrow`
 two of a little more than half of it.
 
-Hardware: 2 CPU cores; not timed. Whether the pruned draft is ahead, and of which shape, is what the table of
-comparisons says. `configs/draft_design/pruning.py:smoke` takes a minute.
+Hardware: 2 CPU cores; about half an hour. Expect the pruned draft ahead, in block efficiency: the table of comparisons
+in configs/draft_design/README.md says by how much. `configs/draft_design/pruning.py:smoke` takes a minute.
 """
 
 import quickstart
