@@ -189,18 +189,22 @@ def report(part: str, names: list[str]) -> dict:
     return found
 
 
-@functools.cache
-def in_a_process_of_its_own(part: str, *names: str, flags: str = "") -> dict:
-    """The reports of these cases; `flags` are the TPU compiler's, and have the last word."""
+def run_apart(*command: str, flags: str = "") -> str:
+    """What Python says, run so; `flags` are the TPU compiler's, and have the last word."""
     # Kept apart from the environment, where it would have every run look for a TPU.
     compiler = Path(sys.prefix) / "tpu-compiler"
     if not (compiler / "libtpu").exists() and importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed: make .venv/.installed-tpu-compiler")
     environment = dict(os.environ, PYTHONPATH=str(ROOT), JAX_PLATFORMS="cpu", XLA_FLAGS="", LIBTPU_INIT_ARGS=flags)
-    command = [sys.executable, __file__, part, *names]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    return done.stdout
+
+
+@functools.cache
+def in_a_process_of_its_own(part: str, *names: str, flags: str = "") -> dict:
+    """The reports of these cases."""
+    found = json.loads(run_apart(__file__, part, *names, flags=flags).splitlines()[-1])
     print(json.dumps(found, indent=1))
     return found
 
@@ -238,16 +242,11 @@ def test_machine_code_that_equal_parts_share_changes_nothing_that_a_plan_tells()
 
 
 def test_stages_are_planned_each_for_the_slice_of_its_mesh_one_chip_or_four():
-    if not (Path(sys.prefix) / "tpu-compiler" / "libtpu").exists() and importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed: make .venv/.installed-tpu-compiler")
     # As in the README.
     arguments = ["--config=configs/quickstart.py:smoke", "--plan=v5e", "--config.distilled.mesh.data=2"]
     arguments += ["--config.distilled.mesh.fsdp=2", "--config.distilled.data.batch_size=4"]
-    environment = dict(os.environ, PYTHONPATH=str(ROOT), JAX_PLATFORMS="cpu", XLA_FLAGS="")
-    command = [sys.executable, "-m", "specjax.main", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert "distilled fits v5e:2x2" in done.stdout and "evaluation fits v5e:1x1" in done.stdout
+    said = run_apart("-m", "specjax.main", *arguments)
+    assert "distilled fits v5e:2x2" in said and "evaluation fits v5e:1x1" in said
 
 
 def test_a_loop_that_keeps_the_old_cache_is_seen_to_copy_it():

@@ -10,9 +10,8 @@ probabilities; `quality`, every rule at every lenience over many prompts; `laten
 be run on a machine with nothing else to do.
 
 Hardware: 2 CPU cores. Time: about eleven minutes a seed, eight where the target is copied from another seed's workdir;
-most of it uses one core. Expect,
-as in DistillSpec's figure 6, more tokens a target call and lower quality the smaller the lenience: the tables of
-configs/distillspec/README.md. `configs/distillspec/lossy.py:smoke` takes tiny models.
+most of it uses one core. Expect, as in DistillSpec's figure 6, more tokens a target call and lower quality the smaller
+the lenience: the tables of configs/distillspec/README.md. `configs/distillspec/lossy.py:smoke` takes tiny models.
 """
 
 import stages

@@ -83,10 +83,11 @@ def check_advice(name: str, measured: Sequence[Mapping], again: Sequence[Mapping
     for temperature, size in sorted({(row["temperature"], row["batch_size"]) for row in measured}):
         group = [row for row in measured if (row["temperature"], row["batch_size"]) == (temperature, size)]
         longest = {row["drafter"]: row for row in sorted(group, key=lambda row: row["gamma"])}
-        known = {key(row): _foretold(row, longest[row["drafter"]]["ctar"]) for row in group if row["gamma"]}
+        plain = next(row for row in group if not row["gamma"])
+        tokens = round(plain["emitted_tokens"] / plain["prompts"])
+        known = {key(row): _foretold(row, longest[row["drafter"]]["ctar"], tokens) for row in group if row["gamma"]}
         if None in known.values():
             continue
-        plain = next(row for row in group if not row["gamma"])
         speeds = {**known, key(plain): plain["tokens_per_second"]}
         advised = max(group, key=lambda row: speeds[key(row)])
         winner = max(group, key=lambda row: row["tokens_per_second"])
@@ -108,12 +109,11 @@ def check_advice(name: str, measured: Sequence[Mapping], again: Sequence[Mapping
     return rows
 
 
-def _foretold(row: Mapping, ctar: Sequence[float]) -> float | None:
-    """Tokens per second of batches whose rows all emit the mean number of tokens; None where no parts were timed."""
+def _foretold(row: Mapping, ctar: Sequence[float], tokens: int) -> float | None:
+    """Tokens per second of batches whose rows all emit so many tokens; None where no parts were timed."""
     if row["draft_step_seconds"] is None:
         return None
     gamma, size, batches = row["gamma"], row["batch_size"], math.ceil(row["prompts"] / row["batch_size"])
-    tokens = round(row["emitted_tokens"] / row["prompts"])
     rounds = throughput.expected_rounds([ctar[:gamma]] * size, tokens)
     return size * tokens / (row["prefill_seconds"] / batches + rounds * _block(row))
 

@@ -158,7 +158,9 @@ def _tpus(part: Slice) -> Sequence[jax.Device]:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
-    os.environ["LIBTPU_INIT_ARGS"] = " ".join([_SHARED_CODE, os.environ.get("LIBTPU_INIT_ARGS", "")]).strip()
+    flags = os.environ.get("LIBTPU_INIT_ARGS", "")
+    if _SHARED_CODE not in flags:
+        os.environ["LIBTPU_INIT_ARGS"] = f"{_SHARED_CODE} {flags}".strip()  # the last one counts
     beside = str(Path(sys.prefix) / "tpu-compiler")  # where the Makefile installs it
     if importlib.util.find_spec("libtpu") is None and beside not in sys.path:
         sys.path.append(beside)
