@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
+from specjax import evaluate
 from specjax.data import batches, tasks
-from specjax.draft_design import advice, profile, pruning, replay, series, shapes, study, throughput
+from specjax.draft_design import advice, contest, profile, pruning, replay, series, shapes, study, throughput
 from specjax.hub import load as hub_load
 from specjax.hub import model as hub_model
 from specjax.models.decoder import Decoder
@@ -282,6 +284,40 @@ def _stated(ends: tuple[float, ...]) -> tuple[float, float]:
     return ends[0], ends[1]
 
 
+def check_advice(config: Any, workdir: Path) -> list[dict]:
+    """Runs what would have been advised and what was fastest in an evaluation again, beside each other.
+
+    Both decode other prompts than before, some times over; where they are one, nothing is run. What has been run stays
+    in its folder, so that the action goes on where it stopped.
+    """
+    first = Path(config.evaluation)
+    results = records.read_results(first / "results.json")
+    seed_of = {name: draft["seed"] for name, draft in study.drafts_of(config.trained).items()}
+    rows = []
+    for each in contest.contests(results["rows"], seed_of, config.seeds):
+        repeats = []
+        for repeat in range(config.repeats) if each.entries else ():
+            folder = workdir / f"seed{each.seed}_T{each.temperature:g}_batch{each.batch_size}_{repeat}"
+            if not (folder / "results.json").exists():
+                evaluate.run(_again(results["config"], each, config.count, repeat), folder)
+            repeats.append(records.read_results(folder / "results.json")["rows"])
+        rows.append(each.row(first.name, repeats))
+    return rows
+
+
+def _again(evaluation: dict, each: contest.Contest, count: int, repeat: int) -> ConfigDict:
+    """The evaluation's config, of one setting and two ways to decode, with other prompts."""
+    config = ConfigDict(evaluation)
+    gammas = {entry.drafter: [e.gamma for e in each.entries if e.drafter == entry.drafter] for entry in each.entries}
+    drafters = {name: section for name, section in evaluation["drafters"].items() if name in gammas}
+    config.drafters = ConfigDict({name: {**how, "lossless": gammas[name]} for name, how in drafters.items()})
+    config.update({"batch_sizes": [each.batch_size], "temperatures": [each.temperature]})
+    config.update({"measure_parts": False, "seed": config.seed + 1 + repeat})
+    config.task.seed += 1 + repeat
+    config.selection.count = count
+    return config
+
+
 ACTIONS: dict[str, Callable[[Any, Path], list[dict]]] = {
     "published": published,
     "profile": series.run,
@@ -290,6 +326,7 @@ ACTIONS: dict[str, Callable[[Any, Path], list[dict]]] = {
     "replay": replayed,
     "advise": advise,
     "study": study.run,
+    "check_advice": check_advice,
 }
 
 

@@ -8,8 +8,8 @@ import pytest
 import tiny
 from ml_collections import ConfigDict
 
-from specjax import api, main
-from specjax.draft_design import shapes, study
+from specjax import api, design, main
+from specjax.draft_design import contest, shapes, study
 from specjax.hub.tokenizer import train_byte_bpe
 from specjax.models.config import DecoderConfig
 from specjax.reporting import records
@@ -74,7 +74,7 @@ def folders(tmp_path_factory):
 def config_of(folders):
     trained = [str(path) for path in sorted(folders.iterdir()) if path.name.startswith("supervised")]
     evaluations = (str(folders / "evaluation"),)
-    return ConfigDict({"seed": 0, "trained": tuple(trained), "evaluations": evaluations, "again": ("",), "gamma": 4})
+    return ConfigDict({"seed": 0, "trained": tuple(trained), "evaluations": evaluations, "checked": (), "gamma": 4})
 
 
 def test_a_configuration_is_predicted_from_its_parts():
@@ -90,24 +90,46 @@ def test_a_configuration_is_predicted_from_its_parts():
     assert untimed["predicted_tokens_per_second"] is None and untimed["off_by"] is None
 
 
-def test_advice_and_winner_are_compared_by_a_second_run():
-    def rows(speeds, steps, plain=80.0):
-        """Plain decoding and two drafts, by what was measured of them and by the seconds of their steps."""
-        drafted = zip("ab", speeds, steps, strict=True)
-        return [
-            row("none", gamma=0, ctar=[], tokens_per_second=plain),
-            *(row(name, tokens_per_second=speed, draft_step_seconds=step) for name, speed, step in drafted),
-        ]
+SEED_OF = {"a": 0, "b": 0, "c": 1}
 
-    # The parts speak for b; a was lucky, and fell back when it was measured again.
-    first, second = rows((130.0, 125.0), (3e-3, 2e-3)), rows((120.0, 126.0), (None, None), plain=81.0)
-    (found,) = study.check_advice("e", first, second)
-    assert (found["advised"], found["fastest"]) == ("b, gamma 4", "a, gamma 4")
-    assert found["advised_over_fastest"] == pytest.approx(1.05)
+
+def drafted(speeds, steps, plain=80.0):
+    """Plain decoding and drafts a, b, .., by what was measured of them and by the seconds of their steps."""
+    rows = zip("abc", speeds, steps, strict=False)
+    return [
+        row("none", gamma=0, ctar=[], tokens_per_second=plain),
+        *(row(name, tokens_per_second=speed, draft_step_seconds=step) for name, speed, step in rows),
+    ]
+
+
+def contest_of(rows):
+    (found,) = contest.contests(rows, SEED_OF, [0])
+    return found
+
+
+def test_the_model_advises_by_parts_and_the_fastest_is_by_what_was_measured():
+    # The parts speak for b; a was lucky. c is of another seed.
+    found = contest_of(drafted((130.0, 125.0, 900.0), (3e-3, 2e-3, 1e-9)))
+    assert [str(entry) for entry in found.entries] == ["b, gamma 4", "a, gamma 4"]
+    assert (found.configurations, found.seed, found.batch_size) == (3, 0, 1)
     # Drafts so slow that plain decoding is the advice, whatever was measured of them.
-    (found,) = study.check_advice("e", rows((130.0, 90.0), (2e-2, 3e-2)), second)
-    assert found["advised"] == "plain decoding" and found["advised_over_fastest"] == pytest.approx(81 / 120)
-    assert study.check_advice("e", rows((130.0, 90.0), (None, None)), second) == []
+    assert str(contest_of(drafted((130.0, 90.0), (2e-2, 3e-2))).advised) == "plain decoding"
+    assert contest.contests(drafted((130.0, 90.0), (None, None)), SEED_OF, [0]) == []
+
+
+def test_advised_and_fastest_are_compared_by_what_they_did_when_both_ran_again():
+    found = contest_of(drafted((130.0, 125.0), (3e-3, 2e-3)))
+    again = [drafted(speeds, (None, None)) for speeds in ((120.0, 126.0), (120.0, 120.0))]
+    checked = found.row("e", again)
+    assert checked["advised_over_fastest"] == pytest.approx(1.025) and checked["repeats"] == 2
+    assert (checked["tokens_per_second_of_advised"], checked["tokens_per_second_of_fastest"]) == (123.0, 120.0)
+    # Student's t of one degree of freedom: 12.7 * 0.05 / 2.
+    assert checked["with_interval"] == "1.025 ± 0.318"
+    one = contest_of(drafted((130.0, 135.0), (3e-3, 2e-3)))
+    assert one.entries == () and one.row("e", [])["advised_over_fastest"] == 1
+    (told,) = contest.summary([checked, {**checked, "advised_over_fastest": 0.94}, one.row("e", [])])
+    assert told["within_5_percent"] == pytest.approx(2 / 3) and told["least_of_advised_over_fastest"] == 0.94
+    assert told["of_them_one_and_the_same"] == 1
 
 
 @pytest.mark.parametrize(("certain", "advised"), [(0.9, "a, gamma 4"), (1.0, "a, gamma 1")])
@@ -116,9 +138,7 @@ def test_advice_takes_the_acceptance_of_a_shorter_draft_from_the_longest(certain
     # 4 tokens in 50 ms against 1.9 or, were it perfect, 2 in 24.7 ms.
     longest = row("a", ctar=[certain, 1.7 - certain, 0.7, 0.6], draft_step_seconds=1e-2)
     short = row("a", gamma=1, ctar=[1.0], draft_step_seconds=1e-2, verify_seconds=13.7e-3)
-    first = [plain, short, longest]
-    (found,) = study.check_advice("e", first, first)
-    assert found["advised"] == advised
+    assert str(contest_of([plain, short, longest]).advised) == advised
 
 
 def test_a_changed_grid_is_refused_in_an_old_workdir(tmp_path):
@@ -153,26 +173,54 @@ def test_the_tables_are_those_worked_by_hand(folders, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_drafts_of_each_seed_that_ran_twice_are_advised_on_apart(folders, tmp_path):
-    second = [row("none", gamma=0, ctar=[], tokens_per_second=90.0)]
-    second += [row(f"supervised_t_{layers}_1", tokens_per_second=100.0 + 20 * layers) for layers in (1, 2)]
-    records.write_results(tmp_path / "again/results.json", binary="evaluate", config={}, environment={}, rows=second)
+def test_what_was_checked_is_one_table_with_its_summary(folders, tmp_path):
+    checked = {"table": "advice_checked", "advised_over_fastest": 0.97, "repeats": 3}
+    records.write_results(tmp_path / "checked/results.json", binary="design", config={}, environment={}, rows=[checked])
     config = config_of(folders)
-    config.again = (str(tmp_path / "again"),)
-    (found,) = [each for each in study.run(config, tmp_path / "study") if each["table"] == "advice_checked"]
-    assert (found["seed"], found["batch_size"], found["configurations"]) == (1, 1, 3)
-    # 117 tokens a second are foretold of both drafts of this seed and 125 were measured without; then 140 of one.
-    assert (found["advised"], found["fastest"]) == ("plain decoding", "supervised_t_1_1, gamma 4")
-    assert found["advised_over_fastest"] == pytest.approx(90 / 120)
+    config.checked = (str(tmp_path / "checked"),)
+    rows = study.run(config, tmp_path / "study")
+    assert checked in rows and [row["settings"] for row in rows if row["table"] == "advice"] == [1]
+
+
+@pytest.mark.slow
+def test_the_contest_runs_on_other_prompts_and_goes_on_where_it_stopped(folders, tmp_path, monkeypatch):
+    """Evaluate is stood in for: what it is asked for is looked at; a contest that has its results is not run again."""
+    names = [f"supervised_t_{layers}_1" for layers in (1, 2)]
+    drafters = {name: {"kind": "model", "path": name, "lossless": [4], "coupled": []} for name in names}
+    how = {"seed": 5, "task": {"name": "t", "seed": 0}, "selection": {"count": 8}, "measure_parts": True}
+    how |= {"drafters": drafters, "batch_sizes": [1, 2], "temperatures": [0.0, 1.0]}
+    # What was fastest was lucky: the other one's steps take less.
+    lucky = [
+        row(name, tokens_per_second=speed, draft_step_seconds=step)
+        for name, speed, step in zip(names, (130.0, 120.0), (2e-3, 1e-3), strict=True)
+    ]
+    rows = [row("none", gamma=0, ctar=[], tokens_per_second=90.0), *lucky]
+    records.write_results(tmp_path / "first/results.json", binary="evaluate", config=how, environment={}, rows=rows)
+    asked = []
+
+    def evaluated(config, folder):
+        asked.append(config)
+        records.write_results(folder / "results.json", binary="evaluate", config={}, environment={}, rows=rows)
+
+    monkeypatch.setattr(design.evaluate, "run", evaluated)
+    config = ConfigDict({"evaluation": str(tmp_path / "first"), "seeds": (1,), "repeats": 2, "count": 16})
+    config.trained = config_of(folders).trained
+    (found,) = design.check_advice(config, tmp_path / "checked")
+    assert (found["advised"], found["fastest"]) == (f"{names[1]}, gamma 4", f"{names[0]}, gamma 4")
+    assert found["advised_over_fastest"] == pytest.approx(120 / 130) and found["repeats"] == 2
+    assert [(each.seed, each.task.seed, each.selection.count) for each in asked] == [(6, 1, 16), (7, 2, 16)]
+    for each in asked:
+        assert (list(each.batch_sizes), list(each.temperatures), each.measure_parts) == ([1], [0.0], False)
+        assert set(each.drafters) == set(names)
+    (tmp_path / "checked/seed1_T0_batch1_1/results.json").unlink()
+    assert design.check_advice(config, tmp_path / "checked") == [found]
+    assert [each.seed for each in asked] == [6, 7, 7]
 
 
 @pytest.mark.slow
 def test_a_drafter_that_no_training_made_is_refused(folders, tmp_path):
     config = config_of(folders)
-    config.again = ("one", "two")
-    with pytest.raises(UserError, match="again lists the second run of every evaluation"):
-        study.run(config, tmp_path)
-    config.again, config.trained = ("",), config.trained[1:]
+    config.trained = config.trained[1:]
     with pytest.raises(UserError, match='no training of this study made the drafter "supervised_t_1_0"'):
         study.run(config, tmp_path)
 

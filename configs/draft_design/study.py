@@ -4,11 +4,11 @@
 
 For each task one target; for each depth and seed one draft of two million parameters trained plainly
 (`supervised_TASK_LAYERS_SEED`) and one that goes on from it by DistillSpec (`distilled_...`), 60 trainings in all; for
-each task one evaluation of every draft, the parts timed apart from the runs, and of the drafts of two seeds a second
-one, on other prompts (`again_TASK`); last `study`, which puts all of it together: configurations.csv, report.html, and
-tables of predicted against measured, of depth at equal parameters, of perplexity against acceptance, and of what the
-model would have advised beside what was fastest. Every stage is finished for itself, so that the same command goes on
-where it stopped; a changed grid is refused in an old workdir.
+each task one evaluation of every draft, the parts timed apart from the runs, and for the drafts of two seeds what the
+model would have advised beside what was fastest, three times on other prompts (`checked_TASK`); last `study`, which
+puts all of it together: configurations.csv, report.html, and tables of predicted against measured, of depth at equal
+parameters, of perplexity against acceptance, and of the advice. Every stage is finished for itself, so that the same
+command goes on where it stopped; a changed grid is refused in an old workdir.
 
 Hardware: 2 CPU cores; an hour and a half of training (half of that in two processes on a core each), as long of timing.
 `configs/draft_design/study.py:smoke` runs one task, two depths and one seed.
@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 TASKS = {"code": {"name": "stdlib_code", "size": 0}, "arithmetic": {"name": "arithmetic", "size": 20_000}}
 SEEDS = (0, 1, 2)
-ADVISED = (0, 1)  # of these seeds all is run twice, to check the advice: 16 settings
+ADVISED = (0, 1)  # with the drafts of these seeds the advice is checked: 16 settings
 # Two million parameters each, by draft_design.shapes.at_parameters: layers -> width, heads, key heads, MLP width.
 SHAPES = {
     1: (384, 12, 6, 1008),
@@ -49,26 +49,18 @@ def get_config(variant: str = "") -> ConfigDict:
         if not variant:
             config[target].model.update(TARGET)
         stages.append(target)
-        drafters: dict[int, dict] = {}
+        drafters: dict[str, dict] = {}
         for seed in SEEDS if not variant else SEEDS[:1]:
-            drafters[seed] = {}
             for layers in SHAPES if not variant else (1, 2):
                 for recipe, gammas in GAMMAS.items():
                     stage = f"{recipe}_{task}_{layers}_{seed}"
                     config[stage] = _draft(base, recipe, task, layers, seed, variant)
-                    drafters[seed][stage] = {
-                        "kind": "model",
-                        "path": f"stage:{stage}",
-                        "lossless": gammas,
-                        "coupled": (),
-                    }
+                    drafters[stage] = {"kind": "model", "path": f"stage:{stage}", "lossless": gammas, "coupled": ()}
                     stages.append(stage)
                     trained.append(f"workdir:{stage}")
-        for name, seeds, prompts in (("evaluation", SEEDS, 0), ("again", ADVISED, 1)):
-            chosen = {stage: how for seed in seeds for stage, how in drafters.get(seed, {}).items()}
-            config[f"{name}_{task}"] = _evaluation(base, task, chosen, prompts, variant)
-            timed.append(f"{name}_{task}")
-        config[f"again_{task}"].measure_parts = False
+        config[f"evaluation_{task}"] = _evaluation(base, task, drafters, variant)
+        config[f"checked_{task}"] = _checked(base, task, tuple(drafters), variant)
+        timed += [f"evaluation_{task}", f"checked_{task}"]
     config.study = _study(base, tuple(trained), tasks)
     config.study.gamma = 4 if not variant else 2
     config.stages = (*stages, *timed, "study")
@@ -111,17 +103,14 @@ def _draft(base: ConfigDict, recipe: str, task: str, layers: int, seed: int, var
     return section
 
 
-def _evaluation(base: ConfigDict, task: str, drafters: dict, prompts: int, variant: str) -> ConfigDict:
-    """Of these drafters; `prompts` is the seed by which windows of the corpus are drawn and problems generated."""
+def _evaluation(base: ConfigDict, task: str, drafters: dict, variant: str) -> ConfigDict:
     section = _on_task(base.evaluation, task, variant)
-    section.seed = base.evaluation.seed + prompts
-    section.task.seed = prompts
     section.target = f"stage:target_{task}"
     section.drafters = ConfigDict(drafters)
     section.compare = ()
     section.batch_sizes = (1, 4) if not variant else (1, 2)
     if not variant:
-        # A configuration's tokens a second and its parts want few texts: there are 800 runs of them.
+        # A configuration's tokens a second and its parts want few texts: there are 480 runs of them.
         section.selection.count = 8
         section.max_new_tokens = 64
     if variant:
@@ -132,6 +121,19 @@ def _evaluation(base: ConfigDict, task: str, drafters: dict, prompts: int, varia
     return section
 
 
+def _checked(base: ConfigDict, task: str, drafters: tuple, variant: str) -> ConfigDict:
+    section = ConfigDict()
+    section.binary = "design"
+    section.action = "check_advice"
+    section.seed = base.seed
+    section.evaluation = f"workdir:evaluation_{task}"
+    section.trained = tuple(f"workdir:{stage}" for stage in drafters)
+    section.seeds = ADVISED if not variant else ADVISED[:1]
+    section.repeats = 3 if not variant else 1
+    section.count = 16 if not variant else 2  # prompts of each repeat
+    return section
+
+
 def _study(base: ConfigDict, trained: tuple, tasks: tuple) -> ConfigDict:
     section = ConfigDict()
     section.binary = "design"
@@ -139,7 +141,6 @@ def _study(base: ConfigDict, trained: tuple, tasks: tuple) -> ConfigDict:
     section.seed = base.seed
     section.trained = trained  # the drafts' trainings; a drafter has its training's name
     section.evaluations = tuple(f"workdir:evaluation_{task}" for task in tasks)
-    # A second run of each evaluation, or of some of its drafters, by which advice and winner are compared; "" is none.
-    section.again = tuple(f"workdir:again_{task}" for task in tasks)
+    section.checked = tuple(f"workdir:checked_{task}" for task in tasks)
     section.gamma = 4  # at which shapes are compared
     return section

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from specjax.draft_design import shapes, throughput
+from specjax.draft_design import contest, shapes
 from specjax.hub import load as hub_load
 from specjax.models.config import DecoderConfig
 from specjax.reporting import design_tables, page, plots, records, tradeoffs
@@ -36,106 +36,27 @@ def run(config: Any, workdir: Path) -> list[dict]:
     Raises:
       UserError: for a stage without results, and a drafter that none of the trainings made.
     """
-    drafts = {Path(path).name: _draft(Path(path)) for path in config.trained}
-    found, checked = [], []
-    if len(config.again) != len(config.evaluations):
-        raise UserError('again lists the second run of every evaluation, in their order; "" stands for none')
-    for path, second in zip(config.evaluations, config.again, strict=True):
+    drafts = drafts_of(config.trained)
+    found = []
+    for path in config.evaluations:
         measured = records.read_results(Path(path) / "results.json")["rows"]
         for name in (row["drafter"] for row in measured if row["gamma"]):
             if name not in drafts:
                 raise UserError(f'no training of this study made the drafter "{name}"; list its stage')
         found += [configuration(row, drafts[row["drafter"]]) for row in measured if row["gamma"]]
-        if second:
-            again = records.read_results(Path(second) / "results.json")["rows"]
-            checked += _checked_by_seed(Path(path).name, drafts, measured, again)
     if not found:
         raise UserError("the study's evaluations have no rows with a draft; give its drafters some gammas")
     _write_csv(workdir / FILE, found)
     rows = [*_prediction_rows(found), *_shape_rows(found, config.gamma), *_correlation_rows(found, config.gamma)]
-    rows += [*_advice_summary(checked), *checked]
+    checked = [row for path in config.checked for row in records.read_results(Path(path) / "results.json")["rows"]]
+    rows += [*contest.summary(checked), *checked]
     _report(config, workdir, rows, found)
     return rows
 
 
-def _checked_by_seed(
-    name: str, drafts: Mapping[str, Mapping], measured: Sequence[Mapping], again: Sequence[Mapping]
-) -> list[dict]:
-    """The advice on the drafts of each seed that was run a second time."""
-    seed_of = lambda row: drafts[row["drafter"]]["seed"]
-    rows = []
-    for seed in sorted({seed_of(row) for row in again if row["gamma"]}):
-        of_seed = lambda rows, seed=seed: [row for row in rows if not row["gamma"] or seed_of(row) == seed]
-        rows += [{**row, "seed": seed} for row in check_advice(name, of_seed(measured), of_seed(again))]
-    return rows
-
-
-def check_advice(name: str, measured: Sequence[Mapping], again: Sequence[Mapping]) -> list[dict]:
-    """Of each temperature and batch size: what would be advised, beside what was fastest when all were run.
-
-    The advice knows the parts, how often each draft's tokens stood at its largest gamma, and how fast plain decoding
-    was. Where no draft is predicted to beat that, plain decoding is the advice. Advised and fastest are compared by the
-    second run, on other prompts, so that the winner of the first is not paid for its luck.
-    """
-    key = lambda row: (row["drafter"], row["gamma"], row["temperature"], row["batch_size"])
-    second = {key(row): row["tokens_per_second"] for row in again}
-    rows = []
-    for temperature, size in sorted({(row["temperature"], row["batch_size"]) for row in measured}):
-        group = [row for row in measured if (row["temperature"], row["batch_size"]) == (temperature, size)]
-        longest = {row["drafter"]: row for row in sorted(group, key=lambda row: row["gamma"])}
-        plain = next(row for row in group if not row["gamma"])
-        tokens = round(plain["emitted_tokens"] / plain["prompts"])
-        known = {key(row): _foretold(row, longest[row["drafter"]]["ctar"], tokens) for row in group if row["gamma"]}
-        if None in known.values():
-            continue
-        speeds = {**known, key(plain): plain["tokens_per_second"]}
-        advised = max(group, key=lambda row: speeds[key(row)])
-        winner = max(group, key=lambda row: row["tokens_per_second"])
-        said = lambda row: f"{row['drafter']}, gamma {row['gamma']}" if row["gamma"] else "plain decoding"
-        rows.append(
-            {
-                "table": "advice_checked",
-                "evaluation": name,
-                "temperature": temperature,
-                "batch_size": size,
-                "configurations": len(group),
-                "advised": said(advised),
-                "fastest": said(winner),
-                "tokens_per_second_of_advised": second[key(advised)],
-                "tokens_per_second_of_fastest": second[key(winner)],
-                "advised_over_fastest": second[key(advised)] / second[key(winner)],
-            }
-        )
-    return rows
-
-
-def _foretold(row: Mapping, ctar: Sequence[float], tokens: int) -> float | None:
-    """Tokens per second of batches whose rows all emit so many tokens; None where no parts were timed."""
-    if row["draft_step_seconds"] is None:
-        return None
-    gamma, size, batches = row["gamma"], row["batch_size"], math.ceil(row["prompts"] / row["batch_size"])
-    rounds = throughput.expected_rounds([ctar[:gamma]] * size, tokens)
-    return size * tokens / (row["prefill_seconds"] / batches + rounds * _block(row))
-
-
-def _block(row: Mapping) -> float:
-    """Seconds of a block, from its parts."""
-    return row["gamma"] * row["draft_step_seconds"] + row["verify_seconds"] + row["rule_seconds"]
-
-
-def _advice_summary(checked: Sequence[Mapping]) -> list[dict]:
-    if not checked:
-        return []
-    ratios = [row["advised_over_fastest"] for row in checked]
-    return [
-        {
-            "table": "advice",
-            "settings": len(checked),
-            "within_5_percent": sum(ratio >= 0.95 for ratio in ratios) / len(ratios),
-            "median_of_advised_over_fastest": statistics.median(ratios),
-            "least_of_advised_over_fastest": min(ratios),
-        }
-    ]
+def drafts_of(trained: Sequence[str]) -> dict[str, dict]:
+    """Shape and training of each draft by its name, that of its training's folder."""
+    return {Path(path).name: _draft(Path(path)) for path in trained}
 
 
 def _draft(folder: Path) -> dict:
@@ -165,7 +86,7 @@ def configuration(row: Mapping, draft: Mapping) -> dict:
     blocks = row["iterations"] if row["batch_size"] == 1 else row["expected_iterations"]
     predicted = None
     if row["draft_step_seconds"] is not None:
-        predicted = row["emitted_tokens"] / (row["prefill_seconds"] + blocks * _block(row))
+        predicted = row["emitted_tokens"] / (row["prefill_seconds"] + blocks * contest.block_seconds(row))
     known = {**row, **draft, "predicted_tokens_per_second": predicted}
     known["off_by"] = predicted / row["tokens_per_second"] - 1 if predicted else None
     return {key: known[key] for key in COLUMNS}
