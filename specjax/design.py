@@ -292,9 +292,10 @@ def check_advice(config: Any, workdir: Path) -> list[dict]:
     """
     first = Path(config.evaluation)
     results = records.read_results(first / "results.json")
-    seed_of = {name: draft["seed"] for name, draft in study.drafts_of(config.trained).items()}
+    drafts = study.drafts_of(config.trained)
+    study.refuse_strangers(results["rows"], drafts)
     rows = []
-    for each in contest.contests(results["rows"], seed_of, config.seeds):
+    for each in contest.contests(results["rows"], drafts, config.seeds):
         repeats = []
         for repeat in range(config.repeats) if each.entries else ():
             folder = workdir / f"seed{each.seed}_T{each.temperature:g}_batch{each.batch_size}_{repeat}"

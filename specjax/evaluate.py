@@ -174,7 +174,7 @@ def _row(job: Job, setting: Setting, case: Case, plan, counts, output, baseline)
     settings = described(config, setting, case, len(job.prompts))
     measured = metrics.evaluate_row(counts, timing, seed=config.seed)
     iterations = sum(result.iterations for _, result in output)
-    expected = prediction.expected_iterations(measured["ctar"], counts.emitted, setting.batch_size)
+    expected = prediction.expected_iterations(counts, setting.batch_size)
     measured |= {"iterations": iterations, "expected_iterations": expected}
     measured |= batch.layers_per_token(output, plan.target.layers)
     return settings | measured | _quality(job, output, baseline)

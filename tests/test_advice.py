@@ -90,7 +90,7 @@ def test_acceptance_is_measured_as_ratios_of_sums():
         emitted_more_than=np.array([[2, 1], [1, 0]]),
     )
     found = advice.measured(counts, seed=0)
-    assert found.ctar == (0.6, 0.2) and found.drafted == 1.6
+    assert found.ctar == pytest.approx((0.6, 0.2)) and found.drafted == 1.6
     assert found.low[0] <= 0.6 <= found.high[0]
 
 

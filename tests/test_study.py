@@ -12,6 +12,7 @@ from specjax import api, design, main
 from specjax.draft_design import contest, shapes, study
 from specjax.hub.tokenizer import train_byte_bpe
 from specjax.models.config import DecoderConfig
+from specjax.models.decoder import Decoder
 from specjax.reporting import records
 from specjax.runtime import config as configs
 from specjax.runtime.errors import UserError
@@ -34,13 +35,14 @@ def row(drafter, gamma=4, **changes):
         "emitted_tokens": 1000,
         "block_efficiency": 2.5,
         "acceptance_rate": 0.4,
-        "ctar": [0.6, 0.4, 0.3, 0.2],
+        "acceptance_by_position": [0.6, 2 / 3, 0.75, 2 / 3],  # ctar 0.6, 0.4, 0.3, 0.2
         "iterations": 400,
         "expected_iterations": 410.0,
         "draft_step_seconds": 2.5e-3,
         "target_step_seconds": 8e-3,
         "verify_seconds": 9e-3,
         "rule_seconds": 1e-3,
+        "baseline_rule_seconds": 5e-4,
         "prefill_seconds": 0.5,
         "tokens_per_second": 125.0,
         "speedup": 1.2,
@@ -66,7 +68,7 @@ def folders(tmp_path_factory):
                 home / name / "results.json", binary="distill", config={}, environment={}, rows=[trained]
             )
             rows.append(row(name, tokens_per_second=speed + 10 * seed, block_efficiency=2.0 + 0.25 * layers))
-    rows.append(row("supervised_t_1_0", batch_size=2, gamma=1, ctar=[0.5], max_new_tokens=2))
+    rows.append(row("supervised_t_1_0", batch_size=2, gamma=1, acceptance_by_position=[0.5], max_new_tokens=2))
     records.write_results(home / "evaluation" / "results.json", binary="evaluate", config={}, environment={}, rows=rows)
     return home
 
@@ -83,6 +85,7 @@ def test_a_configuration_is_predicted_from_its_parts():
     # 1000 tokens in 0.5 s of prefill and 400 blocks of 20 ms.
     assert found["predicted_tokens_per_second"] == pytest.approx(1000 / 8.5)
     assert found["off_by"] == pytest.approx(1000 / 8.5 / 125 - 1)
+    assert found["off_by_with_expected_blocks"] == pytest.approx(1000 / 8.7 / 125 - 1)
     # Of a batch, the expected blocks: 200 of 20 ms in place of those that it happened to take.
     batched = study.configuration(row("d", batch_size=2, expected_iterations=200.0), draft)
     assert batched["predicted_tokens_per_second"] == pytest.approx(1000 / 4.5)
@@ -90,20 +93,20 @@ def test_a_configuration_is_predicted_from_its_parts():
     assert untimed["predicted_tokens_per_second"] is None and untimed["off_by"] is None
 
 
-SEED_OF = {"a": 0, "b": 0, "c": 1}
+DRAFTS = {name: {"seed": seed, "decoder": Decoder(tiny.config())} for name, seed in (("a", 0), ("b", 0), ("c", 1))}
 
 
-def drafted(speeds, steps, plain=80.0):
+def drafted(speeds, steps):
     """Plain decoding and drafts a, b, .., by what was measured of them and by the seconds of their steps."""
     rows = zip("abc", speeds, steps, strict=False)
     return [
-        row("none", gamma=0, ctar=[], tokens_per_second=plain),
+        row("none", gamma=0, tokens_per_second=80.0),
         *(row(name, tokens_per_second=speed, draft_step_seconds=step) for name, speed, step in rows),
     ]
 
 
 def contest_of(rows):
-    (found,) = contest.contests(rows, SEED_OF, [0])
+    (found,) = contest.contests(rows, DRAFTS, [0])
     return found
 
 
@@ -114,7 +117,7 @@ def test_the_model_advises_by_parts_and_the_fastest_is_by_what_was_measured():
     assert (found.configurations, found.seed, found.batch_size) == (3, 0, 1)
     # Drafts so slow that plain decoding is the advice, whatever was measured of them.
     assert str(contest_of(drafted((130.0, 90.0), (2e-2, 3e-2))).advised) == "plain decoding"
-    assert contest.contests(drafted((130.0, 90.0), (None, None)), SEED_OF, [0]) == []
+    assert contest.contests(drafted((130.0, 90.0), (None, None)), DRAFTS, [0]) == []
 
 
 def test_advised_and_fastest_are_compared_by_what_they_did_when_both_ran_again():
@@ -134,10 +137,12 @@ def test_advised_and_fastest_are_compared_by_what_they_did_when_both_ran_again()
 
 @pytest.mark.parametrize(("certain", "advised"), [(0.9, "a, gamma 4"), (1.0, "a, gamma 1")])
 def test_advice_takes_the_acceptance_of_a_shorter_draft_from_the_longest(certain, advised):
-    plain = row("none", gamma=0, ctar=[], tokens_per_second=50.0)
+    plain = row("none", gamma=0, tokens_per_second=50.0)
     # 4 tokens in 50 ms against 1.9 or, were it perfect, 2 in 24.7 ms.
-    longest = row("a", ctar=[certain, 1.7 - certain, 0.7, 0.6], draft_step_seconds=1e-2)
-    short = row("a", gamma=1, ctar=[1.0], draft_step_seconds=1e-2, verify_seconds=13.7e-3)
+    stand = [certain, (1.7 - certain) / certain, 0.7 / (1.7 - certain), 6 / 7]
+    longest = row("a", acceptance_by_position=stand, draft_step_seconds=1e-2)
+    short = row("a", gamma=1, acceptance_by_position=[1.0], draft_step_seconds=1e-2, verify_seconds=13.7e-3)
+    short["target_step_seconds"] = longest["target_step_seconds"] = 2e-2
     assert str(contest_of([plain, short, longest]).advised) == advised
 
 
@@ -156,14 +161,16 @@ def test_a_changed_grid_is_refused_in_an_old_workdir(tmp_path):
 def test_the_tables_are_those_worked_by_hand(folders, tmp_path):
     rows = study.run(config_of(folders), tmp_path)
     of = lambda name: [each for each in rows if each["table"] == name]
-    single, batched = of("predicted_against_measured")
+    single, expected, batched = of("predicted_against_measured")
     assert (single["batch_size"], single["configurations"], batched["configurations"]) == (1, 4, 1)
+    assert [each["blocks"] for each in (single, expected, batched)] == ["of the run", "expected", "expected"]
     # Against 117.6 predicted: 130 and 140, 104 and 114 measured.
     assert single["within_10_percent"] == 0.5 and single["largest_error"] == pytest.approx(0.1597, abs=1e-3)
     shallow, deep = of("depth_at_equal_parameters")
     assert (shallow["layers"], shallow["seeds"], deep["layers"]) == (1, 2, 2)
     assert shallow["tokens_per_second_over_deepest"] == "1.239 ± 0.139"
     assert shallow["block_efficiency_over_deepest"] == "0.900 ± 0.000"
+    assert shallow["tokens_per_second_by_seed"] == [130.0, 140.0] and shallow["draft_step_over_deepest"] == 1
     by_quality, by_speed = of("perplexity_correlation")
     assert by_quality["pearson"] < -0.9 and by_speed["drafts"] == 4 and by_speed["spearman"] == pytest.approx(1.0)
     with open(tmp_path / study.FILE, newline="") as file:
@@ -194,7 +201,7 @@ def test_the_contest_runs_on_other_prompts_and_goes_on_where_it_stopped(folders,
         row(name, tokens_per_second=speed, draft_step_seconds=step)
         for name, speed, step in zip(names, (130.0, 120.0), (2e-3, 1e-3), strict=True)
     ]
-    rows = [row("none", gamma=0, ctar=[], tokens_per_second=90.0), *lucky]
+    rows = [row("none", gamma=0, tokens_per_second=90.0), *lucky]
     records.write_results(tmp_path / "first/results.json", binary="evaluate", config=how, environment={}, rows=rows)
     asked = []
 
@@ -223,6 +230,15 @@ def test_a_drafter_that_no_training_made_is_refused(folders, tmp_path):
     config.trained = config.trained[1:]
     with pytest.raises(UserError, match='no training of this study made the drafter "supervised_t_1_0"'):
         study.run(config, tmp_path)
+    contested = {
+        "evaluation": config.evaluations[0],
+        "trained": config.trained,
+        "seeds": (0,),
+        "repeats": 1,
+        "count": 1,
+    }
+    with pytest.raises(UserError, match="no training of this study made"):
+        design.check_advice(ConfigDict(contested), tmp_path)
 
 
 def test_the_grid_is_at_least_350_configurations_of_20_trained_drafts_at_equal_parameters():

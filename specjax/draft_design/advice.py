@@ -15,7 +15,7 @@ import numpy as np
 from specjax.decoding import batch, loop, rules
 from specjax.decoding.drafters.table import make_drafter
 from specjax.decoding.sampling import Sampling, row_keys
-from specjax.draft_design import latency, shapes, throughput
+from specjax.draft_design import latency, prediction, shapes, throughput
 from specjax.hub.model import Model
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
@@ -78,16 +78,12 @@ def stated(low: float, high: float, gamma: int) -> Acceptance:
 
 def measured(counts: metrics.Counts, *, seed: int) -> Acceptance:
     """From the counts of a run at the largest gamma; the interval is that of the bootstrap over prompts."""
-    calls = counts.target_calls.sum()
-    gamma = counts.emitted_more_than.shape[1]
-    ratios = lambda weights: {
-        str(w): weights @ counts.emitted_more_than[:, w] / (weights @ counts.target_calls) for w in range(gamma)
-    }
+    ctar = tuple(prediction.uncut_ctar(counts, np.ones(len(counts.emitted))).tolist())
+    ratios = lambda weights: {str(w): chance for w, chance in enumerate(prediction.uncut_ctar(counts, weights))}
     found = metrics.intervals(ratios, len(counts.emitted), seed=seed)
-    ctar = tuple(float(x) for x in counts.emitted_more_than.sum(0) / calls)
-    ends = [found[str(w)] or (ctar[w], ctar[w]) for w in range(gamma)]
+    ends = [found[str(w)] or (ctar[w], ctar[w]) for w in range(len(ctar))]
     low, high = (tuple(float(end[side]) for end in ends) for side in (0, 1))
-    return Acceptance(ctar, low, high, float(counts.drafted.sum() / calls))
+    return Acceptance(ctar, low, high, float(counts.drafted.sum() / counts.target_calls.sum()))
 
 
 def decode(target: Model, draft: Model, work: Workload, gamma: int, threshold: float) -> metrics.Counts:

@@ -4,11 +4,11 @@ Whoever is fastest of many was also lucky: both have to be measured again before
 """
 
 import dataclasses
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from specjax.draft_design import throughput
+from specjax.draft_design import advice, throughput
+from specjax.models.decoder import Decoder
 from specjax.reporting import tradeoffs
 
 
@@ -80,51 +80,54 @@ class Contest:
         }
 
 
-def contests(measured: Sequence[Mapping], seed_of: Mapping[str, int], seeds: Sequence[int]) -> list[Contest]:
-    """One for each seed, temperature and batch size.
+def contests(measured: Sequence[Mapping], drafts: Mapping[str, Mapping], seeds: Sequence[int]) -> list[Contest]:
+    """One for each seed, temperature and batch size of which drafts were timed.
 
-    The advice knows the parts of a block, how often each draft's tokens stood at its largest gamma, and how fast plain
-    decoding was. Where no draft is predicted to beat that, plain decoding is the advice.
+    The advice is that of `advice`: it knows the parts of a block and of plain decoding, and how often each draft's
+    tokens stood at its largest gamma.
 
     Args:
       measured: evaluate rows with their parts, plain decoding of every setting among them.
-      seed_of: of each drafter.
+      drafts: "seed" and "decoder" of each drafter.
       seeds: whose drafts are looked at.
     """
     found = []
     for seed in seeds:
-        mine = [row for row in measured if not row["gamma"] or seed_of[row["drafter"]] == seed]
-        for temperature, size in sorted({(row["temperature"], row["batch_size"]) for row in mine}):
+        mine = [row for row in measured if not row["gamma"] or drafts[row["drafter"]]["seed"] == seed]
+        for temperature, size in sorted({(row["temperature"], row["batch_size"]) for row in mine if row["gamma"]}):
             group = [row for row in mine if (row["temperature"], row["batch_size"]) == (temperature, size)]
             if all(row["draft_step_seconds"] is not None for row in group if row["gamma"]):
                 fastest = max(group, key=lambda row: row["tokens_per_second"])
-                entries = (_advised(group), Entry.of(fastest))
+                entries = (_advised(group, drafts), Entry.of(fastest))
                 found.append(Contest(seed, temperature, size, len(group), *entries))
     return found
 
 
-def _advised(group: Sequence[Mapping]) -> Entry:
-    """Of one setting's rows, the entry that should be fastest."""
-    longest = {row["drafter"]: row for row in sorted(group, key=lambda row: row["gamma"])}
-    plain = next(row for row in group if not row["gamma"])
-    tokens = round(plain["emitted_tokens"] / plain["prompts"])
-    speeds = {Entry.of(plain): plain["tokens_per_second"]}
+def _advised(group: Sequence[Mapping], drafts: Mapping[str, Mapping]) -> Entry:
+    """Of one setting's rows, the entry that is recommended."""
+    some = group[0]
+    work = advice.Workload((), some["max_new_tokens"], some["batch_size"], some["temperature"], seed=0)
+    by_drafter: dict[str, list[Mapping]] = {}
     for row in group:
-        if row["gamma"]:
-            speeds[Entry.of(row)] = _foretold(row, longest[row["drafter"]]["ctar"], tokens)
-    return max(speeds, key=lambda entry: speeds[entry])
+        by_drafter.setdefault(row["drafter"], []).append(row)
+    plain = next(name for name, rows in by_drafter.items() if not rows[0]["gamma"])
+    options = []
+    for name, rows in by_drafter.items():
+        if name != plain:
+            options += _candidate(name, rows, drafts[name]["decoder"]).options(work)
+    advised = advice.recommend(options)
+    return Entry(advised["draft"], advised["gamma"]) if advised["pays"] else Entry(plain, 0)
 
 
-def _foretold(row: Mapping, ctar: Sequence[float], tokens: int) -> float:
-    """Tokens per second of batches whose rows all emit so many tokens."""
-    gamma, size, batches = row["gamma"], row["batch_size"], math.ceil(row["prompts"] / row["batch_size"])
-    rounds = throughput.expected_rounds([ctar[:gamma]] * size, tokens)
-    return size * tokens / (row["prefill_seconds"] / batches + rounds * block_seconds(row))
-
-
-def block_seconds(row: Mapping) -> float:
-    """Seconds of a block of an evaluate row, from its parts."""
-    return row["gamma"] * row["draft_step_seconds"] + row["verify_seconds"] + row["rule_seconds"]
+def _candidate(name: str, rows: Sequence[Mapping], decoder: Decoder) -> advice.Candidate:
+    """A draft with the parts of each gamma and the acceptance of its largest."""
+    longest = max(rows, key=lambda row: row["gamma"])
+    ctar = throughput.by_position(longest["acceptance_by_position"])
+    keys = ("draft_step_seconds", "target_step_seconds", "verify_seconds", "rule_seconds", "baseline_rule_seconds")
+    parts = {row["gamma"]: throughput.Parts(*(row[key] for key in keys)) for row in rows}
+    return advice.Candidate(
+        name, decoder, {0.0: advice.Acceptance(ctar, ctar, ctar, float(longest["gamma"]))}, parts, True
+    )
 
 
 def summary(checked: Sequence[Mapping]) -> list[dict]:

@@ -6,11 +6,12 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from specjax.decoding import batch, loop
 from specjax.decoding.sampling import Sampling, row_keys
 from specjax.draft_design import latency, throughput
+from specjax.reporting import metrics
 from specjax.runtime import processes
 
 _KEYS = (
@@ -18,6 +19,7 @@ _KEYS = (
     "target_step_seconds",
     "verify_seconds",
     "rule_seconds",
+    "baseline_rule_seconds",
     "cost_ratio",
     "predicted_speedup",
     "mbsu",
@@ -106,13 +108,32 @@ def _example_batch(texts: Sequence[Sequence[int]], length: int, batch_size: int,
     return put(tokens), put(lengths), row_keys(seed, put(np.arange(len(rows), dtype=np.int32)))
 
 
-def expected_iterations(ctar: Sequence[float], emitted: Int[np.ndarray, "N"], batch_size: int) -> float:
+def uncut_ctar(counts: metrics.Counts, weights: Float[np.ndarray, "N"]) -> Float[np.ndarray, "gamma"]:
+    """`ctar` of blocks that no text's end cuts short, as the throughput model wants it, which cuts the last one itself.
+
+    Where every block drafts gamma tokens it is the product of the positions' rates, in which what was cut is neither a
+    trial nor a success. A drafter that stops early leaves the share of blocks as they were, the last of a text too.
+
+    Args:
+      weights: how often each row counts.
+    """
+    gamma, texts = counts.drafted_at.shape[1], len(counts.emitted)
+    # Near a text's end the blocks that always draft gamma have room for gamma - 1, gamma - 2, .. at the least; one more
+    # may be cut at an EOS.
+    cut_at_most = texts * gamma * (gamma + 1) // 2
+    if counts.drafted.sum() < gamma * counts.target_calls.sum() - cut_at_most:
+        return (weights @ counts.emitted_more_than) / (weights @ counts.target_calls)
+    return np.cumprod((weights @ counts.accepted_at) / np.maximum(weights @ counts.drafted_at, 1))
+
+
+def expected_iterations(counts: metrics.Counts, batch_size: int) -> float:
     """Blocks that batches of these rows should take: of each the expected maximum over its rows.
 
     Args:
-      ctar: of all rows, see `throughput`.
-      emitted: tokens of each row, in the order in which they are put into batches.
+      counts: of all rows, in the order in which they are put into batches.
     """
+    emitted = counts.emitted
+    ctar = uncut_ctar(counts, np.ones(len(emitted))).tolist()
     batches = [emitted[first : first + batch_size].tolist() for first in range(0, len(emitted), batch_size)]
     return sum(throughput.expected_rounds([ctar] * len(tokens), tokens) for tokens in batches)
 
@@ -147,5 +168,5 @@ def predict(
     mbsu = None
     if draft_params:
         mbsu = throughput.memory_bound_speedup(block_efficiency, plan.gamma, plan.target.num_params, draft_params)
-    steps = (parts.draft_step, parts.target_step, parts.verify, parts.rule, parts.cost_ratio())
+    steps = (parts.draft_step, parts.target_step, parts.verify, parts.rule, parts.baseline_rule, parts.cost_ratio())
     return dict(zip(_KEYS, (*steps, predicted, mbsu), strict=True))

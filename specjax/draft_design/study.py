@@ -17,6 +17,7 @@ import numpy as np
 from specjax.draft_design import contest, shapes
 from specjax.hub import load as hub_load
 from specjax.models.config import DecoderConfig
+from specjax.models.decoder import Decoder
 from specjax.reporting import design_tables, page, plots, records, tradeoffs
 from specjax.runtime.errors import UserError
 
@@ -26,7 +27,7 @@ COLUMNS = (
     *("rule", "temperature", "batch_size", "gamma", "prompts", "max_new_tokens"),
     *("block_efficiency", "acceptance_rate", "iterations", "expected_iterations"),
     *("draft_step_seconds", "target_step_seconds", "verify_seconds", "rule_seconds", "prefill_seconds"),
-    *("tokens_per_second", "predicted_tokens_per_second", "off_by", "speedup"),
+    *("tokens_per_second", "predicted_tokens_per_second", "off_by", "off_by_with_expected_blocks", "speedup"),
 )
 
 
@@ -40,9 +41,7 @@ def run(config: Any, workdir: Path) -> list[dict]:
     found = []
     for path in config.evaluations:
         measured = records.read_results(Path(path) / "results.json")["rows"]
-        for name in (row["drafter"] for row in measured if row["gamma"]):
-            if name not in drafts:
-                raise UserError(f'no training of this study made the drafter "{name}"; list its stage')
+        refuse_strangers(measured, drafts)
         found += [configuration(row, drafts[row["drafter"]]) for row in measured if row["gamma"]]
     if not found:
         raise UserError("the study's evaluations have no rows with a draft; give its drafters some gammas")
@@ -52,6 +51,13 @@ def run(config: Any, workdir: Path) -> list[dict]:
     rows += [*contest.summary(checked), *checked]
     _report(config, workdir, rows, found)
     return rows
+
+
+def refuse_strangers(measured: Sequence[Mapping], drafts: Mapping[str, Mapping]) -> None:
+    """Raises UserError for a drafter of these evaluate rows that is none of the drafts."""
+    for name in (row["drafter"] for row in measured if row["gamma"]):
+        if name not in drafts:
+            raise UserError(f'no training of this study made the drafter "{name}"; list its stage')
 
 
 def drafts_of(trained: Sequence[str]) -> dict[str, dict]:
@@ -64,6 +70,7 @@ def _draft(folder: Path) -> dict:
     (trained,) = records.read_results(folder / "results.json")["rows"]
     _, shape = hub_load.read_config(folder / "export", param_dtype="float32", compute_dtype="float32")
     return {
+        "decoder": Decoder(shape),
         "recipe": folder.name.partition("_")[0],
         "seed": trained["seed"],
         "steps": trained["steps"],
@@ -81,14 +88,18 @@ def configuration(row: Mapping, draft: Mapping) -> dict:
     """One evaluate row with its draft, and what the throughput model says of it.
 
     A batch runs until its slowest row has its tokens: its blocks are the expected maximum over rows, each with the
-    acceptance of all. Of a batch of one the run's own blocks are taken, which its acceptance is the ratio of.
+    acceptance of all. Of a batch of one the run's own blocks are taken, as its block efficiency says them, and for
+    comparison the expected ones.
     """
-    blocks = row["iterations"] if row["batch_size"] == 1 else row["expected_iterations"]
-    predicted = None
+    known = {**row, **draft, "predicted_tokens_per_second": None, "off_by": None, "off_by_with_expected_blocks": None}
     if row["draft_step_seconds"] is not None:
-        predicted = row["emitted_tokens"] / (row["prefill_seconds"] + blocks * contest.block_seconds(row))
-    known = {**row, **draft, "predicted_tokens_per_second": predicted}
-    known["off_by"] = predicted / row["tokens_per_second"] - 1 if predicted else None
+        block = row["gamma"] * row["draft_step_seconds"] + row["verify_seconds"] + row["rule_seconds"]
+        speed = lambda blocks: row["emitted_tokens"] / (row["prefill_seconds"] + blocks * block)
+        expected = speed(row["expected_iterations"])
+        predicted = speed(row["iterations"]) if row["batch_size"] == 1 else expected
+        known["predicted_tokens_per_second"] = predicted
+        known["off_by"] = predicted / row["tokens_per_second"] - 1
+        known["off_by_with_expected_blocks"] = expected / row["tokens_per_second"] - 1
     return {key: known[key] for key in COLUMNS}
 
 
@@ -101,22 +112,25 @@ def _write_csv(path: Path, found: Sequence[Mapping]) -> None:
 
 
 def _prediction_rows(found: Sequence[Mapping]) -> list[dict]:
-    """How far predicted throughput is from measured, at each batch size."""
+    """How far predicted throughput is from measured, at each batch size; of batches with expected blocks only."""
     rows = []
     for size in sorted({row["batch_size"] for row in found}):
-        errors = [abs(row["off_by"]) for row in found if row["batch_size"] == size and row["off_by"] is not None]
-        if errors:
-            within = sum(error <= 0.1 for error in errors) / len(errors)
-            rows.append(
-                {
-                    "table": "predicted_against_measured",
-                    "batch_size": size,
-                    "configurations": len(errors),
-                    "within_10_percent": within,
-                    "median_error": statistics.median(errors),
-                    "largest_error": max(errors),
-                }
-            )
+        of_size = [row for row in found if row["batch_size"] == size and row["off_by"] is not None]
+        blocks = {"of the run": "off_by"} if size == 1 else {}
+        for name, key in (blocks | {"expected": "off_by_with_expected_blocks"}).items():
+            errors = [abs(row[key]) for row in of_size]
+            if errors:
+                rows.append(
+                    {
+                        "table": "predicted_against_measured",
+                        "batch_size": size,
+                        "blocks": name,
+                        "configurations": len(errors),
+                        "within_10_percent": sum(error <= 0.1 for error in errors) / len(errors),
+                        "median_error": statistics.median(errors),
+                        "largest_error": max(errors),
+                    }
+                )
     return rows
 
 
@@ -135,37 +149,39 @@ def _shape_rows(found: Sequence[Mapping], gamma: int) -> list[dict]:
     for (task, recipe, temperature), members in _alike(found, gamma).items():
         deepest = {row["seed"]: row for row in members if row["layers"] == max(row["layers"] for row in members)}
         for layers in sorted({row["layers"] for row in members}):
-            mine = [row for row in members if row["layers"] == layers and row["seed"] in deepest]
-            mean = lambda key, mine=mine: statistics.fmean(row[key] for row in mine)
+            mine = sorted((row for row in members if row["layers"] == layers), key=lambda row: row["seed"])
+            mine = [row for row in mine if row["seed"] in deepest]
+            group = {"task": task, "recipe": recipe, "temperature": temperature, "gamma": gamma}
             rows.append(
                 {
                     "table": "depth_at_equal_parameters",
-                    "task": task,
-                    "recipe": recipe,
-                    "temperature": temperature,
-                    "gamma": gamma,
-                    **{key: mine[0][key] for key in ("layers", "width", "parameters")},
-                    "seeds": len(mine),
-                    "block_efficiency": mean("block_efficiency"),
-                    "draft_milliseconds": None
-                    if mine[0]["draft_step_seconds"] is None
-                    else 1e3 * mean("draft_step_seconds"),
-                    "tokens_per_second": mean("tokens_per_second"),
-                    **{
-                        f"{key}_over_deepest": _ratios(mine, deepest, key)
-                        for key in ("block_efficiency", "draft_step_seconds", "tokens_per_second")
-                    },
+                    **group,
+                    **_of_depth(mine, [deepest[row["seed"]] for row in mine]),
                 }
             )
     return rows
 
 
-def _ratios(mine: Sequence[Mapping], deepest: Mapping[int, Mapping], key: str) -> str | None:
-    """This key's ratio to the deepest draft's: mean over seeds, and half its interval."""
-    pairs = [(row[key], deepest[row["seed"]][key]) for row in mine]
-    if any(not a or not b for a, b in pairs):
-        return None
-    return str(tradeoffs.Estimate.of([a / b for a, b in pairs]))
+# What the table of depths says of every seed too.
+_BY_SEED = ("block_efficiency", "tokens_per_second")
+
+
+def _of_depth(mine: Sequence[Mapping], deepest: Sequence[Mapping]) -> dict:
+    """Means of the drafts of one depth, and their ratios to the deepest ones of the same seeds."""
+    timed = mine[0]["draft_step_seconds"] is not None
+    mean = lambda key: statistics.fmean(row[key] for row in mine)
+    ratios = lambda key: [row[key] / other[key] for row, other in zip(mine, deepest, strict=True)]
+    return {
+        **{key: mine[0][key] for key in ("layers", "width", "parameters")},
+        "seeds": len(mine),
+        "block_efficiency": mean("block_efficiency"),
+        "draft_milliseconds": 1e3 * mean("draft_step_seconds") if timed else None,
+        "tokens_per_second": mean("tokens_per_second"),
+        **{f"{key}_over_deepest": str(tradeoffs.Estimate.of(ratios(key))) for key in _BY_SEED},
+        # Drafts of one shape are timed once for all seeds, so there is no interval.
+        "draft_step_over_deepest": statistics.fmean(ratios("draft_step_seconds")) if timed else None,
+        **{f"{key}_by_seed": [row[key] for row in mine] for key in _BY_SEED},
+    }
 
 
 def _correlation_rows(found: Sequence[Mapping], gamma: int) -> list[dict]:

@@ -22,9 +22,12 @@ def iid(acceptance: float, gamma: int) -> tuple[float, ...]:
     return tuple(acceptance**w for w in range(1, gamma + 1))
 
 
-def by_position(rates: Sequence[float]) -> tuple[float, ...]:
-    """`ctar` from the chance that position i stands once all before it did (`acceptance_by_position`)."""
-    return tuple(float(x) for x in np.cumprod(np.asarray(rates, float)))
+def by_position(rates: Sequence[float | None]) -> tuple[float, ...]:
+    """`ctar` from the chance that position i stands once all before it did (`acceptance_by_position`).
+
+    None is of a position that no block came to.
+    """
+    return tuple(float(x) for x in np.cumprod([rate or 0.0 for rate in rates]))
 
 
 def of_histogram(blocks: Sequence[int]) -> tuple[float, ...]:
