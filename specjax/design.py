@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from specjax import evaluate
 from specjax.data import batches, tasks
+from specjax.decoding import batch
 from specjax.draft_design import advice, contest, profile, pruning, replay, series, shapes, study, throughput
 from specjax.hub import load as hub_load
 from specjax.hub import model as hub_model
@@ -91,6 +92,7 @@ def build(config: Any, workdir: Path) -> list[dict]:
     dtypes = {"param_dtype": config.param_dtype, "compute_dtype": config.compute_dtype}
     _, like = hub_load.read_config(Path(config.target), **dtypes)
     sizes = (config.parameters,) if config.parameters else config.sizes
+    like = shapes.plain_llama(like)
     found = [shapes.at_parameters(like, layers, size) for layers in config.layers for size in sizes]
     store = profile.Profile(config.profile or workdir / "profile.json")
     cases = [profile.Case(shape, context=config.context, batch=config.batch_size) for shape in found]
@@ -148,6 +150,8 @@ def prune(config: Any, workdir: Path) -> list[dict]:
 def replayed(config: Any, workdir: Path) -> list[dict]:
     """Records a target's greedy text, or takes a recorded one, and scores drafts against it without the target."""
     load = lambda path: hub_model.load(path, param_dtype=config.param_dtype, compute_dtype=config.compute_dtype)
+    if config.replay and config.target:
+        raise UserError("a replay is scored without its target; give --config.replay=DIR or --config.target=DIR")
     if config.replay:
         stored = replay.load(config.replay)
     elif config.target:
@@ -217,26 +221,22 @@ def _prompts(config: Any, target: hub_model.Model) -> tuple[tuple[int, ...], ...
 
 def advise(config: Any, workdir: Path) -> list[dict]:
     """Times target and candidates, learns or is told how often tokens stand, and says which draft to take; or none."""
-    if not config.target:
-        raise UserError("config.target is empty; give --config.target=DIR")
+    low, high = _refuse_unadvisable(config)
     load = lambda path: hub_model.load(path, param_dtype=config.param_dtype, compute_dtype=config.compute_dtype)
     target = load(config.target)
     if target.decoder.reads_prompt_apart:
         raise UserError("advice is for decoder-only targets; measure an encoder-decoder's drafts with evaluate")
     work = _workload(config, target)
-    gamma, acceptances = max(config.gammas), []
+    gamma, shape = max(config.gammas), target.decoder.config
+    nobodys = advice.untrained(shape, config.layers, config.share, advice.stated(low, high, gamma), config.seed)
+    thresholds = config.thresholds if config.batch_size == 1 else ()
+    acceptances = []
     for path in config.drafts:
         draft = load(path)
         hub_model.check_pair(target, draft)
-        found = {eta: _acceptance(config, target, draft, work, gamma, eta) for eta in (0.0, *config.thresholds)}
+        found = {eta: _acceptance(config, target, draft, work, gamma, eta) for eta in (0.0, *thresholds)}
         acceptances.append((advice.Candidate(path, draft.decoder, found, {}, True), draft.params))
-    if config.layers:
-        low, high = _stated(config.acceptance)
-        acceptance = advice.stated(low, high, gamma)
-        shape = target.decoder.config
-        acceptances += advice.untrained(shape, config.layers, config.share, acceptance, config.seed)
-    if not acceptances:
-        raise UserError("there is nothing to choose from; name drafts, or layers of shapes to consider")
+    acceptances += nobodys
     drafts = [(candidate.decoder, params) for candidate, params in acceptances]
     timed = advice.time_parts(target.decoder, target.params, drafts, work, config.gammas)
     candidates = [
@@ -246,6 +246,9 @@ def advise(config: Any, workdir: Path) -> list[dict]:
     advised = advice.recommend(rows)
     taken = next(candidate for candidate in candidates if candidate.name == advised["draft"])
     said = [{"table": "reasons", "because": reason} for reason in advice.reasons(rows)]
+    if config.drafts and len(thresholds) < len(config.thresholds):
+        left_out = "thresholds were left out: in a batch the row that drafts most decides how long a block takes"
+        said.append({"table": "reasons", "because": left_out})
     if advised["pays"]:
         said.append({"table": "reasons", "because": advice.command(config.target, config.task, advised, taken)})
     rows = [*rows, advised, *said]
@@ -253,10 +256,29 @@ def advise(config: Any, workdir: Path) -> list[dict]:
     return rows
 
 
+def _refuse_unadvisable(config: Any) -> tuple[float, float]:
+    """What can be refused before anything is loaded; returns the range of the acceptance."""
+    if not config.target:
+        raise UserError("config.target is empty; give --config.target=DIR")
+    if not config.drafts and not config.layers:
+        raise UserError("there is nothing to choose from; name drafts, or layers of shapes to consider")
+    if not config.gammas or min(config.gammas) < 1:
+        raise UserError(f"gammas are numbers of drafted tokens, 1 or more, such as 1,2,4; not {config.gammas}")
+    if config.share <= 0:
+        raise UserError(f"share is that of the target's parameters, above 0, such as 0.1; not {config.share}")
+    ends = config.acceptance
+    if len(ends) != 2 or not 0 <= ends[0] <= ends[1] <= 1:
+        raise UserError(f"acceptance is a range within 0 .. 1, such as 0.5,0.7, for shapes without a draft; not {ends}")
+    return ends[0], ends[1]
+
+
 def _workload(config: Any, target: hub_model.Model) -> advice.Workload:
     prompts = _replay(config, target).prompts if config.replay else _prompts(config, target)
     if not 1 <= config.batch_size <= len(prompts):
         raise UserError(f"batch_size must lie in 1 .. {len(prompts)}, the number of prompts, not {config.batch_size}")
+    shape = target.decoder.config
+    sizes = {"vocab_size": shape.vocab_size, "max_positions": shape.max_positions}
+    batch.check_prompts(prompts, max_new_tokens=config.max_new_tokens, **sizes)
     return advice.Workload(prompts, config.max_new_tokens, config.batch_size, config.temperature, config.seed)
 
 
@@ -265,6 +287,11 @@ def _replay(config: Any, target: hub_model.Model) -> replay.Replay:
     stored.check_target(target)
     if config.temperature:
         raise UserError("a replay is of greedy decoding; set temperature to 0, or leave out the replay")
+    if stored.max_new_tokens != config.max_new_tokens:
+        raise UserError(
+            f"the replay has texts of {stored.max_new_tokens} tokens, not of {config.max_new_tokens}; set "
+            f"max_new_tokens to {stored.max_new_tokens}"
+        )
     return stored
 
 
@@ -276,12 +303,6 @@ def _acceptance(config: Any, target, draft, work: advice.Workload, gamma: int, t
     else:
         counts = advice.decode(target, draft, work, gamma, threshold)
     return advice.measured(counts, seed=config.seed)
-
-
-def _stated(ends: tuple[float, ...]) -> tuple[float, float]:
-    if len(ends) != 2 or not 0 <= ends[0] <= ends[1] <= 1:
-        raise UserError(f"acceptance is a range within 0 .. 1, such as 0.5,0.7, for shapes without a draft; not {ends}")
-    return ends[0], ends[1]
 
 
 def check_advice(config: Any, workdir: Path) -> list[dict]:

@@ -1,13 +1,19 @@
 """Advice: what is recommended, from which numbers, and when it is to do without a draft."""
 
+import ast
+import dataclasses
+import functools
+import shlex
+import types
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tiny
 from ml_collections import ConfigDict
 
-from specjax import api, design
+from specjax import api, design, distill
 from specjax.draft_design import advice, profile
 from specjax.draft_design.profile import Point
 from specjax.draft_design.throughput import Parts
@@ -20,6 +26,9 @@ from specjax.runtime.errors import UserError
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "draft_design" / "advise.py"
 WORK = advice.Workload(((1, 2),), max_new_tokens=1000, batch_size=1, temperature=0.0, seed=0)
 TASK = ConfigDict({"name": "text", "path": "a.txt"})
+OPT = dataclasses.replace(
+    tiny.config(), family="opt", rotary=None, learned_positions=64, position_offset=2, norm="layer", gated_mlp=False
+)
 
 
 def candidate(step: float, acceptance, *, trained=True, name="a"):
@@ -64,20 +73,33 @@ def test_where_nothing_is_faster_than_plain_decoding_it_says_so():
     assert "nobody has trained it yet" in said[3]
 
 
-def test_the_command_trains_the_shape_or_decodes_with_the_draft():
-    shape = candidate(1e-3, {0.0: advice.stated(0.5, 0.7, 2)}, trained=False, name="2x16")
-    row = advice.recommend(shape.options(WORK))
-    said = advice.command("DIR", TASK, row, shape)
-    assert said.startswith("python -m specjax.main --config=configs/draft_design/train.py --workdir=runs/draft_2x16")
-    assert "--config.model.layers=2 --config.model.width=16" in said and "--config.tokenizer.path=DIR" in said
-    given = dict(part.split("=") for part in said.split() if part.startswith("--config."))
-    train = configs.load(str(CONFIG.with_name("train.py")))
-    for key in given:
-        section = train
-        for name in key.removeprefix("--config.").split("."):
-            section = section[name]
+def train_config(said):
+    """configs/draft_design/train.py with what a printed command sets."""
+    program, *given = shlex.split(said)[3:]
+    assert program == "--config=configs/draft_design/train.py"
+    config = configs.load(str(CONFIG.with_name("train.py")))
+    for key, value in (each.removeprefix("--config.").split("=", 1) for each in given if each.startswith("--config.")):
+        *names, last = key.split(".")
+        section = functools.reduce(lambda section, name: section[name], names, config)
+        section[last] = value if isinstance(section[last], str) else ast.literal_eval(value)
+    return config
+
+
+@pytest.mark.parametrize("target", [tiny.config(tied_head=False, rope_theta=5e5), OPT], ids=str)
+def test_the_command_trains_the_very_shape_that_was_timed(target):
+    target = dataclasses.replace(target, vocab_size=300, max_positions=64)
+    ((shape, params),) = advice.untrained(target, (1,), 0.8, advice.stated(0.5, 0.7, 2), 0)
+    config = train_config(advice.command("a dir", TASK, {}, shape))
+    assert distill.random_model(config.model, 300, 0) == shape.decoder
+    assert (config.target, config.tokenizer.path, config.task.path) == ("a dir", "a dir", "a.txt")
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == shape.decoder.num_params
+
+
+def test_the_command_of_a_draft_that_there_is_decodes_with_it_as_it_was_advised():
     there = candidate(1e-3, {0.0: advice.stated(0.5, 0.7, 2)}, name="DRAFT")
-    assert "--config.drafter.path=DRAFT --config.gamma=2" in advice.command("DIR", TASK, row, there)
+    said = advice.command("DIR", TASK, advice.recommend(there.options(WORK)), there)
+    assert "--config.drafter.path=DRAFT --config.gamma=2" in said and "--config.temperature=0.0" in said
+    assert shlex.split(said)[-1] == "--config.prompt=def main("
 
 
 def test_acceptance_is_measured_as_ratios_of_sums():
@@ -105,15 +127,36 @@ def test_what_advice_cannot_be_given_on_is_refused(tmp_path):
     config.target = str(tmp_path / "target")
     config.task.update({"name": "text", "path": str(tmp_path / "text.py")})
     (tmp_path / "text.py").write_text("".join(f"def f_{i}(x):\n    return x\n\n\n" for i in range(300)))
-    config.acceptance = (0.7, 0.5)
-    with pytest.raises(UserError, match=r"acceptance is a range within 0 .. 1, .* not \(0.7, 0.5\)"):
-        design.advise(config, tmp_path)
-    config.layers = ()
-    with pytest.raises(UserError, match="nothing to choose from; name drafts, or layers of shapes"):
-        design.advise(config, tmp_path)
-    config.batch_size = 3
-    with pytest.raises(UserError, match=r"batch_size must lie in 1 .. 2, the number of prompts, not 3"):
-        design.advise(config, tmp_path)
+    for changes, said in (
+        ({"acceptance": (0.7, 0.5)}, r"acceptance is a range within 0 .. 1, .* not \(0.7, 0.5\)"),
+        ({"layers": ()}, "nothing to choose from; name drafts, or layers of shapes"),
+        ({"gammas": (0, 1)}, r"gammas are numbers of drafted tokens, 1 or more, .* not \(0, 1\)"),
+        ({"gammas": ()}, r"gammas are numbers of drafted tokens, 1 or more"),
+        ({"share": 0.0}, r"share is that of the target's parameters, above 0, such as 0.1; not 0.0"),
+        ({"share": 1e-6}, "no shape of 1 layers in these proportions"),
+        ({"batch_size": 3}, r"batch_size must lie in 1 .. 2, the number of prompts, not 3"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
+        ({"max_new_tokens": 600}, "exceed the model's 512 positions; shorten the prompt or lower max_new_tokens"),
+    ):
+        asked = ConfigDict(config)
+        asked.update(changes)
+        with pytest.raises(UserError, match=said):
+            design.advise(asked, tmp_path)
+
+
+def test_a_replay_of_longer_texts_and_a_target_beside_a_replay_are_refused(tmp_path, monkeypatch):
+    asked = ConfigDict({"replay": "r", "temperature": 0.0, "max_new_tokens": 80, "target": "t"})
+    stored = types.SimpleNamespace(check_target=lambda target: None, max_new_tokens=128)
+    monkeypatch.setattr(design.replay, "load", lambda path: stored)
+    with pytest.raises(UserError, match="the replay has texts of 128 tokens, not of 80; set max_new_tokens to 128"):
+        design._replay(asked, api.Model(*tiny.decoder(vocab_size=260), train_byte_bpe(["x = 1\n" * 30], 260)))
+    with pytest.raises(UserError, match="a replay is scored without its target; give --config.replay=DIR or"):
+        design.replayed(asked, tmp_path)
+
+
+def test_of_one_prompt_no_interval_is_claimed():
+    alone = advice.Acceptance((0.8, 0.6), (0.8, 0.6), (0.8, 0.6), 2.0)
+    assert "of one prompt there is no interval" in advice.reasons(candidate(1e-3, {0.0: alone}).options(WORK))[0]
 
 
 @pytest.mark.slow

@@ -151,6 +151,8 @@ def test_what_a_replay_cannot_do_and_what_is_no_replay_is_refused(models, tmp_pa
     (tmp_path / replay.FILE).write_text(json.dumps({**fields, "schema": 0}))
     with pytest.raises(UserError, match="has schema 0, this version reads 1"):
         replay.load(tmp_path)
-    (tmp_path / replay.ARRAYS).write_bytes(b"nothing")
-    with pytest.raises(UserError, match="is damaged .*; record it again"):
-        replay.load(tmp_path)
+    whole = (tmp_path / replay.ARRAYS).read_bytes()
+    for damaged in (b"nothing", b"", whole[: len(whole) // 2]):
+        (tmp_path / replay.ARRAYS).write_bytes(damaged)
+        with pytest.raises(UserError, match="is damaged .*; record it again"):
+            replay.load(tmp_path)

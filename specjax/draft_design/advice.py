@@ -5,6 +5,7 @@ or is a stated range for shapes that nobody has trained yet. The throughput mode
 """
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -149,7 +150,11 @@ class Candidate:
     trained: bool
 
     def options(self, work: Workload) -> list[dict]:
-        """A row for each gamma whose parts were timed, and for each threshold at the largest."""
+        """A row for each gamma whose parts were timed, and for each threshold at the largest.
+
+        A threshold is priced by the mean number of drafted tokens, which is true of one row: in a batch a block takes
+        as long as the row that drafts most.
+        """
         rows = []
         for gamma in self.parts:
             for threshold, acceptance in self.acceptance.items():
@@ -168,6 +173,7 @@ class Candidate:
             "table": "candidates",
             "draft": self.name,
             "trained": self.trained,
+            "temperature": work.temperature,
             **{key: getattr(self.decoder.config, key) for key in ("layers", "width", "heads")},
             "parameters": shapes.parameters(self.decoder.config),
             "gamma": gamma,
@@ -204,7 +210,7 @@ def recommend(rows: Sequence[dict]) -> dict:
     return {
         "table": "advice",
         "pays": pays,
-        **{key: best[key] for key in ("draft", "trained", "layers", "width", "heads", "parameters")},
+        **{key: best[key] for key in ("draft", "trained", "temperature", "layers", "width", "heads", "parameters")},
         "gamma": best["gamma"] if pays else 0,
         "threshold": best["threshold"] if pays else 0.0,
         "tokens_per_second": best["tokens_per_second"] if pays else plain,
@@ -220,13 +226,16 @@ def reasons(rows: Sequence[dict]) -> list[str]:
     best = max(rows, key=lambda row: row["tokens_per_second"])
     plain = best["plain_tokens_per_second"]
     speedup, enough = best["tokens_per_second"] / plain, best["break_even_acceptance"]
+    known = best["tokens_per_second_low"] < best["tokens_per_second_high"]
     if speedup <= 1:
         verdict = f"speculation does not pay here: the best candidate would be {speedup:.2f} times as fast as without"
+    elif not known:
+        verdict = f"{speedup:.2f} times as fast as plain decoding is expected; of one prompt there is no interval"
     elif best["tokens_per_second_low"] <= plain:
         verdict = f"{speedup:.2f} times as fast as plain decoding is expected, but the low end of the acceptance loses"
     else:
         verdict = f"{speedup:.2f} times as fast as plain decoding is expected, and the low end of the acceptance wins"
-    known = "is known from decoding with it" if best["trained"] else "is the stated range, nobody has trained it yet"
+    source = "is known from decoding with it" if best["trained"] else "is the stated range, nobody has trained it yet"
     even = f"an i.i.d. acceptance of {enough:.2f} would break even" if enough is not None else "no acceptance would do"
     return [
         verdict,
@@ -234,7 +243,7 @@ def reasons(rows: Sequence[dict]) -> list[str]:
         f"and emits {best['block_efficiency']:.2f}; {even}",
         f"a draft step takes {best['draft_milliseconds']:.3g} ms, a verification {best['verify_milliseconds']:.3g} "
         f"ms, a plain step {best['plain_milliseconds']:.3g} ms, measured on this device",
-        f"the acceptance of {best['draft']} {known}",
+        f"the acceptance of {best['draft']} {source}",
         f"10% more acceptance would bring {best['acceptance_10_percent_better'] - 1:+.1%}, 10% less draft latency "
         f"{best['latency_10_percent_better'] - 1:+.1%}",
     ]
@@ -245,13 +254,15 @@ def untrained(
 ) -> list[tuple[Candidate, Params]]:
     """A candidate of each depth with this share of the target's parameters, in its proportions, and random weights.
 
+    All are Llamas, as `train.py` trains them.
+
     Raises:
       UserError: for a budget that no shape of a depth meets.
     """
     wanted = round(share * shapes.parameters(target))
     found = []
     for depth in layers:
-        decoder = Decoder(shapes.at_parameters(target, depth, wanted))
+        decoder = Decoder(shapes.at_parameters(shapes.plain_llama(target), depth, wanted))
         name = f"{depth}x{decoder.config.width}"
         found.append((Candidate(name, decoder, {0.0: acceptance}, {}, False), decoder.init(jax.random.key(seed))))
     return found
@@ -259,15 +270,18 @@ def untrained(
 
 def command(target: str, task: Any, row: dict, candidate: Candidate) -> str:
     """What trains the recommended draft for its target, or decodes with it where it is trained."""
+    given: dict[str, Any] = {"target": target}
     if candidate.trained:
-        given = {"target": target, "drafter.path": candidate.name, "gamma": row["gamma"]}
+        given |= {"drafter.path": candidate.name, "gamma": row["gamma"], "drafter.threshold": row["threshold"]}
+        given |= {"temperature": row["temperature"], "prompt": "def main("}
         config, workdir = "configs/generate.py", "generate"
-        given |= {"drafter.threshold": row["threshold"], "prompt": '"def main("'}
     else:
         shape = candidate.decoder.config
-        sizes = ("layers", "width", "heads", "kv_heads", "head_size", "mlp_width", "max_positions")
-        given = {"target": target, "tokenizer.path": target, "task.name": task.name, "task.path": task.path}
-        given |= {f"model.{key}": getattr(shape, key) for key in sizes}
+        fields = ("layers", "width", "heads", "kv_heads", "head_size", "mlp_width", "max_positions", "norm_epsilon")
+        fields += ("tied_head", "param_dtype", "compute_dtype")
+        given |= {"tokenizer.path": target, "task.name": task.name, "task.path": task.path}
+        given |= {f"model.{name}": getattr(shape, name) for name in fields}
+        given["model.rope_theta"] = shape.rotary.theta
         config, workdir = "configs/draft_design/train.py", f"draft_{candidate.name}"
-    said = " ".join(f"--config.{key}={value}" for key, value in given.items())
+    said = " ".join(shlex.quote(f"--config.{key}={value}") for key, value in given.items())
     return f"python -m specjax.main --config={config} --workdir=runs/{workdir} {said}"

@@ -9,6 +9,7 @@ blocks, counts and ends are those of the live run (up to ties, see README.md). W
 import dataclasses
 import functools
 import json
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -131,12 +132,12 @@ def load(directory: str | Path) -> Replay:
         raise UserError(f"{directory} holds no {FILE}; name the directory of a replay, or record one")
     try:
         fields = json.loads((directory / FILE).read_text(encoding="utf-8"))
-        with np.load(directory / ARRAYS) as arrays:
+        with open(directory / ARRAYS, "rb") as file, np.load(file) as arrays:
             fields |= {name: arrays[name] for name in ("top_ids", "top_probs")}
         schema = fields.pop("schema")
         rows = {name: tuple(tuple(row) for row in fields[name]) for name in ("prompts", "emitted")}
         replay = Replay(**{**fields, **rows, "eos_ids": tuple(fields["eos_ids"])})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise UserError(f"the replay in {directory} is damaged ({error}); record it again") from error
     if schema != SCHEMA:
         raise UserError(f"the replay in {directory} has schema {schema}, this version reads {SCHEMA}; record it again")

@@ -75,6 +75,14 @@ def reshaped(like: DecoderConfig, **changes: int) -> DecoderConfig:
         raise UserError(f"no such shape: {error}") from None
 
 
+def plain_llama(like: DecoderConfig) -> DecoderConfig:
+    """A Llama of these sizes, which is what the trainer makes of random weights, whatever family the sizes are from."""
+    sizes = ("vocab_size", "width", "layers", "heads", "kv_heads", "head_size", "mlp_width", "max_positions")
+    kept = (*sizes, "norm_epsilon", "tied_head", "param_dtype", "compute_dtype")
+    theta = like.rotary.theta if like.rotary is not None else 10000.0
+    return DecoderConfig.llama(rope_theta=theta, **{name: getattr(like, name) for name in kept})
+
+
 def heads_of(width: int, head_size: int) -> int:
     """How many heads of this size a model of this width has. Raises UserError where they do not divide it."""
     if head_size < 1 or width % head_size:
@@ -137,7 +145,7 @@ def at_parameters(like: DecoderConfig, layers: int, wanted: int, tolerance: floa
     more = parameters(shape(found.kv_heads, found.mlp_width + _STEP)) - parameters(found)
     inner = found.mlp_width + _STEP * round((wanted - parameters(found)) / more)
     best = shape(found.kv_heads, max(inner, _STEP))
-    if abs(parameters(best) / wanted - 1) > tolerance:
+    if abs(parameters(best) - wanted) > tolerance * wanted:
         raise UserError(
             f"no shape of {layers} layers in these proportions has about {wanted} parameters (the nearest has "
             f"{parameters(best)}); take another budget, fewer layers, or smaller heads"
