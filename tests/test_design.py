@@ -58,35 +58,59 @@ def test_the_published_rows_come_out_within_half_a_percent(tmp_path, capsys):
 
 
 def verdicts(record, *rows, **others):
-    """Of the claims that this record judges, by the first words of each."""
-    made = {"rows": rows, **others}
-    return [claim.verdict(made) for claim in design_claims.CLAIMS if claim.record == record]
+    """Of the claims that this record judges, in their order."""
+    made = {"rows": rows, "environment": {"device_kind": "X"}, **others}
+    judged = [claim for claim in design_claims.CLAIMS if claim.record == record]
+    assert all(claim.ours(made) for claim in judged if rows)
+    return [claim.verdict(made) for claim in judged]
 
 
-def test_verdicts_of_the_profile_follow_from_its_lines():
+def test_verdicts_of_the_profile_follow_from_its_lines_and_from_doubled_widths():
     line = {"table": "lines", "milliseconds_for_one_more": 0.5, "slowest_over_fastest": 3.0, "r_squared": 0.99}
     depth = {**line, "series": "depth at fixed parameters", "against": "layers"}
-    width = {**line, "series": "width at fixed depth", "against": "width"}
-    assert verdicts("design_profile", depth, width) == ["reproduced in shape", "not reproduced"]
-    flat = {**width, "slowest_over_fastest": 1.1}
-    assert verdicts("design_profile", {**depth, "r_squared": 0.5}, flat) == ["not reproduced", "reproduced in shape"]
+
+    def wide(*took, table="width_at_fixed_depth", key="width"):
+        sizes = zip((1, 2, 4, 6), took, strict=True)
+        return [{"table": table, key: size, "milliseconds": each, "estimate": False} for size, each in sizes]
+
+    heads = wide(1.0, 1.0, 1.0, 1.0, table="heads_at_fixed_width", key="heads")
+    flat, steep = wide(1.0, 1.2, 1.4, 9.0), wide(1.0, 1.0, 1.3, 1.3)
+    assert verdicts("design_profile", depth, *flat, *heads) == ["reproduced in shape"] * 2
+    bent = {**depth, "r_squared": 0.5}
+    assert verdicts("design_profile", bent, *steep, *heads) == ["not reproduced", "not reproduced"]
     assert verdicts("design_profile") == ["not measured yet"] * 2
 
 
-def test_verdicts_of_the_study_follow_from_its_tables():
-    predicted = {"table": "predicted_against_measured", "batch_size": 1, "configurations": 9}
-    predicted |= {"within_10_percent": 0.95, "median_error": 0.03}
-    advised = {"table": "advice", "settings": 12, "within_5_percent": 1.0, "least_of_advised_over_fastest": 0.96}
-    depth = {"table": "depth_at_equal_parameters", "task": "t", "recipe": "r", "temperature": 0.0}
-    depths = [{**depth, "layers": n, "tokens_per_second": speed} for n, speed in ((1, 9.0), (4, 9.5), (8, 8.0))]
+def study_of(*, speeds, efficiencies, spearman=0.6, median=0.03, settings=12):
+    """The study's rows: three depths of three seeds, speed and block efficiency of each."""
+    predicted = {"table": "predicted_against_measured", "batch_size": 1, "configurations": 9, "blocks": "of the run"}
+    predicted |= {"within_10_percent": 0.95, "median_error": median}
+    advised = {"table": "advice", "settings": settings, "within_5_percent": 1.0, "least_of_advised_over_fastest": 0.96}
+    advised["of_them_one_and_the_same"] = 3
+    depth = {"table": "depth_at_equal_parameters", "task": "t", "recipe": "r", "temperature": 0.0, "seeds": 3}
+    spread = {1: (0.99, 1.0, 1.01), 4: (1.01, 1.0, 0.99), 8: (1.0, 0.99, 1.01)}
+    by_seed = lambda layers, mean: [share * mean for share in spread[layers]]
+    depths = [
+        {**depth, "layers": layers, "tokens_per_second": speed, "tokens_per_second_by_seed": by_seed(layers, speed)}
+        | {"block_efficiency_by_seed": by_seed(layers, efficiency)[::-1]}
+        for layers, speed, efficiency in zip((1, 4, 8), speeds, efficiencies, strict=True)
+    ]
     weak = {"table": "perplexity_correlation", "task": "t", "temperature": 0.0, "with": "tokens per second"}
-    weak |= {"drafts": 9, "spearman": 0.2}
-    found = verdicts("design_study", predicted, advised, *depths, weak)
-    assert found == ["reproduced in shape"] * 3 + ["holds"] * 2
-    depths[0]["tokens_per_second"], weak["spearman"] = 10.0, -0.8
-    predicted["median_error"], advised["settings"] = 0.05, 9
-    found = verdicts("design_study", predicted, advised, *depths, weak)
-    assert found == ["reproduced in shape", "not reproduced", "not reproduced", "does not hold", "does not hold"]
+    return [predicted, advised, *depths, {**weak, "drafts": 12, "spearman": spearman}]
+
+
+def test_verdicts_of_the_study_follow_from_its_tables():
+    good = {"speeds": (9.0, 12.0, 8.0), "efficiencies": (2.0, 2.1, 2.2)}
+    judged = lambda **changes: verdicts("design_study", *study_of(**{**good, **changes}))
+    assert judged() == ["reproduced in shape"] * 3 + ["holds"] * 2
+    # The shallowest is fastest; it accepts more than the deepest; better models are faster.
+    assert judged(speeds=(13.0, 12.0, 8.0))[:2] == ["reproduced in shape", "not reproduced"]
+    assert judged(efficiencies=(2.0, 2.4, 2.2))[:2] == ["not reproduced", "reproduced in shape"]
+    assert judged(spearman=-0.8)[2] == "not reproduced"
+    # What lies within the spread of the seeds says nothing.
+    assert judged(speeds=(9.0, 9.1, 9.0))[:2] == ["not reproduced"] * 2
+    assert judged(spearman=0.0)[2].startswith("undecided")
+    assert judged(median=0.05, settings=9)[3:] == ["does not hold"] * 2
     assert verdicts("design_study") == ["not measured yet"] * 5
 
 

@@ -74,10 +74,11 @@ class Point:
 
 
 def device() -> dict[str, Any]:
-    """What tells the machine of a profile from another."""
+    """What tells the machine of a profile from another, the compiler that wrote its programs included."""
     found = jax.devices()[0]
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     said = {"platform": found.platform, "device_kind": found.device_kind, "device_count": jax.device_count()}
+    said["jax"] = jax.__version__
     # All processors call themselves "cpu".
     return said | ({"processor": _processor(), "cpus": cpus} if found.platform == "cpu" else {})
 
@@ -108,7 +109,8 @@ class Profile:
         """Opens the file, or begins one.
 
         Args:
-          memory: bytes beyond which a case is estimated and not run; None asks the device.
+          memory: bytes; a case that takes more than four fifths of them is estimated and not run, and so many are timed
+            together. None asks the device.
 
         Raises:
           UserError: for a file of another device, another schema, or damaged.
@@ -164,13 +166,16 @@ class Profile:
     def _groups(self, cases: Sequence[Case]) -> list[list[Case]]:
         """The cases in their order, as many together as fit the memory."""
         groups: list[list[Case]] = []
-        filled = 0
+        filled, there = 0, set()
         for case in cases:
-            if not groups or (self._memory and filled + case.bytes > 0.8 * self._memory):
+            # Cases of one shape share its weights.
+            needed = case.bytes - (shapes.weight_bytes(case.shape) if case.shape in there else 0)
+            if not groups or (self._memory and filled + needed > 0.8 * self._memory):
                 groups.append([])
-                filled = 0
+                filled, there, needed = 0, set(), case.bytes
             groups[-1].append(case)
-            filled += case.bytes
+            filled += needed
+            there.add(case.shape)
         return groups
 
     def rates(self, repeats: int) -> dict[str, float]:

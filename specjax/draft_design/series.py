@@ -32,7 +32,7 @@ def base_shape(section: Any) -> DecoderConfig:
 
 
 def run(config: Any, workdir: Path) -> list[dict]:
-    """Every series of the config, measured in turns within itself, then the lines through them; writes report.html.
+    """Every series of the config, all cases measured in turns, then the lines through them; writes report.html.
 
     Raises:
       UserError: for heads that do not divide, a budget that no shape meets, and a profile of another device.
@@ -40,9 +40,9 @@ def run(config: Any, workdir: Path) -> list[dict]:
     profile = Profile(config.profile or workdir / "profile.json", memory=config.memory or None)
     base = base_shape(config.base)
     rows: list[dict] = []
-    for name, cases in _series(config, base).items():
-        points = profile.measure([case for _, case in cases], config.repeats)
-        rows += [_row(name, said, case, point) for (said, case), point in zip(cases, points, strict=True)]
+    made = [(name, said, case) for name, cases in _series(config, base).items() for said, case in cases]
+    points = profile.measure([case for _, _, case in made], config.repeats)
+    rows += [_row(*each, point) for each, point in zip(made, points, strict=True)]
     for name, keys in AGAINST.items():
         members = [row for row in rows if row["table"] == name and not row["estimate"]]
         rows += [_line(name, key, members) for key in keys if len({row[key] for row in members}) > 2]
@@ -77,7 +77,7 @@ def _wide(base: DecoderConfig, layers: int, width: int) -> DecoderConfig:
 
 
 def _with_heads(shape: DecoderConfig, heads: int) -> DecoderConfig:
-    """The same parameters, cut into more or fewer heads; as many key heads as query heads."""
+    """The same width, cut into more or fewer heads, with as many query heads a key head (rounded, one at least)."""
     inner = shape.heads * shape.head_size
     kv_heads = max(1, heads * shape.kv_heads // shape.heads)
     if inner % heads:
