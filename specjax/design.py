@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from specjax import evaluate
 from specjax.data import batches, tasks
 from specjax.decoding import batch
-from specjax.draft_design import advice, contest, profile, pruning, replay, series, shapes, study, throughput
+from specjax.draft_design import advice, contest, profile, pruning, replay, series, shapes, study, throughput, what_if
 from specjax.hub import load as hub_load
 from specjax.hub import model as hub_model
 from specjax.models.decoder import Decoder
@@ -342,6 +342,7 @@ def _again(evaluation: dict, each: contest.Contest, count: int, repeat: int) -> 
 
 ACTIONS: dict[str, Callable[[Any, Path], list[dict]]] = {
     "published": published,
+    "what_if": what_if.run,
     "profile": series.run,
     "build": build,
     "prune": prune,

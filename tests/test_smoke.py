@@ -54,6 +54,7 @@ def models(tmp_path_factory):
         "configs/generate.py": (*pair, "--config.prompt=def main("),
         "configs/draft_design/advise.py": (pair[0], f"--config.drafts={home}/draft"),
         "configs/draft_design/build.py": (pair[0],),
+        "configs/draft_design/prune.py": (pair[0], "--config.shape.mlp_width=8"),
         "configs/draft_design/replay.py": (pair[0], f"--config.drafts={home}/draft"),
         "configs/draft_design/train.py": (pair[0], f"--config.tokenizer.path={home}/target"),
     }

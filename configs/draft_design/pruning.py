@@ -31,12 +31,15 @@ def get_config(variant: str = "") -> ConfigDict:
     config.target = base.target
     stages, drafters, pairs = ["target"], {}, []
     for name, shape in SHAPES.items() if not variant else (("wide", {"layers": 1, "mlp_width": 32}),):
-        config[f"pruned_{name}"] = _pruned(base, shape, variant)
+        config[f"pruned_{name}"] = pruned(base, shape, variant)
         stages.append(f"pruned_{name}")
         for seed in SEEDS if not variant else SEEDS[:1]:
             for recipe in ("recovered", "scratch"):
                 stage = f"{recipe}_{name}_{seed}"
-                config[stage] = _trained(base, recipe, name, shape, seed)
+                config[stage] = trained(base, f"stage:pruned_{name}" if recipe == "recovered" else "random")
+                config[stage].seed = seed
+                config[stage].model.update({key: value or base.target.model[key] for key, value in shape.items()})
+                config[stage].model.head_size = base.target.model.head_size
                 stages.append(stage)
                 drafters[stage] = {"kind": "model", "path": f"stage:{stage}", "lossless": (4,), "coupled": ()}
             pairs.append((f"recovered_{name}_{seed}", f"scratch_{name}_{seed}"))
@@ -48,7 +51,8 @@ def get_config(variant: str = "") -> ConfigDict:
     return config
 
 
-def _pruned(base: ConfigDict, shape: dict, variant: str) -> ConfigDict:
+def pruned(base: ConfigDict, shape: dict, variant: str) -> ConfigDict:
+    """The target cut to a shape."""
     section = ConfigDict()
     section.binary = "design"
     section.action = "prune"
@@ -64,13 +68,10 @@ def _pruned(base: ConfigDict, shape: dict, variant: str) -> ConfigDict:
     return section
 
 
-def _trained(base: ConfigDict, recipe: str, name: str, shape: dict, seed: int) -> ConfigDict:
-    """The quickstart's distillation on the corpus: from the pruned model, or from a random one of its shape."""
+def trained(base: ConfigDict, init: str) -> ConfigDict:
+    """The quickstart's distillation on the corpus: from the pruned model, or from a random one."""
     section = base.distilled.copy_and_resolve_references()
-    section.seed = seed
     section.data.update({"fixed": 1.0, "draft": 0.0})
     section.speculative_eval.every = 0
-    section.model.init = f"stage:pruned_{name}" if recipe == "recovered" else "random"
-    section.model.update({key: value or base.target.model[key] for key, value in shape.items()})
-    section.model.head_size = base.target.model.head_size
+    section.model.init = init
     return section
