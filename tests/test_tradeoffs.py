@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jax
 import pytest
 import tiny
 
@@ -11,6 +12,7 @@ from specjax.hub.tokenizer import train_byte_bpe
 from specjax.reporting import condense, distillspec_claims, distillspec_figures, distillspec_tables, sync, tradeoffs
 from specjax.reporting.tradeoffs import Estimate, Point, operating_point, pareto_front
 from specjax.runtime import config as configs
+from specjax.runtime import process_memory
 from specjax.runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -145,7 +147,11 @@ def test_a_garden_without_latencies_says_so():
 
 
 @pytest.mark.slow
-def test_a_drafters_own_target_is_decoded_beside_the_baseline_and_judged_on_the_same_prompts(tmp_path):
+def test_a_drafters_own_target_is_decoded_beside_the_baseline_and_judged_on_the_same_prompts(tmp_path, monkeypatch):
+    """In two settings, between which the programs of the first are let go of, as where the process is crowded."""
+    cleared, clear = [], jax.clear_caches
+    monkeypatch.setattr(process_memory, "crowded", lambda: True)
+    monkeypatch.setattr(jax, "clear_caches", lambda: (cleared.append(1), clear()))
     texts = [f"{n} and {n}" for n in range(40)]
     tokenizer = train_byte_bpe(texts, 270)
     for name, layers in (("large", 2), ("small", 1)):
@@ -157,9 +163,13 @@ def test_a_drafters_own_target_is_decoded_beside_the_baseline_and_judged_on_the_
     config.target = config.drafter.path = str(tmp_path / "large")
     config.task.update({"name": "gsm8k", "path": str(tmp_path / "data.jsonl")})
     config.selection.count, config.temperatures, config.compare = 2, (0.0,), ()
+    config.batch_sizes = (1, 2)
     own = {"kind": "model", "path": str(tmp_path / "large"), "target": str(tmp_path / "small"), "coupled": ()}
     config.drafters = {"own": {**own, "lossless": (0, 2)}, "same": {**own, "target": config.target, "lossless": (2,)}}
-    plain, alone, drafted, same = evaluate.run(config, tmp_path / "w")["rows"]
+    rows = evaluate.run(config, tmp_path / "w")["rows"]
+    plain, alone, drafted, same = rows[:4]
+    assert len(cleared) == 2 and [row["batch_size"] for row in rows] == [1] * 4 + [2] * 4
+    assert [row["block_efficiency"] for row in rows[4:]] == [row["block_efficiency"] for row in rows[:4]]
     assert [row["target"].rpartition("/")[2] for row in (plain, alone, drafted, same)] == [
         *("large", "small", "small", "large")
     ]
