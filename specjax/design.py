@@ -302,7 +302,7 @@ def _acceptance(config: Any, target, draft, work: advice.Workload, gamma: int, t
         counts = replay.score(stored, "model", gamma, options, draft=draft, batch_size=work.batch_size)
     else:
         counts = advice.decode(target, draft, work, gamma, threshold)
-    return advice.measured(counts, seed=config.seed)
+    return advice.measured(counts, seed=config.seed, batch_size=work.batch_size)
 
 
 def check_advice(config: Any, workdir: Path) -> list[dict]:

@@ -14,7 +14,7 @@ import tiny
 from ml_collections import ConfigDict
 
 from specjax import api, design, distill
-from specjax.draft_design import advice, profile
+from specjax.draft_design import advice, profile, throughput
 from specjax.draft_design.profile import Point
 from specjax.draft_design.throughput import Parts
 from specjax.hub.tokenizer import train_byte_bpe
@@ -114,6 +114,22 @@ def test_acceptance_is_measured_as_ratios_of_sums():
     found = advice.measured(counts, seed=0)
     assert found.ctar == pytest.approx((0.6, 0.2)) and found.drafted == 1.6
     assert found.low[0] <= 0.6 <= found.high[0]
+    assert found.uneven == 1  # of one row there is nothing to be unlike
+    # Three blocks for both; alike, rows of six and three tokens would take as many as the model expects.
+    expected = throughput.expected_rounds([(0.6, 0.2)] * 2, [6, 3])
+    assert advice.measured(counts, seed=0, batch_size=2).uneven == pytest.approx(max(1, 3 / expected))
+    slow = {"target_calls": np.array([7, 2]), "emitted": np.array([10, 3]), "drafted": np.array([14, 4])}
+    expected = throughput.expected_rounds([(0.6, 0.2)] * 2, [10, 3])
+    uneven = advice.measured(dataclasses.replace(counts, **slow), seed=0, batch_size=2).uneven
+    assert uneven == pytest.approx(7 / expected) and uneven > 1.05
+
+
+def test_rows_that_are_unlike_slow_a_batch_down():
+    alike = advice.Acceptance((0.8, 0.6), (0.7, 0.4), (0.9, 0.8), 2.0)
+    pair = dataclasses.replace(WORK, batch_size=2)
+    speeds = lambda known: [row["tokens_per_second"] for row in candidate(1e-3, {0.0: known}).options(pair)]
+    slower = speeds(dataclasses.replace(alike, uneven=1.25))
+    assert slower == pytest.approx([speed / 1.25 for speed in speeds(alike)])
 
 
 @pytest.mark.slow

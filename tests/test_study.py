@@ -120,6 +120,13 @@ def test_the_model_advises_by_parts_and_the_fastest_is_by_what_was_measured():
     assert contest.contests(drafted((130.0, 90.0), (None, None)), DRAFTS, [0]) == []
 
 
+def test_the_advice_knows_that_batches_took_longer_than_rows_that_are_alike():
+    rows = [row("none", gamma=0, batch_size=2), row("a", batch_size=2, verify_seconds=7e-3, expected_iterations=390.0)]
+    assert str(contest_of(rows).advised) == "a, gamma 4"
+    rows[1]["expected_iterations"] = 200.0
+    assert str(contest_of(rows).advised) == "plain decoding"
+
+
 def test_advised_and_fastest_are_compared_by_what_they_did_when_both_ran_again():
     found = contest_of(drafted((130.0, 125.0), (3e-3, 2e-3)))
     again = [drafted(speeds, (None, None)) for speeds in ((120.0, 126.0), (120.0, 120.0))]

@@ -10,8 +10,8 @@ puts all of it together: configurations.csv, report.html, and tables of predicte
 parameters, of perplexity against acceptance, and of the advice. Every stage is finished for itself, so that the same
 command goes on where it stopped; a changed grid is refused in an old workdir.
 
-Hardware: 2 CPU cores; TIME. Expect at least nine of ten throughputs of batch 1 predicted within 10%, and the advice
-within 5% of what was fastest; configs/draft_design/README.md has the tables.
+Hardware: 2 CPU cores; an hour and a half of training, then 50 minutes of timing, beside which nothing else should run.
+Expect at least nine of ten throughputs of batch 1 predicted within 10%; configs/draft_design/README.md has the tables.
 `configs/draft_design/study.py:smoke` runs one task, two depths and one seed.
 """
 

@@ -63,12 +63,15 @@ class Acceptance:
       low: the lower end of its 95% interval, or of a stated range.
       high: the upper one.
       drafted: tokens of a block, gamma where it never stops early.
+      uneven: how many times as many blocks batches took as they would if their rows were alike: a batch runs as long as
+        its slowest row, and greedy texts differ in how well they are drafted. It is measured at the largest gamma.
     """
 
     ctar: tuple[float, ...]
     low: tuple[float, ...]
     high: tuple[float, ...]
     drafted: float
+    uneven: float = 1.0
 
 
 def stated(low: float, high: float, gamma: int) -> Acceptance:
@@ -77,14 +80,24 @@ def stated(low: float, high: float, gamma: int) -> Acceptance:
     return Acceptance(middle, throughput.iid(low, gamma), throughput.iid(high, gamma), float(gamma))
 
 
-def measured(counts: metrics.Counts, *, seed: int) -> Acceptance:
+def measured(counts: metrics.Counts, *, seed: int, batch_size: int = 1) -> Acceptance:
     """From the counts of a run at the largest gamma; the interval is that of the bootstrap over prompts."""
     ctar = tuple(prediction.uncut_ctar(counts, np.ones(len(counts.emitted))).tolist())
     ratios = lambda weights: {str(w): chance for w, chance in enumerate(prediction.uncut_ctar(counts, weights))}
     found = metrics.intervals(ratios, len(counts.emitted), seed=seed)
     ends = [found[str(w)] or (ctar[w], ctar[w]) for w in range(len(ctar))]
     low, high = (tuple(float(end[side]) for end in ends) for side in (0, 1))
-    return Acceptance(ctar, low, high, float(counts.drafted.sum() / counts.target_calls.sum()))
+    drafted = float(counts.drafted.sum() / counts.target_calls.sum())
+    taken = sum(
+        int(counts.target_calls[at : at + batch_size].max()) for at in range(0, len(counts.emitted), batch_size)
+    )
+    expected = prediction.expected_iterations(counts, batch_size)
+    return Acceptance(ctar, low, high, drafted, unevenness(taken, expected, batch_size))
+
+
+def unevenness(taken: int, expected: float, batch_size: int) -> float:
+    """`Acceptance.uneven`, from blocks that were taken and expected; rows that differ can only make them more."""
+    return max(1.0, taken / expected) if batch_size > 1 else 1.0
 
 
 def decode(target: Model, draft: Model, work: Workload, gamma: int, threshold: float) -> metrics.Counts:
@@ -167,6 +180,7 @@ class Candidate:
         plain = self.parts[gamma].baseline
         speeds = [
             throughput.batch_throughput([ctar[:gamma]] * work.batch_size, costs, gamma, work.max_new_tokens)
+            / acceptance.uneven
             for ctar in (acceptance.ctar, acceptance.low, acceptance.high)
         ]
         return {

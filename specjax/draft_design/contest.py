@@ -83,8 +83,8 @@ class Contest:
 def contests(measured: Sequence[Mapping], drafts: Mapping[str, Mapping], seeds: Sequence[int]) -> list[Contest]:
     """One for each seed, temperature and batch size of which drafts were timed.
 
-    The advice is that of `advice`: it knows the parts of a block and of plain decoding, and how often each draft's
-    tokens stood at its largest gamma.
+    The advice is that of `advice`: it knows the parts of a block and of plain decoding, and of each draft's largest
+    gamma how often its tokens stood and how unlike the rows of a batch were.
 
     Args:
       measured: evaluate rows with their parts, plain decoding of every setting among them.
@@ -125,9 +125,9 @@ def _candidate(name: str, rows: Sequence[Mapping], decoder: Decoder) -> advice.C
     ctar = throughput.by_position(longest["acceptance_by_position"])
     keys = ("draft_step_seconds", "target_step_seconds", "verify_seconds", "rule_seconds", "baseline_rule_seconds")
     parts = {row["gamma"]: throughput.Parts(*(row[key] for key in keys)) for row in rows}
-    return advice.Candidate(
-        name, decoder, {0.0: advice.Acceptance(ctar, ctar, ctar, float(longest["gamma"]))}, parts, True
-    )
+    uneven = advice.unevenness(longest["iterations"], longest["expected_iterations"], longest["batch_size"])
+    known = advice.Acceptance(ctar, ctar, ctar, float(longest["gamma"]), uneven)
+    return advice.Candidate(name, decoder, {0.0: known}, parts, True)
 
 
 def summary(checked: Sequence[Mapping]) -> list[dict]:
