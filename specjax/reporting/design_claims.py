@@ -89,83 +89,71 @@ def _flat_in_width(record: Mapping) -> str:
     return NOT_MEASURED if not ratios else REPRODUCED if max(ratios) <= 1.25 else NOT_REPRODUCED
 
 
-def _grown_depths(record: Mapping) -> dict[str, list[Mapping]]:
-    """The depths of each group of drafts of equal parameters."""
-    groups: dict[str, list[Mapping]] = {}
-    for row in _of(record, "depth_at_equal_parameters"):
-        groups.setdefault(f"{row['task']}, {row['recipe']}, T {row['temperature']:g}", []).append(row)
-    return groups
+def _pooled(record: Mapping, layers: int, other: int, key: str) -> Estimate:
+    """The ratio of two depths over tasks and seeds, each a mean over recipes and temperatures.
+
+    These share targets and drafts; a task with a seed is what is drawn anew.
+    """
+    by_task: dict[str, list[list[float]]] = {}
+    rows = _of(record, "depth_at_equal_parameters")
+    group = lambda row: (row["task"], row["recipe"], row["temperature"])
+    others = {group(row): row[f"{key}_by_seed"] for row in rows if row["layers"] == other}
+    for row in rows:
+        if row["layers"] == layers:
+            pairs = zip(row[f"{key}_by_seed"], others[group(row)], strict=True)
+            by_task.setdefault(row["task"], []).append([a / b for a, b in pairs])
+    return Estimate.of(
+        [statistics.fmean(ratios) for groups in by_task.values() for ratios in zip(*groups, strict=True)]
+    )
 
 
-def _fastest(rows: list[Mapping]) -> Mapping:
-    return max(rows, key=lambda row: row["tokens_per_second"])
-
-
-def _over(mine: Mapping, other: Mapping, key: str) -> Estimate:
-    """The ratio of two depths, paired by seed."""
-    pairs = zip(mine[f"{key}_by_seed"], other[f"{key}_by_seed"], strict=True)
-    return Estimate.of([a / b for a, b in pairs])
-
-
-def _deepest(rows: list[Mapping]) -> Mapping:
-    return max(rows, key=lambda row: row["layers"])
-
-
-def _shallowest(rows: list[Mapping]) -> Mapping:
-    return min(rows, key=lambda row: row["layers"])
+def _all_depths(record: Mapping) -> list[int]:
+    return sorted({row["layers"] for row in _of(record, "depth_at_equal_parameters")})
 
 
 def _above(ratio: Estimate) -> bool:
-    """Whether the whole interval is above 1; of a single seed nothing is."""
+    """Whether the whole interval is above 1; of a single draft nothing is."""
     return ratio.half is not None and ratio.mean - ratio.half > 1
 
 
 def _depths(record: Mapping) -> str:
-    said = []
-    for name, rows in _grown_depths(record).items():
-        best, deep = _fastest(rows), _deepest(rows)
-        ratios = ", ".join(
-            f"{what} {_over(best, deep, key)}"
-            for what, key in (("throughput", "tokens_per_second"), ("block efficiency", "block_efficiency"))
-        )
-        said.append(f"{name}: {best['layers']} layers over {deep['layers']}: {ratios}, {best['seeds']} seeds")
-    return "; ".join(said)
+    *shallower, deepest = _all_depths(record) or [0]
+    said = [
+        f"{layers} over {deepest} layers: throughput {_pooled(record, layers, deepest, 'tokens_per_second')}, block "
+        f"efficiency {_pooled(record, layers, deepest, 'block_efficiency')}"
+        for layers in shallower
+    ]
+    return "; ".join(said) + f" ({_pooled(record, deepest, deepest, 'block_efficiency').seeds} tasks and seeds)"
 
 
 def _shallow_wins(record: Mapping) -> str:
-    """In every group the fastest is faster than the deepest, beyond the interval, and does not accept more."""
-    groups = _grown_depths(record).values()
-    if not groups:
+    """Every shallower draft is faster than the deepest, beyond the interval, and does not accept more, beyond it."""
+    depths = _all_depths(record)
+    if not depths:
         return NOT_MEASURED
-    won = all(
-        _above(_over(_fastest(rows), _deepest(rows), "tokens_per_second"))
-        and not _above(_over(_fastest(rows), _deepest(rows), "block_efficiency"))
-        for rows in groups
-    )
-    return REPRODUCED if won else NOT_REPRODUCED
+    faster = [_above(_pooled(record, layers, depths[-1], "tokens_per_second")) for layers in depths[:-1]]
+    accepts_more = [_above(_pooled(record, layers, depths[-1], "block_efficiency")) for layers in depths[:-1]]
+    return REPRODUCED if all(faster) and not any(accepts_more) else NOT_REPRODUCED
 
 
 def _not_the_shallowest(record: Mapping) -> str:
-    """In every group the fastest is neither the deepest nor the shallowest, and beats both beyond the intervals."""
-    groups = _grown_depths(record).values()
-    if not groups:
+    """Some depth in between is faster than the shallowest and than the deepest, beyond the intervals."""
+    depths = _all_depths(record)
+    if not depths:
         return NOT_MEASURED
-    inside = all(
-        _above(_over(_fastest(rows), end, "tokens_per_second"))
-        for rows in groups
-        for end in (_shallowest(rows), _deepest(rows))
+    ends = (depths[0], depths[-1])
+    inside = any(
+        all(_above(_pooled(record, layers, end, "tokens_per_second")) for end in ends) for layers in depths[1:-1]
     )
     return REPRODUCED if inside else NOT_REPRODUCED
 
 
 def _optimum(record: Mapping) -> str:
-    said = []
-    for name, rows in _grown_depths(record).items():
-        best = _fastest(rows)
-        depths = ", ".join(str(row["layers"]) for row in rows)
-        over = _over(best, _shallowest(rows), "tokens_per_second")
-        said.append(f"{name}: {best['layers']} of {depths}, {over} of the shallowest")
-    return "; ".join(said)
+    shallowest, *deeper = _all_depths(record) or [0]
+    return "; ".join(
+        f"{layers} over {shallowest} layers: throughput {_pooled(record, layers, shallowest, 'tokens_per_second')}"
+        for layers in deeper
+    )
 
 
 def _correlations(record: Mapping) -> list[Mapping]:
