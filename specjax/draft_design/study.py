@@ -288,7 +288,7 @@ def _measured(config: Any, folder: Path, found: Sequence[Mapping]) -> page.Figur
     panels = _groups(found, lambda row: (row["predicted_tokens_per_second"], row["tokens_per_second"]))
     if not panels:
         return None
-    longest = max(row["tokens_per_second"] for row in found)
+    longest = max(y for panel in panels.values() for points in panel.values() for _, y in points)
     path = folder / "predicted.png"
     labels = {"x_label": "predicted tokens per second", "y_label": "measured"}
     plots.lines_figure(panels, path, joined=False, guides=[[(0.0, 0.0), (longest, longest)]], **labels)
