@@ -8,8 +8,8 @@ target's greedy text (`replay`). Printed are every candidate at every gamma, wha
 command that trains the recommended shape. The interval is that of the acceptance. Where speculation does not pay, it
 says so.
 
-Hardware: whatever holds the target. Every candidate compiles once a gamma: two drafts and three shapes took six minutes on
-2 CPU cores with the targets of the study.
+Hardware: whatever holds the target. Every candidate compiles once a gamma: two drafts and three shapes took six minutes
+on 2 CPU cores, with a target of the study.
 `configs/draft_design/advise.py:smoke` times one shape.
 """
 
