@@ -5,8 +5,8 @@
 Shapes that nobody has trained are timed with random weights, and their acceptance is a range that you state
 (`acceptance`); drafts that you have (`--config.drafts=DIR,DIR`) are decoded with, or scored against a replay of the
 target's greedy text (`replay`). Printed are every candidate at every gamma, what is recommended, the reasons, and the
-command that trains the recommended shape. The interval is that of the acceptance. Where speculation does not pay, it
-says so.
+command that trains the recommended shape. The interval is that of the acceptance; tokens a second are of decoding, the
+prompt's prefill apart. Where speculation does not pay, it says so.
 
 Hardware: whatever holds the target. Every candidate compiles once a gamma: two drafts and three shapes took six minutes
 on 2 CPU cores, with a target of the study.
