@@ -108,7 +108,7 @@ def _evaluation(base: ConfigDict, task: str, drafters: dict, variant: str) -> Co
     section.target = f"stage:target_{task}"
     section.drafters = ConfigDict(drafters)
     section.compare = ()
-    section.batch_sizes = (1, 4) if not variant else (1, 2)
+    section.batch_sizes = (1, 4) if not variant else (1,)
     if not variant:
         # A configuration's tokens a second and its parts want few texts: there are 384 runs of them.
         section.selection.count = 8
