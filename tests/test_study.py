@@ -158,9 +158,7 @@ def test_a_changed_grid_is_refused_in_an_old_workdir(tmp_path):
     configs.assert_same_run(config, tmp_path)
     configs.assert_same_run(config, tmp_path)
     config.evaluation_code.batch_sizes = (1, 4)
-    with pytest.raises(
-        UserError, match=r"evaluation_code.batch_sizes: \[1\] -> \[1, 4\].* choose another --workdir"
-    ):
+    with pytest.raises(UserError, match=r"evaluation_code.batch_sizes: \[1\] -> \[1, 4\].* choose another --workdir"):
         configs.assert_same_run(config, tmp_path)
 
 

@@ -237,7 +237,7 @@ def _groups(found: Sequence[Mapping], point: Callable[[Mapping], tuple | None]) 
         at = point(row) if row["batch_size"] == 1 else None
         if at is not None and None not in at:
             panel = panels.setdefault(f"{row['task']}, temperature {row['temperature']:g}", {})
-            panel.setdefault(f"{row['recipe']} {row['layers']}", []).append(at)
+            panel.setdefault(f"{row['recipe']}, layers {row['layers']}", []).append(at)
     return panels
 
 
