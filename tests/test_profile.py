@@ -61,6 +61,15 @@ def test_shapes_that_do_not_fit_together_are_measured_apart(tmp_path, clock):
     assert clock == [[1], [2], [3]]
 
 
+def test_cases_of_one_shape_share_its_weights_and_are_measured_together(tmp_path, clock):
+    cases = [Case(tiny.config(layers=1), tokens=tokens) for tokens in (1, 2, 3)]
+    # Room for the weights once and every cache, but not for the weights twice.
+    caches = sum(case.bytes - shapes.weight_bytes(case.shape) for case in cases)
+    memory = int((shapes.weight_bytes(cases[0].shape) * 1.5 + caches) / 0.8)
+    Profile(tmp_path / "p.json", memory=memory).measure(cases, 3)
+    assert clock == [[1, 1, 1]]
+
+
 def test_a_profile_of_another_device_is_refused(tmp_path, clock):
     path = tmp_path / "p.json"
     Profile(path).measure([Case(tiny.config())], 3)

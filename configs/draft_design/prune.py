@@ -7,7 +7,7 @@ What matters is judged by activations on the task's text: whole layers, heads wi
 and of the residual stream; then `recovered` is distilled on that text, forward KL, for a few steps. Both stages export
 the family's own layout: runs/pruned/recovered/export is the draft, and `configs/evaluate/pair.py` measures it.
 
-Hardware: whatever holds the checkpoint twice; of the quickstart's target a minute and a half on 2 CPU cores. In
+Hardware: whatever holds the checkpoint twice; with a target of the study two and a half minutes on 2 busy CPU cores. In
 configs/draft_design/README.md such drafts are ahead of equally trained ones from scratch.
 `configs/draft_design/prune.py:smoke` takes a few steps.
 """

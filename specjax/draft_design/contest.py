@@ -119,12 +119,17 @@ def _advised(group: Sequence[Mapping], drafts: Mapping[str, Mapping]) -> Entry:
     return Entry(advised["draft"], advised["gamma"]) if advised["pays"] else Entry(plain, 0)
 
 
+def parts_of(row: Mapping) -> throughput.Parts:
+    """What an evaluate row says of its block's parts."""
+    keys = ("draft_step_seconds", "target_step_seconds", "verify_seconds", "rule_seconds", "baseline_rule_seconds")
+    return throughput.Parts(*(row[key] for key in keys))
+
+
 def _candidate(name: str, rows: Sequence[Mapping], decoder: Decoder) -> advice.Candidate:
     """A draft with the parts of each gamma and the acceptance of its largest."""
     longest = max(rows, key=lambda row: row["gamma"])
     ctar = throughput.by_position(longest["acceptance_by_position"])
-    keys = ("draft_step_seconds", "target_step_seconds", "verify_seconds", "rule_seconds", "baseline_rule_seconds")
-    parts = {row["gamma"]: throughput.Parts(*(row[key] for key in keys)) for row in rows}
+    parts = {row["gamma"]: parts_of(row) for row in rows}
     uneven = advice.unevenness(longest["iterations"], longest["expected_iterations"], longest["batch_size"])
     known = advice.Acceptance(ctar, ctar, ctar, float(longest["gamma"]), uneven)
     return advice.Candidate(name, decoder, {0.0: known}, parts, True)

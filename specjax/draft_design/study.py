@@ -93,7 +93,7 @@ def configuration(row: Mapping, draft: Mapping) -> dict:
     """
     known = {**row, **draft, "predicted_tokens_per_second": None, "off_by": None, "off_by_with_expected_blocks": None}
     if row["draft_step_seconds"] is not None:
-        block = row["gamma"] * row["draft_step_seconds"] + row["verify_seconds"] + row["rule_seconds"]
+        block = contest.parts_of(row).block(row["gamma"])
         speed = lambda blocks: row["emitted_tokens"] / (row["prefill_seconds"] + blocks * block)
         expected = speed(row["expected_iterations"])
         predicted = speed(row["iterations"]) if row["batch_size"] == 1 else expected

@@ -162,13 +162,12 @@ def _correlations(record: Mapping) -> list[Mapping]:
 
 
 def _told_correlations(record: Mapping) -> str:
-    return "; ".join(
-        f"{row['task']}, T {row['temperature']:g}: Spearman {row['spearman']:.2f} ({{:.2f}} to {{:.2f}})".format(
-            *_spearman_interval(row)
-        )
-        + f", {row['drafts']} drafts"
-        for row in _correlations(record)
-    )
+    said = []
+    for row in _correlations(record):
+        low, high = _spearman_interval(row)
+        of = f"{row['task']}, T {row['temperature']:g}"
+        said.append(f"{of}: Spearman {row['spearman']:.2f} ({low:.2f} to {high:.2f}), {row['drafts']} drafts")
+    return "; ".join(said)
 
 
 def _spearman_interval(row: Mapping) -> tuple[float, float]:
