@@ -34,7 +34,7 @@ check: $(VENV)/.installed-dev
 
 # The tables of the README and of the pages in configs/, from the committed records.
 tables: $(VENV)/.installed
-	$(RUN) -m specjax.reporting.sync README.md $(wildcard configs/*/README.md) configs/records
+	$(RUN) -m configs.records.sync README.md $(wildcard configs/*/README.md) configs/records
 
 $(RUN):
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 to 3.13 on the PATH; install one, or make PYTHON=..." >&2; exit 2; }

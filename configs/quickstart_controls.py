@@ -9,8 +9,9 @@ and for each seed one draft trained plainly to its plateau, from which four draf
 README.md says what they show.
 """
 
-import quickstart
 from ml_collections import ConfigDict
+
+from configs import quickstart
 
 SEEDS = (0, 1, 2)
 RECIPES = ("distilled", "fixed", "control_steps", "control_clock")

@@ -12,16 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
-from specjax import evaluate
 from specjax.data import batches, tasks
 from specjax.decoding import batch
-from specjax.draft_design import advice, contest, profile, pruning, replay, series, shapes, study, throughput, what_if
-from specjax.hub import load as hub_load
+from specjax.draft_design import advice, advice_page, pruning, replay, shapes, what_if
+from specjax.evaluation import throughput
 from specjax.hub import model as hub_model
-from specjax.models.decoder import Decoder
-from specjax.reporting import design_tables, records
+from specjax.reporting import records, row_tables
 from specjax.runtime import cli, processes
 from specjax.runtime import config as configs
 from specjax.runtime.errors import UserError, nearest
@@ -36,85 +33,16 @@ def run(config: Any, workdir: str | Path) -> dict:
     if config.action not in ACTIONS:
         raise UserError(f'there is no action "{config.action}"{nearest(config.action, ACTIONS)}')
     processes.refuse_several("design")
-    rows = ACTIONS[config.action](config, Path(workdir))
+    return finish(config, workdir, ACTIONS[config.action](config, Path(workdir)))
+
+
+def finish(config: Any, workdir: str | Path, rows: list[dict]) -> dict:
+    """Writes the rows to results.json and prints their tables; returns the content of the file."""
     path = Path(workdir) / "results.json"
     records.write_results(path, binary="design", config=configs.to_plain(config), rows=rows)
     results = records.read_results(path)
-    print(design_tables.terminal(results["rows"]), flush=True)
+    print(row_tables.terminal(results["rows"]), flush=True)
     return results
-
-
-def published(config: Any, workdir: Path) -> list[dict]:
-    """The model on the paper's own rows, and parameters and caches of its shapes.
-
-    A check of arithmetic: gamma and the target's seconds are not printed in the paper, they are what makes both rows
-    come out.
-    """
-    del workdir
-    rows = []
-    for name, block_efficiency, draft_step, tokens_per_second in config.published:
-        costs = throughput.Costs(draft_step, (config.target_seconds,) * (config.gamma + 1))
-        computed = block_efficiency / costs.block(config.gamma)
-        rows.append(
-            {
-                "table": "consistency",
-                "draft": name,
-                "block_efficiency": block_efficiency,
-                "draft_step_seconds": draft_step,
-                "gamma": config.gamma,
-                "target_seconds": config.target_seconds,
-                "computed_tokens_per_second": computed,
-                "published_tokens_per_second": tokens_per_second,
-                "off_by": computed / tokens_per_second - 1,
-            }
-        )
-    for name in config.shapes:
-        shape = shapes.preset(name)
-        rows.append(
-            {
-                "table": "shapes",
-                "draft": name,
-                **{key: getattr(shape, key) for key in ("layers", "width", "heads", "mlp_width")},
-                "parameters": shapes.parameters(shape),
-                "context": config.context,
-                "kv_mebibytes": shapes.kv_bytes(shape, config.context) / 2**20,
-            }
-        )
-    return rows
-
-
-def build(config: Any, workdir: Path) -> list[dict]:
-    """Shapes of drafts for a target at a budget: of parameters, or of milliseconds a step on this device."""
-    if not config.target:
-        raise UserError("config.target is empty; give --config.target=DIR")
-    if bool(config.parameters) == bool(config.milliseconds):
-        raise UserError("a budget is either parameters or milliseconds; set one of them, and the other to 0")
-    dtypes = {"param_dtype": config.param_dtype, "compute_dtype": config.compute_dtype}
-    _, like = hub_load.read_config(Path(config.target), **dtypes)
-    sizes = (config.parameters,) if config.parameters else config.sizes
-    like = shapes.plain_llama(like)
-    found = [shapes.at_parameters(like, layers, size) for layers in config.layers for size in sizes]
-    store = profile.Profile(config.profile or workdir / "profile.json")
-    cases = [profile.Case(shape, context=config.context, batch=config.batch_size) for shape in found]
-    points = dict(zip(found, store.measure(cases, config.repeats), strict=True))
-    fastest = min(found, key=lambda shape: points[shape].seconds)
-    seconds_of = lambda shape: points[shape].seconds
-    chosen = shapes.within_seconds(found, seconds_of, config.milliseconds / 1e3) if config.milliseconds else fastest
-    rows = [
-        {
-            "table": "shapes",
-            **{key: getattr(shape, key) for key in ("layers", "width", "heads", "mlp_width")},
-            "parameters": shapes.parameters(shape),
-            "milliseconds": 1e3 * point.seconds,
-            "spread": point.spread,
-            "estimate": point.estimate,
-            "kv_mebibytes": shapes.kv_bytes(shape, config.context, config.batch_size) / 2**20,
-            "chosen": shape == chosen,
-        }
-        for shape, point in points.items()
-    ]
-    named = advice.Candidate(f"{chosen.layers}x{chosen.width}", Decoder(chosen), {}, {}, False)
-    return [*rows, {"table": "to_train_it", "command": advice.command(config.target, config.task, {}, named)}]
 
 
 def prune(config: Any, workdir: Path) -> list[dict]:
@@ -252,7 +180,7 @@ def advise(config: Any, workdir: Path) -> list[dict]:
     if advised["pays"]:
         said.append({"table": "reasons", "because": advice.command(config.target, config.task, advised, taken)})
     rows = [*rows, advised, *said]
-    series.advice_report(config, workdir, rows)
+    advice_page.write(config, workdir, rows)
     return rows
 
 
@@ -305,51 +233,11 @@ def _acceptance(config: Any, target, draft, work: advice.Workload, gamma: int, t
     return advice.measured(counts, seed=config.seed, batch_size=work.batch_size)
 
 
-def check_advice(config: Any, workdir: Path) -> list[dict]:
-    """Runs what would have been advised and what was fastest in an evaluation again, beside each other.
-
-    Both decode other prompts than before, some times over; where they are one, nothing is run. What has been run stays
-    in its folder, so that the action goes on where it stopped.
-    """
-    first = Path(config.evaluation)
-    results = records.read_results(first / "results.json")
-    drafts = study.drafts_of(config.trained)
-    study.refuse_strangers(results["rows"], drafts)
-    rows = []
-    for each in contest.contests(results["rows"], drafts, config.seeds):
-        repeats = []
-        for repeat in range(config.repeats) if each.entries else ():
-            folder = workdir / f"seed{each.seed}_T{each.temperature:g}_batch{each.batch_size}_{repeat}"
-            if not (folder / "results.json").exists():
-                evaluate.run(_again(results["config"], each, config.count, repeat), folder)
-            repeats.append(records.read_results(folder / "results.json")["rows"])
-        rows.append(each.row(first.name, repeats))
-    return rows
-
-
-def _again(evaluation: dict, each: contest.Contest, count: int, repeat: int) -> ConfigDict:
-    """The evaluation's config, of one setting and two ways to decode, with other prompts."""
-    config = ConfigDict(evaluation)
-    gammas = {entry.drafter: [e.gamma for e in each.entries if e.drafter == entry.drafter] for entry in each.entries}
-    drafters = {name: section for name, section in evaluation["drafters"].items() if name in gammas}
-    config.drafters = ConfigDict({name: {**how, "lossless": gammas[name]} for name, how in drafters.items()})
-    config.update({"batch_sizes": [each.batch_size], "temperatures": [each.temperature]})
-    config.update({"measure_parts": False, "seed": config.seed + 1 + repeat})
-    config.task.seed += 1 + repeat
-    config.selection.count = count
-    return config
-
-
 ACTIONS: dict[str, Callable[[Any, Path], list[dict]]] = {
-    "published": published,
     "what_if": what_if.run,
-    "profile": series.run,
-    "build": build,
     "prune": prune,
     "replay": replayed,
     "advise": advise,
-    "study": study.run,
-    "check_advice": check_advice,
 }
 
 

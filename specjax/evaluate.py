@@ -14,11 +14,21 @@ from typing import Any
 import jax
 import numpy as np
 
-from specjax.cases import Case, Job, Setting, described, make_cases, make_job, make_plan, make_settings, needs_costs
 from specjax.data import tasks
 from specjax.decoding import batch, identity, loop
-from specjax.draft_design import confidence, latency, prediction
-from specjax.draft_design.throughput import Parts
+from specjax.evaluation import confidence, latency, prediction
+from specjax.evaluation.cases import (
+    Case,
+    Job,
+    Setting,
+    described,
+    make_cases,
+    make_job,
+    make_plan,
+    make_settings,
+    needs_costs,
+)
+from specjax.evaluation.throughput import Parts
 from specjax.reporting import metrics, page, records, tables
 from specjax.runtime import cli, process_memory, processes, stopping
 from specjax.runtime import config as configs

@@ -49,19 +49,24 @@ def run(config: ConfigDict, workdir: str | Path) -> dict:
     if not processes.from_first(results.exists()):
         plain = configs.to_plain(config)
         records.write_results(results, binary="main", config=plain, rows=rows, comparisons=comparisons)
-    if config[config.stages[-1]].binary == "evaluate" and processes.first():
-        from specjax.reporting import page
+    if processes.first():
+        if "report" in config:  # a module that writes a page of its own
+            importlib.import_module(config.report).write_report(workdir, config)
+        elif config[config.stages[-1]].binary == "evaluate":
+            from specjax.reporting import page
 
-        page.write_run_report(workdir, config)
+            page.write_run_report(workdir, config)
     return records.read_results(results)
 
 
 # Modules of this package with a `run(config, workdir)`; each imports what it needs only when it is run.
-BINARIES = ("distill", "choose_layers", "target_text", "evaluate", "spec_bench", "design", "generate", "benchmark")
+BINARIES = ("distill", "choose_layers", "target_text", "evaluate", "spec_bench", "design", "generate")
 
 
 def binary(config: ConfigDict) -> Callable[[ConfigDict, str | Path], Any]:
-    """The `run` of the binary that the config names."""
+    """The `run` of the binary that the config names: one of `BINARIES`, or a module next to the configs."""
+    if config.binary.startswith("configs."):
+        return importlib.import_module(config.binary).run
     if config.binary not in BINARIES:
         raise UserError(f'there is no binary "{config.binary}"{nearest(config.binary, BINARIES)}')
     return importlib.import_module(f"specjax.{config.binary}").run

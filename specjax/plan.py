@@ -22,10 +22,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from specjax.planning import account, smallest, steps
+from specjax.planning import account, chips, smallest, steps
+from specjax.planning import tables as plan_tables
 from specjax.planning.models import Shelf
-from specjax.reporting import plan_tables, records
-from specjax.runtime import chips, cli
+from specjax.reporting import records
+from specjax.runtime import cli
 from specjax.runtime import config as configs
 from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError

@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from specjax.cases import Job, Setting, described, load_job, make_cases, make_plan
 from specjax.data import spec_bench
 from specjax.data.spec_bench import Question
 from specjax.decoding import batch, identity
 from specjax.evaluate import with_costs
-from specjax.reporting import kangaroo_figures, metrics, records, tables
+from specjax.evaluation.cases import Job, Setting, described, load_job, make_cases, make_plan
+from specjax.reporting import metrics, records, spec_bench_page, tables
+from specjax.reporting.spec_bench_page import OVERALL
 from specjax.runtime import cli, processes, stopping
 from specjax.runtime import config as configs
 from specjax.runtime import mesh as meshes
@@ -28,7 +29,6 @@ from specjax.runtime.timing import progress
 
 # Prompts are padded to powers of two from here, so that long ones do not make short ones dear.
 _SHORTEST = 64
-OVERALL = "overall"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ def run(config: Any, workdir: str | Path) -> dict:
     results = records.read_results(path)
     if processes.first():
         print(tables.summary_table([row for row in rows if row["subtask"] == OVERALL]))
-        kangaroo_figures.write_spec_bench(workdir, results)
+        spec_bench_page.write(workdir, results)
     return results
 
 

@@ -13,13 +13,16 @@ import pytest
 import tiny
 from ml_collections import ConfigDict
 
+from configs.draft_design import budget
+from configs.draft_design import profiling as profile
+from configs.draft_design.profiling import Point
 from specjax import api, design, distill
-from specjax.draft_design import advice, profile, throughput
-from specjax.draft_design.profile import Point
-from specjax.draft_design.throughput import Parts
+from specjax.draft_design import advice
+from specjax.evaluation import throughput
+from specjax.evaluation.throughput import Parts
 from specjax.hub.tokenizer import train_byte_bpe
 from specjax.models.decoder import Decoder
-from specjax.reporting import design_tables, metrics
+from specjax.reporting import metrics, row_tables
 from specjax.runtime import config as configs
 from specjax.runtime.errors import UserError
 
@@ -183,27 +186,27 @@ def test_the_shape_is_the_fastest_at_its_parameters_or_the_largest_within_its_mi
     monkeypatch.setattr(profile, "_timed", timed)
     config = configs.load(f"{CONFIG.with_name('build.py')}:smoke")
     with pytest.raises(UserError, match="config.target is empty"):
-        design.build(config, tmp_path)
+        budget.build(config, tmp_path)
     config.target, config.layers, config.parameters = str(tmp_path / "target"), (2, 1), 12_000
-    *found, train = design.build(config, tmp_path)
+    *found, train = budget.build(config, tmp_path)
     assert [(row["layers"], row["chosen"]) for row in found] == [(2, False), (1, True)]
     assert all(abs(row["parameters"] / 12_000 - 1) < 0.03 for row in found)
     assert "--config.model.layers=1" in train["command"]
     config.parameters, config.milliseconds, config.sizes = 0, 2.5, (12_000, 16_000)
     config.layers = (1, 2, 3)
-    *found, _ = design.build(config, tmp_path)
+    *found, _ = budget.build(config, tmp_path)
     assert [row["chosen"] for row in found].count(True) == 1
     (chosen,) = (row for row in found if row["chosen"])
     assert chosen["parameters"] == max(row["parameters"] for row in found if row["layers"] < 3)
     config.milliseconds = 0.5
     with pytest.raises(UserError, match="no shape takes at most 0.0005 s a step"):
-        design.build(config, tmp_path)
+        budget.build(config, tmp_path)
     config.parameters = 12_000
     with pytest.raises(UserError, match="a budget is either parameters or milliseconds"):
-        design.build(config, tmp_path)
+        budget.build(config, tmp_path)
 
 
 def test_the_page_shows_candidates_advice_and_reasons():
     rows = candidate(1e-3, {0.0: advice.stated(0.5, 0.7, 2)}).options(WORK)
     rows = [*rows, advice.recommend(rows), *({"table": "reasons", "because": said} for said in advice.reasons(rows))]
-    assert list(design_tables.by_table(rows)) == ["candidates", "advice", "reasons"]
+    assert list(row_tables.by_table(rows)) == ["candidates", "advice", "reasons"]

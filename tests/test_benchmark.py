@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import tiny
 
-from specjax import benchmark, benchmark_memory
+from configs.benchmark import measure as benchmark
+from configs.benchmark import measure_memory as benchmark_memory
 from specjax.decoding import loop
 from specjax.runtime import config as configs
 from specjax.runtime import process_memory, timing

@@ -7,11 +7,10 @@ import test_kangaroo
 import tiny
 from ml_collections import ConfigDict
 
-from specjax import cases
 from specjax.data import tasks
 from specjax.decoding import batch, loop
 from specjax.decoding.sampling import Sampling
-from specjax.draft_design import latency, prediction
+from specjax.evaluation import cases, latency, prediction
 from specjax.hub.model import Model
 from specjax.hub.tokenizer import train_byte_bpe
 from specjax.runtime.errors import UserError

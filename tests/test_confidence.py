@@ -13,7 +13,7 @@ from specjax.decoding.drafters.base import Context
 from specjax.decoding.drafters.drafting import draft
 from specjax.decoding.drafters.table import make_drafter
 from specjax.decoding.sampling import Noise, Sampling, row_keys
-from specjax.draft_design import confidence
+from specjax.evaluation import confidence
 
 
 def drafted(temperature, *, adjusted):

@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 import tiny
 
+from configs.draft_design import claims as design_claims
+from configs.draft_design import paper_check
+from configs.draft_design import tables as design_tables
 from specjax import design
 from specjax.draft_design import shapes
-from specjax.reporting import design_claims, design_tables
 from specjax.runtime import config as configs
 from specjax.runtime.errors import UserError
 
@@ -45,7 +47,7 @@ def test_a_step_reads_the_head_whole_and_of_the_embedding_a_row():
 
 
 def test_the_published_rows_come_out_within_half_a_percent(tmp_path, capsys):
-    results = design.run(configs.load(str(CONFIGS / "published.py")), tmp_path)
+    results = paper_check.run(configs.load(str(CONFIGS / "published.py")), tmp_path)
     consistency = [row for row in results["rows"] if row["table"] == "consistency"]
     assert [row["published_tokens_per_second"] for row in consistency] == [32.59, 23.10]
     assert all(abs(row["off_by"]) < 5e-3 for row in consistency)
@@ -162,7 +164,7 @@ def test_what_no_shape_meets_is_refused():
 
 
 def test_an_unknown_action_is_refused(tmp_path):
-    config = configs.load(str(CONFIGS / "published.py"))
-    config.action = "publish"
-    with pytest.raises(UserError, match='no action "publish"; did you mean "published"'):
+    config = configs.load(str(CONFIGS / "what_if.py"))
+    config.action = "what"
+    with pytest.raises(UserError, match='no action "what"; did you mean "what_if"'):
         design.run(config, tmp_path)

@@ -2,7 +2,9 @@
 
 import pytest
 
-from specjax.reporting import kangaroo_claims, kangaroo_figures, kangaroo_tables
+from configs.kangaroo import claims as kangaroo_claims
+from configs.kangaroo import figures as kangaroo_figures
+from configs.kangaroo import tables as kangaroo_tables
 
 ENVIRONMENT = {"jax": "0.10.2", "python": "3.11.7", "device_kind": "cpu", "git_commit": "0123456789abcdef"}
 FATES = {"accepted": [0, 1, 3, 4], "rejected": [2, 2, 0, 0]}

@@ -1,7 +1,7 @@
 """Parts that are timed round by round beside a run, with timers that say what they are told to."""
 
-from specjax.draft_design import latency
-from specjax.draft_design.throughput import Parts
+from specjax.evaluation import latency
+from specjax.evaluation.throughput import Parts
 
 
 def scripted(calls, plan, **seconds):

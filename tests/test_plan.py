@@ -17,10 +17,10 @@ from specjax.distillation import update
 from specjax.hub.families import llama, t5
 from specjax.models.config import DecoderConfig
 from specjax.models.encoder_decoder import EncoderDecoderConfig
-from specjax.planning import account, smallest, steps
+from specjax.planning import account, chips, hlo, smallest, steps
+from specjax.planning import tables as plan_tables
 from specjax.planning.models import Shelf
-from specjax.reporting import plan_tables, records
-from specjax.runtime import chips, hlo
+from specjax.reporting import records
 from specjax.runtime import config as configs
 from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError

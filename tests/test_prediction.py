@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from specjax.draft_design import prediction
+from specjax.evaluation import prediction
 from specjax.reporting import metrics
 
 GAMMA = 6

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import tiny
 
-from specjax.draft_design import profile, series, shapes
-from specjax.draft_design.profile import Case, Point, Profile
+from configs.draft_design import profiling as profile
+from configs.draft_design import series
+from configs.draft_design.profiling import Case, Point, Profile
+from specjax.draft_design import shapes
 from specjax.runtime import config as configs
 from specjax.runtime.errors import UserError
 
@@ -100,7 +102,7 @@ def test_the_line_through_points_is_the_one_worked_by_hand():
 @pytest.mark.slow
 def test_series_hold_what_they_hold_fixed(tmp_path, clock):
     config = configs.load(CONFIG)
-    rows = series.run(config, tmp_path)
+    rows = series.measured(config, tmp_path)
     of = lambda name: [row for row in rows if row["table"] == name]
     assert [row["layers"] for row in of("depth_at_fixed_parameters")] == list(config.depths)
     assert all(abs(row["parameters"] / config.parameters - 1) < 0.03 for row in of("depth_at_fixed_parameters"))
@@ -116,7 +118,7 @@ def test_heads_that_do_not_divide_are_refused(tmp_path, clock):
     config = configs.load(f"{CONFIG}:smoke")
     config.heads = (3,)
     with pytest.raises(UserError, match="a width of 32 does not divide into 3 heads"):
-        series.run(config, tmp_path)
+        series.measured(config, tmp_path)
     config.heads, config.widths = (2,), (20,)
     with pytest.raises(UserError, match="a width of 20 does not divide into heads of 8"):
-        series.run(config, tmp_path)
+        series.measured(config, tmp_path)

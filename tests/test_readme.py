@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from configs.records import sync
 from specjax.hub import load as hub_load
-from specjax.reporting import sync
 from specjax.runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -166,19 +166,6 @@ def test_the_command_writes_the_file(tmp_path):
     assert text.startswith("before\n") and text.endswith("after\n") and "transformers plain" in text
 
 
-def listed_files():
-    """The paths of the README's tree, in which folders end in "/" and indentation is the folder above."""
-    tree = README.read_text(encoding="utf-8").split("## The tree")[1].split("```")[1]
-    above: list[str] = []
-    for line in tree.strip("\n").splitlines():
-        name = line.split()[0]
-        depth = (len(line) - len(line.lstrip())) // 2
-        del above[depth:]
-        above.append(name)
-        if not name.endswith("/"):
-            yield "".join(above)
-
-
 def test_every_family_is_listed_under_its_model_type():
     listed = {
         name
@@ -187,14 +174,3 @@ def test_every_family_is_listed_under_its_model_type():
         for name in re.findall("`([a-z0-9_]+)`", line.split("|")[1])
     }
     assert set(hub_load.FAMILIES) <= listed
-
-
-def test_every_file_of_the_tree_exists():
-    paths = list(listed_files())
-    assert len(paths) == len(set(paths)) > 40
-    assert [path for path in paths if not (ROOT / path).is_file()] == []
-
-
-def test_every_file_of_the_package_is_in_the_tree():
-    package = {str(path.relative_to(ROOT)) for path in (ROOT / "specjax").rglob("*.py") if path.name != "__init__.py"}
-    assert package - set(listed_files()) == set()

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import tiny
 
+from configs.distillspec import recipe_sweep
+from configs.records import condense, sync
 from specjax import api, distill, main, target_text
 from specjax.decoding import loop, sampling
 from specjax.distillation import cached_text, recipes
 from specjax.hub.tokenizer import train_byte_bpe
-from specjax.reporting import condense, recipe_sweep, sync
 from specjax.runtime import config as configs
 from specjax.runtime.errors import UserError
 

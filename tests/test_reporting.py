@@ -7,7 +7,8 @@ import re
 import numpy as np
 import pytest
 
-from specjax.reporting import metrics, page, panels, plots, records, sync, tables
+from configs.records import sync
+from specjax.reporting import metrics, page, panels, plots, records, tables
 from specjax.runtime.errors import UserError
 
 

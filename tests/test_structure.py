@@ -21,9 +21,10 @@ FLOORS = (
     ("models",),
     ("hub",),
     ("decoding", "data", "reporting"),
-    ("distillation", "draft_design", "cases"),
-    ("distill", "choose_layers", "evaluate", "api", "benchmark_loading", "benchmark_memory", "target_text"),
-    ("design", "benchmark", "generate", "spec_bench", "planning"),
+    ("evaluation",),
+    ("distillation", "draft_design"),
+    ("distill", "choose_layers", "evaluate", "api", "target_text"),
+    ("design", "generate", "spec_bench", "planning"),
     ("plan",),
     ("main",),
 )
@@ -72,6 +73,11 @@ def test_an_import_that_goes_up_or_sideways_is_seen(monkeypatch, tmp_path):
     inside = "def f():\n    from specjax import distill\n"
     path.write_text("from specjax.hub import load\n" + inside + "import specjax.decoding.loop\n")
     assert upward_imports(path) == ["data imports decoding", "data imports distill"]
+
+
+def test_the_library_imports_nothing_of_configs():
+    pattern = re.compile(r"^\s*(from|import) configs\b", re.MULTILINE)
+    assert [str(path) for path in SOURCES if pattern.search(path.read_text(encoding="utf-8"))] == []
 
 
 def test_every_init_is_empty():
@@ -151,10 +157,14 @@ def keys_of(config, path=""):
             yield from keys_of(value, f"{path}.{key}")
 
 
+# What measures, tables and judges next to the configs.
+REPRODUCTION = [path for path in CONFIGS if "def get_config" not in path.read_text(encoding="utf-8")]
+
+
 def names_read():
-    """Every attribute and every string in the package: what a config key may be read by."""
+    """Every attribute and every string in the package and the reproduction: what a config key may be read by."""
     names = set()
-    for path in SOURCES:
+    for path in [*SOURCES, *REPRODUCTION]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute):
                 names.add(node.attr)
@@ -197,7 +207,7 @@ def test_what_is_imported_is_required():
 
 
 def test_every_module_imports():
-    for path in SOURCES:
+    for path in [*SOURCES, *REPRODUCTION]:
         importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
 
 

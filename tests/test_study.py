@@ -8,8 +8,10 @@ import pytest
 import tiny
 from ml_collections import ConfigDict
 
-from specjax import api, design, main
-from specjax.draft_design import contest, shapes, study
+from configs.draft_design import advice_check, contest
+from configs.draft_design import summary as study
+from specjax import api, main
+from specjax.draft_design import shapes
 from specjax.hub.tokenizer import train_byte_bpe
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
@@ -214,10 +216,10 @@ def test_the_contest_runs_on_other_prompts_and_goes_on_where_it_stopped(folders,
         asked.append(config)
         records.write_results(folder / "results.json", binary="evaluate", config={}, environment={}, rows=rows)
 
-    monkeypatch.setattr(design.evaluate, "run", evaluated)
+    monkeypatch.setattr(advice_check.evaluate, "run", evaluated)
     config = ConfigDict({"evaluation": str(tmp_path / "first"), "seeds": (1,), "repeats": 2, "count": 16})
     config.trained = config_of(folders).trained
-    (found,) = design.check_advice(config, tmp_path / "checked")
+    (found,) = advice_check.check_advice(config, tmp_path / "checked")
     assert (found["advised"], found["fastest"]) == (f"{names[1]}, gamma 4", f"{names[0]}, gamma 4")
     assert found["advised_over_fastest"] == pytest.approx(120 / 130) and found["repeats"] == 2
     assert [(each.seed, each.task.seed, each.selection.count) for each in asked] == [(6, 1, 16), (7, 2, 16)]
@@ -225,7 +227,7 @@ def test_the_contest_runs_on_other_prompts_and_goes_on_where_it_stopped(folders,
         assert (list(each.batch_sizes), list(each.temperatures), each.measure_parts) == ([1], [0.0], False)
         assert set(each.drafters) == set(names)
     (tmp_path / "checked/seed1_T0_batch1_1/results.json").unlink()
-    assert design.check_advice(config, tmp_path / "checked") == [found]
+    assert advice_check.check_advice(config, tmp_path / "checked") == [found]
     assert [each.seed for each in asked] == [6, 7, 7]
 
 
@@ -243,7 +245,7 @@ def test_a_drafter_that_no_training_made_is_refused(folders, tmp_path):
         "count": 1,
     }
     with pytest.raises(UserError, match="no training of this study made"):
-        design.check_advice(ConfigDict(contested), tmp_path)
+        advice_check.check_advice(ConfigDict(contested), tmp_path)
 
 
 def test_the_grid_is_at_least_350_configurations_of_20_trained_drafts_at_equal_parameters():

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from specjax.draft_design import throughput as model
+from specjax.evaluation import throughput as model
 
 # A draft step of 1, verification of 10, 11, 12 on 1, 2, 3 tokens, 0 of rule: blocks of 10, 12, 14 by gamma.
 COSTS = model.Costs(draft_step=1.0, verify=(10.0, 11.0, 12.0))

@@ -28,9 +28,8 @@ from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
 from specjax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from specjax.models.medusa import MedusaConfig, MedusaHeads
-from specjax.planning import account, steps
+from specjax.planning import account, chips, hlo, steps
 from specjax.planning.models import Shelf
-from specjax.runtime import chips, hlo
 from specjax.runtime import config as configs
 from specjax.runtime import mesh as meshes
 

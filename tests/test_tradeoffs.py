@@ -7,10 +7,14 @@ import jax
 import pytest
 import tiny
 
+from configs.distillspec import claims as distillspec_claims
+from configs.distillspec import figures as distillspec_figures
+from configs.distillspec import tables as distillspec_tables
+from configs.distillspec import tradeoffs
+from configs.distillspec.tradeoffs import Estimate, Point, operating_point, pareto_front
+from configs.records import condense, sync
 from specjax import api, evaluate
 from specjax.hub.tokenizer import train_byte_bpe
-from specjax.reporting import condense, distillspec_claims, distillspec_figures, distillspec_tables, sync, tradeoffs
-from specjax.reporting.tradeoffs import Estimate, Point, operating_point, pareto_front
 from specjax.runtime import config as configs
 from specjax.runtime import process_memory
 from specjax.runtime.errors import UserError

@@ -16,7 +16,7 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant not in ("", "smoke"):
         raise ValueError(f"configs/benchmark/distillation_memory.py has one variant, smoke; not {variant!r}.")
     config = ConfigDict()
-    config.binary = "benchmark"
+    config.binary = "configs.benchmark.measure"
     config.seed = SEED
     # Devices along each axis; this benchmark is of one device.
     config.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1})

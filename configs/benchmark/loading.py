@@ -17,7 +17,7 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant not in ("", "smoke"):
         raise ValueError(f"configs/benchmark/loading.py has one variant, smoke; not {variant!r}.")
     config = ConfigDict()
-    config.binary = "benchmark"
+    config.binary = "configs.benchmark.measure"
     config.seed = SEED
     # Devices along each axis. Kernels are split over fsdp and tensor, so that ranks read both rows and columns.
     config.mesh = ConfigDict({"data": 1, "fsdp": 2, "tensor": 4})

@@ -2,7 +2,7 @@
 
     python -m specjax.main --config=configs/distillspec/garden.py --workdir=runs/garden_0 --config.seed=0
 
-One run is one seed; `python -m specjax.reporting.condense configs/records/garden.json runs/garden_0 ...` joins them.
+One run is one seed; `python -m configs.records.condense configs/records/garden.json runs/garden_0 ...` joins them.
 The largest model is that of `lossy.py` to the letter: a finished `target` stage, copied to the workdir as `large`, is
 not trained again.
 
@@ -15,8 +15,9 @@ Hardware: 2 CPU cores; four minutes a seed where the largest is there. Expect th
 configs/distillspec/README.md. `configs/distillspec/garden.py:smoke` takes tiny models.
 """
 
-import stages
 from ml_collections import ConfigDict
+
+from configs.distillspec import stages
 
 SIZES = ("medium", "small")
 

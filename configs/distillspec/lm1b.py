@@ -10,9 +10,9 @@ Expect, by the paper, a gain of 10 to 45% over decoding with the undistilled dra
 is marked in `real_scale.py` and below. `:smoke` takes a file of JSON lines.
 """
 
-import real_scale
-import stages
 from ml_collections import ConfigDict
+
+from configs.distillspec import real_scale, stages
 
 # The paper's sizes: 234M and 33M parameters. The shapes that have them are ours.
 SHAPES = {

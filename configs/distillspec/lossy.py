@@ -3,7 +3,7 @@
     python -m specjax.main --config=configs/distillspec/lossy.py --workdir=runs/lossy_0 --config.seed=0
 
 One run is one seed of the draft's training and of decoding, on problems of its own; the target is the same in all.
-`python -m specjax.reporting.condense configs/records/lossy.json runs/lossy_0 runs/lossy_1 runs/lossy_2` joins them.
+`python -m configs.records.condense configs/records/lossy.json runs/lossy_0 runs/lossy_1 runs/lossy_2` joins them.
 
 Stages: `target`; `supervised`, a draft trained plainly; `distilled`, the same on its own text by the target's
 probabilities; `quality`, every rule at every lenience over many prompts; `latency`, the same one prompt at a time, to
@@ -14,8 +14,9 @@ most of it uses one core. Expect, as in DistillSpec's figure 6, more tokens a ta
 the lenience: the tables of configs/distillspec/README.md. `configs/distillspec/lossy.py:smoke` takes tiny models.
 """
 
-import stages
 from ml_collections import ConfigDict
+
+from configs.distillspec import stages
 
 LOSSY = ("lenient_linear", "lenient_square", "lenient_exp", "typical")
 

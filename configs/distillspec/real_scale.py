@@ -9,9 +9,10 @@ which are taken as they are (ours).
 
 from collections.abc import Mapping
 
-import quickstart
-import stages
 from ml_collections import ConfigDict
+
+from configs import quickstart
+from configs.distillspec import stages
 
 # The paper's: T5 v1.1 XL (3B) with Small (77M) as its draft. Ours: the others, and every mesh.
 PAIRS = {

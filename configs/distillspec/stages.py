@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-import quickstart
 from ml_collections import ConfigDict
+
+from configs import quickstart
 
 # Layers and width. Wide enough that verifying five tokens costs little more than one step on a CPU, and smaller ones.
 SHAPES = {"large": (3, 384), "medium": (2, 256), "small": (2, 160), "draft": (1, 128)}

@@ -18,14 +18,15 @@ these; and transfer, some of the drafts on two tasks that neither they nor the t
 `large_target` that none of them was distilled from.
 
 Each training is a stage of its own: an interrupted sweep repeats no finished one and goes on from the last checkpoint
-of the other. `python -m specjax.reporting.condense configs/records/sweep.json WORKDIR` makes a small record of whatever
+of the other. `python -m configs.records.condense configs/records/sweep.json WORKDIR` makes a small record of whatever
 is finished, from which `make tables` writes the tables and draws the heat map of README.md beside this file.
 
 Hardware: one CPU core is enough. Time and outcome: README.md.
 """
 
-import quickstart
 from ml_collections import ConfigDict
+
+from configs import quickstart
 
 SEEDS = 3
 GAMMA = 4
@@ -64,6 +65,7 @@ def get_config(variant: str = "") -> ConfigDict:
         config[name] = section
         stages.append(name)
     config.stages = tuple(stages)
+    config.report = "configs.distillspec.recipe_sweep"  # writes report.html
     return config
 
 

@@ -14,8 +14,9 @@ What is the paper's and what is ours is marked in `real_scale.py` and below. `:s
 a file of JSON lines.
 """
 
-import real_scale
 from ml_collections import ConfigDict
+
+from configs.distillspec import real_scale
 
 
 def get_config(variant: str = "") -> ConfigDict:

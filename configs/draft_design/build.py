@@ -17,8 +17,7 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant not in ("", "smoke"):
         raise ValueError(f"configs/draft_design/build.py has one variant, smoke; not {variant!r}.")
     config = ConfigDict()
-    config.binary = "design"
-    config.action = "build"
+    config.binary = "configs.draft_design.budget"
     config.seed = 0
     config.target = ""  # directory of the target, of which config.json alone is read
     config.layers = (1, 2, 4, 8)  # depths to consider

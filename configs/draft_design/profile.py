@@ -20,8 +20,7 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant not in ("", "smoke"):
         raise ValueError(f"configs/draft_design/profile.py has one variant, smoke; not {variant!r}.")
     config = ConfigDict()
-    config.binary = "design"
-    config.action = "profile"
+    config.binary = "configs.draft_design.series"
     config.seed = 0
     config.profile = ""  # file of the points; "" is profile.json in the workdir
     config.memory = 700_000_000  # bytes for weights and caches; 0 asks the device

@@ -12,9 +12,10 @@ configs/draft_design/README.md such drafts are ahead of equally trained ones fro
 `configs/draft_design/prune.py:smoke` takes a few steps.
 """
 
-import pruning
-import quickstart
 from ml_collections import ConfigDict
+
+from configs import quickstart
+from configs.draft_design import pruning
 
 
 def get_config(variant: str = "") -> ConfigDict:

@@ -11,8 +11,9 @@ Hardware: 2 CPU cores; about half an hour. Expect the pruned draft ahead, in blo
 in configs/draft_design/README.md says by how much. `configs/draft_design/pruning.py:smoke` takes a minute.
 """
 
-import quickstart
 from ml_collections import ConfigDict
+
+from configs import quickstart
 
 SEEDS = (0, 1, 2)
 # 0 is as in the target. Its heads are 64 wide, two query heads to one key head.

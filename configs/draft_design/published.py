@@ -18,8 +18,7 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant not in ("", "smoke"):
         raise ValueError(f"configs/draft_design/published.py has one variant, smoke; not {variant!r}.")
     config = ConfigDict()
-    config.binary = "design"
-    config.action = "published"
+    config.binary = "configs.draft_design.paper_check"
     config.seed = 0
     config.gamma = 8  # inferred
     config.target_seconds = 60e-3  # of a verification; inferred

@@ -15,8 +15,9 @@ Expect at least nine of ten throughputs of batch 1 predicted within 10%; configs
 `configs/draft_design/study.py:smoke` runs one task, two depths and one seed.
 """
 
-import quickstart
 from ml_collections import ConfigDict
+
+from configs import quickstart
 
 TASKS = {"code": {"name": "stdlib_code", "size": 0}, "arithmetic": {"name": "arithmetic", "size": 20_000}}
 SEEDS = (0, 1, 2)
@@ -123,8 +124,7 @@ def _evaluation(base: ConfigDict, task: str, drafters: dict, variant: str) -> Co
 
 def _checked(base: ConfigDict, task: str, drafters: tuple, variant: str) -> ConfigDict:
     section = ConfigDict()
-    section.binary = "design"
-    section.action = "check_advice"
+    section.binary = "configs.draft_design.advice_check"
     section.seed = base.seed
     section.evaluation = f"workdir:evaluation_{task}"
     section.trained = tuple(f"workdir:{stage}" for stage in drafters)
@@ -136,8 +136,7 @@ def _checked(base: ConfigDict, task: str, drafters: tuple, variant: str) -> Conf
 
 def _study(base: ConfigDict, trained: tuple, tasks: tuple) -> ConfigDict:
     section = ConfigDict()
-    section.binary = "design"
-    section.action = "study"
+    section.binary = "configs.draft_design.summary"
     section.seed = base.seed
     section.trained = trained  # the drafts' trainings; a drafter has its training's name
     section.evaluations = tuple(f"workdir:evaluation_{task}" for task in tasks)

@@ -10,8 +10,9 @@ plateau.
 Hardware: whatever holds both models; not timed. `configs/draft_design/train.py:smoke` takes a few steps.
 """
 
-import quickstart
 from ml_collections import ConfigDict
+
+from configs import quickstart
 
 
 def get_config(variant: str = "") -> ConfigDict:

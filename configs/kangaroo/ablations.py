@@ -14,8 +14,9 @@ Hardware: 2 CPU cores. What to expect: the tables in configs/kangaroo/README.md.
 `configs/kangaroo/ablations.py:smoke` trains a tiny target of its own.
 """
 
-import kangaroo_parts as parts
 from ml_collections import ConfigDict
+
+from configs.kangaroo import kangaroo_parts as parts
 
 STEPS = 80
 EXIT_LAYERS = (1, 2, 3, 4, 6, 8)

@@ -3,9 +3,10 @@
 import pathlib
 from typing import Any
 
-import choose_layers
-import quickstart
 from ml_collections import ConfigDict
+
+from configs import quickstart
+from configs.kangaroo import choose_layers
 
 # Where configs/kangaroo/tiny.py leaves its target when it is run as its docstring says.
 TARGET = "runs/kangaroo/target/export"

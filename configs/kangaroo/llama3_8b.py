@@ -13,8 +13,9 @@ Hardware: eight accelerators that hold the target together. Not run and not time
 paper's is marked in configs/kangaroo/kangaroo_parts.py.
 """
 
-import kangaroo_parts as parts
 from ml_collections import ConfigDict
+
+from configs.kangaroo import kangaroo_parts as parts
 
 
 def get_config(variant: str = "") -> ConfigDict:

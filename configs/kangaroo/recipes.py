@@ -16,8 +16,9 @@ Hardware: 2 CPU cores; about 25 minutes, continued about 15. What to expect: the
 `configs/kangaroo/recipes.py:smoke` trains a tiny target of its own and one seed.
 """
 
-import kangaroo_parts as parts
 from ml_collections import ConfigDict
+
+from configs.kangaroo import kangaroo_parts as parts
 
 STEPS = 60
 SEEDS = (0, 1, 2)

@@ -13,8 +13,9 @@ Hardware: whatever holds the target. Wall-clock time: every question is answered
 `configs/kangaroo/spec_bench.py:smoke` trains a tiny target and adapter and asks a few made-up questions.
 """
 
-import kangaroo_parts as parts
 from ml_collections import ConfigDict
+
+from configs.kangaroo import kangaroo_parts as parts
 
 
 def get_config(variant: str = "") -> ConfigDict:

@@ -12,8 +12,9 @@ Hardware: 2 CPU cores. What to expect: the tables in configs/kangaroo/README.md,
 `configs/kangaroo/tiny.py:smoke` runs every stage in a minute or two.
 """
 
-import kangaroo_parts as parts
 from ml_collections import ConfigDict
+
+from configs.kangaroo import kangaroo_parts as parts
 
 STEPS = 300
 # 1 and 2 layers of 16: the paper's exits lie between 1/16 and 1/10.

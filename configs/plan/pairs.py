@@ -15,8 +15,9 @@ data. Expect the tables of README.md.
 import dataclasses
 import pathlib
 
-import quickstart
 from ml_collections import ConfigDict
+
+from configs import quickstart
 
 SHAPES = pathlib.Path(__file__).with_name("shapes")
 

@@ -8,8 +8,9 @@ chips are more rows: the tensor axis stays and `fsdp` grows, so that what a chip
 approaches a whole copy of the parameters. Expect the table of README.md.
 """
 
-import pairs
 from ml_collections import ConfigDict
+
+from configs.plan import pairs
 
 CHIPS = (8, 16, 32, 64, 128, 256)
 TENSOR = 4

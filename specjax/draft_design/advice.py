@@ -16,7 +16,8 @@ import numpy as np
 from specjax.decoding import batch, loop, rules
 from specjax.decoding.drafters.table import make_drafter
 from specjax.decoding.sampling import Sampling, row_keys
-from specjax.draft_design import latency, prediction, shapes, throughput
+from specjax.draft_design import shapes
+from specjax.evaluation import latency, prediction, throughput
 from specjax.hub.model import Model
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder

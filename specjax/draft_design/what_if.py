@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from specjax.draft_design import throughput
+from specjax.evaluation import throughput
 from specjax.runtime.errors import UserError
 
 

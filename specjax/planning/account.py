@@ -9,10 +9,10 @@ from typing import Any
 from jax.errors import JaxRuntimeError
 from jax.stages import Compiled
 
+from specjax.planning import hlo
+from specjax.planning.chips import CHIPS, Chip, Slice
 from specjax.planning.steps import Decoding, Step
-from specjax.runtime import hlo
 from specjax.runtime import mesh as meshes
-from specjax.runtime.chips import CHIPS, Chip, Slice
 from specjax.runtime.errors import UserError
 
 # How a compiler says that what it was given does not fit.

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 
 from specjax.planning import account
+from specjax.planning.chips import Slice, slices_of
 from specjax.runtime import mesh as meshes
-from specjax.runtime.chips import Slice, slices_of
 from specjax.runtime.errors import UserError
 
 # Of a chip's memory, what a compiler leaves to programs and their temporary arrays.

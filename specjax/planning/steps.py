@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 from jax.stages import Lowered
 
-from specjax import cases
 from specjax.decoding import batch, loop
 from specjax.distillation import data_sources, recipes, settings, trainer, update
 from specjax.distillation.steps import Steps, make_steps
+from specjax.evaluation import cases
 from specjax.models import kv_cache
 from specjax.models.language_model import LanguageModel, Network
+from specjax.planning import hlo
 from specjax.planning.models import Shelf, placed, rows, whole
-from specjax.runtime import hlo
 from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError
 from specjax.runtime.mesh import AnyMesh

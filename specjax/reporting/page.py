@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar
 
-from specjax.reporting import panels, plots, recipe_sweep, records, tables
+from specjax.reporting import panels, plots, records, tables
 from specjax.reporting.records import json_clean, write_atomically
 
 ORIGINS = {
@@ -177,8 +177,14 @@ def run_sections(
     return sections
 
 
-def write_run(workdir: Path, results: Mapping, stages: Mapping[str, Sequence[Mapping]]) -> Path:
-    """Writes report.html and figures/ of a run from its results and its training stages' metrics; says where."""
+def write_run(
+    workdir: Path, results: Mapping, stages: Mapping[str, Sequence[Mapping]], more: Sequence[Section] = ()
+) -> Path:
+    """Writes report.html and figures/ of a run from its results and its training stages' metrics; prints the path.
+
+    Args:
+      more: sections to show after the headline.
+    """
     sections = run_sections(
         figures=workdir / "figures",
         rows=[row for row in results["rows"] if "drafted_tokens" in row],
@@ -189,8 +195,7 @@ def write_run(workdir: Path, results: Mapping, stages: Mapping[str, Sequence[Map
     if results.get("comparisons"):
         intro = "Block efficiency on the same prompts; 95% intervals by paired bootstrap over prompts."
         sections.insert(2, Section("Compared, prompt by prompt", [comparison_table(results["comparisons"])], intro))
-    if recipe_sweep.is_sweep(results):
-        sections.insert(1, sweep_section(results, workdir / "figures"))
+    sections[1:1] = more
     path = workdir / "report.html"
     write_report(
         path,
@@ -203,29 +208,21 @@ def write_run(workdir: Path, results: Mapping, stages: Mapping[str, Sequence[Map
     return path
 
 
-def write_run_report(workdir: str | Path, config: Any) -> None:
+def write_run_report(workdir: Path, config: Any) -> None:
     """The report of a run of several stages: the last evaluation, with the training curves of every stage."""
-    workdir = Path(workdir)
-    stages = {
-        name: records.read_metrics(workdir / name / "metrics.jsonl")
-        for name in config.stages
-        if (workdir / name / "metrics.jsonl").exists()
-    }
+    write_run(workdir, run_results(workdir, config), training_curves(workdir, config))
+
+
+def run_results(workdir: Path, config: Any) -> dict:
+    """The results of all stages, with what only the last one has, such as samples."""
     last = records.read_results(workdir / config.stages[-1] / "results.json")
-    results = last | records.read_results(workdir / "results.json")
-    write_run(workdir, results, stages)
+    return last | records.read_results(workdir / "results.json")
 
 
-def sweep_section(results: Mapping, figures: Path) -> Section:
-    """The map of gains of a recipe sweep, and its comparisons."""
-    recipe_sweep.heat_map(results, figures / "recipes.png")
-    blocks: list[Figures | Table] = [Figures([Figure(figures / "recipes.png", "Mean gain over seeds, in percent.")])]
-    for lines in (recipe_sweep.drafts(results), recipe_sweep.comparisons(results)):
-        columns = [
-            Column(key, tables.is_text(lines, key)) for key in dict.fromkeys(key for one in lines for key in one)
-        ]
-        blocks.append(Table(columns, [[tables.cell(line, column.heading) for column in columns] for line in lines]))
-    return Section("Recipes", blocks, "Block efficiency over the undistilled draft of the same seed; 95% over seeds.")
+def training_curves(workdir: Path, config: Any) -> dict[str, list[dict]]:
+    """The lines of metrics.jsonl of every stage that has them."""
+    paths = {name: workdir / name / "metrics.jsonl" for name in config.stages}
+    return {name: records.read_metrics(path) for name, path in paths.items() if path.exists()}
 
 
 def comparison_table(comparisons: Sequence[Mapping]) -> Table:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+import types
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from ml_collections import ConfigDict
 
 from specjax.runtime.errors import UserError, nearest
 
+# The folder of configs, which is importable under this name.
+_PACKAGE = "configs"
 # "stage:NAME" is what stage NAME exported, "workdir:NAME" the folder it ran in.
 _REFERENCES = {"stage": "export", "workdir": ""}
 # "required:KEY:WHAT" stands where only the command line can say a value: that of KEY.
@@ -29,20 +32,10 @@ def load(path_and_variant: str) -> ConfigDict:
     if not path.is_file():
         siblings = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
         raise UserError(f"there is no config file {name}{nearest(name, siblings)}")
-    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"{name} is not a Python file; a config is a .py file with a get_config function")
-    module = importlib.util.module_from_spec(spec)
-    # A config may import what lies beside it, and a config of the folder above, which it varies.
-    beside, above = str(path.parent.resolve()), str(path.parent.resolve().parent)
-    sys.path[:] = [beside, *sys.path, above]
     try:
-        spec.loader.exec_module(module)
+        module = _executed(path.resolve())
     except SyntaxError as error:
         raise UserError(f"{name} is not valid Python ({error}); correct it") from error
-    finally:
-        sys.path.remove(beside)
-        sys.path.pop()
     if not hasattr(module, "get_config"):
         raise UserError(f"{name} has no get_config function; name a config file, such as configs/quickstart.py")
     if colon and not module.get_config.__code__.co_argcount:
@@ -51,6 +44,42 @@ def load(path_and_variant: str) -> ConfigDict:
         return module.get_config(variant) if colon else module.get_config()
     except ValueError as error:  # how a config refuses a variant that it does not have
         raise UserError(f"{path_and_variant}: {error}") from error
+
+
+def _executed(path: Path) -> types.ModuleType:
+    """The module of a config file, executed anew.
+
+    A file in a folder `configs` belongs to the package `configs`, which becomes importable from any working directory:
+    `from configs.kangaroo import parts`. Any other file may import its neighbours by their bare names.
+    """
+    root = next((folder for folder in path.parents if folder.name == _PACKAGE), None)
+    if root is None:
+        module_name = f"config_{path.stem}"
+    else:
+        _make_importable(root)
+        module_name = ".".join((_PACKAGE, *path.relative_to(root).with_suffix("").parts))
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path} is not a Python file; a config is a .py file with a get_config function")
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.parent))
+    return module
+
+
+def _make_importable(root: Path) -> None:
+    """Makes `root` the package `configs`, in place of a folder of that name that was imported earlier."""
+    package = sys.modules.get(_PACKAGE)
+    if package is not None and str(root) in map(str, package.__path__):
+        return
+    for name in [name for name in sys.modules if name == _PACKAGE or name.startswith(f"{_PACKAGE}.")]:
+        del sys.modules[name]
+    package = types.ModuleType(_PACKAGE)
+    package.__path__ = [str(root)]
+    sys.modules[_PACKAGE] = package
 
 
 def check_given(config: ConfigDict) -> None:

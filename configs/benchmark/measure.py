@@ -1,6 +1,6 @@
 """Measures what decoding costs beside the least it could: loops, verification, blocks, context, memory, loading.
 
-    python -m specjax.benchmark --config=configs/benchmark/cpu.py --workdir=DIR [--config.key=value ...]
+    python -m configs.benchmark.measure --config=configs/benchmark/cpu.py --workdir=DIR [--config.key=value ...]
 
 Weights are random. Every time is that of a loop on the device, never of a lone dispatch; what is compared is
 run in turns, so that a slow moment of the machine hits all alike.
@@ -15,12 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from specjax.benchmark_loading import loading
-from specjax.benchmark_memory import distillation_memory
+from configs.benchmark.measure_loading import loading
+from configs.benchmark.measure_memory import distillation_memory
 from specjax.decoding import loop, rules
 from specjax.decoding.drafters.table import make_drafter
 from specjax.decoding.sampling import Sampling, row_keys
-from specjax.draft_design import latency
+from specjax.evaluation import latency
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder, Params
 from specjax.reporting import records, tables
@@ -248,4 +248,4 @@ def _limits(batch: int, new_tokens: int) -> loop.Limits:
 
 
 if __name__ == "__main__":
-    raise SystemExit(cli.launch(run, "specjax.benchmark"))
+    raise SystemExit(cli.launch(run, "configs.benchmark.measure"))

@@ -17,7 +17,7 @@ import numpy as np
 from specjax.decoding import loop, rules
 from specjax.decoding.drafters.base import Outcome, Proposal
 from specjax.decoding.sampling import Noise, Sampling
-from specjax.draft_design.throughput import Parts
+from specjax.evaluation.throughput import Parts
 from specjax.models import kv_cache
 from specjax.models.language_model import LanguageModel
 from specjax.runtime.timing import progress

@@ -3,10 +3,9 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from specjax.reporting import plots
-from specjax.reporting.distillspec_tables import garden_members
-from specjax.reporting.plots import Mark
-from specjax.reporting.tradeoffs import Cell, Estimate, Point, cells, main_metric, pareto_front
+from configs.distillspec.tables import garden_members
+from configs.distillspec.tradeoffs import Cell, Estimate, Point, cells, main_metric, pareto_front
+from configs.records.marks import Mark, tradeoff_figure
 
 
 def _edges(estimate: Estimate) -> tuple[float, float] | None:
@@ -39,7 +38,7 @@ def lossy(record: Mapping, path: Path) -> None:
                 series[f"{rule}, lossy"] = [_mark(cell, value(cell)) for cell in (exact, *line)]
             panels[f"{drafter}, temperature {temperature:g}"[:60] + f": {measure}"] = series
             axes.append((measure, metric))
-    plots.tradeoff_figure(panels, path, axes=axes)
+    tradeoff_figure(panels, path, axes=axes)
 
 
 def garden(record: Mapping, path: Path) -> None:
@@ -55,7 +54,7 @@ def garden(record: Mapping, path: Path) -> None:
         series.setdefault(kept.model, []).append(_mark(kept.cell, across, kept.decoded == "plain"))
     points = [Point(kept.name, kept.cell.latency.mean, kept.cell.quality.mean) for kept in members if timed]
     name = "relative latency" if timed else "block efficiency"
-    plots.tradeoff_figure(
+    tradeoff_figure(
         {"Model garden": series},
         path,
         axes=[(f"{name} (hollow: decoded plainly)", main_metric(record["rows"]).replace("_", " "))],

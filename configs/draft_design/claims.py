@@ -8,7 +8,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping
 
-from specjax.reporting.distillspec_claims import (
+from configs.distillspec.claims import (
     NOT_MEASURED,
     NOT_REPRODUCED,
     NOT_TESTABLE,
@@ -16,7 +16,7 @@ from specjax.reporting.distillspec_claims import (
     Claim,
     claims_table,
 )
-from specjax.reporting.tradeoffs import Estimate
+from configs.distillspec.tradeoffs import Estimate
 
 UNDECIDED = "undecided: the intervals are too wide"
 CONSISTENT, HOLDS, FAILS = "consistent; arithmetic, nothing is reproduced", "holds", "does not hold"

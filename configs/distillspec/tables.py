@@ -3,8 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 
-from specjax.reporting import tables
-from specjax.reporting.tradeoffs import (
+from configs.distillspec.tradeoffs import (
     LOSS,
     Cell,
     Point,
@@ -14,6 +13,7 @@ from specjax.reporting.tradeoffs import (
     operating_point,
     pareto_front,
 )
+from specjax.reporting import tables
 
 
 def lossy_points(record: Mapping) -> list[dict]:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from specjax.decoding import batch, loop
 from specjax.decoding.sampling import Sampling, row_keys
-from specjax.draft_design import latency, throughput
+from specjax.evaluation import latency, throughput
 from specjax.reporting import metrics
 from specjax.runtime import processes
 

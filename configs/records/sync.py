@@ -1,6 +1,6 @@
 """Writes the tables of the README and of the configs' pages from the committed records: no number is typed by hand.
 
-    python -m specjax.reporting.sync README.md configs/*/README.md configs/records
+    python -m configs.records.sync README.md configs/*/README.md configs/records
 
 A record is `NAME.json`; its table goes between `<!-- table:NAME -->` and `<!-- /table -->`, on the page that has these
 marks. A record that is not there leaves its table as it is. Of a record with a figure, `NAME.png` is drawn beside the
@@ -15,20 +15,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from specjax.reporting import (
-    design_claims,
-    design_tables,
-    distillspec_claims,
-    distillspec_figures,
-    distillspec_tables,
-    kangaroo_claims,
-    kangaroo_figures,
-    kangaroo_tables,
-    plan_tables,
-    recipe_sweep,
-    records,
-    tables,
-)
+from configs.distillspec import claims as distillspec_claims
+from configs.distillspec import figures as distillspec_figures
+from configs.distillspec import recipe_sweep
+from configs.distillspec import tables as distillspec_tables
+from configs.draft_design import claims as design_claims
+from configs.draft_design import tables as design_tables
+from configs.kangaroo import claims as kangaroo_claims
+from configs.kangaroo import figures as kangaroo_figures
+from configs.kangaroo import tables as kangaroo_tables
+from specjax.planning import tables as plan_tables
+from specjax.reporting import records, tables
 from specjax.runtime.errors import UserError
 
 

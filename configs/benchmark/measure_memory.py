@@ -1,6 +1,6 @@
 """Memory of a distillation step against the vocabulary: on paper, as compiled, and as the system sees it.
 
-`python -m specjax.benchmark_memory CASE` is the process of one case, given as JSON: it prints what it measured.
+`python -m configs.benchmark.measure_memory CASE` is the process of one case, given as JSON: it prints what it measured.
 """
 
 import json
@@ -91,7 +91,7 @@ def measured(case: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _in_a_process(case: Mapping[str, Any]) -> dict[str, int]:
-    command = [sys.executable, "-m", "specjax.benchmark_memory", json.dumps(case)]
+    command = [sys.executable, "-m", "configs.benchmark.measure_memory", json.dumps(case)]
     # Unfiltered, or what JAX says of its filter would stand in the place of the error.
     environment = os.environ | {"JAX_TRACEBACK_FILTERING": "off"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

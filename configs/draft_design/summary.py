@@ -14,11 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from specjax.draft_design import contest, shapes
+from configs.distillspec import tradeoffs
+from configs.draft_design import contest
+from specjax import design
+from specjax.draft_design import shapes
 from specjax.hub import load as hub_load
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
-from specjax.reporting import design_tables, page, plots, records, tradeoffs
+from specjax.reporting import page, plots, records, row_tables
 from specjax.runtime.errors import UserError
 
 FILE = "configurations.csv"
@@ -31,7 +34,12 @@ COLUMNS = (
 )
 
 
-def run(config: Any, workdir: Path) -> list[dict]:
+def run(config: Any, workdir: str | Path) -> dict:
+    """Runs the study's stage; returns the content of results.json."""
+    return design.finish(config, workdir, measured(config, Path(workdir)))
+
+
+def measured(config: Any, workdir: Path) -> list[dict]:
     """Writes configurations.csv and report.html; returns the tables' rows.
 
     Raises:
@@ -225,7 +233,7 @@ def _report(config: Any, workdir: Path, rows: Sequence[Mapping], found: Sequence
         environment=records.environment(config.seed),
         sections=[
             page.Section("Figures", [page.Figures(figures)]),
-            *(page.Section(*each) for each in design_tables.page_tables(rows)),
+            *(page.Section(*each) for each in row_tables.page_tables(rows)),
         ],
     )
 

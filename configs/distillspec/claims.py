@@ -6,9 +6,10 @@ What the paper says is typed here, with its place; what is ours is computed from
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
-from specjax.reporting import distillspec_tables as written
-from specjax.reporting import recipe_sweep, tables
-from specjax.reporting.tradeoffs import Estimate
+from configs.distillspec import recipe_sweep
+from configs.distillspec import tables as written
+from configs.distillspec.tradeoffs import Estimate
+from specjax.reporting import tables
 
 REPRODUCED, NOT_REPRODUCED, NOT_TESTABLE = "reproduced in shape", "not reproduced", "not testable here"
 NOT_MEASURED = "not measured yet"

@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from configs.draft_design.profiling import Case, Point, Profile, line
+from specjax import design
 from specjax.draft_design import shapes
-from specjax.draft_design.profile import Case, Point, Profile, line
 from specjax.models.config import DecoderConfig
-from specjax.reporting import design_tables, page, plots, records
+from specjax.reporting import page, plots, records, row_tables
 from specjax.runtime import dtypes
 from specjax.runtime.errors import UserError
 
@@ -31,7 +32,12 @@ def base_shape(section: Any) -> DecoderConfig:
     return DecoderConfig.llama(**fields)
 
 
-def run(config: Any, workdir: Path) -> list[dict]:
+def run(config: Any, workdir: str | Path) -> dict:
+    """Runs the study's stage; returns the content of results.json."""
+    return design.finish(config, workdir, measured(config, Path(workdir)))
+
+
+def measured(config: Any, workdir: Path) -> list[dict]:
     """Every series of the config, all cases measured in turns, then the lines through them; writes report.html.
 
     Raises:
@@ -129,25 +135,11 @@ def _report(config: Any, workdir: Path, rows: list[dict]) -> None:
     _write(config, workdir, "What a decoding step takes", [page.Section("Latency", [page.Figures(drawn)])], rows)
 
 
-def advice_report(config: Any, workdir: Path, rows: list[dict]) -> None:
-    """report.html of an advice: throughput against gamma of each candidate, and all tables."""
-    candidates = [row for row in rows if row["table"] == "candidates" and not row["threshold"]]
-    curves: dict[str, list[tuple[int, float]]] = {}
-    for row in candidates:
-        curve = curves.setdefault(row["draft"], [(0, row["plain_tokens_per_second"])])
-        curve.append((row["gamma"], row["tokens_per_second"]))
-    path = workdir / "figures" / "throughput.png"
-    plots.lines_figure({"expected": curves}, path, x_label="gamma", y_label="tokens per second")
-    caption = "Expected tokens per second by gamma, without a confidence stop; 0 is plain decoding."
-    figure = page.Section("Throughput", [page.Figures([page.Figure(path, caption)])])
-    _write(config, workdir, "Which draft to build", [figure], rows)
-
-
 def _write(config: Any, workdir: Path, title: str, sections: list, rows: list[dict]) -> None:
     page.write_report(
         workdir / "report.html",
         title=title,
         subtitle=workdir.name,
         environment=records.environment(config.seed),
-        sections=sections + [page.Section(*each) for each in design_tables.page_tables(rows)],
+        sections=sections + [page.Section(*each) for each in row_tables.page_tables(rows)],
     )

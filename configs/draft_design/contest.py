@@ -7,9 +7,10 @@ import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
 
-from specjax.draft_design import advice, throughput
+from configs.distillspec import tradeoffs
+from specjax.draft_design import advice
+from specjax.evaluation import throughput
 from specjax.models.decoder import Decoder
-from specjax.reporting import tradeoffs
 
 
 @dataclasses.dataclass(frozen=True)

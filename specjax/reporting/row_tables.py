@@ -1,6 +1,6 @@
-"""Tables of draft design, for the terminal and for the page of configs/draft_design: functions of its records."""
+"""Rows that say in which `table` they belong: printed in the terminal, and as sections of a report."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from specjax.reporting import page, tables
 
@@ -35,21 +35,11 @@ def by_table(rows: Sequence[Mapping]) -> dict[str, list[dict]]:
     return found
 
 
-def all_tables(record: Mapping) -> str:
-    """Every table of a record under its name, and what machine and commit it came from."""
-    parts = []
-    for name, rows in by_table(record["rows"]).items():
-        parts.append(f"{tables.heading(name)}\n\n{tables.markdown_table(rows, _columns(rows))}")
-    made = record["environment"]
-    source = f"jax {made['jax']}, Python {made['python']}, {made['device_kind']}, commit {made['git_commit'][:12]}"
-    return "\n\n".join([*parts, source])
-
-
 def terminal(rows: Sequence[Mapping]) -> str:
     """Every table of the rows, aligned."""
     parts = by_table(rows).items()
     return "\n".join(
-        f"\n{tables.heading(name)}\n{tables.aligned_table(members, _columns(members))}" for name, members in parts
+        f"\n{tables.heading(name)}\n{tables.aligned_table(members, columns_of(members))}" for name, members in parts
     )
 
 
@@ -57,35 +47,13 @@ def page_tables(rows: Sequence[Mapping]) -> list[tuple[str, list[page.Table]]]:
     """(title, [table]) of each table of the rows, as sections of a report."""
     found = []
     for name, members in by_table(rows).items():
-        keys = _columns(members)
+        keys = columns_of(members)
         columns = [page.Column(tables.heading(key), tables.is_text(members, key)) for key in keys]
         lines = [[tables.cell(row, key) for key in keys] for row in members]
         found.append((tables.heading(name).capitalize(), [page.Table(columns, lines)]))
     return found
 
 
-def _columns(rows: Sequence[Mapping]) -> list[str]:
+def columns_of(rows: Sequence[Mapping]) -> list[str]:
     """What is printed of rows: not the stage that they came from, nor lists."""
     return [key for key, value in rows[0].items() if key != "stage" and not isinstance(value, (Mapping, list))]
-
-
-def pruning(record: Mapping) -> str:
-    """What was pruned to what, and each recovered draft against the one from scratch, prompt by prompt."""
-    compared = [
-        {
-            **{key: row[key] for key in ("drafter", "against", "temperature", "gamma")},
-            "ratio of block efficiencies": f"{row['block_efficiency_ratio']:.3f}",
-            "95% interval": "{:.3f} to {:.3f}".format(*row["block_efficiency_ratio_ci"]),
-        }
-        for row in record["comparisons"]
-    ]
-    return f"{tables.markdown_table(compared, list(compared[0]))}\n\n{all_tables(record)}"
-
-
-# The name of a record and of its table -> what writes the table; joined into `sync.TABLES`.
-TABLES: dict[str, Callable[[Mapping], str]] = {
-    "design_published": all_tables,
-    "design_profile": all_tables,
-    "design_study": all_tables,
-    "design_pruning": pruning,
-}

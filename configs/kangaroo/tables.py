@@ -6,10 +6,10 @@ Records are those of `reporting/condense.py`, of the config that bears the recor
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from configs.distillspec.tradeoffs import Estimate
 from specjax.reporting import tables
-from specjax.reporting.tradeoffs import Estimate
+from specjax.reporting.spec_bench_page import OVERALL
 
-OVERALL = "overall"
 _STEPS = ("draft_step_seconds", "target_step_seconds", "verify_seconds", "rule_seconds")
 _PARTS = (*_STEPS, "cost_ratio", "speedup", "predicted_speedup")
 _LAYERS = {

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specjax.draft_design import latency, shapes
+from specjax.draft_design import shapes
+from specjax.evaluation import latency
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
 from specjax.reporting import records

@@ -6,9 +6,7 @@ What the paper says is typed here, with its place; what is ours is computed from
 import itertools
 from collections.abc import Mapping
 
-from specjax.reporting import kangaroo_tables as written
-from specjax.reporting import tables
-from specjax.reporting.distillspec_claims import (
+from configs.distillspec.claims import (
     NOT_MEASURED,
     NOT_REPRODUCED,
     NOT_TESTABLE,
@@ -16,6 +14,8 @@ from specjax.reporting.distillspec_claims import (
     Claim,
     claims_table,
 )
+from configs.kangaroo import tables as written
+from specjax.reporting import tables
 
 # What the paper calls Medusa-1, and skipping layers, where a run has them.
 MEDUSA = "medusa"

@@ -1,6 +1,6 @@
 """Several runs of one config as one small record, for `make tables`.
 
-    python -m specjax.reporting.condense configs/records/lossy.json runs/lossy_0 runs/lossy_1 runs/lossy_2
+    python -m configs.records.condense configs/records/lossy.json runs/lossy_0 runs/lossy_1 runs/lossy_2
 
 The rows of every stage that has finished, each with its `stage` and the `run_seed` of its run, and of their keys those
 that tables and figures read. A run that is not finished gives what it has.

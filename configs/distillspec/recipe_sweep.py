@@ -8,9 +8,11 @@ the same prompts. Intervals are 95% intervals over seeds by Student's t.
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from specjax.reporting import heatmaps, tables
-from specjax.reporting.tradeoffs import Estimate
+from configs.distillspec import heatmaps
+from configs.distillspec.tradeoffs import Estimate
+from specjax.reporting import page, tables
 
 TEXTS = ("fixed", "draft", "target", "mixed")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "total_variation")
@@ -234,3 +236,28 @@ def ranks(record: Mapping) -> tuple[list[str], list[str]]:
 # The name of a record and of its table -> what writes the table, and what draws its figure.
 TABLES = {"sweep": table, "sweep_encoder_decoder": table}
 FIGURES = dict.fromkeys(TABLES, heat_map)
+
+
+def sweep_section(results: Mapping, figures: Path) -> page.Section:
+    """The map of gains of a recipe sweep, and its comparisons."""
+    heat_map(results, figures / "recipes.png")
+    blocks: list[page.Figures | page.Table] = [
+        page.Figures([page.Figure(figures / "recipes.png", "Mean gain over seeds, in percent.")])
+    ]
+    for lines in (drafts(results), comparisons(results)):
+        columns = [
+            page.Column(key, tables.is_text(lines, key)) for key in dict.fromkeys(key for one in lines for key in one)
+        ]
+        blocks.append(
+            page.Table(columns, [[tables.cell(line, column.heading) for column in columns] for line in lines])
+        )
+    return page.Section(
+        "Recipes", blocks, "Block efficiency over the undistilled draft of the same seed; 95% over seeds."
+    )
+
+
+def write_report(workdir: Path, config: Any) -> None:
+    """report.html of a run of the sweep: the usual page, with the map of gains after its headline."""
+    results = page.run_results(workdir, config)
+    sections = [sweep_section(results, workdir / "figures")] if is_sweep(results) else []
+    page.write_run(workdir, results, page.training_curves(workdir, config), more=sections)

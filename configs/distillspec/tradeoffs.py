@@ -5,38 +5,15 @@ from "latency", which is short enough for a machine with nothing else to do.
 """
 
 import dataclasses
-import math
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 from specjax.reporting import tables
+from specjax.reporting.estimates import Estimate
 
 # The share of plain decoding's quality that an operating point may lose.
 LOSS = 0.01
 # Of a task's metrics the one that papers quote; of a task with another, its first.
 MAIN_METRICS = ("exact_match", "rouge2", "bleu")
-# Student's t at 97.5% for 2, 3, ... values.
-_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-
-
-@dataclasses.dataclass(frozen=True)
-class Estimate:
-    """A mean over seeds and half its 95% interval by Student's t; None of one seed alone."""
-
-    mean: float
-    half: float | None
-    seeds: int
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Estimate":
-        if len(values) < 2:
-            return cls(float(values[0]), None, 1)
-        quantile = _STUDENT[min(len(values) - 2, len(_STUDENT) - 1)]
-        half = quantile * statistics.stdev(values) / math.sqrt(len(values))
-        return cls(statistics.fmean(values), half, len(values))
-
-    def __str__(self) -> str:
-        return f"{self.mean:.3f}" if self.half is None else f"{self.mean:.3f} ± {self.half:.3f}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,55 +1,17 @@
-"""Figures of Kangaroo's page and of a Spec-Bench report, drawn from records."""
+"""The report and the figure of a run of Spec-Bench."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from specjax.reporting import page, plots
-from specjax.reporting.kangaroo_tables import OVERALL, exit_lines, histogram_row, rows_of
+from specjax.reporting import page
 from specjax.reporting.panels import Theme, looks_of, save_panels
-from specjax.reporting.plots import Mark
+
+OVERALL = "overall"
 
 
-def _mark(x: float | int, row: Mapping, key: str) -> Mark:
-    edges = row.get(f"{key}_ci")
-    return Mark(x, None, row[key], tuple(edges) if edges else None)
-
-
-def _shares(counts: Sequence[int]) -> list[Mark]:
-    """A histogram over [0, 1] as the polygon through the middles of its bins."""
-    total = max(sum(counts), 1)
-    return [Mark((i + 0.5) / len(counts), None, count / total, None) for i, count in enumerate(counts)]
-
-
-def ablations(record: Mapping, path: Path) -> None:
-    """Speed-up and compression rate by exit layer and by threshold, a line each gamma; confidence of both fates."""
-    panels, axes = {}, []
-    measures = {"speed-up": "speedup", "compression rate": "block_efficiency"}
-    lines = exit_lines(record)
-    for said, key in measures.items() if lines else ():
-        series = {
-            kind: [_mark(line["exit layer"], line[kind], key) for line in lines] for kind in ("threshold", "fixed")
-        }
-        panels[f"Exit layer: {said}"] = series
-        axes.append(("layers before the exit", said))
-    rows = [row for row in rows_of(record, "grid") if row["gamma"]]
-    for said, key in measures.items() if rows else ():
-        series = {}
-        for row in sorted(rows, key=lambda row: (row["gamma"], row["threshold"])):
-            series.setdefault(f"gamma {row['gamma']}", []).append(_mark(row["threshold"], row, key))
-        panels[f"Threshold: {said}"] = series
-        axes.append(("threshold (0: none)", said))
-    row = histogram_row(record)
-    if row is not None:
-        panels["Drafted tokens by confidence"] = {
-            fate: _shares(row["confidence"][fate]) for fate in ("accepted", "rejected")
-        }
-        axes.append(("confidence (largest probability at temperature 1)", "share of tokens"))
-    plots.tradeoff_figure(panels, path, axes=axes)
-
-
-def spec_bench(record: Mapping, path: Path) -> None:
+def figure(record: Mapping, path: Path) -> None:
     """Speed-up by subtask and drafter, with intervals; chances of w accepted guesses in a row (CTAR), all questions."""
     rows = [row for row in record["rows"] if "subtask" in row and row["gamma"]]
     name = lambda row: f"{row['drafter']}, gamma {row['gamma']}, T {row['temperature']:g}"
@@ -83,14 +45,14 @@ def spec_bench(record: Mapping, path: Path) -> None:
     save_panels(path, panels, names, lambda axes, theme, series: series["draw"](axes, theme))
 
 
-def write_spec_bench(workdir: Path, results: Mapping) -> None:
+def write(workdir: Path, results: Mapping) -> None:
     """report.html and figures/spec_bench.png of a run of Spec-Bench; says where."""
     rows = [row for row in results["rows"] if row["gamma"]]
     blocks = []
     if rows:
-        figure = workdir / "figures" / "spec_bench.png"
-        spec_bench(results, figure)
-        blocks.append(page.Figures([page.Figure(figure, "By subtask, with 95% intervals over questions.")]))
+        drawn = workdir / "figures" / "spec_bench.png"
+        figure(results, drawn)
+        blocks.append(page.Figures([page.Figure(drawn, "By subtask, with 95% intervals over questions.")]))
     keys = ("subtask", "drafter", "temperature", "gamma", "threshold", "questions", "block_efficiency")
     keys = (*keys, "acceptance_rate", "tokens_per_second", "speedup", "identical_to_baseline")
     blocks.append(page.rows_table(results["rows"], keys))
@@ -105,10 +67,3 @@ def write_spec_bench(workdir: Path, results: Mapping) -> None:
         sections=[page.Section("Results", blocks, intro), settings],
     )
     print(f"report: {path}")
-
-
-# The name of a record -> what draws its figure; joined into `sync.FIGURES`.
-FIGURES: dict[str, Callable[[Mapping, Path], None]] = {
-    "kangaroo_ablations": ablations,
-    "kangaroo_spec_bench": spec_bench,
-}
