@@ -70,7 +70,7 @@ def _training(steps: int, learning_rate: float) -> ConfigDict:
             "tied_head": True,
             "param_dtype": "float32",
             "compute_dtype": "auto",  # float32 on CPU, bfloat16 on accelerators
-            "whole": False,  # True: every device of the tensor axis holds all of it (a small draft of a large target)
+            "replicate": False,  # True: every device of the tensor axis holds all of it (a small draft)
         }
     )
     # The model to learn from; "" trains on the text alone.

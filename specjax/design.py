@@ -152,7 +152,7 @@ def advise(config: Any, workdir: Path) -> list[dict]:
     low, high = _refuse_unadvisable(config)
     load = lambda path: hub_model.load(path, param_dtype=config.param_dtype, compute_dtype=config.compute_dtype)
     target = load(config.target)
-    if target.decoder.reads_prompt_apart:
+    if target.decoder.is_encoder_decoder:
         raise UserError("advice is for decoder-only targets; measure an encoder-decoder's drafts with evaluate")
     work = _workload(config, target)
     gamma, shape = max(config.gammas), target.decoder.config

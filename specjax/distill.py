@@ -15,7 +15,7 @@ from specjax.data import batches, tasks
 from specjax.distillation import cached_text, recipes
 from specjax.distillation.data_sources import SOURCES
 from specjax.distillation.evaluator import make_evaluator
-from specjax.distillation.trainer import Material, Outcome, Trainer
+from specjax.distillation.trainer import Outcome, Trainer, TrainingInputs
 from specjax.hub import adapter as hub_adapter
 from specjax.hub import load as hub_load
 from specjax.hub import save as hub_save
@@ -75,7 +75,7 @@ def run(config: Any, workdir: str | Path) -> dict:
     return records.read_results(path)
 
 
-def _export(directory: Path, material: Material, params: Params, tokenizer: Tokenizer) -> None:
+def _export(directory: Path, material: TrainingInputs, params: Params, tokenizer: Tokenizer) -> None:
     """Writes what was trained; of several processes the first does, which alone has the parameters whole."""
     if isinstance(material.draft, SelfDraft):
         belongs = hub_adapter.fingerprint(material.target, material.target_params)  # all processes come here
@@ -124,7 +124,7 @@ def _tokenizer(config: Any, task: tasks.Task) -> Tokenizer:
     return train_byte_bpe(texts, config.vocab_size)
 
 
-def _material(config: Any, task: tasks.Task, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Material:
+def _material(config: Any, task: tasks.Task, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> TrainingInputs:
     data, train = config.data, config.train
     target, target_params = None, None
     if config.target:
@@ -133,19 +133,19 @@ def _material(config: Any, task: tasks.Task, tokenizer: Tokenizer, mesh: jax.sha
         draft, params = _attached(config, target, target_params, mesh)
     else:
         draft, params = _model(config, tokenizer, mesh)
-    if target is not None and target.reads_prompt_apart != draft.reads_prompt_apart:
+    if target is not None and target.is_encoder_decoder != draft.is_encoder_decoder:
         raise UserError(
             f"of the target in {config.target} and the model to train only one is an encoder-decoder; "
             "take two of a kind"
         )
     rows = dict(batch_size=data.batch_size, sequence_length=data.sequence_length, seed=config.seed)
-    rows["start_token"] = draft.config.start_token if draft.reads_prompt_apart else None
+    rows["start_token"] = draft.config.start_token if draft.is_encoder_decoder else None
     rows["prompt_length"] = (data.prompt_length_min, data.prompt_length_max)
     text = None
     if data.target_path:
         text = _target_text(config, target, target_params, tokenizer)
     own = meshes.own_rows(mesh, data.batch_size) if jax.process_count() > 1 else None
-    return Material(
+    return TrainingInputs(
         draft=draft,
         params=params,
         target=target,
@@ -155,7 +155,7 @@ def _material(config: Any, task: tasks.Task, tokenizer: Tokenizer, mesh: jax.sha
         eos_ids=tokenizer.eos_ids,
         longest_prompt=data.prompt_length_max if task.is_language_modelling else data.sequence_length - 1,
         target_text=text,
-        whole=config.model.whole,
+        replicate=config.model.replicate,
     )
 
 
@@ -177,12 +177,12 @@ def _attached(
     if target is None:
         raise UserError(f'model.init is "{init}", which attaches to a target: set `target`')
     if init not in (ADAPTER, MEDUSA):
-        shardings = lambda adapter: meshes.shardings(adapter.axes(whole=config.model.whole), mesh)
+        shardings = lambda adapter: meshes.shardings(adapter.axes(replicate=config.model.replicate), mesh)
         loaded = hub_adapter.load(init, target, shardings=shardings)
         loaded.check(hub_adapter.fingerprint(target, target_params))
         return SelfDraft.of(loaded.adapter), loaded.params
     draft = attachment(config, target)
-    begin = jax.jit(draft.init_on, out_shardings=meshes.shardings(draft.axes(whole=config.model.whole), mesh))
+    begin = jax.jit(draft.init_on, out_shardings=meshes.shardings(draft.axes(replicate=config.model.replicate), mesh))
     return draft, begin(jax.random.key(config.seed), target_params)
 
 
@@ -198,11 +198,11 @@ def _model(config: Any, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> tuple[
     """The model to train: from an export, or random with the tokenizer's vocabulary."""
     model = config.model
     if model.init != RANDOM:
-        return _load(model.init, tokenizer, model, mesh, whole=model.whole)
+        return _load(model.init, tokenizer, model, mesh, replicate=model.replicate)
     made = random_model(model, tokenizer.vocab_size, tokenizer.pad_id)
-    if not model.whole:
+    if not model.replicate:
         made.check_split(mesh)
-    init = jax.jit(made.init, out_shardings=meshes.shardings(made.axes(whole=model.whole), mesh))
+    init = jax.jit(made.init, out_shardings=meshes.shardings(made.axes(replicate=model.replicate), mesh))
     return made, init(jax.random.key(config.seed))
 
 
@@ -228,7 +228,7 @@ def random_model(model: Any, vocab_size: int, pad_id: int) -> LanguageModel:
 
 
 def _load(
-    directory: str, tokenizer: Tokenizer, model: Any, mesh: jax.sharding.Mesh, *, whole: bool = False
+    directory: str, tokenizer: Tokenizer, model: Any, mesh: jax.sharding.Mesh, *, replicate: bool = False
 ) -> tuple[LanguageModel, Params]:
     """Reads an export straight onto the mesh; it has the tokenizer used here, and at least a row for each id."""
     if Tokenizer.load(directory).fingerprint() != tokenizer.fingerprint():
@@ -243,9 +243,9 @@ def _load(
             "take the tokenizer that the model was trained with"
         )
     described = model_of(config)
-    if not whole:
+    if not replicate:
         described.check_split(mesh)
-    shardings = meshes.shardings(described.axes(whole=whole), mesh)
+    shardings = meshes.shardings(described.axes(replicate=replicate), mesh)
     return hub_load.load(directory, shardings=shardings, **dtypes_of)
 
 

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 
 from specjax.planning import account, chips, smallest, steps
 from specjax.planning import tables as plan_tables
-from specjax.planning.models import Shelf
+from specjax.planning.models import ModelCatalog
 from specjax.reporting import records
 from specjax.runtime import cli
 from specjax.runtime import config as configs
@@ -73,7 +73,7 @@ def run(config: ConfigDict, name: str = "") -> dict:
     if not planned:
         raise UserError(f"nothing here can be planned: that is for stages of {' and '.join(_PLANNED)}")
     parts = [chips.slice_named(name, math.prod(meshes.sizes_of(section.mesh))) for _, section in planned]
-    shelf, described = Shelf(), []
+    shelf, described = ModelCatalog(), []
     with _uncollected():
         for (stage, section), part in zip(planned, parts, strict=True):
             mesh = chips.make_mesh(part, {axis: section.mesh[axis] for axis in meshes.AXES})
@@ -127,7 +127,7 @@ class _Stage:
     resident_on: Callable[[Any], Mapping[str, int]]
 
 
-def _described(stage: str, section: ConfigDict, shelf: Shelf, part: chips.Slice, mesh: Any) -> _Stage:
+def _described(stage: str, section: ConfigDict, shelf: ModelCatalog, part: chips.Slice, mesh: Any) -> _Stage:
     """Puts what a training stage makes on the shelf. Raises UserError for what does not fit the mesh."""
     if section.binary == "distill":
         training = steps.training(section, shelf, mesh)

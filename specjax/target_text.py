@@ -160,7 +160,7 @@ class _Writer:
             "prompt_lengths": lengths(prompts),
             "seconds": np.asarray(result.seconds),
         }
-        return {**rows, "sources": _padded(prompts, self.slots)} if decoder.reads_prompt_apart else rows
+        return {**rows, "sources": _padded(prompts, self.slots)} if decoder.is_encoder_decoder else rows
 
     def measure(self) -> dict:
         """Tokens per second with and without the draft on the first batches, turn about; and whether texts agree."""
@@ -201,12 +201,12 @@ def _prompts(config: Any, task: tasks.Task, target: hub_model.Model) -> list[lis
         sequence_length=data.sequence_length,
         prompt_length=(data.prompt_length_min, data.prompt_length_max),
         seed=config.seed,
-        start_token=decoder.config.start_token if decoder.reads_prompt_apart else None,
+        start_token=decoder.config.start_token if decoder.is_encoder_decoder else None,
     )
     prompts: list[list[int]] = []
     while len(prompts) < config.count:
         part = next(rows)
-        given = part["sources" if decoder.reads_prompt_apart else "tokens"]
+        given = part["sources" if decoder.is_encoder_decoder else "tokens"]
         prompts += [row[:length].tolist() for row, length in zip(given, part["prompt_lengths"], strict=True)]
     return prompts[: config.count]
 

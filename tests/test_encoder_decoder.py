@@ -113,7 +113,7 @@ def test_the_prompt_is_drafted_from_by_lookup():
 
 
 def prefill(target, prompts, lengths, capacity):
-    return Prefill(prompts, lengths, *target.open_texts(prompts, lengths), (), capacity)
+    return Prefill(prompts, lengths, *target.start_texts(prompts, lengths), (), capacity)
 
 
 @pytest.mark.slow

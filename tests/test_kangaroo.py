@@ -398,7 +398,7 @@ def test_an_adapter_learns_from_its_target_on_text_of_every_source(tmp_path):
 def test_an_adapter_without_a_target_or_with_hard_labels_is_refused(models):
     target, _, adapter, _ = models
     for changes, given in (({}, None), ({"loss.divergence": "cross_entropy"}, target)):
-        material = trainer.Material(SelfDraft.of(adapter), {}, given, {}, iter(()), [], (0,), 4)
+        material = trainer.TrainingInputs(SelfDraft.of(adapter), {}, given, {}, iter(()), [], (0,), 4)
         with pytest.raises(UserError, match="an adapter learns from the target that it is attached to"):
             settings.check(test_trainer.make_config(**changes), material)
 

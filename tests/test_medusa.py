@@ -134,7 +134,7 @@ def test_heads_learn_from_hard_labels_on_text_of_two_sources(tmp_path):
 
 
 def further(init, target, params):
-    sections = {"model": {"init": str(init), "whole": False}, "medusa": {"heads": 2, "own_head": True}, "seed": 0}
+    sections = {"model": {"init": str(init), "replicate": False}, "medusa": {"heads": 2, "own_head": True}, "seed": 0}
     return distill._attached(ConfigDict(sections), target, params, meshes.make_mesh(ConfigDict(ONE_DEVICE)))
 
 
@@ -179,6 +179,6 @@ def test_what_heads_cannot_do_is_refused_in_one_sentence(models):
         MedusaConfig(target.config, 0)
     with pytest.raises(UserError, match="attaches to a decoder-only model"):
         MedusaConfig(EncoderDecoderConfig.__new__(EncoderDecoderConfig), 1)
-    material = trainer.Material(SelfDraft.of(heads), {}, target, {}, iter(()), [], (0,), 4)
+    material = trainer.TrainingInputs(SelfDraft.of(heads), {}, target, {}, iter(()), [], (0,), 4)
     with pytest.raises(UserError, match="writes no text of its own; set data.draft to 0"):
         settings.check(test_trainer.make_config(**{"data.fixed": 0.0, "data.draft": 1.0}), material)

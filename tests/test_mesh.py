@@ -56,27 +56,31 @@ WAYS = {
 
 
 @functools.cache
-def plan_of(way, whole=False):
+def plan_of(way, replicate=False):
     (target, _), (draft, _) = models()
     rule, greedy, _ = WAYS[way]
     settings = dict(gamma=GAMMA, slots=SLOTS, max_new=MAX_NEW, rule=rule, greedy=greedy)
-    return dataclasses.replace(tiny.plan(target, "model", {"model": draft}, **settings), whole_draft=whole)
+    return dataclasses.replace(tiny.plan(target, "model", {"model": draft}, **settings), replicate_draft=replicate)
 
 
-def placed(sizes, whole=False):
+def placed(sizes, replicate=False):
     """The mesh, and the parameters of target and draft on it."""
     (target, params), (draft, draft_params) = models()
     mesh = mesh_of(sizes)
-    return mesh, meshes.shard(params, target.axes(), mesh), meshes.shard(draft_params, draft.axes(whole=whole), mesh)
+    return (
+        mesh,
+        meshes.shard(params, target.axes(), mesh),
+        meshes.shard(draft_params, draft.axes(replicate=replicate), mesh),
+    )
 
 
 @functools.cache
-def generated(sizes, way, whole=False, count=8):
+def generated(sizes, way, replicate=False, count=8):
     """What a batch of the first prompts came to on the mesh."""
-    mesh, params, draft_params = placed(sizes, whole)
+    mesh, params, draft_params = placed(sizes, replicate)
     with meshes.use(mesh):
         return batch.decode(
-            plan_of(way, whole),
+            plan_of(way, replicate),
             params,
             draft_params,
             texts()[:count],
@@ -125,16 +129,16 @@ def test_prompts_that_do_not_divide_over_the_mesh_are_padded_and_none_counts_twi
 
 @pytest.mark.slow
 def test_a_draft_that_is_whole_on_every_device_of_the_tensor_axis_drafts_the_same():
-    mesh, _, draft_params = placed((2, 2, 2), whole=True)
+    mesh, _, draft_params = placed((2, 2, 2), replicate=True)
     split = {axis for leaf in jax.tree.leaves(draft_params) for axis in jax.tree.leaves(tuple(leaf.sharding.spec))}
     assert mesh.shape["tensor"] == 2 and split == {"fsdp"}
-    assert_same_tokens(generated(ALONE, "greedy"), generated((2, 2, 2), "greedy", whole=True), "greedy")
+    assert_same_tokens(generated(ALONE, "greedy"), generated((2, 2, 2), "greedy", replicate=True), "greedy")
 
 
-def decode_step(sizes, way, whole=False):
+def decode_step(sizes, way, replicate=False):
     """The compiled loop of decoding and the state it begins with."""
-    mesh, params, draft_params = placed(sizes, whole)
-    put, plan = batch.Placer(mesh), plan_of(way, whole)
+    mesh, params, draft_params = placed(sizes, replicate)
+    put, plan = batch.Placer(mesh), plan_of(way, replicate)
     tokens, lengths = batch.pad(texts(), SLOTS)
     with meshes.use(mesh):
         keys = sampling.row_keys(SEED, put(np.arange(8, dtype=np.int32)))
@@ -177,11 +181,11 @@ def test_a_gather_of_the_vocabulary_would_be_seen():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("whole", [False, True])
-def test_caches_lie_where_the_rules_say(whole):
-    """Those of a draft that is whole on every device of the tensor axis have their rows split, and nothing else."""
-    _, state = decode_step((2, 2, 2), "greedy", whole)
-    of_draft = jax.P(("data", "fsdp")) if whole else meshes.spec(kv_cache.AXES)
+@pytest.mark.parametrize("replicate", [False, True])
+def test_caches_lie_where_the_rules_say(replicate):
+    """Those of a draft that is replicated on every device of the tensor axis have their rows split, and nothing else."""
+    _, state = decode_step((2, 2, 2), "greedy", replicate)
+    of_draft = jax.P(("data", "fsdp")) if replicate else meshes.spec(kv_cache.AXES)
     for cache, lies in ((state.target_cache, meshes.spec(kv_cache.AXES)), (state.drafter_state, of_draft)):
         for slots in (*cache.keys, *cache.values):
             expected = jax.NamedSharding(slots.sharding.mesh, lies)
@@ -189,18 +193,18 @@ def test_caches_lie_where_the_rules_say(whole):
     # All that the loop carries lies where plans for chips take it to lie.
     for of_draft, part in ((False, dataclasses.replace(state, drafter_state=())), (True, state.drafter_state)):
         for x in jax.tree.leaves(part):
-            names = loop.axes_of(plan_of("greedy", whole), x, 2, of_draft=of_draft)
+            names = loop.axes_of(plan_of("greedy", replicate), x, 2, of_draft=of_draft)
             assert x.sharding.is_equivalent_to(jax.NamedSharding(x.sharding.mesh, meshes.spec(names)), x.ndim), x
 
 
 @functools.cache
-def loss_and_gradient(sizes, whole=False):
+def loss_and_gradient(sizes, replicate=False):
     """Of one batch: the sums that validation takes, and the gradient that a step clips."""
     (target, _), (draft, _) = models()
     tokens, lengths = tiny.prompts(1, 8, 16, VOCAB)
     starts = np.minimum(2, np.asarray(lengths)).astype(np.int32)
     rows = {"tokens": tokens, "lengths": lengths, "loss_start": starts, "prompt_lengths": starts}
-    mesh, params, draft_params = placed(sizes, whole)
+    mesh, params, draft_params = placed(sizes, replicate)
     loss = update.Loss(draft, target, "forward_kl", 0.5, 1.0, 4)
     gradient = jax.jit(lambda *given: update._gradient_of_sum(loss, *given, 1))
     with meshes.use(mesh):
@@ -227,7 +231,7 @@ def test_a_mesh_has_the_loss_and_the_gradient_of_one_device(sizes):
 @pytest.mark.slow
 @pytest.mark.standard_promotion
 def test_a_draft_that_is_whole_has_the_same_gradient():
-    assert_same_loss(loss_and_gradient(ALONE), loss_and_gradient((2, 2, 2), whole=True))
+    assert_same_loss(loss_and_gradient(ALONE), loss_and_gradient((2, 2, 2), replicate=True))
 
 
 @pytest.mark.parametrize("sizes", [(2, 1, 1), (1, 3, 1), (4, 4, 1)])

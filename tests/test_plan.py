@@ -19,7 +19,7 @@ from specjax.models.config import DecoderConfig
 from specjax.models.encoder_decoder import EncoderDecoderConfig
 from specjax.planning import account, chips, hlo, smallest, steps
 from specjax.planning import tables as plan_tables
-from specjax.planning.models import Shelf
+from specjax.planning.models import ModelCatalog
 from specjax.reporting import records
 from specjax.runtime import config as configs
 from specjax.runtime import mesh as meshes
@@ -147,7 +147,7 @@ def begun(decoding, target, draft, mesh):
 
 def compare(config, mesh):
     """Plans both stages and makes for each what a run would hold: parameters, optimiser, caches."""
-    shelf, section = Shelf(), config[config.stages[0]]
+    shelf, section = ModelCatalog(), config[config.stages[0]]
     stage = steps.training(section, shelf, mesh)
     shelf.made[config.stages[0]] = stage.draft
     drawn = lambda model, seed: jax.jit(model.init, out_shardings=meshes.shardings(model.axes(), mesh))(
@@ -182,7 +182,7 @@ def test_more_devices_with_as_many_rows_each_hold_and_send_no_more(tmp_path, enc
         mesh = jax.make_mesh((1, ways, 1), meshes.AXES, axis_types=types, devices=jax.devices()[:ways])
         section = pair(target, draft, (1, ways, 1)).distilled
         section.data.batch_size = 8 * ways
-        *_, step = steps.training_steps(steps.training(section, Shelf(), mesh))
+        *_, step = steps.training_steps(steps.training(section, ModelCatalog(), mesh))
         with meshes.use(mesh):
             compiled = step.lower().compile()
         traffic = account.program_of(compiled).work().traffic

@@ -227,7 +227,7 @@ def test_an_encoder_decoder_is_made_in_the_manner_of_t5(tmp_path):
     config = configs.load(str(ROOT / "configs/distillspec/sweep.py:encoder_decoder-smoke")).target
     tokenizer = train_byte_bpe([TEXT], 280)
     model = distill.random_model(config.model, tokenizer.vocab_size, tokenizer.pad_id)
-    assert model.reads_prompt_apart and model.config.start_token == tokenizer.pad_id
+    assert model.is_encoder_decoder and model.config.start_token == tokenizer.pad_id
     params = model.init(jax.random.key(0))
     api.save(api.Model(model, params, tokenizer), tmp_path / "t5")
     assert api.load(tmp_path / "t5").decoder.config == model.config

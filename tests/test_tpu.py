@@ -29,7 +29,7 @@ from specjax.models.decoder import Decoder
 from specjax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from specjax.models.medusa import MedusaConfig, MedusaHeads
 from specjax.planning import account, chips, hlo, steps
-from specjax.planning.models import Shelf
+from specjax.planning.models import ModelCatalog
 from specjax.runtime import config as configs
 from specjax.runtime import mesh as meshes
 
@@ -125,7 +125,7 @@ def training(name: str, mesh) -> steps.Training:
     section.mesh.update(MESH)
     section.data.batch_size = BATCH
     apart = name.startswith("t5")
-    shelf = Shelf({"target": encoder_decoder(1) if apart else decoder(2), "supervised": decoder(1)})
+    shelf = ModelCatalog({"target": encoder_decoder(1) if apart else decoder(2), "supervised": decoder(1)})
     shelf.made["draft"] = encoder_decoder(1) if apart else decoder(1)
     section.model.update({"init": "stage:draft", "param_dtype": "bfloat16"})
     if name == "adapter":

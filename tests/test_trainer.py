@@ -147,7 +147,7 @@ def make_material(config, with_target=True):
     mesh = meshes.make_mesh(config.mesh)
     target = tiny(16, 2)
     placed = meshes.shard(parameters(16, 2, 1), target.axes(), mesh)
-    return trainer.Material(
+    return trainer.TrainingInputs(
         draft=tiny(8),
         params=parameters(8, 1, 0),
         target=target if with_target else None,
@@ -609,7 +609,7 @@ def distill_config(**overrides):
         tied_head=True,
         param_dtype="float32",
         compute_dtype="auto",
-        whole=False,
+        replicate=False,
     )
     config.target, config.recipe = "", ""
     config.update_from_flattened_dict(overrides)

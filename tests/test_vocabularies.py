@@ -60,9 +60,9 @@ def test_fitting_cuts_the_ids_beyond_and_gives_missing_ones_probability_0():
 
 def test_a_fitted_model_has_the_same_parameters_and_other_logits(target):
     model, params = target
-    narrow, wide = model.fitted(20), model.fitted(30)
+    narrow, wide = model.with_vocab_size(20), model.with_vocab_size(30)
     assert (narrow.vocab_size, wide.vocab_size, narrow.num_params) == (20, 30, model.num_params)
-    assert wide.fitted(VOCAB) == model
+    assert wide.with_vocab_size(VOCAB) == model
     tokens = jnp.asarray([[1, 2, 3]])
     np.testing.assert_array_equal(
         tiny.full_logits(narrow, params, tokens), tiny.full_logits(model, params, tokens)[..., :20]

@@ -45,7 +45,7 @@ class Plan:
       gamma: most tokens drafted a block.
       capacity: cache slots and token slots a row; see `capacity_for`.
       greedy: temperature 0.
-      whole_draft: every device of the tensor axis holds all of the draft, and so all heads of its caches.
+      replicate_draft: every device of the tensor axis holds all of the draft, and so all heads of its caches.
     """
 
     target: LanguageModel
@@ -54,7 +54,7 @@ class Plan:
     gamma: int
     capacity: int
     greedy: bool
-    whole_draft: bool = False
+    replicate_draft: bool = False
 
 
 @jax.tree_util.register_dataclass
@@ -148,7 +148,7 @@ def prefill(plan: Plan, params, draft_params, prompts, lengths, row_keys) -> Dec
     prompts, lengths = constrain(prompts, ("batch", None)), constrain(lengths, ("batch",))
     cache = plan.target.start(params, prompts, lengths, plan.capacity)
     cache = jax.tree.map(lambda x: constrain(x, kv_cache.AXES[: x.ndim]), cache)
-    texts, text_lengths = plan.target.open_texts(prompts, lengths)
+    texts, text_lengths = plan.target.start_texts(prompts, lengths)
     taps = plan.drafter.taps if plan.gamma else ()
     with jax.named_scope("prefill"):
         _, cache, tap_states = _through_target(plan, params, cache, texts, consecutive(texts), 0, taps)
@@ -173,7 +173,7 @@ def prefill(plan: Plan, params, draft_params, prompts, lengths, row_keys) -> Dec
     )
     # Said of all that it gives: left alone, the compiler keeps a cache that is only written yet whole on every device
     # of the tensor axis, and its rows whole along `fsdp`, as weights are.
-    ways = meshes.ways("kv_heads")
+    ways = meshes.num_shards("kv_heads")
     lay = lambda of_draft: lambda x: constrain(x, axes_of(plan, x, ways, of_draft=of_draft))
     laid_out = jax.tree.map(lay(False), dataclasses.replace(state, drafter_state=()))
     return dataclasses.replace(laid_out, drafter_state=jax.tree.map(lay(True), drafter_state))
@@ -192,7 +192,7 @@ def axes_of(plan: Plan, x: Any, ways: int, *, of_draft: bool) -> tuple[str | Non
         return None, None, "embed"
     if x.ndim != len(kv_cache.AXES):
         return ("batch", *[None] * (x.ndim - 1)) if x.ndim else ()
-    return kv_cache.draft_axes(x.shape[1], ways, whole=plan.whole_draft) if of_draft else kv_cache.AXES
+    return kv_cache.draft_axes(x.shape[1], ways, replicate=plan.replicate_draft) if of_draft else kv_cache.AXES
 
 
 def verify(plan: Plan, params, cache, pending: Int[Array, "B"], lengths: Int[Array, "B"], proposal: Proposal):

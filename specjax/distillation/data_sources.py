@@ -111,6 +111,6 @@ class Generation:
             max_new_tokens=self.max_new_tokens,
             eos_ids=tuple(self.eos_ids),
         )
-        texts, starts = model.open_texts(prompts, lengths)
+        texts, starts = model.start_texts(prompts, lengths)
         batch = {"tokens": tokens, "lengths": ends, "loss_start": starts, "prompt_lengths": lengths}
         return batch if texts is prompts else {**batch, "sources": prompts}

@@ -38,7 +38,7 @@ def make_evaluator(
         gamma=section.gamma,
         capacity=batch.capacity_bucket(material.target.text_slots(slots), section.max_new_tokens, section.gamma),
         greedy=section.temperature == 0,
-        whole_draft=material.whole,
+        replicate_draft=material.replicate,
     )
 
     put = batch.Placer(mesh)

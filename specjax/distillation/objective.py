@@ -146,7 +146,7 @@ def distillation_loss(
         return Sums(jnp.sum(weights * losses), jnp.sum(weights * overlap), jnp.sum(weights))
 
     rows, columns = tokens.shape
-    width = min(max(chunk * meshes.ways("batch") // (rows * len(draft.predicts)), 1), columns)
+    width = min(max(chunk * meshes.num_shards("batch") // (rows * len(draft.predicts)), 1), columns)
     chunks = jax.tree.map(functools.partial(_in_chunks, chunk=width), parts)
     with jax.named_scope("heads"):
         sums, _ = jax.lax.scan(lambda total, part: (total + chunk_sums(draft_params, part), None), Sums.zeros(), chunks)

@@ -63,11 +63,11 @@ def make_steps(
         eos_ids,
         config.seed,
     )
-    axes = update.BATCH_AXES | (update.SOURCE_AXES if draft.reads_prompt_apart else {})
+    axes = update.BATCH_AXES | (update.SOURCE_AXES if draft.is_encoder_decoder else {})
     return Steps(
         update=jax.jit(step, donate_argnums=0, out_shardings=(placed, whole)),
         validation_loss=jax.jit(update.Loss(draft, target, *settings), out_shardings=whole),
         generate=jax.jit(generate, static_argnums=0, out_shardings=meshes.shardings(axes, mesh)),
-        author=draft.fitted(drafts_for.vocab_size),
+        author=draft.with_vocab_size(drafts_for.vocab_size),
         needs_teacher=not plain or draft.needs_target,
     )

@@ -62,7 +62,7 @@ class Outcome:
 
 
 @dataclasses.dataclass(frozen=True)
-class Material:
+class TrainingInputs:
     """What is trained on what.
 
     Attributes:
@@ -76,7 +76,7 @@ class Material:
       eos_ids: ids that end a generated row.
       longest_prompt: most tokens of a prompt that a row of `batches` can have.
       target_text: what the target wrote before; None has it write as it is needed.
-      whole: every device of the mesh's tensor axis holds the whole draft, and of its optimiser.
+      replicate: every device of the mesh's tensor axis holds the whole draft and its optimiser state.
     """
 
     draft: LanguageModel
@@ -88,7 +88,7 @@ class Material:
     eos_ids: tuple[int, ...]
     longest_prompt: int
     target_text: CachedText | None = None
-    whole: bool = False
+    replicate: bool = False
 
 
 class Trainer:
@@ -102,7 +102,7 @@ class Trainer:
         self,
         config: Any,
         workdir: str | Path,
-        material: Material,
+        material: TrainingInputs,
         mesh: jax.sharding.Mesh,
         *,
         min_seconds: float,
@@ -122,7 +122,7 @@ class Trainer:
         self.config, self.material, self.mesh = config, material, mesh
         self.workdir, self.min_seconds, self.evaluator = Path(workdir), min_seconds, evaluator
         optimizer = update.make_optimizer(config.optimizer, config.train.steps)
-        axes = material.draft.axes(whole=material.whole)
+        axes = material.draft.axes(replicate=material.replicate)
         self.state = update.initial_state(material.params, axes, optimizer, mesh)
         self.clock = Clock()
         self.step, self.saved, self.seconds = 0, None, 0.0  # seconds as of the last checkpoint

@@ -113,7 +113,7 @@ def search(
       UserError: for numbers of layers that the target does not have, costs that are not positive, and an
         encoder-decoder.
     """
-    if target.reads_prompt_apart:
+    if target.is_encoder_decoder:
         raise UserError("layers are chosen of decoder-only models, not of an encoder-decoder; take another target")
     if not 1 <= most_skipped < target.layers:
         raise UserError(f"most_skipped must lie in 1 .. {target.layers - 1} for this target, not {most_skipped}")

@@ -87,7 +87,7 @@ def record(
       UserError: for an encoder-decoder, prompts that do not fit, and a top_k beyond the vocabulary.
     """
     decoder = target.decoder
-    if decoder.reads_prompt_apart:
+    if decoder.is_encoder_decoder:
         raise UserError("replays are of decoder-only models; evaluate an encoder-decoder's drafts live")
     if not 0 <= top_k <= decoder.vocab_size:
         raise UserError(f"top_k must lie in 0 .. {decoder.vocab_size}, the vocabulary, not {top_k}")
@@ -221,7 +221,7 @@ def agreement(replay: Replay, draft: Model, *, batch_size: int = 8) -> dict[str,
       UserError: for a draft with another tokenizer.
     """
     replay.check_tokenizer(draft)
-    model = draft.decoder.fitted(replay.vocab_size)
+    model = draft.decoder.with_vocab_size(replay.vocab_size)
     slots = batch.prompt_slots(replay.prompts) + replay.max_new_tokens
     texts = _texts(replay, slots)
     found: dict[str, list[np.ndarray]] = {"agrees": [], "surprise": [], "overlap": []}

@@ -106,7 +106,7 @@ def load_models(config: Any, load: Callable, load_adapter: Callable) -> tuple[di
             targets[own] = load(own)
             hub_model.check_pair(target, targets[own])
         if section.kind == "model":
-            drafters[name] = load(section.path, whole=_options(config, section)["whole"])
+            drafters[name] = load(section.path, replicate=_options(config, section)["replicate"])
             hub_model.check_pair(target, drafters[name])
         elif section.kind in ATTACHED:
             drafters[name] = load_adapter(section.path, targets[own])
@@ -183,7 +183,7 @@ def _options(config: Any, section: ConfigDict) -> dict[str, Any]:
         "threshold": 0.0,
         "adaptive": False,
         "costs": (),
-        "whole": False,
+        "replicate": False,
         **section.to_dict(),
     }
 
@@ -231,7 +231,7 @@ def make_plan(job: Job, setting: Setting, case: Case, slots: int) -> loop.Plan:
         gamma=case.gamma,
         capacity=batch.capacity_bucket(decoder.text_slots(slots), job.config.max_new_tokens, case.gamma),
         greedy=setting.temperature == 0,
-        whole_draft=case.options["whole"],
+        replicate_draft=case.options["replicate"],
     )
 
 

@@ -42,7 +42,7 @@ def histogram(
       {"accepted", "rejected"}: counts in `BINS` equal bins of [0, 1]; None for drafters without `score`, and for
       targets that read their prompt apart.
     """
-    if not hasattr(plan.drafter, "score") or plan.target.reads_prompt_apart:
+    if not hasattr(plan.drafter, "score") or plan.target.is_encoder_decoder:
         return None
     tokens = [row for rows, result in output for row in result.tokens[:rows]]
     origins = [row for rows, result in output for row in result.origins[:rows]]

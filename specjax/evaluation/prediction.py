@@ -63,7 +63,7 @@ def parts_meter(
       prompts: of the run.
       emitted: what plain decoding made of the first of them; half of that is behind a prompt on average.
     """
-    apart = plain.plan.target.reads_prompt_apart
+    apart = plain.plan.target.is_encoder_decoder
     half = int(np.mean([len(tokens) // 2 for tokens in emitted]))
     length = int(np.mean([len(prompt) for prompt in prompts])) + (0 if apart else half)
     texts = prompts if apart else [(*prompt, *tokens) for prompt, tokens in zip(prompts, emitted, strict=False)]
@@ -92,7 +92,7 @@ def measure_block_costs(
       plan: with an `AdaptiveDrafter`.
       prompts: of the run.
     """
-    apart, half = plan.target.reads_prompt_apart, max_new_tokens // 2
+    apart, half = plan.target.is_encoder_decoder, max_new_tokens // 2
     length = int(np.mean([len(prompt) for prompt in prompts])) + (0 if apart else half)
     given = _example_batch(prompts, length, batch_size, seed, put)
     behind = half if apart else 0

@@ -58,7 +58,7 @@ class Model:
         Raises:
           UserError: for ids outside the vocabulary, and for texts that are missing or too many.
         """
-        apart = self.decoder.reads_prompt_apart
+        apart = self.decoder.is_encoder_decoder
         if apart != (decoder_tokens is not None):
             raise UserError(
                 "an encoder-decoder takes logits(prompt_tokens, decoder_tokens), another model logits(tokens); "
@@ -81,12 +81,12 @@ def load(
     param_dtype: str = "float32",
     compute_dtype: str = "auto",
     mesh: jax.sharding.Mesh | None = None,
-    whole: bool = False,
+    replicate: bool = False,
 ) -> Model:
     """Loads `config.json`, `*.safetensors` and the tokenizer of a Hugging Face directory.
 
     Args:
-      whole: every device of the mesh's tensor axis holds the whole model, for a small draft beside a target that is
+      replicate: every device of the mesh's tensor axis holds the whole model, for a small draft beside a target that is
         split.
 
     Raises:
@@ -97,9 +97,9 @@ def load(
     if mesh is not None:
         _, config = hub_load.read_config(Path(directory), **dtypes)
         described = model_of(config)
-        if not whole:
+        if not replicate:
             described.check_split(mesh)
-        shardings = meshes.shardings(described.axes(whole=whole), mesh)
+        shardings = meshes.shardings(described.axes(replicate=replicate), mesh)
     decoder, params = hub_load.load(directory, shardings=shardings, **dtypes)
     return Model(decoder, params, Tokenizer.load(directory), mesh)
 
@@ -128,7 +128,7 @@ def check_pair(target: Model, draft: Model) -> None:
 
     Their vocabularies may be padded to different sizes: no id beyond the tokenizer's stands for anything.
     """
-    if target.decoder.reads_prompt_apart != draft.decoder.reads_prompt_apart:
+    if target.decoder.is_encoder_decoder != draft.decoder.is_encoder_decoder:
         raise UserError("an encoder-decoder and a decoder-only model cannot draft for each other; take two of a kind")
     if target.tokenizer is None or draft.tokenizer is None:
         return

@@ -230,7 +230,7 @@ class EncoderDecoder(LanguageModel):
 
     config: EncoderDecoderConfig
     module = EncoderDecoderModule
-    reads_prompt_apart = True
+    is_encoder_decoder = True
 
     def opening(self, prompt: Sequence[int]) -> list[int]:
         return [self.config.start_token]
@@ -238,7 +238,7 @@ class EncoderDecoder(LanguageModel):
     def text_slots(self, prompt_slots: int) -> int:
         return 1
 
-    def open_texts(self, prompts, lengths):
+    def start_texts(self, prompts, lengths):
         first = jnp.full((prompts.shape[0], 1), self.config.start_token, prompts.dtype)
         return first, jnp.ones_like(lengths)
 

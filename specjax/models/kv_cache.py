@@ -91,15 +91,15 @@ def zeros(config, batch: int, capacity: int, dtype) -> Cache:
     )
 
 
-def draft_axes(heads: int, ways: int, *, whole: bool) -> tuple[str | None, ...]:
+def draft_axes(heads: int, ways: int, *, replicate: bool) -> tuple[str | None, ...]:
     """Logical axes of a draft's cache.
 
     Args:
       heads: of keys and values.
       ways: size of the mesh's tensor axis.
-      whole: every device of that axis holds all of the draft's weights, and so all heads; as where heads do not divide.
+      replicate: every device of that axis holds all of the draft, as it also does where heads do not divide.
     """
-    return (AXES[0], None, None, None) if whole or heads % ways else AXES
+    return (AXES[0], None, None, None) if replicate or heads % ways else AXES
 
 
 def _is_meter(node: Any) -> bool:

@@ -63,11 +63,11 @@ class Network:
         """The tree of `init` as shapes and dtypes, nothing allocated."""
         return nnx.to_pure_dict(_abstract(self.module, self.config)[1])
 
-    def axes(self, *, whole: bool = False) -> Params:
+    def axes(self, *, replicate: bool = False) -> Params:
         """The tree of `init` with a tuple of logical axis names in place of each array.
 
         Args:
-          whole: leave out what would be split over the tensor axis of a mesh: each of its devices then holds the whole.
+          replicate: do not split over the tensor axis of a mesh: each of its devices holds all of it.
         """
         named = jax.tree.map(
             lambda variable: variable.get_metadata()["axes"],
@@ -75,7 +75,7 @@ class Network:
             is_leaf=lambda x: isinstance(x, nnx.Variable),
         )
         axes = nnx.to_pure_dict(named)
-        return meshes.whole_over_tensor(axes) if whole else axes
+        return meshes.replicated_over_tensor(axes) if replicate else axes
 
     def bind(self, params: Params) -> Any:
         """The NNX module with these parameters."""
@@ -94,14 +94,14 @@ class LanguageModel(Network):
     Attributes:
       config: what the model is.
       logits_size: V of the logits where it is not the model's own, see `fitted`.
-      reads_prompt_apart: of an encoder-decoder.
+      is_encoder_decoder: of an encoder-decoder.
       needs_target: whether it runs on another model's parameters beside its own, see `joined`.
       predicts: what `head` gives of each hidden state, one after another: of the token so many places behind the next
         one, with the weight of its loss. Anything but the next token alone is learned, not written with.
     """
 
     logits_size: int | None = dataclasses.field(default=None, kw_only=True)
-    reads_prompt_apart: ClassVar[bool] = False
+    is_encoder_decoder: ClassVar[bool] = False
     needs_target: ClassVar[bool] = False
     predicts: ClassVar[tuple[tuple[int, float], ...]] = NEXT
 
@@ -114,7 +114,7 @@ class LanguageModel(Network):
         """V of the logits."""
         return self.logits_size or self.config.vocab_size
 
-    def fitted(self, vocab_size: int) -> "LanguageModel":
+    def with_vocab_size(self, vocab_size: int) -> "LanguageModel":
         """This model, with the same parameters, as a law over the first `vocab_size` ids.
 
         Models with one tokenizer may pad their embeddings to different sizes. To draft for a model, another has to
@@ -146,10 +146,10 @@ class LanguageModel(Network):
         return list(prompt)
 
     def text_slots(self, prompt_slots: int) -> int:
-        """Columns of `open_texts` for so many columns of prompts."""
+        """Columns of `start_texts` for so many columns of prompts."""
         return prompt_slots
 
-    def open_texts(
+    def start_texts(
         self, prompts: Int[Array, "B P"], lengths: Int[Array, "B"]
     ) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
         """`opening` of a batch: right-padded tokens and their lengths."""

@@ -94,7 +94,7 @@ class MedusaHeads(Network):
         params = self.init(key)
         if self.config.own_head:
             unit = jnp.eye(self.config.target.width, dtype=jnp.float32)[None]
-            kernel = target.fitted(self.config.target.vocab_size).unembed(target_params, unit)[0]
+            kernel = target.with_vocab_size(self.config.target.vocab_size).unembed(target_params, unit)[0]
             kernel = kernel.astype(dtype_named(self.config.target.param_dtype))
             params = {"heads": {k: {**head, "unembedding": {"kernel": kernel}} for k, head in params["heads"].items()}}
         return params

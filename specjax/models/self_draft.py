@@ -53,8 +53,8 @@ class SelfDraft(LanguageModel):
     def abstract_params(self) -> Params:
         return self.adapter.abstract_params()
 
-    def axes(self, *, whole: bool = False) -> Params:
-        return self.adapter.axes(whole=whole)
+    def axes(self, *, replicate: bool = False) -> Params:
+        return self.adapter.axes(replicate=replicate)
 
     def joined(self, params: Params, target_params: Params) -> Params:
         return {"adapter": params, "target": target_params}

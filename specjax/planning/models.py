@@ -20,18 +20,18 @@ from specjax.runtime.mesh import AnyMesh
 _STAGE = "stage:"
 
 
-def placed(model: Network, mesh: AnyMesh, *, whole: bool = False) -> Params:
+def placed(model: Network, mesh: AnyMesh, *, replicate: bool = False) -> Params:
     """The parameters as shapes, laid out as the rules say. Raises UserError for what does not divide.
 
     Args:
-      whole: every device of the tensor axis holds all of it.
+      replicate: every device of the tensor axis holds all of it.
     """
     shapes = model.abstract_params()
-    return meshes.abstract(shapes, meshes.shardings(model.axes(whole=whole), mesh, shapes=shapes))
+    return meshes.abstract(shapes, meshes.shardings(model.axes(replicate=replicate), mesh, shapes=shapes))
 
 
 @dataclasses.dataclass
-class Shelf:
+class ModelCatalog:
     """Models by what a config calls them: directories, and "stage:NAME" of stages described before.
 
     Attributes:
@@ -86,12 +86,12 @@ class Shelf:
             raise UserError(f'"{name}" is of no stage that is planned before this one{nearest(stage, self.made)}')
         return self.made[stage]
 
-    def loaded(self, name: str, config: Any, mesh: AnyMesh, *, whole: bool = False) -> hub_model.Model:
+    def loaded(self, name: str, config: Any, mesh: AnyMesh, *, replicate: bool = False) -> hub_model.Model:
         """A model as an evaluation holds it, its parameters laid out on the mesh."""
         model = self.model(name, config.param_dtype, config.compute_dtype)
-        if not whole:
+        if not replicate:
             model.check_split(mesh)
-        return hub_model.Model(model, placed(model, mesh, whole=whole), None, mesh)
+        return hub_model.Model(model, placed(model, mesh, replicate=replicate), None, mesh)
 
     def attached(self, name: str, target: hub_model.Model) -> hub_adapter.LoadedAdapter:
         """An adapter as an evaluation holds it."""
@@ -99,7 +99,7 @@ class Shelf:
         return hub_adapter.LoadedAdapter(adapter, placed(adapter, target.mesh), "")
 
 
-def whole(tree: Any, mesh: AnyMesh) -> Any:
+def replicated(tree: Any, mesh: AnyMesh) -> Any:
     """Shapes of which every device has a whole copy."""
     everywhere = jax.NamedSharding(mesh, jax.P())
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), tree)

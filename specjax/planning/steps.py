@@ -16,7 +16,7 @@ from specjax.evaluation import cases
 from specjax.models import kv_cache
 from specjax.models.language_model import LanguageModel, Network
 from specjax.planning import hlo
-from specjax.planning.models import Shelf, placed, rows, whole
+from specjax.planning.models import ModelCatalog, placed, replicated, rows
 from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError
 from specjax.runtime.mesh import AnyMesh
@@ -84,7 +84,7 @@ class Training:
     def prompt_slots(self) -> int:
         """The most tokens of a prompt that is continued in training: of any task, as far as the config says."""
         data = self.config.data
-        return data.sequence_length - 1 if self.draft.reads_prompt_apart else data.prompt_length_max
+        return data.sequence_length - 1 if self.draft.is_encoder_decoder else data.prompt_length_max
 
     @functools.cached_property
     def resident(self) -> dict[str, int]:
@@ -95,7 +95,7 @@ class Training:
         return found
 
 
-def training(config: Any, shelf: Shelf, mesh: AnyMesh) -> Training:
+def training(config: Any, shelf: ModelCatalog, mesh: AnyMesh) -> Training:
     """Describes a training stage on a mesh.
 
     Raises:
@@ -103,18 +103,18 @@ def training(config: Any, shelf: Shelf, mesh: AnyMesh) -> Training:
     """
     config = recipes.expand(config)
     draft, target = shelf.trained(config)
-    for model in (None if config.model.whole else draft, target):
+    for model in (None if config.model.replicate else draft, target):
         if model is not None:
             model.check_split(mesh)
     params = draft.abstract_params()
     optimizer = update.make_optimizer(config.optimizer, config.train.steps)
-    state = update.abstract_state(params, draft.axes(whole=config.model.whole), optimizer, mesh)
+    state = update.abstract_state(params, draft.axes(replicate=config.model.replicate), optimizer, mesh)
     teacher = None if target is None else placed(target, mesh)
     where = jax.tree.map(lambda x: x.sharding, state)
     steps = make_steps(config, draft, target, _EOS, optimizer, where, mesh)
     found = Training(config, draft, target, mesh, state, teacher, steps)
     longest = found.prompt_slots
-    material = trainer.Material(draft, state.params, target, teacher, iter(()), (), _EOS, longest)
+    material = trainer.TrainingInputs(draft, state.params, target, teacher, iter(()), (), _EOS, longest)
     settings.check(config, material)
     return found
 
@@ -142,7 +142,7 @@ def training_steps(stage: Training) -> Iterator[Step]:
             weights=weights,
         )
     text = {name: rows(mesh, rows_) for name in update.BATCH_AXES} | {"tokens": rows(mesh, rows_, width)}
-    if stage.draft.reads_prompt_apart:
+    if stage.draft.is_encoder_decoder:
         text["sources"] = rows(mesh, rows_, stage.prompt_slots)
     teacher = stage.teacher if stage.steps.needs_teacher else None
     yield Step(
@@ -183,7 +183,7 @@ class Decoding:
     @functools.cached_property
     def draft_params(self) -> Any:
         """The draft's own, or None."""
-        return None if self.draft is None else placed(self.draft, self.mesh, whole=self.plan.whole_draft)
+        return None if self.draft is None else placed(self.draft, self.mesh, replicate=self.plan.replicate_draft)
 
     @property
     def _arguments(self) -> tuple:
@@ -220,8 +220,8 @@ class Decoding:
 
     def lower_loop(self) -> Lowered:
         """What `loop.run` compiles."""
-        limits = loop.Limits(rows(self.mesh, self.batch), whole(jax.ShapeDtypeStruct((1,), jnp.int32), self.mesh))
-        sampling = whole(jax.eval_shape(lambda: self.sampling), self.mesh)
+        limits = loop.Limits(rows(self.mesh, self.batch), replicated(jax.ShapeDtypeStruct((1,), jnp.int32), self.mesh))
+        sampling = replicated(jax.eval_shape(lambda: self.sampling), self.mesh)
         return loop.run.lower(self.plan, self.params, self.draft_params, self._state, sampling, limits)
 
     @functools.cached_property
@@ -233,7 +233,7 @@ class Decoding:
         """The same on another mesh. Raises UserError for what does not divide over it."""
         on = lambda model, **how: 0 if model is None else meshes.local_bytes(placed(model, mesh, **how))
         return {
-            "parameters": on(self.draft, whole=self.plan.whole_draft),
+            "parameters": on(self.draft, replicate=self.plan.replicate_draft),
             "target parameters": on(self.plan.target),
             "cache": meshes.local_bytes(self.caches_on(mesh)),
         }
@@ -245,7 +245,7 @@ def _caches_of(state: loop.DecodeState) -> tuple[list[Any], ...]:
     return slots(state.target_cache), slots(state.drafter_state)
 
 
-def decodings(config: Any, shelf: Shelf, mesh: AnyMesh) -> Iterator[Decoding]:
+def decodings(config: Any, shelf: ModelCatalog, mesh: AnyMesh) -> Iterator[Decoding]:
     """Each drafter of an evaluation at its largest gamma, at every batch size, at the highest temperature.
 
     Prompts are taken to be as long as `selection.length_max`, as far as the positions reach.

@@ -77,20 +77,20 @@ def make_mesh(config: Any) -> jax.sharding.Mesh:
 def lay_out(sizes: tuple[int, int, int], devices: Sequence[Any], slices: int) -> np.ndarray:
     """Devices of several slices in the shape of a mesh. Raises UserError where slices do not divide it."""
     between = over_slices(sizes, slices)
-    within = tuple(size // ways for size, ways in zip(sizes, between, strict=True))
+    within = tuple(size // num_shards for size, num_shards in zip(sizes, between, strict=True))
     return mesh_utils.create_hybrid_device_mesh(within, between, devices)
 
 
 def over_slices(sizes: tuple[int, int, int], slices: int) -> tuple[int, int, int]:
     """Into how many parts each axis is cut by the slices. Raises UserError where the slices do not divide them."""
     data, fsdp, _ = sizes
-    ways = math.gcd(data, slices), slices // math.gcd(data, slices)
-    if fsdp % ways[1]:
+    num_shards = math.gcd(data, slices), slices // math.gcd(data, slices)
+    if fsdp % num_shards[1]:
         raise UserError(
             f"the devices are in {slices} slices, over which mesh.data {data} and mesh.fsdp {fsdp} do not divide; "
             f"let mesh.data be a multiple of {slices} (mesh.tensor stays within a slice: the network between is slow)"
         )
-    return (*ways, 1)
+    return (*num_shards, 1)
 
 
 def use(mesh: jax.sharding.Mesh):
@@ -150,7 +150,7 @@ def shard(tree: Any, axes_tree: Any, mesh: jax.sharding.Mesh) -> Any:
 
 def pin_last(x: jax.Array, name: str) -> jax.Array:
     """As `constrain`, of the last axis alone, and only where it divides; how the others lie is left to the compiler."""
-    if not splits(name) or x.shape[-1] % ways(name):
+    if not splits(name) or x.shape[-1] % num_shards(name):
         return x
     return jax.lax.with_sharding_constraint(x, jax.P(*[jax.P.UNCONSTRAINED] * (x.ndim - 1), RULES[name]))
 
@@ -161,17 +161,17 @@ def pin_rows(x: jax.Array) -> jax.Array:
     Without it the compiler keeps weights that are spread over `fsdp` where they are, and sends every row to all of
     them: what a chip sends and holds would grow with the number of chips.
     """
-    if not splits("batch") or x.shape[0] % ways("batch"):
+    if not splits("batch") or x.shape[0] % num_shards("batch"):
         return x
     return jax.lax.with_sharding_constraint(x, jax.P(RULES["batch"], *[None] * (x.ndim - 1)))
 
 
 def splits(name: str) -> bool:
     """Inside jit, under `use`: whether this logical axis is spread over devices."""
-    return ways(name) > 1
+    return num_shards(name) > 1
 
 
-def ways(name: str) -> int:
+def num_shards(name: str) -> int:
     """Inside jit, under `use`: over how many devices this logical axis is spread; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES[name] or ())
@@ -223,7 +223,7 @@ def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(axes))
 
 
-def whole_over_tensor(axes_tree: Any) -> Any:
+def replicated_over_tensor(axes_tree: Any) -> Any:
     """The tree of logical names without those that are split over the tensor axis."""
     kept = lambda name: None if name is not None and "tensor" in (RULES[name] or ()) else name
     return jax.tree.map(lambda axes: tuple(map(kept, axes)), axes_tree, is_leaf=_is_axes)
@@ -241,13 +241,13 @@ def check_divisible(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh_s
         raise ValueError(f"An array of shape {tuple(shape)} has {len(shape)} axes, not {axes}.")
     for size, name in zip(shape, axes, strict=True):
         over = () if name is None else (RULES[name] or ())
-        ways = math.prod(mesh_shape[axis] for axis in over)
-        if size % ways:
+        num_shards = math.prod(mesh_shape[axis] for axis in over)
+        if size % num_shards:
             divisors = ", ".join(str(d) for d in range(1, size + 1) if size % d == 0)
             product = " * ".join(f"mesh.{axis}" for axis in over)
             raise UserError(
-                f'axis "{name}" of size {size} does not split evenly over {product} = {ways}; '
-                f"let that be one of {divisors}, or the size a multiple of {ways}"
+                f'axis "{name}" of size {size} does not split evenly over {product} = {num_shards}; '
+                f"let that be one of {divisors}, or the size a multiple of {num_shards}"
             )
 
 

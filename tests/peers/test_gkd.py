@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from specjax.distillation import data_sources, objective
-from specjax.distillation.trainer import Material, Trainer
+from specjax.distillation.trainer import Trainer, TrainingInputs
 from specjax.hub.load import load
 from specjax.hub.save import save
 from specjax.hub.tokenizer import train_byte_bpe
@@ -181,7 +181,7 @@ class Ours:
         self.mesh = meshes.make_mesh(config.mesh)
         (target, target_params), (draft, params) = map(load, pair)
         placed = meshes.shard(target_params, target.axes(), self.mesh)
-        material = Material(draft, params, target, placed, iter(()), [], (), PROMPT)
+        material = TrainingInputs(draft, params, target, placed, iter(()), [], (), PROMPT)
         self.trainer = Trainer(config, workdir, material, self.mesh, min_seconds=0.0, evaluator=None)
         lengths = np.full(prompts.shape[1], PROMPT, np.int32)
         self.size = prompts.shape[1]

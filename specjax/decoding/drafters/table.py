@@ -25,7 +25,7 @@ def _adjusted(options: dict) -> bool:
 
 def _model(target: LanguageModel, gamma: int, options: dict) -> ModelDrafter:
     # Padded to other sizes, models of one tokenizer still make a pair: the draft speaks of the target's ids.
-    return ModelDrafter(options["model"].fitted(target.vocab_size), gamma, _stops(options))
+    return ModelDrafter(options["model"].with_vocab_size(target.vocab_size), gamma, _stops(options))
 
 
 def _ngram(target: LanguageModel, gamma: int, options: dict) -> NGramDrafter:

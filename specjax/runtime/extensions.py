@@ -1,0 +1,55 @@
+"""What a user adds without editing the package: objects named by their place in the user's own code."""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from specjax.runtime.errors import UserError, nearest
+
+
+def named(name: str, table: Mapping[str, Any], what: str) -> Any:
+    """The entry `name` of a table, or an object of the user's: "path/to/file.py:Name" or "package.module:Name".
+
+    Args:
+      name: a key of `table`, or the place of an object.
+      table: what specjax itself has under such names.
+      what: what is asked for, such as "drafter"; it appears in errors.
+
+    Raises:
+      UserError: if the name is neither, or the file, module or object does not exist.
+    """
+    place, colon, attribute = name.rpartition(":")
+    if not colon:
+        if name not in table:
+            raise UserError(f'there is no {what} "{name}"{nearest(name, table)}')
+        return table[name]
+    module = _module(place, what)
+    if not hasattr(module, attribute):
+        raise UserError(f'{place} has no {what} "{attribute}"{nearest(attribute, vars(module))}')
+    return getattr(module, attribute)
+
+
+def _module(place: str, what: str) -> Any:
+    """The module at a path or with an importable name; a file is executed once for each process."""
+    if not place.endswith(".py"):
+        try:
+            return importlib.import_module(place)
+        except ModuleNotFoundError as error:
+            raise UserError(f'the {what} is in module "{place}", which cannot be imported ({error})') from error
+    path = Path(place).resolve()
+    if not path.is_file():
+        raise UserError(f"the {what} is in {place}, and there is no such file")
+    module_name = f"specjax_extension_{path.stem}_{abs(hash(str(path))):x}"
+    if module_name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(module_name, path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[module_name]
+            raise
+    return sys.modules[module_name]
