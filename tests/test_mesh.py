@@ -183,7 +183,7 @@ def test_a_gather_of_the_vocabulary_would_be_seen():
 @pytest.mark.slow
 @pytest.mark.parametrize("replicate", [False, True])
 def test_caches_lie_where_the_rules_say(replicate):
-    """Those of a draft that is replicated on every device of the tensor axis have their rows split, and nothing else."""
+    """The caches of a replicated draft have their rows split and nothing else."""
     _, state = decode_step((2, 2, 2), "greedy", replicate)
     of_draft = jax.P(("data", "fsdp")) if replicate else meshes.spec(kv_cache.AXES)
     for cache, lies in ((state.target_cache, meshes.spec(kv_cache.AXES)), (state.drafter_state, of_draft)):
