@@ -56,8 +56,7 @@ def run(config: Any, workdir: str | Path) -> dict:
     best = max(rows, key=lambda row: row["predicted_speedup"])
     rows = [{**row, "chosen": row is best} for row in rows]
     path = Path(workdir) / "results.json"
-    records.write_results(path, binary="choose_layers", config=configs.to_plain(config), rows=rows)
-    return records.read_results(path)
+    return records.write_results(path, binary="choose_layers", config=configs.to_plain(config), rows=rows)
 
 
 def _texts(config: Any, target: hub_model.Model, sampling: Sampling):

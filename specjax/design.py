@@ -39,8 +39,7 @@ def run(config: Any, workdir: str | Path) -> dict:
 def finish(config: Any, workdir: str | Path, rows: list[dict]) -> dict:
     """Writes the rows to results.json and prints their tables; returns the content of the file."""
     path = Path(workdir) / "results.json"
-    records.write_results(path, binary="design", config=configs.to_plain(config), rows=rows)
-    results = records.read_results(path)
+    results = records.write_results(path, binary="design", config=configs.to_plain(config), rows=rows)
     print(row_tables.terminal(results["rows"]), flush=True)
     return results
 

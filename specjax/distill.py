@@ -71,8 +71,7 @@ def run(config: Any, workdir: str | Path) -> dict:
     _export(workdir / "export", material, processes.fetch_to_first(outcome.params), tokenizer)
     path = workdir / "results.json"
     rows = [_row(config, material.draft, outcome)]
-    records.write_results(path, binary="distill", config=configs.to_plain(config), rows=rows)
-    return records.read_results(path)
+    return records.write_results(path, binary="distill", config=configs.to_plain(config), rows=rows)
 
 
 def _export(directory: Path, material: TrainingInputs, params: Params, tokenizer: Tokenizer) -> None:

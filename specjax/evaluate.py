@@ -56,16 +56,14 @@ def run(config: Any, workdir: str | Path) -> dict:
         counts.update({(setting, *case): c for case, c in group_counts.items()})
         samples += group_samples
     comparisons = metrics.comparisons(config.compare, counts, config.seed)
-    path = workdir / "results.json"
-    records.write_results(
-        path,
+    results = records.write_results(
+        workdir / "results.json",
         binary="evaluate",
         config=configs.to_plain(config),
         rows=rows,
         comparisons=comparisons,
         samples=samples,
     )
-    results = records.read_results(path)
     if processes.first():
         print(tables.summary_table(results["rows"]))
         page.write_run(workdir, results, stages={})

@@ -83,8 +83,7 @@ def run(config: Any, workdir: str | Path) -> dict:
     if processes.first():
         print(_summary(row, printer.colours), file=sys.stderr)
     path = Path(workdir) / "results.json"
-    records.write_results(path, binary="generate", config=configs.to_plain(config), rows=[row])
-    return records.read_results(path)
+    return records.write_results(path, binary="generate", config=configs.to_plain(config), rows=[row])
 
 
 class _Printer:

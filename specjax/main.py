@@ -46,9 +46,11 @@ def run(config: ConfigDict, workdir: str | Path) -> dict:
         outcome = records.read_results(finished)
         rows += [{"stage": name, **row} for row in outcome["rows"]]
         comparisons += outcome.get("comparisons", [])
-    if not processes.from_first(results.exists()):
+    if processes.from_first(results.exists()):
+        record = records.read_results(results)
+    else:
         plain = configs.to_plain(config)
-        records.write_results(results, binary="main", config=plain, rows=rows, comparisons=comparisons)
+        record = records.write_results(results, binary="main", config=plain, rows=rows, comparisons=comparisons)
     if processes.first():
         if "report" in config:  # a module that writes a page of its own
             importlib.import_module(config.report).write_report(workdir, config)
@@ -56,7 +58,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict:
             from specjax.reporting import page
 
             page.write_run_report(workdir, config)
-    return records.read_results(results)
+    return record
 
 
 # Modules of this package with a `run(config, workdir)`; each imports what it needs only when it is run.

@@ -66,8 +66,7 @@ def run(config: Any, workdir: str | Path) -> dict:
         cases = make_cases(job, setting)
         rows += _rows(job, setting, cases, questions, _answers(job, setting, cases, questions))
     path = workdir / "results.json"
-    records.write_results(path, binary="spec_bench", config=configs.to_plain(config), rows=rows)
-    results = records.read_results(path)
+    results = records.write_results(path, binary="spec_bench", config=configs.to_plain(config), rows=rows)
     if processes.first():
         print(tables.summary_table([row for row in rows if row["subtask"] == OVERALL]))
         spec_bench_page.write(workdir, results)

@@ -56,8 +56,7 @@ def run(config: Any, workdir: str | Path) -> dict:
         measured = writer.measure()
     row = {**_settings(config), **_written(cached_text.load(directory)), **measured}
     path = workdir / "results.json"
-    records.write_results(path, binary="target_text", config=configs.to_plain(config), rows=[row])
-    return records.read_results(path)
+    return records.write_results(path, binary="target_text", config=configs.to_plain(config), rows=[row])
 
 
 def _settings(config: Any) -> dict:

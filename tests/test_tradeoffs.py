@@ -20,7 +20,7 @@ from specjax.runtime import process_memory
 from specjax.runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-ENVIRONMENT = {"jax": "0.1", "device_kind": "cpu", "git_commit": "0123456789abcdef"}
+ENVIRONMENT = {"jax": "0.1", "python": "3.12", "device_kind": "cpu", "git_commit": "0123456789abcdef"}
 
 
 @pytest.mark.parametrize(

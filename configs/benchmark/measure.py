@@ -51,8 +51,7 @@ def run(config: Any, workdir: str | Path) -> dict:
             print(f"\n{tables.heading(name)}\n{tables.aligned_table(measured, columns)}", flush=True)
             rows += measured
     path = Path(workdir) / "results.json"
-    records.write_results(path, binary="benchmark", config=configs.to_plain(config), rows=rows)
-    return records.read_results(path)
+    return records.write_results(path, binary="benchmark", config=configs.to_plain(config), rows=rows)
 
 
 def plain_decoding(config: Any) -> list[dict]:

@@ -13,6 +13,7 @@ from typing import Any
 from configs.distillspec import heatmaps
 from configs.distillspec.tradeoffs import Estimate
 from specjax.reporting import page, tables
+from specjax.reporting.records import provenance
 
 TEXTS = ("fixed", "draft", "target", "mixed")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "total_variation")
@@ -82,16 +83,12 @@ def table(record: Mapping) -> str:
     if written:
         columns = ["stage", "batch_size", "rows", "tokens", "plain_tokens_per_second", "drafted_tokens_per_second"]
         parts.append(tables.markdown_table(written, [*columns, "speedup", "block_efficiency", "same_text"]))
-    made = record["environment"]
     falls = [100 * row["last_quarter_improvement"] for row in record["rows"] if _is_undistilled(row)]
     if falls:
         told = ", ".join(f"{fall:.2f}%" for fall in falls)
         parts.append(f"The undistilled drafts' validation loss fell by {told} over the last quarter of their steps.")
     finished, stages = len({row["stage"] for row in record["rows"]}), len(record["config"]["stages"])
-    parts.append(
-        f"{finished} of {stages} stages finished; jax {made['jax']}, Python {made['python']}, {made['device_kind']}, "
-        f"commit {made['git_commit'][:12]}"
-    )
+    parts.append(f"{finished} of {stages} stages finished; {provenance(record)}")
     return "\n\n".join(parts)
 
 

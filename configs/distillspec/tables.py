@@ -14,6 +14,7 @@ from configs.distillspec.tradeoffs import (
     pareto_front,
 )
 from specjax.reporting import tables
+from specjax.reporting.records import provenance
 
 
 def lossy_points(record: Mapping) -> list[dict]:
@@ -94,13 +95,13 @@ def lossy(record: Mapping) -> str:
 
 def source(record: Mapping) -> str:
     """What the numbers are made of, for below a table."""
-    made, rows = record["environment"], record["rows"]
+    rows = record["rows"]
     judged = next(row for row in rows if row["stage"] == "quality")
     seeds = ", ".join(str(seed) for seed in sorted({row["run_seed"] for row in rows}))
     return (
         f"Quality is {main_metric(rows)} on {judged['prompts']} prompts of `{judged['task']}` a seed; "
         f"seeds {seeds}; ± is half a 95% interval by Student's t over seeds. "
-        f"jax {made['jax']}, {made['device_kind']}, commit {made['git_commit'][:12]}."
+        f"{provenance(record)}."
     )
 
 
@@ -212,10 +213,9 @@ def distillation_memory(record: Mapping) -> str:
     for way in ("chunked", "whole"):
         columns |= {f"{way}_{name}_megabytes": f"{way}, {name.replace('_', ' ')}" for name in _ACCOUNTS}
     rows, config = record["rows"], record["config"]
-    made = record["environment"]
     run = (
         f"{rows[0]['positions']} positions, chunks of {rows[0]['chunk']}; a draft {config['models']['draft']['width']} "
-        f"wide; {made['device_kind']}, jax {made['jax']}, commit {made['git_commit'][:12]}"
+        f"wide; {provenance(record)}"
     )
     return f"{tables.markdown_table(rows, columns)}\n\n{run}"
 

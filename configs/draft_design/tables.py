@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
-from specjax.reporting import tables
+from specjax.reporting import records, tables
 from specjax.reporting.row_tables import by_table, columns_of
 
 
@@ -11,9 +11,7 @@ def all_tables(record: Mapping) -> str:
     parts = []
     for name, rows in by_table(record["rows"]).items():
         parts.append(f"{tables.heading(name)}\n\n{tables.markdown_table(rows, columns_of(rows))}")
-    made = record["environment"]
-    source = f"jax {made['jax']}, Python {made['python']}, {made['device_kind']}, commit {made['git_commit'][:12]}"
-    return "\n\n".join([*parts, source])
+    return "\n\n".join([*parts, records.provenance(record)])
 
 
 def pruning(record: Mapping) -> str:

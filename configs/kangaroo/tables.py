@@ -8,6 +8,7 @@ from typing import Any
 
 from configs.distillspec.tradeoffs import Estimate
 from specjax.reporting import tables
+from specjax.reporting.records import provenance
 from specjax.reporting.spec_bench_page import OVERALL
 
 _STEPS = ("draft_step_seconds", "target_step_seconds", "verify_seconds", "rule_seconds")
@@ -81,13 +82,7 @@ def main_table(record: Mapping) -> str:
         parts.append(
             tables.markdown_table(batches, (*columns, "tokens_per_second", "speedup", "identical_to_baseline"))
         )
-    return "\n\n".join([*parts, source(record)])
-
-
-def source(record: Mapping) -> str:
-    """What machine and commit a record came from."""
-    made = record["environment"]
-    return f"jax {made['jax']}, Python {made['python']}, {made['device_kind']}, commit {made['git_commit'][:12]}"
+    return "\n\n".join([*parts, provenance(record)])
 
 
 def _millions(count: int | None) -> str | None:
@@ -212,7 +207,7 @@ def ablations(record: Mapping) -> str:
         ("grid", "Confidence of accepted and refused tokens", _confidence),
     )
     told = [f"{title}\n\n{write(record)}" for stage, title, write in parts if rows_of(record, stage)]
-    return "\n\n".join([*told, source(record)])
+    return "\n\n".join([*told, provenance(record)])
 
 
 def recipe_values(record: Mapping) -> dict[tuple[str, float], dict[int, Mapping]]:
@@ -255,7 +250,7 @@ def recipes(record: Mapping) -> str:
                 "seeds": str(len(rows)),
             }
         )
-    return "\n\n".join([tables.markdown_table(lines, list(lines[0])), source(record)])
+    return "\n\n".join([tables.markdown_table(lines, list(lines[0])), provenance(record)])
 
 
 def spec_bench(record: Mapping) -> str:
@@ -276,7 +271,7 @@ def spec_bench(record: Mapping) -> str:
 
 
 def _spec_bench_record(record: Mapping) -> str:
-    return f"{spec_bench(record)}\n\n{source(record)}"
+    return f"{spec_bench(record)}\n\n{provenance(record)}"
 
 
 # The name of a record and of its table -> what writes the table; joined into `sync.TABLES`.

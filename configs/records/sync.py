@@ -36,9 +36,7 @@ def quickstart(record: Mapping) -> str:
     if record.get("comparisons"):
         compared = [_comparison(row) for row in record["comparisons"]]
         parts.append(tables.markdown_table(compared, list(compared[0])))
-    made = record["environment"]
-    source = f"jax {made['jax']}, Python {made['python']}, {made['device_kind']}, commit {made['git_commit'][:12]}"
-    return "\n\n".join([*parts, source])
+    return "\n\n".join([*parts, records.provenance(record)])
 
 
 def _comparison(row: Mapping) -> dict:

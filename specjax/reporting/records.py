@@ -21,6 +21,12 @@ SCHEMA = 1
 REQUIRED_KEYS = ("schema", "binary", "config", "environment", "rows")
 
 
+def provenance(record: Mapping) -> str:
+    """Versions, device and commit of a record in one line, for below its table."""
+    made = record["environment"]
+    return f"jax {made['jax']}, Python {made['python']}, {made['device_kind']}, commit {made['git_commit'][:12]}"
+
+
 def environment(seed: int) -> dict:
     """Where numbers come from. The commit of a checkout with uncommitted changes ends in `-dirty`."""
     import jax
@@ -40,22 +46,22 @@ def environment(seed: int) -> dict:
     }
 
 
-def write_results(path: str | Path, *, binary: str, config: Mapping, rows: Sequence[Mapping], **extra: Any) -> None:
-    """Writes results.json at once: a reader sees the old file or the whole new one.
+def write_results(path: str | Path, *, binary: str, config: Mapping, rows: Sequence[Mapping], **extra: Any) -> dict:
+    """Writes results.json atomically and returns the record in JSON's types, as `read_results` would.
 
-    `extra` adds top-level keys. The environment is looked up here, with the config's seed, unless given in
-    `extra`. Of several processes, which all come here, the first writes, and the others wait until it has.
+    With several processes all call this: the first writes and the others wait for it. Each returns its own record,
+    which differs from the file only in seconds measured by its own clock.
+
+    Args:
+      extra: more top-level keys; "environment" replaces that of this process with the config's seed.
     """
-    if processes.first():
-        _write_results(Path(path), binary, config, rows, extra)
-    processes.meet(f"results of {binary}")
-
-
-def _write_results(path: Path, binary: str, config: Mapping, rows: Sequence[Mapping], extra: dict) -> None:
     if "environment" not in extra:
         extra["environment"] = environment(config["seed"])
-    record = {"schema": SCHEMA, "binary": binary, "config": config, **extra, "rows": rows}
-    write_atomically(path, json.dumps(json_clean(record), indent=1, allow_nan=False) + "\n")
+    record = json_clean({"schema": SCHEMA, "binary": binary, "config": config, **extra, "rows": rows})
+    if processes.first():
+        write_atomically(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
+    processes.meet(f"results of {binary}")
+    return record
 
 
 def read_results(path: str | Path) -> dict:
