@@ -254,3 +254,19 @@ def test_a_workdir_of_another_config_is_refused_and_left_alone(tmp_path, capsys)
     assert "supervised.train.steps: 4 -> 5" in line and "choose another --workdir" in line
     assert (workdir / "config.json").read_bytes() == before
     assert [path.name for path in workdir.iterdir()] == ["config.json"]
+
+
+def test_an_old_key_is_refused_with_its_new_name(home, tmp_path, capsys):
+    command = [f"--config={home}/training.py", f"--workdir={tmp_path}/run", "--config.model.whole=True"]
+    assert cli.launch(distill.run, "specjax.distill", command) == 2
+    assert "config.model.whole is an old name; it is now model.replicate" in capsys.readouterr().err
+    old = tmp_path / "old.py"
+    old.write_text("""
+from ml_collections import ConfigDict
+
+def get_config():
+    return ConfigDict({"evaluation": {"drafters": {"small": {"whole": True}}}})
+""")
+    assert cli.launch(evaluate.run, "specjax.evaluate", [f"--config={old}", f"--workdir={tmp_path}/run"]) == 2
+    assert "config.evaluation.drafters.small.whole is an old name" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -117,6 +117,7 @@ def parse(argv: Sequence[str], *, needs_workdir: bool = True) -> tuple[ConfigDic
 
 
 def _override(config: ConfigDict, key: str, text: str) -> None:
+    configs.refuse_renamed(key)
     holder, old = config, config
     for name in key.split("."):
         if not isinstance(old, ConfigDict):

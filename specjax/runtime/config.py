@@ -17,8 +17,13 @@ from specjax.runtime.errors import UserError, nearest
 _PACKAGE = "configs"
 # "stage:NAME" is what stage NAME exported, "workdir:NAME" the folder it ran in.
 _REFERENCES = {"stage": "export", "workdir": ""}
-# "required:KEY:WHAT" stands where only the command line can say a value: that of KEY.
+# The value "required:KEY:WHAT" of a config must be replaced on the command line, by --config.KEY=...
 _REQUIRED = "required:"
+# Keys of earlier versions -> what replaces them. A pattern matches the end of a key's path; "*" is any one name.
+RENAMED = {
+    "model.whole": "model.replicate",
+    "drafters.*.whole": "drafters.*.replicate",
+}
 
 
 def load(path_and_variant: str) -> ConfigDict:
@@ -41,9 +46,22 @@ def load(path_and_variant: str) -> ConfigDict:
     if colon and not module.get_config.__code__.co_argcount:
         raise UserError(f'{name} has no variants; leave out ":{variant}"')
     try:
-        return module.get_config(variant) if colon else module.get_config()
+        config = module.get_config(variant) if colon else module.get_config()
     except ValueError as error:  # how a config refuses a variant that it does not have
         raise UserError(f"{path_and_variant}: {error}") from error
+    for key, _ in _leaves(to_plain(config)):
+        refuse_renamed(key)
+    return config
+
+
+def refuse_renamed(key: str) -> None:
+    """Raises UserError with the new name if `key`, a path such as "drafters.small.whole", is of an earlier version."""
+    names = key.split(".")
+    for pattern, replacement in RENAMED.items():
+        parts = pattern.split(".")
+        end = names[-len(parts) :]
+        if len(end) == len(parts) and all(part in ("*", name) for part, name in zip(parts, end, strict=True)):
+            raise UserError(f"config.{key} is an old name; it is now {replacement}")
 
 
 def _executed(path: Path) -> types.ModuleType:
