@@ -11,11 +11,18 @@ WORKERS ?= auto
 # Comparisons of speed, for which nothing else may run.
 TIMED := tests/peers/test_speed.py tests/peers/test_gkd.py
 
-.PHONY: quickstart test test-all test-peers check tables
+# What `make smoke` runs: acceptance rules, sampling, divergences, and the decoding loop with its exactness.
+CORE := $(addprefix tests/test_,rules.py sampling.py divergences.py loop.py exactness.py)
+
+.PHONY: quickstart smoke test test-all test-peers check tables
 .DEFAULT_GOAL := test
 
 quickstart: $(VENV)/.installed
 	$(RUN) -m specjax.main --config=configs/quickstart.py --workdir=runs/quickstart
+
+# 45 seconds on 2 cores.
+smoke: $(VENV)/.installed-dev
+	$(PYTEST) -n $(WORKERS) -m "not slow and not peers" $(CORE)
 
 test: $(VENV)/.installed-dev
 	$(PYTEST) -n $(WORKERS) -m "not slow and not peers"

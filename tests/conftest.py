@@ -1,4 +1,4 @@
-"""Settings of every test, made before JAX starts: eight virtual CPU devices, strict promotions, shared programs."""
+"""Settings of every test, made before JAX starts: eight virtual CPU devices, strict promotion, one program cache."""
 
 import atexit
 import os
@@ -10,8 +10,8 @@ import flags
 # Before the first array: read when the backend starts.
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), flags.DEVICES, flags.THREADS, flags.QUICK]).strip()
 
-# What one file has compiled, in whichever worker, the others read: a fifth of the processor's time. It goes with the
-# run; the process that is first here hands it to its workers.
+# All workers share one compilation cache, which saves a fifth of the processor's time. It is deleted after the run. The
+# first process makes it and its workers inherit the variable.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="specjax-tests-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
@@ -24,35 +24,46 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-# Files of which each test is a run by itself, of up to a minute and a half: whichever worker is free takes the next
-# one. The tests of any other file share what they have made, and stay together.
-APART = ("test_smoke.py", "test_notebook.py")
+# The longest files run first, so that no worker is left alone with one at the end.
+LONGEST = ("test_smoke", "test_notebook", "test_exactness", "test_trainer", "test_plan", "test_loop")
+
+# Each test of these files is a run of its own, up to a minute and a half long: any free worker takes the next one. The
+# tests of every other file share fixtures, so they stay on one worker.
+SPREAD = ("test_smoke.py", "test_notebook.py")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Move the longest files to the front."""
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
 @pytest.hookimpl(wrapper=True, optionalhook=True)  # absent with -p no:xdist
 def pytest_xdist_auto_num_workers(config):
-    """One more than cores, as tests of several processes, of signals and of lost hosts are waiting for long."""
+    """One worker more than cores: tests of several processes, of signals and of lost hosts mostly wait."""
     return (yield) + 1
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Ours rather than --dist loadgroup, of which pytest 9.2 leaves no group together."""
+    """Keep a file on one worker, in our order. (--dist loadgroup splits groups under pytest 9.2.)"""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             file = nodeid.split("::", 1)[0]
-            return nodeid if file.endswith(APART) else file
+            return nodeid if file.endswith(SPREAD) else file
 
+    config.option.loadscopereorder = False  # by number of tests, which says little about time
     return ByFile(config, log)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def one_worker(request, tmp_path_factory):
-    """Of a file: a later pytest or xdist may leave our scheduler unused, and only the time would tell."""
+    """Check that one worker runs all of a file: a later pytest or xdist might ignore our scheduler unnoticed."""
     worker = os.environ.get("PYTEST_XDIST_WORKER")
-    if worker is None or request.path.name in APART:
+    if worker is None or request.path.name in SPREAD:
         return
     note = tmp_path_factory.getbasetemp().parent / f"{request.path.stem}.worker"  # in the folder of all workers
     if note.exists():
@@ -62,14 +73,14 @@ def one_worker(request, tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="module")
 def compiled_programs():
-    """Let go of after each file, which are some hundred: kept, a worker grows to several gigabytes."""
+    """Drop compiled programs after each file; otherwise a worker grows to several gigabytes over some hundred files."""
     yield
     jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)
 def dtype_promotion(request):
-    """Strict, but for tests that run code of optax, which is not written for it."""
+    """Strict promotion, except in tests that run optax, which raises under it."""
     if request.node.get_closest_marker("standard_promotion"):
         yield
         return
