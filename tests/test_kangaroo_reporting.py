@@ -3,7 +3,7 @@
 import pytest
 
 from configs.kangaroo import claims as kangaroo_claims
-from configs.kangaroo import figures as kangaroo_figures
+from configs.kangaroo import page as kangaroo_page
 from configs.kangaroo import tables as kangaroo_tables
 
 ENVIRONMENT = {"jax": "0.10.2", "python": "3.11.7", "device_kind": "cpu", "git_commit": "0123456789abcdef"}
@@ -158,14 +158,19 @@ def test_spec_bench_is_told_by_subtask_and_whole():
     assert "| ngram | 0 | 2 | 0.6 | 4 | 1.90 | 60 30 | 0.60 | 320 | 3.20 ± 0.10 | 4/4 |" in text
 
 
-def verdicts(**records):
-    return [line.split("|")[-2].strip() for line in kangaroo_claims.claims(records).splitlines()[2:]]
+def verdicts(half=0.01, **records):
+    """The verdicts on all claims, with intervals of this half width around every speed-up and compression rate."""
+    for row in (row for record in records.values() for row in record["rows"] if "drafter" in row):
+        for key in ("speedup", "block_efficiency"):
+            row[f"{key}_ci"] = [row[key] - half, row[key] + half]
+    return [claim.judged(records.get(claim.record))[1] for claim in kangaroo_claims.CLAIMS]
 
 
 def test_verdicts_follow_the_records():
     good = {"kangaroo": main_record(), "kangaroo_ablations": ablation_record(), "kangaroo_recipes": recipe_record()}
+    reproduced = ["reproduced"] * 2 + ["holds"] + ["reproduced"] * 6 + ["holds"]
     assert verdicts() == ["not measured yet"] * 11
-    assert verdicts(**good) == ["reproduced in shape"] * 10 + ["not measured yet"]
+    assert verdicts(**good) == [*reproduced, "not measured yet"]
     assert verdicts(kangaroo_spec_bench=spec_bench_record())[-1] == "not testable here"
     against = {
         "kangaroo": main_record(medusa=1.9, once=12.0),
@@ -173,7 +178,8 @@ def test_verdicts_follow_the_records():
         "kangaroo_recipes": recipe_record(gain=0.9),
     }
     found = verdicts(**against)
-    assert [place for place, verdict in enumerate(found) if verdict == "not reproduced"] == [1, 3, 4, 5, 9]
+    refuted = ("not reproduced", "does not hold")
+    assert [place for place, verdict in enumerate(found) if verdict in refuted] == [1, 3, 4, 5, 9]
     some = ablation_record()
     some["rows"] = [row for row in some["rows"] if row["stage"] == "exits"]  # as far as a run has come
     told = verdicts(kangaroo_ablations=some)
@@ -183,10 +189,23 @@ def test_verdicts_follow_the_records():
     assert deepest[4] == "not reproduced", "a peak at the end is none inside"
 
 
+def test_an_interval_that_decides_nothing_gives_no_verdict():
+    wide = {"kangaroo": main_record(), "kangaroo_ablations": ablation_record()}
+    assert [verdict == "not decided" for verdict in verdicts(half=1.0, **wide)[:8]] == [True] * 3 + [False] + [True] * 4
+    alone = {
+        "rows": [
+            row
+            for row in recipe_record()["rows"]
+            if row.get("stage", "").endswith("_0") or row.get("drafter", "").endswith("_0")
+        ]
+    }
+    assert verdicts(kangaroo_recipes=record(alone["rows"], {}))[9] == "not decided", "one seed has no interval"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "made"), [("kangaroo_ablations", ablation_record), ("kangaroo_spec_bench", spec_bench_record)]
 )
 def test_figures_are_drawn_for_light_and_dark_pages(tmp_path, name, made):
-    kangaroo_figures.FIGURES[name](made(), tmp_path / f"{name}.png")
+    kangaroo_page.FIGURES[name](made(), tmp_path / f"{name}.png")
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"{name}.dark.png", f"{name}.png"]

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from configs.records import sync
+from configs.benchmark import page as benchmark_page
 from specjax.reporting import metrics, page, panels, plots, records, tables
 from specjax.runtime.errors import UserError
 
@@ -329,7 +329,7 @@ def test_a_lossy_comparison_says_so():
     assert page.comparison_table([compared | {"lenience": 0.5}]).lines[0][2] == "lenient_linear 0.5, lossy"
     environment = {"jax": "0.1", "python": "3.12", "device_kind": "cpu", "git_commit": "0123456789abcdef"}
     record = {"rows": [result_row()], "comparisons": [compared | {"lenience": 0.5}], "environment": environment}
-    assert "| lenient_linear 0.5, lossy |" in sync.quickstart(record)
+    assert "| lenient_linear 0.5, lossy |" in benchmark_page.quickstart(record)
 
 
 def test_ties_are_shown_beside_what_is_identical():

@@ -8,13 +8,15 @@ import pytest
 import tiny
 
 from configs.distillspec import claims as distillspec_claims
-from configs.distillspec import figures as distillspec_figures
+from configs.distillspec import page as distillspec_page
 from configs.distillspec import tables as distillspec_tables
 from configs.distillspec import tradeoffs
-from configs.distillspec.tradeoffs import Estimate, Point, operating_point, pareto_front
+from configs.distillspec.tradeoffs import Point, operating_point, pareto_front
 from configs.records import condense, sync
 from specjax import api, evaluate
 from specjax.hub.tokenizer import train_byte_bpe
+from specjax.reporting import claims
+from specjax.reporting.estimates import Estimate
 from specjax.runtime import config as configs
 from specjax.runtime import process_memory
 from specjax.runtime.errors import UserError
@@ -103,10 +105,10 @@ def test_without_latencies_the_tables_say_what_any_machine_would():
 
 
 def test_the_claim_on_the_exponent_is_judged_by_the_operating_points():
-    exponent = next(claim for claim in distillspec_claims.CLAIMS if "p^ε" in claim.paper)
-    assert exponent.verdict(record(LOSSY)) == distillspec_claims.REPRODUCED
+    exponent = next(claim for claim in distillspec_claims.CLAIMS if "p^ε" in claim.says)
+    assert exponent.judged(record(LOSSY))[1] == claims.REPRODUCED
     other = [(*r[:2], 0.8, *r[3:]) if r[5:6] == ("lenient_linear",) else r for r in LOSSY]
-    assert exponent.verdict(record(other)) == distillspec_claims.NOT_REPRODUCED
+    assert exponent.judged(record(other))[1] == claims.NOT_REPRODUCED
     assert distillspec_tables.lossy_fronts(record(LOSSY)) == {"lenient_exp": 2, "lenient_linear": 1}
 
 
@@ -192,7 +194,7 @@ def test_a_drafters_own_target_is_decoded_beside_the_baseline_and_judged_on_the_
 @pytest.mark.parametrize(("name", "made"), [("lossy", lambda timed: record(LOSSY, timed)), ("garden", garden)])
 def test_every_figure_is_drawn_for_light_and_dark(tmp_path, name, made, timed):
     draw = made(timed=timed) if name == "garden" else made(timed)
-    distillspec_figures.FIGURES[name](draw, tmp_path / "figure.png")
+    distillspec_page.FIGURES[name](draw, tmp_path / "figure.png")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["figure.dark.png", "figure.png"]
 
 
@@ -209,11 +211,11 @@ def test_the_figure_of_a_committed_record_lies_beside_its_page(name):
 
 
 def test_claims_name_records_that_have_tables_and_stand_without_them():
-    page = distillspec_claims.claims({})
-    assert page.count(distillspec_claims.NOT_MEASURED) == len(distillspec_claims.CLAIMS)
-    assert {claim.record for claim in distillspec_claims.CLAIMS} <= set(sync.TABLES)
-    both = distillspec_claims.claims({"lossy": record(LOSSY), "garden": garden()})
-    assert both.count(f"| {distillspec_claims.REPRODUCED} |") == 3
+    table = claims.claims_table(distillspec_claims.CLAIMS, {})
+    assert table.count(claims.NOT_MEASURED) == len(distillspec_claims.CLAIMS)
+    assert {claim.record for listed in sync.CLAIMS.values() for claim in listed} <= set(sync.TABLES)
+    both = claims.claims_table(distillspec_claims.CLAIMS, {"lossy": record(LOSSY), "garden": garden()})
+    assert both.count(f"| {claims.REPRODUCED} |") == 3
 
 
 def run(workdir, seed, steps=5, rows=({"drafter": "d", "speedup": 2.0, "samples": "much"},)):

@@ -1,67 +1,61 @@
 """Figures of configs/distillspec/README.md, drawn from the committed records."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-from configs.distillspec.tables import garden_members
-from configs.distillspec.tradeoffs import Cell, Estimate, Point, cells, main_metric, pareto_front
+from configs.distillspec.tables import garden_members, lossy_groups
+from configs.distillspec.tradeoffs import Cell, main_metric, pareto_front
 from configs.records.marks import Mark, tradeoff_figure
+from specjax.reporting.estimates import Estimate
 
 
 def _edges(estimate: Estimate) -> tuple[float, float] | None:
     return None if estimate.half is None else (estimate.mean - estimate.half, estimate.mean + estimate.half)
 
 
-def _mark(cell: Cell, at: Estimate, hollow: bool = False) -> Mark:
-    return Mark(at.mean, _edges(at), cell.quality.mean, _edges(cell.quality), hollow)
+def _mark(cell: Cell, across: Estimate, hollow: bool = False) -> Mark:
+    return Mark(across.mean, _edges(across), cell.quality.mean, _edges(cell.quality), hollow)
 
 
 def lossy(record: Mapping, path: Path) -> None:
-    """Quality against block efficiency, and against latency where it was measured; a line each rule, by lenience.
+    """Quality against block efficiency, and against latency where it was measured; a line for each rule, by lenience.
 
-    A panel each temperature and draft; the exact rule is where every line begins.
+    A panel for each temperature and draft. Every line starts at the lossless rule.
     """
-    found = [cell for cell in cells(record) if cell.gamma]
     metric = main_metric(record["rows"]).replace("_", " ")
-    measures = {"block efficiency": lambda cell: cell.block_efficiency, "relative latency": lambda cell: cell.latency}
     panels, axes = {}, []
-    for measure, value in measures.items():
-        for temperature, drafter in dict.fromkeys((c.temperature, c.drafter) for c in found if c.lenience is not None):
-            mine = [cell for cell in found if (cell.temperature, cell.drafter) == (temperature, drafter)]
-            if any(value(cell) is None for cell in mine):
+    for measure, key in {"block efficiency": "block_efficiency", "relative latency": "latency"}.items():
+        for exact, cells in lossy_groups(record):
+            if any(getattr(cell, key) is None for cell in (exact, *cells)):
                 continue
-            exact = next(cell for cell in mine if cell.lenience is None)
-            rules = dict.fromkeys(cell.rule for cell in mine if cell.lenience is not None)
-            series = {}
-            for rule in rules:
-                line = sorted((c for c in mine if c.rule == rule), key=lambda cell: -cell.lenience)
-                series[f"{rule}, lossy"] = [_mark(cell, value(cell)) for cell in (exact, *line)]
-            panels[f"{drafter}, temperature {temperature:g}"[:60] + f": {measure}"] = series
+            series: dict[str, list[Mark]] = {}
+            for cell in sorted(cells, key=lambda cell: -cell.lenience):
+                line = series.setdefault(f"{cell.rule}, lossy", [_mark(exact, getattr(exact, key))])
+                line.append(_mark(cell, getattr(cell, key)))
+            title = f"{exact.drafter}, temperature {exact.temperature:g}"
+            # In the order of the record, so that every panel gives a rule the same colour.
+            panels[f"{title[:60]}: {measure}"] = {f"{c.rule}, lossy": series[f"{c.rule}, lossy"] for c in cells}
             axes.append((measure, metric))
     tradeoff_figure(panels, path, axes=axes)
 
 
 def garden(record: Mapping, path: Path) -> None:
-    """Quality against relative latency, a mark each model and way to decode it; a line through the Pareto front.
+    """Quality against relative latency, a mark for each model and way to decode it; a line through the Pareto front.
 
-    Where latency was not measured, quality against block efficiency, without a front.
+    If latency was not measured, quality against block efficiency, without a front.
     """
     members = garden_members(record)
-    timed = all(kept.cell.latency is not None for kept in members)
+    timed = all(member.cell.latency is not None for member in members)
     series: dict[str, list[Mark]] = {}
-    for kept in members:
-        across = kept.cell.latency if timed else kept.cell.block_efficiency
-        series.setdefault(kept.model, []).append(_mark(kept.cell, across, kept.decoded == "plain"))
-    points = [Point(kept.name, kept.cell.latency.mean, kept.cell.quality.mean) for kept in members if timed]
+    for member in members:
+        across = member.cell.latency if timed else member.cell.block_efficiency
+        series.setdefault(member.model, []).append(_mark(member.cell, across, member.decoded == "plain"))
+    front = pareto_front([member.point for member in members]) if timed else []
     name = "relative latency" if timed else "block efficiency"
     tradeoff_figure(
         {"Model garden": series},
         path,
         axes=[(f"{name} (hollow: decoded plainly)", main_metric(record["rows"]).replace("_", " "))],
         joined=False,
-        front=[(point.cost, point.quality) for point in pareto_front(points)],
+        front=[(point.cost, point.quality) for point in front],
     )
-
-
-# The name of a record -> what draws its figure.
-FIGURES: dict[str, Callable[[Mapping, Path], None]] = {"lossy": lossy, "garden": garden}

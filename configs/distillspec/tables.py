@@ -1,7 +1,8 @@
 """Tables of configs/distillspec/README.md: functions of the committed records, over their seeds."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import statistics
+from collections.abc import Callable, Iterator, Mapping
 
 from configs.distillspec.tradeoffs import (
     LOSS,
@@ -13,62 +14,72 @@ from configs.distillspec.tradeoffs import (
     operating_point,
     pareto_front,
 )
+from configs.records.rows import by_recipe, gains, markdown, trained
 from specjax.reporting import tables
 from specjax.reporting.records import provenance
 
+# The cost of a way to decode: target calls per token, which are the same on any machine, and relative latency.
+_COSTS: dict[str, Callable[[Cell], float | None]] = {
+    "target calls": lambda cell: 1 / cell.block_efficiency.mean,
+    "latency": lambda cell: None if cell.latency is None else cell.latency.mean,
+}
+
+
+def lossy_groups(record: Mapping) -> Iterator[tuple[Cell, list[Cell]]]:
+    """The lossless way to decode and the lossy ones, for each temperature and draft."""
+    groups: dict[tuple[float, str], list[Cell]] = {}
+    for cell in cells(record):
+        if cell.gamma:
+            groups.setdefault((cell.temperature, cell.drafter), []).append(cell)
+    for group in groups.values():
+        lossy_cells = [cell for cell in group if cell.lenience is not None]
+        if lossy_cells:
+            yield next(cell for cell in group if cell.lenience is None), lossy_cells
+
+
+def operating_cell(record: Mapping, lossy_cells: list[Cell], by: str) -> Cell | None:
+    """The cheapest of these lossy ways to decode by this cost whose quality is within LOSS of plain decoding's."""
+    by_label = {cell.label: cell for cell in lossy_cells}
+    points = [Point(label, _COSTS[by](cell), cell.quality.mean) for label, cell in by_label.items()]
+    best = operating_point(points, least_quality(cells(record), lossy_cells[0].temperature))
+    return None if best is None else by_label[best.name]
+
 
 def lossy_points(record: Mapping) -> list[dict]:
-    """A line for each temperature, draft and measure: the best lossy setting within LOSS, beside the exact rule.
-
-    Measures are block efficiency, which is the same on any machine, and latency, where it was measured.
-    """
-    found, lines = cells(record), []
-    groups = dict.fromkeys((c.temperature, c.drafter) for c in found if c.lenience is not None)
-    for temperature, drafter in groups:
-        mine = [cell for cell in found if (cell.temperature, cell.drafter) == (temperature, drafter) and cell.gamma]
-        for measure, cost in _MEASURES.items():
-            if any(cost(cell) is None for cell in mine):
+    """The operating point for each temperature, draft and measured cost, compared with the lossless rule."""
+    lines = []
+    for exact, lossy_cells in lossy_groups(record):
+        for by, cost in _COSTS.items():
+            if any(cost(cell) is None for cell in (exact, *lossy_cells)):
                 continue
-            exact = next(cell for cell in mine if cell.lenience is None)
-            by_label = {cell.label: cell for cell in mine if cell.lenience is not None}
-            points = [Point(label, cost(cell), cell.quality.mean) for label, cell in by_label.items()]
-            best = operating_point(points, least_quality(found, temperature))
-            line = {"temperature": temperature, "draft": drafter, "by": measure, "lossy rule": "none within the loss"}
+            line = {"temperature": exact.temperature, "draft": exact.drafter, "by": by}
+            line |= dict.fromkeys(("lossy rule", "quality", "lost", "against lossless"))
+            best = operating_cell(record, lossy_cells, by)
+            line["lossy rule"] = "none within the loss"
             if best is not None:
-                chosen = by_label[best.name]
-                line |= {
-                    "lossy rule": best.name,
-                    "quality": str(chosen.quality),
-                    "lost": str(chosen.lost),
-                    "against lossless": f"{100 * (best.cost / cost(exact) - 1):+.1f}%",
-                }
+                line |= {"lossy rule": best.label, "quality": str(best.quality), "lost": str(best.lost)}
+                line["against lossless"] = f"{100 * (cost(best) / cost(exact) - 1):+.1f}%"
             lines.append(line)
     return lines
 
 
 def lossy_fronts(record: Mapping) -> dict[str, int]:
-    """How many settings of each lossy rule no other, at equal temperature and draft, beats in quality and target calls.
+    """How many settings of each lossy rule are on the Pareto front of quality and target calls.
 
-    The exact rule competes too, and is not counted.
+    There is one front for each temperature and draft. The lossless rule competes and is not counted.
     """
-    counts = {cell.rule: 0 for cell in cells(record) if cell.lenience is not None}
-    groups: dict[tuple, dict[str, Cell]] = {}
-    for cell in cells(record):
-        if cell.gamma:
-            groups.setdefault((cell.temperature, cell.drafter), {})[cell.label] = cell
-    for group in groups.values():
-        points = [Point(label, _MEASURES["target calls"](cell), cell.quality.mean) for label, cell in group.items()]
-        for point in pareto_front(points):
-            if group[point.name].lenience is not None:
-                counts[group[point.name].rule] += 1
+    counts: dict[str, int] = {}
+    for exact, lossy_cells in lossy_groups(record):
+        by_label = {cell.label: cell for cell in (exact, *lossy_cells)}
+        points = [Point(label, 1 / cell.block_efficiency.mean, cell.quality.mean) for label, cell in by_label.items()]
+        front = [by_label[point.name] for point in pareto_front(points)]
+        for cell in lossy_cells:
+            counts[cell.rule] = counts.get(cell.rule, 0) + (cell in front)
     return counts
 
 
-# What a point costs: target calls a token, seconds a token.
-_MEASURES: dict[str, Callable[[Cell], float | None]] = {
-    "target calls": lambda cell: 1 / cell.block_efficiency.mean,
-    "latency": lambda cell: None if cell.latency is None else cell.latency.mean,
-}
+def _latency(cell: Cell) -> str | None:
+    return None if cell.latency is None else str(cell.latency)
 
 
 def lossy(record: Mapping) -> str:
@@ -82,19 +93,16 @@ def lossy(record: Mapping) -> str:
             "block efficiency": str(cell.block_efficiency),
             "quality": str(cell.quality),
             "lost": str(cell.lost),
-            "relative latency": None if cell.latency is None else str(cell.latency),
+            "relative latency": _latency(cell),
         }
         for cell in cells(record)
     ]
-    points = lossy_points(record)
-    columns = list(dict.fromkeys(key for line in points for key in line))
     head = f"Operating points within {100 * LOSS:g}% of plain decoding's quality:"
-    told = tables.markdown_table(points, columns)
-    return "\n\n".join([head, told, "All settings:", tables.markdown_table(lines, list(lines[0])), source(record)])
+    return "\n\n".join([head, markdown(lossy_points(record)), "All settings:", markdown(lines), _source(record)])
 
 
-def source(record: Mapping) -> str:
-    """What the numbers are made of, for below a table."""
+def _source(record: Mapping) -> str:
+    """The metric, the prompts, the seeds, and the machine of the numbers in a table."""
     rows = record["rows"]
     judged = next(row for row in rows if row["stage"] == "quality")
     seeds = ", ".join(str(seed) for seed in sorted({row["run_seed"] for row in rows}))
@@ -105,12 +113,12 @@ def source(record: Mapping) -> str:
     )
 
 
-# How a model of the garden is decoded, by the end of its drafter's name; at gamma 0, plainly.
+# How a model of the garden is decoded, by the end of its drafter's name.
 _DRAFTS = {"sd": "SD", "distillspec": "DistillSpec"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Kept:
+class Member:
     """A model of the garden and how it is decoded: "plain", "SD" or "DistillSpec"."""
 
     model: str
@@ -121,110 +129,128 @@ class Kept:
     def name(self) -> str:
         return f"{self.model}, {self.decoded}"
 
+    @property
+    def point(self) -> Point:
+        return Point(self.name, self.cell.latency.mean, self.cell.quality.mean)
 
-def garden_members(record: Mapping) -> list[Kept]:
-    """Every model and draft of the record. The largest model, "large", decoded plainly is the baseline "none"."""
+
+def garden_members(record: Mapping) -> list[Member]:
+    """Every model and way to decode it. The plainly decoded largest model, "large", is the baseline "none"."""
     members = []
     for cell in cells(record):
         model, _, draft = ("large", "", "") if cell.drafter == "none" else cell.drafter.rpartition("_")
-        members.append(Kept(model, _DRAFTS[draft] if cell.gamma else "plain", cell))
+        members.append(Member(model, _DRAFTS[draft] if cell.gamma else "plain", cell))
     return members
 
 
-def garden_best(record: Mapping) -> Kept | None:
-    """The member with the least latency within LOSS of the largest model's quality; None where none was timed."""
-    members = {kept.name: kept for kept in garden_members(record) if kept.cell.latency is not None}
-    found = [kept.cell for kept in garden_members(record)]
-    points = [Point(name, kept.cell.latency.mean, kept.cell.quality.mean) for name, kept in members.items()]
-    best = operating_point(points, least_quality(found, found[0].temperature))
+def garden_best(record: Mapping) -> Member | None:
+    """The member with the least latency within LOSS of the largest model's quality; None if none was timed."""
+    members = {member.name: member for member in garden_members(record)}
+    ways = [member.cell for member in members.values()]
+    points = [member.point for member in members.values() if member.cell.latency is not None]
+    best = operating_point(points, least_quality(ways, ways[0].temperature))
     return None if best is None else members[best.name]
 
 
-def garden_parts(record: Mapping, best: Kept) -> list[dict]:
-    """What each part brought on the way from the largest model, decoded plainly, to `best`, one after another.
+def garden_parts(record: Mapping, best: Member) -> list[dict]:
+    """What each part contributes on the way from the plainly decoded largest model to `best`, one after another.
 
-    The factor is the latency behind a part over that before it.
+    The factor is the latency with the part divided by the latency without it.
     """
     size = best.model.removesuffix("_kd").removesuffix("_raw")
-    steps = [("the largest model, decoded plainly", "large, plain")]
+    steps = {"the largest model, decoded plainly": "large, plain"}
     if size != "large":
-        steps.append((f"smaller target ({size})", f"{size}_raw, plain"))
+        steps[f"smaller target ({size})"] = f"{size}_raw, plain"
     if best.model.endswith("_kd"):
-        steps.append(("distilled for the task (KD)", f"{size}_kd, plain"))
+        steps["distilled for the task (KD)"] = f"{size}_kd, plain"
     if best.decoded != "plain":
-        steps.append(("speculative decoding (SD)", f"{best.model}, SD"))
+        steps["speculative decoding (SD)"] = f"{best.model}, SD"
     if best.decoded == "DistillSpec":
-        steps.append(("its draft distilled (DistillSpec)", best.name))
-    members = {kept.name: kept.cell for kept in garden_members(record)}
+        steps["its draft distilled (DistillSpec)"] = best.name
+    members = {member.name: member.cell for member in garden_members(record)}
     lines, before = [], None
-    for part, name in steps:
-        cell = members[name]
-        factor = None if before is None else cell.latency.mean / before.latency.mean
-        change = None if before is None else cell.quality.mean - before.quality.mean
-        told = {"quality": str(cell.quality), "relative latency": str(cell.latency)}
-        lines.append({"part": part, **told, "factor": factor, "change in quality": change})
+    for part, cell in ((part, members[name]) for part, name in steps.items()):
+        line = {"part": part, "quality": str(cell.quality), "relative latency": str(cell.latency)}
+        line["factor"] = None if before is None else cell.latency.mean / before.latency.mean
+        line["change in quality"] = None if before is None else cell.quality.mean - before.quality.mean
+        lines.append(line)
         before = cell
     return lines
 
 
-def garden_line(record: Mapping) -> str:
-    """The line that the paper prints: the best member within a stated loss, and its latency."""
-    best = garden_best(record)
-    if best is None:
-        return "Latencies are not measured yet."
-    plain = next(kept.cell for kept in garden_members(record) if kept.name == "large, plain")
-    return (
-        f"Best within {100 * LOSS:g}% of the largest model's quality: {best.name}, relative latency 1 to "
-        f"{best.cell.latency} ({1 / best.cell.latency.mean:.1f}x lower), "
-        f"quality {plain.quality} to {best.cell.quality}."
-    )
-
-
 def garden(record: Mapping) -> str:
-    """The best member, what each part brought to it, then every member."""
+    """The best member, the contribution of each of its parts, then every member."""
     members, best = garden_members(record), garden_best(record)
+    plain = next(member.cell for member in members if member.name == "large, plain")
     parameters = {row["stage"]: row["params"] for row in record["rows"] if "params" in row}
-    timed = [kept for kept in members if kept.cell.latency is not None]
-    points = [Point(kept.name, kept.cell.latency.mean, kept.cell.quality.mean) for kept in timed]
-    front = {point.name for point in pareto_front(points)}
+    front = {point.name for point in pareto_front([m.point for m in members if m.cell.latency is not None])}
     lines = [
         {
-            "model": kept.model,
-            "decoded": kept.decoded,
-            "parameters": parameters[kept.model],
-            "quality": str(kept.cell.quality),
-            "lost": str(kept.cell.lost),
-            "block efficiency": str(kept.cell.block_efficiency),
-            "relative latency": None if kept.cell.latency is None else str(kept.cell.latency),
-            "on the front": kept.name in front if timed else None,
+            "model": member.model,
+            "decoded": member.decoded,
+            "parameters": parameters[member.model],
+            "quality": str(member.cell.quality),
+            "lost": str(member.cell.lost),
+            "block efficiency": str(member.cell.block_efficiency),
+            "relative latency": _latency(member.cell),
+            "on the front": member.name in front if front else None,
         }
-        for kept in members
+        for member in members
     ]
-    written = [garden_line(record)]
+    head = ["Latencies are not measured yet."]
     if best is not None:
-        parts = garden_parts(record, best)
-        written.append(tables.markdown_table(parts, list(parts[0])))
-    return "\n\n".join([*written, tables.markdown_table(lines, list(lines[0])), source(record)])
+        line = (
+            f"Best within {100 * LOSS:g}% of the largest model's quality: {best.name}, relative latency 1 to "
+            f"{best.cell.latency} ({1 / best.cell.latency.mean:.1f}x lower), "
+            f"quality {plain.quality} to {best.cell.quality}."
+        )
+        head = [line, markdown(garden_parts(record, best))]
+    return "\n\n".join([*head, markdown(lines), _source(record)])
 
 
 def distillation_memory(record: Mapping) -> str:
-    """Megabytes of a step at each vocabulary, by formula, compiler and system; in chunks, and all positions at once."""
+    """Megabytes of a training step by vocabulary: by formula, compiler and system; in chunks and all at once."""
     columns = {"vocabulary": "vocabulary", "logits_megabytes": "all logits, once"}
     for way in ("chunked", "whole"):
-        columns |= {f"{way}_{name}_megabytes": f"{way}, {name.replace('_', ' ')}" for name in _ACCOUNTS}
-    rows, config = record["rows"], record["config"]
+        for account in ("on_paper", "compiled", "peak"):
+            columns[f"{way}_{account}_megabytes"] = f"{way}, {account.replace('_', ' ')}"
+    rows = record["rows"]
     run = (
-        f"{rows[0]['positions']} positions, chunks of {rows[0]['chunk']}; a draft {config['models']['draft']['width']} "
-        f"wide; {provenance(record)}"
+        f"{rows[0]['positions']} positions, chunks of {rows[0]['chunk']}; a draft "
+        f"{record['config']['models']['draft']['width']} wide; {provenance(record)}"
     )
     return f"{tables.markdown_table(rows, columns)}\n\n{run}"
 
 
-_ACCOUNTS = ("on_paper", "compiled", "peak")
+def study(record: Mapping) -> str:
+    """Each recipe over its seeds: what training took, block efficiency, and its gain over each control.
+
+    Gains are paired by seed: mean and range in percent. The record is the results.json of
+    configs/quickstart_controls.py, whose stages and drafters are named RECIPE_SEED.
+    """
+    training, lines = trained(record), []
+    evaluated = [row for row in record["rows"] if row.get("drafter") in training]
+    groups = [
+        (gamma, temperature, recipes)
+        for gamma in sorted({row["gamma"] for row in evaluated})
+        for temperature, recipes in by_recipe(row for row in evaluated if row["gamma"] == gamma).items()
+    ]
+    for gamma, temperature, recipes in groups:
+        values = {
+            recipe: {seed: rows[seed]["block_efficiency"] for seed in sorted(rows)} for recipe, rows in recipes.items()
+        }
+        for recipe, rows in recipes.items():
+            mean = lambda key, recipe=recipe, rows=rows: statistics.fmean(training[f"{recipe}_{s}"][key] for s in rows)
+            line = {"recipe": recipe, "temperature": temperature, "gamma": gamma}
+            line |= {"steps": mean("steps"), "train_seconds": mean("train_seconds")}
+            line["block_efficiency"] = statistics.fmean(values[recipe].values())
+            line["by seed"] = " ".join(f"{value:.3f}" for value in values[recipe].values())
+            for control in (name for name in recipes if name.startswith("control")):
+                gained = gains(values[recipe], values[control]) if control != recipe else []
+                line[f"over {control}"] = _mean_and_range(gained) if gained else None
+            lines.append(line)
+    return markdown(lines)
 
 
-TABLES: dict[str, Callable[[Mapping], str]] = {
-    "lossy": lossy,
-    "garden": garden,
-    "distillation_memory": distillation_memory,
-}
+def _mean_and_range(percents: list[float]) -> str:
+    return f"{statistics.fmean(percents):+.1f}% ({min(percents):+.1f} to {max(percents):+.1f})"

@@ -1,7 +1,7 @@
-"""What one pays for quality: points of several runs of one config, over seeds; where one would operate; the front.
+"""What speed costs in quality: each way to decode over the seeds of a record, operating points, the Pareto front.
 
-A record is that of `reporting/condense.py`. Quality and block efficiency are taken from its stage "quality", speed
-from "latency", which is short enough for a machine with nothing else to do.
+A record is several runs of one config, joined by `configs.records.condense`. Quality and block efficiency come from the
+stage "quality", latency from the stage "latency", which is short, so that it can run on an otherwise idle machine.
 """
 
 import dataclasses
@@ -12,13 +12,13 @@ from specjax.reporting.estimates import Estimate
 
 # The share of plain decoding's quality that an operating point may lose.
 LOSS = 0.01
-# Of a task's metrics the one that papers quote; of a task with another, its first.
+# The metrics that papers quote. A task with none of them is judged by its first metric.
 MAIN_METRICS = ("exact_match", "rouge2", "bleu")
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One way to decode: what it costs (less is better) and how good its texts are (more is better)."""
+    """One way to decode: its cost (less is better) and the quality of its texts (more is better)."""
 
     name: str
     cost: float
@@ -26,15 +26,15 @@ class Point:
 
 
 def operating_point(points: Iterable[Point], least_quality: float) -> Point | None:
-    """The cheapest point of at least this quality; of equally cheap ones the better; None where there is none."""
+    """The cheapest point of at least this quality, the better one of equally cheap ones; None if there is none."""
     good = [point for point in points if point.quality >= least_quality]
     return min(good, key=lambda point: (point.cost, -point.quality), default=None)
 
 
 def pareto_front(points: Sequence[Point]) -> list[Point]:
-    """The points that no other beats: in both coordinates as good, and better in one. By cost; ties all stay."""
+    """The points, by cost, that no other point dominates: at most as costly, at least as good, and not equal to it."""
 
-    def beaten(point: Point) -> bool:
+    def dominated(point: Point) -> bool:
         return any(
             other.cost <= point.cost
             and other.quality >= point.quality
@@ -42,13 +42,13 @@ def pareto_front(points: Sequence[Point]) -> list[Point]:
             for other in points
         )
 
-    return sorted((point for point in points if not beaten(point)), key=lambda point: (point.cost, point.quality))
+    return sorted((point for point in points if not dominated(point)), key=lambda point: (point.cost, point.quality))
 
 
 def main_metric(rows: Sequence[Mapping]) -> str:
     """The metric that the rows are judged by."""
-    found = next(row["quality"] for row in rows if row.get("quality"))
-    return next((name for name in MAIN_METRICS if name in found), next(iter(found)))
+    quality = next(row["quality"] for row in rows if row.get("quality"))
+    return next((name for name in MAIN_METRICS if name in quality), next(iter(quality)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +56,10 @@ class Cell:
     """One way to decode, over the seeds of its record.
 
     Attributes:
-      quality: of its texts; `lost` is plain decoding's, on the same prompts, less its own.
-      latency: seconds a token relative to the plain decoding that its run calls its baseline; None where not measured.
+      quality: of its texts.
+      lost: plain decoding's quality on the same prompts minus its own.
+      efficiencies: block efficiency by seed.
+      latency: seconds per token divided by those of the run's plain decoding; None if it was not measured.
     """
 
     drafter: str
@@ -67,44 +69,44 @@ class Cell:
     temperature: float
     quality: Estimate
     lost: Estimate
-    block_efficiency: Estimate
+    efficiencies: Mapping[int, float]
     latency: Estimate | None
 
     @property
     def label(self) -> str:
         return tables.rule_label({"rule": self.rule, "lenience": self.lenience})
 
+    @property
+    def block_efficiency(self) -> Estimate:
+        return Estimate.of(list(self.efficiencies.values()))
+
 
 _SETTINGS = ("drafter", "rule", "lenience", "gamma", "temperature")
 
 
 def cells(record: Mapping) -> list[Cell]:
-    """Each way to decode of a record's stage "quality", in its order, with what "latency" measured of it."""
+    """Each way to decode in a record's stage "quality", in the order of its rows, with its latency if measured."""
     metric = main_metric(record["rows"])
-    groups: dict[tuple, dict[str, list[Mapping]]] = {}
+    stages: dict[str, dict[tuple, list[Mapping]]] = {"quality": {}, "latency": {}}
     for row in record["rows"]:
-        if row["stage"] in ("quality", "latency"):
-            groups.setdefault(tuple(row[key] for key in _SETTINGS), {}).setdefault(row["stage"], []).append(row)
-    found = []
-    for settings, stages in groups.items():
-        if "quality" not in stages:
-            continue
-        rows, timed = stages["quality"], [row for row in stages.get("latency", ()) if row["speedup"]]
-        found.append(
+        if row["stage"] in stages:
+            stages[row["stage"]].setdefault(tuple(row[key] for key in _SETTINGS), []).append(row)
+    made = []
+    for settings, rows in stages["quality"].items():
+        latencies = [1 / row["speedup"] for row in stages["latency"].get(settings, ()) if row["speedup"]]
+        made.append(
             Cell(
                 *settings,
                 quality=Estimate.of([row["quality"][metric] for row in rows]),
                 lost=Estimate.of([-row["quality_difference"][metric] for row in rows]),
-                block_efficiency=Estimate.of([row["block_efficiency"] for row in rows]),
-                latency=Estimate.of([1 / row["speedup"] for row in timed]) if timed else None,
+                efficiencies={row["run_seed"]: row["block_efficiency"] for row in rows},
+                latency=Estimate.of(latencies) if latencies else None,
             )
         )
-    return found
+    return made
 
 
-def least_quality(found: Sequence[Cell], temperature: float) -> float:
-    """What an operating point at this temperature may not fall below."""
-    plain = next(
-        cell for cell in found if cell.gamma == 0 and cell.drafter == "none" and cell.temperature == temperature
-    )
+def least_quality(ways: Sequence[Cell], temperature: float) -> float:
+    """The least quality of an operating point at this temperature."""
+    plain = next(way for way in ways if (way.gamma, way.drafter, way.temperature) == (0, "none", temperature))
     return (1 - LOSS) * plain.quality.mean

@@ -1,14 +1,13 @@
-"""Figures of Kangaroo's page and of a Spec-Bench report, drawn from records."""
+"""The figure of Kangaroo's ablations, drawn from their record."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from configs.kangaroo.tables import exit_lines, histogram_row, rows_of
+from configs.kangaroo.tables import exit_lines, histogram_row, threshold_grid
 from configs.records.marks import Mark, tradeoff_figure
-from specjax.reporting import spec_bench_page
 
 
-def _mark(x: float | int, row: Mapping, key: str) -> Mark:
+def _mark(x: float, row: Mapping, key: str) -> Mark:
     edges = row.get(f"{key}_ci")
     return Mark(x, None, row[key], tuple(edges) if edges else None)
 
@@ -23,31 +22,20 @@ def ablations(record: Mapping, path: Path) -> None:
     """Speed-up and compression rate by exit layer and by threshold, a line each gamma; confidence of both fates."""
     panels, axes = {}, []
     measures = {"speed-up": "speedup", "compression rate": "block_efficiency"}
-    lines = exit_lines(record)
-    for said, key in measures.items() if lines else ():
-        series = {
-            kind: [_mark(line["exit layer"], line[kind], key) for line in lines] for kind in ("threshold", "fixed")
+    exits, grid, row = exit_lines(record), threshold_grid(record), histogram_row(record)
+    for name, key in measures.items() if exits else ():
+        panels[f"Exit layer: {name}"] = {
+            kind: [_mark(layer, line[kind], key) for layer, line in exits.items()] for kind in ("threshold", "fixed")
         }
-        panels[f"Exit layer: {said}"] = series
-        axes.append(("layers before the exit", said))
-    rows = [row for row in rows_of(record, "grid") if row["gamma"]]
-    for said, key in measures.items() if rows else ():
-        series = {}
-        for row in sorted(rows, key=lambda row: (row["gamma"], row["threshold"])):
-            series.setdefault(f"gamma {row['gamma']}", []).append(_mark(row["threshold"], row, key))
-        panels[f"Threshold: {said}"] = series
-        axes.append(("threshold (0: none)", said))
-    row = histogram_row(record)
+        axes.append(("layers before the exit", name))
+    for name, key in measures.items() if grid else ():
+        panels[f"Threshold: {name}"] = {
+            f"gamma {gamma}": [_mark(threshold, each, key) for threshold, each in rows.items()]
+            for gamma, rows in grid.items()
+        }
+        axes.append(("threshold (0: none)", name))
     if row is not None:
-        panels["Drafted tokens by confidence"] = {
-            fate: _shares(row["confidence"][fate]) for fate in ("accepted", "rejected")
-        }
+        fates = {fate: _shares(row["confidence"][fate]) for fate in ("accepted", "rejected")}
+        panels["Drafted tokens by confidence"] = fates
         axes.append(("confidence (largest probability at temperature 1)", "share of tokens"))
     tradeoff_figure(panels, path, axes=axes)
-
-
-# The name of a record -> what draws its figure; joined into `sync.FIGURES`.
-FIGURES: dict[str, Callable[[Mapping, Path], None]] = {
-    "kangaroo_ablations": ablations,
-    "kangaroo_spec_bench": spec_bench_page.figure,
-}

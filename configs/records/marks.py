@@ -4,8 +4,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from specjax.reporting.panels import DASHES, Theme, looks_of, save_panels
 
 
@@ -28,15 +26,16 @@ def tradeoff_figure(
     joined: bool = True,
     front: Sequence[tuple[float, float]] = (),
 ) -> None:
-    """Marks with their intervals, a colour each series; the dashed line goes through `front`.
+    """Draws marks with their intervals, one colour per series, and a dashed line through `front`.
 
     Args:
-      panels: title -> name of a series -> its marks, in the order of the line through them.
-      path: of the light figure; the dark one lies beside it.
-      axes: what is drawn across and up, of each panel.
+      panels: {title: {name of a series: its marks, in the order of the line through them}}.
+      path: of the light figure; the dark one is saved next to it.
+      axes: the labels of the horizontal and the vertical axis, for each panel.
       joined: whether a line goes through the marks of a series.
 
-    Raises ValueError where there is no panel.
+    Raises:
+      ValueError: if there is no panel.
     """
     names = list(dict.fromkeys(name for series in panels.values() for name in series))
     looks = looks_of((), names)
@@ -45,20 +44,15 @@ def tradeoff_figure(
     def draw(axes, theme: Theme, series: Mapping) -> None:
         for name, marks in series.items():
             color, marker = looks(theme, name)
-            x, y = np.array([mark.x for mark in marks]), np.array([mark.y for mark in marks])
             if joined:
-                axes.plot(x, y, color=color, linewidth=1.2)
+                axes.plot([mark.x for mark in marks], [mark.y for mark in marks], color=color, linewidth=1.2)
             for mark in marks:
                 if mark.x_edges:
                     axes.hlines(mark.y, *mark.x_edges, color=color, linewidth=0.7, alpha=0.6)
                 if mark.y_edges:
                     axes.vlines(mark.x, *mark.y_edges, color=color, linewidth=0.7, alpha=0.6)
-            for hollow in (False, True):
-                chosen = np.array([mark.hollow == hollow for mark in marks])
-                face = theme.paper if hollow else color
-                look = {"color": color, "marker": marker, "markerfacecolor": face, "linestyle": "none"}
-                if chosen.any():
-                    axes.plot(x[chosen], y[chosen], label=name, zorder=3, **look)
+                face = theme.paper if mark.hollow else color
+                axes.plot(mark.x, mark.y, color=color, marker=marker, markerfacecolor=face, label=name, zorder=3, ls="")
         if front:
             axes.plot(*zip(*front, strict=True), color=theme.ink, linestyle=DASHES, linewidth=1)
         across, up = labels[next(title for title, drawn in panels.items() if drawn is series)]

@@ -1,223 +1,75 @@
-"""Writes the tables of the README and of the configs' pages from the committed records: no number is typed by hand.
+"""Writes the tables of the pages from the committed records, so that no number is typed by hand.
 
     python -m configs.records.sync README.md configs/*/README.md configs/records
 
-A record is `NAME.json`; its table goes between `<!-- table:NAME -->` and `<!-- /table -->`, on the page that has these
-marks. A record that is not there leaves its table as it is. Of a record with a figure, `NAME.png` is drawn beside the
-page of its table. An overview is made of all records together.
+A table is written between `<!-- table:NAME -->` and `<!-- /table -->`, on the page that has these marks. A `page.py`
+next to the page lists its functions: `TABLES`, by the name of the record `NAME.json`; `FIGURES`, which are drawn as
+`NAME.png` next to the page, by the same names; and `CLAIMS`, lists of claims by the name of their table. A table whose
+record does not exist is left as it is.
 """
 
+import importlib
 import inspect
 import json
-import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from configs.distillspec import claims as distillspec_claims
-from configs.distillspec import figures as distillspec_figures
-from configs.distillspec import recipe_sweep
-from configs.distillspec import tables as distillspec_tables
-from configs.draft_design import claims as design_claims
-from configs.draft_design import tables as design_tables
-from configs.kangaroo import claims as kangaroo_claims
-from configs.kangaroo import figures as kangaroo_figures
-from configs.kangaroo import tables as kangaroo_tables
-from specjax.planning import tables as plan_tables
-from specjax.reporting import records, tables
+from specjax.reporting import claims, records, tables
+from specjax.reporting.claims import Claim
 from specjax.runtime.errors import UserError
 
-
-def quickstart(record: Mapping) -> str:
-    """The evaluate rows of a results.json, and its paired comparisons where it has any."""
-    rows = [row for row in record["rows"] if "block_efficiency" in row]
-    parts = [tables.markdown_table(rows, tables.summary_columns(rows))]
-    if record.get("comparisons"):
-        compared = [_comparison(row) for row in record["comparisons"]]
-        parts.append(tables.markdown_table(compared, list(compared[0])))
-    return "\n\n".join([*parts, records.provenance(record)])
+_FOLDERS = sorted(path.parent.name for path in Path(__file__).resolve().parents[1].glob("*/page.py"))
+_PAGES = [importlib.import_module(f"configs.{folder}.page") for folder in _FOLDERS]
+TABLES: dict[str, Callable[[Mapping], str]] = {name: write for page in _PAGES for name, write in page.TABLES.items()}
+FIGURES: dict[str, Callable] = {name: draw for page in _PAGES for name, draw in page.FIGURES.items()}
+CLAIMS: dict[str, Sequence[Claim]] = {name: listed for page in _PAGES for name, listed in page.CLAIMS.items()}
 
 
-def _comparison(row: Mapping) -> dict:
-    settings = {key: row[key] for key in ("drafter", "against", "rule", "temperature", "gamma")}
-    settings["rule"] = tables.rule_label(row)
-    ratio, interval = row["block_efficiency_ratio"], row["block_efficiency_ratio_ci"]
-    said = f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
-    return settings | {"ratio of block efficiencies [95%]": f"{ratio:.3f}{said}"}
-
-
-def study(record: Mapping) -> str:
-    """Each recipe over its seeds: mean block efficiency, the seeds' values, and its gain over each control.
-
-    Gains are paired: a seed's recipe against the same seed's control. The record is the results.json of
-    configs/quickstart_controls.py, whose stages and drafters are named RECIPE_SEED.
-    """
-    groups: dict[tuple, dict[str, list[Mapping]]] = {}
-    for row in _study_rows(record):
-        recipes = groups.setdefault((row["temperature"], row["gamma"]), {})
-        recipes.setdefault(row["recipe"], []).append(row)
-    lines = []
-    for (temperature, gamma), recipes in groups.items():
-        for recipe, rows in recipes.items():
-            values = {row["seed"]: row["block_efficiency"] for row in rows}
-            line = {
-                "recipe": recipe,
-                "temperature": temperature,
-                "gamma": gamma,
-                "steps": _mean(rows, "steps"),
-                "train_seconds": _mean(rows, "train_seconds"),
-                "block_efficiency": statistics.fmean(values.values()),
-                "by seed": " ".join(f"{values[seed]:.3f}" for seed in sorted(values)),
-            }
-            for control in (name for name in recipes if name.startswith("control")):
-                line[f"over {control}"] = _gain(values, recipes[control]) if control != recipe else None
-            lines.append(line)
-    columns = list(dict.fromkeys(key for line in lines for key in line))
-    return tables.markdown_table(lines, columns)
-
-
-def _study_rows(record: Mapping) -> list[dict]:
-    """Each evaluated draft with its recipe, its seed and what its training took."""
-    trained = {row["stage"]: row for row in record["rows"] if "train_seconds" in row}
-    rows = []
-    for row in record["rows"]:
-        if row.get("drafter") not in trained:
-            continue
-        recipe, _, seed = row["drafter"].rpartition("_")
-        training = {key: trained[row["drafter"]][key] for key in ("steps", "train_seconds")}
-        settings = {key: row[key] for key in ("temperature", "gamma", "block_efficiency")}
-        rows.append({"recipe": recipe, "seed": int(seed), **settings, **training})
-    return rows
-
-
-def _mean(rows: Sequence[Mapping], key: str) -> float | None:
-    values = [row[key] for row in rows if row.get(key) is not None]
-    return statistics.fmean(values) if values else None
-
-
-def _gain(values: Mapping[int, float], control: Sequence[Mapping]) -> str | None:
-    """Mean and range of the gain in percent, over the seeds that both have."""
-    theirs = {row["seed"]: row["block_efficiency"] for row in control}
-    gains = [100 * (values[seed] / theirs[seed] - 1) for seed in values if seed in theirs]
-    if not gains:
-        return None
-    return f"{statistics.fmean(gains):+.1f}% ({min(gains):+.1f} to {max(gains):+.1f})"
-
-
-def benchmark(record: Mapping) -> str:
-    """One table for each benchmark; nested values are left to the record."""
-    parts: dict[str, list[Mapping]] = {}
-    for row in record["rows"]:
-        parts.setdefault(row["benchmark"], []).append(row)
-    written = []
-    for name, rows in parts.items():
-        flat = [key for key, value in rows[0].items() if not isinstance(value, (Mapping, list))]
-        columns = [key for key in flat if key != "benchmark"]
-        written.append(f"{tables.heading(name)}\n\n{tables.markdown_table(rows, columns)}")
-    return "\n\n".join(written)
-
-
-def peers(record: Mapping) -> str:
-    """Tokens per second of each system at its best setting, and what was run."""
-    table = tables.markdown_table(record["rows"], ("system", "setting", "tokens_per_second"))
-    run = (
-        f"{record['prompts']} prompts of {record['prompt_tokens']} tokens, "
-        f"{record['max_new_tokens']} new tokens, "
-        f"{record['cpus']} CPU cores, {'trained' if record['trained'] else 'untrained'} pair."
-    )
-    return f"{table}\n\n{run}"
-
-
-def peers_distillation(record: Mapping) -> str:
-    """Tokens written and learned from per second by each trainer's on-policy step, pair by pair, and what was run."""
-    settings = ("pair", "batch_size", "system", "setting")
-    columns = (*settings, "tokens_per_second", "step_seconds", "generation_seconds", "ratio")
-    pairs = "; ".join(
-        f"{name}: target {target[0]} x {target[1]}, draft {draft[0]} x {draft[1]}"
-        for name, (target, draft) in record["pairs"].items()
-    )
-    run = (
-        f"Layers x width of {pairs}. Vocabulary {record['vocabulary']}, "
-        f"{record['prompt_tokens']} prompt and {record['new_tokens']} new tokens, JSD, float32, random weights, "
-        f"{record['cpus']} CPU cores."
-    )
-    return f"{tables.markdown_table(record['rows'], columns)}\n\n{run}"
-
-
-# The name of a record and of its table -> what writes the table.
-TABLES: dict[str, Callable[[Mapping], str]] = {
-    "quickstart": quickstart,
-    "study": study,
-    "benchmark": benchmark,
-    "peers": peers,
-    "peers_distillation": peers_distillation,
-    **design_tables.TABLES,
-    **distillspec_tables.TABLES,
-    **kangaroo_tables.TABLES,
-    **plan_tables.TABLES,
-    **recipe_sweep.TABLES,
-}
-
-# The name of a table -> what writes it from all records that are there, by their names.
-OVERVIEWS: dict[str, Callable[[Mapping[str, Mapping]], str]] = {
-    "claims": distillspec_claims.claims,
-    "kangaroo_claims": kangaroo_claims.claims,
-    "design_claims": design_claims.claims,
-}
-
-# The name of a record -> what draws its figure to a path.
-FIGURES: dict[str, Callable[[Mapping, Path], None]] = {
-    **distillspec_figures.FIGURES,
-    **kangaroo_figures.FIGURES,
-    **recipe_sweep.FIGURES,
-}
-
-
-def synced(readme_text: str, directory: str | Path) -> str:
-    """A page's text with the table of every record in `directory` that it has a place for.
+def synced(text: str, directory: str | Path) -> str:
+    """A page's text with every table that it has a place for and that the records in `directory` give.
 
     Raises:
-      UserError: for a damaged record, one that lacks what its table shows, and missing markers.
+      UserError: for a damaged record, a record without the values of its table, and marks that are not closed.
     """
-    written = {}
+    directory, written = Path(directory), {}
     for name, write in TABLES.items():
-        path = Path(directory) / f"{name}.json"
-        if _has_table(readme_text, name) and path.is_file():
-            written[name] = _figure(name) + _of_record(write, path)
-    for name, write in OVERVIEWS.items():
-        if _has_table(readme_text, name):
-            paths = {made: Path(directory) / f"{made}.json" for made in TABLES}
-            written[name] = write({made: _read(path) for made, path in paths.items() if path.is_file()})
-    return tables.sync_readme(readme_text, written)
+        path = directory / f"{name}.json"
+        if _has_table(text, name) and path.is_file():
+            written[name] = _picture(name) + _of_record(write, path)
+    for name, listed in CLAIMS.items():
+        if _has_table(text, name):
+            paths = {claim.record: directory / f"{claim.record}.json" for claim in listed}
+            existing = {record: _read(path) for record, path in paths.items() if path.is_file()}
+            written[name] = claims.claims_table(listed, existing)
+    return tables.sync_readme(text, written)
 
 
-def draw_figures(page: Path, directory: str | Path) -> list[Path]:
-    """Draws, beside a page, the figure of every record in `directory` whose table is on it; returns their paths.
+def draw_figures(page: Path, directory: str | Path) -> None:
+    """Draws the figure of every record in `directory` whose table is on the page, next to the page.
 
     Raises:
       UserError: as `synced` does.
     """
-    text, drawn = page.read_text(encoding="utf-8"), []
+    text = page.read_text(encoding="utf-8")
     for name, draw in FIGURES.items():
         path = Path(directory) / f"{name}.json"
         if _has_table(text, name) and path.is_file():
-            drawn.append(page.parent / f"{name}.png")
-            _of_record(lambda record, draw=draw: draw(record, drawn[-1]), path)
-    return drawn
+            _of_record(lambda record, draw=draw, name=name: draw(record, page.parent / f"{name}.png"), path)
 
 
-def _figure(name: str) -> str:
-    """The lines that show a record's figure above its table; nothing where it has none."""
+def _picture(name: str) -> str:
+    """The lines that show a record's figure above its table; nothing for a record without a figure."""
     if name not in FIGURES:
         return ""
-    said = inspect.getdoc(FIGURES[name]).splitlines()[0].replace('"', "'")
+    caption = inspect.getdoc(FIGURES[name]).splitlines()[0].replace('"', "'")
     dark = f'<source media="(prefers-color-scheme: dark)" srcset="{name}.dark.png">'
-    return f'<picture>{dark}<img src="{name}.png" alt="{said}"></picture>\n\n'
+    return f'<picture>{dark}<img src="{name}.png" alt="{caption}"></picture>\n\n'
 
 
-def _has_table(page: str, name: str) -> bool:
-    return tables.OPENING.format(name=name) in page
+def _has_table(text: str, name: str) -> bool:
+    return tables.OPENING.format(name=name) in text
 
 
 def _read(path: Path) -> dict:
@@ -251,11 +103,9 @@ def _rewritten(path: Path, directory: Path) -> int:
         if new != old:
             records.write_atomically(path, new)
         draw_figures(path, directory)
-    except OSError as error:
-        print(f"error: {path} cannot be rewritten ({error}); name a README that exists", file=sys.stderr)
-        return 2
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (OSError, UserError) as error:
+        missing = f"{path} cannot be rewritten ({error}); name a README that exists"
+        print(f"error: {missing if isinstance(error, OSError) else error}", file=sys.stderr)
         return 2
     return 0
 

@@ -146,8 +146,3 @@ def scaling(record: Mapping) -> str:
             }
         )
     return tables.markdown_table(lines, list(lines[0]))
-
-
-# Record and table -> what writes it.
-PAIRS = ("llama_65b", "vicuna_13b", "t5_xxl", "llama3_70b")
-TABLES = {**{f"plan_{pair}": plan for pair in PAIRS}, "plan_scaling": scaling}

@@ -11,7 +11,7 @@ _STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds and half its 95% interval by Student's t; None of one seed alone."""
+    """A mean over seeds and half of its 95% interval by Student's t, None for a single seed."""
 
     mean: float
     half: float | None
@@ -19,6 +19,7 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Estimate":
+        """The estimate from one value per seed."""
         if len(values) < 2:
             return cls(float(values[0]), None, 1)
         quantile = _STUDENT[min(len(values) - 2, len(_STUDENT) - 1)]
