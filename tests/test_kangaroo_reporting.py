@@ -134,7 +134,7 @@ def test_ablations_are_told_by_what_was_varied():
     assert "| 0.5 | 1.40x (1.90) | 1.40x (1.90) |" in text
     assert "| own_head | 200 | 1.90 | 0.60 | 1.40 ± 0.10 |" in text
     assert "| adjusted | 0.2 | 40 | 1.90 | 0.60 | 1.20 ± 0.10 |" in text
-    assert "Of 8 accepted and 4 refused tokens (greedy, gamma 4, no threshold)" in text
+    assert "Of 8 accepted and 4 rejected tokens (greedy, gamma 4, no threshold)" in text
 
 
 def test_separation_is_the_chance_of_the_surer_being_the_accepted_one():
