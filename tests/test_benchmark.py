@@ -10,10 +10,12 @@ import tiny
 
 from configs.benchmark import measure as benchmark
 from configs.benchmark import measure_memory as benchmark_memory
+from configs.benchmark import process_memory
 from specjax.decoding import loop
 from specjax.runtime import config as configs
-from specjax.runtime import process_memory, timing
+from specjax.runtime import timing
 from specjax.runtime.errors import UserError
+from specjax.runtime.process_memory import crowded
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "benchmark" / "cpu.py"
 
@@ -165,4 +167,4 @@ def test_programs_that_are_let_go_of_leave_room_for_others_to_be_mapped():
     full = mapped()
     jax.clear_caches()
     assert full - before >= 20 and mapped() - before < (full - before) / 2
-    assert process_memory.crowded(0.0) and not process_memory.crowded(1.0)
+    assert crowded(0.0) and not crowded(1.0)

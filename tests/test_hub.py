@@ -410,7 +410,7 @@ def test_a_config_that_is_no_json_object_is_refused(copy, content):
 def test_unknown_dtypes_are_refused(copy):
     with pytest.raises(UserError, match='float23.*did you mean "float32"'):
         load(copy, param_dtype="float23")
-    with pytest.raises(UserError, match="Unknown dtype 'int9'"):
+    with pytest.raises(UserError, match='there is no dtype "int9"'):
         load(copy, compute_dtype="int9")
 
 

@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
-import numpy as np
 import pytest
 
 from specjax import distill, main
@@ -106,7 +104,7 @@ def test_one_parse_leaves_nothing_behind_for_the_next(config_file):
 BAD_ARGUMENTS = [
     (["--config.trian.steps=3"], 'config.trian.steps does not exist; did you mean "train"?'),
     (["--config.train.stesp=3"], 'config.train.stesp does not exist; did you mean "steps"?'),
-    (["--config.seed.more=3"], '"more" is asked of a value that has no keys'),
+    (["--config.seed.more=3"], 'the value in which "more" is looked up has no keys'),
     (["--config.train.steps=abc"], 'config.train.steps is of type int, such as 300, and "abc" is not'),
     (["--config.train.steps=1.5"], 'config.train.steps is of type int, such as 300, and "1.5" is not'),
     (["--config.rate="], 'config.rate is of type float, such as 0.1, and "" is not'),
@@ -217,7 +215,7 @@ def test_a_run_that_is_told_to_stop_ends_with_a_code_of_its_own(config_file, tmp
     before = signal.getsignal(signal.SIGTERM)
     for run in (told, holds):
         assert cli.launch(run, "specjax.main", argv) == 75
-        assert "the same command goes on from what was saved" in capsys.readouterr().err
+        assert "the same command resumes from what was saved" in capsys.readouterr().err
     assert saved == [True] and signal.getsignal(signal.SIGTERM) is before
     assert cli.launch(lambda config, workdir: None, "specjax.main", argv) == 0
 
@@ -366,16 +364,6 @@ def test_the_nearest_name_is_offered_or_all_of_them():
     assert nearest("losless", ["lossless", "coupled"]) == '; did you mean "lossless"?'
     assert nearest("xyz", ["lossless", "coupled"]) == "; the options are coupled, lossless"
     assert nearest("xyz", []) == "; there is nothing to choose from"
-
-
-def test_measurements_leave_out_the_first_call():
-    calls = []
-    seconds = timing.block_seconds(lambda x: calls.append(x) or jax.numpy.sin(x), np.float32(1), repeats=4)
-    assert len(calls) == 5 and len(seconds.all) == 4
-    assert 0 < seconds.best <= seconds.median and seconds.spread >= 0
-    assert timing.Seconds((1.0, 2.0, 3.0)).spread == 0.5
-    with pytest.raises(ValueError, match="at least 1 repeat"):
-        timing.block_seconds(lambda: 0, repeats=0)
 
 
 def test_progress_in_a_log_file_is_whole_lines(capsys):

@@ -193,7 +193,7 @@ def stopped(home):
     run.send(signal.SIGTERM)
     assert run.end() == 75, run.said
     assert not (workdir / "draft" / "results.json").exists()
-    assert run.said.count("stopped as asked") == 4
+    assert run.said.count("stopped by SIGTERM") == 4
     return workdir
 
 

@@ -122,3 +122,8 @@ def test_heads_that_do_not_divide_are_refused(tmp_path, clock):
     config.heads, config.widths = (2,), (20,)
     with pytest.raises(UserError, match="a width of 20 does not divide into heads of 8"):
         series.measured(config, tmp_path)
+
+
+def test_the_spread_is_the_interquartile_range_over_the_median():
+    assert profile.median_and_spread((1.0, 2.0, 3.0)) == (2.0, 0.5)
+    assert profile.median_and_spread((4.0,)) == (4.0, 0.0)

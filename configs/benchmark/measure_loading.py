@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from configs.benchmark import process_memory
 from specjax.hub import load as hub_load
 from specjax.hub import save as hub_save
 from specjax.hub.tokenizer import train_byte_bpe
@@ -19,7 +20,6 @@ from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
 from specjax.models.language_model import Params
 from specjax.runtime import mesh as meshes
-from specjax.runtime import process_memory
 from specjax.runtime.errors import UserError
 
 

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from configs.benchmark import process_memory
 from specjax.distillation import update
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
-from specjax.runtime import process_memory
 from specjax.runtime.errors import UserError, nearest
 
 # Arrays [positions, V] of float32 that the backward pass of a chunk cannot do without: the logits of draft and target,

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import platform
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
 from specjax.reporting import records
 from specjax.runtime.errors import UserError
-from specjax.runtime.timing import Seconds, in_turns, progress
+from specjax.runtime.timing import in_turns, progress
 
 SCHEMA = 1
 # Capacities are multiples of this, so that a context and a slightly longer one read as many slots.
@@ -200,9 +201,17 @@ def _timed(cases: Sequence[Case], repeats: int) -> dict[str, Point]:
     made = [latency.step_case(case.step(), weights[case.shape]) for case in cases]
     found = {}
     for case, seconds in zip(cases, in_turns(made, repeats), strict=True):
-        each = Seconds(tuple(s / case.steps for s in seconds))
-        found[case.key] = Point(each.median, each.spread)
+        found[case.key] = Point(*median_and_spread([s / case.steps for s in seconds]))
     return found
+
+
+def median_and_spread(seconds: Sequence[float]) -> tuple[float, float]:
+    """The median, and the interquartile range relative to it: 0 for a single measurement."""
+    median = statistics.median(seconds)
+    if len(seconds) < 2:
+        return median, 0.0
+    low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    return median, (high - low) / median
 
 
 def estimated_seconds(case: Case, rates: dict[str, float]) -> float:
@@ -227,7 +236,7 @@ def _measured_rates(repeats: int) -> dict[str, float]:
         return jax.lax.fori_loop(0, rounds, lambda _, x: scaled(x @ kernel), x)
 
     cases = [(lambda: vector, lambda x: products(x, matrix)), (lambda: square, lambda x: products(x, square))]
-    reading, computing = (Seconds(tuple(seconds)).median / rounds for seconds in in_turns(cases, repeats))
+    reading, computing = (statistics.median(seconds) / rounds for seconds in in_turns(cases, repeats))
     return {"bytes_per_second": matrix.nbytes / reading, "operations_per_second": 2 * _SQUARE**3 / computing}
 
 

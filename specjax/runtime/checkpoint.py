@@ -1,9 +1,8 @@
-"""Checkpoints: everything about Orbax is behind this one class.
+"""Checkpoints, stored by Orbax; no other file uses Orbax for them.
 
-A checkpoint is one folder, `directory/STEP/`, that appears under its name only when it is complete: what a
-kill leaves half-written has another name and is never read. It holds the arrays of the state under the names
-of their paths, and what lives on the host as JSON. Orbax stores arrays without a checksum, so a digest of
-each goes with it: what is restored is what was saved, or an error.
+A checkpoint is a folder `directory/STEP/`. It gets this name only when it is complete, so a killed process never leaves
+one that is half-written. It holds the arrays by their paths in the state, and host values as JSON. Orbax stores no
+checksums, so we store a digest of each array and check it when we restore.
 """
 
 from pathlib import Path
@@ -18,27 +17,27 @@ _FORMAT = "specjax checkpoint 1"
 
 
 class Checkpointer:
-    """Saves asynchronously; keeps the last few checkpoints and the best by a metric. A context manager."""
+    """Saves in the background; keeps the latest checkpoints and the best one by a metric. A context manager."""
 
     def __init__(self, directory: str | Path, *, keep_last: int, best_metric: str | None, best_mode: str):
-        """Opens the folder, making it if need be, and removes what a killed run left unfinished.
+        """Opens or creates the folder, and removes unfinished checkpoints of a killed run.
 
         Args:
-          directory: of the checkpoints of one run.
-          keep_last: how many of the latest to keep; at least 1.
-          best_metric: the key of `metrics` by which one more is kept, or None.
-          best_mode: "min" or "max", which end of the metric is the better one.
+          directory: the folder for the checkpoints of one run.
+          keep_last: how many of the latest checkpoints to keep; at least 1.
+          best_metric: a key of `metrics`; the checkpoint with its best value is kept too. None keeps no such one.
+          best_mode: "min" or "max", the better end of the metric.
 
         Raises:
-          UserError: where Orbax cannot make sense of what lies in the folder.
+          UserError: if an argument is out of range, or Orbax cannot read the folder.
         """
         import orbax.checkpoint as ocp
         from orbax.checkpoint import checkpoint_managers as policies
 
         if keep_last < 1:
-            raise UserError(f"keep_last is {keep_last}; at least 1 checkpoint has to be kept to resume from")
+            raise UserError(f"keep_last is {keep_last}; keep at least 1 checkpoint to resume from")
         if best_mode not in ("min", "max"):
-            raise UserError(f'best_mode is "{best_mode}"; it is either "min" or "max"')
+            raise UserError(f'best_mode is "{best_mode}"; use "min" or "max"')
         self.directory = Path(directory).resolve()
         self.best_metric = best_metric
         keep = [policies.LatestN(keep_last)]
@@ -64,19 +63,21 @@ class Checkpointer:
             ) from error
 
     def save(self, step: int, state: Any, *, host: dict, metrics: dict[str, float]) -> None:
-        """Starts to save; the state may be replaced, or donated, as soon as this returns.
+        """Starts to save; the caller may replace or donate the state as soon as this returns.
 
         Args:
-          step: not saved before.
+          step: a step later than all saved ones.
           state: a tree of arrays.
-          host: anything that JSON can hold.
-          metrics: with the best metric among them; none where nothing was measured at this step, which then is kept as
-            the latest alone.
+          host: any JSON value.
+          metrics: measurements at this step, including the best metric; empty if there are none, and then the
+            checkpoint can only be kept as one of the latest.
+
+        Raises:
+          UserError: if `metrics` lacks the best metric.
         """
         if metrics and self.best_metric is not None and self.best_metric not in metrics:
             raise UserError(
-                f'"{self.best_metric}" is to tell the best checkpoint and is not measured'
-                f"{nearest(self.best_metric, metrics)}"
+                f'best_metric is "{self.best_metric}", which is not measured{nearest(self.best_metric, metrics)}'
             )
         arrays = _named(state)
         described = {
@@ -90,15 +91,15 @@ class Checkpointer:
             raise ValueError(f"A checkpoint of step {step} or a later one is already in {self.directory}.")
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict, int] | None:
-        """The state, the host's part and the step: of the latest checkpoint, or of `step`. None without any.
+        """Returns (state, host value, step) of a checkpoint, or None if there is no checkpoint.
 
         Args:
-          abstract_state: a tree of ShapeDtypeStructs; each array is laid out as its `sharding` says (None: on
-            the default device), whatever the layout was when it was saved.
-          step: a step that is kept.
+          abstract_state: a tree of ShapeDtypeStructs; each array is laid out by its `sharding` (None: on the default
+            device), however it was laid out when it was saved.
+          step: the step to restore; the latest by default.
 
         Raises:
-          UserError: for a checkpoint that is damaged, not one of ours, or of another model.
+          UserError: if there is no such step, or the checkpoint is damaged, of another program or of another model.
         """
         steps = self.steps()
         if step is None:
@@ -106,19 +107,21 @@ class Checkpointer:
                 return None
             step = steps[-1]
         elif step not in steps:
-            raise UserError(f"{self.directory} keeps no step {step}; it has {', '.join(map(str, steps)) or 'none'}")
+            raise UserError(
+                f"{self.directory} has no checkpoint of step {step}; it has {', '.join(map(str, steps)) or 'none'}"
+            )
         path = self.directory / str(step)
-        note = self._read(path, self._args.Composite(host=self._args.JsonRestore()))["host"]
-        if not isinstance(note, dict) or note.get("format") != _FORMAT:
+        about = self._read(path, self._args.Composite(host=self._args.JsonRestore()))["host"]
+        if not isinstance(about, dict) or about.get("format") != _FORMAT:
             raise UserError(f'{path} is not a checkpoint of this program ("{_FORMAT}"); choose another --workdir')
         wanted = {name: _on_device(x) for name, x in _named(abstract_state).items()}
-        _check_same_arrays(note["arrays"], wanted, path)
+        _check_same_arrays(about["arrays"], wanted, path)
         arrays = self._read(path, self._args.Composite(state=self._args.StandardRestore(wanted)))["state"]
         for name, x in arrays.items():
-            if x.dtype != wanted[name].dtype or _digest(x) != note["arrays"][name]["digest"]:
+            if x.dtype != wanted[name].dtype or _digest(x) != about["arrays"][name]["digest"]:
                 raise _damaged(path, f"{name} is not what was saved")
         leaves = [arrays[name] for name in wanted]
-        return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), note["host"], step
+        return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), about["host"], step
 
     def _read(self, path: Path, items: Any) -> Any:
         try:
@@ -127,19 +130,19 @@ class Checkpointer:
             raise _damaged(path, _first_line(error)) from error
 
     def steps(self) -> list[int]:
-        """The steps that are kept, in order."""
+        """The steps of the checkpoints, ascending."""
         return sorted(self._manager.all_steps())
 
     def best_step(self) -> int | None:
-        """The step with the best metric; None if there is no checkpoint or no such metric."""
+        """The step with the best metric; None without one."""
         return None if self.best_metric is None else self._manager.best_step()
 
     def wait(self) -> None:
-        """Blocks until what was saved is on disk."""
+        """Waits until every save is complete on disk."""
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, and lets go of the folder."""
+        """Waits for saves, and closes the folder."""
         self._manager.close()
 
     def __enter__(self) -> "Checkpointer":
@@ -150,7 +153,7 @@ class Checkpointer:
 
 
 def _named(tree: Any) -> dict[str, Any]:
-    """The leaves by path, such as "params.blocks.0.kernel", in the order of the tree."""
+    """The leaves by their path, such as "params.blocks.0.kernel", in the order of the tree."""
     leaves = jax.tree.leaves_with_path(tree)
     named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
     if len(named) != len(leaves):
@@ -166,14 +169,14 @@ def _on_device(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 
 
 def _check_same_arrays(saved: dict[str, dict], wanted: dict[str, jax.ShapeDtypeStruct], path: Path) -> None:
-    """Orbax itself would cast a differing dtype in silence."""
-    differing = [f"{name} only there" for name in saved if name not in wanted]
-    differing += [f"{name} only here" for name in wanted if name not in saved]
+    """Raises UserError if names, shapes or dtypes differ; Orbax would silently cast a dtype."""
+    differing = [f"{name} is only in the checkpoint" for name in saved if name not in wanted]
+    differing += [f"{name} is only in this model" for name in wanted if name not in saved]
     for name in saved.keys() & wanted.keys():
         there = f"{saved[name]['dtype']}{saved[name]['shape']}"
         here = f"{wanted[name].dtype}{list(wanted[name].shape)}"
         if there != here:
-            differing.append(f"{name} is {there} there and {here} here")
+            differing.append(f"{name} is {there} in the checkpoint and {here} in this model")
     if differing:
         more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
         raise UserError(
@@ -187,7 +190,7 @@ def _digest(x: jax.Array) -> int:
 
 @jax.jit
 def _sum_of_bits(x: jax.Array) -> jax.Array:
-    """The sum of an array's words modulo 2**32: the same on any mesh, since integers add in any order."""
+    """The sum of an array's words modulo 2**32, which does not depend on the mesh: integer addition has no order."""
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     if x.dtype == jnp.bool_:
@@ -198,8 +201,8 @@ def _sum_of_bits(x: jax.Array) -> jax.Array:
 
 def _damaged(path: Path, detail: str) -> UserError:
     return UserError(
-        f"the checkpoint {path} is damaged or not one of this program's ({detail}); delete that folder to go "
-        "on from the checkpoint before it, or choose another --workdir"
+        f"the checkpoint {path} is damaged or of another program ({detail}); delete that folder to resume "
+        "from the previous checkpoint, or choose another --workdir"
     )
 
 

@@ -1,4 +1,4 @@
-"""The command line of every binary: reads --config and --workdir, runs, tells a mistake in one sentence."""
+"""The command line of every binary: --config, --workdir and overrides, and one error sentence for a mistake."""
 
 import contextlib
 import os
@@ -14,18 +14,25 @@ from specjax.runtime import config as configs
 from specjax.runtime import processes, stopping
 from specjax.runtime.errors import UserError, nearest
 
-_USAGE = """python -m {module} --config=FILE[:variant] --workdir=DIR [--config.section.key=value ...]
+_USAGE = """\
+usage: python -m {module} --config=FILE[:VARIANT] --workdir=DIR [--config.SECTION.KEY=VALUE ...]
 
-  --config   a config file, such as configs/quickstart.py; ":smoke" runs it in seconds
-  --workdir  where results, checkpoints and the report go; the same command again resumes
-  --config.section.key=value overrides one key; the file says what each key means
-  --plan=CHIP (of specjax.main) compiles the steps for chips that need not be there, and says what they take
+Runs what a config file describes and writes the results to a folder.
 
-Of a run of several processes each is started so; Cloud TPU, GKE and Slurm tell the rest, elsewhere each is given:
+  --config=FILE[:VARIANT]     the config, such as configs/quickstart.py; most have a variant ":smoke" that takes seconds
+  --workdir=DIR               the folder for results, checkpoints and report; the same command resumes a stopped run
+  --config.SECTION.KEY=VALUE  replaces one value of the config; comments in the config file explain every key
+  --plan[=CHIP]               runs nothing; compiles every step for CHIP (v5e, v5p:2x2x4, h100, ...), which need not be
+                              there, and prints memory, work and the least possible time (specjax.main only)
+
+example: python -m specjax.main --config=configs/quickstart.py:smoke --workdir=runs/smoke
+
+A run of several processes starts the same command on every host. Cloud TPU, GKE, Slurm and Open MPI are detected;
+anywhere else, add:
 
 {flags}
 
-Exit codes: 0 done, 2 a mistake in what was asked for, 75 told to stop (SIGTERM) and saved, 130 interrupted
+exit codes: 0 finished, 1 failed, 2 mistake in command or config, 75 stopped by SIGTERM and resumable, 130 interrupted
 """
 
 
@@ -35,16 +42,19 @@ def asks_for_plan(argument: str) -> bool:
 
 
 def launch(run: Callable[[ConfigDict, str], Any], module: str, argv: Sequence[str] | None = None) -> int:
-    """Runs a binary and returns its exit code: 0, 2 for a mistake of the user's, 75 for SIGTERM, 130 for an interrupt.
+    """Runs a binary and returns its exit code, one of those in `--help`.
 
     Args:
       run: the binary, `run(config, workdir)`.
-      module: its name, for the usage.
-      argv: the arguments without the program's name; those of the process by default.
+      module: its module name, for `--help`.
+      argv: arguments without the program's name; `sys.argv[1:]` by default.
+
+    Raises:
+      Exception: a bug in a run of one process. With several, the traceback is printed and the process exits.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if any(argument in ("-h", "-help", "--help") for argument in argv):
-        flags = "\n".join(f"  {name:14} {what}" for name, what in processes.FLAGS.items())
+        flags = "\n".join(f"  {name:26}  {what}" for name, what in processes.FLAGS.items())
         print(_USAGE.format(module=module, flags=flags), end="")
         return 0
     try:
@@ -60,10 +70,10 @@ def launch(run: Callable[[ConfigDict, str], Any], module: str, argv: Sequence[st
         processes.leave(2)
         return 2
     except stopping.Stopped:
-        print("stopped as asked (SIGTERM); the same command goes on from what was saved", file=sys.stderr)
+        print("stopped by SIGTERM; the same command resumes from what was saved", file=sys.stderr)
         return stopping.STOPPED
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
         processes.leave(130)
         return 130
     except Exception as error:
@@ -72,8 +82,8 @@ def launch(run: Callable[[ConfigDict, str], Any], module: str, argv: Sequence[st
         traceback.print_exc()
         if processes.lost_another(error):
             print(
-                "error: another process of this run is gone, or cannot be reached; start all of them again: the same "
-                "command goes on from the last checkpoint",
+                "error: another process of this run ended or cannot be reached; start all of them again with the same "
+                "command to resume from the last checkpoint",
                 file=sys.stderr,
             )
         processes.leave(1)
@@ -81,19 +91,19 @@ def launch(run: Callable[[ConfigDict, str], Any], module: str, argv: Sequence[st
 
 
 def _begin(config: ConfigDict, workdir: str) -> None:
-    """What has to be right in all processes before any of them begins. Raises UserError in all where it is not."""
-    processes.check_alike(configs.to_plain(config), workdir)
+    """Checks that must pass in every process before any of them begins. Raises UserError in all processes."""
+    processes.check_same_command(configs.to_plain(config), workdir)
     processes.check_shared(workdir)
     configs.assert_same_run(config, workdir)
 
 
 def parse(argv: Sequence[str], *, needs_workdir: bool = True) -> tuple[ConfigDict, str]:
-    """The locked config with its overrides, and the workdir: "" where it is left out and not needed.
+    """Returns the locked config with its overrides, and the workdir ("" if it is absent and not needed).
 
     Raises:
-      UserError: for anything missing, misspelt or of the wrong type.
+      UserError: for an argument that is missing, unknown or of the wrong type.
     """
-    given: dict[str, str] = {}
+    values: dict[str, str] = {}
     arguments = list(argv)
     while arguments:
         name, equals, value = arguments.pop(0).partition("=")
@@ -104,15 +114,15 @@ def parse(argv: Sequence[str], *, needs_workdir: bool = True) -> tuple[ConfigDic
                 f'"{name}{equals}{value}" is not understood; arguments are --config=FILE, --workdir=DIR and '
                 "--config.section.key=value"
             )
-        given[name] = value
+        values[name] = value
     for name in ("--config", "--workdir") if needs_workdir else ("--config",):
-        if not given.get(name):
+        if not values.get(name):
             raise UserError(f"{name} is missing; see --help")
-    config = configs.load(given.pop("--config")).lock()
-    workdir = given.pop("--workdir", "")
-    for name, text in given.items():
+    config = configs.load(values.pop("--config")).lock()
+    workdir = values.pop("--workdir", "")
+    for name, text in values.items():
         _override(config, name.removeprefix("--config."), text)
-    configs.check_given(config)
+    configs.check_required(config)
     return config, workdir
 
 
@@ -121,7 +131,7 @@ def _override(config: ConfigDict, key: str, text: str) -> None:
     holder, old = config, config
     for name in key.split("."):
         if not isinstance(old, ConfigDict):
-            raise UserError(f'config.{key} does not exist: "{name}" is asked of a value that has no keys')
+            raise UserError(f'config.{key} does not exist: the value in which "{name}" is looked up has no keys')
         if name not in old:
             raise UserError(f"config.{key} does not exist{nearest(name, old.keys())}")
         holder, old = old, old[name]
@@ -137,7 +147,7 @@ def _override(config: ConfigDict, key: str, text: str) -> None:
 
 
 def _value(text: str, like: Any) -> Any:
-    """The value that `text` writes, of the type of `like`. Raises ValueError where it writes none."""
+    """Parses `text` as a value of the type of `like`. Raises ValueError if it is none."""
     if like is None:
         return None if text in ("", "None") else text
     if isinstance(like, bool):
@@ -146,14 +156,14 @@ def _value(text: str, like: Any) -> Any:
         return text.lower() == "true"
     if isinstance(like, (tuple, list)):
         parts = [part.strip(" \"'") for part in text.strip("()[] ").split(",")]
-        # "(3,)" and "" end in nothing.
+        # The last part of "(3,)" and of "" is empty.
         parts = parts if parts[-1] else parts[:-1]
         return type(like)(_value(part, like[0]) if like else _number_or_text(part) for part in parts)
     return type(like)(text)
 
 
 def _number_or_text(text: str) -> int | float | str:
-    """An element of a list that is empty in the config, and so does not say what its elements are."""
+    """Parses an element of a list whose type is unknown, because the list is empty in the config."""
     for kind in (int, float):
         with contextlib.suppress(ValueError):
             return kind(text)

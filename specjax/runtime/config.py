@@ -1,4 +1,4 @@
-"""Configs: loading the file, naming the outputs of earlier stages, and keeping a workdir to one config."""
+"""Configs: loads the file, resolves references to earlier stages, and ties a workdir to one config."""
 
 import importlib.util
 import json
@@ -13,9 +13,9 @@ from ml_collections import ConfigDict
 
 from specjax.runtime.errors import UserError, nearest
 
-# The folder of configs, which is importable under this name.
+# A folder of this name is importable as a package while one of its configs is loaded.
 _PACKAGE = "configs"
-# "stage:NAME" is what stage NAME exported, "workdir:NAME" the folder it ran in.
+# The value "stage:NAME" is the folder that stage NAME exported to, "workdir:NAME" the folder it ran in.
 _REFERENCES = {"stage": "export", "workdir": ""}
 # The value "required:KEY:WHAT" of a config must be replaced on the command line, by --config.KEY=...
 _REQUIRED = "required:"
@@ -27,10 +27,10 @@ RENAMED = {
 
 
 def load(path_and_variant: str) -> ConfigDict:
-    """Calls `get_config` of the file: `path.py`, or `path.py:variant` to call `get_config("variant")`.
+    """Returns `get_config()` of the file `path.py`, or `get_config("variant")` for "path.py:variant".
 
     Raises:
-      UserError: for a file that is missing, not Python, or without a `get_config` that takes this variant.
+      UserError: if the file is missing, is not Python, has no such variant, or uses a key of an earlier version.
     """
     name, colon, variant = path_and_variant.partition(":")
     path = Path(name)
@@ -47,7 +47,7 @@ def load(path_and_variant: str) -> ConfigDict:
         raise UserError(f'{name} has no variants; leave out ":{variant}"')
     try:
         config = module.get_config(variant) if colon else module.get_config()
-    except ValueError as error:  # how a config refuses a variant that it does not have
+    except ValueError as error:  # raised by a config for an unknown variant
         raise UserError(f"{path_and_variant}: {error}") from error
     for key, _ in _leaves(to_plain(config)):
         refuse_renamed(key)
@@ -55,7 +55,7 @@ def load(path_and_variant: str) -> ConfigDict:
 
 
 def refuse_renamed(key: str) -> None:
-    """Raises UserError with the new name if `key`, a path such as "drafters.small.whole", is of an earlier version."""
+    """Raises UserError if `key`, such as "drafters.small.whole", was renamed since an earlier version."""
     names = key.split(".")
     for pattern, replacement in RENAMED.items():
         parts = pattern.split(".")
@@ -65,10 +65,10 @@ def refuse_renamed(key: str) -> None:
 
 
 def _executed(path: Path) -> types.ModuleType:
-    """The module of a config file, executed anew.
+    """Executes a config file and returns its module.
 
-    A file in a folder `configs` belongs to the package `configs`, which becomes importable from any working directory:
-    `from configs.kangaroo import parts`. Any other file may import its neighbours by their bare names.
+    A file inside a folder `configs` can import its neighbours as `from configs.kangaroo import parts`, from any working
+    directory. Any other file can import its neighbours by their bare names.
     """
     root = next((folder for folder in path.parents if folder.name == _PACKAGE), None)
     if root is None:
@@ -89,7 +89,7 @@ def _executed(path: Path) -> types.ModuleType:
 
 
 def _make_importable(root: Path) -> None:
-    """Makes `root` the package `configs`, in place of a folder of that name that was imported earlier."""
+    """Makes `root` the package `configs`, and forgets another folder of that name that was imported earlier."""
     package = sys.modules.get(_PACKAGE)
     if package is not None and str(root) in map(str, package.__path__):
         return
@@ -100,12 +100,8 @@ def _make_importable(root: Path) -> None:
     sys.modules[_PACKAGE] = package
 
 
-def check_given(config: ConfigDict) -> None:
-    """Refuses a config that leaves a value to the command line, "required:KEY:WHAT", and was not given it.
-
-    Raises:
-      UserError: with the key to give, and what it is.
-    """
+def check_required(config: ConfigDict) -> None:
+    """Raises UserError if a value that the command line must set is still "required:KEY:WHAT"."""
     for _, value in _leaves(to_plain(config)):
         if isinstance(value, str) and value.startswith(_REQUIRED):
             key, _, what = value.removeprefix(_REQUIRED).partition(":")
@@ -113,20 +109,23 @@ def check_given(config: ConfigDict) -> None:
 
 
 def to_plain(config: Mapping | ConfigDict) -> dict:
-    """The config as what JSON gives back: dicts, lists, strings, numbers, booleans and None."""
+    """The config in JSON's types: dicts, lists, strings, numbers, booleans and None."""
     return json.loads(json.dumps(config.to_dict() if isinstance(config, ConfigDict) else config))
 
 
 def resolve(config: ConfigDict, workdir: str | Path, earlier: Collection[str]) -> ConfigDict:
-    """A copy in which "stage:NAME" is the folder stage NAME exported and "workdir:NAME" the one it ran in.
+    """Replaces "stage:NAME" with the folder that stage exported to, and "workdir:NAME" with the folder it ran in.
 
     Args:
       config: the section of one stage.
-      workdir: of the whole run.
-      earlier: the stages that come before this one.
+      workdir: the folder of the whole run.
+      earlier: names of the stages that run before this one.
+
+    Returns:
+      A locked copy.
 
     Raises:
-      UserError: for a reference to a stage that does not come before this one.
+      UserError: for a reference to any other stage.
     """
 
     def value(x: Any) -> Any:
@@ -147,14 +146,13 @@ def resolve(config: ConfigDict, workdir: str | Path, earlier: Collection[str]) -
 
 
 def assert_same_run(config: ConfigDict, workdir: str | Path) -> None:
-    """Writes `workdir/config.json`, or checks that the one there says the same.
+    """Writes `workdir/config.json`; if there is one already, checks that it has the same content.
 
-    Stages may be added to a run of stages, and a mesh may change, since a run goes on wherever there are devices: then
-    the file is written anew. What else it already says may not change. References to earlier stages are written as
-    they stand, so that a workdir may be moved.
+    Two changes are allowed, and rewrite the file: new stages, and another mesh (a run can resume on other devices).
+    References to earlier stages are stored unresolved, so that a workdir can be moved.
 
     Raises:
-      UserError: listing the keys that differ, as `key: there -> asked for`.
+      UserError: listing the keys that differ, as `key: old -> new`.
     """
     path = Path(workdir) / "config.json"
     new = to_plain(config)
@@ -165,25 +163,23 @@ def assert_same_run(config: ConfigDict, workdir: str | Path) -> None:
         old = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path} is damaged ({error}); choose another --workdir") from error
-    asked = _without_new_stages(new, old)
-    before, after = dict(_leaves(old)), dict(_leaves(asked))
-    keys = sorted(before.keys() | after.keys())
-    changed = [key for key in keys if _shown(before, key) != _shown(after, key)]
-    differing = [
-        f"{key}: {_shown(before, key)} -> {_shown(after, key)}" for key in changed if "mesh" not in key.split(".")
-    ]
-    if differing:
+    comparable = _without_new_stages(new, old)
+    before, after = ({key: json.dumps(value) for key, value in _leaves(tree)} for tree in (old, comparable))
+    changed = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
+    forbidden = [key for key in changed if "mesh" not in key.split(".")]
+    if forbidden:
+        changes = "; ".join(f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}" for key in forbidden)
         raise UserError(
-            f"{workdir} belongs to a run with another config ({'; '.join(differing)}); choose another "
-            "--workdir, or ask for what it was started with"
+            f"{workdir} belongs to a run with another config ({changes}); choose another --workdir, or use the config "
+            "that it was started with"
         )
-    if changed or asked != new:
+    if changed or comparable != new:
         _write(path, new)
 
 
 def _write(path: Path, config: dict) -> None:
     if jax.process_index():
-        return  # The first process writes it.
+        return  # process 0 writes it
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name("config.json.partial")
     partial.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
@@ -191,19 +187,16 @@ def _write(path: Path, config: dict) -> None:
 
 
 def _without_new_stages(config: dict, old: Any) -> dict:
-    """`config` without the stages that `old`, an earlier config of the workdir, did not have; as it is without any."""
+    """`config` without the stages that are missing in `old`, the config that the workdir already has."""
     if "stages" not in config or not isinstance(old, dict) or not isinstance(old.get("stages"), list):
         return config
     added = {name for name in config["stages"] if name not in old["stages"] and name not in old}
-    kept = {key: value for key, value in config.items() if key not in added}
-    return {**kept, "stages": [name for name in config["stages"] if name not in added]}
-
-
-def _shown(leaves: dict[str, Any], key: str) -> str:
-    return json.dumps(leaves[key]) if key in leaves else "absent"
+    remaining = {key: value for key, value in config.items() if key not in added}
+    return {**remaining, "stages": [name for name in config["stages"] if name not in added]}
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Pairs of a dotted key and its value."""
     if isinstance(tree, dict) and tree:
         for key, value in tree.items():
             yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))

@@ -1,4 +1,4 @@
-"""Names of array dtypes in configs, and which one a device wants."""
+"""Names of array dtypes in configs."""
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +9,14 @@ _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.floa
 
 
 def dtype_named(name: str):
-    """The JAX dtype called `name`. Raises UserError for a name that is none."""
+    """The JAX dtype called `name`. Raises UserError for an unknown name."""
     if name not in _DTYPES:
-        raise UserError(f"Unknown dtype {name!r}{nearest(name, _DTYPES)}.")
+        raise UserError(f'there is no dtype "{name}"{nearest(name, _DTYPES)}')
     return _DTYPES[name]
 
 
 def compute_dtype(name: str) -> str:
-    """`name` itself, or for "auto" float32 on CPU and bfloat16 on accelerators."""
+    """`name` itself; for "auto", float32 on CPU and bfloat16 on accelerators."""
     if name != "auto":
         dtype_named(name)
         return name

@@ -1,18 +1,18 @@
-"""The one exception that is meant for the person at the keyboard."""
+"""The exception for mistakes of the user, as opposed to bugs."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake in what was asked for: one sentence that names the thing and the remedy.
+    """A mistake in the command, the config or the input: one sentence that names the problem and the remedy.
 
-    The command line prints it as one `error:` line with exit code 2; anything else that is raised is a bug.
+    The command line prints it as one `error:` line and exits with code 2. Any other exception is a bug.
     """
 
 
 def nearest(name: str, options: Iterable[str]) -> str:
-    """The tail of an error sentence: the option closest to `name`, or all options if none is close."""
+    """The end of an error sentence: suggests the option closest to `name`, or lists all options if none is close."""
     names = sorted(str(option) for option in options)
     close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.6)
     if close:

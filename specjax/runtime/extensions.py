@@ -1,4 +1,4 @@
-"""What a user adds without editing the package: objects named by their place in the user's own code."""
+"""Extensions: objects of a user's own code, which configs name by file or module."""
 
 import importlib
 import importlib.util
@@ -11,12 +11,12 @@ from specjax.runtime.errors import UserError, nearest
 
 
 def named(name: str, table: Mapping[str, Any], what: str) -> Any:
-    """The entry `name` of a table, or an object of the user's: "path/to/file.py:Name" or "package.module:Name".
+    """Returns `table[name]`, or an object of the user's code: "path/to/file.py:Name" or "package.module:Name".
 
     Args:
-      name: a key of `table`, or the place of an object.
-      table: what specjax itself has under such names.
-      what: what is asked for, such as "drafter"; it appears in errors.
+      name: a key of `table`, or a file or module with the name of an object in it.
+      table: the objects that specjax itself provides.
+      what: the kind of object, such as "drafter", for error messages.
 
     Raises:
       UserError: if the name is neither, or the file, module or object does not exist.
@@ -33,7 +33,7 @@ def named(name: str, table: Mapping[str, Any], what: str) -> Any:
 
 
 def _module(place: str, what: str) -> Any:
-    """The module at a path or with an importable name; a file is executed once for each process."""
+    """Imports a module by its name or path. A file is executed once per process."""
     if not place.endswith(".py"):
         try:
             return importlib.import_module(place)

@@ -1,7 +1,7 @@
-"""Runs of several processes: joining them, agreeing before anything begins, sharing what hosts know.
+"""Runs of several processes: connecting them, checking that they agree, and exchanging small host values.
 
-In a run of one process all of this is trivial. All processes run the same program on the same config, so that each
-collective here is reached by all of them; what only one of them may do (writing records) is behind `first`.
+All processes run the same program on the same config, so every collective here must be reached by all of them. Only
+process 0 (`first()`) writes records. With one process every function here is trivial.
 """
 
 import dataclasses
@@ -22,33 +22,34 @@ from jax.experimental import multihost_utils
 
 from specjax.runtime.errors import UserError
 
-# Flags of the command line, and what each is.
+# Command-line flags and their help.
 FLAGS = {
-    "--coordinator": "HOST:PORT of process 0, which the others reach it by",
-    "--processes": "how many there are",
-    "--process_id": "which of them this one is, from 0",
-    "--join_seconds": "how long to wait for the others (300)",
+    "--coordinator=HOST:PORT": "address at which process 0 listens, reachable from every host",
+    "--processes=N": "number of processes",
+    "--process_id=I": "number of this process, 0 to N - 1",
+    "--join_seconds=SECONDS": "how long to wait for the other processes (300)",
 }
-# How long one process may be ahead of another, where the first writes what the others then read.
-_PATIENCE_SECONDS = 3600
-# How long a file written by one host may take to be seen by another.
+_HELP = {flag.partition("=")[0]: f"{flag} ({what})" for flag, what in FLAGS.items()}
+# How long a process waits at a barrier: process 0 may be writing a large file.
+_BARRIER_SECONDS = 3600
+# How long a file written by one host may take to appear on another.
 _VISIBLE_SECONDS = 20
 
-_MEETINGS = itertools.count()
+_BARRIERS = itertools.count()
 
-# What the runtime says where a process of the run is gone, not where something is wrong with this one.
+# Parts of error messages with which the runtime reports that another process is gone.
 _LOST = ("Gloo", "Connection", "connection", "UNAVAILABLE", "DEADLINE_EXCEEDED", "heartbeat", "coordination service")
 
 
 @dataclasses.dataclass(frozen=True)
 class Joining:
-    """How this process finds the others.
+    """How this process connects to the others.
 
     Attributes:
-      coordinator: "HOST:PORT" of process 0; None where the environment tells, or where there is one process.
-      processes: how many there are.
-      process_id: which of them this one is.
-      seconds: to wait for the others.
+      coordinator: "HOST:PORT" of process 0; None for one process, or to let JAX detect the cluster.
+      processes: number of processes.
+      process_id: number of this process.
+      seconds: how long to wait for the others.
     """
 
     coordinator: str | None = None
@@ -58,45 +59,48 @@ class Joining:
 
 
 def parse(arguments: Sequence[str]) -> tuple[Joining, list[str]]:
-    """Takes the flags of `FLAGS` out of a command line; returns the rest of it beside them.
+    """Splits a command line into the flags of `FLAGS` and the other arguments.
 
     Raises:
-      UserError: for a flag without its others, and for values out of range.
+      UserError: if only some of the flags are present, or a value is out of range.
     """
-    given, rest = {}, []
+    values, rest = {}, []
     for argument in arguments:
         name, equals, value = argument.partition("=")
-        if name in FLAGS and equals:
-            given[name] = value
-        elif name in FLAGS:
-            raise UserError(f"{name} has no value; write {name}=..., {FLAGS[name]}")
-        else:
+        if name not in _HELP:
             rest.append(argument)
-    numbers = {name: _number(name, text) for name, text in given.items() if name != "--coordinator"}
+        elif not equals:
+            raise UserError(f"{name} has no value; write {_HELP[name]}")
+        else:
+            values[name] = value
+    numbers = {name: _number(name, text) for name, text in values.items() if name != "--coordinator"}
     seconds = numbers.pop("--join_seconds", Joining.seconds)
-    missing = [name for name in ("--coordinator", "--processes", "--process_id") if name not in given]
+    missing = [name for name in ("--coordinator", "--processes", "--process_id") if name not in values]
     if len(missing) == 3:
         return Joining(seconds=seconds), rest
     if missing:
-        raise UserError(f"{missing[0]} is missing; give it, or leave out the others too where the environment tells")
-    coordinator, processes, process_id = given["--coordinator"], numbers["--processes"], numbers["--process_id"]
+        raise UserError(f"{missing[0]} is missing; add it, or leave out all three if JAX can detect the cluster")
+    coordinator, processes, process_id = values["--coordinator"], numbers["--processes"], numbers["--process_id"]
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal():
         raise UserError(f'--coordinator is "{coordinator}"; it must be HOST:PORT, such as 10.0.0.2:8476')
     if processes < 1 or not 0 <= process_id < processes:
-        raise UserError(f"--process_id={process_id} of --processes={processes}: ids are 0 to --processes less 1")
+        raise UserError(
+            f"--process_id={process_id} of --processes={processes} does not exist; ids run from 0 to {processes - 1}"
+        )
     return Joining(coordinator, processes, process_id, seconds), rest
 
 
 def _number(name: str, text: str) -> int:
     if not text.isdecimal():
-        raise UserError(f'{name} is "{text}"; it must be a whole number: {FLAGS[name]}')
+        raise UserError(f'{name} is "{text}"; write a whole number, as in {_HELP[name]}')
     return int(text)
 
 
 def several(environment: Mapping[str, str]) -> bool:
-    """Whether the environment says that this is one of several processes. Inside an allocation but outside `srun` it
-    is not. SPECJAX_MULTIPROCESS=1 is for launchers on machines whose environment does not tell.
+    """Whether environment variables say that this is one of several processes.
+
+    A Slurm allocation outside `srun` counts as one process. Launchers on other machines set SPECJAX_MULTIPROCESS=1.
     """
     return (
         environment.get("SPECJAX_MULTIPROCESS") == "1"
@@ -109,53 +113,53 @@ def several(environment: Mapping[str, str]) -> bool:
 
 
 def start(joining: Joining, environment: Mapping[str, str]) -> None:
-    """Joins the other processes, where flags or the environment say that there are any.
+    """Connects to the other processes, if flags or the environment say that there are any.
 
-    JAX finds out the rest by itself on Cloud TPU, GKE, Slurm and Open MPI. Where the others are not found in time the
-    process ends, with what to check and exit code 2: the runtime itself would abort it.
+    JAX detects the cluster on Cloud TPU, GKE, Slurm and Open MPI. If the others do not appear in time, this process
+    prints what to check and exits with code 2, before the runtime would abort it.
 
     Raises:
-      UserError: where the environment does not tell enough.
+      UserError: if JAX cannot detect the cluster.
     """
     if jax.distributed.is_initialized():
         return
-    told = joining.coordinator is not None
-    if (joining.processes == 1) if told else not several(environment):
+    by_flags = joining.coordinator is not None
+    if (joining.processes == 1) if by_flags else not several(environment):
         return
-    flags = {}
-    if told:
-        flags = {
+    options = {}
+    if by_flags:
+        options = {
             "coordinator_address": joining.coordinator,
             "num_processes": joining.processes,
             "process_id": joining.process_id,
             "cluster_detection_method": "deactivate",
         }
         if joining.coordinator.startswith(("127.0.0.1:", "localhost:")):  # then no other host needs to reach it
-            flags["coordinator_bind_address"] = joining.coordinator
+            options["coordinator_bind_address"] = joining.coordinator
     watch = threading.Timer(joining.seconds, _give_up, [joining])
     watch.daemon = True
     watch.start()
     try:
-        jax.distributed.initialize(**flags, initialization_timeout=joining.seconds + 60)
+        jax.distributed.initialize(**options, initialization_timeout=joining.seconds + 60)
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"the other processes cannot be joined ({_first_line(error)}); give --coordinator, --processes and "
-            "--process_id where the environment does not tell them, or start this process without the others' variables"
+            f"cannot connect to the other processes ({_first_line(error)}); add --coordinator, --processes and "
+            "--process_id if JAX cannot detect the cluster, or unset the cluster's variables to run one process"
         ) from error
     finally:
         watch.cancel()
 
 
 def _give_up(joining: Joining) -> None:
-    """Ends the process, which waits for others in vain."""
-    where = joining.coordinator or "the coordinator that the environment names"
-    told = joining.coordinator is not None
-    who = f"process {joining.process_id} of {joining.processes}" if told else "this process"
+    """Ends this process because the others did not appear."""
+    by_flags = joining.coordinator is not None
+    address = joining.coordinator or "the coordinator that the environment names"
+    this = f"process {joining.process_id} of {joining.processes}" if by_flags else "this process"
     print(
-        f"error: {who} did not find the others within {joining.seconds} s; check that all of them are started, each "
-        f"with an id of its own and the same count, that process 0 listens at {where} (no other program at that "
-        "port, an address that the other hosts know, the port open between them), and that no proxy variable is set; "
-        "--join_seconds=N waits longer",
+        f"error: {this} did not find the others within {joining.seconds} s; check that all are started with different "
+        f"ids and the same --processes, that process 0 listens at {address} (no other program uses the port, the other "
+        "hosts can resolve the address, the port is open between them), and that no proxy variable is set; or wait "
+        "longer with --join_seconds=N",
         file=sys.stderr,
         flush=True,
     )
@@ -163,7 +167,7 @@ def _give_up(joining: Joining) -> None:
 
 
 def lost_another(error: Exception) -> bool:
-    """Whether this is how the runtime tells that another process of the run is gone."""
+    """Whether the error means that another process of the run ended or cannot be reached."""
     return jax.process_count() > 1 and any(word in str(error) for word in _LOST)
 
 
@@ -173,30 +177,30 @@ def first() -> bool:
 
 
 def refuse_several(what: str) -> None:
-    """Raises UserError in a run of several processes, for what is measured on one host."""
+    """Raises UserError if the run has several processes; `what` names the feature that supports only one."""
     if jax.process_count() > 1:
-        raise UserError(f"{what} runs on one host, and this is one of {jax.process_count()} processes; start it alone")
+        raise UserError(f"{what} runs in one process, and this run has {jax.process_count()}; start it with one")
 
 
 def meet(name: str) -> None:
-    """Waits until all processes have come here; `name` is the same in all, and says where that is.
+    """A barrier: waits until every process calls this. `name` must be the same in all of them.
 
-    No device takes part: collectives of some backends give up after seconds, and the first process may write for long.
+    It uses no device: device collectives may time out after seconds, and process 0 may write for minutes.
     """
     if jax.process_count() > 1:
         from orbax.checkpoint import multihost
 
-        key = f"specjax {next(_MEETINGS)} {name}"
-        multihost.get_barrier_sync_fn()(key=key, timeout_ms=_PATIENCE_SECONDS * 1000)
+        key = f"specjax {next(_BARRIERS)} {name}"
+        multihost.get_barrier_sync_fn()(key=key, timeout_ms=_BARRIER_SECONDS * 1000)
 
 
 def from_first(array: Any) -> np.ndarray:
-    """Process 0's value of an array that has one shape in all processes."""
+    """Process 0's value of an array that has the same shape in every process."""
     return multihost_utils.broadcast_one_to_all(np.asarray(array))
 
 
 def gathered(text: str) -> list[str]:
-    """Each process's text, in the order of the processes."""
+    """The texts of all processes, in order."""
     if jax.process_count() == 1:
         return [text]
     data = np.frombuffer(text.encode(), np.uint8)
@@ -208,52 +212,52 @@ def gathered(text: str) -> list[str]:
 
 
 def fetch(tree: Any) -> Any:
-    """Arrays as numpy's, whole in every process, wherever their parts lie."""
+    """Complete numpy arrays in every process, however the arrays are sharded."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
 
-    def whole(x: Any) -> Any:
+    def complete(x: Any) -> Any:
         if not isinstance(x, jax.Array) or x.is_fully_addressable:
             return jax.device_get(x)
         if x.is_fully_replicated:
             return np.asarray(x.addressable_data(0))
         return multihost_utils.process_allgather(x, tiled=True)
 
-    return jax.tree.map(whole, tree)
+    return jax.tree.map(complete, tree)
 
 
 def fetch_to_first(tree: Any) -> Any:
-    """As `fetch`, one array after another, and only process 0 keeps them: the others have None in their place.
+    """Complete numpy arrays in process 0 and None in the others, fetched one at a time to bound memory.
 
-    The tree itself in a run of one process, which has all of it at hand.
+    A run of one process gets its tree back unchanged.
     """
     if jax.process_count() == 1:
         return tree
 
-    def whole(x: Any) -> Any:
-        found = fetch(x)
-        return found if first() else None
+    def complete(x: Any) -> Any:
+        array = fetch(x)
+        return array if first() else None
 
-    return jax.tree.map(whole, tree)
+    return jax.tree.map(complete, tree)
 
 
 def fail_together(problem: str) -> None:
-    """Raises UserError in all processes where any of them has a problem ("" is none)."""
-    problems = gathered(problem)
-    told = [f"process {i}: {text}" if len(problems) > 1 else text for i, text in enumerate(problems) if text]
-    if told:
-        raise UserError("; ".join(told[:3]) + (f"; and {len(told) - 3} more" if len(told) > 3 else ""))
+    """Raises UserError in every process if any of them has a problem; "" means none."""
+    texts = gathered(problem)
+    problems = [f"process {i}: {text}" if len(texts) > 1 else text for i, text in enumerate(texts) if text]
+    if problems:
+        raise UserError("; ".join(problems[:3]) + _and_more(len(problems) - 3, "; "))
 
 
-def check_alike(config: Mapping[str, Any], workdir: str) -> None:
-    """Refuses processes that were started with different configs or workdirs.
+def _and_more(count: int, comma: str = " ") -> str:
+    return f"{comma}and {count} more" if count > 0 else ""
 
-    Args:
-      config: in JSON's own types.
-      workdir: of the run, as it was given.
+
+def check_same_command(config: Mapping[str, Any], workdir: str) -> None:
+    """Checks that all processes have the same config, in JSON's types, and the same workdir.
 
     Raises:
-      UserError: in all of them, naming the processes and the first keys in which they differ from process 0.
+      UserError: in every process, naming the processes and keys that differ from process 0.
     """
     if jax.process_count() == 1:
         return
@@ -263,13 +267,12 @@ def check_alike(config: Mapping[str, Any], workdir: str) -> None:
     for process, other in enumerate(all_of):
         keys = [key for key in sorted(all_of[0].keys() | other.keys()) if all_of[0].get(key) != other.get(key)]
         if keys:
-            shown = ", ".join(f"{key}: {all_of[0].get(key)!r} there, {other.get(key)!r} here" for key in keys[:3])
-            differing.append(f"process {process} ({shown})")
+            values = ", ".join(f"{key}: {all_of[0].get(key)!r} there, {other.get(key)!r} here" for key in keys[:3])
+            differing.append(f"process {process} ({values})")
     if differing:
-        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise UserError(
-            f"not all processes were started alike: {'; '.join(differing[:3])}{more} differ from process 0; start all "
-            "of them with the same command, but for --process_id"
+            f"the processes have different settings: {'; '.join(differing[:3])}{_and_more(len(differing) - 3)} differ "
+            "from process 0; start all of them with the same command except for --process_id"
         )
 
 
@@ -280,10 +283,10 @@ def _flat(tree: Any, prefix: str) -> dict[str, Any]:
 
 
 def check_shared(workdir: str | Path) -> None:
-    """Makes the workdir, and refuses one that cannot be written, or that the hosts of the run do not share.
+    """Creates the workdir, and checks that every process can write to it and sees the files of the others.
 
     Raises:
-      UserError: in all processes, naming those that cannot, or do not see what process 0 wrote.
+      UserError: in every process, naming those that cannot.
     """
     workdir, problem = Path(workdir), ""
     note = workdir / f".process-{jax.process_index()}"
@@ -292,9 +295,9 @@ def check_shared(workdir: str | Path) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         note.write_text(host, encoding="utf-8")
     except OSError as error:
-        problem = f"{workdir} on {host} cannot be written ({error}); choose another --workdir, or give it the right"
+        problem = f"{workdir} on {host} cannot be written ({error}); choose another --workdir, or make it writable"
     fail_together(problem)
-    missing = _unseen([workdir / f".process-{process}" for process in range(jax.process_count())])
+    missing = _invisible([workdir / f".process-{process}" for process in range(jax.process_count())])
     if missing:
         number = missing[0].name.removeprefix(".process-")
         problem = (
@@ -305,8 +308,8 @@ def check_shared(workdir: str | Path) -> None:
     note.unlink(missing_ok=True)
 
 
-def _unseen(paths: Sequence[Path]) -> list[Path]:
-    """The files that do not appear: network file systems show another host's files with some delay."""
+def _invisible(paths: Sequence[Path]) -> list[Path]:
+    """The files that do not appear in time; network file systems show another host's files with a delay."""
     deadline = time.monotonic() + _VISIBLE_SECONDS
     while True:
         missing = [path for path in paths if not path.exists()]
@@ -316,9 +319,9 @@ def _unseen(paths: Sequence[Path]) -> list[Path]:
 
 
 def leave(code: int) -> None:
-    """Ends this process of several without waiting for the others, who may be waiting for it in vain."""
+    """Exits if there are several processes; a normal exit would wait for the others, which may wait for this one."""
     if jax.process_count() > 1:
-        time.sleep(1)  # others who fail alike tell it too, before they learn that this one is gone
+        time.sleep(1)  # lets processes that fail the same way print their error first
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

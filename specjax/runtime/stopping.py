@@ -1,7 +1,6 @@
-"""Being told to stop: SIGTERM, with which spot and preemptible capacity says that it goes.
+"""Stopping on SIGTERM, which spot and preemptible machines receive shortly before they are taken away.
 
-A run that is stopped saves what there is to save, ends with an exit code of its own, and goes on when the same command
-is given again.
+A stopped run saves its state and exits with code `STOPPED`. The same command resumes it.
 """
 
 import contextlib
@@ -13,68 +12,67 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-# Exit code of a run that was told to stop and goes on when it is started again: EX_TEMPFAIL of sysexits.h.
+# Exit code of a run that stopped on request and can be resumed: EX_TEMPFAIL of sysexits.h.
 STOPPED = 75
 
 
 class Stopped(Exception):
-    """The run was told to stop; whatever was to be saved is saved."""
+    """The run stopped on request; its state is saved."""
 
 
-class _Notice:
-    """What is known of a request to stop, in this process."""
+class _Request:
+    """Whether this process was asked to stop, and what it does then."""
 
-    asked = False
-    held = False
-    looks = 0
+    received = False
+    deferred = False  # inside `holding`: do not raise in the signal handler
+    checks = 0  # calls of `stop_asked`, equally many in every process
 
 
 def _on_sigterm(number: int, frame: Any) -> None:
     del frame
-    signal.signal(number, signal.SIG_DFL)  # who asks twice does not want to wait
-    _Notice.asked = True
-    if not _Notice.held:
+    signal.signal(number, signal.SIG_DFL)  # a second SIGTERM ends the process at once
+    _Request.received = True
+    if not _Request.deferred:
         raise Stopped
 
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """In it SIGTERM, how spot capacity says that it goes, ends the run by `Stopped`.
+    """Within this context SIGTERM (spot preemption) raises `Stopped`.
 
-    One process is stopped at once, or where `stop_asked` is looked at inside of `holding`. Several go on to a place
-    that all of them reach: JAX watches for the signal in each, and lets them agree on the next look.
+    A single process raises at once, or inside `holding` at the next `stop_if_asked`. With several processes JAX
+    catches the signal in each of them and makes all stop at the same call of `stop_asked`.
     """
-    watched = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
-    if not watched:
+    if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.signal(signal.SIGTERM, _on_sigterm)
     try:
         yield
     finally:
-        _Notice.asked = False
+        _Request.received = False
         signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
 def holding() -> Iterator[None]:
-    """In it a request to stop waits until `stop_asked` is looked at, so that there is something to save."""
-    _Notice.held = True
+    """Within this context SIGTERM raises nothing; the caller asks `stop_asked`, and saves before it stops."""
+    _Request.deferred = True
     try:
         yield
     finally:
-        _Notice.held = False
+        _Request.deferred = False
 
 
 def stop_asked() -> bool:
-    """Whether the run is to stop here; all processes are told the same, at the same look."""
+    """Whether the run should stop now. All processes must call this equally often; they get the same answer."""
     if jax.process_count() == 1:
-        return _Notice.asked
-    _Notice.looks += 1
-    return multihost_utils.reached_preemption_sync_point(_Notice.looks)
+        return _Request.received
+    _Request.checks += 1
+    return multihost_utils.reached_preemption_sync_point(_Request.checks)
 
 
 def stop_if_asked() -> None:
-    """Raises Stopped where the run is to stop: for places with nothing to save."""
+    """Raises `Stopped` if the run should stop now; for places with nothing to save."""
     if stop_asked():
         raise Stopped
