@@ -254,12 +254,12 @@ def test_files_without_the_name_of_the_inner_model_and_with_old_masks_load_the_s
 @pytest.mark.parametrize("family", NEEDED)
 def test_no_learned_bias_is_taken_for_a_mask(family):
     names = {tensor.name for tensor in FAMILIES[family].tensors(read(family))}
-    assert [name for name in names if name.endswith(FAMILIES[family].IGNORED)] == []
+    assert [name for name in names if name.endswith(FAMILIES[family].ignored)] == []
 
 
 def test_the_table_of_names_must_hold_every_parameter():
     with pytest.raises(ValueError, match="No tensor is named for"):
-        base.list_tensors(read("opt"), first=(), layer=(), last=())
+        base.list_tensors(read("opt"), {})
 
 
 # --- arithmetic ----------------------------------------------------------------------------------------------------

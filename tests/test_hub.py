@@ -282,7 +282,7 @@ def test_absent_optional_fields_have_the_values_of_the_format(copy):
     optional = "num_key_value_heads head_dim max_position_embeddings rms_norm_eps attention_bias mlp_bias hidden_act"
     drop_config(copy, *optional.split())
     family, config = hub_load.read_config(copy, param_dtype="float32", compute_dtype="float32")
-    assert family.MODEL_TYPE == "llama"
+    assert family.model_type == "llama"
     assert (config.kv_heads, config.head_size, config.max_positions, config.norm_epsilon) == (
         4,
         8,

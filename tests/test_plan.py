@@ -34,12 +34,12 @@ def directory(path, **changes):
     """A checkpoint of which only config.json is there."""
     fields = dict(max_positions=256, rope_theta=1e4, norm_epsilon=1e-5, tied_head=False, **DTYPES)
     config = DecoderConfig.llama(**{**SHAPE, **fields, **changes})
-    return written(path, llama.write_config(config))
+    return written(path, llama.FAMILY.write_config(config))
 
 
 def t5_directory(path, **changes):
     fields = dict(encoder_layers=2, norm_epsilon=1e-6, tied_head=False, start_token=0, **DTYPES)
-    return written(path, t5.write_config(EncoderDecoderConfig.t5(**{**SHAPE, **fields, **changes})))
+    return written(path, t5.FAMILY.write_config(EncoderDecoderConfig.t5(**{**SHAPE, **fields, **changes})))
 
 
 def written(path, fields):

@@ -10,22 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from specjax.hub import weights
-from specjax.hub.families import (
-    base,
-    gemma,
-    gemma2,
-    gemma3,
-    gpt2,
-    gpt_neox,
-    llama,
-    mistral,
-    opt,
-    phi3,
-    qwen2,
-    qwen3,
-    smollm3,
-    t5,
-)
+from specjax.hub.families import base, gemma, gpt2, gpt_neox, llama, mistral, opt, phi3, qwen, smollm3, t5
 from specjax.hub.weights import Stored
 from specjax.models.language_model import LanguageModel, Params
 from specjax.models.table import model_of
@@ -34,9 +19,12 @@ from specjax.runtime.errors import UserError
 
 CONFIG_FILE = "config.json"
 
-# By `model_type`. A new family is one file with the members that llama.py has, and one entry here.
-_ALL = (llama, mistral, qwen2, qwen3, phi3, smollm3, gemma, gemma2, gemma3, opt, gpt2, gpt_neox, t5)
-FAMILIES = {family.MODEL_TYPE: family for family in _ALL}
+# By `model_type`. A new family is one `base.Family` in a file, and one entry here.
+_ALL = (
+    *(llama.FAMILY, mistral.FAMILY, qwen.QWEN2, qwen.QWEN3, phi3.FAMILY, smollm3.FAMILY),
+    *(gemma.GEMMA, gemma.GEMMA2, gemma.GEMMA3, opt.FAMILY, gpt2.FAMILY, gpt_neox.FAMILY, t5.FAMILY),
+)
+FAMILIES = {family.model_type: family for family in _ALL}
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Endings of the names that GPTQ, AWQ, compressed-tensors, bitsandbytes and 8-bit floats give to their tensors.
@@ -165,10 +153,10 @@ def _put(tree: Params, path: tuple[str | int, ...], leaf: Any) -> None:
 
 def _whole_names(stored: dict[str, Stored], family) -> dict[str, Stored]:
     """The tensors by their whole names; some files, GPT-2's own among them, leave out the leading "transformer."."""
-    inner, _, rest = family.EMBEDDING.partition(".")
-    if family.EMBEDDING in stored or rest not in stored:
+    inner, _, rest = family.embedding.partition(".")
+    if family.embedding in stored or rest not in stored:
         return stored
-    return {name if name == family.HEAD else f"{inner}.{name}": tensor for name, tensor in stored.items()}
+    return {name if name == family.head else f"{inner}.{name}": tensor for name, tensor in stored.items()}
 
 
 def _check_names(directory, family, config, wanted: set[str], stored: dict[str, Stored]) -> None:
@@ -182,19 +170,19 @@ def _check_names(directory, family, config, wanted: set[str], stored: dict[str, 
     missing = sorted(wanted - set(stored))
     if missing:
         hint = ""
-        if missing == [family.HEAD]:
+        if missing == [family.head]:
             hint = f'; if its head is the embedding, {CONFIG_FILE} must say "tie_word_embeddings": true'
         raise UserError(
             f"the weights in {directory} lack {_some(missing)}{hint or f'; {CONFIG_FILE} describes others'}"
         )
-    extra = {name for name in stored if name not in wanted and not name.endswith(family.IGNORED)}
-    if config.tied_head and family.HEAD in extra:  # some writers store the tied head all the same
-        if not _same(stored[family.HEAD], stored[family.EMBEDDING]):
+    extra = {name for name in stored if name not in wanted and not name.endswith(family.ignored)}
+    if config.tied_head and family.head in extra:  # some writers store the tied head all the same
+        if not _same(stored[family.head], stored[family.embedding]):
             raise UserError(
-                f"{family.HEAD} in {directory} differs from the embedding, though {CONFIG_FILE} says "
+                f"{family.head} in {directory} differs from the embedding, though {CONFIG_FILE} says "
                 '"tie_word_embeddings": true; correct whichever is wrong'
             )
-        extra.remove(family.HEAD)
+        extra.remove(family.head)
     if extra:
         raise UserError(
             f"the weights in {directory} hold {_some(sorted(extra))}, unknown to the model of {CONFIG_FILE}; "

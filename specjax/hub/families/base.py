@@ -1,6 +1,8 @@
-"""What the family files share: the description of a tensor, and the reading of fields of a `config.json`."""
+"""The description of a family of checkpoints and of its tensors, and the reading of `config.json` fields."""
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +15,7 @@ from specjax.runtime.errors import UserError
 class Part(NamedTuple):
     """Where an array lies in a fused tensor of the file, along the axis of its outputs.
 
-    That axis is `groups` runs of equal length; in each of them this array has the `size` entries from `start`.
+    That axis has `groups` runs of equal length. In each run this array has the `size` entries from `start`.
     """
 
     start: int
@@ -22,13 +24,13 @@ class Part(NamedTuple):
 
 
 class Tensor(NamedTuple):
-    """One learned array: its name in the file, its path in our tree, and how it lies in the file.
+    """One learned array: its name in the file, its path in our tree, and its layout in the file.
 
     Attributes:
-      name: several arrays have the same one where the file fuses them.
+      name: several arrays share a name if the file fuses them.
       path: in the tree of parameters.
-      transposed: whether the file holds its transpose (kernels are [in, out] with us, mostly [out, in] in files).
-      part: of a fused tensor; None where the tensor is this array alone.
+      transposed: whether the file holds the transpose (our kernels are [in, out], most files have [out, in]).
+      part: of a fused tensor; None if the tensor in the file is this array alone.
     """
 
     name: str
@@ -37,58 +39,168 @@ class Tensor(NamedTuple):
     part: Part | None = None
 
 
-# From the name in the file, in which {} is the number of the layer, to the path below "blocks", number.
-Names = Sequence[tuple[str, tuple[str, ...]]]
+class Field(NamedTuple):
+    """A value of our config and the field of `config.json` that holds it.
+
+    Attributes:
+      ours: the attribute of our config.
+      name: the field; one field may hold several of our values.
+      kind: int and float are positive numbers, bool is true or false, str the name of an activation.
+      absent: the value where the field is missing or null, or a function from the values of the preceding fields to it;
+        None if the field is required.
+    """
+
+    ours: str
+    name: str
+    kind: type = int
+    absent: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A family of checkpoints: how `config.json` describes its models, and what their tensors are called.
+
+    Attributes:
+      model_type: its name in `config.json`.
+      architecture: the only entry that "architectures" may have.
+      fields: in the order in which they are written.
+      names: path of each array, layer number {}, -> its name in the file. Names of arrays that a model lacks (biases,
+        an untied head) are ignored.
+      parts: from a config to the parts of the fused tensors, by path as in `names`.
+      transposed: whether the file has kernels as [out, in].
+      ignored: endings of the names of tensors in old checkpoints that hold nothing learned.
+      only: field -> the values for which our arithmetic is right.
+      absent: the values of missing fields, where they are not those of `fields`. Null is not replaced.
+      always: values of our config that are the same for all models of the family.
+      written: fields that are the same in all its files.
+      prepare: changes the fields before anything is checked.
+      read: from the fields and the values of `fields` to further values of our config.
+      write: the inverse of `read`, from a config to further fields.
+      config_type: the class of our config.
+    """
+
+    model_type: str
+    architecture: str
+    fields: tuple[Field, ...]
+    names: Mapping[str, str]
+    parts: Callable[[Any], Mapping[str, Part]] = lambda config: {}
+    transposed: bool = True
+    ignored: tuple[str, ...] = ()
+    only: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+    absent: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    always: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    written: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    prepare: Callable[[dict[str, Any]], dict[str, Any]] = lambda fields: fields
+    read: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] = lambda fields, values: {}
+    write: Callable[[Any], dict[str, Any]] = lambda config: {}
+    config_type: type[DecoderConfig] = DecoderConfig
+
+    @property
+    def embedding(self) -> str:
+        """The name of the embedding in the file; it may hold the same array as `head`."""
+        return self.names["embedding"]
+
+    @property
+    def head(self) -> str:
+        """The name of the output head in the file."""
+        return self.names["unembedding.kernel"]
+
+    def tensors(self, config: DecoderConfig) -> list[Tensor]:
+        """Every learned array of such a model, in the order of computation; without the head where it is tied."""
+        return list_tensors(config, self.names, transposed=self.transposed, parts=self.parts(config))
+
+    def read_config(self, fields: dict[str, Any], *, param_dtype: str, compute_dtype: str) -> DecoderConfig:
+        """The model that a `config.json` describes.
+
+        Raises:
+          UserError: for a field that is missing or of the wrong type, or that asks for arithmetic we do not have.
+        """
+        fields = self.prepare(fields)
+        _refuse_other_arithmetic(fields, self.architecture, self.only)
+        fields = {**self.absent, **fields}
+        values = dict(self.always)
+        for field in self.fields:
+            lazy = callable(field.absent) and fields.get(field.name) is None
+            absent = field.absent(values) if lazy else field.absent
+            values[field.ours] = _READERS[field.kind](fields, field.name, absent)
+        values |= self.read(fields, values)
+        try:
+            return self.config_type(
+                family=self.model_type, **values, param_dtype=param_dtype, compute_dtype=compute_dtype
+            )
+        except ValueError as error:
+            raise UserError(f"no such decoder can be built: {str(error).rstrip('.')}; correct that field") from None
+
+    def write_config(self, config: DecoderConfig) -> dict[str, Any]:
+        """The fields of `config.json` that describe this model, without dtypes; the inverse of `read_config`."""
+        values = {field.name: getattr(config, field.ours) for field in self.fields}
+        values |= {
+            f.name: _WRITTEN_ACTIVATIONS.get(values[f.name], values[f.name]) for f in self.fields if f.kind is str
+        }
+        names = {"architectures": [self.architecture], "model_type": self.model_type}
+        return {**names, **values, **self.written, **self.write(config)}
 
 
 def list_tensors(
     config: DecoderConfig,
+    names: Mapping[str, str],
     *,
-    first: Sequence[tuple[str, tuple[str, ...]]],
-    layer: Names,
-    last: Sequence[tuple[str, tuple[str, ...]]],
     transposed: bool = True,
     parts: Mapping[str, Part] | None = None,
 ) -> list[Tensor]:
-    """The tensors of a decoder from tables of names, in the order of computation.
-
-    The tables may name more than a model has (biases, a head of its own): what the config does not describe is
-    left out. `Part` of an array is found in `parts` by its path joined with full stops.
+    """The tensors of a model from a table like `Family.names`, layer by layer.
 
     Raises:
-      ValueError: if the tables leave out a parameter that the config describes.
+      ValueError: if the table lacks a parameter that the config describes.
     """
-    entries = [*first, *numbered(layer, "blocks", config.layers), *last]
-    return match_tensors(config, entries, transposed=transposed, parts=parts)
-
-
-def numbered(names: Names, blocks: str, count: int) -> list[tuple[str, tuple[str | int, ...]]]:
-    """The names of one layer for each of `count` layers, their paths below `blocks`."""
-    return [(name.format(i), (blocks, i, *path)) for i in range(count) for name, path in names]
-
-
-def match_tensors(
-    config: DecoderConfig,
-    entries: Sequence[tuple[str, tuple[str | int, ...]]],
-    *,
-    transposed: bool = True,
-    parts: Mapping[str, Part] | None = None,
-) -> list[Tensor]:
-    """Those of the entries (name in the file, whole path) that the config describes; see `list_tensors`."""
-    leaves = jax.tree_util.tree_leaves_with_path(model_of(config).abstract_params())
-    known = {tuple(getattr(key, "key", None) for key in path) for path, _ in leaves}
-    turned = lambda path: transposed and path[-1] == "kernel"
-    in_layer = lambda path: path[2:] if len(path) > 2 and isinstance(path[1], int) else path
-    key = lambda path: ".".join(in_layer(path))
-    listed = [
-        Tensor(name, path, turned(path) or path == ("unembedding", "kernel"), (parts or {}).get(key(path)))
-        for name, path in entries
-        if path in known
-    ]
-    missing = known - {tensor.path for tensor in listed}
+    params = model_of(config).abstract_params()
+    missing = {
+        tuple(getattr(key, "key", None) for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(params)
+    }
+    tensors = []
+    # Entries of the same root that follow each other are the arrays of one layer.
+    for root, entries in itertools.groupby(names.items(), lambda entry: entry[0].partition(".")[0]):
+        layered = list(entries)
+        count = len(params.get(root, ())) if "{}" in layered[0][0] else 1
+        for layer, (template, name) in itertools.product(range(count), layered):
+            path = tuple(int(key) if key.isdigit() else key for key in template.format(layer).split("."))
+            if path in missing:
+                turned = path[-1] == "kernel" and (transposed or root == "unembedding")
+                tensors.append(Tensor(name.format(layer), path, turned, (parts or {}).get(template)))
+                missing.remove(path)
     if missing:
         raise ValueError(f"No tensor is named for {sorted(map(str, missing))[0]}.")
-    return listed
+    return tensors
+
+
+def fused(sizes: Mapping[str, int], groups: int = 1) -> dict[str, Part]:
+    """The parts of a fused tensor that holds these arrays of a layer in this order.
+
+    Args:
+      sizes: path below "blocks.{}", without "kernel" or "bias" -> outputs in each group.
+      groups: how often the sequence is repeated.
+    """
+    starts = itertools.accumulate(sizes.values(), initial=0)
+    return {
+        f"blocks.{{}}.{path}.{kind}": Part(start, size, groups)
+        for (path, size), start in zip(sizes.items(), starts, strict=False)
+        for kind in ("kernel", "bias")
+    }
+
+
+def weight_and_bias(prefix: str, names: Sequence[tuple[str, str]], weight: str) -> dict[str, str]:
+    """Entries of `Family.names` for modules of a layer that have a weight and a bias.
+
+    Args:
+      prefix: of the names in the file, without the number of the layer.
+      names: name in the file, path below "blocks.{}".
+      weight: what we call the weight: "kernel" or "scale".
+    """
+    return {
+        f"blocks.{{}}.{path}.{ours}": f"{prefix}.{{}}.{name}.{kind}"
+        for name, path in names
+        for kind, ours in (("weight", weight), ("bias", "bias"))
+    }
 
 
 def fused_outputs(tensors: Sequence[Tensor]) -> dict[str, int]:
@@ -130,7 +242,7 @@ def runs_in_file(tensor: Tensor, wanted: slice, outputs: int) -> list[slice]:
 
 
 def number(fields: Mapping[str, Any], name: str, kind: type, *, absent: Any = None) -> Any:
-    """`fields[name]` as a positive int or float; `absent` where it is missing or null."""
+    """`fields[name]` as a positive int or float; `absent` where it is missing or null, UserError if that is None."""
     value = fields.get(name)
     if value is None:
         if absent is None:
@@ -152,6 +264,34 @@ def flag(fields: Mapping[str, Any], name: str, *, absent: bool) -> bool:
     return value
 
 
+# Names of activations in config.json that mean the same function.
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+_WRITTEN_ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh"}
+
+
+def activation(fields: Mapping[str, Any], name: str, *, absent: str) -> str:
+    """Our name for the activation that a field names; null is an error, `absent` is for a missing field."""
+    value = fields.get(name, absent)
+    if value not in _ACTIVATIONS:
+        raise UserError(f'"{name}" is {value!r}, which is not supported; only {", ".join(_ACTIVATIONS)} can be loaded')
+    return _ACTIVATIONS[value]
+
+
+_READERS: dict[type, Callable[[Mapping[str, Any], str, Any], Any]] = {
+    int: lambda fields, name, absent: number(fields, name, int, absent=absent),
+    float: lambda fields, name, absent: number(fields, name, float, absent=absent),
+    bool: lambda fields, name, absent: flag(fields, name, absent=absent),
+    str: lambda fields, name, absent: activation(fields, name, absent=absent),
+}
+
 # Fields that change what any model computes, with the values for which our arithmetic is the right one. Each may be
 # absent. Dropout rates and initialiser scales are recipes of training, not of the model, and are not looked at.
 _ONLY_EVERYWHERE = {
@@ -166,61 +306,19 @@ _ONLY_EVERYWHERE = {
 }
 
 
-def refuse_other_arithmetic(fields: Mapping[str, Any], architecture: str, only: Mapping[str, tuple[Any, ...]]) -> None:
-    """Raises UserError, by its name, for a field whose value asks for arithmetic that the family here lacks.
-
-    Args:
-      architecture: the one entry that "architectures" may have.
-      only: field -> the values that are right; a field that is absent is right.
-    """
+def _refuse_other_arithmetic(fields: Mapping[str, Any], architecture: str, only: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raises UserError, naming the field, for a value that asks for arithmetic that the family does not have here."""
     architectures = fields.get("architectures")
     if architectures is not None and architectures != [architecture]:
         raise UserError(f'"architectures" is {architectures!r}, but only ["{architecture}"] is supported')
     for name, allowed in {**_ONLY_EVERYWHERE, **only}.items():
-        value = fields.get(name)
-        if name in fields and value not in allowed:
-            raise UserError(f'"{name}" is {value!r}, which is not supported; only {_listed(allowed)} can be loaded')
+        if name in fields and fields[name] not in allowed:
+            listed = " or ".join("null" if value is None else repr(value) for value in allowed)
+            raise UserError(f'"{name}" is {fields[name]!r}, which is not supported; only {listed} can be loaded')
 
 
-def _listed(allowed):
-    return " or ".join("null" if value is None else repr(value) for value in allowed)
-
-
-# Names of activations in config.json that mean the same function.
-_ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-}
-
-
-def activation(fields: Mapping[str, Any], name: str, *, absent: str) -> str:
-    """Our name for the activation that a field names."""
-    value = fields.get(name, absent)
-    if value not in _ACTIVATIONS:
-        raise UserError(f'"{name}" is {value!r}, which is not supported; only {", ".join(_ACTIVATIONS)} can be loaded')
-    return _ACTIVATIONS[value]
-
-
-def written_activation(config: DecoderConfig) -> str:
-    """The name of the config's activation in config.json."""
-    return {"gelu_tanh": "gelu_pytorch_tanh"}.get(config.activation, config.activation)
-
-
-def head_size(fields: Mapping[str, Any], width: int, heads: int) -> int:
-    """H: "head_dim", or the width over the heads."""
-    if fields.get("head_dim") is None and width % heads:
-        raise UserError(f'"hidden_size" {width} is no multiple of "num_attention_heads" {heads}; give "head_dim"')
-    return number(fields, "head_dim", int, absent=width // heads)
-
-
-def build(family: str, config_type: type[DecoderConfig] = DecoderConfig, **values: Any) -> DecoderConfig:
-    """The config, or a UserError for what no model can have."""
-    try:
-        return config_type(family=family, **values)
-    except ValueError as error:
-        raise UserError(f"no such decoder can be built: {str(error).rstrip('.')}; correct that field") from None
+def head_size(values: dict[str, Any], width: str, heads: str, remedy: str = "correct either") -> int:
+    """H as the width over the heads; `width` and `heads` are the names of their fields, for the error."""
+    if values["width"] % values["heads"]:
+        raise UserError(f'"{width}" {values["width"]} is no multiple of "{heads}" {values["heads"]}; {remedy}')
+    return values["width"] // values["heads"]

@@ -1,112 +1,85 @@
-"""OPT (arXiv 2205.01068), with the 350M model's projected embeddings and norms behind the sublayers."""
+"""OPT (arXiv 2205.01068), with the 350M model's projected embeddings and norms after the sublayers."""
 
 from typing import Any
 
-from specjax.hub.families import base, gpt2
+from specjax.hub.families import base
+from specjax.hub.families.base import Field
 from specjax.models.config import DecoderConfig
 
-MODEL_TYPE = "opt"
-ARCHITECTURE = "OPTForCausalLM"
-HEAD = "lm_head.weight"
-EMBEDDING = "model.decoder.embed_tokens.weight"
-IGNORED = ()
-
-# Of the table of positions, the first two rows stand for padding.
-_OFFSET = 2
-_EPSILON = 1e-5  # no field of the format
-_FIRST = (
-    (EMBEDDING, ("embedding",)),
-    ("model.decoder.project_in.weight", ("project_in", "kernel")),
-    ("model.decoder.embed_positions.weight", ("positions",)),
-)
+_OFFSET = 2  # the first two rows of the table of positions are for padding
+_NORMS = (("self_attn_layer_norm", "attention_norm"), ("final_layer_norm", "mlp_norm"))
 _LINEAR = (
-    ("self_attn.q_proj", ("attention", "query")),
-    ("self_attn.k_proj", ("attention", "key")),
-    ("self_attn.v_proj", ("attention", "value")),
-    ("self_attn.out_proj", ("attention", "output")),
-    ("fc1", ("mlp", "up")),
-    ("fc2", ("mlp", "down")),
+    ("self_attn.q_proj", "attention.query"),
+    ("self_attn.k_proj", "attention.key"),
+    ("self_attn.v_proj", "attention.value"),
+    ("self_attn.out_proj", "attention.output"),
+    ("fc1", "mlp.up"),
+    ("fc2", "mlp.down"),
 )
-_NORMS = (("self_attn_layer_norm", ("attention_norm",)), ("final_layer_norm", ("mlp_norm",)))
-_LAST = (
-    ("model.decoder.final_layer_norm.weight", ("norm", "scale")),
-    ("model.decoder.final_layer_norm.bias", ("norm", "bias")),
-    ("model.decoder.project_out.weight", ("project_out", "kernel")),
-    (HEAD, ("unembedding", "kernel")),
-)
-_ONLY = {
-    "layer_norm_elementwise_affine": (True, None),
-    # Of Galactica's files.
-    "learned_embeddings": (True, None),
-    "scale_embeddings": (False, None),
-}
 
 
-def tensors(config: DecoderConfig) -> list[base.Tensor]:
-    """Every learned array of such a model, in the order of computation; without the head where it is tied."""
-    layer = gpt2.layer_names("model.decoder.layers", _NORMS, _LINEAR)
-    return base.list_tensors(config, first=_FIRST, layer=layer, last=_LAST)
-
-
-def read_config(fields: dict[str, Any], *, param_dtype: str, compute_dtype: str) -> DecoderConfig:
-    """The decoder that a `config.json` describes.
-
-    Raises:
-      UserError: for a field that is missing or of the wrong type, or that asks for arithmetic we do not have.
-    """
-    base.refuse_other_arithmetic(fields, ARCHITECTURE, _ONLY)
-    width = base.number(fields, "hidden_size", int)
-    heads = base.number(fields, "num_attention_heads", int)
-    inner = base.number(fields, "word_embed_proj_dim", int, absent=width)
-    positions = base.number(fields, "max_position_embeddings", int, absent=2048)
-    bias = base.flag(fields, "enable_bias", absent=True)
-    before = base.flag(fields, "do_layer_norm_before", absent=True)
-    return base.build(
-        MODEL_TYPE,
-        vocab_size=base.number(fields, "vocab_size", int),
-        width=width,
-        layers=base.number(fields, "num_hidden_layers", int),
-        heads=heads,
-        kv_heads=heads,
-        head_size=gpt2.head_size_of(width, heads, ("hidden_size", "num_attention_heads")),
-        mlp_width=base.number(fields, "ffn_dim", int),
-        max_positions=positions,
-        rotary=None,
-        learned_positions=positions + _OFFSET,
-        position_offset=_OFFSET,
-        norm_epsilon=_EPSILON,
-        norm="layer",
-        order="pre" if before else "post",
-        final_norm=before and not base.flag(fields, "_remove_final_layer_norm", absent=False),
-        activation=base.activation(fields, "activation_function", absent="relu"),
-        gated_mlp=False,
-        attention_bias=bias,
-        output_bias=bias,
-        mlp_bias=bias,
-        embedding_width=0 if inner == width else inner,
-        tied_head=base.flag(fields, "tie_word_embeddings", absent=True),
-        param_dtype=param_dtype,
-        compute_dtype=compute_dtype,
-    )
-
-
-def write_config(config: DecoderConfig) -> dict[str, Any]:
-    """The fields of `config.json` that describe this decoder; the inverse of `read_config`, dtypes apart."""
-    before = config.order == "pre"
+def _read(fields: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    inner = base.number(fields, "word_embed_proj_dim", int, absent=values["width"])
+    norms_input = base.flag(fields, "do_layer_norm_before", absent=True)
     return {
-        "architectures": [ARCHITECTURE],
-        "model_type": MODEL_TYPE,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "word_embed_proj_dim": config.embedding_width or config.width,
-        "ffn_dim": config.mlp_width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "max_position_embeddings": config.max_positions,
-        "do_layer_norm_before": before,
-        "_remove_final_layer_norm": before and not config.final_norm,
-        "activation_function": base.written_activation(config),
-        "enable_bias": config.attention_bias,
-        "layer_norm_elementwise_affine": True,
-        "tie_word_embeddings": config.tied_head,
+        "kv_heads": values["heads"],
+        "head_size": base.head_size(values, "hidden_size", "num_attention_heads"),
+        "learned_positions": values["max_positions"] + _OFFSET,
+        "order": "pre" if norms_input else "post",
+        "final_norm": norms_input and not base.flag(fields, "_remove_final_layer_norm", absent=False),
+        "embedding_width": 0 if inner == values["width"] else inner,
     }
+
+
+def _write(config: DecoderConfig) -> dict[str, Any]:
+    return {
+        "word_embed_proj_dim": config.embedding_width or config.width,
+        "do_layer_norm_before": config.order == "pre",
+        "_remove_final_layer_norm": config.order == "pre" and not config.final_norm,
+    }
+
+
+FAMILY = base.Family(
+    model_type="opt",
+    architecture="OPTForCausalLM",
+    fields=(
+        Field("vocab_size", "vocab_size"),
+        Field("width", "hidden_size"),
+        Field("mlp_width", "ffn_dim"),
+        Field("layers", "num_hidden_layers"),
+        Field("heads", "num_attention_heads"),
+        Field("max_positions", "max_position_embeddings", absent=2048),
+        Field("activation", "activation_function", str, "relu"),
+        Field("attention_bias", "enable_bias", bool, True),
+        Field("output_bias", "enable_bias", bool, True),
+        Field("mlp_bias", "enable_bias", bool, True),
+        Field("tied_head", "tie_word_embeddings", bool, True),
+    ),
+    names={
+        "embedding": "model.decoder.embed_tokens.weight",
+        "project_in.kernel": "model.decoder.project_in.weight",
+        "positions": "model.decoder.embed_positions.weight",
+        **base.weight_and_bias("model.decoder.layers", _NORMS, "scale"),
+        **base.weight_and_bias("model.decoder.layers", _LINEAR, "kernel"),
+        "norm.scale": "model.decoder.final_layer_norm.weight",
+        "norm.bias": "model.decoder.final_layer_norm.bias",
+        "project_out.kernel": "model.decoder.project_out.weight",
+        "unembedding.kernel": "lm_head.weight",
+    },
+    only={
+        "layer_norm_elementwise_affine": (True, None),
+        # Of Galactica's files.
+        "learned_embeddings": (True, None),
+        "scale_embeddings": (False, None),
+    },
+    always={
+        "rotary": None,
+        "position_offset": _OFFSET,
+        "norm_epsilon": 1e-5,  # no field of the format
+        "norm": "layer",
+        "gated_mlp": False,
+    },
+    written={"layer_norm_elementwise_affine": True},
+    read=_read,
+    write=_write,
+)

@@ -8,153 +8,119 @@ from specjax.hub.families.base import number
 from specjax.models.rotary import Rotary
 from specjax.runtime.errors import UserError
 
+# Values of a scaling, and their fields in the order in which files are written.
+_NAMES = {
+    "factor": "factor",
+    "low_frequency": "low_freq_factor",
+    "high_frequency": "high_freq_factor",
+    "original_positions": "original_max_position_embeddings",
+    "beta_fast": "beta_fast",
+    "beta_slow": "beta_slow",
+    "truncate": "truncate",
+    "short_factors": "short_factor",
+    "long_factors": "long_factor",
+    "magnitude": "attention_factor",
+}
+# Which of them each kind of scaling has.
+_KINDS = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_frequency", "high_frequency", "original_positions"),
+    "yarn": ("factor", "original_positions", "beta_fast", "beta_slow", "truncate", "magnitude"),
+    "longrope": ("factor", "original_positions", "short_factors", "long_factors", "magnitude"),
+}
+_ABSENT = {"beta_fast": 32.0, "beta_slow": 1.0}
+
 
 def rotary_of(fields: Mapping[str, Any], size: int, max_positions: int, *, theta: float = 10000.0) -> Rotary:
     """The rotary positions that a `config.json` describes.
 
-    Older files have "rope_theta" and "partial_rotary_factor" at the top level and "rope_scaling" beside them, newer
-    ones all of it inside "rope_parameters".
+    Older files have "rope_theta" and "partial_rotary_factor" at the top level, next to "rope_scaling". Newer ones have
+    all of it inside "rope_parameters".
 
     Args:
-      size: H, channels of a head (the partial factor is taken off here).
-      max_positions: what "dynamic", "llama3", "yarn" and "longrope" take for the original length where none is given.
-      theta: the family's own base where the file gives none.
+      size: H, channels of a head; "partial_rotary_factor" is applied here.
+      max_positions: the original length of "dynamic", "llama3", "yarn" and "longrope" where the file states none.
+      theta: the family's own base where the file states none.
 
     Raises:
-      UserError: naming the field, for what is unknown or contradicts itself.
+      UserError: naming the field, for one that is unknown or contradicts another.
     """
-    scaling: dict[str, Any] = {}
+    nested = []
     for name in ("rope_parameters", "rope_scaling"):
-        nested = fields.get(name)
-        if nested is not None and not isinstance(nested, dict):
-            raise UserError(f'"{name}" must be an object, not {nested!r}')
-        scaling |= nested or {}
-    nested = [fields[name] for name in ("rope_parameters", "rope_scaling") if fields.get(name)]
-    kinds = {place.get("rope_type", place.get("type", "default")) for place in nested} or {"default"}
-    kind = kinds.pop()
-    if kinds:
-        raise UserError(f'"rope_parameters" and "rope_scaling" disagree ({kind!r}, {kinds.pop()!r}); keep one')
-    kind = {"su": "longrope"}.get(kind, kind)
-    if kind not in _SCALINGS:
-        raise UserError(f'"rope_scaling" is of type {kind!r}, which is not supported; {", ".join(_SCALINGS)} are')
-    base = _once([fields, *nested], "rope_theta", theta)
-    turned = int(size * _once([fields, *nested], "partial_rotary_factor", 1.0))
+        place = fields.get(name)
+        if place is not None and not isinstance(place, dict):
+            raise UserError(f'"{name}" must be an object, not {place!r}')
+        nested += [place] if place else []
+    kinds = list(dict.fromkeys(place.get("rope_type", place.get("type", "default")) for place in nested)) or ["default"]
+    if len(kinds) > 1:
+        raise UserError(f'"rope_parameters" and "rope_scaling" disagree ({kinds[0]!r}, {kinds[1]!r}); keep one')
+    kind = {"su": "longrope"}.get(kinds[0], kinds[0])
+    if kind not in _KINDS:
+        raise UserError(f'"rope_scaling" is of type {kind!r}, which is not supported; {", ".join(_KINDS)} are')
+    base = _single([fields, *nested], "rope_theta", theta)
+    rotated = int(size * _single([fields, *nested], "partial_rotary_factor", 1.0))
+    scaling = {key: value for place in nested for key, value in place.items()}
     for key in ("rope_type", "type", "rope_theta", "partial_rotary_factor"):
         scaling.pop(key, None)
     try:
-        values = _SCALINGS[kind](_Scaling(kind, scaling), fields, max_positions)
-        return Rotary(theta=base, size=turned, kind=kind, **values)
+        return Rotary(theta=base, size=rotated, kind=kind, **_read_scaling(kind, scaling, fields, max_positions))
     except ValueError as error:
         raise UserError(f"no such rotary positions can be built: {str(error).rstrip('.')}; correct them") from None
 
 
-def _once(places, name, absent, kind=float) -> int | float:
-    """A number that several places may give, but only one value."""
-    given = [number(place, name, kind) for place in places if place.get(name) is not None]
-    if len(set(given)) > 1:
-        raise UserError(f'"{name}" is given twice and differently, {given[0]:g} and {given[1]:g}; keep the right one')
-    return given[0] if given else absent
+def _single(places, name, absent, kind=float) -> int | float:
+    """A number that several places may state, but only with one value."""
+    values = [number(place, name, kind) for place in places if place.get(name) is not None]
+    if len(set(values)) > 1:
+        raise UserError(f'"{name}" is given twice and differently, {values[0]:g} and {values[1]:g}; keep the right one')
+    return values[0] if values else absent
 
 
-class _Scaling:
-    """The fields of a scaling, taken out one by one: what is left over is not understood."""
-
-    def __init__(self, kind: str, fields: dict[str, Any]):
-        self.kind, self.fields = kind, dict(fields)
-
-    def take(self, name: str, absent: float | None = None) -> float:
-        value = number(self.fields, name, float, absent=-1 if absent is None else absent)
-        self.fields.pop(name, None)
-        if value == -1:
-            raise UserError(f'"rope_scaling" of type "{self.kind}" lacks "{name}"; take the complete config.json')
-        return value
-
-    def optional(self, name: str) -> Any:
-        value = self.fields.pop(name, None)
-        return None if value is None else number({name: value}, name, float)
-
-    def done(self, values: dict[str, Any]) -> dict[str, Any]:
-        for name, value in self.fields.items():
-            if value is not None:
-                raise UserError(
-                    f'"rope_scaling" sets {name!r} to {value!r}, which "{self.kind}" rotary positions do not support'
-                )
-        return values
-
-
-def _default(scaling, fields, max_positions):
-    return scaling.done({})
-
-
-def _linear(scaling, fields, max_positions):
-    return scaling.done({"factor": scaling.take("factor")})
-
-
-def _original(scaling, fields, max_positions) -> int:
-    """The longest text before stretching: newer readers prefer the one at the top level (Phi-3), older the other."""
-    name = "original_max_position_embeddings"
-    return int(_once([fields, {name: scaling.fields.pop(name, None)}], name, max_positions, int))
-
-
-def _dynamic(scaling, fields, max_positions):
-    original = _original(scaling, {}, max_positions)
-    if original != max_positions:
-        raise UserError(
-            f'"original_max_position_embeddings" is {original}, but "dynamic" stretches {max_positions}; remove it'
+def _read_scaling(kind: str, scaling: dict[str, Any], fields: Mapping[str, Any], max_positions: int) -> dict[str, Any]:
+    """The values of a scaling. Takes their fields out of `scaling`; raises UserError if any are left."""
+    values: dict[str, Any] = {}
+    name = _NAMES["original_positions"]
+    if kind not in ("default", "linear"):
+        # Newer readers prefer the field at the top level (Phi-3), older ones the nested field. "dynamic" has only that.
+        places = [{} if kind == "dynamic" else fields, {name: scaling.pop(name, None)}]
+        values["original_positions"] = original = int(_single(places, name, max_positions, int))
+        if kind == "dynamic" and original != max_positions:
+            raise UserError(f'"{name}" is {original}, but "dynamic" stretches {max_positions}; remove it')
+    for ours in _KINDS[kind]:
+        if ours == "original_positions":
+            continue
+        name = _NAMES[ours]
+        value = scaling.pop(name, None)
+        if ours == "truncate":
+            values[ours] = value is not False
+        elif ours in ("short_factors", "long_factors"):
+            if not isinstance(value, list) or not all(isinstance(v, int | float) and v > 0 for v in value):
+                raise UserError(f'"{name}" must be a list of positive numbers; take the complete config.json')
+            values[ours] = tuple(map(float, value))
+        elif value is not None:
+            values[ours] = number({name: value}, name, float)
+        elif ours == "factor" and kind == "longrope":
+            values[ours] = max_positions / original
+        elif ours in _ABSENT or ours == "magnitude":
+            values[ours] = _ABSENT.get(ours)
+        else:
+            raise UserError(f'"rope_scaling" of type "{kind}" lacks "{name}"; take the complete config.json')
+    if kind == "yarn":
+        share, share_all = (
+            None if (value := scaling.pop(name, None)) is None else number({name: value}, name, float)
+            for name in ("mscale", "mscale_all_dim")
         )
-    return scaling.done({"factor": scaling.take("factor"), "original_positions": original})
-
-
-def _llama3(scaling, fields, max_positions):
-    return scaling.done(
-        {
-            "factor": scaling.take("factor"),
-            "low_frequency": scaling.take("low_freq_factor"),
-            "high_frequency": scaling.take("high_freq_factor"),
-            "original_positions": _original(scaling, fields, max_positions),
-        }
-    )
-
-
-def _yarn(scaling, fields, max_positions):
-    factor = scaling.take("factor")
-    values = {
-        "factor": factor,
-        "original_positions": _original(scaling, fields, max_positions),
-        "beta_fast": scaling.take("beta_fast", 32.0),
-        "beta_slow": scaling.take("beta_slow", 1.0),
-        "truncate": scaling.fields.pop("truncate", True) is not False,
-        "magnitude": scaling.optional("attention_factor"),
-    }
-    mscale, every = scaling.optional("mscale"), scaling.optional("mscale_all_dim")
-    if values["magnitude"] is None and mscale is not None and every is not None:
-        grown = lambda share: 0.1 * share * math.log(factor) + 1 if factor > 1 else 1.0
-        values["magnitude"] = grown(mscale) / grown(every)
-    return scaling.done(values)
-
-
-def _longrope(scaling, fields, max_positions):
-    original = _original(scaling, fields, max_positions)
-    factors = {}
-    for name, key in (("short_factor", "short_factors"), ("long_factor", "long_factors")):
-        values = scaling.fields.pop(name, None)
-        if not isinstance(values, list) or not all(isinstance(v, int | float) and v > 0 for v in values):
-            raise UserError(f'"{name}" must be a list of positive numbers; take the complete config.json')
-        factors[key] = tuple(map(float, values))
-    factor = scaling.take("factor", max_positions / original)
-    return scaling.done(
-        {"factor": factor, "original_positions": original, "magnitude": scaling.optional("attention_factor"), **factors}
-    )
-
-
-_SCALINGS = {
-    "default": _default,
-    "linear": _linear,
-    "dynamic": _dynamic,
-    "llama3": _llama3,
-    "yarn": _yarn,
-    "longrope": _longrope,
-}
+        if values["magnitude"] is None and share is not None and share_all is not None:
+            grow = lambda share: 0.1 * share * math.log(values["factor"]) + 1 if values["factor"] > 1 else 1.0
+            values["magnitude"] = grow(share) / grow(share_all)
+    for name, value in scaling.items():
+        if value is not None:
+            raise UserError(
+                f'"rope_scaling" sets {name!r} to {value!r}, which "{kind}" rotary positions do not support'
+            )
+    return values
 
 
 def written_rotary(rotary: Rotary, head_size: int) -> dict[str, Any]:
@@ -163,19 +129,12 @@ def written_rotary(rotary: Rotary, head_size: int) -> dict[str, Any]:
     Readers before transformers 5 look for "rope_theta" and "rope_scaling", later ones for "rope_parameters".
     """
     scaling: dict[str, Any] = {"rope_type": rotary.kind}
-    keys = {
-        "linear": ("factor",),
-        "dynamic": ("factor",),
-        "llama3": ("factor", "low_frequency", "high_frequency", "original_positions"),
-        "yarn": ("factor", "original_positions", "beta_fast", "beta_slow", "truncate", "magnitude"),
-        "longrope": ("factor", "original_positions", "short_factors", "long_factors", "magnitude"),
-    }
-    for key in keys.get(rotary.kind, ()):
-        value = getattr(rotary, key)
-        if value is not None:
-            scaling[_WRITTEN.get(key, key)] = list(value) if isinstance(value, tuple) else value
+    for ours, name in _NAMES.items():
+        value = getattr(rotary, ours)
+        if ours in _KINDS[rotary.kind] and value is not None:
+            scaling[name] = list(value) if isinstance(value, tuple) else value
     share = rotary.size / head_size
-    if int(head_size * share) < rotary.size:  # readers cut off, 44 * (30 / 44) to 29
+    if int(head_size * share) < rotary.size:  # readers round down: 44 * (30 / 44) gives 29
         share = math.nextafter(share, 1)
     partial = {} if rotary.size == head_size else {"partial_rotary_factor": share}
     fields: dict[str, Any] = {"rope_theta": rotary.theta, **partial}
@@ -183,13 +142,3 @@ def written_rotary(rotary: Rotary, head_size: int) -> dict[str, Any]:
     if rotary.kind != "default":
         fields["rope_scaling"] = scaling
     return fields
-
-
-_WRITTEN = {
-    "original_positions": "original_max_position_embeddings",
-    "low_frequency": "low_freq_factor",
-    "high_frequency": "high_freq_factor",
-    "magnitude": "attention_factor",
-    "short_factors": "short_factor",
-    "long_factors": "long_factor",
-}
