@@ -11,64 +11,62 @@ README.md says what they show.
 
 from ml_collections import ConfigDict
 
-from configs import quickstart
+from configs import common
 
 SEEDS = (0, 1, 2)
 RECIPES = ("distilled", "fixed", "control_steps", "control_clock")
+STEPS = 90  # of each recipe
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    base = quickstart.get_config(variant)
-    if not variant:
-        _enlarge(base)
+    common.check_variant("quickstart_controls", variant)
     config = ConfigDict()
-    config.seed = base.seed
-    config.target = base.target
+    config.seed = 0
+    config.target = _target()
     stages, drafters, pairs = ["target"], {}, []
     for seed in SEEDS[:1] if variant else SEEDS:
         for recipe in ("supervised", *RECIPES):
             name = f"{recipe}_{seed}"
-            config[name] = _stage(base, recipe, seed)
+            config[name] = _draft(recipe, seed)
             stages.append(name)
             drafters[name] = {"kind": "model", "path": f"stage:{name}", "lossless": (4,), "coupled": ()}
         pairs += [(f"distilled_{seed}", f"{other}_{seed}") for other in ("supervised", *RECIPES[1:])]
         pairs.append((f"fixed_{seed}", f"control_clock_{seed}"))
-    config.evaluation = base.evaluation
-    config.evaluation.drafters = ConfigDict(drafters)
+    config.evaluation = common.evaluation("stage:target", drafters)
     config.evaluation.compare = tuple(pairs)
-    config.evaluation.selection.count = 3 if variant else 40
+    config.evaluation.selection.count = 40
+    config.evaluation.max_new_tokens = 80
     config.evaluation.measure_parts = False
     config.stages = (*stages, "evaluation")
+    if variant == "smoke":
+        common.smoke(config)
+        config.target.model.layers = 2
     return config
 
 
-def _enlarge(base: ConfigDict) -> None:
-    """Wider and deeper models, and longer training of everything, than the quickstart has time for."""
-    base.target.model.update({"layers": 4, "width": 640, "heads": 10, "kv_heads": 5, "mlp_width": 1792})
-    base.target.train.update({"steps": 300, "eval_every": 100, "checkpoint_every": 100})
-    for stage in ("supervised", "distilled", "control"):
-        base[stage].model.mlp_width = 704
-    base.supervised.train.steps = 480
-    base.distilled.train.update({"steps": 90, "eval_every": 45, "checkpoint_every": 45})
-    base.evaluation.max_new_tokens = 80
+def _target() -> ConfigDict:
+    """A wider and deeper model, trained longer, than the quickstart has time for."""
+    section = common.training(steps=300, learning_rate=1.5e-3)
+    section.tokenizer.path = ""  # train one
+    section.model.update({"layers": 4, "width": 640, "heads": 10, "kv_heads": 5, "mlp_width": 1792})
+    section.data.batch_size = 8
+    section.train.update({"eval_every": 100, "eval_batches": 4, "checkpoint_every": 100})
+    return section
 
 
-def _stage(base: ConfigDict, recipe: str, seed: int) -> ConfigDict:
-    """One training stage: the quickstart's, with this recipe's text and this seed."""
-    plain = recipe.startswith("control")
-    section = base[
-        recipe if recipe == "supervised" else "control" if plain else "distilled"
-    ].copy_and_resolve_references()
-    section.seed = seed
-    if recipe != "supervised":
-        section.model.init = f"stage:supervised_{seed}"
-        section.train.steps = base.distilled.train.steps
-    if plain:
+def _draft(recipe: str, seed: int) -> ConfigDict:
+    """The training stage of one draft: plainly to its plateau, or one of RECIPES from there."""
+    init = f"stage:supervised_{seed}"
+    if recipe == "supervised":
+        section = common.training_to_plateau(steps=480, seed=seed)
+    elif recipe.startswith("control"):
+        section = common.training(STEPS, 3e-3, seed=seed)
+        section.model.init = init
+        section.data.batch_size = 24  # as in distillation
         section.train.min_seconds_of = f"workdir:distilled_{seed}" if recipe == "control_clock" else ""
-        section.data.batch_size = base.distilled.data.batch_size
     else:
-        sources = {"fixed": "fixed", "distilled": "draft"}
-        for source in ("fixed", "draft", "target"):
-            section.data[source] = float(source == sources.get(recipe, "fixed"))
-    section.speculative_eval.every = 0
+        section = common.distillation("stage:target", init, steps=STEPS, seed=seed)
+        section.data.update({"fixed": float(recipe == "fixed"), "draft": float(recipe == "distilled")})
+        section.train.update({"eval_every": 45, "checkpoint_every": 45})
+    section.model.mlp_width = 704
     return section

@@ -9,15 +9,14 @@ what a model says. Expect the ratio of plain decoding to the minimal loop to lie
 
 from ml_collections import ConfigDict
 
-SEED = 0
+from configs import common
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    if variant not in ("", "smoke"):
-        raise ValueError(f"configs/benchmark/cpu.py has one variant, smoke; not {variant!r}.")
+    common.check_variant("benchmark/cpu", variant)
     config = ConfigDict()
     config.binary = "configs.benchmark.measure"
-    config.seed = SEED
+    config.seed = 0
     # Devices along each axis; the benchmarks are of one device.
     config.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1})
     # The benchmarks to run, a table each.

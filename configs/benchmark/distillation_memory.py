@@ -9,15 +9,14 @@ logits: the table in configs/distillspec/README.md. `configs/benchmark/distillat
 
 from ml_collections import ConfigDict
 
-SEED = 0
+from configs import common
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    if variant not in ("", "smoke"):
-        raise ValueError(f"configs/benchmark/distillation_memory.py has one variant, smoke; not {variant!r}.")
+    common.check_variant("benchmark/distillation_memory", variant)
     config = ConfigDict()
     config.binary = "configs.benchmark.measure"
-    config.seed = SEED
+    config.seed = 0
     # Devices along each axis; this benchmark is of one device.
     config.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1})
     # The benchmarks to run, a table each.

@@ -10,15 +10,14 @@ Llama 3.2 3B. Expect each rank to read an eighth, and a peak above the arrays of
 
 from ml_collections import ConfigDict
 
-SEED = 0
+from configs import common
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    if variant not in ("", "smoke"):
-        raise ValueError(f"configs/benchmark/loading.py has one variant, smoke; not {variant!r}.")
+    common.check_variant("benchmark/loading", variant)
     config = ConfigDict()
     config.binary = "configs.benchmark.measure"
-    config.seed = SEED
+    config.seed = 0
     # Devices along each axis. Kernels are split over fsdp and tensor, so that ranks read both rows and columns.
     config.mesh = ConfigDict({"data": 1, "fsdp": 2, "tensor": 4})
     # The benchmarks to run, a table each.

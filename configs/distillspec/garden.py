@@ -17,13 +17,14 @@ configs/distillspec/README.md. `configs/distillspec/garden.py:smoke` takes tiny 
 
 from ml_collections import ConfigDict
 
+from configs import common
 from configs.distillspec import stages
 
 SIZES = ("medium", "small")
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    stages.check_variant("garden", variant)
+    common.check_variant("distillspec/garden", variant)
     smoke = variant == "smoke"
     sizes = SIZES[:1] if smoke else SIZES
     models = ("large", *(f"{size}_{how}" for size in sizes for how in ("raw", "kd")))

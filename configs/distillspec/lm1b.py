@@ -12,18 +12,18 @@ is marked in `real_scale.py` and below. `:smoke` takes a file of JSON lines.
 
 from ml_collections import ConfigDict
 
-from configs.distillspec import real_scale, stages
+from configs import common
+from configs.distillspec import real_scale
 
 # The paper's sizes: 234M and 33M parameters. The shapes that have them are ours.
 SHAPES = {
     "target": {"layers": 16, "width": 1024, "heads": 16, "kv_heads": 16, "head_size": 64, "mlp_width": 2816},
     "draft": {"layers": 5, "width": 512, "heads": 8, "kv_heads": 8, "head_size": 64, "mlp_width": 1408},
 }
-_TINY = {"layers": 1, "width": 32, "heads": 2, "kv_heads": 1, "head_size": 16, "mlp_width": 64}
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    stages.check_variant("lm1b", variant)
+    common.check_variant("distillspec/lm1b", variant)
     config = ConfigDict()
     config.stages = ("target", "draft", "distilled", "evaluation")
     config.seed = 0
@@ -33,7 +33,7 @@ def get_config(variant: str = "") -> ConfigDict:
     for name in ("target", "draft"):
         config[name] = real_scale.training(config, tokenizer="stage:target" if name == "draft" else "", init="random")
         config[name].tokenizer.vocab_size = 32_000  # ours
-        config[name].model.update(_TINY if variant else SHAPES[name])
+        config[name].model.update(common.TINY_MODEL if variant else SHAPES[name])
     # The paper's default: the draft's own text. The divergence is ours.
     on_policy = {"fixed": 0.0, "draft": 1.0, "target": 0.0}
     config.distilled = real_scale.distillation(config, "stage:target", "stage:draft", on_policy, "forward_kl")

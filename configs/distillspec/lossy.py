@@ -16,13 +16,14 @@ the lenience: the tables of configs/distillspec/README.md. `configs/distillspec/
 
 from ml_collections import ConfigDict
 
+from configs import common
 from configs.distillspec import stages
 
 LOSSY = ("lenient_linear", "lenient_square", "lenient_exp", "typical")
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    stages.check_variant("lossy", variant)
+    common.check_variant("distillspec/lossy", variant)
     smoke = variant == "smoke"
     config = ConfigDict()
     config.stages = ("target", "supervised", "distilled", "quality", "latency")

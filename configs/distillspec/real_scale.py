@@ -11,8 +11,7 @@ from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
-from configs import quickstart
-from configs.distillspec import stages
+from configs import common
 
 # The paper's: T5 v1.1 XL (3B) with Small (77M) as its draft. Ours: the others, and every mesh.
 PAIRS = {
@@ -54,7 +53,7 @@ def recipe(
       sequence_length: of a row of training, prompt and answer together; of T5, of each.
       max_new_tokens: of an answer, in generation and evaluation.
     """
-    stages.check_variant(name, variant, VARIANTS)
+    common.check_variant(f"distillspec/{name}", variant, VARIANTS)
     pair = PAIRS["" if variant == "smoke" else variant]
     config = base(pair, task)
     config.tune_target = _tuning(config, config.target)
@@ -96,21 +95,17 @@ def base(pair: Mapping, task: str) -> ConfigDict:
 
 def training(config: ConfigDict, *, tokenizer: str, init: str) -> ConfigDict:
     """A training stage on the config's task, mesh and seed, with the paper's hyperparameters where they are known."""
-    section = quickstart.get_config().supervised.copy_and_resolve_references()
-    section.seed = config.get_ref("seed")
-    section.mesh = _copy_of(config.mesh)
-    section.task = _copy_of(config.task)
+    section = common.training(STEPS, LEARNING_RATE, seed=config.get_ref("seed"))
+    section.mesh = common.reference(config.mesh)
+    section.task = common.reference(config.task)
     section.tokenizer.path = tokenizer
     section.model.init = init
     section.data.batch_size = BATCH
-    section.data.generation.temperature = 1.0  # ours
     section.optimizer.update(
         {
-            "peak_learning_rate": LEARNING_RATE,
             "warmup_steps": 5000,  # the paper's, unverified
             # The paper's, unverified: down to a tenth by a cosine that begins half way. Ours begins after the warm-up.
             "final_fraction": 0.1,
-            "hold_fraction": 0.0,
             # Ours: AdamW without decay. The paper trained with T5X, presumably Adafactor.
             "weight_decay": 0.0,
         }
@@ -118,20 +113,13 @@ def training(config: ConfigDict, *, tokenizer: str, init: str) -> ConfigDict:
     # Ours, all of them.
     section.train.update(
         {
-            "steps": STEPS,
             "log_every": 100,
             "eval_every": 5000,
             "eval_batches": 16,
             "checkpoint_every": 5000,
-            "best_metric": "validation_loss",
         }
     )
     return section
-
-
-def _copy_of(section: ConfigDict) -> ConfigDict:
-    """The section by reference: what the command line says of the one is said of the other."""
-    return ConfigDict({key: section.get_ref(key) for key in section})
 
 
 def _tuning(config: ConfigDict, model: ConfigDict) -> ConfigDict:
@@ -148,7 +136,6 @@ def distillation(config: ConfigDict, target, draft, data: Mapping[str, float], d
     section.target = target
     section.data.update(data)
     section.loss.divergence = divergence
-    section.loss.beta = 0.5  # of JSD, the paper's, unverified
     section.train.best_metric = "validation_acceptance"
     section.speculative_eval.update({"every": 5000, "prompts": 16, "gamma": GAMMA})
     return section
@@ -156,21 +143,16 @@ def distillation(config: ConfigDict, target, draft, data: Mapping[str, float], d
 
 def evaluation(config: ConfigDict, target, draft) -> ConfigDict:
     """The draft before and after, beside plain decoding: quality, block efficiency, latency at batch size 1."""
-    section = quickstart.get_config().evaluation.copy_and_resolve_references()
-    section.seed = config.get_ref("seed")
-    section.mesh = _copy_of(config.mesh)
-    section.task = _copy_of(config.task)
-    section.target = target
-    section.selection.update({"count": 500, "length_min": 1})  # ours
-    section.batch_sizes = (1,)  # the paper's
-    section.temperatures = TEMPERATURES
     paths = {"undistilled": draft, "distilled": "stage:distilled"}
-    section.drafters = ConfigDict(
-        {
-            name: {"kind": "model", "path": path, "lossless": (GAMMA,), "coupled": (), "lenient_exp": ()}
-            for name, path in paths.items()
-        }
-    )
+    drafters = {
+        name: {"kind": "model", "path": path, "lossless": (GAMMA,), "coupled": (), "lenient_exp": ()}
+        for name, path in paths.items()
+    }
+    section = common.evaluation(target, drafters, seed=config.get_ref("seed"))
+    section.mesh = common.reference(config.mesh)
+    section.task = common.reference(config.task)
+    section.selection.update({"count": 500, "length_min": 1})  # ours
+    section.temperatures = TEMPERATURES
     section.leniences = (0.7, 0.5, 0.3)  # of lenient_exp, run at the gammas that a drafter names; ours
     section.compare = (("distilled", "undistilled"),)
     return section

@@ -1,11 +1,11 @@
-"""Stages that the configs beside this file are made of: the quickstart's, varied."""
+"""Stages of `lossy.py` and `garden.py`: training of a model of a named size, distillation of it, and evaluation."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import quickstart
+from configs import common
 
 # Layers and width. Wide enough that verifying five tokens costs little more than one step on a CPU, and smaller ones.
 SHAPES = {"large": (3, 384), "medium": (2, 256), "small": (2, 160), "draft": (1, 128)}
@@ -14,21 +14,14 @@ _TINY = {"large": (2, 32), "medium": (1, 32), "small": (1, 16), "draft": (1, 16)
 GAMMA = 4
 
 
-def check_variant(name: str, variant: str, variants: tuple[str, ...] = ("smoke",)) -> None:
-    """Refuses a variant that `name` does not have."""
-    if variant not in ("", *variants):
-        raise ValueError(f"configs/distillspec/{name}.py has the variants {', '.join(variants)}; not {variant!r}.")
-
-
 def task(seed: Any, size: int) -> ConfigDict:
-    """Short sums: a small target learns to answer them, and its draft alone does not."""
-    return ConfigDict({"name": "short_sums", "path": "", "seed": seed, "size": size})
+    """Short sums: a small target learns to answer them, and its draft by itself does not."""
+    return common.task("short_sums", seed=seed, size=size)
 
 
 def trained(seed: Any, shape: str, *, steps: int, rate: float, tokenizer: str, smoke: bool) -> ConfigDict:
-    """A model of a shape in SHAPES, trained plainly; `tokenizer` is an export's, "" trains one."""
-    section = quickstart.get_config().supervised.copy_and_resolve_references()
-    section.seed = seed
+    """Plain training of a model of a size in SHAPES; `tokenizer` is a checkpoint, "" trains a tokenizer."""
+    section = common.training_to_plateau(learning_rate=rate, seed=seed)
     section.task = task(0, 64 if smoke else 40_000)
     section.tokenizer.update({"path": tokenizer, "vocab_size": 400})
     layers, width = (_TINY if smoke else SHAPES)[shape]
@@ -38,7 +31,7 @@ def trained(seed: Any, shape: str, *, steps: int, rate: float, tokenizer: str, s
     # Every question with its answer fits a row.
     section.data.update({"batch_size": 8, "sequence_length": 60, "prompt_length_min": 32, "prompt_length_max": 32})
     section.data.generation.max_new_tokens = 34
-    section.optimizer.update({"peak_learning_rate": rate, "final_fraction": 0.02, "hold_fraction": 0.1})
+    section.optimizer.update({"final_fraction": 0.02, "hold_fraction": 0.1})
     _set_steps(section, steps)
     if smoke:
         section.data.batch_size = 2
@@ -56,7 +49,7 @@ def _set_steps(section: ConfigDict, steps: int) -> None:
 def taught(
     seed: Any, shape: str, *, init: str, target: str, steps: int, rate: float, on_policy: bool, smoke: bool
 ) -> ConfigDict:
-    """A model that learns from `target`, by forward KL, on its own text or on the data; `init` as in the quickstart."""
+    """Distillation from `target` by forward KL, on the model's own text or on the data; `init` as in `model.init`."""
     section = trained(seed, shape, steps=steps, rate=rate, tokenizer=target, smoke=smoke)
     section.model.init = init
     section.target = target
@@ -75,17 +68,13 @@ def evaluation(
     smoke: bool,
     prompts: int = 96,
 ) -> ConfigDict:
-    """Quality and block efficiency on many prompts; or, `timed`, the same on a few, one at a time, for their speed."""
-    section = quickstart.get_config().evaluation.copy_and_resolve_references()
-    section.seed = seed
+    """Quality and block efficiency on many prompts; with `timed`, speed on a few prompts, one at a time."""
+    section = common.evaluation(target, drafters, seed=seed)
     section.task = task(seed, 1)  # other problems for every seed
-    section.target = target
     section.selection.update({"count": 32 if timed else prompts, "length_min": 1, "length_max": 64})
     section.max_new_tokens = 40
     section.batch_sizes = (1,) if timed else (32,)
     section.temperatures = temperatures
-    section.drafters = ConfigDict(drafters)
-    section.compare = ()
     section.measure_parts = False
     if smoke:
         section.selection.count = 3

@@ -26,7 +26,7 @@ Hardware: one CPU core is enough. Time and outcome: README.md.
 
 from ml_collections import ConfigDict
 
-from configs import quickstart
+from configs import common
 
 SEEDS = 3
 GAMMA = 4
@@ -52,16 +52,16 @@ def get_config(variant: str = "") -> ConfigDict:
     unknown = words - {"encoder_decoder", "smoke", *numbers[:1]}
     if unknown:
         raise ValueError(f"variants are encoder_decoder, smoke and a number of seeds; not {', '.join(sorted(unknown))}")
-    smoke, apart = "smoke" in words, "encoder_decoder" in words
+    smoke, encoder_decoder = "smoke" in words, "encoder_decoder" in words
     seeds = int(numbers[0]) if numbers else 1 if smoke else SEEDS
-    base = _base(smoke, apart)
+    base = _base(smoke, encoder_decoder)
     config = ConfigDict({"seed": base.seed, "target": base.target})
     stages = ["target"]
     for seed in range(seeds):
         for name, section in _seed(base, seed, smoke):
             config[name] = section
             stages.append(name)
-    for name, section in () if apart else (*_little_data(base, seeds), *_transfer(base, seeds, smoke)):
+    for name, section in () if encoder_decoder else (*_little_data(base, seeds), *_transfer(base, seeds, smoke)):
         config[name] = section
         stages.append(name)
     config.stages = tuple(stages)
@@ -175,44 +175,41 @@ def _evaluation(base: ConfigDict, seed: int, names: list[str]) -> ConfigDict:
     section.drafters = ConfigDict(
         {name: {"kind": "model", "path": f"stage:{name}", "lossless": (GAMMA,), "coupled": ()} for name in names}
     )
-    section.compare = ()
     return section
 
 
-def _base(smoke: bool, apart: bool) -> ConfigDict:
-    """The quickstart's sections at the sizes of the sweep; every key is explained there."""
-    base = quickstart.get_config("smoke" if smoke else "")
-    base.mesh = base.target.mesh
-    base.distilled.speculative_eval.every = 0
-    base.evaluation.measure_parts = False
-    base.evaluation.samples = 1
-    if not smoke:
-        _sizes(base)
-    if apart:
-        _encoder_decoder(base, smoke)
-    return base
-
-
-def _sizes(base: ConfigDict) -> None:
-    """Small enough that a draft learns in some twenty seconds on one core, reading and tokenising included."""
+def _base(smoke: bool, encoder_decoder: bool) -> ConfigDict:
+    """The sections that the sweep varies. Small enough that a draft learns in some twenty seconds on one core."""
+    base = ConfigDict({"seed": 0, "mesh": common.mesh()})
+    base.target = common.training(steps=240, learning_rate=3e-3)
+    base.target.tokenizer.path = ""  # train one
     base.target.model.update({"layers": 4, "width": 256, "heads": 4, "kv_heads": 4, "mlp_width": 704})
-    for section in (base.supervised, base.distilled):
-        section.model.update({"layers": 1, "width": 128, "heads": 2, "kv_heads": 2, "mlp_width": 352})
+    base.target.train.update({"eval_every": 80, "checkpoint_every": 80})
+    base.supervised = common.training_to_plateau(steps=400)
+    base.supervised.train.update({"eval_every": 50, "checkpoint_every": 100})
+    base.distilled = common.distillation("stage:target", "stage:supervised", steps=48)
+    base.distilled.train.update({"eval_every": 24, "checkpoint_every": 24, "keep_last": 1, "eval_batches": 2})
+    base.distilled.optimizer.warmup_steps = 5
     for section in (base.target, base.supervised, base.distilled):
         section.task.size = 2_000_000
         section.data.update({"sequence_length": 96, "prompt_length_min": 8, "prompt_length_max": 32})
         section.data.generation.max_new_tokens = 64
-    base.target.optimizer.peak_learning_rate = 3e-3
-    base.target.train.update({"steps": 240, "eval_every": 80, "eval_batches": 8, "checkpoint_every": 80})
-    # Few rows a step, for on a CPU it is the number of steps that counts.
-    base.supervised.data.batch_size = base.distilled.data.batch_size = 8
-    base.supervised.train.update({"steps": 400, "eval_every": 50, "checkpoint_every": 100})
-    base.distilled.train.update({"steps": 48, "eval_every": 24, "checkpoint_every": 24, "keep_last": 1})
-    base.distilled.train.eval_batches = 2
-    base.distilled.optimizer.warmup_steps = 5
+        section.data.batch_size = 8  # few rows: on a CPU the number of steps counts
+    for section in (base.supervised, base.distilled):
+        section.model.update({"layers": 1, "width": 128, "heads": 2, "kv_heads": 2, "mlp_width": 352})
+    base.evaluation = common.evaluation("stage:target", {})
     base.evaluation.task.size = 2_000_000
     base.evaluation.selection.count = 24
     base.evaluation.max_new_tokens = 64
+    base.evaluation.samples = 1
+    base.evaluation.measure_parts = False
+    if smoke:
+        for name in ("target", "supervised", "distilled", "evaluation"):
+            common.smoke(base[name])
+        base.target.model.layers = 2
+    if encoder_decoder:
+        _encoder_decoder(base, smoke)
+    return base
 
 
 def _encoder_decoder(base: ConfigDict, smoke: bool) -> None:

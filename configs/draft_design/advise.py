@@ -15,10 +15,11 @@ on 2 CPU cores, with a target of the study.
 
 from ml_collections import ConfigDict
 
+from configs import common
+
 
 def get_config(variant: str = "") -> ConfigDict:
-    if variant not in ("", "smoke"):
-        raise ValueError(f"configs/draft_design/advise.py has one variant, smoke; not {variant!r}.")
+    common.check_variant("draft_design/advise", variant)
     config = ConfigDict()
     config.binary = "design"
     config.action = "advise"
@@ -36,7 +37,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.temperature = 0.0
     config.max_new_tokens = 80
     # The workload: prompts of the task's validation split.
-    config.task = ConfigDict({"name": "stdlib_code", "path": "", "seed": 0, "size": 0})
+    config.task = common.task()
     config.selection = ConfigDict({"count": 16, "length_min": 16, "length_max": 32})
     config.param_dtype = "float32"
     config.compute_dtype = "auto"  # float32 on CPU, bfloat16 on accelerators

@@ -12,10 +12,11 @@ Hardware: any; not timed. `configs/draft_design/build.py:smoke` times one small 
 
 from ml_collections import ConfigDict
 
+from configs import common
+
 
 def get_config(variant: str = "") -> ConfigDict:
-    if variant not in ("", "smoke"):
-        raise ValueError(f"configs/draft_design/build.py has one variant, smoke; not {variant!r}.")
+    common.check_variant("draft_design/build", variant)
     config = ConfigDict()
     config.binary = "configs.draft_design.budget"
     config.seed = 0
@@ -29,7 +30,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.repeats = 9
     config.profile = ""  # file of measured points; "" is profile.json in the workdir
     # What the draft would learn on.
-    config.task = ConfigDict({"name": "stdlib_code", "path": "", "seed": 0, "size": 0})
+    config.task = common.task()
     config.param_dtype = "float32"
     config.compute_dtype = "auto"  # float32 on CPU, bfloat16 on accelerators
     if variant == "smoke":

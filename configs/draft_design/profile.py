@@ -15,10 +15,11 @@ Hardware: 2 CPU cores, some two minutes. `configs/draft_design/profile.py:smoke`
 
 from ml_collections import ConfigDict
 
+from configs import common
+
 
 def get_config(variant: str = "") -> ConfigDict:
-    if variant not in ("", "smoke"):
-        raise ValueError(f"configs/draft_design/profile.py has one variant, smoke; not {variant!r}.")
+    common.check_variant("draft_design/profile", variant)
     config = ConfigDict()
     config.binary = "configs.draft_design.series"
     config.seed = 0

@@ -14,29 +14,24 @@ configs/draft_design/README.md such drafts are ahead of equally trained ones fro
 
 from ml_collections import ConfigDict
 
-from configs import quickstart
+from configs import common
 from configs.draft_design import pruning
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    if variant not in ("", "smoke"):
-        raise ValueError(f"configs/draft_design/prune.py has one variant, smoke; not {variant!r}.")
-    base = quickstart.get_config(variant)
+    common.check_variant("draft_design/prune", variant)
     config = ConfigDict()
-    config.seed = base.seed
+    config.seed = 0
     config.target = "required:target:the directory of the checkpoint to prune"
     # What is left; 0 is as in the checkpoint.
     config.shape = ConfigDict({"layers": 1, "width": 0, "heads": 0, "kv_heads": 0, "mlp_width": 0})
-    config.task = base.target.task.copy_and_resolve_references()
-    config.pruned = pruning.pruned(base, {}, variant)
+    config.task = common.task(size=60_000 if variant else 0)
+    config.pruned = pruning.pruned({}, variant)
     config.pruned.source = config.get_ref("target")
-    config.recovered = pruning.trained(base, "stage:pruned")
-    config.recovered.target = config.get_ref("target")
-    config.recovered.tokenizer.path = config.get_ref("target")
-    config.recovered.seed = config.get_ref("seed")
-    config.pruned.seed = config.get_ref("seed")
-    config.pruned.shape = ConfigDict({key: config.shape.get_ref(key) for key in config.shape})
+    config.pruned.shape = common.reference(config.shape)
+    config.recovered = pruning.trained(config.get_ref("target"), "stage:pruned", variant)
     for section in (config.pruned, config.recovered):
-        section.task = ConfigDict({key: config.task.get_ref(key) for key in config.task})
+        section.seed = config.get_ref("seed")
+        section.task = common.reference(config.task)
     config.stages = ("pruned", "recovered")
     return config

@@ -11,9 +11,11 @@ Hardware: 2 CPU cores; about half an hour. Expect the pruned draft ahead, in blo
 in configs/draft_design/README.md says by how much. `configs/draft_design/pruning.py:smoke` takes a minute.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
-from configs import quickstart
+from configs import common
 
 SEEDS = (0, 1, 2)
 # 0 is as in the target. Its heads are 64 wide, two query heads to one key head.
@@ -24,44 +26,53 @@ SHAPES = {
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    if variant not in ("", "smoke"):
-        raise ValueError(f"configs/draft_design/pruning.py has one variant, smoke; not {variant!r}.")
-    base = quickstart.get_config(variant)
+    common.check_variant("draft_design/pruning", variant)
     config = ConfigDict()
-    config.seed = base.seed
-    config.target = base.target
+    config.seed = 0
+    config.target = common.training(steps=290, learning_rate=1.5e-3)
+    config.target.tokenizer.path = ""  # train one
+    config.target.model.update({"layers": 2, "width": 640, "heads": 10, "kv_heads": 5, "mlp_width": 1760})
+    config.target.data.batch_size = 8
+    config.target.train.update({"eval_every": 145, "eval_batches": 4, "checkpoint_every": 145})
+    if variant:
+        common.smoke(config.target)
+        config.target.model.layers = 2
+    like = config.target.model
     stages, drafters, pairs = ["target"], {}, []
     for name, shape in SHAPES.items() if not variant else (("wide", {"layers": 1, "mlp_width": 32}),):
-        config[f"pruned_{name}"] = pruned(base, shape, variant)
+        config[f"pruned_{name}"] = pruned(shape, variant)
         stages.append(f"pruned_{name}")
         for seed in SEEDS if not variant else SEEDS[:1]:
             for recipe in ("recovered", "scratch"):
                 stage = f"{recipe}_{name}_{seed}"
-                config[stage] = trained(base, f"stage:pruned_{name}" if recipe == "recovered" else "random")
+                config[stage] = trained(
+                    "stage:target", f"stage:pruned_{name}" if recipe == "recovered" else "random", variant
+                )
                 config[stage].seed = seed
-                config[stage].model.update({key: value or base.target.model[key] for key, value in shape.items()})
-                config[stage].model.head_size = base.target.model.head_size
+                config[stage].model.update({key: value or like[key] for key, value in shape.items()})
+                config[stage].model.head_size = like.head_size
                 stages.append(stage)
                 drafters[stage] = {"kind": "model", "path": f"stage:{stage}", "lossless": (4,), "coupled": ()}
             pairs.append((f"recovered_{name}_{seed}", f"scratch_{name}_{seed}"))
-    config.evaluation = base.evaluation
-    config.evaluation.drafters = ConfigDict(drafters)
+    config.evaluation = common.evaluation("stage:target", drafters)
     config.evaluation.compare = tuple(pairs)
     config.evaluation.measure_parts = False
+    if variant:
+        common.smoke(config.evaluation)
     config.stages = (*stages, "evaluation")
     return config
 
 
-def pruned(base: ConfigDict, shape: dict, variant: str) -> ConfigDict:
+def pruned(shape: dict, variant: str) -> ConfigDict:
     """The target cut to a shape."""
     section = ConfigDict()
     section.binary = "design"
     section.action = "prune"
-    section.seed = base.seed
+    section.seed = 0
     section.source = "stage:target"  # the checkpoint to prune
     section.param_dtype = "float32"
     section.compute_dtype = "auto"
-    section.task = base.target.task  # whose training text the parts are judged on
+    section.task = common.task(size=60_000 if variant else 0)  # whose training text the parts are judged on
     section.calibration = ConfigDict({"batches": 8, "batch_size": 8, "sequence_length": 128})
     section.shape = ConfigDict(shape)  # what is left; 0, or absent, is as in the source
     if variant:
@@ -69,10 +80,8 @@ def pruned(base: ConfigDict, shape: dict, variant: str) -> ConfigDict:
     return section
 
 
-def trained(base: ConfigDict, init: str) -> ConfigDict:
-    """The quickstart's distillation on the corpus: from the pruned model, or from a random one."""
-    section = base.distilled.copy_and_resolve_references()
+def trained(target: Any, init: Any, variant: str) -> ConfigDict:
+    """Distillation on the corpus: of the pruned model, or of a random one."""
+    section = common.distillation(target, init)
     section.data.update({"fixed": 1.0, "draft": 0.0})
-    section.speculative_eval.every = 0
-    section.model.init = init
-    return section
+    return common.smoke(section) if variant else section

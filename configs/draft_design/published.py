@@ -13,10 +13,11 @@ parameters that come to the numbers in the shapes' names. `configs/draft_design/
 
 from ml_collections import ConfigDict
 
+from configs import common
+
 
 def get_config(variant: str = "") -> ConfigDict:
-    if variant not in ("", "smoke"):
-        raise ValueError(f"configs/draft_design/published.py has one variant, smoke; not {variant!r}.")
+    common.check_variant("draft_design/published", variant)
     config = ConfigDict()
     config.binary = "configs.draft_design.paper_check"
     config.seed = 0

@@ -16,10 +16,11 @@ prompts.
 
 from ml_collections import ConfigDict
 
+from configs import common
+
 
 def get_config(variant: str = "") -> ConfigDict:
-    if variant not in ("", "smoke"):
-        raise ValueError(f"configs/draft_design/replay.py has one variant, smoke; not {variant!r}.")
+    common.check_variant("draft_design/replay", variant)
     config = ConfigDict()
     config.binary = "design"
     config.action = "replay"
@@ -33,7 +34,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.max_new_tokens = 128
     config.top_k = 32  # most probable tokens stored of each position; 0 stores none
     # The prompts: of the task's validation split.
-    config.task = ConfigDict({"name": "stdlib_code", "path": "", "seed": 0, "size": 0})
+    config.task = common.task()
     config.selection = ConfigDict({"count": 40, "length_min": 16, "length_max": 32})
     config.param_dtype = "float32"
     config.compute_dtype = "auto"  # float32 on CPU, bfloat16 on accelerators

@@ -17,7 +17,7 @@ Expect at least nine of ten throughputs of batch 1 predicted within 10%; configs
 
 from ml_collections import ConfigDict
 
-from configs import quickstart
+from configs import common
 
 TASKS = {"code": {"name": "stdlib_code", "size": 0}, "arithmetic": {"name": "arithmetic", "size": 20_000}}
 SEEDS = (0, 1, 2)
@@ -37,18 +37,15 @@ GAMMAS = {"supervised": (4,), "distilled": (2, 4, 6)}
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    if variant not in ("", "smoke"):
-        raise ValueError(f"configs/draft_design/study.py has one variant, smoke; not {variant!r}.")
-    base = quickstart.get_config(variant)
+    common.check_variant("draft_design/study", variant)
+    base = _base(variant)
     config = ConfigDict()
-    config.seed = base.seed
+    config.seed = 0
     stages, timed, trained = [], [], []
     tasks = tuple(TASKS) if not variant else ("code",)
     for task in tasks:
         target = f"target_{task}"
         config[target] = _on_task(base.target, task, variant)
-        if not variant:
-            config[target].model.update(TARGET)
         stages.append(target)
         drafters: dict[str, dict] = {}
         for seed in SEEDS if not variant else SEEDS[:1]:
@@ -60,12 +57,30 @@ def get_config(variant: str = "") -> ConfigDict:
                     stages.append(stage)
                     trained.append(f"workdir:{stage}")
         config[f"evaluation_{task}"] = _evaluation(base, task, drafters, variant)
-        config[f"checked_{task}"] = _checked(base, task, tuple(drafters), variant)
+        config[f"checked_{task}"] = _checked(task, tuple(drafters), variant)
         timed += [f"evaluation_{task}", f"checked_{task}"]
-    config.study = _study(base, tuple(trained), tasks)
+    config.study = _study(tuple(trained), tasks)
     config.study.gamma = 4 if not variant else 2
     config.stages = (*stages, *timed, "study")
     return config
+
+
+def _base(variant: str) -> ConfigDict:
+    """A target, a plain and a distilled draft, and an evaluation, before they get their task and shape."""
+    base = ConfigDict()
+    base.target = common.training(steps=290, learning_rate=1.5e-3)
+    base.target.tokenizer.path = ""  # train one
+    base.target.model.update(TARGET)
+    base.target.data.batch_size = 8
+    base.target.train.update({"eval_every": 145, "eval_batches": 4, "checkpoint_every": 145})
+    base.supervised = common.training_to_plateau()
+    base.distilled = common.distillation("stage:target", "stage:supervised")
+    base.evaluation = common.evaluation("stage:target", {})
+    if variant:
+        for section in base.values():
+            common.smoke(section)
+        base.target.model.layers = 2
+    return base
 
 
 def _on_task(section: ConfigDict, task: str, variant: str) -> ConfigDict:
@@ -90,7 +105,6 @@ def _draft(base: ConfigDict, recipe: str, task: str, layers: int, seed: int, var
     if recipe == "distilled":
         section.target = f"stage:target_{task}"
         section.model.init = f"stage:supervised_{task}_{layers}_{seed}"
-        section.speculative_eval.every = 0
     section.model.layers = layers
     if not variant:
         # Of 48 trainings none can be long; shapes are compared at equal steps.
@@ -108,7 +122,6 @@ def _evaluation(base: ConfigDict, task: str, drafters: dict, variant: str) -> Co
     section = _on_task(base.evaluation, task, variant)
     section.target = f"stage:target_{task}"
     section.drafters = ConfigDict(drafters)
-    section.compare = ()
     section.batch_sizes = (1, 4) if not variant else (1,)
     if not variant:
         # A configuration's tokens a second and its parts want few texts: there are 384 runs of them.
@@ -122,10 +135,10 @@ def _evaluation(base: ConfigDict, task: str, drafters: dict, variant: str) -> Co
     return section
 
 
-def _checked(base: ConfigDict, task: str, drafters: tuple, variant: str) -> ConfigDict:
+def _checked(task: str, drafters: tuple, variant: str) -> ConfigDict:
     section = ConfigDict()
     section.binary = "configs.draft_design.advice_check"
-    section.seed = base.seed
+    section.seed = 0
     section.evaluation = f"workdir:evaluation_{task}"
     section.trained = tuple(f"workdir:{stage}" for stage in drafters)
     section.seeds = ADVISED if not variant else ADVISED[:1]
@@ -134,10 +147,10 @@ def _checked(base: ConfigDict, task: str, drafters: tuple, variant: str) -> Conf
     return section
 
 
-def _study(base: ConfigDict, trained: tuple, tasks: tuple) -> ConfigDict:
+def _study(trained: tuple, tasks: tuple) -> ConfigDict:
     section = ConfigDict()
     section.binary = "configs.draft_design.summary"
-    section.seed = base.seed
+    section.seed = 0
     section.trained = trained  # the drafts' trainings; a drafter has its training's name
     section.evaluations = tuple(f"workdir:evaluation_{task}" for task in tasks)
     section.checked = tuple(f"workdir:checked_{task}" for task in tasks)

@@ -12,18 +12,13 @@ Hardware: whatever holds both models; not timed. `configs/draft_design/train.py:
 
 from ml_collections import ConfigDict
 
-from configs import quickstart
+from configs import common
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    if variant not in ("", "smoke"):
-        raise ValueError(f"configs/draft_design/train.py has one variant, smoke; not {variant!r}.")
-    base = quickstart.get_config(variant)
-    config = base.distilled.copy_and_resolve_references()
+    common.check_variant("draft_design/train", variant)
+    config = common.distillation("", "random", steps=420)
     config.target = ""  # directory of the target
-    config.tokenizer.path = ""  # the same directory: a draft speaks its target's tokens
-    config.model.init = "random"
+    config.tokenizer.path = ""  # the same directory: a draft shares its target's tokens
     config.data.update({"fixed": 1.0, "draft": 0.0})
-    config.train.steps = base.supervised.train.steps
-    config.speculative_eval.every = 0
-    return config
+    return common.smoke(config) if variant == "smoke" else config

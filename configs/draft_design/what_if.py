@@ -13,10 +13,11 @@ Hardware: any; seconds. The default prints about 33 tokens/s for `wide`, the bet
 
 from ml_collections import ConfigDict
 
+from configs import common
+
 
 def get_config(variant: str = "") -> ConfigDict:
-    if variant not in ("", "smoke"):
-        raise ValueError(f"configs/draft_design/what_if.py has one variant, smoke; not {variant!r}.")
+    common.check_variant("draft_design/what_if", variant)
     config = ConfigDict()
     config.binary = "design"
     config.action = "what_if"

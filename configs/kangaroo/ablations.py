@@ -16,6 +16,7 @@ Hardware: 2 CPU cores. What to expect: the tables in configs/kangaroo/README.md.
 
 from ml_collections import ConfigDict
 
+from configs import common
 from configs.kangaroo import kangaroo_parts as parts
 
 STEPS = 80
@@ -35,8 +36,7 @@ TEMPERATURES = (0.2, 0.5, 1.0)
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    if variant not in ("", "smoke"):
-        raise ValueError(f"configs/kangaroo/ablations.py has one variant, smoke; not {variant!r}.")
+    common.check_variant("kangaroo/ablations", variant)
     config = ConfigDict()
     config.seed = 0
     stages, target = parts.given_target(config, variant)

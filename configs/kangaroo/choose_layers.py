@@ -13,17 +13,18 @@ one layer.
 
 from ml_collections import ConfigDict
 
+from configs import common
+
 
 def get_config(variant: str = "") -> ConfigDict:
-    if variant not in ("", "smoke"):
-        raise ValueError(f"configs/kangaroo/choose_layers.py has one variant, smoke; not {variant!r}.")
+    common.check_variant("kangaroo/choose_layers", variant)
     config = ConfigDict()
     config.binary = "choose_layers"
     config.seed = 7  # other prompts than those of an evaluation
     # Devices along each axis; 1, 1, 1 is one device.
     config.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1})
     config.target = ""  # directory of the target
-    config.task = ConfigDict({"name": "stdlib_code", "path": "", "seed": 0, "size": 0})
+    config.task = common.task()
     config.param_dtype = "float32"
     config.compute_dtype = "auto"
     # The prompts that the target continues: how many, their tokens, whether each is a user's turn of a chat.

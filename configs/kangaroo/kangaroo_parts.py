@@ -5,7 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import quickstart
+from configs import common
 from configs.kangaroo import choose_layers
 
 # Where configs/kangaroo/tiny.py leaves its target when it is run as its docstring says.
@@ -18,15 +18,16 @@ def target(variant: str) -> ConfigDict:
     Few rows a step, so many steps, and a small vocabulary: a target that is unsure of every token has nothing to tell
     a stop by confidence.
     """
-    section = quickstart.get_config(variant).target
-    if not variant:
-        section.tokenizer.vocab_size = 512
-        section.data.batch_size = 4
-        section.model.update({"layers": 16, "width": 384, "heads": 6, "kv_heads": 6, "mlp_width": 1024})
-        # Spec-Bench has long prompts; rotary positions cost nothing.
-        section.model.max_positions = 8192
-        section.optimizer.update({"peak_learning_rate": 1.2e-3, "warmup_steps": 40})
-        section.train.update({"steps": 1600, "eval_every": 400, "eval_batches": 8, "checkpoint_every": 400})
+    section = common.training(steps=1600, learning_rate=1.2e-3)
+    section.tokenizer.update({"path": "", "vocab_size": 512})
+    section.data.batch_size = 4
+    section.model.update({"layers": 16, "width": 384, "heads": 6, "kv_heads": 6, "mlp_width": 1024})
+    section.model.max_positions = 8192  # Spec-Bench has long prompts; rotary positions cost nothing
+    section.optimizer.warmup_steps = 40
+    section.train.update({"eval_every": 400, "checkpoint_every": 400})
+    if variant:
+        common.smoke(section)
+        section.model.layers = 2
     return section
 
 
@@ -51,31 +52,22 @@ def adapter(
     on_policy: float = 0.0,
     seed: int = 0,
 ) -> ConfigDict:
-    """Trains an adapter: the quickstart's distillation, with the adapter as what is trained.
+    """Trains an adapter by distillation from its own target.
 
     Args:
       target: directory of the target, or the stage that trains it.
       kind: "attention" (the paper's), "layer", "mlp" or "none"; `own_head` a trained head in place of the frozen one.
       on_policy: share of steps on text that the draft writes itself; the others are on the corpus.
     """
-    section = quickstart.get_config(variant).distilled.copy_and_resolve_references()
-    section.seed = seed
-    section.target = target
-    section.tokenizer.path = target
     # The shape is the target's: of `model` only the dtypes are read.
-    section.model.init = "adapter"
-    section.adapter = ConfigDict({"exit_layer": exit_layer, "kind": kind, "own_head": own_head})
+    section = common.distillation(target, "adapter", steps=steps, seed=seed)
+    section.adapter = common.kangaroo_adapter(exit_layer, kind, own_head)
     section.data.update({"fixed": 1.0 - on_policy, "draft": on_policy})
     section.loss.divergence = divergence
-    section.speculative_eval.every = 0
-    if not variant:
-        # The target's forward is what a step costs; an adapter is small and gains more from many steps than large ones.
-        section.data.batch_size = 4
-        section.optimizer.peak_learning_rate = 3e-3
-        section.train.update(
-            {"steps": steps, "eval_every": steps // 2, "eval_batches": 4, "checkpoint_every": steps // 2}
-        )
-    return section
+    # A step costs the target's forward; an adapter is small and gains more from many steps than from large ones.
+    section.data.batch_size = 4
+    section.train.update({"eval_every": steps // 2, "checkpoint_every": steps // 2})
+    return common.smoke(section) if variant else section
 
 
 def medusa(variant: str, target: str, *, steps: int) -> ConfigDict:
@@ -83,7 +75,7 @@ def medusa(variant: str, target: str, *, steps: int) -> ConfigDict:
     section = adapter(variant, target, exit_layer=1, steps=steps, divergence="cross_entropy")
     section.model.init = "medusa"
     del section["adapter"]
-    section.medusa = ConfigDict({"heads": 4, "own_head": True})
+    section.medusa = common.medusa_heads()
     return section
 
 
@@ -105,36 +97,25 @@ def kangaroo(path: str, gammas: tuple[int, ...], threshold: float, *, adjusted: 
 
 def evaluation(variant: str, target: str, drafters: dict, *, temperatures=(0.0,), compare=()) -> ConfigDict:
     """Batch 1, on prompts of the validation files; parts are not timed."""
-    section = quickstart.get_config(variant).evaluation
-    section.target = target
-    section.max_new_tokens = 12 if variant else 80
+    section = common.evaluation(target, drafters)
+    section.max_new_tokens = 80
     section.temperatures = temperatures
-    section.drafters = ConfigDict(drafters)
     section.compare = compare
     section.measure_parts = False
-    return section
+    return common.smoke(section) if variant else section
 
 
 def spec_bench(variant: str, target: str, questions: str, drafters: dict) -> ConfigDict:
     """A run of Spec-Bench: plain decoding and these drafters on every question, one at a time."""
-    section = ConfigDict()
+    section = common.evaluation(target, drafters, seed=0)
     section.binary = "spec_bench"
-    section.seed = 0
-    # Devices along each axis; 1, 1, 1 is one device.
-    section.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1})
-    section.task = ConfigDict({"name": "spec_bench", "path": questions, "seed": 0, "size": 0})
-    section.target = target  # directory of the target
-    section.param_dtype = "float32"  # in which parameters are kept: float32, bfloat16 or float16
-    section.compute_dtype = "auto"  # of activations: float32 on CPU, bfloat16 on accelerators
+    section.task = common.task("spec_bench", questions)
     # The first so many questions of each category (0: all); whether the tokenizer's chat template writes the turns.
     section.selection = ConfigDict({"per_category": 0, "chat": False})
-    section.max_new_tokens = 16 if variant else 1024  # a turn; the paper's
-    section.batch_sizes = (1,)
+    section.max_new_tokens = 16 if variant else 1024  # per turn; the paper's
     section.temperatures = (0.0,)
-    section.top_k = 0  # 0 is off
-    section.top_p = 1.0  # 1 is off
-    section.drafters = ConfigDict(drafters)
-    section.leniences = ()  # of lossy rules
+    for key in ("compare", "samples", "measure_parts"):
+        del section[key]  # keys of `evaluate` alone
     return section
 
 
@@ -180,7 +161,7 @@ def _real_adapter(variant: str, directory, corpus, *, exit_layer: int, learning_
     section = adapter(variant, directory, exit_layer=exit_layer, steps=40_000)  # about 20 epochs (paper) of 68k rows
     if variant:
         return section
-    section.task = ConfigDict({"name": "prompt_completion", "path": corpus, "seed": 0, "size": 0})
+    section.task = common.task("prompt_completion", corpus)
     section.mesh.fsdp = 8
     section.model.update({"param_dtype": "bfloat16", "compute_dtype": "bfloat16"})  # the paper: float16
     # (paper) rows of 2048 tokens, 4 on each of 8 devices.

@@ -18,6 +18,7 @@ Hardware: 2 CPU cores; about 25 minutes, continued about 15. What to expect: the
 
 from ml_collections import ConfigDict
 
+from configs import common
 from configs.kangaroo import kangaroo_parts as parts
 
 STEPS = 60
@@ -46,8 +47,7 @@ OF_VARIANT = {
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    if variant not in OF_VARIANT:
-        raise ValueError(f"configs/kangaroo/recipes.py has the variants continued and smoke; not {variant!r}.")
+    common.check_variant("kangaroo/recipes", variant, ("continued", "smoke"))
     smoke = "smoke" if variant == "smoke" else ""
     config = ConfigDict()
     config.seed = 0

@@ -15,12 +15,12 @@ Hardware: whatever holds the target. Wall-clock time: every question is answered
 
 from ml_collections import ConfigDict
 
+from configs import common
 from configs.kangaroo import kangaroo_parts as parts
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    if variant not in ("", "smoke"):
-        raise ValueError(f"configs/kangaroo/spec_bench.py has one variant, smoke; not {variant!r}.")
+    common.check_variant("kangaroo/spec_bench", variant)
     if variant:
         config = parts.real_scale(variant, exit_layer=1, learning_rate=1e-3)
         config.spec_bench.selection.per_category = 1

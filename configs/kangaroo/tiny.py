@@ -14,6 +14,7 @@ Hardware: 2 CPU cores. What to expect: the tables in configs/kangaroo/README.md,
 
 from ml_collections import ConfigDict
 
+from configs import common
 from configs.kangaroo import kangaroo_parts as parts
 
 STEPS = 300
@@ -26,8 +27,7 @@ ADAPTERS = {
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    if variant not in ("", "smoke"):
-        raise ValueError(f"configs/kangaroo/tiny.py has one variant, smoke; not {variant!r}.")
+    common.check_variant("kangaroo/tiny", variant)
     config = ConfigDict()
     adapters = _adapters(variant)
     config.stages = ("target", *adapters, "medusa", "layers", "evaluation", "batches")

@@ -15,10 +15,10 @@ paper's is marked in configs/kangaroo/kangaroo_parts.py.
 
 from ml_collections import ConfigDict
 
+from configs import common
 from configs.kangaroo import kangaroo_parts as parts
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    if variant not in ("", "smoke"):
-        raise ValueError(f"configs/kangaroo/vicuna_7b.py has one variant, smoke; not {variant!r}.")
+    common.check_variant("kangaroo/vicuna_7b", variant)
     return parts.real_scale(variant, exit_layer=2, learning_rate=5e-5)

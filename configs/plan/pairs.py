@@ -17,7 +17,7 @@ import pathlib
 
 from ml_collections import ConfigDict
 
-from configs import quickstart
+from configs import common
 
 SHAPES = pathlib.Path(__file__).with_name("shapes")
 
@@ -114,38 +114,30 @@ def of_pair(pair: Pair) -> ConfigDict:
 
 
 def _training(config: ConfigDict, pair: Pair) -> ConfigDict:
-    """The quickstart's, of the draft or of an adapter: its batch on the mesh, in bfloat16."""
-    section = quickstart.get_config().distilled.copy_and_resolve_references()
-    if pair.draft:
-        section.model.init = config.get_ref("draft")
-    else:
-        section.model.init = "adapter"
-        section.adapter = ConfigDict({"exit_layer": 3, "kind": "attention", "own_head": False})
-    section.target = config.get_ref("target")
-    section.tokenizer.path = config.get_ref("target")
-    section.mesh.update(dict(zip(("data", "fsdp", "tensor"), pair.training, strict=True)))
+    """On-policy distillation of the draft, or of an adapter, in bfloat16 on the pair's mesh."""
+    section = common.distillation(config.get_ref("target"), config.get_ref("draft") if pair.draft else "adapter")
+    if not pair.draft:
+        section.adapter = common.kangaroo_adapter(exit_layer=3)
+    section.mesh = common.mesh(*pair.training)
     section.model.update({"param_dtype": "bfloat16", "compute_dtype": "bfloat16"})
     rows, tokens = pair.rows
     section.data.update({"batch_size": rows, "sequence_length": tokens, "prompt_length_max": tokens // 2})
     section.data.generation.max_new_tokens = tokens // 2
     section.loss.chunk = 2048
-    section.speculative_eval.every = 0
     return section
 
 
 def _evaluation(config: ConfigDict, pair: Pair, stage: str) -> ConfigDict:
-    section = quickstart.get_config().evaluation.copy_and_resolve_references()
-    section.mesh.update(dict(zip(("data", "fsdp", "tensor"), pair.decoding, strict=True)))
-    section.target = config.get_ref("target")
+    draft = {"kind": "model", "path": f"stage:{stage}", "lossless": (pair.gamma,), "coupled": ()}
+    if not pair.draft:
+        draft |= {"kind": "kangaroo", "threshold": 0.0}
+    section = common.evaluation(config.get_ref("target"), {"draft": draft})
+    section.mesh = common.mesh(*pair.decoding)
     section.param_dtype = section.compute_dtype = "bfloat16"
     batch, tokens = pair.prompts
     section.selection.update({"count": 80, "length_min": 1, "length_max": tokens})
     section.max_new_tokens = 256
     section.batch_sizes = (batch,)
     section.temperatures = (1.0,)
-    kind = "model" if pair.draft else "kangaroo"
-    draft = {"kind": kind, "path": f"stage:{stage}", "lossless": (pair.gamma,), "coupled": ()}
-    section.drafters = ConfigDict({"draft": draft if pair.draft else {**draft, "threshold": 0.0}})
-    section.compare = ()
     section.measure_parts = False
     return section
