@@ -12,6 +12,7 @@ Hardware: whatever holds both models. Wall-clock time: loading, some seconds of 
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -23,15 +24,18 @@ def get_config(variant: str = "") -> ConfigDict:
     # Devices along each axis; 1, 1, 1 is one device.
     config.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1})
     config.target = ""  # directory of the target
-    # kind: model (path: the draft's directory), kangaroo or medusa (path: the adapter's), ngram (shortest, longest
-    # match), early_exit (exit_layer), skip_layers (skipped: layers of the target left out) or none. A block ends where
-    # a draft is less sure than the threshold; 0 is off.
-    drafter = {"kind": "model", "path": "", "shortest": 2, "longest": 4, "exit_layer": 1, "skipped": ()}
-    config.drafter = ConfigDict({**drafter, "threshold": 0.0})
+    # kind: model (path: the draft's directory), kangaroo or medusa (path: the adapter's), ngram, early_exit,
+    # skip_layers, "file.py:Class" for one of your own, or none. Options belong to a kind; None is the default value:
+    # ngram matches `shortest` .. `longest` tokens (2 .. 4), early_exit drafts after `exit_layer` layers (1),
+    # skip_layers leaves out the layers `skipped`; all but ngram end a block where the draft is less sure than
+    # `threshold` (0: off).
+    drafter = {"kind": "model", "path": "", "threshold": placeholder(float), "exit_layer": placeholder(int)}
+    drafter |= {"shortest": placeholder(int), "longest": placeholder(int), "skipped": placeholder(tuple)}
+    config.drafter = ConfigDict(drafter)
     config.prompt = ""  # the text to continue
     config.chat = False  # whether the prompt is a user's turn, to be wrapped by the tokenizer's chat template
     config.rule = "lossless"  # or coupled; lossy: lenient_linear, lenient_square, lenient_exp, typical
-    config.lenience = 1.0  # of a lossy rule: in (0, 1], smaller accepts more
+    config.lenience = placeholder(float)  # of a lossy rule: in (0, 1], smaller accepts more
     config.gamma = 4  # most tokens drafted a block
     config.temperature = 1.0
     config.top_k = 0  # 0 is off

@@ -45,10 +45,14 @@ def get_config(variant: str = "") -> ConfigDict:
     config.evaluation = common.evaluation(
         "stage:target",
         {
-            "control": {"kind": "model", "path": "stage:control", "lossless": (4,), "coupled": ()},
-            "distilled": {"kind": "model", "path": "stage:distilled", "lossless": (2, 3, 4), "coupled": (3,)},
-            "ngram": {"kind": "ngram", "shortest": 2, "longest": 4, "lossless": (3,), "coupled": (3,)},
-            "early_exit": {"kind": "early_exit", "exit_layer": 1, "lossless": (2,), "coupled": ()},
+            "control": {"kind": "model", "path": "stage:control", "rules": {"lossless": (4,)}},
+            "distilled": {
+                "kind": "model",
+                "path": "stage:distilled",
+                "rules": {"lossless": (2, 3, 4), "coupled": (3,)},
+            },
+            "ngram": {"kind": "ngram", "shortest": 2, "longest": 4, "rules": {"lossless": (3,), "coupled": (3,)}},
+            "early_exit": {"kind": "early_exit", "exit_layer": 1, "rules": {"lossless": (2,)}},
         },
     )
     config.evaluation.compare = (("distilled", "control"),)
@@ -57,5 +61,5 @@ def get_config(variant: str = "") -> ConfigDict:
         common.smoke(config)
         config.target.model.layers = 2
         config.distilled.speculative_eval.every = 2
-        config.evaluation.drafters.distilled.lossless = (2,)
+        config.evaluation.drafters.distilled.rules.lossless = (2,)
     return config

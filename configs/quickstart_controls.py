@@ -29,7 +29,7 @@ def get_config(variant: str = "") -> ConfigDict:
             name = f"{recipe}_{seed}"
             config[name] = _draft(recipe, seed)
             stages.append(name)
-            drafters[name] = {"kind": "model", "path": f"stage:{name}", "lossless": (4,), "coupled": ()}
+            drafters[name] = {"kind": "model", "path": f"stage:{name}", "rules": {"lossless": (4,)}}
         pairs += [(f"distilled_{seed}", f"{other}_{seed}") for other in ("supervised", *RECIPES[1:])]
         pairs.append((f"fixed_{seed}", f"control_clock_{seed}"))
     config.evaluation = common.evaluation("stage:target", drafters)

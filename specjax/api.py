@@ -9,21 +9,86 @@ out.texts, out.stats.block_efficiency
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+import inspect
+import numbers
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from specjax.decoding import batch, loop, rules
+from specjax.decoding import batch, loop
 from specjax.decoding.drafters.adaptive import block_costs
-from specjax.decoding.drafters.table import ATTACHED, make_drafter
+from specjax.decoding.drafters.base import DrafterOptions
+from specjax.decoding.drafters.early_exit import EarlyExit
+from specjax.decoding.drafters.kangaroo import Kangaroo
+from specjax.decoding.drafters.medusa import Medusa
+from specjax.decoding.drafters.model import ModelDraft
+from specjax.decoding.drafters.ngram import NGram
+from specjax.decoding.drafters.skip_layers import SkipLayers
+from specjax.decoding.drafters.table import build_drafter, make_options, options_class
+from specjax.decoding.rules import RULES, Rule, rule_named
 from specjax.decoding.sampling import Sampling
 from specjax.hub.adapter import LoadedAdapter
 from specjax.hub.adapter import save as save_adapter
 from specjax.hub.model import Model, check_pair, load, load_adapter, save
 from specjax.reporting import metrics
+from specjax.runtime import checks
 from specjax.runtime import mesh as meshes
-from specjax.runtime.errors import UserError
+from specjax.runtime.errors import UserError, nearest
 
-__all__ = ["Generation", "Model", "Stats", "generate", "load", "load_adapter", "save", "save_adapter"]
+__all__ = [
+    "Draft",
+    "EarlyExit",
+    "Generation",
+    "Kangaroo",
+    "Lossy",
+    "Medusa",
+    "Model",
+    "ModelDraft",
+    "NGram",
+    "SkipLayers",
+    "Stats",
+    "generate",
+    "load",
+    "load_adapter",
+    "save",
+    "save_adapter",
+]
+
+
+class Draft:
+    """A loaded draft model, adapter or heads with options: `Draft(model, threshold=0.6)`.
+
+    Attributes:
+      loaded: what `load` or `load_adapter` returned.
+      options: those of its drafter, made of the values.
+    """
+
+    def __init__(self, loaded: Model | LoadedAdapter, options: DrafterOptions | None = None, **values: Any):
+        """Takes single values for the drafter that the loaded thing belongs to, or the options of a class of your own.
+
+        Raises:
+          UserError: for what is not loaded, and values that its drafter does not have.
+        """
+        if not isinstance(loaded, Model | LoadedAdapter):
+            raise UserError(f"api.Draft takes what api.load or api.load_adapter returned, not {loaded!r}")
+        kind = "model" if isinstance(loaded, Model) else loaded.adapter.drafter
+        self.loaded, self.options = loaded, options or make_options(kind, values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lossy:
+    """A lossy rule and how much it accepts: `Lossy("typical", 0.3)`.
+
+    Attributes:
+      rule: its name, or a rule of your own.
+      lenience: in (0, 1]; smaller accepts more.
+    """
+
+    rule: str | Rule
+    lenience: float
+
+    def __post_init__(self):
+        checks.instance("lenience", self.lenience, float)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,88 +142,156 @@ def generate(
     target: Model,
     prompts: Sequence[str] | Sequence[Sequence[int]],
     *,
-    drafter: Model | LoadedAdapter | str | None = None,
+    drafter: Model | LoadedAdapter | Draft | DrafterOptions | str | None = None,
     gamma: int = 4,
-    threshold: float = 0.0,
-    adaptive: tuple[float, float] | None = None,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    rule: str = "lossless",
-    lenience: float = 1.0,
+    rule: str | Rule | Lossy = "lossless",
     max_new_tokens: int = 64,
     batch_size: int = 8,
     eos_ids: Sequence[int] | None = None,
     seed: int = 0,
-    exit_layer: int = 1,
-    skipped: Sequence[int] = (),
-    shortest: int = 2,
-    longest: int = 4,
     blocks_at_once: int | None = None,
     on_text: Callable[[Generation], None] | None = None,
+    **removed: Any,
 ) -> Generation:
     """Continues prompts, speculatively where there is a drafter; repeated calls of the same shapes do not recompile.
 
     Args:
       prompts: strings, or lists of token ids.
-      drafter: a loaded draft model, an adapter or Medusa heads of the target (`load_adapter`), "ngram" (with
-        `shortest`, `longest`), "early_exit" (with `exit_layer`), "skip_layers" (with `skipped`), or None for plain
-        decoding.
+      drafter: a loaded draft model; an adapter or Medusa heads of the target (`load_adapter`); either of them with
+        options, `Draft(model, threshold=0.6)`; a drafter that loads nothing, "ngram" or `NGram(longest=3)`,
+        "early_exit" or `EarlyExit(exit_layer=2)`, `SkipLayers(skipped=(1, 3))`; or None for plain decoding.
       gamma: most tokens drafted a block.
-      rule: "lossless", "coupled", or a lossy one: "lenient_linear", "lenient_square", "lenient_exp", "typical".
-      lenience: of a lossy rule, in (0, 1]; smaller accepts more.
-      threshold: a row's block ends behind the first drafted token from whose distribution the draft was less sure than
-        this (its largest probability at temperature 1); 0 always drafts gamma. Not for "ngram".
-      adaptive: each row drafts as many tokens, up to gamma, as have paid so far, by these costs of a drafted token and
-        of verifying it, relative to a plain step; None always drafts gamma.
+      rule: "lossless", "coupled", `Lossy("lenient_linear", 0.5)` (or "lenient_square", "lenient_exp", "typical"), or an
+        exact rule of your own.
       eos_ids: ids that end a row; the tokenizer's when None, () for none.
       on_text: called with the text of the current batch so far, after every `blocks_at_once` blocks, and at its end.
 
     Raises:
-      UserError: for settings out of range, empty or too long prompts, ids outside the vocabulary, different
-        vocabularies or tokenizers.
+      UserError: for values of the wrong type or out of range, empty or too long prompts, ids outside the vocabulary,
+        different vocabularies or tokenizers, and arguments that earlier versions had (it says what to write now).
     """
-    ids = _ids(target, prompts, max_new_tokens, batch_size)
-    costs = None if adaptive is None or drafter is None else block_costs(*adaptive, gamma)
+    _refuse(removed)
+    whole = {"gamma": gamma, "top_k": top_k, "max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed}
+    _check_numbers(whole, {"temperature": temperature, "top_p": top_p})
+    loaded, options = _drafter(target, drafter)
+    proposer = None
+    if options is not None:
+        network = loaded.adapter if isinstance(loaded, LoadedAdapter) else loaded and loaded.decoder
+        proposer = build_drafter(options, target.decoder, gamma, network)
+    gamma = 0 if proposer is None else gamma
+    rule, lenience = _rule(rule)
+    threshold = 0.0 if options is None else options.threshold
+    costs = _costs(options, gamma) if gamma else None
     sampling = Sampling.of(temperature, top_k, top_p, lenience=lenience, threshold=threshold, costs=costs)
-    stops = {"threshold": threshold, "adaptive": adaptive is not None}
-    options = {"exit_layer": exit_layer, "skipped": skipped, "shortest": shortest, "longest": longest, **stops}
-    (gamma, proposer), slots = _proposer(target, drafter, gamma, options), batch.prompt_slots(ids)
+    ids = _ids(target, prompts, max_new_tokens)
+    slots = batch.prompt_slots(ids)
     capacity = batch.capacity_bucket(target.decoder.text_slots(slots), max_new_tokens, gamma)
-    plan = loop.Plan(target.decoder, proposer, _rule(rule, lenience), gamma, capacity, temperature == 0)
+    plan = loop.Plan(target.decoder, proposer, rule, gamma, capacity, temperature == 0)
     with meshes.use(target.mesh) if target.mesh is not None else contextlib.nullcontext():
         results = batch.decode_all(
             plan,
             target.params,
-            drafter.params if isinstance(drafter, Model | LoadedAdapter) else None,
+            None if loaded is None else loaded.params,
             ids,
             batch_size=min(batch_size, len(ids)),
             slots=slots,
             seed=seed,
             sampling=sampling,
             max_new_tokens=max_new_tokens,
-            eos_ids=target.tokenizer.eos_ids if eos_ids is None else tuple(eos_ids),
+            eos_ids=target.tokenizer.eos_ids if eos_ids is None else _eos_ids(target, eos_ids),
             put=batch.Placer(target.mesh),
             **_listener(target, plan, blocks_at_once, on_text),
         )
     return _generation(target, plan, results)
 
 
-def _rule(name: str, lenience: float):
-    rule = rules.rule_named(name)
-    if lenience != 1 and not rule.lossy:
-        lossy = ", ".join(name for name, rule in rules.RULES.items() if rule.lossy)
-        raise UserError(f"lenience is {lenience} and the rule {name} is exact; leave lenience at 1, or take {lossy}")
-    return rule
+# Arguments of earlier versions, and what takes their place.
+_REMOVED = {
+    "threshold": "drafter=api.Draft(draft, threshold=0.6) or api.EarlyExit(threshold=0.6)",
+    "adaptive": "drafter=api.Draft(draft, adaptive=True, costs=(0.1, 0.02))",
+    "exit_layer": "drafter=api.EarlyExit(exit_layer=2)",
+    "skipped": "drafter=api.SkipLayers(skipped=(1, 3))",
+    "shortest": "drafter=api.NGram(shortest=2, longest=4)",
+    "longest": "drafter=api.NGram(shortest=2, longest=4)",
+    "lenience": 'rule=api.Lossy("typical", 0.3)',
+}
 
 
-def _ids(
-    target: Model, prompts: Sequence[str] | Sequence[Sequence[int]], max_new_tokens: int, batch_size: int
-) -> list[list[int]]:
-    """Token ids of the prompts, checked as the batch's size is."""
-    if batch_size < 1:
-        raise UserError(f"batch_size must be at least 1, not {batch_size}")
-    ids = [target.tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+def _check_numbers(whole: dict[str, Any], real: dict[str, Any]) -> None:
+    for kind, values in ((int, whole), (float, real)):
+        for name, value in values.items():
+            checks.instance(name, value, kind)
+    if whole["batch_size"] < 1:
+        raise UserError(f"batch_size must be at least 1, not {whole['batch_size']}")
+
+
+def _refuse(removed: dict[str, Any]) -> None:
+    for name in removed:
+        if name in _REMOVED:
+            raise UserError(f"{name} is no longer an argument of api.generate; write {_REMOVED[name]}")
+        raise UserError(f"api.generate has no argument {name}{nearest(name, inspect.signature(generate).parameters)}")
+
+
+def _drafter(target: Model, drafter: Any) -> tuple[Model | LoadedAdapter | None, DrafterOptions | None]:
+    """What is loaded for the drafter, checked against the target, and the drafter's options."""
+    if drafter is None:
+        return None, None
+    if isinstance(drafter, Model | LoadedAdapter):
+        drafter = Draft(drafter)
+    if isinstance(drafter, Draft):
+        if isinstance(drafter.loaded, Model):
+            check_pair(target, drafter.loaded)
+        else:
+            drafter.loaded.check(target.fingerprint)
+        return drafter.loaded, drafter.options
+    if isinstance(drafter, str):
+        place = drafter.partition(":")[0]
+        if not place.endswith(".py") and ("/" in place or Path(place).is_dir()):
+            raise UserError(f'drafter is the path "{drafter}"; load it: drafter=api.load("{drafter}")')
+        _check_loads_nothing(options_class(drafter))
+        drafter = make_options(drafter, {})
+    if not isinstance(drafter, DrafterOptions):
+        raise UserError(f"drafter must be a loaded model or adapter, options, a name or None, not {drafter!r}")
+    _check_loads_nothing(type(drafter))
+    return None, drafter
+
+
+def _check_loads_nothing(options: type[DrafterOptions]) -> None:
+    if options.loads:
+        load = "api.load(DIRECTORY)" if options.loads == "model" else "api.load_adapter(DIRECTORY, target)"
+        raise UserError(f"{options.__name__} drafts with a trained {options.loads}; write drafter=api.Draft({load})")
+
+
+def _costs(options: DrafterOptions, gamma: int) -> tuple[float, ...] | None:
+    if not options.adaptive:
+        return None
+    if not options.costs:
+        raise UserError("adaptive needs costs=(of a drafted token, of verifying it), relative to a plain step")
+    return block_costs(*options.costs, gamma)
+
+
+def _rule(rule: Any) -> tuple[Rule, float]:
+    """The rule and its lenience (1 for an exact rule)."""
+    named, lenience = (rule.rule, rule.lenience) if isinstance(rule, Lossy) else (rule, None)
+    made = rule_named(named) if isinstance(named, str) else named
+    if not isinstance(made, Rule):
+        raise UserError(f"rule must be a name, api.Lossy(...) or a Rule, not {named!r}")
+    if made.lossy and lenience is None:
+        raise UserError(f"the rule {named} is lossy; write rule=api.Lossy({named!r}, LENIENCE), LENIENCE in (0, 1]")
+    if lenience is not None and not made.lossy:
+        lossy = ", ".join(name for name, other in RULES.items() if other.lossy)
+        raise UserError(f"the rule {named} is exact; write rule={named!r}, or take {lossy}")
+    return made, 1.0 if lenience is None else lenience
+
+
+def _ids(target: Model, prompts: Any, max_new_tokens: int) -> list[list[int]]:
+    """Token ids of the prompts, checked."""
+    if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
+        raise UserError(f"prompts must be a list of strings or of lists of token ids, not {prompts!r}; write [prompt]")
+    ids = [_prompt_ids(target, number, prompt) for number, prompt in enumerate(prompts)]
     config = target.decoder.config
     batch.check_prompts(
         ids, vocab_size=config.vocab_size, max_new_tokens=max_new_tokens, max_positions=config.max_positions
@@ -166,10 +299,40 @@ def _ids(
     return ids
 
 
+def _prompt_ids(target: Model, number: int, prompt: Any) -> list[int]:
+    if isinstance(prompt, str):
+        return target.tokenizer.encode_prompt(prompt)
+    if isinstance(prompt, numbers.Number):
+        raise UserError(f"prompt {number} is the number {prompt}; give a list of prompts, each a list of token ids")
+    tokens = [prompt] if isinstance(prompt, Mapping) else list(prompt) if isinstance(prompt, Iterable) else [None]
+    if any(isinstance(token, Mapping) for token in tokens):
+        raise UserError(f"prompt {number} is a chat; write target.tokenizer.apply_chat(messages) in its place")
+    return _token_ids(f"prompt {number}", tokens)
+
+
+def _token_ids(name: str, ids: Iterable[Any]) -> list[int]:
+    ids = list(ids)
+    for token in ids:
+        checks.instance(f"a token id of {name}", token, int)
+    return [int(token) for token in ids]
+
+
+def _eos_ids(target: Model, eos_ids: Any) -> list[int]:
+    if isinstance(eos_ids, str | Mapping) or not isinstance(eos_ids, Iterable):
+        raise UserError(f"eos_ids must be a list of token ids, such as (2,), not {eos_ids!r}")
+    ids, size = _token_ids("eos_ids", eos_ids), target.decoder.config.vocab_size
+    for token in ids:
+        if not 0 <= token < size:
+            raise UserError(f"eos_ids has {token}, outside the vocabulary of {size}; take ids of target.tokenizer")
+    return ids
+
+
 def _listener(target: Model, plan: loop.Plan, blocks_at_once: int | None, on_text) -> dict[str, Any]:
     """What `batch.decode` needs to tell of a text that grows."""
     if on_text is None:
         return {}
+    if blocks_at_once is not None:
+        checks.instance("blocks_at_once", blocks_at_once, int)
     if blocks_at_once is None or blocks_at_once < 1:
         raise UserError(f"blocks_at_once must be 1 or more for on_text to be called, not {blocks_at_once}")
     tell = lambda result: on_text(_generation(target, plan, [(len(result.tokens), result)]))
@@ -191,21 +354,3 @@ def _generation(target: Model, plan: loop.Plan, results: Sequence[tuple[int, bat
         ),
         lossy=plan.rule.lossy and plan.gamma > 0,
     )
-
-
-def _proposer(
-    target: Model, drafter: Model | LoadedAdapter | str | None, gamma: int, options: dict[str, Any]
-) -> tuple[int, Any]:
-    """The gamma that is meant (0 without a drafter) and the static drafter object."""
-    if drafter is None:
-        return 0, None
-    if isinstance(drafter, Model):
-        check_pair(target, drafter)
-        return gamma, make_drafter("model", target.decoder, gamma, {**options, "model": drafter.decoder})
-    if isinstance(drafter, LoadedAdapter):
-        drafter.check(target.fingerprint)
-        kind, given = drafter.adapter.drafter, {**options, "adapter": drafter.adapter}
-        return gamma, make_drafter(kind, target.decoder, gamma, given)
-    if drafter in ATTACHED:
-        raise UserError(f'drafter "{drafter}" needs an adapter; give load_adapter(DIRECTORY, target) as the drafter')
-    return gamma, make_drafter(drafter, target.decoder, gamma, options)

@@ -15,6 +15,7 @@ import numpy as np
 
 from specjax.data import batches, tasks
 from specjax.decoding import batch
+from specjax.decoding.drafters.model import ModelDraft
 from specjax.draft_design import advice, advice_page, pruning, replay, shapes, what_if
 from specjax.evaluation import throughput
 from specjax.hub import model as hub_model
@@ -111,8 +112,8 @@ def replayed(config: Any, workdir: Path) -> list[dict]:
             }
         )
         for gamma, threshold in itertools.product(config.gammas, (0.0, *config.thresholds)):
-            options = {"threshold": threshold}
-            counts = replay.score(stored, "model", gamma, options, draft=draft, batch_size=config.batch_size)
+            options = ModelDraft(threshold=threshold)
+            counts = replay.score(stored, options, gamma, draft=draft, batch_size=config.batch_size)
             known = advice.measured(counts, seed=config.seed)
             rows.append(
                 {
@@ -225,8 +226,8 @@ def _replay(config: Any, target: hub_model.Model) -> replay.Replay:
 def _acceptance(config: Any, target, draft, work: advice.Workload, gamma: int, threshold: float) -> advice.Acceptance:
     """From the replay where there is one, else by decoding."""
     if config.replay:
-        stored, options = _replay(config, target), {"threshold": threshold}
-        counts = replay.score(stored, "model", gamma, options, draft=draft, batch_size=work.batch_size)
+        stored, options = _replay(config, target), ModelDraft(threshold=threshold)
+        counts = replay.score(stored, options, gamma, draft=draft, batch_size=work.batch_size)
     else:
         counts = advice.decode(target, draft, work, gamma, threshold)
     return advice.measured(counts, seed=config.seed, batch_size=work.batch_size)

@@ -200,7 +200,7 @@ def _quality(job: Job, output, baseline) -> dict[str, dict]:
 
 def _steady(job: Job, cases) -> list[int]:
     """Which cases have parts: the speculative ones on the job's target whose blocks have one length."""
-    stops = lambda case: case.options["threshold"] or case.options["adaptive"]
+    stops = lambda case: case.options.threshold or case.options.adaptive
     return [i for i, case in enumerate(cases) if case.gamma and case.target is job.target and not stops(case)]
 
 

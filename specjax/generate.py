@@ -4,12 +4,12 @@ python -m specjax.generate --config=configs/generate.py --workdir=DIR [--config.
 """
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from specjax import api
-from specjax.decoding.drafters.table import ATTACHED
-from specjax.hub.adapter import LoadedAdapter
+from specjax.decoding.drafters.table import make_options
 from specjax.hub.model import Model
 from specjax.reporting import records, tables
 from specjax.runtime import cli, processes
@@ -33,15 +33,7 @@ def run(config: Any, workdir: str | Path) -> dict:
         if not value:
             raise UserError(f"config.{key} is empty; give --config.{key}=...")
     target = api.load(config.target, mesh=mesh, **dtypes)
-    section = config.drafter
-    drafter: Model | LoadedAdapter | str | None = {"none": None}.get(section.kind, section.kind)
-    if section.kind in ("model", *ATTACHED):
-        if not section.path:
-            raise UserError("config.drafter.path is empty; name the draft's directory, or another drafter.kind")
-        if section.kind == "model":
-            drafter = api.load(section.path, mesh=mesh, **dtypes)
-        else:
-            drafter = api.load_adapter(section.path, target)
+    drafter = _drafter(config.drafter, target, lambda path: api.load(path, mesh=mesh, **dtypes))
     prompt: Any = config.prompt
     if config.chat:
         prompt = target.tokenizer.apply_chat([{"role": "user", "content": config.prompt}])
@@ -51,19 +43,13 @@ def run(config: Any, workdir: str | Path) -> dict:
         [prompt],
         drafter=drafter,
         gamma=config.gamma,
-        threshold=section.threshold,
         temperature=config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,
-        rule=config.rule,
-        lenience=config.lenience,
+        rule=config.rule if config.lenience is None else api.Lossy(config.rule, config.lenience),
         max_new_tokens=config.max_new_tokens,
         batch_size=1,
         seed=config.seed,
-        exit_layer=section.exit_layer,
-        skipped=section.skipped,
-        shortest=section.shortest,
-        longest=section.longest,
         blocks_at_once=config.blocks_at_once,
         on_text=printer,
     )
@@ -84,6 +70,20 @@ def run(config: Any, workdir: str | Path) -> dict:
         print(_summary(row, printer.colours), file=sys.stderr)
     path = Path(workdir) / "results.json"
     return records.write_results(path, binary="generate", config=configs.to_plain(config), rows=[row])
+
+
+def _drafter(section: Any, target: Model, load: Callable[[str], Model]) -> Any:
+    """The section's drafter for `api.generate`; options that the config leaves at None are not set."""
+    if section.kind == "none":
+        return None
+    values = {key: value for key, value in section.items() if key not in ("kind", "path") and value is not None}
+    options = make_options(section.kind, values, "drafter.")
+    if not options.loads:
+        return options
+    if not section.path:
+        raise UserError("config.drafter.path is empty; name the draft's directory, or another drafter.kind")
+    loaded = load(section.path) if options.loads == "model" else api.load_adapter(section.path, target)
+    return api.Draft(loaded, options)
 
 
 class _Printer:

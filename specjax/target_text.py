@@ -14,7 +14,8 @@ import numpy as np
 
 from specjax.data import batches, tasks
 from specjax.decoding import batch, loop, rules
-from specjax.decoding.drafters.table import make_drafter
+from specjax.decoding.drafters.model import ModelDraft
+from specjax.decoding.drafters.table import build_drafter
 from specjax.decoding.sampling import Sampling
 from specjax.distillation import cached_text
 from specjax.hub import model as hub_model
@@ -118,7 +119,7 @@ class _Writer:
         generation, target = self.config.data.generation, self.target.decoder
         return loop.Plan(
             target=target,
-            drafter=make_drafter("model", target, gamma, {"model": self.draft.decoder}) if gamma else None,
+            drafter=build_drafter(ModelDraft(), target, gamma, self.draft.decoder) if gamma else None,
             rule=self.rule,
             gamma=gamma,
             capacity=batch.capacity_bucket(target.text_slots(self.slots), generation.max_new_tokens, gamma),

@@ -25,8 +25,7 @@ from test_loop import one_block
 from specjax.decoding import loop
 from specjax.decoding.drafters import adaptive
 from specjax.decoding.drafters.adaptive import AdaptiveDrafter, Evidence, best_lengths, block_costs
-from specjax.decoding.drafters.base import Outcome, Proposal
-from specjax.decoding.drafters.table import make_drafter
+from specjax.decoding.drafters.base import Drafter, Outcome, Proposal
 from specjax.decoding.rules import Lossless
 from specjax.decoding.sampling import Sampling, row_keys
 from specjax.runtime.errors import UserError
@@ -68,14 +67,10 @@ def test_what_is_accepted_lengthens_the_draft_and_what_costs_shortens_it():
 
 
 @dataclasses.dataclass(frozen=True)
-class Anything:
+class Anything(Drafter):
     """Drafts gamma tokens, whatever they are."""
 
     gamma: int
-    taps = ()
-
-    def init(self, params, target_params, prefill, row_keys):
-        return ()
 
     def propose(self, params, target_params, state, target_cache, context):
         shape = (context.lengths.shape[0], self.gamma)
@@ -353,5 +348,5 @@ def test_costs_that_are_not_positive_are_refused(models, pair):
 
 
 def test_without_a_gamma_there_is_nothing_to_adapt(models):
-    assert make_drafter("early_exit", models[0], 0, {"exit_layer": 1, "adaptive": True}) is None
+    assert tiny.make_drafter("early_exit", models[0], 0, {"exit_layer": 1, "adaptive": True}) is None
     assert adaptive.AdaptiveDrafter(Anything(2), 2).taps == ()

@@ -5,9 +5,11 @@ files in test_data.py, missing and extra tensors in test_hub.py, the loss that i
 test_trainer.py.
 """
 
+import inspect
 import pathlib
 import shutil
 
+import numpy as np
 import pytest
 import tiny
 
@@ -28,9 +30,9 @@ def get_config():
     config.task.update({{"name": "text", "path": "{home}/text.py", "size": 0}})
     config.target = "{home}/target"
     config.drafters = {{
-        "draft": {{"kind": "model", "path": "{home}/draft", "lossless": (2,), "coupled": ()}},
-        "ngram": {{"kind": "ngram", "shortest": 1, "longest": 2, "lossless": (2,), "coupled": (2,)}},
-        "early_exit": {{"kind": "early_exit", "exit_layer": 1, "lossless": (2,), "coupled": ()}},
+        "draft": {{"kind": "model", "path": "{home}/draft", "rules": {{"lossless": (2,)}}}},
+        "ngram": {{"kind": "ngram", "shortest": 1, "longest": 2, "rules": {{"lossless": (2,), "coupled": (2,)}}}},
+        "early_exit": {{"kind": "early_exit", "exit_layer": 1, "rules": {{"lossless": (2,)}}}},
     }}
     config.compare = (("draft", "ngram"),)
     return config
@@ -81,35 +83,73 @@ def target(home):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"drafter": "ngrma"}, "Unknown drafter 'ngrma'; did you mean \"ngram\""),
-        ({"rule": "losless"}, "Unknown rule 'losless'; did you mean \"lossless\""),
+        ({"drafter": "ngrma"}, 'there is no drafter "ngrma"; did you mean "ngram"'),
+        ({"rule": "losless"}, 'there is no rule "losless"; did you mean "lossless"'),
         ({"drafter": "ngram", "gamma": -1}, "gamma must be 0 .* or more, not -1"),
-        ({"drafter": "early_exit", "exit_layer": 2}, "exit_layer must lie in 1 .. 1 .* not 2"),
-        ({"drafter": "ngram", "shortest": 3, "longest": 2}, "1 <= shortest <= longest, not shortest=3"),
-        ({"drafter": "early_exit", "threshold": 1.5}, r"threshold must lie in \[0, 1\] .*, not 1\.5"),
-        ({"drafter": "ngram", "threshold": 0.5}, "ngram has no probabilities .*set threshold to 0"),
+        ({"drafter": api.EarlyExit(exit_layer=2)}, "exit_layer must lie in 1 .. 1 .* not 2"),
+        ({"drafter": api.NGram(shortest=3, longest=2)}, "1 <= shortest <= longest, not shortest=3"),
+        ({"drafter": api.EarlyExit(threshold=1.5)}, r"threshold must lie in \[0, 1\] .*, not 1\.5"),
+        ({"drafter": api.NGram(adaptive=True)}, r"adaptive needs costs=\(of a drafted token"),
+        ({"drafter": "model"}, r"ModelDraft drafts with a trained model; write drafter=api.Draft\(api.load"),
+        ({"drafter": "runs/draft"}, r'drafter is the path "runs/draft"; load it: drafter=api.load\("runs/draft"\)'),
+        ({"drafter": 4}, "drafter must be a loaded model or adapter, options, a name or None, not 4"),
+        ({"gamma": "4"}, "gamma must be a whole number, not '4'"),
+        ({"gamma": True}, "gamma must be a whole number, not True"),
+        ({"max_new_tokens": 3.5}, r"max_new_tokens must be a whole number, not 3\.5"),
+        ({"seed": None}, "seed must be a whole number, not None"),
+        ({"temperature": None}, "temperature must be a number, not None"),
+        ({"temperature": "1"}, "temperature must be a number, not '1'"),
+        ({"top_k": 1.0}, r"top_k must be a whole number, not 1\.0"),
+        ({"eos_ids": 5}, r"eos_ids must be a list of token ids, such as \(2,\), not 5"),
+        ({"eos_ids": (280,)}, "eos_ids has 280, outside the vocabulary of 280"),
+        ({"eos_ids": (1.0,)}, r"a token id of eos_ids must be a whole number, not 1\.0"),
+        ({"exit_layer": 2}, r"exit_layer is no longer an argument of api.generate; write drafter=api.EarlyExit\("),
+        ({"threshold": 0.6}, r"threshold is no longer .*; write drafter=api.Draft\(draft, threshold=0.6\) or"),
+        ({"adaptive": (0.1, 0.1)}, r"adaptive is no longer .*adaptive=True, costs="),
+        ({"skipped": (1,)}, r"skipped is no longer .*api.SkipLayers\("),
+        ({"shortest": 2}, r"shortest is no longer .*api.NGram\("),
+        ({"longest": 2}, r"longest is no longer .*api.NGram\("),
+        ({"lenience": 0.5}, r'lenience is no longer .*; write rule=api.Lossy\("typical", 0.3\)'),
+        ({"temprature": 1.0}, 'api.generate has no argument temprature; did you mean "temperature"'),
+        ({"rule": "typical"}, r"the rule typical is lossy; write rule=api.Lossy\('typical', LENIENCE\)"),
+        ({"rule": 3}, r"rule must be a name, api.Lossy\(...\) or a Rule, not 3"),
         ({"temperature": -0.5}, r"temperature must be 0 .* or a positive number, not -0\.5"),
         ({"temperature": float("nan")}, "temperature must be 0 .* not nan"),
         ({"top_p": 0.0}, r"top_p must lie in \(0, 1\], not 0\.0"),
         ({"top_p": 1.5}, r"top_p must lie in \(0, 1\], not 1\.5"),
         ({"top_k": -2}, "top_k must be 0 .* or a positive number of tokens, not -2"),
-        ({"rule": "lenient_exp", "lenience": 0.0}, r"lenience must lie in \(0, 1\], not 0\.0"),
-        ({"rule": "lenient_exp", "lenience": 1.5}, r"lenience must lie in \(0, 1\], not 1\.5"),
-        ({"rule": "typical", "lenience": float("nan")}, r"lenience must lie in \(0, 1\], not nan"),
-        ({"lenience": 0.5}, "the rule lossless is exact; leave lenience at 1, or take lenient_linear, lenient_square"),
+        ({"rule": api.Lossy("lenient_exp", 0.0)}, r"lenience must lie in \(0, 1\], not 0\.0"),
+        ({"rule": api.Lossy("lenient_exp", 1.5)}, r"lenience must lie in \(0, 1\], not 1\.5"),
+        ({"rule": api.Lossy("typical", float("nan"))}, r"lenience must lie in \(0, 1\], not nan"),
+        (
+            {"rule": api.Lossy("lossless", 0.5)},
+            "the rule lossless is exact; write rule='lossless', or take lenient_linear, lenient_square",
+        ),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
     ],
 )
 def test_a_setting_out_of_range_is_refused(target, settings, said):
     with pytest.raises(UserError, match=f"(?i){said}"):
-        api.generate(target, ["def"], **{"max_new_tokens": 4, **settings})
+        untyped(api.generate)(target, ["def"], **{"max_new_tokens": 4, **settings})
+
+
+def untyped(function):
+    """A function as users call it, without the type checks that the tests add, which would refuse wrong types first."""
+    return inspect.unwrap(function)
 
 
 @pytest.mark.parametrize(
     ("prompts", "said"),
     [
         ([], "There are no prompts to continue; give at least one"),
+        ("def", r"prompts must be a list of strings or of lists of token ids, not 'def'; write \[prompt\]"),
+        (None, "prompts must be a list .*, not None"),
+        ([1, 2], "prompt 0 is the number 1; give a list of prompts, each a list of token ids"),
+        ([[{"role": "user", "content": "hi"}]], r"prompt 0 is a chat; write target.tokenizer.apply_chat\(messages\)"),
+        ([{"role": "user", "content": "hi"}], "prompt 0 is a chat"),
+        ([[1.0, 2.0]], r"a token id of prompt 0 must be a whole number, not 1\.0"),
+        ([None], "a token id of prompt 0 must be a whole number, not None"),
         (["def", ""], "Prompt 1 is empty; decoding starts from at least one token"),
         ([[]], "Prompt 0 is empty"),
         ([[1, 280]], "Prompt 0 has token id 280, outside the vocabulary of 280; encode it"),
@@ -122,7 +162,16 @@ def test_a_setting_out_of_range_is_refused(target, settings, said):
 )
 def test_a_prompt_that_cannot_be_continued_is_refused(target, prompts, said):
     with pytest.raises(UserError, match=f"(?i){said}"):
-        api.generate(target, prompts, max_new_tokens=4)
+        untyped(api.generate)(target, prompts, max_new_tokens=4)
+
+
+def test_numpy_prompts_are_read_as_lists_are(target):
+    how = dict(max_new_tokens=3, temperature=0.0, eos_ids=np.asarray([1]))
+    write = untyped(api.generate)
+    lists = write(target, [[1, 2, 3], [4, 5]], **how).tokens
+    assert write(target, [np.asarray([1, 2, 3]), np.asarray([4, 5])], **how).tokens == lists
+    with pytest.raises(UserError, match="api.Draft takes what api.load or api.load_adapter returned, not 'runs/draft'"):
+        untyped(api.Draft.__init__)(object.__new__(api.Draft), "runs/draft")
 
 
 def test_logits_of_ids_outside_the_vocabulary_are_refused(target):
@@ -175,9 +224,9 @@ def refused(run, config, workdir, capsys, *overrides):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("drafters.ngram.kind=ngrma", "Unknown drafter 'ngrma'; did you mean \"ngram\""),
-        ("drafters.ngram.lossless=-1", "gamma must be 0 (plain decoding) or more, not -1"),
-        ("drafters.ngram.coupled=-1", "gamma must be 0 (plain decoding) or more, not -1"),
+        ("drafters.ngram.kind=ngrma", 'there is no drafter "ngrma"; did you mean "ngram"'),
+        ("drafters.ngram.rules.lossless=-1", "gamma must be 0 (plain decoding) or more, not -1"),
+        ("drafters.ngram.rules.coupled=-1", "gamma must be 0 (plain decoding) or more, not -1"),
         ("drafters.early_exit.exit_layer=7", "exit_layer must lie in 1 .. 1 for this target, not 7"),
         ("drafters.draft.path={home}/narrow", "different tokenizers; take a draft"),
         ("drafters.draft.path={home}/foreign", "different tokenizers; take a draft"),

@@ -52,7 +52,7 @@ def job_of(models, section):
     return cases.Job(config, {"T": Model(target, params, tokenizer)}, task, [], {})
 
 
-SECTION = {"kind": "early_exit", "exit_layer": 1, "lossless": (2, 3), "coupled": ()}
+SECTION = {"kind": "early_exit", "exit_layer": 1, "rules": {"lossless": (2, 3)}}
 
 
 def test_a_config_gives_costs_or_has_them_measured(models):

@@ -11,7 +11,6 @@ from test_loop import one_block
 from specjax.decoding import batch, loop
 from specjax.decoding.drafters.base import Context
 from specjax.decoding.drafters.drafting import draft
-from specjax.decoding.drafters.table import make_drafter
 from specjax.decoding.sampling import Noise, Sampling, row_keys
 from specjax.evaluation import confidence
 
@@ -41,8 +40,8 @@ def test_the_option_reaches_the_drafter(models):  # noqa: F811
     target, _, adapter, _ = models
     options = {"adapter": adapter, "exit_layer": 1, "threshold": 0.5}
     for kind in ("kangaroo", "early_exit"):
-        assert not make_drafter(kind, target, 2, options).adjusted
-        assert make_drafter(kind, target, 2, options | {"adjusted": True}).adjusted
+        assert not tiny.make_drafter(kind, target, 2, options).adjusted
+        assert tiny.make_drafter(kind, target, 2, options | {"adjusted": True}).adjusted
 
 
 @pytest.mark.slow

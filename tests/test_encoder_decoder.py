@@ -181,7 +181,7 @@ def test_an_evaluation_says_identical_and_counts_alike(home, tmp_path):
     config = configs.load("configs/evaluate/pair.py:smoke")
     config.target, config.drafter.path = str(home / "target"), str(home / "draft")
     config.prompts, config.measure_parts = str(home / "pairs.jsonl"), True
-    config.drafters.draft.coupled, config.temperatures = (), (0.0,)
+    config.drafters.draft.rules.coupled, config.temperatures = (), (0.0,)
     rows = evaluate.run(config, tmp_path)["rows"]
     assert [row["drafter"] for row in rows] == ["none", "draft", "ngram"]
     assert rows[0]["target_calls"] == rows[0]["emitted_tokens"]

@@ -72,7 +72,7 @@ def test_stopping_after_every_block_changes_nothing(home):
         ("target", "", "config.target is empty"),
         ("prompt", "", "config.prompt is empty"),
         ("drafter.path", "", "config.drafter.path is empty"),
-        ("drafter.kind", "modle", "Unknown drafter 'modle'"),
+        ("drafter.kind", "modle", 'there is no drafter "modle"'),
         ("colours", "blue", 'config.colours is "blue"'),
         ("blocks_at_once", 0, "blocks_at_once must be 1 or more"),
         ("chat", True, "a chat prompt for a model without a template"),

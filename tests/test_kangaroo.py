@@ -31,7 +31,7 @@ from specjax.decoding import loop
 from specjax.decoding.drafters.base import Context
 from specjax.decoding.drafters.drafting import draft
 from specjax.decoding.drafters.model import ModelDrafter
-from specjax.decoding.drafters.table import make_drafter
+from specjax.decoding.drafters.table import make_options
 from specjax.decoding.sampling import Noise, Sampling, row_keys
 from specjax.distillation import settings, trainer, update
 from specjax.hub.adapter import LoadedAdapter
@@ -416,8 +416,8 @@ def test_what_cannot_be_is_refused_in_one_sentence(models):
     for threshold in (-0.1, 1.5, float("nan")):
         with pytest.raises(UserError, match=rf"threshold must lie in \[0, 1\] .*, not {threshold}"):
             Sampling.of(threshold=threshold)
-    with pytest.raises(UserError, match="ngram has no probabilities"):
-        make_drafter("ngram", target, 2, {"shortest": 1, "longest": 2, "threshold": 0.5})
+    with pytest.raises(UserError, match='threshold is an option of "model" .* not of "ngram"; leave it out'):
+        make_options("ngram", {"shortest": 1, "longest": 2, "threshold": 0.5})
 
 
 # --- on disk, and in the hands of users ----------------------------------------------------------------------------
@@ -463,11 +463,11 @@ def test_generate_takes_an_adapter_and_keeps_the_text(home):
     settings = dict(temperature=0.0, max_new_tokens=12, eos_ids=())
     plain = api.generate(target, ["the cat", "the"], **settings)
     adapter = api.load_adapter(home / "adapter", target)
-    out = api.generate(target, ["the cat", "the"], drafter=adapter, gamma=3, threshold=0.5, **settings)
+    out = api.generate(target, ["the cat", "the"], drafter=api.Draft(adapter, threshold=0.5), gamma=3, **settings)
     assert out.tokens == plain.tokens
     assert 0 < out.stats.counts.drafted.sum() < 3 * out.stats.target_calls
-    how = {"drafter": "skip_layers", "skipped": (1,), "gamma": 3, "adaptive": (0.3, 0.1)}
-    out = api.generate(target, ["the cat", "the"], **how, **settings)
+    drafter = api.SkipLayers(skipped=(1,), adaptive=True, costs=(0.3, 0.1))
+    out = api.generate(target, ["the cat", "the"], drafter=drafter, gamma=3, **settings)
     assert out.tokens == plain.tokens
     assert 0 < out.stats.counts.drafted.sum() < 3 * out.stats.target_calls
 
@@ -478,7 +478,7 @@ def test_an_adapter_of_another_target_is_refused(home):
         api.load_adapter(home / "adapter", twin)
     with pytest.raises(UserError, match="belongs to another target"):
         api.generate(twin, ["the"], drafter=api.load_adapter(home / "adapter", target))
-    with pytest.raises(UserError, match='"kangaroo" needs an adapter'):
+    with pytest.raises(UserError, match=r"Kangaroo drafts with a trained attachment; write .*api.load_adapter\("):
         api.generate(target, ["the"], drafter="kangaroo")
     with pytest.raises(UserError, match="drafts for another model; load that model"):
         api.load(home / "adapter")

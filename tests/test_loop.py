@@ -10,8 +10,7 @@ import pytest
 import tiny
 
 from specjax.decoding import loop
-from specjax.decoding.drafters.base import Context, Prefill, Proposal
-from specjax.decoding.drafters.table import make_drafter
+from specjax.decoding.drafters.base import Context, Drafter, Prefill, Proposal
 from specjax.decoding.rules import Lossless
 from specjax.decoding.sampling import Noise, Sampling, row_keys
 from specjax.models.decoder import Decoder
@@ -278,12 +277,11 @@ COUNTER = Counter(tiny.config(vocab_size=20, layers=1))
 
 
 @dataclasses.dataclass(frozen=True)
-class Script:
+class Script(Drafter):
     """Proposes what `blocks[b][k]` says in the k-th block of row b."""
 
     blocks: tuple
     gamma: int
-    taps = ()
 
     def init(self, params, target_params, prefill, row_keys):
         return jnp.zeros((), jnp.int32)
@@ -362,7 +360,7 @@ def test_ngram_copies_what_followed_the_longest_then_latest_match(models, shorte
     batch, slots = len(drafted), 12
     texts = jnp.asarray([text + [0] * (slots - len(text)) for text, _ in drafted], jnp.int32)
     lengths = jnp.asarray([len(text) for text, _ in drafted], jnp.int32)
-    drafter = make_drafter("ngram", models[0], 3, {"shortest": shortest, "longest": longest})
+    drafter = tiny.make_drafter("ngram", models[0], 3, {"shortest": shortest, "longest": longest})
     state = drafter.init(None, None, Prefill(texts, lengths, texts, lengths, (), slots), None)
     noise = Noise(row_keys(0, jnp.arange(batch)), lengths, False, False)
     context = Context(jnp.zeros((batch, 2), jnp.int32), lengths, jnp.ones((batch,), bool), noise, Sampling.of(1.0))
@@ -382,4 +380,4 @@ def test_bad_drafter_options_are_refused_in_one_sentence(models):
         ("early_exit", 2, {"exit_layer": 2}, "exit_layer.*1 .. 1.*2"),
     ):
         with pytest.raises(UserError, match=says):
-            make_drafter(kind, target, gamma, given)
+            tiny.make_drafter(kind, target, gamma, given)

@@ -15,7 +15,7 @@ from enumeration import EnumeratedNoise, Tables, block_law, composed_law, emitte
 from specjax import api, evaluate
 from specjax.decoding import loop
 from specjax.decoding.drafters.base import Proposal
-from specjax.decoding.rules import RULES, Leeway, Lossless
+from specjax.decoding.rules import RULES, Lossless, LossyInputs, Rule
 from specjax.decoding.sampling import Noise, Sampling, row_keys
 from specjax.hub.tokenizer import train_byte_bpe
 from specjax.models.decoder import Decoder
@@ -50,7 +50,7 @@ class Squares(Tables):
 
 
 def leeway(lenience, raw=None):
-    return Leeway(jnp.float32(lenience), raw)
+    return LossyInputs(jnp.float32(lenience), raw)
 
 
 def residual(target, draft):
@@ -255,27 +255,26 @@ def test_one_compile_serves_every_lenience(models):
 
 
 @dataclasses.dataclass(frozen=True)
-class Watched:
-    """A rule that keeps the leeway it is given."""
+class Watched(Rule):
+    """A rule that records the extra inputs of lossy rules."""
 
     lossy: bool
-    seen: list = dataclasses.field(compare=False)
-    shared_noise = False
+    seen: list = dataclasses.field(default_factory=list, compare=False)
 
-    def __call__(self, noise, proposal, target_probs, leeway):
-        self.seen.append(leeway)
+    def __call__(self, noise, proposal, target_probs, inputs):
+        self.seen.append(inputs)
         return Lossless()(noise, proposal, target_probs, None)
 
 
 @pytest.mark.parametrize("greedy", [False, True])
 @pytest.mark.parametrize("lossy", [False, True])
-def test_leeway_is_for_lossy_rules_and_raw_probabilities_for_greedy_ones(models, lossy, greedy):
+def test_only_lossy_rules_get_a_lenience_and_raw_probabilities_come_when_greedy(models, lossy, greedy):
     target, params, _ = models
     plan = tiny.plan(target, gamma=0, slots=2, max_new=2, rule=Watched(lossy, []), greedy=greedy)
     texts, lengths = tiny.prompts(0, 2, 2, VOCAB)
     adjust = Sampling.of(1.0, lenience=0.5)
     jax.eval_shape(lambda: tiny.decode(plan, params, None, texts, lengths, 2, adjust=adjust).lengths)
-    assert [leeway is not None for leeway in plan.rule.seen] == [lossy]
+    assert [inputs is not None for inputs in plan.rule.seen] == [lossy]
     if lossy:
         assert (plan.rule.seen[0].raw_target_probs is not None) == greedy
 
@@ -366,7 +365,7 @@ def test_generate_says_what_is_lossy(home):
     target, draft = api.load(home / "target"), api.load(home / "draft")
     ask = functools.partial(api.generate, target, ["def add"], drafter=draft, gamma=2, max_new_tokens=8)
     exact = ask()
-    assert not exact.lossy and not api.generate(target, ["def"], max_new_tokens=2, rule="typical").lossy
+    assert not exact.lossy and not api.generate(target, ["def"], max_new_tokens=2, rule=api.Lossy("typical", 0.3)).lossy
     same, bent = ask(rule="lenient_exp"), ask(rule="lenient_exp", lenience=1e-6)
     assert same.tokens == exact.tokens and same.lossy and bent.lossy
     assert bent.stats.acceptance_rate == 1
@@ -376,7 +375,7 @@ def test_generate_says_what_is_lossy(home):
 def config(home):
     config = configs.load("configs/evaluate/pair.py:smoke")
     config.target, config.drafter.path, config.prompts = (str(home / n) for n in ("target", "draft", "prompts.txt"))
-    config.drafters.draft.update({"lenient_exp": (2,), "typical": (1,)})
+    config.drafters.draft.rules.update({"lenient_exp": (2,), "typical": (1,)})
     config.leniences, config.temperatures = (1.0, 0.2), (0.0,)
     return config
 
@@ -405,15 +404,18 @@ def test_an_evaluation_runs_lossy_rules_beside_the_exact_and_labels_them(config,
     [
         ({"leniences": (0.5, 0.0)}, r"lenience must lie in \(0, 1\], not 0\.0"),
         ({"leniences": (1.5,)}, r"lenience must lie in \(0, 1\], not 1\.5"),
-        ({"leniences": ()}, r"drafters\.draft\.lenient_exp needs leniences, and config\.leniences is empty"),
-        ({"drafters.draft": {"lenient_epx": (2,)}}, "Unknown rule 'lenient_epx'; did you mean \"lenient_exp\""),
+        ({"leniences": ()}, r"drafters\.draft\.rules\.lenient_exp needs leniences, and config\.leniences is empty"),
+        (
+            {"drafters.draft.rules": {"lenient_epx": (2,)}},
+            'drafters.draft.rules.lenient_epx: there is no rule "lenient_epx"; did you mean "lenient_exp"',
+        ),
     ],
 )
 def test_an_evaluation_of_a_rule_or_lenience_that_is_none_is_refused(config, tmp_path, monkeypatch, changes, said):
     monkeypatch.setattr(evaluate, "_decode_all", lambda *_: pytest.fail("decoded"))
     for key, value in changes.items():
-        if key == "drafters.draft":
-            config.drafters.draft.update(value)
+        if key == "drafters.draft.rules":
+            config.drafters.draft.rules.update(value)
         else:
             config[key] = value
     with pytest.raises(UserError, match=said):

@@ -14,7 +14,6 @@ from test_loop import one_block
 
 from specjax import distill
 from specjax.decoding import loop
-from specjax.decoding.drafters.table import make_drafter
 from specjax.decoding.sampling import Sampling, row_keys
 from specjax.distillation import settings, trainer, update
 from specjax.hub import adapter as hub_adapter
@@ -172,9 +171,9 @@ def test_new_heads_begin_as_the_config_says(models):
 def test_what_heads_cannot_do_is_refused_in_one_sentence(models):
     target, _, heads, _ = models
     with pytest.raises(UserError, match="gamma 4 is more than the 3 Medusa heads draft; take gamma 3 or less"):
-        make_drafter("medusa", target, 4, {"adapter": heads})
-    with pytest.raises(UserError, match='in the manner of "medusa", not of "kangaroo"'):
-        make_drafter("kangaroo", target, 2, {"adapter": heads})
+        tiny.make_drafter("medusa", target, 4, {"adapter": heads})
+    with pytest.raises(UserError, match='made for drafter "medusa", not for Kangaroo'):
+        tiny.make_drafter("kangaroo", target, 2, {"adapter": heads})
     with pytest.raises(UserError, match="there must be one head or more"):
         MedusaConfig(target.config, 0)
     with pytest.raises(UserError, match="attaches to a decoder-only model"):

@@ -50,7 +50,7 @@ def get_config():
     draft.data.generation.max_new_tokens = 8
     draft.train.update({{"steps": {steps}, "log_every": 3, "eval_every": 2, "checkpoint_every": 2}})
     draft.speculative_eval.every = 0
-    evaluation.drafters = {{"draft": {{"kind": "model", "path": "stage:draft", "lossless": (2,), "coupled": ()}}}}
+    evaluation.drafters = {{"draft": {{"kind": "model", "path": "stage:draft", "rules": {{"lossless": (2,)}}}}}}
     evaluation.temperatures, evaluation.compare = (1.0,), ()
     evaluation.selection.count, evaluation.batch_sizes = 3, (2,)
     return config

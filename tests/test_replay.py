@@ -10,7 +10,10 @@ import tiny
 
 from specjax import api
 from specjax.decoding import batch, loop, rules
-from specjax.decoding.drafters.table import make_drafter
+from specjax.decoding.drafters.early_exit import EarlyExit
+from specjax.decoding.drafters.model import ModelDraft
+from specjax.decoding.drafters.ngram import NGram
+from specjax.decoding.drafters.table import make_options
 from specjax.decoding.sampling import Sampling
 from specjax.draft_design import replay
 from specjax.hub.tokenizer import train_byte_bpe
@@ -53,7 +56,7 @@ def live_counts(models, prompts, kind, gamma, options, size):
     target, draft = models
     options = {**options, "model": draft.decoder} if kind == "model" else options
     capacity = batch.capacity_bucket(batch.prompt_slots(prompts), NEW, gamma)
-    drafter = make_drafter(kind, target.decoder, gamma, options)
+    drafter = tiny.make_drafter(kind, target.decoder, gamma, options)
     plan = loop.Plan(target.decoder, drafter, rules.rule_named("lossless"), gamma, capacity, greedy=True)
     results = batch.decode_all(
         plan,
@@ -78,7 +81,7 @@ def by_hand(target="t", tokenizer="v"):
 
 
 def test_a_stored_text_is_decoded_in_the_blocks_that_its_drafts_deserve():
-    counts = replay.score(by_hand(), "ngram", 2, {"shortest": 1, "longest": 2})
+    counts = replay.score(by_hand(), NGram(shortest=1, longest=2), 2)
     # [7 5] stand and 9 follows; nothing in the text ends like 5 9, so 4 is plain.
     assert (counts.emitted, counts.target_calls, counts.drafted, counts.accepted) == (4, 2, 2, 2)
     np.testing.assert_array_equal(counts.emitted_more_than, [[1, 1]])
@@ -97,7 +100,7 @@ def test_a_stored_text_is_decoded_in_the_blocks_that_its_drafts_deserve():
 def test_a_replay_counts_what_the_live_run_counts(models, prompts, recorded, kind, gamma, options, size):
     live = live_counts(models, prompts, kind, gamma, options, size)
     draft = models[1] if kind == "model" else None
-    scored = replay.score(recorded, kind, gamma, options, draft=draft, batch_size=size)
+    scored = replay.score(recorded, make_options(kind, options), gamma, draft=draft, batch_size=size)
     for field in dataclasses.fields(metrics.Counts):
         np.testing.assert_array_equal(getattr(scored, field.name), getattr(live, field.name), err_msg=field.name)
     assert 0 < scored.accepted.sum() < scored.drafted.sum()
@@ -131,7 +134,7 @@ def test_a_replay_of_another_target_or_tokenizer_is_refused(models):
     foreign = dataclasses.replace(draft, tokenizer=train_byte_bpe([TEXT.upper()], 265))
     for refused in (
         lambda: recorded.check_target(foreign),
-        lambda: replay.score(recorded, "model", 2, {}, draft=foreign),
+        lambda: replay.score(recorded, ModelDraft(), 2, draft=foreign),
         lambda: replay.agreement(recorded, foreign),
     ):
         with pytest.raises(UserError, match="recorded with another tokenizer than this model's"):
@@ -140,8 +143,8 @@ def test_a_replay_of_another_target_or_tokenizer_is_refused(models):
 
 def test_what_a_replay_cannot_do_and_what_is_no_replay_is_refused(models, tmp_path):
     recorded = by_hand()
-    with pytest.raises(UserError, match='holds nothing of which "early_exit" could draft; it scores model and ngram'):
-        replay.score(recorded, "early_exit", 2, {"exit_layer": 1})
+    with pytest.raises(UserError, match="it scores ModelDraft and NGram, not EarlyExit"):
+        replay.score(recorded, EarlyExit(exit_layer=1), 2)
     with pytest.raises(UserError, match="top_k must lie in 0 .. 265, the vocabulary, not 266"):
         replay.record(models[0], [(1,)], max_new_tokens=2, batch_size=1, top_k=266)
     with pytest.raises(UserError, match="holds no replay.json"):

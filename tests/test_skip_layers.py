@@ -10,7 +10,6 @@ import tiny
 from test_loop import one_block
 
 from specjax.decoding import loop
-from specjax.decoding.drafters.table import make_drafter
 from specjax.decoding.sampling import Sampling, row_keys
 from specjax.draft_design import layer_search
 from specjax.models.encoder_decoder import EncoderDecoder
@@ -48,7 +47,7 @@ def test_a_block_is_drafted_with_the_kept_layers_on_what_the_whole_target_left(m
     gamma = 2
     plan = tiny.plan(target, "skip_layers", {"skipped": [1]}, gamma=gamma, slots=SLOTS, max_new=MAX_NEW)
     assert plan.drafter.spans == ((0, 1), (2, 4))
-    assert make_drafter("skip_layers", target, 2, {"skipped": (3, 0)}).spans == ((1, 3),)
+    assert tiny.make_drafter("skip_layers", target, 2, {"skipped": (3, 0)}).spans == ((1, 3),)
     texts, lengths = tiny.prompts(3, BATCH, SLOTS, VOCAB)
     state = loop.begin(plan, params, None, texts, lengths, row_keys(4, jnp.arange(BATCH)))
     limits, stood = tiny.limits(BATCH, MAX_NEW), set()
@@ -93,7 +92,7 @@ def test_the_search_first_leaves_out_a_layer_that_does_nothing(models):
     # The overlap, from laws that are computed with the spans that the drafter runs.
     positions = jnp.broadcast_to(jnp.arange(16)[None], tokens.shape)
     hidden = tokens
-    for span in make_drafter("skip_layers", target, 1, {"skipped": choices[1].skipped}).spans:
+    for span in tiny.make_drafter("skip_layers", target, 1, {"skipped": choices[1].skipped}).spans:
         hidden, _ = target.extend(params, None, hidden, positions, layers=span)
     laws = [jax.nn.softmax(x, axis=-1) for x in (tiny.full_logits(target, params, tokens), target.head(params, hidden))]
     overlap = np.minimum(*map(np.asarray, laws)).sum(-1)
@@ -104,10 +103,10 @@ def test_the_search_first_leaves_out_a_layer_that_does_nothing(models):
 def test_layers_that_are_not_there_and_costs_that_cannot_be_are_refused(models):
     target = models[0]
     for skipped in ((), (4,), (-1, 2)):
-        with pytest.raises(UserError, match=r"layers of the target, 0 \.\. 3, one or more of them"):
-            make_drafter("skip_layers", target, 2, {"skipped": skipped})
+        with pytest.raises(UserError, match=r"one or more layers of the target, 0 \.\. 3, not"):
+            tiny.make_drafter("skip_layers", target, 2, {"skipped": skipped})
     with pytest.raises(UserError, match="names all 4 layers of the target; leave at least one"):
-        make_drafter("skip_layers", target, 2, {"skipped": range(4)})
+        tiny.make_drafter("skip_layers", target, 2, {"skipped": range(4)})
     with pytest.raises(UserError, match=r"most_skipped must lie in 1 \.\. 3 for this target, not 4"):
         searched(models, most_skipped=4)
     with pytest.raises(UserError, match="a positive cost"):

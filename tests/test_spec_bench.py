@@ -62,7 +62,7 @@ def config_of(home, **changes):
                 "path": str(home / "adapter"),
                 "threshold": 0.3,
                 "adjusted": False,
-                "lossless": (2,),
+                "rules": {"lossless": (2,)},
             }
         },
         "leniences": (),

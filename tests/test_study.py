@@ -200,7 +200,7 @@ def test_what_was_checked_is_one_table_with_its_summary(folders, tmp_path):
 def test_the_contest_runs_on_other_prompts_and_goes_on_where_it_stopped(folders, tmp_path, monkeypatch):
     """Evaluate is stood in for: what it is asked for is looked at; a contest that has its results is not run again."""
     names = [f"supervised_t_{layers}_1" for layers in (1, 2)]
-    drafters = {name: {"kind": "model", "path": name, "lossless": [4], "coupled": []} for name in names}
+    drafters = {name: {"kind": "model", "path": name, "rules": {"lossless": [4]}} for name in names}
     how = {"seed": 5, "task": {"name": "t", "seed": 0}, "selection": {"count": 8}, "measure_parts": True}
     how |= {"drafters": drafters, "batch_sizes": [1, 2], "temperatures": [0.0, 1.0]}
     # What was fastest was lucky: the other one's steps take less.

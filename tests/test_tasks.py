@@ -431,7 +431,7 @@ def test_an_evaluation_measures_the_tasks_quality_with_an_interval(tmp_path):
     chosen = configs.load("configs/evaluate/pair.py:smoke")
     chosen.target = chosen.drafter.path = str(tmp_path / "model")
     chosen.task.update({"name": "xsum", "path": str(tmp_path)})
-    chosen.drafters.draft.coupled, chosen.temperatures, chosen.max_new_tokens = (), (0.0,), 8
+    chosen.drafters.draft.rules.coupled, chosen.temperatures, chosen.max_new_tokens = (), (0.0,), 8
     chosen.selection.length_max = 12
     rows = evaluate.run(chosen, tmp_path / "run")["rows"]
     for row in rows:

@@ -19,9 +19,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+import tiny
 
 from specjax.decoding import loop, rules
-from specjax.decoding.drafters.table import make_drafter
 from specjax.decoding.sampling import Sampling
 from specjax.models.adapters import Adapter, AdapterConfig
 from specjax.models.config import DecoderConfig
@@ -112,7 +112,7 @@ def decoding(name: str, mesh) -> steps.Decoding:
         kind, how = "model", {"model": encoder_decoder(1)}
     else:
         kind, how = options(target)[name]
-    drafter = make_drafter(kind, target, gamma, how)
+    drafter = tiny.make_drafter(kind, target, gamma, how)
     plan = loop.Plan(target, drafter, rules.rule_named("lossless"), gamma, CAPACITY, False)
     sampling = Sampling.of(1.0, costs=(1.0,) * (gamma + 1) if how.get("adaptive") else None)
     own = how.get("model", how.get("adapter"))

@@ -170,8 +170,11 @@ def test_a_drafters_own_target_is_decoded_beside_the_baseline_and_judged_on_the_
     config.task.update({"name": "gsm8k", "path": str(tmp_path / "data.jsonl")})
     config.selection.count, config.temperatures, config.compare = 2, (0.0,), ()
     config.batch_sizes = (1, 2)
-    own = {"kind": "model", "path": str(tmp_path / "large"), "target": str(tmp_path / "small"), "coupled": ()}
-    config.drafters = {"own": {**own, "lossless": (0, 2)}, "same": {**own, "target": config.target, "lossless": (2,)}}
+    own = {"kind": "model", "path": str(tmp_path / "large"), "target": str(tmp_path / "small")}
+    config.drafters = {
+        "own": {**own, "rules": {"lossless": (0, 2)}},
+        "same": {**own, "target": config.target, "rules": {"lossless": (2,)}},
+    }
     rows = evaluate.run(config, tmp_path / "w")["rows"]
     plain, alone, drafted, same = rows[:4]
     assert len(cleared) == 2 and [row["batch_size"] for row in rows] == [1] * 4 + [2] * 4

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from specjax.decoding import loop, rules, sampling
-from specjax.decoding.drafters.table import make_drafter
+from specjax.decoding.drafters.table import build_drafter, make_options, options_class
 from specjax.decoding.sampling import Stream
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
@@ -112,6 +112,14 @@ def full_logits(model: Decoder, params, tokens, layers=None):
     return model.head(params, hidden)
 
 
+def make_drafter(kind: str, target, gamma: int, options: dict):
+    """The drafter of this kind; `options` may hold those of other kinds, and "model" or "adapter", what is loaded."""
+    names = options_class(kind).__dataclass_fields__
+    made = make_options(kind, {name: value for name, value in options.items() if name in names})
+    loaded = options.get({"model": "model", "attachment": "adapter"}.get(made.loads))
+    return build_drafter(made, target, gamma, loaded)
+
+
 def plan(
     target: Decoder,
     drafter: str = "ngram",
@@ -151,14 +159,12 @@ def texts_of(state) -> list[list[int]]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Planted:
+class Planted(rules.Rule):
     """A second, plain writing of the lossless rule with room for one fault."""
 
     fault: str
-    shared_noise = False
-    lossy = False
 
-    def __call__(self, noise, proposal, target_probs, leeway):
+    def __call__(self, noise, proposal, target_probs, inputs):
         batch, gamma = proposal.tokens.shape
         vocab = target_probs.shape[-1]
         rows = jnp.arange(batch)

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from configs.benchmark.measure_loading import loading
 from configs.benchmark.measure_memory import distillation_memory
 from specjax.decoding import loop, rules
-from specjax.decoding.drafters.table import make_drafter
+from specjax.decoding.drafters.model import ModelDraft
+from specjax.decoding.drafters.table import build_drafter
 from specjax.decoding.sampling import Sampling, row_keys
 from specjax.evaluation import latency
 from specjax.models.config import DecoderConfig
@@ -179,7 +180,7 @@ def blocks(config: Any) -> list[dict]:
         capacity = loop.capacity_for(section.prompt, section.new_tokens, max(section.gammas))
         cases, iterations = [], []
         for gamma in section.gammas:
-            drafter = make_drafter("model", target, gamma, {"model": draft})
+            drafter = build_drafter(ModelDraft(), target, gamma, draft)
             greedy = section.temperature == 0
             plan = loop.Plan(target, drafter, rules.rule_named("lossless"), gamma, capacity, greedy)
             fresh = functools.partial(loop.begin, plan, params, draft_params, prompts, lengths, keys)

@@ -55,8 +55,12 @@ def _drafters(models: tuple[str, ...]) -> dict[str, dict]:
     drafters = {}
     for model in models:
         own = {} if model == "large" else {"target": f"stage:{model}"}
-        alike = {"kind": "model", **own, "coupled": ()}
+        alike = {"kind": "model", **own}
         plainly = () if model == "large" else (0,)  # the largest, plainly, is the baseline of all
-        drafters[f"{model}_sd"] = {**alike, "path": "stage:draft", "lossless": (*plainly, stages.GAMMA)}
-        drafters[f"{model}_distillspec"] = {**alike, "path": f"stage:for_{model}", "lossless": (stages.GAMMA,)}
+        drafters[f"{model}_sd"] = {**alike, "path": "stage:draft", "rules": {"lossless": (*plainly, stages.GAMMA)}}
+        drafters[f"{model}_distillspec"] = {
+            **alike,
+            "path": f"stage:for_{model}",
+            "rules": {"lossless": (stages.GAMMA,)},
+        }
     return drafters

@@ -40,10 +40,12 @@ def get_config(variant: str = "") -> ConfigDict:
 
 
 def _evaluation(seed, *, timed: bool, smoke: bool) -> ConfigDict:
-    rules = {"lossless": (stages.GAMMA,), "coupled": (), **dict.fromkeys(LOSSY, (stages.GAMMA,))}
-    drafters = {draft: {"kind": "model", "path": f"stage:{draft}", **rules} for draft in ("supervised", "distilled")}
+    rules = {"lossless": (stages.GAMMA,), **dict.fromkeys(LOSSY, (stages.GAMMA,))}
+    drafters = {
+        draft: {"kind": "model", "path": f"stage:{draft}", "rules": rules} for draft in ("supervised", "distilled")
+    }
     # The draft by itself: its own target, decoded plainly.
-    alone = {"kind": "model", "path": "stage:distilled", "target": "stage:distilled", "lossless": (0,), "coupled": ()}
+    alone = {"kind": "model", "path": "stage:distilled", "target": "stage:distilled", "rules": {"lossless": (0,)}}
     temperatures = (0.0,) if smoke else (0.0, 1.0)
     drafters["draft_alone"] = alone
     # A loss of one in a hundred answers is to be seen.

@@ -145,7 +145,7 @@ def evaluation(config: ConfigDict, target, draft) -> ConfigDict:
     """The draft before and after, beside plain decoding: quality, block efficiency, latency at batch size 1."""
     paths = {"undistilled": draft, "distilled": "stage:distilled"}
     drafters = {
-        name: {"kind": "model", "path": path, "lossless": (GAMMA,), "coupled": (), "lenient_exp": ()}
+        name: {"kind": "model", "path": path, "rules": {"lossless": (GAMMA,), "lenient_exp": ()}}
         for name, path in paths.items()
     }
     section = common.evaluation(target, drafters, seed=config.get_ref("seed"))

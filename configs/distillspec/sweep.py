@@ -173,7 +173,7 @@ def _evaluation(base: ConfigDict, seed: int, names: list[str]) -> ConfigDict:
     section = base.evaluation.copy_and_resolve_references()
     section.seed = seed + 1
     section.drafters = ConfigDict(
-        {name: {"kind": "model", "path": f"stage:{name}", "lossless": (GAMMA,), "coupled": ()} for name in names}
+        {name: {"kind": "model", "path": f"stage:{name}", "rules": {"lossless": (GAMMA,)}} for name in names}
     )
     return section
 

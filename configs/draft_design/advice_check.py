@@ -43,7 +43,7 @@ def _again(evaluation: dict, each: contest.Contest, count: int, repeat: int) -> 
     config = ConfigDict(evaluation)
     gammas = {entry.drafter: [e.gamma for e in each.entries if e.drafter == entry.drafter] for entry in each.entries}
     drafters = {name: section for name, section in evaluation["drafters"].items() if name in gammas}
-    config.drafters = ConfigDict({name: {**how, "lossless": gammas[name]} for name, how in drafters.items()})
+    config.drafters = ConfigDict({name: {**how, "rules": {"lossless": gammas[name]}} for name, how in drafters.items()})
     config.update({"batch_sizes": [each.batch_size], "temperatures": [each.temperature]})
     config.update({"measure_parts": False, "seed": config.seed + 1 + repeat})
     config.task.seed += 1 + repeat

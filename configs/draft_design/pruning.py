@@ -52,7 +52,7 @@ def get_config(variant: str = "") -> ConfigDict:
                 config[stage].model.update({key: value or like[key] for key, value in shape.items()})
                 config[stage].model.head_size = like.head_size
                 stages.append(stage)
-                drafters[stage] = {"kind": "model", "path": f"stage:{stage}", "lossless": (4,), "coupled": ()}
+                drafters[stage] = {"kind": "model", "path": f"stage:{stage}", "rules": {"lossless": (4,)}}
             pairs.append((f"recovered_{name}_{seed}", f"scratch_{name}_{seed}"))
     config.evaluation = common.evaluation("stage:target", drafters)
     config.evaluation.compare = tuple(pairs)

@@ -53,7 +53,7 @@ def get_config(variant: str = "") -> ConfigDict:
                 for recipe, gammas in GAMMAS.items():
                     stage = f"{recipe}_{task}_{layers}_{seed}"
                     config[stage] = _draft(base, recipe, task, layers, seed, variant)
-                    drafters[stage] = {"kind": "model", "path": f"stage:{stage}", "lossless": gammas, "coupled": ()}
+                    drafters[stage] = {"kind": "model", "path": f"stage:{stage}", "rules": {"lossless": gammas}}
                     stages.append(stage)
                     trained.append(f"workdir:{stage}")
         config[f"evaluation_{task}"] = _evaluation(base, task, drafters, variant)
@@ -130,7 +130,7 @@ def _evaluation(base: ConfigDict, task: str, drafters: dict, variant: str) -> Co
     if variant:
         section.temperatures = (1.0,)
         for drafter in section.drafters.values():
-            drafter.lossless = (2,)
+            drafter.rules.lossless = (2,)
     section.measure_parts = True
     return section
 

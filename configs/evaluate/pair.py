@@ -10,9 +10,9 @@ Hardware: whatever holds both models; `--config.mesh.tensor=8` spreads them over
 `--config.param_dtype=bfloat16` halves their memory. Wall-clock time: every prompt is decoded plainly once and once a
 gamma, at each temperature, and every combination compiles for some seconds first. Expect block efficiencies that differ
 by temperature, and `identical` equal to the number of prompts; the speed-up is what you came to learn.
-Lossy rules run where they are asked for, `--config.drafters.draft.lenient_exp=4 --config.leniences=0.7,0.5`, and are
-labelled so; their quality wants prompts with completions. `configs/evaluate/pair.py:smoke` takes four prompts and a few
-tokens.
+Lossy rules run where they are asked for, `--config.drafters.draft.rules.lenient_exp=4 --config.leniences=0.7,0.5`, and
+are labelled so; their quality wants prompts with completions. `configs/evaluate/pair.py:smoke` takes four prompts and a
+few tokens.
 """
 
 from ml_collections import ConfigDict
@@ -41,9 +41,11 @@ def get_config(variant: str = "") -> ConfigDict:
     config.top_k = 0  # 0 is off
     config.top_p = 1.0  # 1 is off
     # Gammas at which the lossless rule is run, and the coupled one (at temperatures above 0, where it must repeat plain
-    # decoding token for token); then those of lossy rules, which are run at every one of `leniences`.
-    draft = {"kind": "model", "path": config.drafter.get_ref("path"), "lossless": (2, 4, 6), "coupled": (4,)}
-    draft |= {"lenient_linear": (), "lenient_square": (), "lenient_exp": (), "typical": ()}
+    # decoding token for token); then those of lossy rules, which are run at every one of `leniences`. A rule of your
+    # own is {"NAME": {"rule": "file.py:Class", "gammas": (4,)}}.
+    rules = {"lossless": (2, 4, 6), "coupled": (4,)}
+    rules |= {"lenient_linear": (), "lenient_square": (), "lenient_exp": (), "typical": ()}
+    draft = {"kind": "model", "path": config.drafter.get_ref("path"), "rules": rules}
     config.leniences = (0.7, 0.5, 0.3)  # in (0, 1]; smaller accepts more
     # Kinds: model (path), ngram (shortest, longest), early_exit (exit_layer), skip_layers (skipped: layers left out, or
     # the workdir of configs/kangaroo/choose_layers.py), kangaroo and medusa (path). Any of them may have a `threshold`
@@ -52,7 +54,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.drafters = ConfigDict(
         {
             "draft": draft,
-            "ngram": {"kind": "ngram", "shortest": 2, "longest": 4, "lossless": (4,), "coupled": ()},
+            "ngram": {"kind": "ngram", "shortest": 2, "longest": 4, "rules": {"lossless": (4,)}},
         }
     )
     config.compare = (("draft", "ngram"),)  # block efficiencies, prompt by prompt
@@ -61,7 +63,7 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant == "smoke":
         config.selection.count = 4
         config.max_new_tokens = 12
-        config.drafters.draft.lossless = (2,)
-        config.drafters.draft.coupled = (2,)
+        config.drafters.draft.rules.lossless = (2,)
+        config.drafters.draft.rules.coupled = (2,)
         config.measure_parts = False
     return config

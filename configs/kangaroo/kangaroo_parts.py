@@ -91,8 +91,8 @@ def kangaroo(path: str, gammas: tuple[int, ...], threshold: float, *, adjusted: 
 
     With `adjusted` it is confidence after temperature that counts, in place of that at temperature 1.
     """
-    rules = {"lossless": gammas, "coupled": ()}
-    return {"kind": "kangaroo", "path": path, "threshold": threshold, "adjusted": adjusted, **rules}
+    rules = {"lossless": gammas}
+    return {"kind": "kangaroo", "path": path, "threshold": threshold, "adjusted": adjusted, "rules": rules}
 
 
 def evaluation(variant: str, target: str, drafters: dict, *, temperatures=(0.0,), compare=()) -> ConfigDict:
@@ -144,8 +144,8 @@ def real_scale(variant: str, *, exit_layer: int, learning_rate: float) -> Config
     drafters = {
         "kangaroo": kangaroo("stage:adapter", gammas, 0.6),  # the paper's threshold
         "kangaroo_fixed": kangaroo("stage:adapter", gammas, 0.0),
-        "early_exit": {"kind": "early_exit", "exit_layer": exit_layer, "threshold": 0.6, "lossless": gammas},
-        "ngram": {"kind": "ngram", "shortest": 2, "longest": 4, "lossless": gammas},
+        "early_exit": {"kind": "early_exit", "exit_layer": exit_layer, "threshold": 0.6, "rules": {"lossless": gammas}},
+        "ngram": {"kind": "ngram", "shortest": 2, "longest": 4, "rules": {"lossless": gammas}},
     }
     config.spec_bench = spec_bench(variant, directory, questions, drafters)
     if not variant:

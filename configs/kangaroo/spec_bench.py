@@ -34,7 +34,7 @@ def get_config(variant: str = "") -> ConfigDict:
         {
             "kangaroo": adapter(0.6),
             "kangaroo_fixed": adapter(0.0),
-            "ngram": {"kind": "ngram", "shortest": 2, "longest": 4, "lossless": (6,)},
+            "ngram": {"kind": "ngram", "shortest": 2, "longest": 4, "rules": {"lossless": (6,)}},
         }
     )
     return config

@@ -51,7 +51,7 @@ def _adapters(variant: str) -> dict[str, dict]:
 
 def _evaluation(variant: str) -> ConfigDict:
     few, some, many = (2, 4, 6) if not variant else (1, 2, 2)
-    fixed = lambda *gammas: {"threshold": 0.0, "lossless": gammas, "coupled": ()}
+    fixed = lambda *gammas: {"rules": {"lossless": gammas}}
     early_exit = {"kind": "early_exit", "exit_layer": 1 if variant else 2}
     drafters = {
         "ngram": {"kind": "ngram", "shortest": 2, "longest": 4, **fixed(some)},

@@ -128,7 +128,7 @@ def _training(config: ConfigDict, pair: Pair) -> ConfigDict:
 
 
 def _evaluation(config: ConfigDict, pair: Pair, stage: str) -> ConfigDict:
-    draft = {"kind": "model", "path": f"stage:{stage}", "lossless": (pair.gamma,), "coupled": ()}
+    draft = {"kind": "model", "path": f"stage:{stage}", "rules": {"lossless": (pair.gamma,)}}
     if not pair.draft:
         draft |= {"kind": "kangaroo", "threshold": 0.0}
     section = common.evaluation(config.get_ref("target"), {"draft": draft})

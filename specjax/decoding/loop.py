@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from specjax.decoding.drafters.base import Context, Outcome, Prefill, Proposal
-from specjax.decoding.rules import Leeway, Lossless
+from specjax.decoding.drafters.base import Context, Drafter, Outcome, Prefill, Proposal
+from specjax.decoding.rules import Lossless, LossyInputs, Rule
 from specjax.decoding.sampling import Noise, Sampling, probabilities
 from specjax.decoding.statistics import Statistics
 from specjax.models import kv_cache
@@ -49,8 +49,8 @@ class Plan:
     """
 
     target: LanguageModel
-    drafter: Any
-    rule: Any
+    drafter: Drafter | None
+    rule: Rule | None
     gamma: int
     capacity: int
     greedy: bool
@@ -236,10 +236,10 @@ def verify(plan: Plan, params, cache, pending: Int[Array, "B"], lengths: Int[Arr
 
 def _widths(plan: Plan) -> list[int]:
     """Columns that a verification may run: of all drafts, or of (0,) 1, 2, 4, ... where the drafter stops early."""
-    if not getattr(plan.drafter, "stops", False):
+    if plan.drafter is None or not plan.drafter.stops:
         return [plan.gamma + 1]
     drafts = itertools.takewhile(lambda count: count < plan.gamma, (2**i for i in itertools.count()))
-    none = [0] if getattr(plan.drafter, "idles", False) else []
+    none = [0] if plan.drafter.idles else []
     return [count + 1 for count in (*none, *drafts, plan.gamma)]
 
 
@@ -263,9 +263,9 @@ def _emission(proposal: Proposal, num_accepted, next_token, room, live, eos_ids)
     return tokens, zero_unless_live(num_emitted), zero_unless_live(countable), ended & live
 
 
-def _leeway(plan: Plan, logits: Float[Array, "B gamma_plus_1 V"], sampling: Sampling) -> Leeway:
+def _lossy_inputs(plan: Plan, logits: Float[Array, "B gamma_plus_1 V"], sampling: Sampling) -> LossyInputs:
     raw = jax.nn.softmax(logits.astype(jnp.float32), axis=-1) if plan.greedy else None
-    return Leeway(sampling.lenience, raw)
+    return LossyInputs(sampling.lenience, raw)
 
 
 def settle(
@@ -282,8 +282,8 @@ def settle(
     """What follows the target call: the rule decides, the row is cut at EOS and limit, everything is committed."""
     with jax.named_scope("rule"):
         target_probs = probabilities(logits, sampling, greedy=plan.greedy)
-        leeway = _leeway(plan, logits, sampling) if plan.rule.lossy else None
-        num_accepted, next_token = plan.rule(noise, proposal, target_probs, leeway)
+        inputs = _lossy_inputs(plan, logits, sampling) if plan.rule.lossy else None
+        num_accepted, next_token = plan.rule(noise, proposal, target_probs, inputs)
     with jax.named_scope("commit"):
         room = limits.max_new_tokens - state.num_emitted
         tokens, num_emitted, num_drafted, ended = _emission(

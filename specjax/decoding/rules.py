@@ -1,8 +1,8 @@
 """Verification rules: which drafted tokens stand, and which token follows them.
 
-A rule is a frozen callable of (noise, proposal, target probabilities, leeway) that returns the number of accepted
+A rule is a frozen callable of (noise, proposal, target probabilities, inputs) that returns the number of accepted
 tokens and the next one. It says of itself whether draft and target share one stream of noise (`shared_noise`) and
-whether it departs from the target's law (`lossy`); an exact rule is given no leeway. Rows of a proposal from
+whether it departs from the target's law (`lossy`); an exact rule is given no inputs. Rows of a proposal from
 `num_drafted` on count as drafts of probability 0: then the recovered token and the bonus token come from one formula,
 max(target - draft, 0), and an empty proposal is ordinary decoding.
 """
@@ -15,12 +15,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from specjax.decoding.drafters.base import Proposal
 from specjax.decoding.sampling import Noise, Stream
-from specjax.runtime.errors import UserError, nearest
+from specjax.runtime.errors import UserError
+from specjax.runtime.extensions import named
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Leeway:
+class LossyInputs:
     """What a lossy rule is given beyond the law that it bends.
 
     Attributes:
@@ -31,6 +32,28 @@ class Leeway:
 
     lenience: Float[Array, ""]
     raw_target_probs: Float[Array, "B gamma_plus_1 V"] | None
+
+
+class Rule:
+    """What the decoding loop asks of a rule. Subclasses are frozen dataclasses, so that they can be compile keys.
+
+    Attributes:
+      shared_noise: draft and target draw a position's token by the same noise; plain decoding does too.
+      lossy: the rule departs from the target's law, and takes a lenience.
+    """
+
+    shared_noise: bool = False
+    lossy: bool = False
+
+    def __call__(
+        self,
+        noise: Noise,
+        proposal: Proposal,
+        target_probs: Float[Array, "B gamma_plus_1 V"],
+        inputs: LossyInputs | None,
+    ) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
+        """How many drafted tokens of each row are accepted, and the token that follows them."""
+        raise NotImplementedError
 
 
 def _leading(accepted: Bool[Array, "B gamma"]) -> Int[Array, "B"]:
@@ -90,7 +113,7 @@ def _from_residual(
 
 
 @dataclasses.dataclass(frozen=True)
-class Lossless:
+class Lossless(Rule):
     """Speculative sampling (arXiv 2211.17192, algorithm 1): accept y iff r * draft(y) < target(y).
 
     Output law: exactly the adjusted target's, at any temperature; at temperature 0 both are one-hot and this is
@@ -98,17 +121,14 @@ class Lossless:
     the target gives probability 0.
     """
 
-    shared_noise = False
-    lossy = False
-
     def __call__(
         self,
         noise: Noise,
         proposal: Proposal,
         target_probs: Float[Array, "B gamma_plus_1 V"],
-        leeway: Leeway | None,
+        inputs: LossyInputs | None,
     ) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
-        del leeway
+        del inputs
         uniforms = noise.uniforms(proposal.tokens.shape[1])
         stands = uniforms * _draft_at_tokens(proposal) < _at_tokens(target_probs, proposal)
         num_accepted = _num_accepted(stands, proposal)
@@ -116,7 +136,7 @@ class Lossless:
 
 
 @dataclasses.dataclass(frozen=True)
-class Coupled:
+class Coupled(Rule):
     """Draft and target take the argmax of log-probability plus the same position-keyed Gumbel noise (arXiv 2408.07978).
 
     Output law: exactly the adjusted target's; more, the output is token for token what plain decoding with that
@@ -124,16 +144,15 @@ class Coupled:
     """
 
     shared_noise = True
-    lossy = False
 
     def __call__(
         self,
         noise: Noise,
         proposal: Proposal,
         target_probs: Float[Array, "B gamma_plus_1 V"],
-        leeway: Leeway | None,
+        inputs: LossyInputs | None,
     ) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
-        del leeway
+        del inputs
         batch, gamma = proposal.tokens.shape
         choices = [
             noise.choose(target_probs[:, i], jnp.full((batch,), i, jnp.int32), Stream.RECOVER) for i in range(gamma + 1)
@@ -143,7 +162,7 @@ class Coupled:
         return num_accepted, jnp.take_along_axis(chosen, num_accepted[:, None], axis=1)[:, 0]
 
 
-class _Lenient:
+class _Lenient(Rule):
     """Speculative sampling in which the target's probability p of a drafted token counts as f(p, epsilon) >= p.
 
     Accept y iff r * draft(y) < f(p(y), epsilon), strictly; after a refusal recover from max(p - draft, 0), neither of
@@ -159,7 +178,6 @@ class _Lenient:
     is the target's most probable token.
     """
 
-    shared_noise = False
     lossy = True
 
     def allowance(self, probs: Array, lenience: Float[Array, ""]) -> Array:
@@ -171,15 +189,15 @@ class _Lenient:
         noise: Noise,
         proposal: Proposal,
         target_probs: Float[Array, "B gamma_plus_1 V"],
-        leeway: Leeway,
+        inputs: LossyInputs,
     ) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
-        target_at, raw = _at_tokens(target_probs, proposal), leeway.raw_target_probs
+        target_at, raw = _at_tokens(target_probs, proposal), inputs.raw_target_probs
         if raw is None:
             uniforms = noise.uniforms(proposal.tokens.shape[1])
-            stands = uniforms * _draft_at_tokens(proposal) < self.allowance(target_at, leeway.lenience)
+            stands = uniforms * _draft_at_tokens(proposal) < self.allowance(target_at, inputs.lenience)
         else:
             largest = jnp.max(raw, axis=-1)[:, : proposal.tokens.shape[1]]
-            stands = (target_at > 0) | (self.allowance(_at_tokens(raw, proposal), leeway.lenience) > largest)
+            stands = (target_at > 0) | (self.allowance(_at_tokens(raw, proposal), inputs.lenience) > largest)
         num_accepted = _num_accepted(stands, proposal)
         return num_accepted, _from_residual(noise, proposal, target_probs, num_accepted)
 
@@ -222,7 +240,7 @@ class LenientExp(_Lenient):
 
 
 @dataclasses.dataclass(frozen=True)
-class Typical:
+class Typical(Rule):
     """Typical acceptance (Medusa, arXiv 2401.10774): a reference point, which never asks the draft's law.
 
     Accept y iff p(y) > min(epsilon, sqrt(epsilon) * exp(-H(p))), H the entropy of the target's law p; whatever is
@@ -235,7 +253,6 @@ class Typical:
     is the most probable token.
     """
 
-    shared_noise = False
     lossy = True
 
     def __call__(
@@ -243,12 +260,12 @@ class Typical:
         noise: Noise,
         proposal: Proposal,
         target_probs: Float[Array, "B gamma_plus_1 V"],
-        leeway: Leeway,
+        inputs: LossyInputs,
     ) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
-        raw = leeway.raw_target_probs
+        raw = inputs.raw_target_probs
         probs = target_probs if raw is None else raw
         entropy = jnp.sum(jax.scipy.special.entr(probs[:, : proposal.tokens.shape[1]]), axis=-1)
-        threshold = jnp.minimum(leeway.lenience, jnp.sqrt(leeway.lenience) * jnp.exp(-entropy))
+        threshold = jnp.minimum(inputs.lenience, jnp.sqrt(inputs.lenience) * jnp.exp(-entropy))
         stands = _at_tokens(probs, proposal) > threshold
         if raw is not None:
             stands |= _at_tokens(target_probs, proposal) > 0
@@ -267,8 +284,14 @@ RULES = {
 }
 
 
-def rule_named(name: str):
-    """The rule called `name`. Raises UserError for an unknown one."""
-    if name not in RULES:
-        raise UserError(f"Unknown rule {name!r}{nearest(name, RULES)}.")
-    return RULES[name]
+def rule_named(name: str) -> Rule:
+    """The rule called `name`: a key of `RULES`, or "path/to/file.py:Name" of a user's own, the class or an instance.
+
+    Raises:
+      UserError: for an unknown name, and for what is no Rule.
+    """
+    rule = named(name, RULES, "rule")
+    rule = rule() if isinstance(rule, type) and issubclass(rule, Rule) else rule
+    if not isinstance(rule, Rule):
+        raise UserError(f'rule "{name}" must be a subclass of specjax.decoding.rules.Rule, or an instance of one')
+    return rule

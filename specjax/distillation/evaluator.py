@@ -7,7 +7,8 @@ import jax
 
 from specjax.data import batches, tasks
 from specjax.decoding import batch, loop, rules
-from specjax.decoding.drafters.table import make_drafter
+from specjax.decoding.drafters.model import ModelDraft
+from specjax.decoding.drafters.table import build_drafter, make_options
 from specjax.decoding.sampling import Sampling
 from specjax.hub.tokenizer import Tokenizer
 from specjax.models.self_draft import SelfDraft
@@ -16,8 +17,8 @@ from specjax.models.self_draft import SelfDraft
 def _drafter(material: Any, gamma: int) -> Any:
     if isinstance(material.draft, SelfDraft):
         adapter = material.draft.adapter
-        return make_drafter(adapter.drafter, material.target, gamma, {"adapter": adapter})
-    return make_drafter("model", material.target, gamma, {"model": material.draft})
+        return build_drafter(make_options(adapter.drafter, {}), material.target, gamma, adapter)
+    return build_drafter(ModelDraft(), material.target, gamma, material.draft)
 
 
 def make_evaluator(

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from specjax.decoding import batch, loop, rules
-from specjax.decoding.drafters.table import make_drafter
+from specjax.decoding.drafters.model import ModelDraft
+from specjax.decoding.drafters.table import build_drafter
 from specjax.decoding.sampling import Sampling, row_keys
 from specjax.draft_design import shapes
 from specjax.evaluation import latency, prediction, throughput
@@ -49,7 +50,7 @@ class Workload:
 
     def plan(self, target: LanguageModel, draft: LanguageModel | None, gamma: int, threshold: float) -> loop.Plan:
         """The decoding of this workload by such a pair."""
-        drafter = make_drafter("model", target, gamma, {"model": draft, "threshold": threshold})
+        drafter = build_drafter(ModelDraft(threshold=threshold), target, gamma, draft)
         capacity = batch.capacity_bucket(target.text_slots(self.slots), self.max_new_tokens, gamma)
         greedy = self.temperature == 0
         return loop.Plan(target, drafter, rules.rule_named("lossless"), gamma, capacity, greedy)

@@ -20,7 +20,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from specjax.decoding import batch, loop, rules
-from specjax.decoding.drafters.table import make_drafter
+from specjax.decoding.drafters.base import DrafterOptions
+from specjax.decoding.drafters.model import ModelDraft
+from specjax.decoding.drafters.ngram import NGram
+from specjax.decoding.drafters.table import build_drafter
 from specjax.decoding.sampling import Sampling
 from specjax.hub.model import Model
 from specjax.models.language_model import LanguageModel, consecutive
@@ -29,8 +32,6 @@ from specjax.runtime.errors import UserError
 
 FILE, ARRAYS = "replay.json", "replay.npz"
 SCHEMA = 1
-# Drafters that ask nothing of the target.
-DRAFTERS = ("model", "ngram")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,32 +146,24 @@ def load(directory: str | Path) -> Replay:
 
 
 def score(
-    replay: Replay,
-    kind: str,
-    gamma: int,
-    options: dict[str, Any],
-    *,
-    draft: Model | None = None,
-    batch_size: int = 1,
+    replay: Replay, options: DrafterOptions, gamma: int, *, draft: Model | None = None, batch_size: int = 1
 ) -> metrics.Counts:
     """The counts of greedy speculative decoding with this drafter, a row a prompt.
 
     Args:
-      kind: of the drafter, one of `DRAFTERS`.
-      options: as `drafters.table.make_drafter` takes them, `model` apart.
-      draft: the model of a "model" drafter.
+      options: `ModelDraft` or `NGram`.
+      draft: the model of a `ModelDraft`.
 
     Raises:
       UserError: for a drafter that needs the target itself, and a draft with another tokenizer.
     """
-    if kind not in DRAFTERS:
-        raise UserError(f'a replay holds nothing of which "{kind}" could draft; it scores {" and ".join(DRAFTERS)}')
-    params = None
+    if not isinstance(options, ModelDraft | NGram):
+        raise UserError(f"a replay holds no states of the target; it scores ModelDraft and NGram, not {options}")
     if draft is not None:
         replay.check_tokenizer(draft)
-        options, params = {**options, "model": draft.decoder}, draft.params
+    params = None if draft is None else draft.params
     table = Stored(None, logits_size=replay.vocab_size)
-    drafter = make_drafter(kind, table, gamma, options)
+    drafter = build_drafter(options, table, gamma, None if draft is None else draft.decoder)
     plan = _plan(table, drafter, gamma, replay.prompts, replay.max_new_tokens)
     texts = _texts(replay, plan.capacity)
 
@@ -178,8 +171,9 @@ def score(
         part = texts[first : first + batch_size]
         return jnp.asarray(np.concatenate([part, np.repeat(part[-1:], batch_size - len(part), axis=0)]))
 
-    threshold = options.get("threshold", 0.0)
-    results = _decode(plan, rows, params, replay.prompts, batch_size, threshold, replay.max_new_tokens, replay.eos_ids)
+    results = _decode(
+        plan, rows, params, replay.prompts, batch_size, options.threshold, replay.max_new_tokens, replay.eos_ids
+    )
     return metrics.Counts(**batch.join_counts([result.counts(size) for size, result in results]))
 
 

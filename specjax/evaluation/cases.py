@@ -1,16 +1,18 @@
 """What an evaluation runs: targets, drafters and prompts, settings, and the cases of each setting."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from specjax.data import batches, tasks
-from specjax.decoding import batch, loop, rules
+from specjax.decoding import batch, loop
 from specjax.decoding.drafters.adaptive import block_costs
-from specjax.decoding.drafters.table import ATTACHED, LISTS, make_drafter
+from specjax.decoding.drafters.base import DrafterOptions
+from specjax.decoding.drafters.model import ModelDraft
+from specjax.decoding.drafters.table import build_drafter, make_options, options_class
+from specjax.decoding.rules import RULES, Rule, rule_named
 from specjax.decoding.sampling import Sampling
 from specjax.hub import model as hub_model
 from specjax.hub.adapter import LoadedAdapter
@@ -20,6 +22,97 @@ from specjax.runtime.errors import UserError, nearest
 
 BASELINE = "none"
 
+# Keys of a drafter's section that are not options of its kind.
+_SECTION_KEYS = ("kind", "path", "target", "replicate", "rules")
+
+
+@dataclasses.dataclass(frozen=True)
+class DrafterSection:
+    """A drafter's section of a config, read and checked.
+
+    Attributes:
+      options: of its kind.
+      path: directory of what the kind loads; "" where it loads nothing.
+      target: directory of the model that it drafts for.
+      replicate: every device of the tensor axis holds all of the draft model.
+      rules: for each rule its name in the results, the rule, and the gammas at which it is run.
+    """
+
+    options: DrafterOptions
+    path: str
+    target: str
+    replicate: bool
+    rules: tuple[tuple[str, Rule, tuple[int, ...]], ...]
+
+
+def read_drafters(config: Any) -> dict[str, DrafterSection]:
+    """The config's drafters by name.
+
+    Raises:
+      UserError: for an unknown kind, rule or key, a value that is missing, and a lossy rule without leniences.
+    """
+    return {name: _read_section(config, f"drafters.{name}.", section) for name, section in config.drafters.items()}
+
+
+def _read_section(config: Any, where: str, section: Any) -> DrafterSection:
+    values = section.to_dict()
+    for key in ("kind", "rules"):
+        if key not in values:
+            raise UserError(_old_layout(where, values) or f"{where}{key} is missing; give it a value")
+    loads = options_class(values["kind"]).loads
+    options = {key: value for key, value in values.items() if key not in _SECTION_KEYS}
+    for key in options:
+        if key in RULES:
+            raise UserError(_old_layout(where, values))
+    if isinstance(options.get("skipped"), str):
+        options["skipped"] = records.chosen(options["skipped"])["skipped"]
+    path, replicate = values.get("path", ""), values.get("replicate", False)
+    if bool(path) != bool(loads):
+        raise UserError(
+            f"{where}path is empty; name the directory of the {loads}"
+            if loads
+            else f'{where}path is "{path}", and drafter "{values["kind"]}" loads nothing; leave path out'
+        )
+    if replicate and loads != "model":
+        raise UserError(f'{where}replicate is for draft models, not for drafter "{values["kind"]}"; leave it out')
+    return DrafterSection(
+        make_options(values["kind"], options, where),
+        path,
+        values.get("target", config.target),
+        replicate,
+        _read_rules(config, f"{where}rules", values["rules"]),
+    )
+
+
+def _old_layout(where: str, values: Mapping[str, Any]) -> str:
+    """What to write in place of gammas that are given outside `rules`, or ""."""
+    key = next((key for key in values if key in RULES), "")
+    return key and f"{where}{key} is now {where}rules.{key}; move the gammas of every rule there"
+
+
+def _read_rules(config: Any, where: str, section: Any) -> tuple[tuple[str, Rule, tuple[int, ...]], ...]:
+    """Those of `RULES` in the table's order, then a user's own: {"NAME": {"rule": "file.py:Name", "gammas": (2,)}}."""
+    if not isinstance(section, Mapping):
+        raise UserError(f'{where} must hold gammas by rule, such as {{"lossless": (2, 4)}}, not {section!r}')
+    rules = []
+    for name in sorted(section, key=lambda name: [*RULES, *section].index(name)):
+        entry = section[name]
+        place, gammas = (entry.get("rule"), entry.get("gammas")) if isinstance(entry, Mapping) else (name, entry)
+        gammas = (gammas,) if isinstance(gammas, int) else gammas
+        if not isinstance(gammas, tuple | list) or not isinstance(place, str):
+            raise UserError(
+                f'{where}.{name} must be gammas, such as (2, 4), or {{"rule": "file.py:Name", "gammas": (2, 4)}}, '
+                f"not {entry!r}"
+            )
+        try:
+            rule = rule_named(place)
+        except UserError as error:
+            raise UserError(f"{where}.{name}: {error}") from None
+        if rule.lossy and gammas and not config.leniences:
+            raise UserError(f"{where}.{name} needs leniences, and config.leniences is empty; name some")
+        rules.append((name, rule, tuple(gammas)))
+    return tuple(rules)
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -27,21 +120,42 @@ class Case:
 
     Attributes:
       target: whose text it is: the job's, or the drafter's own, whose plain decoding is its gamma 0.
+      section: the drafter's, of the config.
+      loaded: the draft model or attachment, or None.
+      rule: its name in the results.
       lenience: None under an exact rule.
-      num_params: of a draft model; 0 where there is no ratio of parameters to speak of.
+      plan_rule: the rule itself.
       sampling: the setting's, with the rule's lenience, the drafter's threshold, and the costs of its blocks.
     """
 
     name: str
     target: hub_model.Model
-    kind: str
+    section: DrafterSection
+    loaded: hub_model.Model | LoadedAdapter | None
     rule: str
     lenience: float | None
+    plan_rule: Rule
     gamma: int
     sampling: Sampling
-    options: dict[str, Any]
-    params: Any
-    num_params: int
+
+    @property
+    def options(self) -> DrafterOptions:
+        return self.section.options
+
+    @property
+    def params(self) -> Any:
+        """Parameters of the draft model or attachment; None where there is none."""
+        return None if self.loaded is None else self.loaded.params
+
+    @property
+    def num_params(self) -> int:
+        """Parameters of a draft model; 0 where there is no ratio of parameters to speak of."""
+        return self.loaded.decoder.num_params if isinstance(self.loaded, hub_model.Model) else 0
+
+    @property
+    def network(self) -> Any:
+        """What is loaded, without its parameters."""
+        return self.loaded.adapter if isinstance(self.loaded, LoadedAdapter) else self.loaded and self.loaded.decoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,19 +211,17 @@ def load_models(config: Any, load: Callable, load_adapter: Callable) -> tuple[di
     Raises:
       UserError: for models that do not fit each other, and rules without leniences.
     """
-    target = load(config.target)
-    _check_rules(config)
+    sections, target = read_drafters(config), load(config.target)
     targets, drafters = {config.target: target}, {}
-    for name, section in config.drafters.items():
-        own = _options(config, section)["target"]
-        if own not in targets:
-            targets[own] = load(own)
-            hub_model.check_pair(target, targets[own])
-        if section.kind == "model":
-            drafters[name] = load(section.path, replicate=_options(config, section)["replicate"])
+    for name, section in sections.items():
+        if section.target not in targets:
+            targets[section.target] = load(section.target)
+            hub_model.check_pair(target, targets[section.target])
+        if section.options.loads == "model":
+            drafters[name] = load(section.path, replicate=section.replicate)
             hub_model.check_pair(target, drafters[name])
-        elif section.kind in ATTACHED:
-            drafters[name] = load_adapter(section.path, targets[own])
+        elif section.options.loads:
+            drafters[name] = load_adapter(section.path, targets[section.target])
     return targets, drafters
 
 
@@ -139,86 +251,63 @@ def make_job(config: Any) -> Job:
     return dataclasses.replace(job, prompts=prompts)
 
 
-def _check_rules(config: Any) -> None:
-    """In a drafter's section lists are gammas: refuses those of no rule, and of a lossy one without leniences."""
-    for name, section in config.drafters.items():
-        for key, gammas in section.items():
-            of_rule = isinstance(gammas, (tuple, list)) and key not in LISTS
-            if of_rule and rules.rule_named(key).lossy and gammas and not config.leniences:
-                raise UserError(f"drafters.{name}.{key} needs leniences, and config.leniences is empty; name some.")
-
-
 def make_settings(config: Any) -> list[Setting]:
     """Groups in order: every batch size and temperature under `lossless`, then under `coupled` where sampled."""
+    shared = any(
+        rule.shared_noise and gammas for section in read_drafters(config).values() for _, rule, gammas in section.rules
+    )
     settings = []
     for size in config.batch_sizes:
         for temperature in config.temperatures:
             settings.append(Setting("lossless", temperature, size))
-            if temperature > 0 and any(section.coupled for section in config.drafters.values()):
+            if temperature > 0 and shared:
                 settings.append(Setting("coupled", temperature, size))
     return settings
 
 
-def _rules(config: Any, setting: Setting) -> list[tuple[str, float | None]]:
-    """The group's exact rule; beside `lossless`, whose baseline they share, every lossy one at every lenience."""
-    lossy = [name for name, rule in rules.RULES.items() if rule.lossy] if setting.rule == "lossless" else []
-    return [(setting.rule, None), *((name, lenience) for name in lossy for lenience in config.leniences)]
+def make_cases(job: Job, setting: Setting) -> list[Case]:
+    """Plain decoding, then every drafter at its gammas under the rules that share its noise.
+
+    Raises:
+      UserError: for what does not fit.
+    """
+    plain = DrafterSection(ModelDraft(), "", job.config.target, False, ())
+    exact = RULES[setting.rule]
+    cases = [Case(BASELINE, job.target, plain, None, setting.rule, None, exact, 0, _sampling(job, setting, plain))]
+    for name, section in read_drafters(job.config).items():
+        target, loaded = job.targets[section.target], job.drafters.get(name)
+        for rule_name, rule, gammas in section.rules:
+            if rule.shared_noise != exact.shared_noise:
+                continue
+            for lenience in job.config.leniences if rule.lossy else (None,):
+                for gamma in gammas:
+                    try:
+                        sampling = _sampling(job, setting, section, lenience, gamma)
+                        case = Case(name, target, section, loaded, rule_name, lenience, rule, gamma, sampling)
+                        build_drafter(section.options, target.decoder, gamma, case.network)
+                    except UserError as error:
+                        raise UserError(f"drafters.{name}: {error}") from None
+                    cases.append(case)
+    return cases
 
 
-def _sampling(job: Job, setting: Setting, lenience: float | None, options: dict[str, Any], gamma: int) -> Sampling:
+def _sampling(
+    job: Job, setting: Setting, section: DrafterSection, lenience: float | None = None, gamma: int = 0
+) -> Sampling:
+    options = section.options
     return Sampling.of(
         setting.temperature,
         job.config.top_k,
         job.config.top_p,
         lenience=1.0 if lenience is None else lenience,
-        threshold=options["threshold"],
-        costs=block_costs(*options["costs"], gamma) if options["adaptive"] and options["costs"] else None,
+        threshold=options.threshold,
+        costs=block_costs(*options.costs, gamma) if options.adaptive and options.costs else None,
     )
-
-
-def _options(config: Any, section: ConfigDict) -> dict[str, Any]:
-    """A drafter's section, with what it leaves out: the target of all, a draft length that is fixed and never stops."""
-    return {
-        "target": config.target,
-        "threshold": 0.0,
-        "adaptive": False,
-        "costs": (),
-        "replicate": False,
-        **section.to_dict(),
-    }
-
-
-def make_cases(job: Job, setting: Setting) -> list[Case]:
-    """Plain decoding, then every drafter at its gammas; refuses what does not fit (UserError)."""
-    options = _options(job.config, ConfigDict())
-    plain = (setting.rule, None, 0, _sampling(job, setting, None, options, 0))
-    cases = [Case(BASELINE, job.target, "model", *plain, options, None, 0)]
-    for name, section in job.config.drafters.items():
-        options, drafter = _options(job.config, section), job.drafters.get(name)
-        params, size = (None, 0) if drafter is None else (drafter.params, 0)
-        if isinstance(drafter, LoadedAdapter):
-            options["adapter"] = drafter.adapter
-        elif drafter is not None:
-            options["model"], size = drafter.decoder, drafter.decoder.num_params
-        if isinstance(options.get("skipped"), str):
-            options["skipped"] = records.chosen(options["skipped"])["skipped"]
-        if len(options["costs"]) not in (0, 2):
-            raise UserError(
-                f"drafters.{name}.costs has {len(options['costs'])} numbers; give the costs of a drafted token and of "
-                "verifying it, relative to a plain step, or none to have them measured"
-            )
-        target = job.targets[options["target"]]
-        for rule, lenience in _rules(job.config, setting):
-            for gamma in section.get(rule, ()):
-                make_drafter(section.kind, target.decoder, gamma, options)  # refuses what does not fit
-                how = (rule, lenience, gamma, _sampling(job, setting, lenience, options, gamma))
-                cases.append(Case(name, target, section.kind, *how, options, params, size))
-    return cases
 
 
 def needs_costs(case: Case) -> bool:
     """Whether its draft length adapts to costs of blocks that have to be measured first."""
-    return case.gamma > 0 and case.options["adaptive"] and case.sampling.costs is None
+    return case.gamma > 0 and case.options.adaptive and case.sampling.costs is None
 
 
 def make_plan(job: Job, setting: Setting, case: Case, slots: int) -> loop.Plan:
@@ -226,12 +315,12 @@ def make_plan(job: Job, setting: Setting, case: Case, slots: int) -> loop.Plan:
     decoder = case.target.decoder
     return loop.Plan(
         target=decoder,
-        drafter=make_drafter(case.kind, decoder, case.gamma, case.options),
-        rule=rules.rule_named(case.rule),
+        drafter=build_drafter(case.options, decoder, case.gamma, case.network),
+        rule=case.plan_rule,
         gamma=case.gamma,
         capacity=batch.capacity_bucket(decoder.text_slots(slots), job.config.max_new_tokens, case.gamma),
         greedy=setting.temperature == 0,
-        replicate_draft=case.options["replicate"],
+        replicate_draft=case.section.replicate,
     )
 
 
@@ -240,12 +329,12 @@ def described(config: Any, setting: Setting, case: Case, prompts: int) -> dict:
     return {
         "task": config.task.name,
         "prompts": prompts,
-        "target": case.options["target"],
+        "target": case.section.target,
         "drafter": case.name,
         "rule": case.rule,
         "lenience": case.lenience,
         "gamma": case.gamma,
-        "threshold": case.options["threshold"],
+        "threshold": case.options.threshold,
         "block_costs": None if case.sampling.costs is None else np.asarray(case.sampling.costs).tolist(),
         "temperature": setting.temperature,
         "top_k": config.top_k,

@@ -39,10 +39,10 @@ def histogram(
       output: (rows that count, result) of each batch of the prompts.
 
     Returns:
-      {"accepted", "rejected"}: counts in `BINS` equal bins of [0, 1]; None for drafters without `score`, and for
-      targets that read their prompt apart.
+      {"accepted", "rejected"}: counts in `BINS` equal bins of [0, 1]; None for drafters that do not score texts, and
+      for targets that read their prompt apart.
     """
-    if not hasattr(plan.drafter, "score") or plan.target.is_encoder_decoder:
+    if plan.drafter is None or not plan.drafter.scores or plan.target.is_encoder_decoder:
         return None
     tokens = [row for rows, result in output for row in result.tokens[:rows]]
     origins = [row for rows, result in output for row in result.origins[:rows]]

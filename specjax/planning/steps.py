@@ -272,7 +272,7 @@ def decodings(config: Any, shelf: ModelCatalog, mesh: AnyMesh) -> Iterator[Decod
                 sampling = dataclasses.replace(sampling, costs=jnp.ones((case.gamma + 1,), jnp.float32))
             brought = _brought(drafters.get(name))
             yield Decoding(name, plan, brought, sampling, mesh, size, slots)
-    if not any(section.lossless for section in config.drafters.values()):
+    if not any(section.rules.get("lossless") for section in config.drafters.values()):
         raise UserError("no drafter of this evaluation is run under the lossless rule; name a gamma of it")
 
 

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from safetensors.numpy import load_file
 
 from specjax.decoding import batch, loop, rules
-from specjax.decoding.drafters.table import make_drafter
 from specjax.decoding.sampling import Sampling, row_keys
 from specjax.hub.load import FAMILIES, load
 from specjax.hub.save import save
@@ -231,7 +231,7 @@ def decode(pair, prompts, drafter):
     options = {"exit_layer": 1, "shortest": 1, "longest": 3}
     plan = loop.Plan(
         target=pair.decoder,
-        drafter=make_drafter(drafter, pair.decoder, gamma, options) if drafter else None,
+        drafter=tiny.make_drafter(drafter, pair.decoder, gamma, options) if drafter else None,
         rule=rules.rule_named("lossless"),
         gamma=gamma,
         capacity=loop.capacity_for(SLOTS, NEW_TOKENS, GAMMA),

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+import tiny
 
 from specjax.decoding import batch, loop, rules
-from specjax.decoding.drafters.table import make_drafter
 from specjax.decoding.sampling import Sampling
 from specjax.hub.load import load
 from specjax.hub.model import Model, save
@@ -69,7 +69,7 @@ def decoded(ours, prompts, drafter, gamma, options):
     slots = batch.prompt_slots(prompts)
     plan = loop.Plan(
         target=ours.decoder,
-        drafter=make_drafter(drafter, ours.decoder, gamma, options) if gamma else None,
+        drafter=tiny.make_drafter(drafter, ours.decoder, gamma, options) if gamma else None,
         rule=rules.rule_named("lossless"),
         gamma=gamma,
         capacity=batch.capacity_bucket(ours.decoder.text_slots(slots), NEW, gamma),

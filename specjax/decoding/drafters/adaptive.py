@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from specjax.decoding.drafters.base import Context, Outcome, Prefill
+from specjax.decoding.drafters.base import Context, Drafter, Outcome, Prefill
 from specjax.runtime.errors import UserError
 
 # What a block leaves of the evidence before it: the last twenty blocks or so decide.
@@ -76,7 +76,7 @@ def block_costs(draft: float, column: float, gamma: int) -> tuple[float, ...]:
 
 
 @dataclasses.dataclass(frozen=True)
-class AdaptiveDrafter:
+class AdaptiveDrafter(Drafter):
     """Lets another drafter draft as many tokens as have paid so far; none where no number of them pays.
 
     Evidence fades, so a row that has stopped drafting becomes hopeful again and tries: seldom enough to cost little.
@@ -93,7 +93,7 @@ class AdaptiveDrafter:
       inner: the drafter whose length is picked.
     """
 
-    inner: Any
+    inner: Drafter
     gamma: int
     stops = True
     idles = True

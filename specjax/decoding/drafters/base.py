@@ -16,12 +16,16 @@ the token it discards: that would bend the output law.
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import jax
 from jaxtyping import Array, Bool, Float, Int
 
 from specjax.decoding.sampling import Noise, Sampling, Stream, probabilities
+from specjax.models.language_model import LanguageModel
+from specjax.runtime import checks
+from specjax.runtime.errors import UserError
 
 
 @jax.tree_util.register_dataclass
@@ -121,3 +125,99 @@ class Outcome:
     num_accepted: Int[Array, "B"]
     lengths: Int[Array, "B"]
     tap_states: tuple[Any, ...]
+
+
+class Drafter:
+    """What the decoding loop asks of a drafter. Subclasses are frozen dataclasses, so that they can be compile keys.
+
+    Attributes:
+      gamma: most tokens drafted a block.
+      taps: target layers whose hidden states the drafter wants to see.
+      stops: whether a row may draft fewer than gamma tokens often. Verification then runs about as many columns as were
+        drafted; each of these widths is compiled.
+      idles: whether no row of a batch may draft at all in a block: verification then also has the width of one column.
+      scores: whether `score` is defined.
+    """
+
+    gamma: int
+    taps: tuple[int, ...] = ()
+    stops: bool = False
+    idles: bool = False
+    scores: bool = False
+
+    def init(self, params: Any, target_params: Any, prefill: Prefill, row_keys: Any) -> Any:
+        """The state after prefill; a drafter without any keeps `()`."""
+        return ()
+
+    def propose(
+        self, params: Any, target_params: Any, state: Any, target_cache: Any, context: Context
+    ) -> tuple[Proposal, Any, Any]:
+        """Drafts the tokens of one block. Returns the proposal, the state and the target's cache."""
+        raise NotImplementedError
+
+    def commit(self, params: Any, state: Any, outcome: Outcome) -> Any:
+        """The state after a block was verified; rolling a cache back needs nothing (see `kv_cache`)."""
+        return state
+
+    def score(self, params: Any, target_params: Any, texts: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+        """The draft's logits after every token of whole texts, computed without a cache."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DrafterOptions:
+    """What a user chooses about a drafter; each drafter has a subclass, whose fields are the keys of a config.
+
+    Attributes:
+      adaptive: each row drafts as many tokens, up to gamma, as have paid so far (see `AdaptiveDrafter`).
+      costs: for `adaptive`, the costs of a drafted token and of verifying it, relative to a plain step; an evaluation
+        measures them where there are none.
+      loads: what the drafter's `path` names: "model", "attachment" (an adapter or heads), or "" for nothing.
+      threshold: confidence below which a row stops drafting; 0 never stops.
+    """
+
+    adaptive: bool = False
+    costs: Sequence[float] = ()
+    loads: ClassVar[str] = ""
+    threshold: ClassVar[float] = 0.0
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = vars(self)[field.name]
+            if isinstance(value, list | range):
+                object.__setattr__(self, field.name, tuple(value))
+            elif field.type in (bool, int, float):
+                checks.instance(field.name, value, field.type)
+        if len(self.costs) not in (0, 2):
+            raise UserError(
+                f"costs has {len(self.costs)} numbers; give the costs of a drafted token and of verifying it, relative "
+                "to a plain step, or none to have them measured"
+            )
+
+    def build(self, target: LanguageModel, gamma: int, loaded: Any) -> Drafter:
+        """The drafter for this target and gamma >= 1.
+
+        Args:
+          loaded: the model (a LanguageModel) or attachment that `loads` announces, without its parameters.
+
+        Raises:
+          UserError: for values that do not fit the target, gamma or what is loaded.
+        """
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoppingOptions(DrafterOptions):
+    """Options of a drafter with probabilities, which may stop where it is unsure.
+
+    Attributes:
+      threshold: a row's block ends after the first token from whose distribution the draft was less sure than this (its
+        largest probability at temperature 1); 0 always drafts gamma.
+    """
+
+    threshold: float = 0.0
+
+    @property
+    def stops(self) -> bool:
+        """Whether confidence is computed at all; the threshold itself is traced, see `Sampling`."""
+        return self.threshold > 0

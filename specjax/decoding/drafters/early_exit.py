@@ -7,13 +7,32 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from specjax.decoding.drafters.base import Context, Outcome, Prefill
+from specjax.decoding.drafters.base import Context, Drafter, StoppingOptions
 from specjax.decoding.drafters.drafting import draft
 from specjax.models.language_model import LanguageModel, consecutive
+from specjax.runtime.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EarlyExit(StoppingOptions):
+    """The target's first layers as the draft.
+
+    Attributes:
+      exit_layer: how many of them.
+      adjusted: compare the threshold with the probabilities after temperature, top-k and top-p, not at temperature 1.
+    """
+
+    exit_layer: int = 1
+    adjusted: bool = False
+
+    def build(self, target: LanguageModel, gamma: int, loaded: None) -> "EarlyExitDrafter":
+        if not 1 <= self.exit_layer < target.layers:
+            raise UserError(f"exit_layer must lie in 1 .. {target.layers - 1} for this target, not {self.exit_layer}")
+        return EarlyExitDrafter(target, self.exit_layer, gamma, self.stops, self.adjusted)
 
 
 @dataclasses.dataclass(frozen=True)
-class EarlyExitDrafter:
+class EarlyExitDrafter(Drafter):
     """Drafts from the hidden state after layer `exit_layer`, through the target's final norm and head.
 
     The shallow layers' keys and values go straight into the target's cache, and verification resumes from the
@@ -30,10 +49,7 @@ class EarlyExitDrafter:
     gamma: int
     stops: bool = False
     adjusted: bool = False
-    taps = ()
-
-    def init(self, params, target_params, prefill: Prefill, row_keys):
-        return ()
+    scores = True
 
     def caught_up(self, params, target_params, state, target_cache, context: Context):
         """State and cache with what the drafter missed while no row drafted: here it keeps nothing of its own."""
@@ -93,6 +109,3 @@ class EarlyExitDrafter:
         """The target's states at the exit."""
         span = (0, self.exit_layer)
         return self.target.extend(target_params, None, texts, consecutive(texts), layers=span)[0]
-
-    def commit(self, params, state, outcome: Outcome):
-        return state

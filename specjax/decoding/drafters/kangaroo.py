@@ -7,12 +7,28 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from specjax.decoding.drafters.base import Context, Outcome, Prefill
+from specjax.decoding.drafters.base import Context, Outcome, Prefill, StoppingOptions
 from specjax.decoding.drafters.drafting import catch_up
 from specjax.decoding.drafters.early_exit import EarlyExitDrafter
 from specjax.models import kv_cache
 from specjax.models.adapters import Adapter
-from specjax.models.language_model import consecutive
+from specjax.models.language_model import LanguageModel, consecutive
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kangaroo(StoppingOptions):
+    """The target's first layers and a trained adapter as the draft.
+
+    Attributes:
+      adjusted: compare the threshold with the probabilities after temperature, top-k and top-p, not at temperature 1.
+    """
+
+    adjusted: bool = False
+    loads = "attachment"
+
+    def build(self, target: LanguageModel, gamma: int, loaded: Adapter) -> "KangarooDrafter":
+        layer = loaded.config.exit_layer
+        return KangarooDrafter(target, layer, gamma, self.stops, self.adjusted, adapter=loaded)
 
 
 @jax.tree_util.register_dataclass

@@ -6,14 +6,30 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from specjax.decoding.drafters.base import Context, Outcome, Prefill
+from specjax.decoding.drafters.base import Context, Drafter, Outcome, Prefill, StoppingOptions
 from specjax.decoding.drafters.drafting import draft
 from specjax.models.language_model import LanguageModel
 from specjax.models.medusa import MedusaHeads
+from specjax.runtime.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Medusa(StoppingOptions):
+    """Trained heads on the target's last hidden state as the draft."""
+
+    loads = "attachment"
+
+    def build(self, target: LanguageModel, gamma: int, loaded: MedusaHeads) -> "MedusaDrafter":
+        if gamma > loaded.config.heads:
+            raise UserError(
+                f"gamma {gamma} is more than the {loaded.config.heads} Medusa heads draft; "
+                f"take gamma {loaded.config.heads} or less, or train more heads"
+            )
+        return MedusaDrafter(target, loaded, gamma, self.stops)
 
 
 @dataclasses.dataclass(frozen=True)
-class MedusaDrafter:
+class MedusaDrafter(Drafter):
     """Drafts the k-th token of a block from head k, all heads on one hidden state.
 
     The pending token is in no cache yet, so the state is that of the committed token before it, which verification has

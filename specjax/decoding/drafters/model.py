@@ -4,14 +4,25 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from specjax.decoding.drafters.base import Context, Outcome, Prefill
+from specjax.decoding.drafters.base import Context, Drafter, Prefill, StoppingOptions
 from specjax.decoding.drafters.drafting import catch_up, draft
 from specjax.models import kv_cache
 from specjax.models.language_model import LanguageModel, consecutive
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelDraft(StoppingOptions):
+    """A draft model of its own, with the target's tokenizer."""
+
+    loads = "model"
+
+    def build(self, target: LanguageModel, gamma: int, loaded: LanguageModel) -> "ModelDrafter":
+        # Padded to other sizes, models of one tokenizer still make a pair: the draft speaks of the target's ids.
+        return ModelDrafter(loaded.with_vocab_size(target.vocab_size), gamma, self.stops)
+
+
 @dataclasses.dataclass(frozen=True)
-class ModelDrafter:
+class ModelDrafter(Drafter):
     """Drafts at most gamma tokens with a separate language model (arXiv 2211.17192).
 
     The first step of a block feeds the last two committed tokens. Re-writing the older one's keys and values changes
@@ -24,7 +35,6 @@ class ModelDrafter:
     model: LanguageModel
     gamma: int
     stops: bool = False
-    taps = ()
 
     def init(self, params, target_params, prefill: Prefill, row_keys):
         cache = self.model.start(params, prefill.prompts, prefill.lengths, prefill.capacity)
@@ -53,6 +63,3 @@ class ModelDrafter:
 
         proposal, cache = draft(context, self.gamma, state, first, step, stops=self.stops)
         return proposal, cache, target_cache
-
-    def commit(self, params, state, outcome: Outcome):
-        return state  # rolling back is continuing from an earlier position

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from specjax.decoding.drafters.base import Context, Outcome, Prefill, Proposal
+from specjax.decoding.drafters.base import Context, Drafter, DrafterOptions, Outcome, Prefill, Proposal
 from specjax.models import kv_cache
+from specjax.models.language_model import LanguageModel
+from specjax.runtime.errors import UserError
 
 
 @jax.tree_util.register_dataclass
@@ -24,8 +26,28 @@ class History:
     lengths: Int[Array, "B"]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NGram(DrafterOptions):
+    """Prompt lookup; it has no probabilities, and so no threshold.
+
+    Attributes:
+      shortest: fewest tokens that a match must have.
+      longest: most tokens that are compared.
+    """
+
+    shortest: int = 2
+    longest: int = 4
+
+    def build(self, target: LanguageModel, gamma: int, loaded: None) -> "NGramDrafter":
+        if not 1 <= self.shortest <= self.longest:
+            raise UserError(
+                f"ngram needs 1 <= shortest <= longest, not shortest={self.shortest}, longest={self.longest}"
+            )
+        return NGramDrafter(gamma, self.shortest, self.longest)
+
+
 @dataclasses.dataclass(frozen=True)
-class NGramDrafter:
+class NGramDrafter(Drafter):
     """Copies the continuation of the longest, then latest, earlier match of the row's last tokens.
 
     A match has at least `shortest` and at most `longest` tokens; without one nothing is drafted. The proposal is
@@ -35,7 +57,6 @@ class NGramDrafter:
     gamma: int
     shortest: int
     longest: int
-    taps = ()
 
     def init(self, params, target_params, prefill: Prefill, row_keys):
         if prefill.texts is prefill.prompts:

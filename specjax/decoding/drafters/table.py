@@ -1,118 +1,84 @@
 """Drafters by name: the one table that a new drafter joins."""
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from specjax.decoding.drafters.adaptive import AdaptiveDrafter
-from specjax.decoding.drafters.early_exit import EarlyExitDrafter
-from specjax.decoding.drafters.kangaroo import KangarooDrafter
-from specjax.decoding.drafters.medusa import MedusaDrafter
-from specjax.decoding.drafters.model import ModelDrafter
-from specjax.decoding.drafters.ngram import NGramDrafter
-from specjax.decoding.drafters.skip_layers import SkipLayersDrafter
+from specjax.decoding.drafters.base import Drafter, DrafterOptions
+from specjax.decoding.drafters.early_exit import EarlyExit
+from specjax.decoding.drafters.kangaroo import Kangaroo
+from specjax.decoding.drafters.medusa import Medusa
+from specjax.decoding.drafters.model import ModelDraft
+from specjax.decoding.drafters.ngram import NGram
+from specjax.decoding.drafters.skip_layers import SkipLayers
 from specjax.models.language_model import LanguageModel
+from specjax.runtime import checks
 from specjax.runtime.errors import UserError, nearest
+from specjax.runtime.extensions import named
 
-
-def _stops(options: dict) -> bool:
-    """Whether confidence is computed at all; the threshold itself is traced, see `Sampling`."""
-    return options.get("threshold", 0) > 0
-
-
-def _adjusted(options: dict) -> bool:
-    """Whether it is that of the probabilities drawn from, rather than that at temperature 1."""
-    return options.get("adjusted", False)
-
-
-def _model(target: LanguageModel, gamma: int, options: dict) -> ModelDrafter:
-    # Padded to other sizes, models of one tokenizer still make a pair: the draft speaks of the target's ids.
-    return ModelDrafter(options["model"].with_vocab_size(target.vocab_size), gamma, _stops(options))
-
-
-def _ngram(target: LanguageModel, gamma: int, options: dict) -> NGramDrafter:
-    shortest, longest = options["shortest"], options["longest"]
-    if not 1 <= shortest <= longest:
-        raise UserError(f"ngram needs 1 <= shortest <= longest, not shortest={shortest}, longest={longest}.")
-    if _stops(options):
-        raise UserError("ngram has no probabilities of which a threshold could speak; set threshold to 0.")
-    return NGramDrafter(gamma, shortest, longest)
-
-
-def _early_exit(target: LanguageModel, gamma: int, options: dict) -> EarlyExitDrafter:
-    layer = options["exit_layer"]
-    if not 1 <= layer < target.layers:
-        raise UserError(f"exit_layer must lie in 1 .. {target.layers - 1} for this target, not {layer}.")
-    return EarlyExitDrafter(target, layer, gamma, _stops(options), _adjusted(options))
-
-
-def _skip_layers(target: LanguageModel, gamma: int, options: dict) -> SkipLayersDrafter:
-    skipped = tuple(sorted(set(options["skipped"])))
-    if not skipped or skipped[0] < 0 or skipped[-1] >= target.layers:
-        raise UserError(
-            f"skipped must name layers of the target, 0 .. {target.layers - 1}, one or more of them; not {skipped}."
-        )
-    if len(skipped) == target.layers:
-        raise UserError(f"skipped names all {target.layers} layers of the target; leave at least one to draft with.")
-    return SkipLayersDrafter(target, skipped, gamma, _stops(options))
-
-
-def _adapter(kind: str, options: dict) -> Any:
-    adapter = options["adapter"]
-    if adapter.drafter != kind:
-        raise UserError(
-            f'what is loaded drafts in the manner of "{adapter.drafter}", not of "{kind}"; set kind to that.'
-        )
-    return adapter
-
-
-def _medusa(target: LanguageModel, gamma: int, options: dict) -> MedusaDrafter:
-    heads = _adapter("medusa", options)
-    if gamma > heads.config.heads:
-        raise UserError(
-            f"gamma {gamma} is more than the {heads.config.heads} Medusa heads draft; "
-            f"take gamma {heads.config.heads} or less, or train more heads."
-        )
-    return MedusaDrafter(target, heads, gamma, _stops(options))
-
-
-def _kangaroo(target: LanguageModel, gamma: int, options: dict) -> KangarooDrafter:
-    adapter = _adapter("kangaroo", options)
-    layer = adapter.config.exit_layer
-    return KangarooDrafter(target, layer, gamma, _stops(options), _adjusted(options), adapter=adapter)
-
-
-DRAFTERS = {
-    "model": _model,
-    "ngram": _ngram,
-    "early_exit": _early_exit,
-    "skip_layers": _skip_layers,
-    "kangaroo": _kangaroo,
-    "medusa": _medusa,
+DRAFTERS: dict[str, type[DrafterOptions]] = {
+    "model": ModelDraft,
+    "ngram": NGram,
+    "early_exit": EarlyExit,
+    "skip_layers": SkipLayers,
+    "kangaroo": Kangaroo,
+    "medusa": Medusa,
 }
 
-# Those that need something trained beside the target, which `hub.adapter` keeps.
-ATTACHED = ("kangaroo", "medusa")
 
-# Options that are lists; other lists in a config's section of a drafter are the gammas of a rule.
-LISTS = ("skipped", "costs")
-
-
-def make_drafter(kind: str, target: LanguageModel, gamma: int, options: dict[str, Any]) -> Any:
-    """Builds the drafter called `kind`; None when gamma is 0 (plain decoding).
-
-    Args:
-      options: `model` (a LanguageModel) for "model"; `shortest`, `longest` for "ngram"; `exit_layer` for "early_exit";
-        `skipped` (layer numbers) for "skip_layers"; `adapter` for "kangaroo" (a models.adapters.Adapter) and "medusa"
-        (a models.medusa.MedusaHeads). All but "ngram" take a `threshold`, 0 where there is none: above it the drafter
-        stops where it is less sure than `Sampling.threshold` says. "early_exit" and "kangaroo" take `adjusted`:
-        confidence after temperature, top-k and top-p. With `adaptive` any of them drafts up to gamma tokens, as many
-        as pay by `Sampling.costs`.
+def options_class(kind: str) -> type[DrafterOptions]:
+    """The options of the drafter called `kind`: a name of `DRAFTERS`, or "path/to/file.py:Name" of a user's own class.
 
     Raises:
-      UserError: for an unknown kind, a negative gamma, or options outside their range.
+      UserError: for an unknown name, and for what is no subclass of DrafterOptions.
     """
-    if kind not in DRAFTERS:
-        raise UserError(f"Unknown drafter {kind!r}{nearest(kind, DRAFTERS)}.")
+    options = named(kind, DRAFTERS, "drafter")
+    if not (isinstance(options, type) and issubclass(options, DrafterOptions)):
+        raise UserError(f'drafter "{kind}" must be a subclass of specjax.decoding.drafters.base.DrafterOptions')
+    return options
+
+
+def make_options(kind: str, values: Mapping[str, Any], where: str = "") -> DrafterOptions:
+    """The options of one drafter from a config's keys.
+
+    Args:
+      values: by name.
+      where: the key of the section that they are in, with a dot; it begins the names in errors.
+
+    Raises:
+      UserError: for a name that this drafter does not have, one that is missing, or a value of another type.
+    """
+    options = options_class(kind)
+    fields = dataclasses.fields(options)
+    for name in values:
+        if name not in [field.name for field in fields]:
+            owners = [f'"{other}"' for other, table in DRAFTERS.items() if name in table.__dataclass_fields__]
+            if owners:
+                raise UserError(f'{where}{name} is an option of {" and ".join(owners)}, not of "{kind}"; leave it out')
+            raise UserError(f"{where}{name} does not exist{nearest(name, [field.name for field in fields])}")
+    for field in fields:
+        if field.default is dataclasses.MISSING and field.name not in values:
+            raise UserError(f'{where}{field.name} is missing, and drafter "{kind}" needs it; give it a value')
+    try:
+        return options(**values)
+    except UserError as error:
+        raise UserError(f"{where}{error}") from None
+
+
+def build_drafter(options: DrafterOptions, target: LanguageModel, gamma: int, loaded: Any = None) -> Drafter | None:
+    """The drafter with these options, wrapped where its draft length adapts; None when gamma is 0 (plain decoding).
+
+    Args:
+      loaded: the model or attachment, without its parameters, that `options.loads` announces.
+
+    Raises:
+      UserError: for a gamma that is no number of tokens, or options that do not fit the target.
+    """
+    checks.instance("gamma", gamma, int)
     if gamma < 0:
-        raise UserError(f"gamma must be 0 (plain decoding) or more, not {gamma}.")
-    drafter = DRAFTERS[kind](target, gamma, options) if gamma else None
-    return AdaptiveDrafter(drafter, gamma) if drafter is not None and options.get("adaptive") else drafter
+        raise UserError(f"gamma must be 0 (plain decoding) or more, not {gamma}")
+    if options.loads == "attachment" and not isinstance(options, options_class(loaded.drafter)):
+        raise UserError(f'what is loaded is made for drafter "{loaded.drafter}", not for {options}; set kind to that')
+    drafter = options.build(target, gamma, loaded) if gamma else None
+    return AdaptiveDrafter(drafter, gamma) if drafter is not None and options.adaptive else drafter

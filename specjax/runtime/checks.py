@@ -1,0 +1,17 @@
+"""Checks of single values that a user gave."""
+
+import numbers
+from typing import Any
+
+from specjax.runtime.errors import UserError
+
+_NAMES = {bool: "True or False", int: "a whole number", float: "a number"}
+_ACCEPTED = {bool: bool, int: numbers.Integral, float: numbers.Real}
+
+
+def instance(name: str, value: Any, kind: type) -> None:
+    """Raises UserError unless the value is a bool, an int or a float, whichever `kind` is; an int is a float too."""
+    numpy_scalar = getattr(value, "ndim", None) == 0 and hasattr(value, "item")
+    plain = value.item() if numpy_scalar else value
+    if not isinstance(plain, _ACCEPTED[kind]) or (kind is not bool and isinstance(plain, bool)):
+        raise UserError(f"{name} must be {_NAMES[kind]}, not {value!r}")
