@@ -103,6 +103,10 @@ def written(directory, **records):
     return directory
 
 
+def all_pages():
+    return "".join(page.read_text(encoding="utf-8") for page in PAGES)
+
+
 def body(text, name):
     return text.split(f"<!-- table:{name} -->")[1].split("<!-- /table -->")[0]
 
@@ -114,12 +118,12 @@ def test_every_page_is_what_the_records_give(page):
 
 
 def test_the_pages_have_one_place_for_every_table_and_none_for_another():
-    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    text = all_pages()
     assert sorted(re.findall("<!-- table:(.*) -->", text)) == sorted([*sync.TABLES, *sync.CLAIMS])
 
 
 def test_each_record_fills_its_table_and_a_changed_number_is_drift(tmp_path):
-    text = README.read_text(encoding="utf-8")
+    text = all_pages()
     filled = sync.synced(text, written(tmp_path / "records", **MADE_UP))
     assert sync.synced(filled, tmp_path / "records") == filled
     assert "| distilled | 1 | 4 | 2.50 |" in body(filled, "quickstart")
@@ -136,9 +140,9 @@ def test_each_record_fills_its_table_and_a_changed_number_is_drift(tmp_path):
 
 
 def test_a_record_that_is_not_there_leaves_its_table_alone(tmp_path):
-    text = README.read_text(encoding="utf-8")
+    text = (ROOT / "configs/benchmark/README.md").read_text(encoding="utf-8")
     filled = sync.synced(text, written(tmp_path, **MADE_UP))
-    (tmp_path / "study.json").unlink()
+    (tmp_path / "peers.json").unlink()
     assert sync.synced(filled, tmp_path) == filled
     assert sync.synced(text, tmp_path / "nowhere") == text
 
