@@ -171,7 +171,7 @@ def test_bad_text_files_are_named(tmp_path):
 
 
 def test_an_unknown_task_names_the_nearest():
-    with pytest.raises(UserError, match='unknown task "arithmetics"; did you mean "arithmetic"'):
+    with pytest.raises(UserError, match='there is no task "arithmetics"; did you mean "arithmetic"'):
         load_task(config("arithmetics"))
 
 

@@ -182,7 +182,7 @@ def test_examples_of_a_data_set_whose_text_is_empty_are_left_out_and_counted(tmp
     prepare(tmp_path, "xsum", {"train": [record(0), *blank], "validation": [record(1)]})
     task = load_task(config("xsum", tmp_path))
     assert len(task.train) == len(task.validation) == 1
-    assert [line.split(", train: ")[1] for line in said] == ["2 examples left out, a text of theirs is empty"]
+    assert [line.split(", train: ")[1] for line in said] == ["2 examples left out, one of their texts is empty"]
     prepare(tmp_path / "blank", "xsum", {"train": [record(0)], "validation": blank})
     with pytest.raises(UserError, match='"xsum" has no examples to validate on'):
         load_task(config("xsum", tmp_path / "blank"))

@@ -1,11 +1,11 @@
 """How good predicted texts are: exact match, ROUGE, BLEU, over a whole set of predictions.
 
-BLEU of a set is no mean over its sentences. So every metric here counts something for each prediction, and its values
-are a function of the sums: that serves the set, any part of it, and the resamples of a bootstrap alike.
+BLEU of a set is not the mean over its sentences. So every metric here counts something for each prediction, and its
+values are a function of the sums. That serves the whole set, any part of it, and the resamples of a bootstrap.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 
@@ -17,7 +17,7 @@ _ROUGE = ("rouge1", "rouge2", "rougeL")
 
 @dataclass(frozen=True)
 class Quality:
-    """What a metric counted.
+    """The counts of a metric, from which its values follow.
 
     Attributes:
       statistics: a row per prediction, to be summed.
@@ -36,9 +36,21 @@ class Quality:
         return self.combine(sums)
 
     def difference(self, other: "Quality", weights: Float[np.ndarray, "N"] | None = None) -> dict[str, float]:
-        """The metric's values less those of other predictions for the same references, weighted alike."""
+        """The metric's values less those of other predictions for the same references, with the same weights."""
         theirs = other.values(weights)
         return {name: value - theirs[name] for name, value in self.values(weights).items()}
+
+
+def mean(scores: Mapping[str, Sequence[float | bool]]) -> Quality:
+    """The mean over the predictions of each score, in 0..1; the scores of a metric of your own, for example.
+
+    Raises ValueError unless all scores have as many values.
+    """
+    statistics = np.asarray([[*values, 1.0] for values in zip(*scores.values(), strict=True)], float)
+    return Quality(
+        statistics.reshape(-1, len(scores) + 1),  # also without predictions
+        lambda sums: {name: float(value / sums[-1]) for name, value in zip(scores, sums, strict=False)},
+    )
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[str]) -> Quality:
@@ -50,13 +62,13 @@ def exact_match(predictions: Sequence[str], references: Sequence[str]) -> Qualit
         answer is not None and answer == final_number(reference)
         for answer, reference in zip(map(final_number, predictions), references, strict=True)
     ]
-    return Quality(_counted(np.asarray(hits, float)[:, None]), lambda sums: {"exact_match": float(sums[0] / sums[-1])})
+    return mean({"exact_match": hits})
 
 
 def rouge(predictions: Sequence[str], references: Sequence[str]) -> Quality:
     """`rouge1`, `rouge2`, `rougeL`: mean F1 of unigrams, bigrams, longest common subsequence (Lin 2004).
 
-    As the rouge-score package has it by default, without stemming; so does T5's evaluation.
+    As the rouge-score package computes them by default, without stemming; so does T5's evaluation.
     """
     from rouge_score import rouge_scorer
 
@@ -65,11 +77,7 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> Quality:
         scorer.score(target=reference, prediction=prediction)
         for prediction, reference in zip(predictions, references, strict=True)
     ]
-    measures = np.asarray([[score[name].fmeasure for name in _ROUGE] for score in scores], float)
-    return Quality(
-        _counted(measures),
-        lambda sums: {name: float(value / sums[-1]) for name, value in zip(_ROUGE, sums, strict=False)},
-    )
+    return mean({name: [score[name].fmeasure for score in scores] for name in _ROUGE})
 
 
 def bleu(predictions: Sequence[str], references: Sequence[str]) -> Quality:
@@ -79,7 +87,7 @@ def bleu(predictions: Sequence[str], references: Sequence[str]) -> Quality:
     """
     from sacrebleu.metrics import BLEU
 
-    # The effective order, which sacrebleu asks for with single sentences, changes none of the counts that are taken.
+    # sacrebleu asks for the effective order with single sentences; it changes none of the counts that are taken.
     scorer = BLEU(effective_order=True)
     scores = [
         scorer.sentence_score(prediction, [reference])
@@ -88,8 +96,8 @@ def bleu(predictions: Sequence[str], references: Sequence[str]) -> Quality:
     counts = [[*score.counts, *score.totals, score.sys_len, score.ref_len] for score in scores]
 
     def combine(sums: np.ndarray) -> dict[str, float]:
-        *ngrams, written, wanted = sums.astype(int).tolist()
-        whole = BLEU.compute_bleu(ngrams[:4], ngrams[4:], written, wanted, smooth_method="exp")
+        *ngrams, length, reference_length = sums.astype(int).tolist()
+        whole = BLEU.compute_bleu(ngrams[:4], ngrams[4:], length, reference_length, smooth_method="exp")
         return {"bleu": float(whole.score / 100)}
 
     return Quality(np.asarray(counts, float), combine)
@@ -100,18 +108,13 @@ Metric = Callable[[Sequence[str], Sequence[str]], Quality]
 METRICS: dict[str, Metric] = {"exact_match": exact_match, "rouge": rouge, "bleu": bleu}
 
 
-def _counted(measures: np.ndarray) -> np.ndarray:
-    """With a last column of ones, whose sum is the number of predictions."""
-    return np.concatenate([measures, np.ones((len(measures), 1))], axis=1)
-
-
 _NUMBER = re.compile(r"(?:(?<![\w.)])-)?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)")
 
 
 def final_number(text: str) -> Decimal | None:
     """Returns the number after the first "####", or the last number where that mark is missing, or None.
 
-    The first mark counts because a model that does not stop goes on to problems of its own.
+    The first mark counts because a model that does not stop continues with problems of its own.
     """
     _, mark, answer = text.partition("####")
     numbers = _NUMBER.findall(answer if mark else text)

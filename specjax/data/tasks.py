@@ -1,4 +1,10 @@
-"""What there is to learn and to be measured on: a task is a table entry that yields examples and a metric."""
+"""Tasks to train and evaluate on: examples to learn from, examples to evaluate on, and a quality metric.
+
+`load_task` makes a task from a config's `task` section. `task.name` is a key of the table at the end of this file, or
+the place of a task of your own: "path/to/file.py:Name" or "package.module:Name". There, `Name` is a `Task`, or a
+function from the config's `task` section to a `Task`. A metric of your own is a function from predictions and
+references to `quality.Quality`, most easily made by `quality.mean`.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,28 +18,31 @@ from absl import logging
 from specjax.data import corpora, layouts, short_sums, word_problems
 from specjax.data.docstrings import stdlib_docstrings
 from specjax.data.layouts import Example, Parser
-from specjax.data.quality import METRICS, Quality
+from specjax.data.quality import METRICS, Metric, Quality
 from specjax.data.tfds_source import read_split
 from specjax.data.word_problems import generate_split
+from specjax.runtime import extensions
 from specjax.runtime.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
 class Task:
-    """Examples by split, and the name of the quality metric (None: there is none).
+    """Examples by split, and the quality metric.
 
     Attributes:
+      name: appears in errors and logs.
       train: empty where a task is for evaluation only.
-      validation: never empty; shares no file, and no prompt, with `train`. Data sets that come split are taken as
-        they come.
-      cuts_prompts: whether a prompt that is too long loses its end, as T5's texts to summarise do, rather than be
-        dropped or refused.
+      validation: never empty. The tasks of specjax make sure that it shares no file and no prompt with `train`; data
+        sets that come split are used as they come.
+      metric: a key of `quality.METRICS`, a function like those there, or None if completions are not judged.
+      cuts_prompts: whether a prompt that is too long is cut at its end, as T5's texts to summarise are. If not, it is
+        dropped in training and an error in evaluation.
     """
 
     name: str
     train: Sequence[Example]
     validation: Sequence[Example]
-    metric: str | None
+    metric: str | Metric | None = None
     cuts_prompts: bool = False
 
     @property
@@ -46,14 +55,28 @@ Splits = tuple[Sequence[Example], Sequence[Example]]
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """A task of the table: its loader, its metric, whether it needs `task.path` or may have one, cut prompts."""
+class _Builtin:
+    """A task of the table: called with a config's `task` section it returns the `Task`.
+
+    Attributes:
+      load: from the section to (training, validation) examples.
+      path: what `task.path` must be: "none" (empty), "needed" or "optional".
+    """
 
     load: Callable[[Any], Splits]
     metric: str | None = None
-    needs_path: bool = False
-    may_have_path: bool = False
+    path: str = "none"
     cuts_prompts: bool = False
+
+    def __call__(self, config: Any) -> Task:
+        if config.size < 0:
+            raise UserError(f"task.size is {config.size}; it must be positive, or 0 for all the training data")
+        if self.path == "needed" and not config.path:
+            raise UserError(f'task "{config.name}" reads a file: set task.path')
+        if self.path == "none" and config.path:
+            raise UserError(f'task "{config.name}" reads no file: set task.path to ""')
+        train, validation = self.load(config)
+        return Task(config.name, tuple(train), tuple(validation), self.metric, self.cuts_prompts)
 
 
 def load_task(config: Any) -> Task:
@@ -61,34 +84,37 @@ def load_task(config: Any) -> Task:
 
     Config keys: `name`; `path`, "" where the task reads no file, and for a data set of TFDS where TFDS keeps them by
     default; `seed`, of generated tasks; `size`, the most training data to use, in bytes of text for language modelling
-    and in examples otherwise (0: all; generated tasks need a number). Validation data does not depend on `size`.
+    and in examples otherwise (0: all; generated tasks need a number). Validation data does not depend on `size`. A task
+    of your own may read these keys as it likes.
 
     Raises UserError for an unknown task, for a file that is missing, empty or malformed (with its line number) or
-    lacks the references that the metric needs, and for a data set that is not prepared (with the command that does it).
+    lacks the references that the metric needs, for a data set that is not prepared (with the command that does it), and
+    for a task of your own that is no `Task`, or has no examples to validate on or an unknown metric.
     """
-    if config.name not in _TASKS:
-        raise UserError(f'unknown task "{config.name}"{nearest(config.name, _TASKS)}')
-    entry = _TASKS[config.name]
-    if config.size < 0:
-        raise UserError(f"task.size is {config.size}; it must be positive, or 0 for all the training data")
-    if entry.needs_path and not config.path:
-        raise UserError(f'task "{config.name}" reads a file: set task.path')
-    if config.path and not (entry.needs_path or entry.may_have_path):
-        raise UserError(f'task "{config.name}" reads no file: set task.path to ""')
-    train, validation = entry.load(config)
-    if not validation:
+    task = extensions.named(config.name, _TASKS, "task")
+    if not isinstance(task, Task) and callable(task):
+        task = task(config)
+    if not isinstance(task, Task):
+        raise UserError(f'"{config.name}" is {type(task).__name__}, not a specjax.data.tasks.Task or a function to one')
+    if not task.validation:
         raise UserError(f'the data of task "{config.name}" has no examples to validate on; give it some')
-    return Task(config.name, tuple(train), tuple(validation), entry.metric, entry.cuts_prompts)
+    for example in (*task.train, *task.validation):
+        if not isinstance(example, Example):
+            raise UserError(f'task "{config.name}" has an example of type {type(example).__name__}; make it an Example')
+    if isinstance(task.metric, str) and task.metric not in METRICS:
+        raise UserError(f'task "{config.name}" has the metric "{task.metric}"{nearest(task.metric, METRICS)}')
+    return task
 
 
 def quality(task: Task, predictions: Sequence[str], references: Sequence[str]) -> Quality:
     """Returns how good predicted completions are by the task's metric; its values are {} where the task has none.
 
-    Raises ValueError where there are not as many predictions as references.
+    Raises ValueError unless there are as many predictions as references.
     """
     if task.metric is None:
         return Quality(np.zeros((len(predictions), 0)), lambda sums: {})
-    return METRICS[task.metric](predictions, references)
+    metric = METRICS[task.metric] if isinstance(task.metric, str) else task.metric
+    return metric(predictions, references)
 
 
 def _documents(files: corpora.Files) -> list[Example]:
@@ -102,7 +128,7 @@ def _load_stdlib_code(config: Any) -> Splits:
 
 def _load_stdlib_docstrings(config: Any) -> Splits:
     train, validation = ([layouts.summary(*pair) for pair in pairs] for pairs in stdlib_docstrings())
-    return train[: config.size or None], validation
+    return _first(train, config.size), validation
 
 
 def _load_text(config: Any) -> Splits:
@@ -126,7 +152,7 @@ class _Generated:
 
 def _load_prompt_completion(config: Any) -> Splits:
     train, validation = layouts.read_splits(Path(config.path), layouts.parse_prompt_completion)
-    return train[: config.size or None], validation
+    return _first(train, config.size), validation
 
 
 def _load_spec_bench(config: Any) -> Splits:
@@ -161,72 +187,58 @@ class _Dataset:
         if config.path and layouts.is_jsonl(Path(config.path)):
             train, validation = layouts.read_splits(Path(config.path), self.parse)
         else:
-            train, validation = (self._examples(split, config.path) for split in ("train", self.validation))
-        return _limited(train, config.size), list(validation)
-
-    def _examples(self, split: str, data_dir: str) -> Iterator[Example]:
-        """Generates the examples; the split is opened at once, so that what is missing is said before the first."""
-        where, records = read_split(self.name, split, data_dir)
-        return self._parsed(where, records)
+            # Both splits are opened before the first example is read, so that a missing one is reported at once.
+            train, validation = (
+                self._parsed(*read_split(self.name, split, config.path)) for split in ("train", self.validation)
+            )
+        return _first(train, config.size), list(validation)
 
     def _parsed(self, where: str, records: Iterable[layouts.Record]) -> Iterator[Example]:
-        left_out = 0
+        skipped = 0
         for number, record in enumerate(records):
             # XSum and CNN/DailyMail hold a few articles without text.
             if all(str(record[name]).strip() for name in self.fields if name in record):
                 yield self.parse(record, f"{where}, example {number}")
             else:
-                left_out += 1
-        if left_out:
-            logging.warning("%s: %d examples left out, a text of theirs is empty", where, left_out)
+                skipped += 1
+        if skipped:
+            logging.warning("%s: %d examples left out, one of their texts is empty", where, skipped)
 
 
-def _limited(examples: Iterable[Example], size: int) -> list[Example]:
+def _dataset(name: str, validation: str, fields: tuple[str, ...], parse: Parser, metric: str | None) -> _Builtin:
+    return _Builtin(_Dataset(name, validation, fields, parse), metric, "optional", cuts_prompts=metric == "rouge")
+
+
+def _first(examples: Iterable[Example], size: int) -> list[Example]:
     """The first `size` examples, or the first whole documents of at most `size` bytes together; 0: all."""
-    kept, left = [], size
+    first, left = [], size
     for example in examples:
         left -= 1 if example.prompt else len(example.completion.encode())
         if size and left < 0:
             break
-        kept.append(example)
-    if not kept:
+        first.append(example)
+    if not first:
         raise UserError(f"task.size is {size}, which leaves nothing to train on; make it larger, or 0 for all")
-    return kept
+    return first
 
 
-_TASKS: dict[str, _Entry] = {
+_TASKS: dict[str, Callable[[Any], Task]] = {
     # On every machine.
-    "stdlib_code": _Entry(_load_stdlib_code),
-    "stdlib_docstrings": _Entry(_load_stdlib_docstrings, "rouge", cuts_prompts=True),
-    "arithmetic": _Entry(_Generated(word_problems), "exact_match"),
-    "short_sums": _Entry(_Generated(short_sums), "exact_match"),
+    "stdlib_code": _Builtin(_load_stdlib_code),
+    "stdlib_docstrings": _Builtin(_load_stdlib_docstrings, "rouge", cuts_prompts=True),
+    "arithmetic": _Builtin(_Generated(word_problems), "exact_match"),
+    "short_sums": _Builtin(_Generated(short_sums), "exact_match"),
     # Files.
-    "text": _Entry(_load_text, needs_path=True),
-    "prompt_completion": _Entry(_load_prompt_completion, needs_path=True),
-    "spec_bench": _Entry(_load_spec_bench, needs_path=True),
-    "prompts": _Entry(_load_prompts, needs_path=True),
+    "text": _Builtin(_load_text, path="needed"),
+    "prompt_completion": _Builtin(_load_prompt_completion, path="needed"),
+    "spec_bench": _Builtin(_load_spec_bench, path="needed"),
+    "prompts": _Builtin(_load_prompts, path="needed"),
     # TFDS, or files.
-    "xsum": _Entry(
-        _Dataset("xsum", "validation", ("document", "summary"), layouts.parse_xsum),
-        "rouge",
-        may_have_path=True,
-        cuts_prompts=True,
+    "xsum": _dataset("xsum", "validation", ("document", "summary"), layouts.parse_xsum, "rouge"),
+    "cnn_dailymail": _dataset(
+        "cnn_dailymail", "validation", ("article", "highlights"), layouts.parse_cnn_dailymail, "rouge"
     ),
-    "cnn_dailymail": _Entry(
-        _Dataset("cnn_dailymail", "validation", ("article", "highlights"), layouts.parse_cnn_dailymail),
-        "rouge",
-        may_have_path=True,
-        cuts_prompts=True,
-    ),
-    "wmt14_en_de": _Entry(
-        _Dataset("wmt14_translate/de-en", "validation", ("en", "de"), layouts.parse_wmt_en_de),
-        "bleu",
-        may_have_path=True,
-    ),
-    "gsm8k": _Entry(
-        _Dataset("gsm8k", "test", ("question", "answer"), layouts.parse_gsm8k),
-        "exact_match",
-        may_have_path=True,
-    ),
-    "lm1b": _Entry(_Dataset("lm1b", "test", ("text",), layouts.parse_text), may_have_path=True),
+    "wmt14_en_de": _dataset("wmt14_translate/de-en", "validation", ("en", "de"), layouts.parse_wmt_en_de, "bleu"),
+    "gsm8k": _dataset("gsm8k", "test", ("question", "answer"), layouts.parse_gsm8k, "exact_match"),
+    "lm1b": _dataset("lm1b", "test", ("text",), layouts.parse_text, None),
 }
