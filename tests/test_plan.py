@@ -17,7 +17,7 @@ from specjax.distillation import update
 from specjax.hub.families import llama, t5
 from specjax.models.config import DecoderConfig
 from specjax.models.encoder_decoder import EncoderDecoderConfig
-from specjax.planning import account, chips, hlo, smallest, steps
+from specjax.planning import account, chips, executables, hlo, smallest
 from specjax.planning import tables as plan_tables
 from specjax.planning.models import ModelCatalog
 from specjax.reporting import records
@@ -76,7 +76,7 @@ def pair(target, draft, mesh, *, exit_layer=0):
         ("v5x", 8, 'there is no chip "v5x" to plan for; did you mean "v5'),
         ("h1000", 8, 'did you mean "h100"'),
         ("v5e:3x3", 9, "v5e has no slice 3x3"),
-        ("v5e:4x4", 8, "the mesh is of 8 devices and v5e:4x4 has 16 chips; let mesh.data"),
+        ("v5e:4x4", 8, "the mesh has 8 devices and v5e:4x4 has 16 chips; let mesh.data"),
         ("v5p", 6, "v5p has none of 6"),
     ],
 )
@@ -106,7 +106,7 @@ def test_a_tensor_axis_that_does_not_divide_is_refused_with_the_sizes_that_do(tm
 def test_a_config_without_a_chip_a_stage_or_an_earlier_stage_is_refused(tmp_path):
     with pytest.raises(UserError, match="names no chip to plan for; name one, as in --plan=v5e"):
         plan.run(configs.load(f"{ROOT}/configs/quickstart.py"))
-    with pytest.raises(UserError, match="nothing here can be planned: that is for stages of distill and evaluate"):
+    with pytest.raises(UserError, match="has nothing to plan; planning needs a stage of distill or evaluate"):
         plan.run(configs.load(f"{ROOT}/configs/benchmark/cpu.py"), "v5e")
     config = pair(directory(tmp_path / "t"), "stage:nowhere", (1, 1, 1))
     with pytest.raises(UserError, match='"stage:nowhere" is of no stage that is planned before'):
@@ -120,7 +120,7 @@ def test_the_command_line_tells_a_mistake_in_one_line(capsys):
     assert main.launch([f"--config={ROOT}/configs/quickstart.py", "--plan=v7z"]) == 2
     assert 'error: there is no chip "v7z" to plan for' in capsys.readouterr().err
     assert main.launch([f"--config={ROOT}/configs/quickstart.py", "--plan=v5e:2x2"]) == 2
-    assert "the mesh is of 1 devices and v5e:2x2 has 4 chips" in capsys.readouterr().err
+    assert "the mesh has 1 devices and v5e:2x2 has 4 chips" in capsys.readouterr().err
 
 
 # --- bytes are those of a real run
@@ -148,7 +148,7 @@ def begun(decoding, target, draft, mesh):
 def compare(config, mesh):
     """Plans both stages and makes for each what a run would hold: parameters, optimiser, caches."""
     shelf, section = ModelCatalog(), config[config.stages[0]]
-    stage = steps.training(section, shelf, mesh)
+    stage = executables.training(section, shelf, mesh)
     shelf.made[config.stages[0]] = stage.draft
     drawn = lambda model, seed: jax.jit(model.init, out_shardings=meshes.shardings(model.axes(), mesh))(
         jax.random.key(seed)
@@ -162,7 +162,7 @@ def compare(config, mesh):
         "target parameters": held(target),
     }
     with meshes.use(mesh):
-        (decoding,) = steps.decodings(config.evaluation, shelf, mesh)
+        (decoding,) = executables.decodings(config.evaluation, shelf, mesh)
         begun_state = begun(decoding, target, params, mesh)
     caches = [x for x in jax.tree.leaves((begun_state.target_cache, begun_state.drafter_state)) if x.ndim == 4]
     assert decoding.resident["cache"] == held(caches)
@@ -182,7 +182,7 @@ def test_more_devices_with_as_many_rows_each_hold_and_send_no_more(tmp_path, enc
         mesh = jax.make_mesh((1, ways, 1), meshes.AXES, axis_types=types, devices=jax.devices()[:ways])
         section = pair(target, draft, (1, ways, 1)).distilled
         section.data.batch_size = 8 * ways
-        *_, step = steps.training_steps(steps.training(section, ModelCatalog(), mesh))
+        *_, step = executables.training_executables(executables.training(section, ModelCatalog(), mesh))
         with meshes.use(mesh):
             compiled = step.lower().compile()
         traffic = account.program_of(compiled).work().traffic
@@ -301,7 +301,7 @@ ENTRY %main (a: f32[8,16], k: bf16[16,32]) -> f32[8,16] {
 
 def test_work_is_counted_as_often_as_it_is_done():
     program = hlo.Program(TEXT)
-    once, every = program.work(known=False), program.work()
+    once, every = program.work(loops=False), program.work()
     assert once.flops == 2 * 8 * 32 * 16 + 2 * 8 * 16 * 16
     assert every.flops == 2 * 8 * 32 * 16 + 5 * 2 * 8 * 16 * 16
     assert program.work(lambda source: 7 if source == "jit(f)/while" else None).flops - once.flops == 6 * 4096
@@ -319,7 +319,7 @@ def test_of_loops_of_which_one_is_taken_the_most_expensive_counts():
             '%again = (s32[]) while(%t), condition=%cond, body=%body, metadata={op_name="jit(f)/while"}\n  ROOT %r',
         )
     )
-    assert program.work(lambda source: hlo.ONE_OF_THEM).flops == hlo.Program(TEXT).work(known=False).flops
+    assert program.work(lambda source: hlo.ONE_OF_THEM).flops == hlo.Program(TEXT).work(loops=False).flops
 
 
 def test_a_loop_that_counts_by_two_takes_half_the_turns():
@@ -334,7 +334,7 @@ def test_the_work_of_a_compiled_scan_is_that_of_its_turns():
 
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((64, 128), (128, 128))]
     compiled = jax.jit(scan).lower(*shapes).compile()
-    step = steps.Step("scan", print, lambda source: None, {}, (), frozenset())
+    step = executables.Executable("scan", print, {}, frozenset())
     work = account.work_of(compiled, step, account.program_of(compiled))
     np.testing.assert_allclose(work.flops, 7 * 2 * 64 * 128 * 128, rtol=0.02)
     assert account.Memory.of(compiled).arguments == 4 * (64 * 128 + 128 * 128)
@@ -346,19 +346,19 @@ def test_the_least_time_is_that_of_the_busiest_part():
     assert account.roofline(work, chip) == {"compute": 1, "memory": 2, "communication": 3, "seconds": 3}
 
 
-def test_a_refusal_is_told_in_the_compilers_words():
-    words = account._words(
+def test_a_stage_that_does_not_fit_is_reported_in_the_compilers_reason():
+    reason = account._reason(
         "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
         "Used 20.5G of 15.7G hbm. Exceeded hbm capacity by 4.8G.\n\nTotal hbm usage >= 21G"
     )
-    assert "Used 20.5G of 15.7G hbm" in words and "Total" not in words
+    assert "Used 20.5G of 15.7G hbm" in reason and "Total" not in reason
     part = chips.slice_named("v5e:1x1", 1)
-    step = steps.Step("update", print, lambda source: None, {"parameters": 5}, (), frozenset())
+    step = executables.Executable("update", print, {"parameters": 5}, frozenset())
     mesh = jax.sharding.AbstractMesh((1, 1, 1), meshes.AXES)
-    row = account.row("s", step, part, mesh, None, 1.0, words)
-    assert not row["fits"] and row["refusal"] == words and account.peak_of([row]) is None
+    row = account.row("s", step, part, mesh, None, 1.0, reason)
+    assert not row["fits"] and row["refusal"] == reason and account.peak_of([row]) is None
     record = {"rows": [{**row, "resident_bytes": {"parameters": 5, "target parameters": 0}}], "stages": []}
-    assert "s: update is refused: Ran out of memory" in plan_tables.terminal(record)
+    assert "s: update does not compile: Ran out of memory" in plan_tables.terminal(record)
 
 
 def test_prompts_are_padded_as_decoding_pads_them():

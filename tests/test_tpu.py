@@ -28,7 +28,7 @@ from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
 from specjax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from specjax.models.medusa import MedusaConfig, MedusaHeads
-from specjax.planning import account, chips, hlo, steps
+from specjax.planning import account, chips, executables, hlo
 from specjax.planning.models import ModelCatalog
 from specjax.runtime import config as configs
 from specjax.runtime import mesh as meshes
@@ -103,7 +103,7 @@ THOROUGHLY = ("model", "planted")
 TRAINED = ("supervised", "distilled", "adapter", "t5_distilled")
 
 
-def decoding(name: str, mesh) -> steps.Decoding:
+def decoding(name: str, mesh) -> executables.DecodingStage:
     target, gamma = (ReadsTheOldCache(decoder(1).config) if name == "planted" else decoder(2)), GAMMA
     if name == "planted":
         kind, how = "ngram", {"shortest": 1, "longest": 2}
@@ -116,10 +116,10 @@ def decoding(name: str, mesh) -> steps.Decoding:
     plan = loop.Plan(target, drafter, rules.rule_named("lossless"), gamma, CAPACITY, False)
     sampling = Sampling.of(1.0, costs=(1.0,) * (gamma + 1) if how.get("adaptive") else None)
     own = how.get("model", how.get("adapter"))
-    return steps.Decoding(name, plan, own, sampling, mesh, BATCH, PROMPT)
+    return executables.DecodingStage(name, plan, own, sampling, mesh, BATCH, PROMPT)
 
 
-def training(name: str, mesh) -> steps.Training:
+def training(name: str, mesh) -> executables.TrainingStage:
     """A stage of the quickstart with these models in the place of its own."""
     section = configs.load(f"{ROOT}/configs/quickstart.py:smoke")[name if name == "supervised" else "distilled"]
     section.mesh.update(MESH)
@@ -136,24 +136,54 @@ def training(name: str, mesh) -> steps.Training:
         section.data.generation.max_new_tokens = 16
         section.loss.chunk = 32
     section.unlock()
-    return steps.training(section, shelf, mesh)
+    return executables.training(section, shelf, mesh)
+
+
+def everywhere(program: hlo.Program) -> list[hlo.Instruction]:
+    return [line for part in program.computations.values() for line in part.values()]
+
+
+def cache_shapes(stage: executables.DecodingStage) -> set[str]:
+    """The caches of one chip as the compiled text writes them, such as "bf16[2,1,1024,128]"."""
+    short = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+    return {
+        f"{short[x.dtype.name]}[{','.join(map(str, x.sharding.shard_shape(x.shape)))}]"
+        for x in stage.caches_on(stage.mesh)
+    }
+
+
+# Instructions that write a complete array again. A fusion that reads the cache, or updates a slice in place, does not.
+REWRITES = ("copy", "copy-start", "select", "scatter", "transpose")
+
+
+def cache_copies(program: hlo.Program, shapes: set[str]) -> list[str]:
+    """Instructions inside loops that write a complete cache array again.
+
+    A copy-start of which only one side is on-chip memory, S(1), is a prefetch and no copy.
+    """
+    return [
+        f"{line.name} = {line.type} {line.op}"[:200]
+        for line in program.inside_loops()
+        if line.op in REWRITES and line.type.lstrip("(").startswith(tuple(shapes))
+        if not (line.op == "copy-start" and line.type.count("S(1)") == 1)
+    ]
 
 
 def decode_report(name: str, mesh) -> dict:
     """Compiles prefill and loop; says what the loop aliases, copies and gathers."""
     described, seconds = decoding(name, mesh), []
-    for step in steps.decoding_steps(described):
-        compiled, took, words = account.compiled_step(step, mesh)
-        assert compiled is not None, words
+    for step in executables.decoding_executables(described):
+        compiled, took, reason = account.compiled_on(mesh, step)
+        assert compiled is not None, reason
         seconds.append(took)
     program = account.program_of(compiled)
     return {
         "aliased": account.Memory.of(compiled).aliased,
         "cache_bytes": meshes.local_bytes(described.caches_on(mesh)),
         "planned_cache_bytes": described.resident["cache"],
-        "caches": sorted(account.cache_shapes(described)),
-        "copies": hlo.cache_copies(program, account.cache_shapes(described)),
-        "vocabulary": [shape for shape in hlo.gathered(program.everywhere()) if VOCABULARY in shape],
+        "caches": sorted(cache_shapes(described)),
+        "copies": cache_copies(program, cache_shapes(described)),
+        "vocabulary": [shape for shape in hlo.gathered(everywhere(program)) if VOCABULARY in shape],
         "weights": account.gathered_weights(program, step),
         "work": dataclasses.asdict(account.work_of(compiled, step, program)),
         "memory": dataclasses.asdict(account.Memory.of(compiled)),
@@ -165,21 +195,21 @@ def decode_report(name: str, mesh) -> dict:
 def train_report(name: str, mesh) -> dict:
     """Compiles what writes the text and the update; says what is updated in place and gathered."""
     stage, seconds = training(name, mesh), {}
-    for step in steps.training_steps(stage):
-        compiled, seconds[step.name], words = account.compiled_step(step, mesh)
-        assert compiled is not None, words
+    for step in executables.training_executables(stage):
+        compiled, seconds[step.name], reason = account.compiled_on(mesh, step)
+        assert compiled is not None, reason
     program = account.program_of(compiled)
     kept = [x for x in jax.tree.leaves(stage.state) if x.ndim]
     return {
         "aliased": account.Memory.of(compiled).aliased,
         "state_bytes": meshes.local_bytes(kept),
-        "vocabulary": [shape for shape in hlo.gathered(program.everywhere()) if VOCABULARY in shape],
+        "vocabulary": [shape for shape in hlo.gathered(everywhere(program)) if VOCABULARY in shape],
         "seconds": seconds,
     }
 
 
 def report(part: str, names: list[str]) -> dict:
-    chips.stand_apart()
+    chips.compile_only()
     mesh, found = chips.make_mesh(chips.slice_named(part, 4), MESH), {}
     for name in names:
         jax.config.update("jax_optimization_level", "UNKNOWN" if name in THOROUGHLY else "O0")
@@ -271,7 +301,7 @@ ENTRY %main (p: bf16[2,4]) -> bf16[2,4] {
   ROOT %g = pred[] constant(true)
 }
 """
-    names = {line.split(" = ")[0] for line in hlo.cache_copies(hlo.Program(text), {"bf16[2,4]"})}
+    names = {line.split(" = ")[0] for line in cache_copies(hlo.Program(text), {"bf16[2,4]"})}
     assert names == {"a", "e"}
 
 

@@ -1,4 +1,4 @@
-"""What an executable takes of each chip: memory by the compiler's own account, work, and the least time for it."""
+"""The cost of an executable on one chip: memory as the compiler reports it, work, and the least time for that work."""
 
 import dataclasses
 import re
@@ -11,22 +11,24 @@ from jax.stages import Compiled
 
 from specjax.planning import hlo
 from specjax.planning.chips import CHIPS, Chip, Slice
-from specjax.planning.steps import Decoding, Step
+from specjax.planning.executables import Executable
 from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError
 
-# How a compiler says that what it was given does not fit.
+# The compiler's error code for a program that does not fit.
 _REFUSED = "RESOURCE_EXHAUSTED"
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on one chip, of an executable alone.
+    """Bytes that an executable needs on one chip.
 
     Attributes:
-      arguments: of these the results that take their place are `aliased`.
-      temporary: while it runs; of a compiler for another kind of device an estimate.
-      peak: the most at one time.
+      arguments: its inputs.
+      results: its outputs.
+      aliased: outputs that reuse the memory of inputs.
+      temporary: intermediate arrays; an estimate if the compiler is for another kind of device.
+      peak: the most at any time.
     """
 
     arguments: int
@@ -37,35 +39,34 @@ class Memory:
 
     @classmethod
     def of(cls, compiled: Compiled) -> "Memory":
-        found = compiled.memory_analysis()
-        sizes = [getattr(found, f"{part}_size_in_bytes") for part in ("argument", "output", "alias", "temp")]
+        stats = compiled.memory_analysis()
+        sizes = [getattr(stats, f"{part}_size_in_bytes") for part in ("argument", "output", "alias", "temp")]
         arguments, results, aliased, temporary = sizes
-        # Not every compiler tells its peak, and one that does not has all of this at a time.
-        peak = found.peak_memory_in_bytes or arguments + results - aliased + temporary
-        return cls(arguments, results, aliased, temporary, peak)
+        # A compiler that reports no peak is taken to hold everything at the same time.
+        return cls(*sizes, stats.peak_memory_in_bytes or arguments + results - aliased + temporary)
 
 
-def compiled_step(step: Step, mesh: Any) -> tuple[Compiled | None, float, str]:
-    """Compiles a step: the executable (None where it does not fit), the seconds, and the compiler's words if not."""
+def compiled_on(mesh: Any, executable: Executable) -> tuple[Compiled | None, float, str]:
+    """Compiles for a mesh: (the result, or None if it does not fit; seconds; the compiler's reason if it does not)."""
     with meshes.use(mesh):
         started = time.perf_counter()
         try:
-            compiled = step.lower().compile()
+            compiled = executable.lower().compile()
         except JaxRuntimeError as error:
             if _REFUSED not in str(error):
                 raise
-            return None, time.perf_counter() - started, _words(str(error))
+            return None, time.perf_counter() - started, _reason(str(error))
     return compiled, time.perf_counter() - started, ""
 
 
-def _words(refusal: str) -> str:
-    """The sentences of a refusal that say what does not fit."""
-    told = re.findall(r"(?:Ran out of memory|Used|Exceeded|Out of memory)[^\n]*", refusal)
-    return " ".join(told[:3]) or refusal.strip().splitlines()[0][:300]
+def _reason(refusal: str) -> str:
+    """The sentences of the compiler's error that say what does not fit."""
+    sentences = re.findall(r"(?:Ran out of memory|Used|Exceeded|Out of memory)[^\n]*", refusal)
+    return " ".join(sentences[:3]) or refusal.strip().splitlines()[0][:300]
 
 
 def program_of(compiled: Compiled) -> hlo.Program:
-    """The executable's text, read. Raises UserError where the compiler wrote what this jax cannot read."""
+    """Parses the text of a compiled executable. Raises UserError if libtpu is of another version than jax expects."""
     try:
         return hlo.Program(compiled.as_text())
     except JaxRuntimeError as error:
@@ -75,36 +76,27 @@ def program_of(compiled: Compiled) -> hlo.Program:
         ) from error
 
 
-def work_of(compiled: Compiled, step: Step, program: hlo.Program) -> hlo.Work:
+def work_of(compiled: Compiled, executable: Executable, program: hlo.Program) -> hlo.Work:
     """Work of one call on one chip.
 
-    Operations and bytes are the compiler's (`cost_analysis`), which counts each loop's body once; what further turns
-    add, and collectives, are read from its text.
+    Operations and bytes come from `cost_analysis`, which counts each loop's body once; further iterations and the
+    collectives come from the text.
     """
-    every, once = program.work(step.turns), program.work(known=False)
-    said = compiled.cost_analysis() or {}
-    flops = said["flops"] + every.flops - once.flops if "flops" in said else every.flops
-    moved = said["bytes accessed"] + every.bytes - once.bytes if "bytes accessed" in said else every.bytes
-    return hlo.Work(max(flops, every.flops), max(moved, 0.0), every.traffic)
+    full, once = program.work(executable.trip_counts), program.work(loops=False)
+    reported = compiled.cost_analysis() or {}
+    flops = reported.get("flops", once.flops) + full.flops - once.flops
+    moved = reported.get("bytes accessed", once.bytes) + full.bytes - once.bytes
+    return hlo.Work(max(flops, full.flops), max(moved, 0.0), full.traffic)
 
 
-def gathered_weights(program: hlo.Program, step: Step) -> list[tuple[int, ...]]:
-    """Shapes of matrices of the model that a loop of this executable puts together on every chip, turn by turn."""
-    wanted = step.weights | {shape[::-1] for shape in step.weights}
-    return sorted({shape for shape in hlo.gathered(program.inside_loops()) if shape in wanted})
-
-
-def cache_shapes(decoding: Decoding) -> set[str]:
-    """The caches of one chip as the compiled text writes them."""
-    short = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
-    return {
-        f"{short[x.dtype.name]}[{','.join(map(str, x.sharding.shard_shape(x.shape)))}]"
-        for x in decoding.caches_on(decoding.mesh)
-    }
+def gathered_weights(program: hlo.Program, executable: Executable) -> list[tuple[int, ...]]:
+    """Shapes of weight matrices that a loop gathers on every chip in each iteration."""
+    matrices = executable.weights | {shape[::-1] for shape in executable.weights}
+    return sorted({shape for shape in hlo.gathered(program.inside_loops()) if shape in matrices})
 
 
 def roofline(work: hlo.Work, chip: Chip) -> dict[str, float]:
-    """The least seconds for this work on a chip: operations, memory and links at their peaks, all at the same time."""
+    """The least seconds for this work: operations, memory and links at their peaks, all at the same time."""
     parts = {
         "compute": work.flops / chip.flops,
         "memory": work.bytes / chip.bandwidth,
@@ -113,46 +105,43 @@ def roofline(work: hlo.Work, chip: Chip) -> dict[str, float]:
     return {**parts, "seconds": max(parts.values())}
 
 
-def row(stage: str, step: Step, part: Slice, mesh: Any, compiled: Compiled | None, seconds: float, words: str) -> dict:
-    """Everything that is known of a step on a slice, as a row of a record; bytes are those of one chip."""
-    found = {
+def row(
+    stage: str, executable: Executable, part: Slice, mesh: Any, compiled: Compiled | None, seconds: float, reason: str
+) -> dict:
+    """The row of a record for an executable; bytes are those on one chip."""
+    common = {
         "stage": stage,
-        "step": step.name,
+        "step": executable.name,
         "slice": part.name,
         "chips": part.size,
         "mesh": {axis: int(mesh.shape[axis]) for axis in meshes.AXES},
         "compiler": "TPU" if part.chip.is_tpu else "CPU",
         "compile_seconds": seconds,
-        "resident_bytes": step.resident,
-        "refusal": words,
+        "resident_bytes": executable.resident,
+        "refusal": reason,
         "fits": False,
     }
     if compiled is None:
-        return found
+        return common
     memory, program = Memory.of(compiled), program_of(compiled)
-    work = work_of(compiled, step, program)
-    beside = beside_of(step.resident, step.makes, memory.arguments)
-    peak = memory.peak + beside
-    return found | {
-        "beside_bytes": beside,
+    work = work_of(compiled, executable, program)
+    before = sum(size for name, size in executable.resident.items() if name not in executable.creates)
+    unused = max(before - memory.arguments, 0)  # resident, and no argument of this executable
+    peak = memory.peak + unused
+    return common | {
+        "unused_resident_bytes": unused,
         "memory": dataclasses.asdict(memory),
         "peak_bytes": peak,
         "fits": peak <= part.chip.memory,
         "flops": work.flops,
         "bytes": work.bytes,
         "collectives": {kind: dataclasses.asdict(of) for kind, of in sorted(work.traffic.items()) if of.count},
-        "gathered_weights": [list(shape) for shape in gathered_weights(program, step)],
+        "gathered_weights": [list(shape) for shape in gathered_weights(program, executable)],
         "roofline": {chip.name: roofline(work, chip) for chip in CHIPS.values()},
     }
 
 
-def beside_of(resident: Mapping[str, int], makes: Iterable[str], arguments: int) -> int:
-    """Bytes of a stage that lie beside the arguments of one of its steps: what it does not look at."""
-    there = sum(size for name, size in resident.items() if name not in makes)
-    return max(there - arguments, 0)
-
-
 def peak_of(rows: Iterable[Mapping]) -> int | None:
-    """The most bytes on one chip in any of these steps; None where one of them was refused."""
-    peaks = [found.get("peak_bytes") for found in rows]
+    """The highest peak of these rows, in bytes on one chip; None if one of the executables does not fit."""
+    peaks = [row.get("peak_bytes") for row in rows]
     return None if None in peaks else max(peaks)

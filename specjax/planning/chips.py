@@ -1,8 +1,8 @@
-"""Chips and the slices they come in: what a plan is made for, and what its times are reckoned from.
+"""Accelerators and the slices in which they are available, with the peaks from which least times are computed.
 
-Peaks are those of the vendors' data sheets, dense bfloat16. `interconnect` is what a chip sends over all of its links
-at once: half of a figure that counts both directions. A ring along one axis of a mesh may have fewer links than that,
-so times of communication are the least that is possible.
+Peaks are those of the vendors' data sheets, for dense bfloat16. `interconnect` is the rate at which a chip sends over
+all of its links together, half of a figure that counts both directions. One mesh axis may use fewer links, so times of
+communication are lower bounds.
 """
 
 import contextlib
@@ -30,12 +30,12 @@ class Chip:
     """A kind of accelerator.
 
     Attributes:
-      name: as a plan asks for it.
-      flops: bfloat16 operations a second.
+      name: the name used in `--plan`.
+      flops: bfloat16 operations per second.
       memory: bytes of high-bandwidth memory.
-      bandwidth: bytes a second to and from it.
-      interconnect: bytes a second to other chips of the slice.
-      slices: of so many chips it is to be had, small ones first; of a TPU with their topology.
+      bandwidth: bytes per second to and from it.
+      interconnect: bytes per second to other chips of the slice.
+      slices: topologies of TPU slices, or numbers of GPUs, that are available, smallest first.
       source: where the figures are published.
     """
 
@@ -49,7 +49,7 @@ class Chip:
 
     @property
     def is_tpu(self) -> bool:
-        """Whether its own compiler is at hand without it."""
+        """Whether it is a TPU; their compiler runs without the chip."""
         return self.name.startswith("v")
 
 
@@ -65,16 +65,16 @@ _ALL = (
 )
 CHIPS = {chip.name: chip for chip in _ALL}
 
-# What the compiler of a chip with two cores has to be told, so that the two are one device.
-_ONE_DEVICE_A_CHIP = {"v4": {"chip_config_name": "megacore"}}
+# Compiler options that make the two cores of a chip one device.
+_ONE_DEVICE_PER_CHIP = {"v4": {"chip_config_name": "megacore"}}
 
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """Chips that are connected.
+    """A group of connected chips.
 
     Attributes:
-      topology: how they are arranged, such as "4x4"; of GPUs their number.
+      topology: their arrangement, such as "4x4"; for GPUs their number.
     """
 
     chip: Chip
@@ -82,7 +82,7 @@ class Slice:
 
     @property
     def size(self) -> int:
-        """How many chips."""
+        """Number of chips."""
         return math.prod(int(side) for side in self.topology.split("x"))
 
     @property
@@ -91,38 +91,38 @@ class Slice:
 
 
 def slices_of(chip: Chip) -> list[Slice]:
-    """All that are listed, small ones first."""
+    """All listed slices of a chip, smallest first."""
     return [Slice(chip, topology) for topology in chip.slices]
 
 
 def slice_named(name: str, size: int) -> Slice:
-    """The slice "v5e:4x4", or with "v5e" alone the listed one of `size` chips.
+    """Parses "v5e:4x4", or "v5e" for the listed slice of `size` chips.
 
     Raises:
-      UserError: for a chip or a topology that is not listed, and for one of another size.
+      UserError: if the chip or topology is not listed, or has another size.
     """
     kind, colon, topology = name.lower().partition(":")
     if kind not in CHIPS:
         raise UserError(f'there is no chip "{kind}" to plan for{nearest(kind, CHIPS)}')
     listed = slices_of(CHIPS[kind])
-    sizes = ", ".join(f"{found.name} ({found.size})" for found in listed)
+    sizes = ", ".join(f"{part.name} ({part.size})" for part in listed)
     if colon and topology not in CHIPS[kind].slices:
-        raise UserError(f"{kind} has no slice {topology}; with their chips, the listed ones are {sizes}")
-    for found in listed:
-        if found.size == size and topology in ("", found.topology):
-            return found
+        raise UserError(f"{kind} has no slice {topology}; the listed ones and their numbers of chips are {sizes}")
+    for part in listed:
+        if part.size == size and topology in ("", part.topology):
+            return part
     wanted = f"{name.lower()} has {Slice(CHIPS[kind], topology).size} chips" if colon else f"{kind} has none of {size}"
     raise UserError(
-        f"the mesh is of {size} devices and {wanted}; let mesh.data * mesh.fsdp * mesh.tensor be the size of a slice: "
+        f"the mesh has {size} devices and {wanted}; let mesh.data * mesh.fsdp * mesh.tensor be the size of a slice: "
         f"{sizes}"
     )
 
 
 def make_mesh(part: Slice, sizes: dict[str, int]) -> jax.sharding.Mesh:
-    """A mesh of the slice's devices, none of which need be there; of GPUs virtual CPUs stand in for them.
+    """A mesh of the slice's devices, for compilation only; virtual CPU devices represent GPUs.
 
     Raises:
-      UserError: where the TPU compiler is not installed, or this process has too few virtual devices.
+      UserError: if the TPU compiler is not installed, or this process has too few virtual devices.
     """
     devices = _tpus(part) if part.chip.is_tpu else _virtual(part.size)
     types = (jax.sharding.AxisType.Auto,) * len(meshes.AXES)
@@ -130,17 +130,17 @@ def make_mesh(part: Slice, sizes: dict[str, int]) -> jax.sharding.Mesh:
     return jax.make_mesh(shape, meshes.AXES, axis_types=types, devices=devices)
 
 
-# Parts of a program that are alike, as layers are, are made machine code of once. What is told of the program (memory,
-# work, text) comes from before that and is the same; of the compiler's time it saves a quarter.
+# Generates machine code once for identical parts of a program, such as layers. It saves a quarter of the compile time
+# and does not change memory, work or text, which the compiler determines earlier.
 _SHARED_CODE = "--xla_tpu_enable_deduplicated_calls=true --xla_tpu_deduplicated_hlo_min_bundle_count=0"
 
 
-def stand_apart() -> None:
-    """Makes of this process one that only plans.
+def compile_only() -> None:
+    """Configures this process for planning.
 
-    JAX looks for no accelerator in it and makes as many virtual devices as the largest slice has; the TPU compiler
-    looks for no faster code, which takes it four fifths of its time. Where JAX has looked already, or XLA_FLAGS says
-    how many devices there are, all stays as it is.
+    JAX ignores accelerators and creates as many virtual devices as the largest slice has; the TPU compiler skips its
+    search for faster code, four fifths of its time. Nothing changes if JAX is initialised already or XLA_FLAGS sets the
+    number of devices.
     """
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
@@ -153,31 +153,31 @@ def stand_apart() -> None:
 def _tpus(part: Slice) -> Sequence[jax.Device]:
     from jax.experimental import topologies
 
-    # No TPU is looked for, and none is locked against another process.
+    # Do not look for a TPU, and do not lock one against other processes.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
     flags = os.environ.get("LIBTPU_INIT_ARGS", "")
     if _SHARED_CODE not in flags:
-        os.environ["LIBTPU_INIT_ARGS"] = f"{_SHARED_CODE} {flags}".strip()  # the last one counts
-    beside = str(Path(sys.prefix) / "tpu-compiler")  # where the Makefile installs it
-    if importlib.util.find_spec("libtpu") is None and beside not in sys.path:
-        sys.path.append(beside)
+        os.environ["LIBTPU_INIT_ARGS"] = f"{_SHARED_CODE} {flags}".strip()  # the user's flags win: the last one counts
+    installed = str(Path(sys.prefix) / "tpu-compiler")  # where the Makefile installs it
+    if importlib.util.find_spec("libtpu") is None and installed not in sys.path:
+        sys.path.append(installed)
         importlib.invalidate_caches()
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("the TPU compiler is not installed; run `make .venv/.installed-tpu-compiler`")
-    how = dict(_ONE_DEVICE_A_CHIP.get(part.chip.name, {}))
+    options = dict(_ONE_DEVICE_PER_CHIP.get(part.chip.name, {}))
     if part.size == 1:
-        how["chips_per_host_bounds"] = (1, 1, 1)  # it takes every host for a larger one
-    return topologies.get_topology_desc(part.name, "tpu", **how).devices
+        options["chips_per_host_bounds"] = (1, 1, 1)  # the default host is larger
+    return topologies.get_topology_desc(part.name, "tpu", **options).devices
 
 
 def _virtual(count: int) -> Sequence[jax.Device]:
     devices = jax.devices("cpu")
     if len(devices) < count:
         raise UserError(
-            f"{count} virtual devices are wanted and this process has {len(devices)}; run the plan as a command of its "
+            f"the plan needs {count} virtual devices and this process has {len(devices)}; run it as a command of its "
             f"own, or set XLA_FLAGS=--xla_force_host_platform_device_count={count}"
         )
     return devices[:count]

@@ -1,50 +1,52 @@
-"""What an executable does, read from its compiled text: operations, bytes, collectives, copies, turns of its loops.
+"""What an executable does, from its compiled text (HLO): operations, bytes, collectives and trip counts of loops.
 
-The compiler's own account (`cost_analysis`) counts the body of each loop once, whatever its turns, and says nothing of
-what travels between chips. Here every instruction is counted as often as it runs.
+XLA's `cost_analysis` counts the body of each loop once, whatever its trip count, and does not report traffic between
+chips. Here every instruction counts as often as it runs.
 """
 
 import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 _ARRAY = re.compile(r"([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
 _INSTRUCTION = re.compile(r"(?:ROOT )?%?([\w.\-]+) = (.*?)\s([a-z][a-z0-9\-]*)\((.*)$")
 _HEAD = re.compile(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CALLED = re.compile(r"\b(?:body|condition|calls|to_apply|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)")
-_KNOWN_TURNS = re.compile(r'known_trip_count"?[:=]\s*\{"?n"?[:=]"?(\d+)')
+_KNOWN_TRIP_COUNT = re.compile(r'known_trip_count"?[:=]\s*\{"?n"?[:=]"?(\d+)')
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
 
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
-# What moves no bytes, or whose inside is counted.
+# Instructions that move no bytes themselves.
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"),
     *("partition-id", "replica-id", "opt-barrier", "iota", "add-dependency"),
 }
-_PARTS = ("dynamic-slice", "slice", "gather")
+_SLICES = ("dynamic-slice", "slice", "gather")
 
-# What writes a whole array again. A fusion that only reads the cache, or a slice update in place, does not.
-_REWRITES = re.compile(r"(?:copy|copy-start|select|scatter|transpose)\(")
-
-# Turns of a loop by the name of the operation that it came from; None leaves it to what the text says.
-Turns = Callable[[str], int | None]
-# Says of a loop that of several from one place in the program a single one is taken, for one turn.
+# Maps the operation that a loop came from (its op_name) to the loop's trip count; None: derive it from the text.
+TripCounts = Callable[[str], int | None]
+# A trip count for loops that came from one operation and of which a single one runs, once.
 ONE_OF_THEM = -1
+
+
+def unknown(source: str) -> None:
+    """Trip counts for programs in which the text says enough."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """The type of an array in the text.
+    """An array type in the text.
 
     Attributes:
-      near: whether it lies in memory on the chip, so that reading it is none of the slow memory.
+      kind: the dtype, as HLO writes it.
+      on_chip: whether it is in on-chip memory, so that accessing it costs no bandwidth of the main memory.
     """
 
     kind: str
     shape: tuple[int, ...]
-    near: bool
+    on_chip: bool
 
     @property
     def bytes(self) -> int:
@@ -58,7 +60,13 @@ def _bits(kind: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """A line of a computation; `value` is a constant's, `rest` what stands behind the operands."""
+    """One line of a computation.
+
+    Attributes:
+      type: type of the result, as text.
+      value: text between the parentheses: a constant's value.
+      rest: text after the parentheses: attributes and metadata.
+    """
 
     name: str
     type: str
@@ -69,49 +77,57 @@ class Instruction:
 
     @functools.cached_property
     def arrays(self) -> list[Array]:
-        """What it gives: one array, or those of a tuple."""
+        """The result: one array, or those of a tuple."""
         sides = lambda dims: tuple(int(side) for side in dims.split(",") if side)
         return [Array(kind, sides(dims), "S(1)" in layout) for kind, dims, layout in _ARRAY.findall(self.type)]
 
+    @property
+    def bytes(self) -> int:
+        """Bytes of the result."""
+        return sum(array.bytes for array in self.arrays)
+
+    @property
+    def main_bytes(self) -> int:
+        """Bytes of the result in main memory."""
+        return sum(array.bytes for array in self.arrays if not array.on_chip)
+
     @functools.cached_property
     def called(self) -> list[str]:
-        """Computations that it runs."""
+        """Names of the computations that it runs."""
         return [name for group in _CALLED.findall(self.rest) for name in re.findall(r"[\w.\-]+", group)]
 
     @property
     def source(self) -> str:
-        """The operation of the program that it came from."""
-        found = re.search(r'op_name="([^"]*)"', self.rest)
-        return found.group(1) if found else ""
+        """The operation of the traced program that it came from."""
+        match = re.search(r'op_name="([^"]*)"', self.rest)
+        return match.group(1) if match else ""
+
+
+# Instructions of a computation by name.
+Computation = Mapping[str, Instruction]
 
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Collectives of a kind.
+    """Collectives of one kind.
 
     Attributes:
-      count: how often one runs.
-      bytes: of the arrays that come together or are summed, on one chip.
-      sent: of them, what a chip sends at least, in a ring.
+      count: how many run.
+      bytes: size of the gathered or reduced arrays on one chip.
+      sent: bytes that a chip sends at least, in a ring.
     """
 
     count: int = 0
     bytes: float = 0.0
     sent: float = 0.0
 
-    def __add__(self, other: "Traffic") -> "Traffic":
-        return Traffic(self.count + other.count, self.bytes + other.bytes, self.sent + other.sent)
-
-    def times(self, turns: int) -> "Traffic":
-        return Traffic(self.count * turns, self.bytes * turns, self.sent * turns)
-
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a chip does.
+    """Work of one chip.
 
     Attributes:
-      flops: of products of matrices.
+      flops: of matrix products.
       bytes: read and written.
       traffic: by kind of collective.
     """
@@ -120,23 +136,30 @@ class Work:
     bytes: float = 0.0
     traffic: Mapping[str, Traffic] = dataclasses.field(default_factory=dict)
 
-    def __add__(self, other: "Work") -> "Work":
-        if not other.traffic:
-            return Work(self.flops + other.flops, self.bytes + other.bytes, self.traffic)
-        kinds = {*self.traffic, *other.traffic}
-        traffic = {kind: self.traffic.get(kind, Traffic()) + other.traffic.get(kind, Traffic()) for kind in kinds}
-        return Work(self.flops + other.flops, self.bytes + other.bytes, traffic)
+    @classmethod
+    def total(cls, parts: Iterable[tuple[int, "Work"]]) -> "Work":
+        """The sum of works, each as often as it runs."""
+        flops, moved, traffic = 0.0, 0.0, {}
+        for times, work in parts:
+            flops += times * work.flops
+            moved += times * work.bytes
+            for kind, x in work.traffic.items():
+                y = traffic.get(kind, Traffic())
+                counts = y.count + times * x.count, y.bytes + times * x.bytes, y.sent + times * x.sent
+                traffic[kind] = Traffic(*counts)
+        return cls(flops, moved, traffic)
 
-    def times(self, turns: int) -> "Work":
-        return Work(self.flops * turns, self.bytes * turns, {k: t.times(turns) for k, t in self.traffic.items()})
+
+def _costliest(works: Iterable[Work]) -> Work:
+    return max(works, key=lambda work: (work.flops, work.bytes), default=Work())
 
 
 class Program:
-    """An executable's text, read.
+    """The parsed text of an executable.
 
     Attributes:
-      computations: instructions by their names, by computation.
-      entry: the computation that is run.
+      computations: by name.
+      entry: name of the computation that runs first.
     """
 
     def __init__(self, text: str):
@@ -148,77 +171,70 @@ class Program:
                 self.entry = head.group(1) if line.startswith("ENTRY") else self.entry
             elif line.startswith("}"):
                 current = None
-            elif current is not None and (found := _INSTRUCTION.match(line.strip())):
-                name, type_, op, rest = found.groups()
-                inside, behind = _split_at_close(rest)
-                current[name] = Instruction(name, type_, op, tuple(re.findall(r"%([\w.\-]+)", inside)), inside, behind)
+            elif current is not None and (match := _INSTRUCTION.match(line.strip())):
+                name, type_, op, tail = match.groups()
+                inside, rest = _split_at_close(tail)
+                current[name] = Instruction(name, type_, op, tuple(re.findall(r"%([\w.\-]+)", inside)), inside, rest)
 
-    def work(self, turns: Turns = lambda source: None, *, known: bool = True) -> Work:
-        """Everything that is done in one call.
+    def work(self, trip_counts: TripCounts = unknown, *, loops: bool = True) -> Work:
+        """The work of one call.
 
         Args:
-          turns: of loops of which the author knows more than the text says.
-          known: whether turns count; otherwise the body of each loop counts once.
+          trip_counts: for loops whose trip count the text does not say.
+          loops: whether trip counts apply; otherwise each loop's body counts once, as in `cost_analysis`.
         """
-        return self._work(self.entry, turns, known, {})
+        return self._work(self.entry, trip_counts, loops, {})
 
     def inside_loops(self) -> Iterator[Instruction]:
-        """Instructions of every loop's body, and of whatever is called from one."""
-        bodies = [
-            name
-            for part in self.computations.values()
-            for line in part.values()
-            if line.op == "while"
-            for name in re.findall(r"\bbody=%?([\w.\-]+)", line.rest)
-        ]
+        """Instructions of every loop's body, and of the computations called from one."""
+        loops = [line for part in self.computations.values() for line in part.values() if line.op == "while"]
+        pending = [name for line in loops for name in re.findall(r"\bbody=%?([\w.\-]+)", line.rest)]
         reached = set()
-        while bodies:
-            name = bodies.pop()
+        while pending:
+            name = pending.pop()
             if name not in reached and name in self.computations:
                 reached.add(name)
-                bodies += [called for line in self.computations[name].values() for called in line.called]
+                pending += [called for line in self.computations[name].values() for called in line.called]
         return (line for name in sorted(reached) for line in self.computations[name].values())
 
-    def everywhere(self) -> Iterator[Instruction]:
-        """Every instruction."""
-        return (line for part in self.computations.values() for line in part.values())
-
-    def _work(self, name: str, turns: Turns, known: bool, done: dict[str, Work]) -> Work:
+    def _work(self, name: str, trip_counts: TripCounts, loops: bool, done: dict[str, Work]) -> Work:
         if name in done:
             return done[name]
-        part, total = self.computations.get(name, {}), Work()
+        part = self.computations.get(name, {})
+        parts: list[tuple[int, Work]] = []
         choices: dict[str, list[Work]] = {}
         for line in part.values():
-            inner = [self._work(called, turns, known, done) for called in line.called]
+            inner = [self._work(called, trip_counts, loops, done) for called in line.called]
             if line.op == "while":
-                body = functools.reduce(Work.__add__, inner)
-                count = self._turns(line, turns) if known else 1
+                body = Work.total((1, work) for work in inner)
+                count = self._trip_count(line, trip_counts) if loops else 1
                 if count == ONE_OF_THEM:
                     choices.setdefault(line.source, []).append(body)
                 else:
-                    total += body.times(count)
+                    parts.append((count, body))
             elif line.op == "conditional":
-                total += max(inner, key=lambda work: (work.flops, work.bytes), default=Work())
-            elif line.op in ("fusion", "call", "async-start") or line.op.startswith("custom"):
-                for work in inner:
-                    total += dataclasses.replace(work, bytes=work.bytes if line.op == "call" else 0.0)
-            total += Work(_flops(line, part), self._bytes(line, part), _traffic(line, part))
-        for bodies in choices.values():
-            total += max(bodies, key=lambda work: (work.flops, work.bytes))
-        done[name] = total
-        return total
+                parts.append((1, _costliest(inner)))
+            elif line.op == "call":
+                parts += [(1, work) for work in inner]
+            elif line.op in ("fusion", "async-start") or line.op.startswith("custom"):
+                # What is inside a fusion reads and writes no main memory.
+                parts += [(1, dataclasses.replace(work, bytes=0.0)) for work in inner]
+            parts.append((1, Work(_flops(line, part), self._bytes(line, part), _traffic(line, part))))
+        parts += [(1, _costliest(bodies)) for bodies in choices.values()]
+        done[name] = Work.total(parts)
+        return done[name]
 
-    def _turns(self, line: Instruction, turns: Turns) -> int:
-        """By the program's author, else by the compiler, else by the loop's condition; 1 where nobody knows."""
-        if (said := turns(line.source)) is not None:
-            return said
-        if found := _KNOWN_TURNS.search(line.rest):
-            return int(found.group(1))
+    def _trip_count(self, line: Instruction, trip_counts: TripCounts) -> int:
+        """From `trip_counts`, or the compiler's annotation, or the loop's condition; 1 if none of them says."""
+        if (count := trip_counts(line.source)) is not None:
+            return count
+        if match := _KNOWN_TRIP_COUNT.search(line.rest):
+            return int(match.group(1))
         condition, body = (re.search(rf"\b{part}=%?([\w.\-]+)", line.rest) for part in ("condition", "body"))
         return self._bound(condition.group(1), body.group(1)) if condition and body else 1
 
     def _bound(self, condition: str, body: str) -> int:
-        """From 0 to the constant below which a counter stays, where that is all that is asked (a scan); or else 1."""
+        """The trip count of a loop whose condition is only `counter < constant`, as in a scan; 1 for any other."""
         part = self.computations.get(condition, {})
         compared = [line for line in part.values() if line.op not in ("parameter", "get-tuple-element", "constant")]
         constants = [line for line in part.values() if line.op == "constant" and line.type[:5] in ("s32[]", "u32[]")]
@@ -226,61 +242,54 @@ class Program:
             return 1
         if "direction=LT" not in compared[0].rest:
             return 1
-        place = re.search(r"\bindex=(\d+)", part[compared[0].operands[0]].rest)
-        return -(-int(constants[0].value) // (self._stride(body, int(place.group(1))) if place else 1))
+        index = re.search(r"\bindex=(\d+)", part[compared[0].operands[0]].rest)
+        return -(-int(constants[0].value) // (self._stride(body, int(index.group(1))) if index else 1))
 
-    def _stride(self, body: str, place: int) -> int:
-        """What a loop's body adds to its counter, which is at this place of what the body hands on; 1 if unknown."""
+    def _stride(self, body: str, index: int) -> int:
+        """What a loop's body adds to the counter, element `index` of its result; 1 if unknown."""
         part = self.computations.get(body, {})
-        handed = list(part.values())[-1].operands[place : place + 1] if part else ()
-        added = [part[name] for name in handed if name in part and part[name].op == "add"]
+        results = list(part.values())[-1].operands[index : index + 1] if part else ()
+        added = [part[name] for name in results if name in part and part[name].op == "add"]
         steps = [part[name] for line in added for name in line.operands if name in part and part[name].op == "constant"]
         return max(int(steps[0].value), 1) if steps else 1
 
-    def _bytes(self, line: Instruction, part: Mapping[str, Instruction]) -> float:
-        """What an instruction reads and writes; of a fusion that looks at parts of an array, those parts."""
+    def _bytes(self, line: Instruction, part: Computation) -> float:
+        """Bytes of main memory that an instruction reads and writes."""
         if line.op in _FREE or line.op.endswith("-done") or line.op.startswith("async-"):
             return 0.0
-        sizes = lambda x: sum(array.bytes for array in x.arrays if not array.near)
-        given = [part[name] for name in line.operands if name in part]
-        if line.op in _PARTS:
-            return 2.0 * sizes(line)
-        if line.op == "dynamic-update-slice":
-            return 2.0 * sum(map(sizes, given[1:2]))
-        if line.op == "scatter":
-            return 2.0 * sum(map(sizes, given[2:3]))
+        operands = [part[name] for name in line.operands if name in part]
+        read = lambda lines: float(sum(x.main_bytes for x in lines))
+        if line.op in _SLICES:
+            return 2.0 * line.main_bytes
+        if line.op in ("dynamic-update-slice", "scatter"):  # in place: only the update is read and written
+            index = 1 if line.op == "dynamic-update-slice" else 2
+            return 2.0 * read(operands[index : index + 1])
         if line.op == "copy-start":
-            return float(sum(map(sizes, given)) + sum(array.bytes for array in line.arrays[:1] if not array.near))
+            return read(operands) + sum(array.bytes for array in line.arrays[:1] if not array.on_chip)
         if line.op == "fusion" and line.called and line.called[0] in self.computations:
-            return self._fusion_bytes(line, given, sizes)
-        return float(sum(map(sizes, given)) + sizes(line))
+            return self._fusion_bytes(line, operands)
+        return read(operands) + line.main_bytes
 
-    def _fusion_bytes(self, line: Instruction, given: list[Instruction], sizes: Callable) -> float:
+    def _fusion_bytes(self, line: Instruction, operands: list[Instruction]) -> float:
+        """Bytes of a fusion; an operand that is only sliced, or only updated in place, counts by the slices."""
         inner = self.computations[line.called[0]]
-        parameters = {}
-        users: dict[str, list[Instruction]] = {}
-        for x in inner.values():
-            if x.op == "parameter":
-                parameters[len(parameters)] = x.name
-            for operand in x.operands:
-                users.setdefault(operand, []).append(x)
+        parameters = [x.name for x in inner.values() if x.op == "parameter"]
         total, replaced = 0.0, 0.0
-        for index, operand in enumerate(given):
-            using = users.get(parameters.get(index, ""), [])
-            own = parameters.get(index)
-            if using and all(x.op in _PARTS and x.operands[:1] == (own,) for x in using):
-                total += sum(sum(array.bytes for array in x.arrays) for x in using)
-            elif using and all(x.op == "dynamic-update-slice" and x.operands[:1] == (own,) for x in using):
-                written = [inner[x.operands[1]] for x in using if x.operands[1] in inner]
-                total += sum(sum(array.bytes for array in x.arrays) for x in written)
-                replaced += sizes(operand)
+        for index, operand in enumerate(operands):
+            name = parameters[index] if index < len(parameters) else ""
+            users = [x for x in inner.values() if name in x.operands]
+            if users and all(x.op in _SLICES and x.operands[0] == name for x in users):
+                total += sum(x.bytes for x in users)
+            elif users and all(x.op == "dynamic-update-slice" and x.operands[0] == name for x in users):
+                total += sum(inner[x.operands[1]].bytes for x in users if x.operands[1] in inner)
+                replaced += operand.main_bytes
             else:
-                total += sizes(operand)
-        return total + max(sizes(line) - replaced, 0.0)
+                total += operand.main_bytes
+        return total + max(line.main_bytes - replaced, 0.0)
 
 
 def _split_at_close(text: str) -> tuple[str, str]:
-    """What stands before and behind the parenthesis that closes one opened before."""
+    """Splits at the parenthesis that closes one that was opened before `text`."""
     depth = 1
     for index, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")
@@ -289,12 +298,12 @@ def _split_at_close(text: str) -> tuple[str, str]:
     return text, ""
 
 
-def _flops(line: Instruction, part: Mapping[str, Instruction]) -> float:
-    """Two operations for each product of a matrix product, which on a TPU is a convolution."""
-    given = [part[name].arrays[0].shape for name in line.operands if name in part and part[name].arrays]
-    if line.op not in ("dot", "convolution") or len(given) < 2:
+def _flops(line: Instruction, part: Computation) -> float:
+    """Operations of a matrix product, two for each multiplication; TPUs write it as a convolution."""
+    shapes = [part[name].arrays[0].shape for name in line.operands if name in part and part[name].arrays]
+    if line.op not in ("dot", "convolution") or len(shapes) < 2:
         return 0.0
-    left, right, result = given[0], given[1], line.arrays[0].shape
+    left, right, result = shapes[0], shapes[1], line.arrays[0].shape
     if line.op == "dot":
         contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", line.rest)
         dims = [int(n) for n in contracted.group(1).split(",") if n] if contracted else []
@@ -305,61 +314,41 @@ def _flops(line: Instruction, part: Mapping[str, Instruction]) -> float:
     of_left, of_right, of_result = labels.groups()
     inputs = right[of_right.index("i")]
     for label in filter(str.isdigit, of_right):
-        # A dimension of both that is not in the result is summed over.
+        # A spatial dimension that both inputs have and the result lacks is summed over.
         if result[of_result.index(label)] == 1 and right[of_right.index(label)] == left[of_left.index(label)]:
             inputs *= right[of_right.index(label)]
     return 2.0 * math.prod(result) * inputs
 
 
-def _traffic(line: Instruction, part: Mapping[str, Instruction]) -> dict[str, Traffic]:
+def _traffic(line: Instruction, part: Computation) -> dict[str, Traffic]:
     kind = line.op.removesuffix("-start")
     if kind not in COLLECTIVES:
         return {}
-    given = float(sum(array.bytes for name in line.operands if name in part for array in part[name].arrays))
+    size = float(sum(part[name].bytes for name in line.operands if name in part))
     if kind == "collective-permute":
-        return {kind: Traffic(1, given, given)}
-    ways = _group_size(line.rest)
-    if ways == 1:
+        return {kind: Traffic(1, size, size)}
+    chips = _group_size(line.rest)
+    if chips == 1:
         return {}
-    share = (ways - 1) / ways
-    whole = given * ways if kind == "all-gather" else given
-    return {kind: Traffic(1, whole, (2 if kind == "all-reduce" else 1) * share * whole)}
+    total = size * chips if kind == "all-gather" else size
+    return {kind: Traffic(1, total, (2 if kind == "all-reduce" else 1) * (chips - 1) / chips * total)}
 
 
 def _group_size(rest: str) -> int:
-    """How many chips take part in one collective: lists of ids, [groups,size]<=[...], or axes of a mesh by name."""
-    if found := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
-        return len(found.group(1).split(","))
-    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
-        return int(found.group(1))
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest):
-        sizes = dict(re.findall(r"'([^']+)'=(\d+)", found.group(1)))
-        named = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", found.group(2))
-        return math.prod(int(part or sizes[axis]) for axis, part in named)
+    """How many chips take part in a collective, for any of the three notations of replica groups."""
+    if match := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
+        return len(match.group(1).split(","))
+    if match := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
+        return int(match.group(1))
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", match.group(1)))
+        axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", match.group(2))
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
     return 1
 
 
-def cache_copies(program: Program, shapes: Collection[str]) -> list[str]:
-    """Instructions inside loops that write a whole cache array again.
-
-    A copy-start between memory spaces, S(1) on one side alone, is the compiler's prefetch of what fits on-chip
-    memory, and no copy.
-
-    Args:
-      shapes: of caches on one chip, as the text writes them, such as "bf16[2,1,1024,128]".
-    """
-    copies = []
-    for line in program.inside_loops():
-        if not _REWRITES.match(f"{line.op}(") or not line.type.lstrip("(").startswith(tuple(shapes)):
-            continue
-        if line.op == "copy-start" and line.type.count("S(1)") == 1:
-            continue
-        copies.append(f"{line.name} = {line.type} {line.op}"[:200])
-    return copies
-
-
-def gathered(lines: Iterator[Instruction]) -> Iterator[tuple[int, ...]]:
-    """Shapes that all-gathers give."""
+def gathered(lines: Iterable[Instruction]) -> Iterator[tuple[int, ...]]:
+    """Shapes of the results of all-gathers."""
     for line in lines:
         if line.op in ("all-gather", "all-gather-start"):
             yield max((array.shape for array in line.arrays), key=math.prod)

@@ -1,50 +1,47 @@
-"""Tables of plans: what each step takes of a chip, in the terminal and from committed records."""
+"""Tables of a cost report: memory, work and time of each step on a chip."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 from specjax.reporting import tables
 
 _GIB = 2**30
-_FIRST = ("stage", "step", "slice", "mesh")
-# Collectives by the letters that tables have room for.
-_SHORT = {
-    "all-gather": "gather",
-    "all-reduce": "reduce",
-    "all-to-all": "to all",
-    "collective-permute": "permute",
-    "reduce-scatter": "scatter",
-}
 
 
-def _gib(size: int | float | None) -> str | None:
+def gib(size: int | float | None) -> str | None:
+    """Bytes in GiB."""
     return None if size is None else f"{size / _GIB:.2f}"
 
 
-def _seconds(seconds: int | float) -> str:
-    return f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+def seconds(x: int | float) -> str:
+    """Milliseconds below one second."""
+    return f"{1e3 * x:.3g} ms" if x < 1 else f"{x:.3g} s"
 
 
 def _named(row: Mapping) -> str:
-    """The step, and whose it is where an evaluation has several drafters."""
-    about = f" ({row['drafter']}, gamma {row['gamma']}, batch {row['batch_size']})" if "drafter" in row else ""
-    return row["step"] + about
+    """The step, with its drafter in an evaluation."""
+    drafter = f" ({row['drafter']}, gamma {row['gamma']}, batch {row['batch_size']})" if "drafter" in row else ""
+    return row["step"] + drafter
+
+
+def mesh_text(row: Mapping) -> str:
+    """The mesh, such as "1x2x8"."""
+    return "x".join(str(row["mesh"][axis]) for axis in ("data", "fsdp", "tensor"))
 
 
 def step_line(row: Mapping) -> dict:
-    """A step as a line: GiB on one chip, work of one call, and the least time on the chip that it is planned for."""
+    """The line of a step: GiB on one chip, work of one call, and the least time on the chip of the report."""
     resident, memory = row["resident_bytes"], row.get("memory")
-    sizes = row["mesh"]
     line = {
         "stage": row["stage"],
         "step": _named(row),
         "slice": row["slice"],
-        "mesh": "x".join(str(sizes[axis]) for axis in ("data", "fsdp", "tensor")),
-        "parameters": _gib(resident["parameters"]),
-        "target": _gib(resident["target parameters"]),
-        "optimizer": _gib(resident.get("optimizer", 0)),
-        "cache": _gib(resident.get("cache", 0)),
-        "temporary": None if memory is None else _gib(memory["temporary"]),
-        "peak": _gib(row.get("peak_bytes")),
+        "mesh": mesh_text(row),
+        "parameters": gib(resident["parameters"]),
+        "target": gib(resident["target parameters"]),
+        "optimizer": gib(resident.get("optimizer", 0)),
+        "cache": gib(resident.get("cache", 0)),
+        "temporary": None if memory is None else gib(memory["temporary"]),
+        "peak": gib(row.get("peak_bytes")),
         "fits": "yes" if row["fits"] else "no",
     }
     if memory is not None:
@@ -53,13 +50,13 @@ def step_line(row: Mapping) -> dict:
             "TFLOP": f"{row['flops'] / 1e12:.3g}",
             "GB moved": f"{row['bytes'] / 1e9:.3g}",
             "GB sent": f"{sum(sent.values()) / 1e9:.3g}",
-            "at least": _seconds(row["roofline"][row["slice"].split(":")[0]]["seconds"]),
+            "at least": seconds(row["roofline"][row["slice"].split(":")[0]]["seconds"]),
         }
     return line | {"compile s": f"{row['compile_seconds']:.0f}"}
 
 
 def collective_lines(row: Mapping) -> list[dict]:
-    """Collectives of a step, by kind."""
+    """The lines of a step's collectives, one for each kind."""
     return [
         {
             "stage": row["stage"],
@@ -74,75 +71,44 @@ def collective_lines(row: Mapping) -> list[dict]:
 
 
 def roofline_line(row: Mapping) -> dict:
-    """The least time of a step on each chip that is listed, with the same work a chip."""
-    times = {name: _seconds(of["seconds"]) for name, of in row["roofline"].items()}
+    """The line of a step with its least time on every listed chip, for the same work per chip."""
+    times = {name: seconds(of["seconds"]) for name, of in row["roofline"].items()}
     return {"stage": row["stage"], "step": _named(row), **times}
 
 
 def stage_line(summary: Mapping) -> str:
-    """What a stage comes to, and the smallest slice that holds it."""
+    """Whether a stage fits its slice, and the smallest slice that it fits."""
     stage, peak, smallest = summary["stage"] or "the run", summary["peak_bytes"], summary["smallest"]
-    said = f"{stage} fits {summary['slice']}" if summary["fits"] else f"{stage} does not fit {summary['slice']}"
+    text = f"{stage} fits {summary['slice']}" if summary["fits"] else f"{stage} does not fit {summary['slice']}"
     if peak is not None:
-        said += f" ({_gib(peak)} GiB on each chip)"
+        text += f" ({gib(peak)} GiB on each chip)"
     if smallest is None:
-        return f"{said}; no smaller slice was looked for" if peak is None else f"{said}; no listed slice holds it"
+        return f"{text}; no smaller slice was tried" if peak is None else f"{text}; no listed slice holds it"
     shape = ", ".join(f"{axis} {size}" for axis, size in smallest["mesh"].items())
-    return f"{said}; the smallest listed slice that holds it is {smallest['slice']} (mesh {shape})"
+    return f"{text}; the smallest listed slice that holds it is {smallest['slice']} (mesh {shape})"
 
 
 def terminal(record: Mapping) -> str:
-    """The plan for the terminal."""
+    """All tables of a cost report, for the terminal."""
     rows = record["rows"]
     collectives = [line for row in rows for line in collective_lines(row)]
     compiled = [roofline_line(row) for row in rows if "roofline" in row]
-    parts = ["What lies on each chip in GiB, and what one call of a step does on it", _table(map(step_line, rows))]
+    parts = ["Memory on each chip in GiB, and the work of one call of each step", table(map(step_line, rows))]
     if collectives:
-        parts += ["Collectives of one call", _table(collectives)]
+        parts += ["Collectives of one call", table(collectives)]
     if compiled:
-        parts += ["The least time of one call on chips of each kind, this mesh and work", _table(compiled)]
+        parts += ["The least time of one call on each kind of chip, with this mesh and work", table(compiled)]
     estimates = {row["compiler"] for row in rows} == {"CPU"}
-    parts += ["Temporary memory is an estimate: compiled for CPUs in the GPUs' place."] if estimates else []
+    parts += ["Temporary memory is an estimate: compiled for CPUs in place of GPUs."] if estimates else []
     for row in rows:
-        parts += [f"{row['stage']}: {row['step']} is refused: {row['refusal']}"] if row["refusal"] else []
+        parts += [f"{row['stage']}: {row['step']} does not compile: {row['refusal']}"] if row["refusal"] else []
         for shape in row.get("gathered_weights", []) if row["step"] == "decode block" else []:
             parts.append(f"{row['stage']}: {row['step']} gathers weights of shape {shape} in its loop")
     return "\n\n".join([*parts, "\n".join(map(stage_line, record["stages"]))])
 
 
-def _table(lines: Sequence[Mapping] | map, write: Callable = tables.aligned_table) -> str:
+def table(lines: Iterable[Mapping], write: Callable = tables.aligned_table) -> str:
+    """Writes lines that may have different columns."""
     lines = list(lines)
     columns = list(dict.fromkeys(key for line in lines for key in line))
     return write([{key: line.get(key) for key in columns} for line in lines], columns)
-
-
-def plan(record: Mapping) -> str:
-    """A plan's steps, the least times elsewhere, and its smallest slices."""
-    rows = record["rows"]
-    steps = _table(map(step_line, rows), tables.markdown_table)
-    times = _table([roofline_line(row) for row in rows if "roofline" in row], tables.markdown_table)
-    return "\n\n".join([steps, times, "\n".join(f"- {stage_line(of)}" for of in record["stages"])])
-
-
-def scaling(record: Mapping) -> str:
-    """On-policy distillation at equal rows a chip: communication against compute of a step, by the number of chips."""
-    stages: dict[str, list[Mapping]] = {}
-    for row in record["rows"]:
-        stages.setdefault(row["stage"], []).append(row)
-    lines = []
-    for rows in stages.values():
-        chip = rows[0]["slice"].split(":")[0]
-        total = lambda part, rows=rows, chip=chip: sum(row["roofline"][chip][part] for row in rows)
-        sizes, busy = rows[0]["mesh"], max(total("compute"), total("memory"))
-        lines.append(
-            {
-                "chips": rows[0]["chips"],
-                "mesh": "x".join(str(sizes[axis]) for axis in ("data", "fsdp", "tensor")),
-                "peak GiB": _gib(max(row["peak_bytes"] for row in rows)),
-                "compute": _seconds(total("compute")),
-                "memory": _seconds(total("memory")),
-                "communication": _seconds(total("communication")),
-                "communication / the larger of the two": f"{total('communication') / busy:.3f}",
-            }
-        )
-    return tables.markdown_table(lines, list(lines[0]))
