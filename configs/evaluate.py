@@ -1,0 +1,69 @@
+"""Evaluates your target and draft on your prompts: exactness, acceptance, speed, and the speed that the parts predict.
+
+    python -m specjax.main --config=configs/evaluate.py --workdir=runs/pair \\
+        --config.target=DIR --config.drafter.path=DIR --config.prompts=FILE
+
+Target and draft are Hugging Face checkpoints of any supported family with the same tokenizer. The file has one prompt
+per line, or is JSON lines with "prompt" (and "completion"), "question" and "answer" (GSM8K), or "turns" (Spec-Bench).
+The report is runs/pair/report.html; configs/evaluate/README.md defines every metric and rule.
+
+Hardware: whatever holds both models; `--config.mesh.tensor=8` splits them over 8 devices, and
+`--config.param_dtype=bfloat16` halves their memory. Time: at each temperature, every prompt is decoded once plainly and
+once per gamma and rule; each combination compiles for some seconds first. Expect `identical` equal to the number of
+prompts, and a speed-up that differs by temperature.
+Lossy rules run on request and are labelled: `--config.drafters.draft.rules.lenient_exp=4 --config.leniences=0.7,0.5`.
+They change the text, so give prompts with completions to measure its quality.
+`configs/evaluate.py:smoke` takes four prompts and a few tokens.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    common.check_variant("evaluate", variant)
+    config = ConfigDict()
+    config.binary = "evaluate"
+    config.seed = 0
+    config.mesh = common.mesh()  # devices along each axis; 1, 1, 1 is one device
+    config.target = ""  # directory of the target
+    config.drafter = ConfigDict({"path": ""})  # directory of the draft
+    config.prompts = ""  # file of prompts
+    # "prompts" recognises the layout of the file; any other task evaluates on its own data.
+    config.task = common.task("prompts", config.get_ref("prompts"))
+    config.param_dtype = "float32"  # in which parameters are stored: float32, bfloat16 or float16
+    config.compute_dtype = "auto"  # of activations: float32 on CPU, bfloat16 on accelerators
+    # How many prompts (0: all), their most tokens, and whether the tokenizer's chat template wraps each of them.
+    config.selection = ConfigDict({"count": 0, "length_min": 1, "length_max": 1_000_000, "chat": False})
+    config.max_new_tokens = 128
+    config.batch_sizes = (1,)
+    config.temperatures = (0.0, 1.0)
+    config.top_k = 0  # 0 is off
+    config.top_p = 1.0  # 1 is off
+    # Gammas to run under each rule. `coupled` runs at temperatures above 0, where it must repeat plain decoding token
+    # for token. Lossy rules run at every one of `leniences`. A rule of your own is {"NAME": {"rule": "file.py:Class",
+    # "gammas": (4,)}}.
+    rules = {"lossless": (2, 4, 6), "coupled": (4,)}
+    rules |= {"lenient_linear": (), "lenient_square": (), "lenient_exp": (), "typical": ()}
+    config.leniences = (0.7, 0.5, 0.3)  # in (0, 1]; smaller accepts more
+    # Kinds: model, kangaroo and medusa (with a path), ngram (shortest, longest), early_exit (exit_layer), skip_layers
+    # (skipped: layers left out, or the workdir of configs/kangaroo/choose_layers.py), or "file.py:Class". All but ngram
+    # may have a `threshold`. With `adaptive: True` each row drafts as many tokens, up to gamma, as have paid so far, by
+    # `costs` of a drafted token and of verifying it, relative to a plain step; () measures them before decoding.
+    config.drafters = ConfigDict(
+        {
+            "draft": {"kind": "model", "path": config.drafter.get_ref("path"), "rules": rules},
+            "ngram": {"kind": "ngram", "shortest": 2, "longest": 4, "rules": {"lossless": (4,)}},
+        }
+    )
+    config.compare = (("draft", "ngram"),)  # pairs whose block efficiencies are compared prompt by prompt
+    config.samples = 3  # texts in the report
+    config.measure_parts = True  # time draft step, target step, verification and rule separately, to predict the speed
+    if variant == "smoke":
+        config.selection.count = 4
+        config.max_new_tokens = 12
+        config.drafters.draft.rules.lossless = (2,)
+        config.drafters.draft.rules.coupled = (2,)
+        config.measure_parts = False
+    return config
