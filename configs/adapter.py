@@ -1,19 +1,21 @@
 """Trains a Kangaroo adapter or Medusa heads for your checkpoint: a draft that shares the target's own layers.
 
-    python -m specjax.main --config=configs/adapter.py --workdir=runs/adapter --config.target=DIR --config.text=FILE
-    python -m specjax.main --config=configs/adapter.py:medusa --workdir=runs/medusa --config.target=DIR --config.text=FILE
+    python -m specjax.main --config=configs/adapter.py --workdir=runs/adapter \\
+        --config.target=DIR --config.text=FILE
 
-The target is a Hugging Face checkpoint of a decoder-only family; it is not changed. The text is a file or a folder of
-files; for prompts with answers set `--config.task.name=prompt_completion` and give JSON lines with "prompt" and
-"completion". Kangaroo (arXiv 2404.18911) puts an adapter on the first `exit_layer` layers; Medusa-1 (arXiv 2401.10774,
-without its tree) puts heads on the last hidden state. What was trained is left in runs/adapter/adapter/export: two small
-files that work with this target only (`api.load_adapter(DIR, target)`).
+`configs/adapter.py:medusa` trains Medusa heads in place of the adapter. The target is a Hugging Face checkpoint of a
+decoder-only family; it is not changed. The text is a file or a folder of files. For prompts with answers set
+`--config.task.name=prompt_completion` and give JSON lines with "prompt" and "completion".
+
+Kangaroo (arXiv 2404.18911) puts an adapter on the first `exit_layer` layers; Medusa-1 (arXiv 2401.10774, without its
+tree) puts heads on the last hidden state. The result is in runs/adapter/adapter/export: two small files that work with
+this target only (`api.load_adapter(DIR, target)`).
 
 Stages: `adapter`, and `evaluation` compared with plain decoding and with the same exit without an adapter.
 
-Hardware: whatever holds the target; `--config.mesh.fsdp=8` splits it over 8 devices. Time: 300 steps with the
-quickstart's target take about TIME minutes on 2 CPU cores. Expect text identical to plain decoding at temperature 0, and
-a speed-up where the target is deep: an exit at 1/16 to 1/10 of the layers is the paper's choice.
+Hardware: whatever holds the target; `--config.mesh.fsdp=8` splits it over 8 devices. Time: with the quickstart's target
+some minutes on 2 CPU cores. Expect text identical to plain decoding at temperature 0, and a speed-up if the
+target is deep: the paper exits after 1/16 to 1/10 of the layers.
 `configs/adapter.py:smoke` and `configs/adapter.py:medusa-smoke` run in seconds with a small checkpoint.
 """
 

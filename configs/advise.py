@@ -34,7 +34,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.thresholds = (
         0.3,
         0.5,
-    )  # confidence below which a block ends; tried with drafts that you have, at batch size 1
+    )  # confidence below which a block ends; for `drafts` at batch size 1
     config.batch_size = 1
     config.temperature = 0.0
     config.max_new_tokens = 80

@@ -17,7 +17,7 @@ Stages: `supervised` (with `:new` alone); `distilled`, on the draft's own text w
 (DistillSpec, arXiv 2310.08461); `evaluation`.
 
 Hardware: whatever holds both models, the draft with its optimiser; `--config.mesh.fsdp=8` splits them over 8 devices.
-Time: 200 steps with the quickstart's target and draft take about TIME minutes on 2 CPU cores, the evaluation another
+Time: 200 steps with the quickstart's target and draft take some minutes on 2 CPU cores, the evaluation another
 minute. Expect more tokens per target call than before (`block_efficiency`), and text identical to plain decoding at
 temperature 0. Validation acceptance that still rises at the end asks for more `--config.distilled.train.steps`.
 `configs/distill.py:smoke` and `configs/distill.py:new-smoke` run in seconds with small checkpoints.
@@ -49,9 +49,7 @@ def get_config(variant: str = "") -> ConfigDict:
         config.supervised.model.update(common.reference(config.shape))
         draft = "stage:supervised"
     else:
-        config.draft = (
-            "required:draft:the directory of a draft, or take configs/distill.py:new to train one from nothing"
-        )
+        config.draft = "required:draft:the directory of a draft (or train one: --config=configs/distill.py:new)"
         draft = config.get_ref("draft")
 
     config.distilled = common.distillation(target, draft, steps=200, learning_rate=3e-4)

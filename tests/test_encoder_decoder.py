@@ -178,7 +178,7 @@ def home(tmp_path_factory):
 
 @pytest.mark.slow
 def test_an_evaluation_says_identical_and_counts_alike(home, tmp_path):
-    config = configs.load("configs/evaluate/pair.py:smoke")
+    config = configs.load("configs/evaluate.py:smoke")
     config.target, config.drafter.path = str(home / "target"), str(home / "draft")
     config.prompts, config.measure_parts = str(home / "pairs.jsonl"), True
     config.drafters.draft.rules.coupled, config.temperatures = (), (0.0,)

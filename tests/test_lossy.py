@@ -373,7 +373,7 @@ def test_generate_says_what_is_lossy(home):
 
 @pytest.fixture
 def config(home):
-    config = configs.load("configs/evaluate/pair.py:smoke")
+    config = configs.load("configs/evaluate.py:smoke")
     config.target, config.drafter.path, config.prompts = (str(home / n) for n in ("target", "draft", "prompts.txt"))
     config.drafters.draft.rules.update({"lenient_exp": (2,), "typical": (1,)})
     config.leniences, config.temperatures = (1.0, 0.2), (0.0,)

@@ -132,6 +132,8 @@ def test_a_wrong_argument_gets_one_sentence_and_exit_code_2(config_file, tmp_pat
     ("argument", "said"),
     [
         ("{}/some_confg.py", "there is no config file .*did you mean .*some_config.py"),
+        ("{}/configs/evaluate/pair.py:smoke", "is an old name; it is now configs/evaluate.py"),
+        ("configs/draft_design/advise.py", "is an old name; it is now configs/advise.py"),
         ("{}/some_config.py:nope:", None),
         ("{}/stages.py:smoke", 'has no variants; leave out ":smoke"'),
         ("{}/broken.py", "not valid Python"),
@@ -376,3 +378,12 @@ def test_progress_in_a_log_file_is_whole_lines(capsys):
     assert any(line.startswith("prompts: 100%") for line in lines)
     assert any("4/4" in line for line in lines)
     assert all(lines)
+
+
+def test_a_config_of_a_clone_runs_from_another_directory(tmp_path):
+    code = "from specjax.runtime import config; print(config.load(sys.argv[1]).mesh.tensor)"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    (tmp_path / "specjax").symlink_to(ROOT / "specjax")  # as installed: the clone itself is not on the path
+    command = [sys.executable, "-c", f"import sys; {code}", f"{ROOT}/configs/generate.py:smoke"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.stdout == "1\n", done.stderr

@@ -15,6 +15,8 @@ from specjax.runtime import config as configs
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = [path for path in sorted((ROOT / "configs").rglob("*.py")) if "def get_config(variant" in path.read_text()]
+RUNS = [f"{path.relative_to(ROOT)}:smoke" for path in CONFIGS]
+RUNS += ["configs/distill.py:new-smoke", "configs/adapter.py:medusa-smoke"]
 
 
 # Records of the paper's data sets, by config.
@@ -42,17 +44,22 @@ def models(tmp_path_factory):
     for name, fields in DATA.items():
         lines = [json.dumps({field: text.format(i) for field, text in fields.items()}) for i in range(60)]
         (home / f"{name}.jsonl").write_text("\n".join(lines))
-    pair = (f"--config.target={home}/target", f"--config.drafter.path={home}/draft")
+    target, text = f"--config.target={home}/target", f"--config.text={ROOT}/tests/test_loop.py"
+    pair = (target, f"--config.drafter.path={home}/draft")
     checkpoints = lambda kind: tuple(f"--config.{role}.path={home}/{kind}{role}" for role in ("target", "draft"))
     kinds = {"xsum": "t5_", "cnndm": "t5_", "wmt": "t5_", "gsm8k": ""}
     data = {name: f"--config.task.path={home}/{name}.jsonl" for name in DATA}
     return {
         **{f"configs/distillspec/{name}.py": (*checkpoints(kind), data[name]) for name, kind in kinds.items()},
         "configs/distillspec/lm1b.py": (data["lm1b"],),
-        "configs/evaluate/pair.py": (*pair, f"--config.prompts={home}/prompts.txt"),
+        "configs/distill.py": (target, f"--config.draft={home}/draft", text),
+        "configs/distill.py:new-smoke": (target, text),
+        "configs/adapter.py": (target, text),
+        "configs/adapter.py:medusa-smoke": (target, text),
+        "configs/evaluate.py": (*pair, f"--config.prompts={home}/prompts.txt"),
         "configs/kangaroo/choose_layers.py": (f"--config.target={home}/target",),
         "configs/generate.py": (*pair, "--config.prompt=def main("),
-        "configs/draft_design/advise.py": (pair[0], f"--config.drafts={home}/draft"),
+        "configs/advise.py": (pair[0], f"--config.drafts={home}/draft"),
         "configs/draft_design/build.py": (pair[0],),
         "configs/draft_design/prune.py": (pair[0], "--config.shape.mlp_width=8"),
         "configs/draft_design/replay.py": (pair[0], f"--config.drafts={home}/draft"),
@@ -75,7 +82,7 @@ def run_again(capsys, config, workdir, *overrides):
 
 
 def arguments(config, workdir, *overrides):
-    return [f"--config={config}:smoke", f"--workdir={workdir}", *overrides]
+    return [f"--config={config}", f"--workdir={workdir}", *overrides]
 
 
 def sections(config, workdir):
@@ -84,10 +91,11 @@ def sections(config, workdir):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_smoke_run_leaves_its_results_is_skipped_when_finished_and_keeps_its_config(path, tmp_path, models, capsys):
-    config, workdir = configs.load(f"{path}:smoke"), tmp_path / "w"
-    named = models.get(str(path.relative_to(ROOT)), ())
+@pytest.mark.parametrize("name", RUNS)
+def test_a_smoke_run_leaves_its_results_is_skipped_when_finished_and_keeps_its_config(name, tmp_path, models, capsys):
+    path, workdir = ROOT / name, tmp_path / "w"
+    config = configs.load(str(path))
+    named = models.get(name, models.get(name.removesuffix(":smoke"), ()))
     code, first = run(path, workdir, *named)
     assert code == 0, first
     left = {}

@@ -428,7 +428,7 @@ def test_an_evaluation_measures_the_tasks_quality_with_an_interval(tmp_path):
     api.save(api.Model(made, params, tokenizer), tmp_path / "model")
     write_jsonl(tmp_path / "train.jsonl", map(record, TRAIN))
     write_jsonl(tmp_path / "test.jsonl", map(record, EVALUATED))
-    chosen = configs.load("configs/evaluate/pair.py:smoke")
+    chosen = configs.load("configs/evaluate.py:smoke")
     chosen.target = chosen.drafter.path = str(tmp_path / "model")
     chosen.task.update({"name": "xsum", "path": str(tmp_path)})
     chosen.drafters.draft.rules.coupled, chosen.temperatures, chosen.max_new_tokens = (), (0.0,), 8

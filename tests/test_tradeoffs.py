@@ -165,7 +165,7 @@ def test_a_drafters_own_target_is_decoded_beside_the_baseline_and_judged_on_the_
         api.save(api.Model(decoder, params, tokenizer), tmp_path / name)
     lines = [json.dumps({"question": text, "answer": f"#### {n}"}) for n, text in enumerate(texts)]
     (tmp_path / "data.jsonl").write_text("\n".join(lines))
-    config = configs.load("configs/evaluate/pair.py:smoke")
+    config = configs.load("configs/evaluate.py:smoke")
     config.target = config.drafter.path = str(tmp_path / "large")
     config.task.update({"name": "gsm8k", "path": str(tmp_path / "data.jsonl")})
     config.selection.count, config.temperatures, config.compare = 2, (0.0,), ()

@@ -5,7 +5,7 @@
 
 What matters is judged by activations on the task's text: whole layers, heads with their key heads, channels of the MLP
 and of the residual stream; then `recovered` is distilled on that text, forward KL, for a few steps. Both stages export
-the family's own layout: runs/pruned/recovered/export is the draft, and `configs/evaluate/pair.py` measures it.
+the family's own layout: runs/pruned/recovered/export is the draft, and `configs/evaluate.py` measures it.
 
 Hardware: whatever holds the checkpoint twice; with a target of the study two and a half minutes on 2 busy CPU cores. In
 configs/draft_design/README.md such drafts are ahead of equally trained ones from scratch.

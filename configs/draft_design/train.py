@@ -3,7 +3,7 @@
     python -m specjax.main --config=configs/draft_design/train.py --workdir=runs/draft \\
         --config.target=DIR --config.tokenizer.path=DIR --config.model.layers=1 --config.model.width=640
 
-What `configs/draft_design/advise.py` prints for a shape that nobody has trained is a call of this config. The recipe is
+What `configs/advise.py` prints for a shape that nobody has trained is a call of this config. The recipe is
 that of the quickstart: forward KL on the corpus, from random weights, for as many steps as its plain draft takes to its
 plateau.
 

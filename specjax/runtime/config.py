@@ -24,6 +24,11 @@ RENAMED = {
     "model.whole": "model.replicate",
     "drafters.*.whole": "drafters.*.replicate",
 }
+# Config files of earlier versions -> where they are now, by the end of the path.
+MOVED = {
+    "configs/evaluate/pair.py": "configs/evaluate.py",
+    "configs/draft_design/advise.py": "configs/advise.py",
+}
 
 
 def load(path_and_variant: str) -> ConfigDict:
@@ -35,6 +40,9 @@ def load(path_and_variant: str) -> ConfigDict:
     name, colon, variant = path_and_variant.partition(":")
     path = Path(name)
     if not path.is_file():
+        moved = next((file for old, file in MOVED.items() if path.as_posix().endswith(old)), None)
+        if moved is not None:
+            raise UserError(f"{name} is an old name; it is now {moved}")
         siblings = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
         raise UserError(f"there is no config file {name}{nearest(name, siblings)}")
     try:
