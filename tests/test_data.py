@@ -512,20 +512,23 @@ def test_prompts_of_a_prompt_task_are_its_first_examples_or_an_error_that_names_
 
 def test_sizes_that_make_no_sense_are_refused(tokenizer):
     for changed, message in [
-        (dict(batch_size=0), "batch_size is 0"),
-        (dict(sequence_length=1), "sequence_length is 1"),
+        (dict(batch_size=0), "batch_size must be at least 1, got 0"),
+        (dict(sequence_length=1), "sequence_length must be at least 2, got 1"),
         (dict(sequence_length=100_000), "not enough for one row of 100000"),
-        (dict(prompt_length=(0, 4)), "prompt lengths from 0 to 4"),
-        (dict(prompt_length=(5, 4)), "prompt lengths from 5 to 4"),
+        (dict(prompt_length=(0, 4)), "1 <= min <= max, got 0 and 4"),
+        (dict(prompt_length=(5, 4)), "1 <= min <= max, got 5 and 4"),
         (dict(prompt_length=(5, 32)), "leave nothing to continue in rows of 32"),
-        (dict(seed=-1), "seed is -1"),
+        (dict(seed=-1), "seed must be in 0"),
     ]:
         with pytest.raises(UserError, match=message):
             batches(LANGUAGE, tokenizer, **changed)
-    for changed, message in [(dict(count=0), "0 evaluation prompts"), (dict(seed=-1), "seed is -1")]:
+    for changed, message in [
+        (dict(count=0), "evaluation prompts must be at least 1, got 0"),
+        (dict(seed=-1), "seed must be in 0"),
+    ]:
         with pytest.raises(UserError, match=message):
             evaluation_prompts(LANGUAGE, tokenizer, **{**dict(count=1, prompt_length=(1, 2), seed=0), **changed})
-    with pytest.raises(UserError, match="0 validation batches"):
+    with pytest.raises(UserError, match="validation batches must be at least 1, got 0"):
         loss_batches(LANGUAGE, tokenizer, count=0)
 
 

@@ -430,5 +430,5 @@ def test_shards_named_by_an_index_are_read_together(copy, exported):
     with pytest.raises(UserError, match=r"model-00002-of-00003\.safetensors is missing, though"):
         load(copy)
     index.write_text(json.dumps({"weight_map": {"lm_head.weight": "../elsewhere"}}))
-    with pytest.raises(UserError, match='has no "weight_map" from tensors to files beside it'):
+    with pytest.raises(UserError, match='has no "weight_map" from tensors to files in its folder'):
         load(copy)

@@ -127,11 +127,11 @@ def test_questions_are_read_from_the_file_or_its_folder(home):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"turns": ["only one"]}, 'line 1: question 1 of category "writing" has 1 turn that say something, not 2'),
+        ({"turns": ["only one"]}, 'line 1: question 1 of category "writing" has 1 turn with text, not 2'),
         ({"turns": ["one", " "]}, 'line 1: question 1 of category "writing" has 1 turn'),
         ({"turns": []}, 'line 1 lacks the field "turns", a list of texts'),
         ({"turns": ["one", 2]}, 'line 1: the field "turns" is int, not text'),
-        ({"category": "qa"}, 'line 3: question q of category "qa" has 1 turn that say something, not 2'),
+        ({"category": "qa"}, 'line 3: question q of category "qa" has 1 turn with text, not 2'),
     ],
 )
 def test_a_question_with_missing_turns_is_named(tmp_path, changes, said):

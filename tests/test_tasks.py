@@ -375,7 +375,7 @@ def test_a_text_to_summarise_is_cut_at_its_end_so_that_the_summary_fits(tokenize
         example = LONG[int(prompt.split()[1])]
         assert length == 64 and tokens[-1] == tokenizer.eos_ids[0]
         assert example.prompt.startswith(prompt) and completion == example.completion
-    assert said == ["long: 3 of 3 prompts lost their end, to fit rows of 64 tokens"]
+    assert said == ["long: 3 of 3 prompts were cut at their end to fit rows of 64 tokens"]
     # No more than half a row is left to a completion.
     batch = next(training_batches(task, tokenizer, batch_size=3, sequence_length=8, prompt_length=(1, 9), seed=0))
     assert batch["loss_start"].tolist() == [4, 4, 4]
@@ -383,7 +383,7 @@ def test_a_text_to_summarise_is_cut_at_its_end_so_that_the_summary_fits(tokenize
     for prompt, example in zip(prompts, LONG, strict=True):
         assert prompt.tokens == tuple(tokenizer.encode(example.prompt)[:32])
         assert prompt.text == tokenizer.decode(prompt.tokens) and prompt.reference == example.completion
-    assert said[-1] == "long: 3 of 3 prompts lost their end, to fit the limit of 32 tokens"
+    assert said[-1] == "long: 3 of 3 prompts were cut at their end to fit the limit of 32 tokens"
     with pytest.raises(UserError, match="more than the limit of 32"):
         evaluation_prompts(Task("long", LONG, LONG, "rouge"), tokenizer, count=3, prompt_length=(1, 32), seed=0)
 

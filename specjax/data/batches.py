@@ -7,12 +7,12 @@ A batch is a dict of int32 arrays:
   loss_start      [B]     position of the first token that is a prediction target
   prompt_lengths  [B]     how many leading tokens are the prompt when a model is to continue the row
 
-For an encoder-decoder, which reads the prompt apart, `tokens` begin with its start token and go on behind the prompt,
+An encoder-decoder reads the prompt separately. Its `tokens` are the start token and the text after the prompt, its
 `prompt_lengths` count the prompt's tokens, and there is one array more:
 
   sources         [B, T]  the prompts, right-padded
 
-Of a run of several processes each may ask for its own rows of every training batch. Then `tokens` and `sources` hold
+In a run of several processes each may make only its own rows of every training batch. Then `tokens` and `sources` hold
 these rows alone; the arrays `[B]` are those of the whole batch in every process.
 """
 
@@ -28,7 +28,7 @@ from specjax.data.tasks import Example, Task
 from specjax.hub.tokenizer import Tokenizer
 from specjax.runtime.errors import UserError
 
-# Texts are tokenised this many characters at a time, which bounds the memory of the tokenizer's own records.
+# Texts are tokenised this many characters at a time, to bound the memory that the tokenizer needs.
 _CHARACTERS_AT_ONCE = 1_000_000
 
 # A window of n tokens is cut from n times this many characters. Code has about 4 per token.
@@ -42,9 +42,9 @@ class Prompt:
     Attributes:
       index: its place in the evaluation; with a prompt task, also the example's place in `task.validation`.
       tokens: its ids, never empty.
-      text: what the ids say.
-      reference: the text that should follow; "" where there is none.
-      category: the kind of prompt, where the task has kinds.
+      text: the text of the ids.
+      reference: the text that should follow; "" if there is none.
+      category: the kind of prompt, if the task has kinds.
     """
 
     index: int
@@ -65,28 +65,30 @@ def training_batches(
     start_token: int | None = None,
     own_rows: Sequence[int] | None = None,
 ) -> Batches:
-    """Returns an iterator over batches of the training split, read by grain, without end.
+    """Returns an endless iterator over batches of the training split.
 
-    Every epoch visits every row once, in an order of its own; a batch may straddle two epochs. Equal
-    arguments give equal batches. `get_state()` is a small JSON-compatible value and `set_state()` returns to
-    it exactly, at once, whatever rows the process that got it had.
+    Every epoch visits every row once, in its own order; a batch may straddle two epochs. Equal arguments give equal
+    batches. `get_state()` is a small JSON-compatible value, and `set_state()` returns to it exactly and at once, in any
+    process.
 
-    `own_rows` are the places in a batch of the rows that this process makes; None is all of them.
+    Language modelling packs: documents, each ended by EOS, are concatenated and cut into full rows (less than one row
+    is left over); `prompt_lengths` are drawn from `prompt_length`, bounds included, by row and seed. With prompts and
+    completions a row is one example ended by EOS and cut at `sequence_length`; examples whose prompt leaves no room are
+    dropped and counted in the log. If the task cuts prompts, a prompt is first cut at its end so that the completion
+    fits, but to no less than half the row.
 
-    Language modelling packs: documents, each ended by EOS, stand one after another and are cut into full rows
-    (less than one row is left over); `prompt_lengths` are drawn from `prompt_length`, bounds included, by row
-    and seed. With prompts and completions a row is one example ended by EOS and cut at `sequence_length`;
-    examples whose prompt leaves no room are dropped and counted in the log. Where the task cuts prompts, a prompt
-    first loses its end so that the completion fits, but no more than what is beyond half the row.
+    Args:
+      prompt_length: least and most tokens of a prompt, in language modelling.
+      start_token: that of an encoder-decoder, whose rows are split into prompt and text; None for a decoder-only model.
+      own_rows: places in a batch of the rows that this process makes; None is all of them.
 
-    `start_token` is that of an encoder-decoder, whose rows it cuts into prompt and text; None is a decoder-only model.
-
-    Raises UserError for a task without training data, and for sizes that do not fit each other or the data.
+    Raises:
+      UserError: for a task without training data, and for sizes that do not fit each other or the data.
     """
     if not task.train:
         raise UserError(f'task "{task.name}" is for evaluation only; train on another task')
     rows = _rows(task, task.train, tokenizer, sequence_length, prompt_length, batch_size, seed, start_token)
-    return Batches.of(rows, batch_size, seed, range(batch_size) if own_rows is None else own_rows)
+    return Batches(rows, batch_size, seed, range(batch_size) if own_rows is None else own_rows)
 
 
 def validation_batches(
@@ -102,13 +104,15 @@ def validation_batches(
 ) -> list[Batch]:
     """Returns `count` batches of the validation split, its rows in an order drawn from `seed`.
 
-    A split with fewer rows than `count * batch_size` is gone through again from the start, as training does.
-    `start_token` is as in `training_batches`, and `prompt_length` too where there is one. With language modelling a
-    decoder-only model's `prompt_lengths` are 1: these rows are for a loss over all of them, not to be continued.
-    Raises UserError as `training_batches` does, and for a task without completions.
+    A split with fewer rows than `count * batch_size` is repeated from its start, as in training. `start_token` is as in
+    `training_batches`, and so is `prompt_length` for an encoder-decoder. A decoder-only model's `prompt_lengths` are 1
+    in language modelling: these rows are for a loss over all tokens, not for generation.
+
+    Raises:
+      UserError: as `training_batches`, and for a task without completions.
     """
     if count < 1:
-        raise UserError(f"{count} validation batches were asked for; ask for one at least")
+        raise UserError(f"the number of validation batches must be at least 1, got {count}")
     if not any(example.completion for example in task.validation):
         raise UserError(f'task "{task.name}" has no completions to compute a loss on; use it for evaluation only')
     if start_token is None:
@@ -125,18 +129,20 @@ def validation_batches(
 def evaluation_prompts(
     task: Task, tokenizer: Tokenizer, *, count: int, prompt_length: tuple[int, int], seed: int, chat: bool = False
 ) -> list[Prompt]:
-    """Returns `count` prompts of the validation split (0: all); more of them begin with the same ones.
+    """Returns `count` prompts of the validation split (0: all); a larger `count` begins with the same prompts.
 
-    Language modelling: windows of the documents that begin where a line does, places and token lengths drawn
-    from `seed` (lengths within `prompt_length`, bounds included), without a reference. Otherwise: the first
-    examples, as they are, or with `chat` each as a user's turn in the tokenizer's chat template.
-    Raises UserError if there are fewer than `count`, or if an example's prompt has more than
-    `prompt_length[1]` tokens and may not be cut: the task does not cut prompts, or they are turns of a chat.
+    Language modelling: windows of the documents, from the start of a line, without a reference. Places and lengths in
+    tokens, within `prompt_length` (bounds included), are drawn from `seed`. Otherwise: the first examples, as they are,
+    or with `chat` each as a user's turn in the tokenizer's chat template.
+
+    Raises:
+      UserError: if there are fewer than `count`, or if an example's prompt has more than `prompt_length[1]` tokens and
+        may not be cut, because the task does not cut prompts or they are turns of a chat.
     """
     _check_prompt_length(prompt_length)
     _check_seed(seed)
     if count < 0 or (count == 0 and task.is_language_modelling):
-        raise UserError(f"{count} evaluation prompts were asked for; ask for one at least")
+        raise UserError(f"the number of evaluation prompts must be at least 1, got {count}")
     if task.is_language_modelling:
         return _windows(task, tokenizer, count, prompt_length, seed)
     if count > len(task.validation):
@@ -155,17 +161,17 @@ def evaluation_prompts(
                 f"{len(tokens)} tokens, more than the limit of {prompt_length[1]}; raise that limit"
             )
         prompts.append(Prompt(index, tuple(tokens.tolist()), text, example.completion, example.category))
-    _say_cut(task, cut, len(examples), f"the limit of {prompt_length[1]} tokens")
+    _log_cut(task, cut, len(examples), f"the limit of {prompt_length[1]} tokens")
     return prompts
 
 
-def _say_cut(task: Task, cut: int, count: int, bound: str) -> None:
+def _log_cut(task: Task, cut: int, count: int, bound: str) -> None:
     if cut:
-        logging.info("%s: %d of %d prompts lost their end, to fit %s", task.name, cut, count, bound)
+        logging.info("%s: %d of %d prompts were cut at their end to fit %s", task.name, cut, count, bound)
 
 
 def _cut(tokens: np.ndarray, limit: int, tokenizer: Tokenizer) -> np.ndarray:
-    """The first `limit` tokens; an end that the model expects behind every prompt, as T5 does, stays."""
+    """The first `limit` tokens; an EOS that ends every prompt of the model, as T5's, is preserved."""
     if len(tokens) <= limit:
         return tokens
     tail = int(tokens[-1] in tokenizer.eos_ids)
@@ -180,7 +186,7 @@ def _prompt_tokens(tokenizer: Tokenizer, prompts: Sequence[str], chat: bool) -> 
 
 @dataclass(frozen=True)
 class _Rows:
-    """Random access to rows, as grain's sources have it."""
+    """The rows of a split by index; `stream.Batches` makes batches of them."""
 
     rows: Int32[np.ndarray, "rows T"] | list[np.ndarray]
     loss_start: Int32[np.ndarray, " rows"]
@@ -200,7 +206,7 @@ class _Rows:
         return {**self._row(text, np.asarray(1, np.int32), prompt), "sources": self._padded(row[:prompt])}
 
     def numbers(self, indices: Sequence[int]) -> Batch:
-        """The arrays `[B]` of these rows, without the rows themselves."""
+        """The arrays `[B]` of these rows, without their tokens."""
         lengths = np.asarray([len(self.rows[index]) for index in indices], np.int32)
         starts, prompts = self.loss_start[indices], self.prompt_lengths[indices]
         if self.start_token is not None:
@@ -232,9 +238,9 @@ def _rows(
     start_token: int | None,
 ) -> _Rows:
     if batch_size < 1:
-        raise UserError(f"batch_size is {batch_size}; it must be 1 or more")
+        raise UserError(f"batch_size must be at least 1, got {batch_size}")
     if sequence_length < 2:
-        raise UserError(f"sequence_length is {sequence_length}; a row needs two tokens at least")
+        raise UserError(f"sequence_length must be at least 2, got {sequence_length}")
     _check_seed(seed)
     if task.is_language_modelling:
         _check_prompt_length(prompt_length)
@@ -273,7 +279,7 @@ def _packed_rows(
 
 def _paired_rows(task: Task, examples: Sequence[Example], tokenizer: Tokenizer, sequence_length: int) -> _Rows:
     end = np.asarray(tokenizer.eos_ids[:1], np.int32)
-    # Apart from each other, so that a prompt has the tokens here that it has when a model is to continue it.
+    # Prompt and completion are tokenised separately: a prompt has the same tokens here as when a model continues it.
     prompts = _tokenise(tokenizer.encode_prompt_batch, [example.prompt for example in examples])
     completions = _tokenise(tokenizer.encode_batch, [example.completion for example in examples])
     if task.cuts_prompts:
@@ -281,7 +287,7 @@ def _paired_rows(task: Task, examples: Sequence[Example], tokenizer: Tokenizer, 
         whole = prompts
         prompts = [_cut(prompt, limit, tokenizer) for prompt, limit in zip(whole, room, strict=True)]
         cut = sum(len(part) < len(prompt) for part, prompt in zip(prompts, whole, strict=True))
-        _say_cut(task, cut, len(examples), f"rows of {sequence_length} tokens")
+        _log_cut(task, cut, len(examples), f"rows of {sequence_length} tokens")
     rows, starts = [], []
     for prompt, completion in zip(prompts, completions, strict=True):
         if len(prompt) < sequence_length:
@@ -293,13 +299,8 @@ def _paired_rows(task: Task, examples: Sequence[Example], tokenizer: Tokenizer, 
         )
     dropped = len(examples) - len(rows)
     if dropped:
-        logging.warning(
-            "%s: %d of %d examples dropped, their prompts have %d tokens or more",
-            task.name,
-            dropped,
-            len(examples),
-            sequence_length,
-        )
+        message = "%s: %d of %d examples dropped, their prompts have %d tokens or more"
+        logging.warning(message, task.name, dropped, len(examples), sequence_length)
     start = np.asarray(starts, np.int32)
     return _Rows(rows, start, start, sequence_length, tokenizer.pad_id)
 
@@ -314,7 +315,7 @@ def _windows(task: Task, tokenizer: Tokenizer, count: int, prompt_length: tuple[
         length = int(draw.integers(prompt_length[0], prompt_length[1] + 1))
         text = documents[document][start : start + length * _CHARACTERS_PER_TOKEN]
         tokens = tuple(tokenizer.encode_prompt(text)[:length])
-        if len(tokens) < length:  # too near the document's end (or nothing but a ruler)
+        if len(tokens) < length:  # too close to the document's end, or one long ruler that is a single token
             continue
         prompts.append(Prompt(len(prompts), tokens, tokenizer.decode(tokens), "", ""))
         if len(prompts) == count:
@@ -350,9 +351,9 @@ def _tokenise(encode_batch: Callable[..., list[list[int]]], texts: Sequence[str]
 def _check_prompt_length(prompt_length: tuple[int, int]) -> None:
     low, high = prompt_length
     if not 1 <= low <= high:
-        raise UserError(f"prompt lengths from {low} to {high} make no sense; the first must be 1 to the second")
+        raise UserError(f"prompt lengths must satisfy 1 <= min <= max, got {low} and {high}")
 
 
 def _check_seed(seed: int) -> None:
     if not 0 <= seed < 2**32:
-        raise UserError(f"seed is {seed}; it must be within 0 and {2**32 - 1}")
+        raise UserError(f"seed must be in 0 .. {2**32 - 1}, got {seed}")

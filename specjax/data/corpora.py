@@ -1,6 +1,6 @@
-"""Plain text to learn from: the Python standard library's own sources, and text files by path.
+"""Plain text to learn from: the Python standard library's sources, and text files by path.
 
-A corpus is two tuples of (name, text), training and validation, split by whole files where there are several.
+A corpus is two tuples of (name, text), training and validation, split by whole files if there are several.
 """
 
 import functools
@@ -10,12 +10,14 @@ import re
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from specjax.runtime.errors import UserError
 
 Files = tuple[tuple[str, str], ...]
+Item = TypeVar("Item")
 
-# Folders beneath the standard library that are not the library: its tests, and what was installed beside it.
+# Folders in the standard library's folder that do not belong to it: tests and installed packages.
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 # Character maps, help texts and grammar tables: a sixth of the bytes, near-copies of each other or no code.
 _GENERATED = re.compile(r"generated (by|from|and)", re.IGNORECASE)
@@ -24,8 +26,8 @@ _GENERATED = re.compile(r"generated (by|from|and)", re.IGNORECASE)
 def stdlib_files() -> tuple[Files, Files]:
     """Returns the standard library's sources, (training, validation), each sorted by path.
 
-    About one file in ten is for validation, chosen by a hash of its path: a file keeps its side on every
-    machine and Python version. Left out by rule: tests, installed packages, files whose first 300 characters
+    About one file in ten is for validation, chosen by a hash of its path: a file is in the same split on every
+    machine and Python version. Excluded are tests, installed packages, files whose first 300 characters
     say that a program generated them, and files that cannot be opened, are not UTF-8 or are empty.
 
     Raises UserError if this Python comes without its sources.
@@ -34,7 +36,7 @@ def stdlib_files() -> tuple[Files, Files]:
     files = _library(root)
     if len(files) < 2:
         raise UserError(f"no Python sources in {root}; use a task that reads a file, such as `text` with a path")
-    return _split_files(files)
+    return _split_by_name(files)
 
 
 @functools.cache  # a run of many stages asks for it in each
@@ -51,17 +53,17 @@ def _library(root: Path) -> Files:
 
 
 def _sources(root: Path) -> Iterator[str]:
-    """Paths of the Python files beneath the root, relative to it; what is installed there is not even walked."""
+    """Paths of the Python files below the root, relative to it; folders of installed packages are not entered."""
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in _NOT_LIBRARY]
         yield from ((Path(folder) / name).relative_to(root).as_posix() for name in names if name.endswith(".py"))
 
 
 def text_files(path: str) -> tuple[Files, Files]:
-    """Returns the text of a file, or of all files beneath a directory, as (training, validation).
+    """Returns the text of a file, or of all files below a directory, as (training, validation).
 
-    A directory is split by file (hidden files and folders are left out); a single file gives its last tenth,
-    from a line start on, to validation. Raises UserError for what is missing, empty, unreadable or not UTF-8.
+    A directory is split by file, without hidden files and folders. Of a single file the last tenth, from the start
+    of a line, is for validation. Raises UserError for what is missing, empty, unreadable or not UTF-8.
     """
     root = Path(path)
     if not root.is_dir():
@@ -76,7 +78,7 @@ def text_files(path: str) -> tuple[Files, Files]:
     names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
     if len(names) < 2:
         raise UserError(f"{root} holds {len(names)} text files; put at least two there, or name a single file")
-    return _split_files([(name.as_posix(), read_text(root / name)) for name in names])
+    return _split_by_name([(name.as_posix(), read_text(root / name)) for name in names])
 
 
 def read_text(path: Path) -> str:
@@ -98,11 +100,10 @@ def read_text(path: Path) -> str:
 
 
 def validation_mask(keys: Sequence[str]) -> list[bool]:
-    """Says for each key whether it belongs to validation: about one in ten, by a hash of the key alone.
+    """Returns for each key whether it belongs to validation: about one in ten, by a hash of the key alone.
 
-    So a key's side does not change as others come and go, and equal keys fall on the same side. Only where
-    one side would be empty does the key with the smallest (largest) hash change over. Raises UserError if all
-    keys are equal.
+    So a key's split does not depend on the other keys, and equal keys are in the same split. Only if one split would be
+    empty, the key with the smallest (largest) hash moves there. Raises UserError if all keys are equal.
     """
     hashes = [stable_hash(key) for key in keys]
     if len(set(hashes)) < 2:
@@ -113,34 +114,40 @@ def validation_mask(keys: Sequence[str]) -> list[bool]:
 
 
 def stable_hash(key: str) -> int:
-    """Returns 64 bits of a hash that is the same in every process and on every machine."""
+    """Returns a 64-bit hash that is the same in every process and on every machine."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
 
 
 def limit_bytes(files: Files, size: int) -> Files:
-    """Keeps `size` bytes of text (0: all): files by their names' hashes, the last one cut at a line end.
+    """Returns `size` bytes of the files (0: all), chosen by their names' hashes; the last one is cut at a line end.
 
     Raises UserError if that leaves nothing.
     """
     if size == 0:
         return files
-    kept, left = [], size
+    chosen, left = [], size
     for name, text in sorted(files, key=lambda file: stable_hash(file[0])):
         data = text.encode()
         if len(data) > left:
             head = data[:left].decode("utf-8", errors="ignore")
             text = head[: head.rfind("\n") + 1]
         if text.strip():
-            kept.append((name, text))
+            chosen.append((name, text))
         left -= len(data)
         if left <= 0:
             break
-    if not kept:
+    if not chosen:
         raise UserError(f"`size` of {size} bytes leaves no line of training text; make it larger, or 0 for all")
-    return tuple(sorted(kept))
+    return tuple(sorted(chosen))
 
 
-def _split_files(files: Sequence[tuple[str, str]]) -> tuple[Files, Files]:
-    held_out = validation_mask([name for name, _ in files])
-    training = tuple(file for file, held in zip(files, held_out, strict=True) if not held)
-    return training, tuple(file for file, held in zip(files, held_out, strict=True) if held)
+def split(items: Sequence[Item], keys: Sequence[str]) -> tuple[list[Item], list[Item]]:
+    """Splits items into (training, validation) by `validation_mask` of their keys."""
+    held_out = validation_mask(keys)
+    train, validation = ([item for item, held in zip(items, held_out, strict=True) if held == side] for side in (0, 1))
+    return train, validation
+
+
+def _split_by_name(files: Sequence[tuple[str, str]]) -> tuple[Files, Files]:
+    train, validation = split(files, [name for name, _ in files])
+    return tuple(train), tuple(validation)

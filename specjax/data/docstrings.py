@@ -1,4 +1,4 @@
-"""Functions of the Python standard library and what their docstrings say: a summarisation task on every machine."""
+"""Functions of the Python standard library and their docstrings: a summarisation task that needs no download."""
 
 import ast
 import collections
@@ -15,10 +15,9 @@ Pairs = tuple[tuple[str, str], ...]
 def stdlib_docstrings() -> tuple[Pairs, Pairs]:
     """Returns (source, first line of the docstring) of the standard library's functions, (training, validation).
 
-    The source is the function's own text without the docstring and the indentation of the whole, from `def` on.
-    Functions are split by file as `stdlib_files` splits them, then ordered by a hash of their source, and each source
-    stands once; one that is found on both sides is for validation. Left out are functions that consist of a docstring
-    alone, or have it on a line with code.
+    The source is the text of the function from `def` on, without docstring and indentation. Functions are split by
+    file, as in `stdlib_files`, then ordered by a hash of their source. Each source occurs once; one in both splits is
+    for validation. Functions are left out if the docstring is their whole body, or shares a line with code.
 
     Raises UserError if this Python comes without sources that have docstrings.
     """
@@ -37,7 +36,7 @@ def _ordered(pairs: dict[str, str]) -> Pairs:
 
 def _pairs(text: str) -> Iterator[tuple[str, str]]:
     """The functions of one file; none of a file that this Python cannot parse."""
-    # The lines that the parser counts: not those of splitlines(), which also breaks at form feeds.
+    # As the parser counts lines; splitlines() would also break at form feeds.
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of escapes that are deprecated
@@ -48,12 +47,12 @@ def _pairs(text: str) -> Iterator[tuple[str, str]]:
     for node in _statements(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             docstring = ast.get_docstring(node)
-            if docstring and _stands_alone(node, lines):
+            if docstring and _has_own_lines(node, lines):
                 yield _without_docstring(node, lines), docstring.split("\n")[0].strip()
 
 
 def _statements(tree: ast.Module) -> Iterator[ast.AST]:
-    """As ast.walk, without expressions: no function stands in one, and they are nine nodes of ten."""
+    """As ast.walk, without expressions: they contain no function definitions and are nine nodes of ten."""
     nodes = collections.deque([tree])
     while nodes:
         node = nodes.popleft()
@@ -62,7 +61,7 @@ def _statements(tree: ast.Module) -> Iterator[ast.AST]:
         yield node
 
 
-def _stands_alone(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> bool:
+def _has_own_lines(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> bool:
     """Whether the docstring has its lines to itself, and code follows it."""
     docstring = node.body[0]
     before = lines[docstring.lineno - 1].encode()[: docstring.col_offset]
@@ -71,5 +70,5 @@ def _stands_alone(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]
 
 def _without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> str:
     docstring = node.body[0]
-    kept = lines[node.lineno - 1 : docstring.lineno - 1] + lines[docstring.end_lineno : node.end_lineno]
-    return textwrap.dedent("\n".join(kept))
+    code = lines[node.lineno - 1 : docstring.lineno - 1] + lines[docstring.end_lineno : node.end_lineno]
+    return textwrap.dedent("\n".join(code))

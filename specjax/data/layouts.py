@@ -1,9 +1,9 @@
-"""Records of the data sets that are known, read as examples; JSON lines that hold such records.
+"""Parsers from the records of known data sets to examples, and JSON lines of such records.
 
-A parser takes a record and a name for it, which its error messages begin with, and gives an example. Prompts of
-summaries and translations are those of T5 (Raffel et al. 2020, arXiv 1910.10683, appendix D). What divides prompt and
-answer, a space or a line break, belongs to the answer: a byte-level vocabulary keeps a space with the word that
-follows, and a decoder-only model still sees where a text ends that was cut to fit. T5's own vocabulary drops it.
+A parser takes a record and its place, with which error messages begin, and returns an example. Prompts of summaries and
+translations are those of T5 (Raffel et al. 2020, arXiv 1910.10683, appendix D). The space or line break between prompt
+and answer belongs to the answer: a byte-level vocabulary joins a space to the word after it, and a decoder-only model
+still sees where a text ends that was cut to fit. T5's own vocabulary drops it.
 """
 
 import json
@@ -19,12 +19,12 @@ from specjax.runtime.errors import UserError
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and the text that should follow it; for language modelling no prompt and a whole document.
+    """A prompt and the text that should follow it; in language modelling no prompt and a whole document.
 
     Attributes:
-      prompt: what the model is given; never empty outside language modelling.
-      completion: what should follow; empty where a task has no reference.
-      category: the kind of prompt, where the task has kinds.
+      prompt: never empty, except in language modelling.
+      completion: the text that should follow; empty if there is no reference.
+      category: the kind of prompt, if the task has kinds.
     """
 
     prompt: str
@@ -102,7 +102,7 @@ def parse_spec_bench(record: Record, where: str) -> Example:
 
 
 def parse_any(record: Record, where: str) -> Example:
-    """A record of prompts, of whichever layout its fields tell."""
+    """A record of prompts, in the layout that its fields indicate."""
     if "turns" in record:
         return parse_spec_bench({"category": "", "question_id": 0, **record}, where)
     if "question" in record and "answer" in record:
@@ -111,7 +111,7 @@ def parse_any(record: Record, where: str) -> Example:
 
 
 def is_jsonl(path: Path) -> bool:
-    """Whether `path` is a file of JSON lines, or a folder of them, as `read_splits` reads them."""
+    """Whether `path` is a file or folder of JSON lines that `read_splits` can read."""
     return path.suffix == ".jsonl" or path.is_file() or any((path / name).is_file() for name in SPLIT_FILES)
 
 
@@ -124,13 +124,11 @@ def read_splits(path: Path, parse: Parser) -> tuple[list[Example], list[Example]
         train, validation = (read_jsonl(path / name, parse) for name in SPLIT_FILES)
         return train, validation
     examples = read_jsonl(path, parse)
-    held_out = corpora.validation_mask([example.prompt or example.completion for example in examples])
-    train = [example for example, held in zip(examples, held_out, strict=True) if not held]
-    return train, [example for example, held in zip(examples, held_out, strict=True) if held]
+    return corpora.split(examples, [example.prompt or example.completion for example in examples])
 
 
 def read_jsonl(path: Path, parse: Callable[[Record, str], Read]) -> list[Read]:
-    """Parses each line that is not blank. Raises UserError, with the line's number, for what is no such record."""
+    """Parses each line that is not blank. Raises UserError, with the line's number, for any other content."""
     examples = []
     # Not splitlines(): it also breaks at characters that JSON strings may contain, such as U+2028.
     for number, line in enumerate(corpora.read_text(path).split("\n"), start=1):
@@ -148,7 +146,7 @@ def read_jsonl(path: Path, parse: Callable[[Record, str], Read]) -> list[Read]:
 
 
 def _reference(record: Record, name: str, where: str) -> str:
-    """The text that the task's metric compares with."""
+    """The text with which the task's metric compares."""
     if name not in record:
         raise UserError(
             f'{where} lacks the field "{name}", the reference that the quality metric needs; add it, or give the '
@@ -165,7 +163,7 @@ def _filled(record: Record, name: str, where: str) -> str:
 
 
 def field(record: Record, name: str, where: str) -> str:
-    """The text under a name; UserError where there is none, or none that can be written."""
+    """The text in a field. Raises UserError if it is missing, no text, or cannot be encoded as UTF-8."""
     if name not in record:
         raise UserError(f'{where} lacks the field "{name}"')
     value = record[name]

@@ -1,7 +1,7 @@
-"""Short sums in words, with worked answers: what a small model learns to do in a minute or two, and a smaller one less.
+"""Short sums in words, with worked answers: a small model learns them in a minute or two, a smaller one less well.
 
-The numbers of an answer follow from its question; the words around them are drawn, as people's are. So some tokens of
-an answer matter for the outcome and others do not.
+The numbers of an answer follow from its question; the words around them are drawn at random. So some tokens of an
+answer matter for its result and others do not.
 """
 
 import random
@@ -16,7 +16,7 @@ _WORKING = (
     "So {sum} is {count}.",
     "Then {sum} = {count}.",
 )
-# Neither a count nor a number is beyond these, so that there are about a hundred sums to know.
+# The largest count, and the largest number added or taken away: about a hundred different sums.
 _MOST, _MOST_AT_ONCE = 15, 5
 
 

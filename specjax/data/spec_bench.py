@@ -1,4 +1,4 @@
-"""Spec-Bench (github.com/hemingkx/Spec-Bench): questions of one or two turns, whose second holds the first's answer."""
+"""Spec-Bench (github.com/hemingkx/Spec-Bench): questions of one or two turns; a second prompt has the first answer."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from specjax.runtime.errors import UserError
 # MT-bench's categories, of two turns each, are one subtask; every other category is its own.
 MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 
-# What stands between turns where no chat template says it.
+# Between turns, without a chat template.
 _GAP = "\n\n"
 
 
@@ -21,8 +21,8 @@ class Question:
 
     Attributes:
       number: its `question_id`.
-      category: as the file says.
-      turns: what the user says, in order.
+      category: of the file.
+      turns: the user's texts, in order.
     """
 
     number: int | str
@@ -38,8 +38,8 @@ def read_questions(path: str | Path) -> list[Question]:
     """Reads `question.jsonl`, or the folder that holds it.
 
     Raises:
-      UserError: with the line's number, for a record that is no question, or one that has other turns than its
-        category has (two in MT-bench's, elsewhere as many as the category's first question).
+      UserError: with the line's number, for a record that is no question, or whose number of turns is not that of its
+        category (two in MT-bench's categories, in others that of the category's first question).
     """
     path = Path(path)
     path = path / "question.jsonl" if path.is_dir() else path
@@ -54,7 +54,7 @@ def read_questions(path: str | Path) -> list[Question]:
             filled = sum(bool(turn.strip()) for turn in turns)
             raise UserError(
                 f'{where}: question {record["question_id"]} of category "{category}" has {filled} '
-                f"turn{'s' * (filled != 1)} that say something, not {expected}; add what is missing"
+                f"turn{'s' * (filled != 1)} with text, not {expected}; add the missing ones"
             )
         return Question(record["question_id"], category, turns)
 
@@ -62,13 +62,13 @@ def read_questions(path: str | Path) -> list[Question]:
 
 
 def prompt_ids(tokenizer: Tokenizer, turns: Sequence[str], answers: Sequence[str], *, chat: bool) -> tuple[int, ...]:
-    """The ids of a conversation up to the turn that is to be answered: the one behind the last answer.
+    """The ids of a conversation up to the turn to answer, which is the one after the last answer.
 
-    With `chat` as the tokenizer's template writes it, otherwise as texts with an empty line between them.
+    With `chat` as the tokenizer's chat template writes it, otherwise as texts with an empty line between them.
     """
     asked = turns[: len(answers) + 1]
-    said = [text for pair in zip(asked, answers, strict=False) for text in pair] + [asked[-1]]
+    texts = [text for pair in zip(asked, answers, strict=False) for text in pair] + [asked[-1]]
     if not chat:
-        return tuple(tokenizer.encode_prompt(_GAP.join(said)))
+        return tuple(tokenizer.encode_prompt(_GAP.join(texts)))
     roles = ("user", "assistant")
-    return tuple(tokenizer.apply_chat([{"role": roles[i % 2], "content": text} for i, text in enumerate(said)]))
+    return tuple(tokenizer.apply_chat([{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]))

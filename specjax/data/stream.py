@@ -1,6 +1,5 @@
-"""Endless shuffled batches, of which each process of a run makes its own rows, and the place among them."""
+"""Endless shuffled batches. Each process of a run makes only its own rows of them."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,56 +9,38 @@ from jaxtyping import Int32
 Batch = dict[str, Int32[np.ndarray, "..."]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Parts:
-    """Random access to batches of rows, in the order of all epochs.
-
-    Attributes:
-      rows: by index a row's arrays; `numbers(indices)` are the arrays `[B]` of rows that are not made.
-      order: the index of the row at each place.
-      batch_size: rows of a whole batch.
-      own: places in a batch of the rows that are made.
-    """
-
-    rows: Any
-    order: Any
-    batch_size: int
-    own: tuple[int, ...]
-
-    def __len__(self) -> int:
-        return len(self.order) // self.batch_size
-
-    def __getitem__(self, number: int) -> Batch:
-        chosen = [int(self.order[number * self.batch_size + place]) for place in range(self.batch_size)]
-        made = [self.rows[chosen[place]] for place in self.own]
-        batch = {name: np.stack([row[name] for row in made]) for name in made[0]}
-        return batch if len(made) == len(chosen) else {**batch, **self.rows.numbers(chosen)}
-
-
 class Batches:
-    """Batch after batch, and the place among them; `get_state` counts rows of whole batches."""
+    """An endless iterator over batches of rows, shuffled anew in every epoch, whose place can be saved and restored."""
 
-    def __init__(self, stream: Any, batch_size: int):
-        self._stream, self._size = stream, batch_size
+    def __init__(self, rows: Any, batch_size: int, seed: int, own_rows: Sequence[int]):
+        """Starts at the first batch.
 
-    @classmethod
-    def of(cls, rows: Any, batch_size: int, seed: int, own: Sequence[int]) -> "Batches":
-        """Batches of `rows` (see `Parts`), shuffled anew in every epoch; of each the rows at the places `own`."""
+        Args:
+          rows: `rows[index]` is a dict of one row's arrays; `rows.numbers(indices)` are the arrays `[B]` of several
+            rows without their tokens.
+          batch_size: rows of a batch over all processes.
+          own_rows: places in a batch of the rows that this process makes.
+        """
         import grain
 
-        order = grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat()
-        parts = grain.MapDataset.source(Parts(rows, order, batch_size, tuple(own)))
-        # Rows lie in memory, so threads that read ahead would only cost time.
-        return cls(iter(parts.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))), batch_size)
+        self._order = grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat()
+        self._rows, self._size, self._own_rows = rows, batch_size, own_rows
+        self._next = 0
 
     def __iter__(self) -> "Batches":
         return self
 
     def __next__(self) -> Batch:
-        return next(self._stream)
+        indices = [int(self._order[self._next + place]) for place in range(self._size)]
+        self._next += self._size
+        rows = [self._rows[indices[place]] for place in self._own_rows]
+        batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        return batch if len(rows) == self._size else {**batch, **self._rows.numbers(indices)}
 
     def get_state(self) -> dict[str, int]:
-        return {"next_index": self._stream.get_state()["next_index"] * self._size}
+        """How many rows the batches so far had, over all processes."""
+        return {"next_index": self._next}
 
     def set_state(self, state: dict[str, int]) -> None:
-        self._stream.set_state({"next_index": state["next_index"] // self._size})
+        """Continues from a state of `get_state`, of whichever process."""
+        self._next = state["next_index"]

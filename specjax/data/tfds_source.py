@@ -6,15 +6,15 @@ from typing import Any
 
 from specjax.runtime.errors import UserError
 
-# Records asked for at one time.
+# Records read at one time.
 _AT_ONCE = 1024
 
 
 def read_split(dataset: str, split: str, data_dir: str) -> tuple[str, Iterator[dict[str, Any]]]:
-    """Returns where a split lies, for messages, and its records, in the order of the files, texts as str.
+    """Returns a description of a split, for messages, and its records in the order of the files, with texts as str.
 
-    The files are opened at once and read as the records are asked for. TFDS shuffles as it prepares a data set, so the
-    first records are a sample of it.
+    The files are opened at once and read one by one as the records are consumed. TFDS shuffles a data set when it
+    prepares it, so the first records are a sample of it.
 
     Args:
       dataset: as TFDS names it, with its config ("wmt14_translate/de-en").
@@ -23,7 +23,7 @@ def read_split(dataset: str, split: str, data_dir: str) -> tuple[str, Iterator[d
 
     Raises:
       UserError: for a data set that is not prepared there, or not as ArrayRecord, with the command that does it; for
-        a split that it lacks.
+        a split that does not exist.
     """
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import read_only_builder

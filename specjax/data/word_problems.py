@@ -1,4 +1,4 @@
-"""Multi-step arithmetic word problems with worked answers, generated without end from a seed."""
+"""Multi-step arithmetic word problems with worked answers, generated from a seed in any number."""
 
 import random
 from collections.abc import Callable
@@ -8,33 +8,10 @@ from specjax.data.corpora import stable_hash
 VALIDATION_PROBLEMS = 512
 
 _NAMES = (
-    "Ada",
-    "Ben",
-    "Chloe",
-    "Daniel",
-    "Elif",
-    "Farid",
-    "Grace",
-    "Hugo",
-    "Ines",
-    "Jonas",
-    "Kim",
-    "Lena",
-    "Marco",
-    "Nadia",
+    *("Ada", "Ben", "Chloe", "Daniel", "Elif", "Farid", "Grace"),
+    *("Hugo", "Ines", "Jonas", "Kim", "Lena", "Marco", "Nadia"),
 )
-_ITEMS = (
-    "apples",
-    "beads",
-    "cards",
-    "coins",
-    "marbles",
-    "pencils",
-    "shells",
-    "stamps",
-    "stickers",
-    "tickets",
-)
+_ITEMS = ("apples", "beads", "cards", "coins", "marbles", "pencils", "shells", "stamps", "stickers", "tickets")
 _BOXES = ("bags", "boxes", "jars", "packs")
 
 Problem = tuple[str, str]
@@ -42,12 +19,13 @@ Splits = tuple[list[Problem], list[Problem]]
 
 
 def generate_split(seed: int, size: int, generate: Callable[[random.Random], Problem]) -> Splits:
-    """Returns `size` training and VALIDATION_PROBLEMS validation problems, as (question, answer), none twice.
+    """Returns `size` training and VALIDATION_PROBLEMS validation problems, as (question, answer), without duplicates.
 
-    `generate` draws one problem.
+    A hash of the question decides its split, so no seed's training problems are another seed's validation problems. The
+    validation problems do not depend on `size`.
 
-    A hash of the question decides its side, so no seed's training problems are another seed's validation
-    problems. The validation problems do not depend on `size`.
+    Args:
+      generate: draws one problem.
     """
     draw = random.Random(f"word problems {seed}")
     train, validation, seen = [], [], set()
@@ -56,9 +34,9 @@ def generate_split(seed: int, size: int, generate: Callable[[random.Random], Pro
         if problem[0] in seen:
             continue
         seen.add(problem[0])
-        side, wanted = (train, size) if stable_hash(problem[0]) % 10 else (validation, VALIDATION_PROBLEMS)
-        if len(side) < wanted:
-            side.append(problem)
+        split, wanted = (train, size) if stable_hash(problem[0]) % 10 else (validation, VALIDATION_PROBLEMS)
+        if len(split) < wanted:
+            split.append(problem)
     return train, validation
 
 
@@ -99,22 +77,22 @@ def _buy(draw: random.Random, name: str, friend: str, item: str, count: int) -> 
 
 
 def _find(draw: random.Random, name: str, friend: str, item: str, count: int) -> _Step:
-    found = draw.randrange(2, 40)
+    more = draw.randrange(2, 40)
     return (
-        f"{name} finds {found} more {item}.",
-        f"With those found there are {count} + {found} = {count + found}.",
-        count + found,
+        f"{name} finds {more} more {item}.",
+        f"With those found there are {count} + {more} = {count + more}.",
+        count + more,
     )
 
 
 def _give(draw: random.Random, name: str, friend: str, item: str, count: int) -> _Step:
     if count < 2:
         return _find(draw, name, friend, item, count)
-    given = draw.randrange(1, count)
+    number = draw.randrange(1, count)
     return (
-        f"{name} gives {given} {item} to {friend}.",
-        f"After giving some to {friend} there are {count} - {given} = {count - given}.",
-        count - given,
+        f"{name} gives {number} {item} to {friend}.",
+        f"After giving some to {friend} there are {count} - {number} = {count - number}.",
+        count - number,
     )
 
 

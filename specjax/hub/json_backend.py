@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from specjax.hub import tokenizer_files
+from specjax.hub.json_files import text
 from specjax.hub.tokenizer_files import TokenizerFiles
 from specjax.runtime.errors import UserError
 
@@ -12,21 +13,20 @@ from specjax.runtime.errors import UserError
 class JsonBackend:
     """A `tokenizers.Tokenizer` with the added tokens that its directory states.
 
+    The rules are those of `tokenizer.json`. Transformers 5 rebuilds the rules of the class `LlamaTokenizer` from the
+    vocabulary instead. This differs if the file of a Llama, as that of Llama 2, puts a space before every stretch of
+    text: transformers 5 puts none before a text that begins with a space, nor (unless `legacy`) after a special token.
+    As in transformers, `add_bos_token` and `add_eos_token` are ignored if there is a `tokenizer.json`.
+
     Attributes:
       vocab_size: one more than the largest id.
       special: the ids that decoding leaves out.
       is_bpe: whether the model of the vocabulary is a BPE.
-
-    `tokenizer.json` is followed as it is. Transformers 5 rebuilds the rules of a class `LlamaTokenizer` from the
-    vocabulary instead. Where the file of a Llama puts a space before every stretch of text, as that of Llama 2 does,
-    transformers 5 puts none before a text that begins with one, nor (unless `legacy`) behind a special token; all other
-    texts have the same ids. Beside a `tokenizer.json`, `add_bos_token` and `add_eos_token` play no part, as there: its
-    own rules say what stands around a text.
     """
 
     def __init__(self, library: Any, files: TokenizerFiles):
-        """Takes a `tokenizers.Tokenizer`, which it changes. Raises UserError if the ids of added tokens differ."""
-        # Neither belongs to the vocabulary, and both would cut or fill texts without a word.
+        """Wraps and changes a `tokenizers.Tokenizer`. Raises UserError if the ids of added tokens differ."""
+        # Settings of a use, not of the vocabulary; they would silently cut or fill texts.
         library.no_truncation()
         library.no_padding()
         library.encode_special_tokens = bool(files.settings.get("split_special_tokens", False))
@@ -48,10 +48,10 @@ class JsonBackend:
                 added = AddedToken(token.content, normalized=token.normalized, special=token.special, **flags)
                 self._library.add_tokens([added])
                 present.add(token.content)
-            found = self._library.token_to_id(token.content)
-            if token.id is not None and found != token.id:
+            actual = self._library.token_to_id(token.content)
+            if token.id is not None and actual != token.id:
                 raise UserError(
-                    f'{files.origin}: token "{token.content}" has the id {token.id} in the configs and {found} in '
+                    f'{files.origin}: token "{token.content}" has the id {token.id} in the configs and {actual} in '
                     f"the vocabulary; copy the tokenizer's files again"
                 )
 
@@ -60,7 +60,7 @@ class JsonBackend:
         return self._library.token_to_id(content)
 
     def encode_batch(self, texts: Sequence[str], *, surrounded: bool) -> list[list[int]]:
-        """Returns the ids of each text, computed in parallel; with the special tokens around it if `surrounded`."""
+        """Returns the ids of each text, computed in parallel; with the special tokens of a prompt if `surrounded`."""
         return [item.ids for item in self._library.encode_batch_fast(list(texts), add_special_tokens=surrounded)]
 
     def decode_batch(self, rows: Sequence[Sequence[int]]) -> list[str]:
@@ -68,7 +68,7 @@ class JsonBackend:
         return self._library.decode_batch([list(row) for row in rows], skip_special_tokens=True)
 
     def content(self) -> Any:
-        """What makes ids of a text: vocabulary, merges, added tokens, normalisation and how a text is split."""
+        """Everything that determines the ids of a text: vocabulary, merges, added tokens, normalisation, splitting."""
         fields = json.loads(self._library.to_str())
         added = [{key: value for key, value in token.items() if key != "special"} for token in fields["added_tokens"]]
         return [fields["model"], fields["normalizer"], fields["pre_tokenizer"], added]
@@ -79,10 +79,7 @@ def from_json(files: TokenizerFiles) -> JsonBackend:
     import tokenizers
 
     name = f"{files.origin}/{tokenizer_files.JSON_FILE}"
-    try:
-        content = files.contents[tokenizer_files.JSON_FILE].decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name} cannot be read ({error}); save the tokenizer again") from None
+    content = text(name, files.contents[tokenizer_files.JSON_FILE])
     try:
         library = tokenizers.Tokenizer.from_str(content)
     except Exception as error:  # the library raises bare Exception for whatever is wrong with the content
@@ -98,7 +95,7 @@ def from_merges(files: TokenizerFiles) -> JsonBackend:
     if files.tokenizer_class != "GPT2Tokenizer":
         raise UserError(
             f"{files.origin} has {tokenizer_files.MERGES_FILE} of a {files.tokenizer_class or 'nameless tokenizer'}, "
-            f"which only says a GPT2Tokenizer's rules; save it as {tokenizer_files.JSON_FILE} with transformers"
+            f"which is only complete for a GPT2Tokenizer; save it as {tokenizer_files.JSON_FILE} with transformers"
         )
     try:
         vocabulary = json.loads(files.contents[tokenizer_files.VOCABULARY_FILE])

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specjax.hub import weights
+from specjax.hub import json_files, weights
 from specjax.hub.families import base, gemma, gpt2, gpt_neox, llama, mistral, opt, phi3, qwen, smollm3, t5
 from specjax.hub.weights import Stored
 from specjax.models.language_model import LanguageModel, Params
@@ -112,7 +112,7 @@ def read_config(directory: Path, *, param_dtype: str, compute_dtype: str):
     """The family of a directory and the DecoderConfig of its `config.json`. Raises UserError, naming the file."""
     weights.refuse_adapter(directory)
     path = directory / CONFIG_FILE
-    fields = weights.read_json(path)
+    fields = json_files.read_json(path)
     model_type = fields.get("model_type")
     if model_type not in FAMILIES:
         supported = ", ".join(FAMILIES)

@@ -206,4 +206,4 @@ def train_byte_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         tokenizer_files.SPECIAL_TOKENS_FILE: json.dumps({"eos_token": END, "pad_token": END}, indent=2) + "\n",
     }
     encoded = {name: content.encode() for name, content in contents.items()}
-    return _tokenizer(tokenizer_files.of(encoded, origin="the trained tokenizer"))
+    return _tokenizer(tokenizer_files.from_contents(encoded, origin="the trained tokenizer"))

@@ -1,11 +1,11 @@
-"""The tensors in a directory's safetensors files: what is stored, and any part of it, read when it is asked for."""
+"""The tensors in a directory's safetensors files: their descriptions, and any slice of their values."""
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from specjax.hub.json_files import read_json
 from specjax.runtime.errors import UserError
 
 FILE = "model.safetensors"
@@ -22,9 +22,9 @@ class Stored(NamedTuple):
 
     Attributes:
       name: in the file.
-      file: which holds it.
-      shape: as it is stored.
-      dtype: in the format's words, such as "BF16".
+      file: its file.
+      shape: in the file.
+      dtype: as the format calls it, such as "BF16".
     """
 
     name: str
@@ -34,10 +34,10 @@ class Stored(NamedTuple):
 
     @contextlib.contextmanager
     def open(self) -> Iterator[Any]:
-        """What gives the values of any slice, as numpy arrays.
+        """A context with an object that returns any slice of the values as a numpy array.
 
-        The file is mapped for as long as this is open: until then the pages that were read count as memory of the
-        process, though the system may take them back at any time.
+        Within it the file is mapped into memory. The pages that were read count as memory of the process, though the
+        system may reclaim them at any time.
         """
         from safetensors import safe_open
 
@@ -46,7 +46,7 @@ class Stored(NamedTuple):
 
 
 def stored_in(directory: Path) -> dict[str, Stored]:
-    """Every tensor of the directory's weights by its name; no values are read.
+    """Every tensor of the directory's weights, by name; no values are read.
 
     Raises:
       UserError: if there are no safetensors files, or one of them is missing or damaged.
@@ -59,12 +59,12 @@ def stored_in(directory: Path) -> dict[str, Stored]:
             with safe_open(path, framework="numpy") as handle:
                 names = handle.keys()
                 slices = [(name, handle.get_slice(name)) for name in names]
-                found = [Stored(name, path, tuple(s.get_shape()), s.get_dtype()) for name, s in slices]
+                tensors = [Stored(name, path, tuple(s.get_shape()), s.get_dtype()) for name, s in slices]
         except FileNotFoundError:
             raise UserError(f"{path} is missing, though {INDEX_FILE} names it; copy it again") from None
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is damaged or cut short ({error}); copy or export it again") from None
-        for tensor in found:
+        for tensor in tensors:
             if tensor.name in stored:
                 twice = f"{stored[tensor.name].file.name} and {path.name}"
                 raise UserError(f"{tensor.name} is stored twice in {directory}, in {twice}; copy the checkpoint again")
@@ -73,7 +73,7 @@ def stored_in(directory: Path) -> dict[str, Stored]:
 
 
 def refuse_adapter(directory: Path) -> None:
-    """Raises UserError for the directory of an adapter, which is not a model by itself."""
+    """Raises UserError if the directory holds an adapter, which is not a complete model."""
     if (directory / SPECJAX_ADAPTER_FILE).exists():
         raise UserError(
             f"{directory} holds an adapter ({SPECJAX_ADAPTER_FILE}) that drafts for another model; load that model, "
@@ -85,19 +85,6 @@ def refuse_adapter(directory: Path) -> None:
                 f"{directory} holds an adapter ({name}), which changes another model; merge it into that model "
                 "(peft: `model.merge_and_unload().save_pretrained(DIR)`) and name the merged directory"
             )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a checkpoint. Raises UserError, naming the file, where there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"there is no {path}; name the directory of a Hugging Face checkpoint") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); copy or export it again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object; copy or export it again")
-    return content
 
 
 def _files(directory: Path) -> list[Path]:
@@ -122,5 +109,5 @@ def _files(directory: Path) -> list[Path]:
     if not isinstance(weight_map, dict) or not all(
         isinstance(name, str) and Path(name).name == name for name in weight_map.values()
     ):
-        raise UserError(f'{index} has no "weight_map" from tensors to files beside it; copy it again')
+        raise UserError(f'{index} has no "weight_map" from tensors to files in its folder; copy it again')
     return [directory / name for name in sorted(set(weight_map.values()))]
