@@ -357,5 +357,5 @@ def test_a_shard_that_reads_back_differently_is_never_put_in_place(model, tokeni
 
 
 def test_a_limit_without_room_is_refused(model, tokenizer, tmp_path):
-    with pytest.raises(UserError, match="max_shard_bytes is 0"):
+    with pytest.raises(UserError, match="max_shard_bytes must be at least 1"):
         hub_save.save(tmp_path / "export", *model, tokenizer, max_shard_bytes=0)

@@ -397,7 +397,7 @@ def test_a_template_of_its_own_file_counts_before_the_configs_and_default_among_
         ("{{ messages[0].content + 1 }}", [{"role": "user", "content": "x"}], "refuses this conversation"),
         ("{{ ''.__class__.__mro__ }}", [{"role": "user"}], "refuses this conversation.*unsafe"),
         ("x", [], "the conversation has no message"),
-        ("x", [{"role": "user", "content": object()}], "a message holds what JSON cannot"),
+        ("x", [{"role": "user", "content": object()}], "a message is not JSON-compatible"),
     ],
 )
 def test_conversations_that_cannot_be_written_are_refused(made, tmp_path, template, messages, said):

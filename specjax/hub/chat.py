@@ -1,4 +1,4 @@
-"""Conversations as text: the Jinja template that comes with an instruct model, in a sandbox."""
+"""Conversations as text, by the Jinja template of an instruct model, rendered in a sandbox."""
 
 import datetime
 import functools
@@ -14,22 +14,22 @@ def render(
 ) -> str:
     """Returns the text of a conversation.
 
-    The environment is the one that templates are written for (Hugging Face, "Chat templates"): blocks trimmed, loop
-    controls, `raise_exception`, `strftime_now`, a `tojson` that leaves HTML alone, `{% generation %}` blocks.
-    `tools` and `documents` are none. Reasoning under other names than the template's own is not copied to them.
+    The environment is that for which templates are written (Hugging Face, "Chat templates"): blocks trimmed, loop
+    controls, `raise_exception`, `strftime_now`, a `tojson` that does not escape HTML, `{% generation %}` blocks.
+    `tools` and `documents` are None. Reasoning is read only under the template's own names for it.
 
     Raises:
-      UserError: if the template is no valid one or refuses these messages, or there is no message.
+      UserError: if the template is invalid or refuses these messages, or there is no message.
     """
     import jinja2
 
     if not messages:
-        raise UserError("the conversation has no message; give one at least")
-    # A template is a stranger's program: it gets plain JSON values, which have nothing to break out with.
+        raise UserError("the conversation has no message; give at least one")
+    # A template is a program of unknown origin: it gets plain JSON values, which give no way out of the sandbox.
     try:
         plain = json.loads(json.dumps(list(messages)))
     except TypeError as error:
-        raise UserError(f"a message holds what JSON cannot ({error}); give texts, numbers, lists and dicts") from None
+        raise UserError(f"a message is not JSON-compatible ({error}); give texts, numbers, lists and dicts") from None
     try:
         return _compiled(template).render(
             messages=plain, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **variables
@@ -47,7 +47,7 @@ def _compiled(template: str) -> Any:
     import jinja2.sandbox
 
     class Generation(jinja2.ext.Extension):
-        """`{% generation %}` marks what the assistant wrote, for training; as text it is its body."""
+        """`{% generation %}` marks the assistant's text, for training; its text is its body."""
 
         tags = frozenset({"generation"})
 

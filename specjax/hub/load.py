@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from specjax.hub import json_files, weights
 from specjax.hub.families import base, gemma, gpt2, gpt_neox, llama, mistral, opt, phi3, qwen, smollm3, t5
@@ -27,23 +28,23 @@ _ALL = (
 FAMILIES = {family.model_type: family for family in _ALL}
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
-# Endings of the names that GPTQ, AWQ, compressed-tensors, bitsandbytes and 8-bit floats give to their tensors.
+# Endings of tensor names in files of GPTQ, AWQ, compressed-tensors, bitsandbytes and 8-bit floats.
 _QUANTISED = (
     *(".qweight", ".qzeros", ".g_idx", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".input_scale"),
     *(".SCB", ".absmax", ".quant_map", ".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4"),
 )
-# Read and converted at a time: little beside a tensor, and small enough for a processor's cache when turned.
+# Bytes read and converted at a time: few compared with a tensor, and within a processor's cache when transposed.
 _PIECE_BYTES = 1 << 20
 
 
 class Loaded(NamedTuple):
-    """A parameter that has arrived.
+    """A parameter that was loaded.
 
     Attributes:
       path: in the tree of parameters.
       array: on its devices.
-      file_bytes: what was read from the file for the part on each of this process's devices. Parts that several
-        devices have alike are read once, and count for each of them.
+      file_bytes: bytes read from the file for the part on each of this process's devices. A part that several devices
+        share is read once and counts for each of them.
     """
 
     path: tuple[str | int, ...]
@@ -61,29 +62,26 @@ def load(
     """Reads the model in a Hugging Face directory.
 
     Args:
-      directory: holds `config.json` and either `model.safetensors` or the shards that its index names.
-      param_dtype: dtype in which the parameters are kept; what is stored otherwise is converted.
+      directory: holds `config.json` and `model.safetensors`, or shards and their index.
+      param_dtype: dtype of the parameters in memory; stored values are converted.
       compute_dtype: dtype of activations; "auto" is float32 on CPU and bfloat16 on accelerators.
-      shardings: a tree like the parameters with a `jax.sharding.Sharding` for each; every process then reads only
-        its own part of each tensor. None puts everything on the default device.
+      shardings: a tree like the parameters with a `jax.sharding.Sharding` for each; every process then reads only its
+        own part of each tensor. None puts everything on the default device.
 
     Raises:
-      UserError: if a file is missing or damaged, the config asks for what is not implemented, or the tensors are
-        not those that the config describes.
+      UserError: if a file is missing or damaged, the config asks for an unsupported feature, or the tensors are not
+        those that the config describes.
     """
     decoder, arriving = stream(directory, param_dtype=param_dtype, compute_dtype=compute_dtype, shardings=shardings)
-    params: Params = {}
-    for loaded in arriving:
-        _put(params, loaded.path, loaded.array)
-    return decoder, params
+    return decoder, traverse_util.unflatten_dict({loaded.path: loaded.array for loaded in arriving})
 
 
 def stream(
     directory: str | Path, *, param_dtype: str, compute_dtype: str, shardings: Params | None
 ) -> tuple[LanguageModel, Iterator[Loaded]]:
-    """As `load`, the parameters one after another: the host holds one device's part of one of them at a time.
+    """As `load`, but yields one parameter after another: the host holds one device's part of one parameter at a time.
 
-    Everything that can be wrong with names, shapes and kinds is found before the first value is read.
+    Wrong names, shapes and dtypes raise UserError before any value is read.
     """
     directory = Path(directory)
     family, config = read_config(directory, param_dtype=param_dtype, compute_dtype=compute_dtype)
@@ -91,7 +89,7 @@ def stream(
     wanted = family.tensors(config)
     outputs = base.fused_outputs(wanted)
     expected = decoder.abstract_params()
-    stored = _whole_names(weights.stored_in(directory), family)
+    stored = _full_names(weights.stored_in(directory), family)
     _check_names(directory, family, config, {tensor.name for tensor in wanted}, stored)
     for tensor in wanted:
         shape = at(expected, tensor.path).shape
@@ -134,7 +132,7 @@ def read_config(directory: Path, *, param_dtype: str, compute_dtype: str):
 
 
 def describe(directory: str | Path, *, param_dtype: str, compute_dtype: str) -> LanguageModel:
-    """The model of a directory's `config.json`, which is all that is read. Raises UserError, naming the file."""
+    """The model of a directory's `config.json`; no weights are read. Raises UserError, naming the file."""
     return model_of(read_config(Path(directory), param_dtype=param_dtype, compute_dtype=compute_dtype)[1])
 
 
@@ -145,14 +143,8 @@ def at(tree: Params, path: tuple[str | int, ...]) -> Any:
     return tree
 
 
-def _put(tree: Params, path: tuple[str | int, ...], leaf: Any) -> None:
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = leaf
-
-
-def _whole_names(stored: dict[str, Stored], family) -> dict[str, Stored]:
-    """The tensors by their whole names; some files, GPT-2's own among them, leave out the leading "transformer."."""
+def _full_names(stored: dict[str, Stored], family) -> dict[str, Stored]:
+    """The tensors by their full names; some files, such as GPT-2's own, omit the leading "transformer."."""
     inner, _, rest = family.embedding.partition(".")
     if family.embedding in stored or rest not in stored:
         return stored
@@ -176,7 +168,7 @@ def _check_names(directory, family, config, wanted: set[str], stored: dict[str, 
             f"the weights in {directory} lack {_some(missing)}{hint or f'; {CONFIG_FILE} describes others'}"
         )
     extra = {name for name in stored if name not in wanted and not name.endswith(family.ignored)}
-    if config.tied_head and family.head in extra:  # some writers store the tied head all the same
+    if config.tied_head and family.head in extra:  # some writers store the tied head too
         if not _same(stored[family.head], stored[family.embedding]):
             raise UserError(
                 f"{family.head} in {directory} differs from the embedding, though {CONFIG_FILE} says "
@@ -191,8 +183,8 @@ def _check_names(directory, family, config, wanted: set[str], stored: dict[str, 
 
 
 def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:8])
-    return shown if len(names) <= 8 else f"{shown} and {len(names) - 8} more tensors"
+    more = f" and {len(names) - 8} more tensors" if len(names) > 8 else ""
+    return ", ".join(names[:8]) + more
 
 
 def _same(one: Stored, other: Stored) -> bool:
@@ -205,7 +197,7 @@ def _same(one: Stored, other: Stored) -> bool:
 
 
 def _check_tensor(stored: Stored, shape: tuple[int, ...]) -> None:
-    """Raises UserError unless the stored tensor has this shape and floats of a width that we read."""
+    """Raises UserError unless the stored tensor has this shape and a supported float dtype."""
     if stored.shape != shape:
         raise UserError(
             f"{stored.name} has shape {list(stored.shape)} where {CONFIG_FILE} describes {list(shape)}; "
@@ -229,7 +221,7 @@ def _check_sharding(sharding: jax.sharding.Sharding, shape: tuple[int, ...], nam
 
 
 def _read(stored: Stored, tensor: base.Tensor, shape: tuple[int, ...], dtype: np.dtype, sharding) -> Loaded:
-    """One parameter on its devices; only the parts that this process holds are read, each of them once."""
+    """Loads one parameter onto its devices; reads only the parts that this process holds, each of them once."""
     if sharding is None:
         part, count = _part(stored, tensor, tuple(slice(0, size) for size in shape), dtype)
         array = jnp.asarray(part)
@@ -242,22 +234,22 @@ def _read(stored: Stored, tensor: base.Tensor, shape: tuple[int, ...], dtype: np
     for bounds, devices in holders.items():
         part, count = _part(stored, tensor, tuple(slice(*b) for b in bounds), dtype)
         file_bytes.update(dict.fromkeys(devices, count))
-        # Waited for, or the host would hold what has not yet gone to its devices.
+        # Wait; otherwise the host would hold parts that are not yet on their devices.
         shards += jax.block_until_ready([jax.device_put(part, device) for device in devices])
     array = jax.make_array_from_single_device_arrays(shape, sharding, shards)
     return Loaded(tensor.path, array, file_bytes)
 
 
 def _part(stored: Stored, tensor: base.Tensor, index: tuple[slice, ...], dtype) -> tuple[np.ndarray, int]:
-    """The part of a parameter at `index`, turned and converted, and the bytes that were read for it."""
+    """The part of a parameter at `index`, transposed and converted, and the number of bytes read for it."""
     part = np.empty([i.stop - i.start for i in index], dtype)
     axis = base.output_axis(tensor, part.ndim)
-    lying = part.T if tensor.transposed else part
+    in_file = part.T if tensor.transposed else part
     index = tuple(reversed(index)) if tensor.transposed else index
     done = count = 0
     with stored.open() as values:
         for run in base.runs_in_file(tensor, index[axis], stored.shape[axis]):
-            into = lying[(slice(None),) * axis + (slice(done, done + run.stop - run.start),)]
+            into = in_file[(slice(None),) * axis + (slice(done, done + run.stop - run.start),)]
             done += run.stop - run.start
             first = index[0].start if axis else run.start
             for piece in _pieces((*index[:axis], run, *index[axis + 1 :])):
@@ -266,8 +258,8 @@ def _part(stored: Stored, tensor: base.Tensor, index: tuple[slice, ...], dtype) 
 
 
 def _copy(stored: Stored, read: np.ndarray, into: np.ndarray) -> int:
-    """Converts what was read, and returns its bytes."""
-    with np.errstate(over="ignore"):  # answered below
+    """Converts values into an array and returns the number of bytes read; UserError for a float16 overflow."""
+    with np.errstate(over="ignore"):  # checked below
         into[...] = read
     if not np.can_cast(read.dtype, into.dtype) and not np.array_equal(np.isfinite(into), np.isfinite(read)):
         raise UserError(

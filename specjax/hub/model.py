@@ -1,4 +1,4 @@
-"""A model as users hold it: decoder, parameters and tokenizer together."""
+"""A model as users have it: decoder, parameters and tokenizer together."""
 
 import dataclasses
 import functools
@@ -31,9 +31,9 @@ def _logits(
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A language model with its parameters and tokenizer; on one device where there is no mesh.
+    """A language model with its parameters and tokenizer; on one device if there is no mesh.
 
-    Of a model that is only planned with, the parameters are shapes and there is no tokenizer.
+    In hardware planning the parameters are abstract shapes and there is no tokenizer.
     """
 
     decoder: LanguageModel
@@ -43,7 +43,7 @@ class Model:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """What an adapter knows its target by."""
+        """A hash of the parameters, by which an adapter recognises its target."""
         return hub_adapter.fingerprint(self.decoder, self.params)
 
     def logits(
@@ -52,19 +52,19 @@ class Model:
         """Teacher-forced logits of `[B, T]` ids: row t predicts the token after the t-th of its text.
 
         Args:
-          tokens: the texts; of an encoder-decoder the prompts, all of one length.
-          decoder_tokens: of an encoder-decoder the texts, start token included.
+          tokens: the texts; for an encoder-decoder the prompts, all of one length.
+          decoder_tokens: for an encoder-decoder the texts, start token included.
 
         Raises:
-          UserError: for ids outside the vocabulary, and for texts that are missing or too many.
+          UserError: for ids outside the vocabulary, and for `decoder_tokens` that are missing or superfluous.
         """
-        apart = self.decoder.is_encoder_decoder
-        if apart != (decoder_tokens is not None):
+        is_pair = self.decoder.is_encoder_decoder
+        if is_pair != (decoder_tokens is not None):
             raise UserError(
                 "an encoder-decoder takes logits(prompt_tokens, decoder_tokens), another model logits(tokens); "
                 f"this is a {self.decoder.config.family} model"
             )
-        prompts, texts = self._ids(tokens), self._ids(decoder_tokens if apart else tokens)
+        prompts, texts = self._ids(tokens), self._ids(decoder_tokens if is_pair else tokens)
         lengths = jnp.full(prompts.shape[:1], prompts.shape[1], jnp.int32)
         return _logits(self.decoder, self.params, prompts, lengths, texts)
 
@@ -86,11 +86,10 @@ def load(
     """Loads `config.json`, `*.safetensors` and the tokenizer of a Hugging Face directory.
 
     Args:
-      replicate: every device of the mesh's tensor axis holds the whole model, for a small draft beside a target that is
-        split.
+      replicate: every device of the mesh's tensor axis holds the full model, for a small draft of a sharded target.
 
     Raises:
-      UserError: for whatever is missing, damaged, or not implemented.
+      UserError: for files that are missing or damaged, and for an unsupported model.
     """
     dtypes = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
     shardings = None
@@ -110,10 +109,10 @@ def save(model: Model, directory: str | Path) -> None:
 
 
 def load_adapter(directory: str | Path, target: Model) -> hub_adapter.LoadedAdapter:
-    """Loads the adapter of this target, to draft for it, onto the target's devices.
+    """Loads an adapter that was trained on this target onto the target's devices.
 
     Raises:
-      UserError: for whatever is missing or damaged, and for an adapter of another target.
+      UserError: for files that are missing or damaged, and for an adapter of another target.
     """
     shardings = None
     if target.mesh is not None:
@@ -124,9 +123,9 @@ def load_adapter(directory: str | Path, target: Model) -> hub_adapter.LoadedAdap
 
 
 def check_pair(target: Model, draft: Model) -> None:
-    """Raises UserError unless draft and target are of a kind and share their tokenizer, by its content.
+    """Raises UserError unless draft and target are of one kind and have the same tokenizer, by its content.
 
-    Their vocabularies may be padded to different sizes: no id beyond the tokenizer's stands for anything.
+    Their vocabularies may be padded to different sizes: ids beyond the tokenizer's have no meaning.
     """
     if target.decoder.is_encoder_decoder != draft.decoder.is_encoder_decoder:
         raise UserError("an encoder-decoder and a decoder-only model cannot draft for each other; take two of a kind")

@@ -22,9 +22,9 @@ from specjax.runtime.errors import UserError
 
 _GENERATION_FILE = "generation_config.json"
 FILES = (hub_load.CONFIG_FILE, weights.FILE, _GENERATION_FILE, *tokenizer_files.FILES)
-# What takes the place of the one weights file where the model is larger than a shard.
+# The names of the weights files of a model that is larger than a shard.
 _SHARDED = re.compile(re.escape(weights.INDEX_FILE) + r"|model-\d{5}-of-\d{5}\.safetensors")
-# Hugging Face's own limit was long this, and common file systems and hubs take such files.
+# For long the limit of Hugging Face; common file systems and hubs accept such files.
 MAX_SHARD_BYTES = 5 * 10**9
 
 
@@ -38,16 +38,16 @@ def save(
 ) -> None:
     """Writes the model and its tokenizer, the parameters bit for bit in the dtype of `decoder.config`.
 
-    Everything is written beside `directory`, read back and compared, and only then put in its place; an earlier
-    export there is replaced as a whole. The host holds one shard at a time, wherever the parameters are.
+    Everything is written to a temporary folder next to `directory`, read back and compared, and only then moved; an
+    earlier export there is replaced as a whole. The host holds one shard at a time, however the parameters are sharded.
 
     Args:
-      max_shard_bytes: a model of more bytes is split over files of at most so many each, but for a single tensor
-        that is larger, and an index in Hugging Face's format.
+      max_shard_bytes: most bytes of a weights file. A larger model is split over several files with an index in Hugging
+        Face's format; a single tensor that is larger has a file to itself.
 
     Raises:
-      UserError: if the directory holds other files, the disk refuses, the tokenizer has more ids than the model,
-        or the parameters are not those of the decoder.
+      UserError: if the directory holds other files or cannot be written, the tokenizer has more ids than the model, or
+        the parameters are not those of the decoder.
     """
     directory = Path(directory).absolute()
     _check_target(directory)
@@ -58,7 +58,7 @@ def save(
             "save the model with the tokenizer it was trained with"
         )
     if max_shard_bytes < 1:
-        raise UserError(f"max_shard_bytes is {max_shard_bytes}; a shard needs room for 1 byte at least")
+        raise UserError(f"max_shard_bytes must be at least 1, got {max_shard_bytes}")
     _check_params(decoder, params)
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -76,30 +76,23 @@ def save(
 
 
 def _check_target(directory: Path) -> None:
-    """Raises UserError unless the directory is free or holds nothing but an earlier export."""
+    """Raises UserError if the directory holds anything but an earlier export."""
     if not directory.exists():
         return
     if not directory.is_dir():
         raise UserError(f"{directory} is a file; name a directory to export to")
-    others = sorted(entry.name for entry in directory.iterdir() if not _is_ours(entry.name))
+    others = sorted(e.name for e in directory.iterdir() if e.name not in FILES and not _SHARDED.fullmatch(e.name))
     if others:
         raise UserError(f"{directory} holds files of another kind ({others[0]}); export to a directory of its own")
 
 
-def _is_ours(name: str) -> bool:
-    return name in FILES or _SHARDED.fullmatch(name) is not None
-
-
 def _check_params(decoder: LanguageModel, params: Params) -> None:
     """Raises UserError unless the parameters are the decoder's."""
-    paths = lambda tree: {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-    expected, given = paths(decoder.abstract_params()), paths(params)
-    wrong = sorted(set(expected) ^ set(given))
-    wrong += [
-        key
-        for key in sorted(set(expected) & set(given))
-        if (expected[key].shape, expected[key].dtype) != (given[key].shape, given[key].dtype)
-    ]
+    leaves = lambda tree: {
+        (jax.tree_util.keystr(path), leaf.shape, np.dtype(leaf.dtype))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    wrong = sorted(path for path, *_ in leaves(decoder.abstract_params()) ^ leaves(params))
     if wrong:
         raise UserError(
             f"the parameter at {wrong[0]} is not what the config describes; save a model with its own parameters"
@@ -128,7 +121,7 @@ def _write_weights(directory: Path, decoder: LanguageModel, params: Params, max_
 
 
 def _write_shard(path: Path, listed: Sequence[base.Tensor], params: Params) -> None:
-    # A function of its own: its tensors are let go before those of the next shard are fetched.
+    # A separate function, so that its tensors are freed before those of the next shard are fetched.
     from safetensors.numpy import save_file
 
     tensors = _tensors(listed, params)
@@ -137,7 +130,7 @@ def _write_shard(path: Path, listed: Sequence[base.Tensor], params: Params) -> N
 
 
 def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
-    """The names in their order, cut before each that would carry a shard over the limit."""
+    """The names in their order; a new shard begins before each tensor that would exceed the limit."""
     shards: list[list[str]] = []
     filled = 0
     for name, size in sizes.items():
@@ -150,28 +143,28 @@ def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
 
 
 def _tensors(listed: Sequence[base.Tensor], params: Params) -> dict[str, np.ndarray]:
-    """The arrays on the host under their names in the file, turned as they lie there."""
+    """The arrays on the host, by their names in the file and in its layout."""
     outputs = base.fused_outputs(listed)
     tensors: dict[str, np.ndarray] = {}
     for tensor in listed:
         values = _on_host(hub_load.at(params, tensor.path))
         shape = base.shape_in_file(tensor, values.shape, outputs)
-        # The writer takes the bytes as they lie in memory, so a mere view would be stored unturned.
-        turned = np.ascontiguousarray(values.T if tensor.transposed else values)
+        # The writer takes the bytes in the order of memory, so a transposed view would be stored untransposed.
+        laid_out = np.ascontiguousarray(values.T if tensor.transposed else values)
         if tensor.part is None:
-            tensors[tensor.name] = turned
+            tensors[tensor.name] = laid_out
             continue
         axis = base.output_axis(tensor, values.ndim)
         whole, done = tensors.setdefault(tensor.name, np.empty(shape, values.dtype)), 0
-        for run in base.runs_in_file(tensor, slice(0, turned.shape[axis]), shape[axis]):
+        for run in base.runs_in_file(tensor, slice(0, laid_out.shape[axis]), shape[axis]):
             length = run.stop - run.start
-            whole[(slice(None),) * axis + (run,)] = turned[(slice(None),) * axis + (slice(done, done + length),)]
+            whole[(slice(None),) * axis + (run,)] = laid_out[(slice(None),) * axis + (slice(done, done + length),)]
             done += length
     return tensors
 
 
 def _on_host(array: jax.Array | np.ndarray) -> np.ndarray:
-    """The values, joined from the devices of this process, which must hold all of them."""
+    """The values, joined from the devices of this process. Raises ValueError if they do not hold all of them."""
     if isinstance(array, np.ndarray):
         return array
     if not (array.is_fully_addressable or array.is_fully_replicated):
@@ -180,7 +173,7 @@ def _on_host(array: jax.Array | np.ndarray) -> np.ndarray:
     for shard in array.addressable_shards:
         bounds = tuple(i.indices(size) for i, size in zip(shard.index, array.shape, strict=True))
         if bounds not in done:
-            # Of a copy: an array that was fetched keeps its values on the host for as long as it lives.
+            # A copy is fetched, because JAX keeps the fetched values of an array on the host until it is deleted.
             values[shard.index] = np.asarray(jnp.copy(shard.data))
             done.add(bounds)
     return values
@@ -201,7 +194,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _check_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Raises RuntimeError unless the file holds these very bits; one tensor is read at a time."""
+    """Raises RuntimeError unless the file holds exactly these bits; reads one tensor at a time."""
     from safetensors import safe_open
 
     with safe_open(path, framework="numpy") as stored:
@@ -226,7 +219,7 @@ def _check_description(directory: Path, config, names: set[str]) -> None:
 
 
 def _replace(directory: Path, temporary: Path) -> None:
-    """Puts `temporary/new` in the place of `directory`; what was there comes back if that fails."""
+    """Moves `temporary/new` to `directory`; restores the previous content if that fails."""
     if directory.exists():
         os.rename(directory, temporary / "old")
     try:
