@@ -1,5 +1,6 @@
-"""The README says what the records and the tree say: tables drift, and files come and go."""
+"""README and pages agree with the records and with the repository: tables, numbers, links, commands."""
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 from configs.records import sync
 from specjax.hub import load as hub_load
+from specjax.runtime import config as configs
 from specjax.runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -168,6 +170,42 @@ def test_the_command_writes_the_file(tmp_path):
     assert sync.main([str(readme), str(written(tmp_path / "records", peers=MADE_UP["peers"]))]) == 0
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "transformers plain" in text
+
+
+def test_the_readme_is_short_and_says_how_to_install_near_the_top():
+    text = README.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 250
+    assert len(text.encode()) <= 16 * 1024
+    assert text[: text.index("make quickstart")].count("\n") < 60
+
+
+def test_the_readmes_one_number_is_that_of_the_record():
+    rows = json.loads((RECORDS / "quickstart.json").read_text())["rows"]
+    wanted = {"drafter": "distilled", "rule": "lossless", "temperature": 1.0, "gamma": 3}
+    (row,) = [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
+    said = re.search(r"\*\*(\S+) times\*\*[^(]*\(95%\s+interval (\S+) to (\S+)\)", README.read_text(encoding="utf-8"))
+    assert said.groups() == tuple(f"{value:.2f}" for value in (row["speedup"], *row["speedup_ci"]))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+def test_what_a_page_names_exists(page):
+    """Links, paths of the repository in backquotes, the config of every command, and every make target."""
+    text = page.read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)]*)\)", text) if "://" not in link]
+    assert [link for link in links if not (page.parent / link).exists()] == []
+    folders = "specjax|configs|tests|launch|colabs"
+    paths = re.findall(rf"`((?:{folders})/[\w./-]*?)(?::[\w-]+)?`", text) + re.findall(r"--config=([\w./]+\.py)", text)
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"`make ([a-z-]+)`", text)) <= set(targets)
+
+
+def test_every_override_in_the_readme_is_a_key_of_its_config():
+    for line in README.read_text(encoding="utf-8").splitlines():
+        for name, rest in re.findall(r"`--config=(configs/\S+?)[ `](.*?)`", line):
+            config = configs.load(str(ROOT / name))
+            for key in re.findall(r"--config\.([\w.]+)=", rest):
+                functools.reduce(lambda section, part: section[part], key.split("."), config)  # raises KeyError
 
 
 def test_every_family_is_listed_under_its_model_type():
