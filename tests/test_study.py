@@ -8,7 +8,7 @@ import pytest
 import tiny
 from ml_collections import ConfigDict
 
-from configs.draft_design import advice_check, contest
+from configs.draft_design import contest
 from configs.draft_design import summary as study
 from specjax import api, main
 from specjax.draft_design import shapes
@@ -82,7 +82,7 @@ def config_of(folders):
 
 
 def test_a_configuration_is_predicted_from_its_parts():
-    draft = dict.fromkeys(("recipe", "seed", "layers", "width", "heads", "parameters", "steps", "perplexity"), 1)
+    draft = dict.fromkeys(("recipe", "seed", "layers", "width", "heads", "parameters", "steps", "divergence"), 1)
     found = study.configuration(row("d"), draft)
     # 1000 tokens in 0.5 s of prefill and 400 blocks of 20 ms.
     assert found["predicted_tokens_per_second"] == pytest.approx(1000 / 8.5)
@@ -166,7 +166,7 @@ def test_a_changed_grid_is_refused_in_an_old_workdir(tmp_path):
 
 @pytest.mark.slow
 def test_the_tables_are_those_worked_by_hand(folders, tmp_path):
-    rows = study.run(config_of(folders), tmp_path)
+    rows = study.run(config_of(folders), tmp_path)["rows"]
     of = lambda name: [each for each in rows if each["table"] == name]
     single, expected, batched = of("predicted_against_measured")
     assert (single["batch_size"], single["configurations"], batched["configurations"]) == (1, 4, 1)
@@ -192,7 +192,7 @@ def test_what_was_checked_is_one_table_with_its_summary(folders, tmp_path):
     records.write_results(tmp_path / "checked/results.json", binary="design", config={}, environment={}, rows=[checked])
     config = config_of(folders)
     config.checked = (str(tmp_path / "checked"),)
-    rows = study.run(config, tmp_path / "study")
+    rows = study.run(config, tmp_path / "study")["rows"]
     assert checked in rows and [row["settings"] for row in rows if row["table"] == "advice"] == [1]
 
 
@@ -216,10 +216,10 @@ def test_the_contest_runs_on_other_prompts_and_goes_on_where_it_stopped(folders,
         asked.append(config)
         records.write_results(folder / "results.json", binary="evaluate", config={}, environment={}, rows=rows)
 
-    monkeypatch.setattr(advice_check.evaluate, "run", evaluated)
+    monkeypatch.setattr(contest.evaluate, "run", evaluated)
     config = ConfigDict({"evaluation": str(tmp_path / "first"), "seeds": (1,), "repeats": 2, "count": 16})
     config.trained = config_of(folders).trained
-    (found,) = advice_check.check_advice(config, tmp_path / "checked")
+    (found,) = contest.check_advice(config, tmp_path / "checked")
     assert (found["advised"], found["fastest"]) == (f"{names[1]}, gamma 4", f"{names[0]}, gamma 4")
     assert found["advised_over_fastest"] == pytest.approx(120 / 130) and found["repeats"] == 2
     assert [(each.seed, each.task.seed, each.selection.count) for each in asked] == [(6, 1, 16), (7, 2, 16)]
@@ -227,7 +227,7 @@ def test_the_contest_runs_on_other_prompts_and_goes_on_where_it_stopped(folders,
         assert (list(each.batch_sizes), list(each.temperatures), each.measure_parts) == ([1], [0.0], False)
         assert set(each.drafters) == set(names)
     (tmp_path / "checked/seed1_T0_batch1_1/results.json").unlink()
-    assert advice_check.check_advice(config, tmp_path / "checked") == [found]
+    assert contest.check_advice(config, tmp_path / "checked") == [found]
     assert [each.seed for each in asked] == [6, 7, 7]
 
 
@@ -245,7 +245,7 @@ def test_a_drafter_that_no_training_made_is_refused(folders, tmp_path):
         "count": 1,
     }
     with pytest.raises(UserError, match="no training of this study made"):
-        advice_check.check_advice(ConfigDict(contested), tmp_path)
+        contest.check_advice(ConfigDict(contested), tmp_path)
 
 
 def test_the_grid_is_at_least_350_configurations_of_20_trained_drafts_at_equal_parameters():
@@ -253,7 +253,7 @@ def test_the_grid_is_at_least_350_configurations_of_20_trained_drafts_at_equal_p
     main._check_stages(config)
     evaluations = [config[name] for name in config.stages if name.startswith("evaluation")]
     count = sum(
-        len(drafter.lossless) * len(each.batch_sizes) * len(each.temperatures)
+        len(drafter.rules.lossless) * len(each.batch_sizes) * len(each.temperatures)
         for each in evaluations
         for drafter in each.drafters.values()
     )

@@ -1,43 +1,94 @@
-"""What the throughput model would have advised in each setting of an evaluation, beside what was fastest when all ran.
+"""Checks the throughput model's advice: what it recommends in each setting of an evaluation, against the fastest there.
 
-Whoever is fastest of many was also lucky: both have to be measured again before they are compared.
+Of many configurations, the fastest was also lucky. So both are measured again, in turns, on other prompts.
 """
 
-import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from configs.distillspec import tradeoffs
-from specjax.draft_design import advice
+from ml_collections import ConfigDict
+
+from specjax import design, evaluate
+from specjax.draft_design import advice, shapes
 from specjax.evaluation import throughput
+from specjax.hub import load as hub_load
 from specjax.models.decoder import Decoder
+from specjax.reporting import records
+from specjax.reporting.estimates import Estimate
+from specjax.runtime.errors import UserError
 
 
-@dataclasses.dataclass(frozen=True)
-class Entry:
+def run(config: Any, workdir: str | Path) -> dict:
+    """Runs the study's stage; returns the content of results.json."""
+    return design.finish(config, workdir, check_advice(config, Path(workdir)))
+
+
+def check_advice(config: Any, workdir: Path) -> list[dict]:
+    """A row for each setting of an evaluation: the advised and the fastest configuration, and their ratio when rerun.
+
+    Reruns use other prompts, several times; if both are the same configuration, nothing runs. Finished reruns stay in
+    their folders, so that the stage resumes where it stopped.
+    """
+    first = Path(config.evaluation)
+    results = records.read_results(first / "results.json")
+    drafts = drafts_of(config.trained)
+    check_drafters(results["rows"], drafts)
+    rows = []
+    for contest in contests(results["rows"], drafts, config.seeds):
+        repeats = []
+        for repeat in range(config.repeats) if contest.entries else ():
+            setting = f"seed{contest.seed}_T{contest.temperature:g}_batch{contest.batch_size}_{repeat}"
+            if not (workdir / setting / "results.json").exists():
+                evaluate.run(_rerun(results["config"], contest, config.count, repeat), workdir / setting)
+            repeats.append(records.read_results(workdir / setting / "results.json")["rows"])
+        rows.append(contest.row(first.name, repeats))
+    return rows
+
+
+def drafts_of(trained: Sequence[str]) -> dict[str, dict]:
+    """Shape and training of each draft, by the name of its training's folder, RECIPE_TASK_LAYERS_SEED."""
+    drafts = {}
+    for folder in map(Path, trained):
+        (training,) = records.read_results(folder / "results.json")["rows"]
+        _, shape = hub_load.read_config(folder / "export", param_dtype="float32", compute_dtype="float32")
+        drafts[folder.name] = {
+            "decoder": Decoder(shape),
+            "recipe": folder.name.partition("_")[0],
+            **{key: training[key] for key in ("seed", "steps", "divergence", "validation_loss")},
+            **{key: getattr(shape, key) for key in ("layers", "width", "heads")},
+            "parameters": shapes.parameters(shape),
+        }
+    return drafts
+
+
+def check_drafters(rows: Sequence[Mapping], drafts: Mapping[str, Mapping]) -> None:
+    """Raises UserError if a drafter of these evaluate rows is none of the drafts."""
+    for name in (row["drafter"] for row in rows if row["gamma"]):
+        if name not in drafts:
+            raise UserError(f'no training of this study made the drafter "{name}"; list its stage')
+
+
+class Entry(NamedTuple):
     """One way to decode: a drafter at a gamma; plain decoding at gamma 0."""
 
     drafter: str
     gamma: int
 
-    @classmethod
-    def of(cls, row: Mapping) -> "Entry":
-        """That of an evaluate row."""
-        return cls(row["drafter"], row["gamma"])
-
     def __str__(self) -> str:
         return f"{self.drafter}, gamma {self.gamma}" if self.gamma else "plain decoding"
 
 
-@dataclasses.dataclass(frozen=True)
-class Contest:
-    """One setting, of the drafts of one seed.
+def _entry(row: Mapping) -> Entry:
+    return Entry(row["drafter"], row["gamma"])
+
+
+class Contest(NamedTuple):
+    """The advised and the fastest entry of one setting, among the drafts of one training seed.
 
     Attributes:
-      seed: that the drafts were trained with.
-      temperature: of the target.
-      batch_size: rows at a time.
-      configurations: how many were run, plain decoding among them.
+      configurations: how many ran, plain decoding included.
       advised: the entry of highest predicted throughput.
       fastest: the entry of highest measured throughput.
     """
@@ -51,26 +102,23 @@ class Contest:
 
     @property
     def entries(self) -> tuple[Entry, ...]:
-        """What to measure again: both, or nothing where they are one."""
+        """The entries to measure again: both, or none if they are the same."""
         return () if self.advised == self.fastest else (self.advised, self.fastest)
 
     def row(self, evaluation: str, repeats: Sequence[Sequence[Mapping]]) -> dict:
-        """Of the study's table.
+        """A row of the study's table.
 
         Args:
           evaluation: its name.
-          repeats: the evaluate rows of each time that both were measured again; none where they are one.
+          repeats: the evaluate rows of each rerun; none if both entries are the same.
         """
-        speeds = [{Entry.of(row): row["tokens_per_second"] for row in rows} for rows in repeats]
+        speeds = [{_entry(row): row["tokens_per_second"] for row in rows} for rows in repeats]
         mean = lambda entry: statistics.fmean(each[entry] for each in speeds) if speeds else None
-        ratio = tradeoffs.Estimate.of([each[self.advised] / each[self.fastest] for each in speeds] or [1.0])
+        ratio = Estimate.of([each[self.advised] / each[self.fastest] for each in speeds] or [1.0])
         return {
             "table": "advice_checked",
             "evaluation": evaluation,
-            "seed": self.seed,
-            "temperature": self.temperature,
-            "batch_size": self.batch_size,
-            "configurations": self.configurations,
+            **self._asdict(),
             "advised": str(self.advised),
             "fastest": str(self.fastest),
             "repeats": len(speeds),
@@ -82,65 +130,72 @@ class Contest:
 
 
 def contests(measured: Sequence[Mapping], drafts: Mapping[str, Mapping], seeds: Sequence[int]) -> list[Contest]:
-    """One for each seed, temperature and batch size of which drafts were timed.
-
-    The advice is that of `advice`: it knows the parts of a block and of plain decoding, and of each draft's largest
-    gamma how often its tokens stood and how unlike the rows of a batch were.
+    """A contest for each training seed, temperature and batch size whose drafts were timed.
 
     Args:
-      measured: evaluate rows with their parts, plain decoding of every setting among them.
+      measured: evaluate rows with the parts of a block, including plain decoding in every setting.
       drafts: "seed" and "decoder" of each drafter.
-      seeds: whose drafts are looked at.
+      seeds: the training seeds to look at.
     """
-    found = []
+    made = []
     for seed in seeds:
-        mine = [row for row in measured if not row["gamma"] or drafts[row["drafter"]]["seed"] == seed]
-        for temperature, size in sorted({(row["temperature"], row["batch_size"]) for row in mine if row["gamma"]}):
-            group = [row for row in mine if (row["temperature"], row["batch_size"]) == (temperature, size)]
+        rows = [row for row in measured if not row["gamma"] or drafts[row["drafter"]]["seed"] == seed]
+        for temperature, size in sorted({(row["temperature"], row["batch_size"]) for row in rows if row["gamma"]}):
+            group = [row for row in rows if (row["temperature"], row["batch_size"]) == (temperature, size)]
             if all(row["draft_step_seconds"] is not None for row in group if row["gamma"]):
                 fastest = max(group, key=lambda row: row["tokens_per_second"])
-                entries = (_advised(group, drafts), Entry.of(fastest))
-                found.append(Contest(seed, temperature, size, len(group), *entries))
-    return found
+                made.append(Contest(seed, temperature, size, len(group), _advised(group, drafts), _entry(fastest)))
+    return made
 
 
 def _advised(group: Sequence[Mapping], drafts: Mapping[str, Mapping]) -> Entry:
-    """Of one setting's rows, the entry that is recommended."""
+    """The entry that `advice` recommends among one setting's rows.
+
+    It knows the parts of a block and of plain decoding, and each draft's acceptance, and how much the rows of a batch
+    differed, at its largest gamma.
+    """
     some = group[0]
     work = advice.Workload((), some["max_new_tokens"], some["batch_size"], some["temperature"], seed=0)
-    by_drafter: dict[str, list[Mapping]] = {}
-    for row in group:
-        by_drafter.setdefault(row["drafter"], []).append(row)
-    plain = next(name for name, rows in by_drafter.items() if not rows[0]["gamma"])
     options = []
-    for name, rows in by_drafter.items():
-        if name != plain:
-            options += _candidate(name, rows, drafts[name]["decoder"]).options(work)
-    advised = advice.recommend(options)
-    return Entry(advised["draft"], advised["gamma"]) if advised["pays"] else Entry(plain, 0)
+    for name in dict.fromkeys(row["drafter"] for row in group if row["gamma"]):
+        rows = {row["gamma"]: row for row in group if row["drafter"] == name}
+        longest = rows[max(rows)]
+        ctar = throughput.by_position(longest["acceptance_by_position"])
+        uneven = advice.unevenness(longest["iterations"], longest["expected_iterations"], longest["batch_size"])
+        acceptance = advice.Acceptance(ctar, ctar, ctar, float(longest["gamma"]), uneven)
+        parts = {gamma: parts_of(row) for gamma, row in rows.items()}
+        options += advice.Candidate(name, drafts[name]["decoder"], {0.0: acceptance}, parts, True).options(work)
+    best = advice.recommend(options)
+    plain = next(row["drafter"] for row in group if not row["gamma"])
+    return Entry(best["draft"], best["gamma"]) if best["pays"] else Entry(plain, 0)
 
 
 def parts_of(row: Mapping) -> throughput.Parts:
-    """What an evaluate row says of its block's parts."""
+    """The parts of a block that an evaluate row holds."""
     keys = ("draft_step_seconds", "target_step_seconds", "verify_seconds", "rule_seconds", "baseline_rule_seconds")
     return throughput.Parts(*(row[key] for key in keys))
 
 
-def _candidate(name: str, rows: Sequence[Mapping], decoder: Decoder) -> advice.Candidate:
-    """A draft with the parts of each gamma and the acceptance of its largest."""
-    longest = max(rows, key=lambda row: row["gamma"])
-    ctar = throughput.by_position(longest["acceptance_by_position"])
-    parts = {row["gamma"]: parts_of(row) for row in rows}
-    uneven = advice.unevenness(longest["iterations"], longest["expected_iterations"], longest["batch_size"])
-    known = advice.Acceptance(ctar, ctar, ctar, float(longest["gamma"]), uneven)
-    return advice.Candidate(name, decoder, {0.0: known}, parts, True)
+def _rerun(evaluation: dict, contest: Contest, count: int, repeat: int) -> ConfigDict:
+    """The evaluation's config for one setting and two ways to decode, with other prompts."""
+    config = ConfigDict(evaluation)
+    gammas: dict[str, list[int]] = {}
+    for name, gamma in contest.entries:
+        gammas.setdefault(name, []).append(gamma)
+    drafters = {name: how for name, how in evaluation["drafters"].items() if name in gammas}
+    config.drafters = ConfigDict({name: {**how, "rules": {"lossless": gammas[name]}} for name, how in drafters.items()})
+    config.update({"batch_sizes": [contest.batch_size], "temperatures": [contest.temperature]})
+    config.update({"measure_parts": False, "seed": config.seed + 1 + repeat})
+    config.task.seed += 1 + repeat
+    config.selection.count = count
+    return config
 
 
 def summary(checked: Sequence[Mapping]) -> list[dict]:
-    """Of the rows of all contests: in how many the advice was as good as the best."""
-    if not checked:
-        return []
+    """In how many of the checked settings the advice was as good as the fastest; nothing without any."""
     ratios = [row["advised_over_fastest"] for row in checked]
+    if not ratios:
+        return []
     return [
         {
             "table": "advice",

@@ -1,11 +1,10 @@
-"""Latency profiles: seconds of a step by shape, batch, context and tokens, kept on disk for one device."""
+"""Latency profiles: seconds of a step by shape, batch, context and tokens, stored in a file for one device."""
 
 import dataclasses
 import json
 import os
 import platform
-import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +21,17 @@ from specjax.runtime.errors import UserError
 from specjax.runtime.timing import in_turns, progress
 
 SCHEMA = 1
-# Capacities are multiples of this, so that a context and a slightly longer one read as many slots.
+# Capacities are multiples of this, so that slightly different contexts read equally many slots.
 _SLOTS = 128
-# The bare loops of `rates`: rows and columns of a matrix far beyond any processor's cache, and of a dense product.
+# Sizes of the products of `rates`: a matrix far larger than any processor's cache, and a square for a dense product.
 _MATRIX, _SQUARE = (4096, 4096), 1024
+# The share of the memory that cases may fill.
+_FILL = 0.8
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is timed: see `latency.Step`.
-
-    Attributes:
-      steps: of one dispatch; 1 is a lone step.
-    """
+    """What is timed, as `latency.Step`; `steps` run in one dispatch on the device."""
 
     shape: DecoderConfig
     tokens: int = 1
@@ -44,19 +41,24 @@ class Case:
 
     @property
     def key(self) -> str:
+        """The case as text, for the file."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
 
     @property
+    def cache_bytes(self) -> int:
+        return shapes.kv_bytes(self.shape, self._capacity, self.batch)
+
+    @property
     def bytes(self) -> int:
-        """What has to be in memory: weights, and a cache for the context."""
-        return shapes.weight_bytes(self.shape) + shapes.kv_bytes(self.shape, self._capacity, self.batch)
+        """Bytes of the weights and the cache."""
+        return shapes.weight_bytes(self.shape) + self.cache_bytes
 
     @property
     def _capacity(self) -> int:
         return -(-(self.context + self.tokens) // _SLOTS) * _SLOTS
 
     def step(self) -> latency.Step:
-        """The case as the clock takes it."""
+        """The case as `latency.step_case` takes it."""
         return latency.Step(Decoder(self.shape), self.tokens, self.batch, self.context, self._capacity, self.steps)
 
 
@@ -66,8 +68,8 @@ class Point:
 
     Attributes:
       seconds: the median.
-      spread: the interquartile range over the median.
-      estimate: whether it is a roofline's bound and no measurement.
+      spread: the interquartile range divided by the median.
+      estimate: whether this is a roofline's bound, not a measurement.
     """
 
     seconds: float
@@ -76,46 +78,44 @@ class Point:
 
 
 def device() -> dict[str, Any]:
-    """What tells the machine of a profile from another, the compiler that wrote its programs included."""
-    found = jax.devices()[0]
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    said = {"platform": found.platform, "device_kind": found.device_kind, "device_count": jax.device_count()}
-    said["jax"] = jax.__version__
-    # All processors call themselves "cpu".
-    return said | ({"processor": _processor(), "cpus": cpus} if found.platform == "cpu" else {})
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    """What distinguishes the device of a profile from others, including the compiler of its programs."""
+    first = jax.devices()[0]
+    described = {"platform": first.platform, "device_kind": first.device_kind, "device_count": jax.device_count()}
+    described["jax"] = jax.__version__
+    if first.platform == "cpu":  # every processor has the device kind "cpu"
+        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        name = _field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine()
+        described |= {"processor": name, "cpus": cpus}
+    return described
 
 
 def memory_bytes() -> int | None:
-    """What the device has for arrays; None where it does not say."""
+    """Bytes that the device has for arrays; None if it does not say."""
     stats = jax.devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"])
-    path = Path("/proc/meminfo")
-    if jax.default_backend() != "cpu" or not path.is_file():
-        return None
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("MemAvailable")]
-    return int(lines[0].split()[1]) * 1024 if lines else None
+    available = _field("/proc/meminfo", "MemAvailable") if jax.default_backend() == "cpu" else ""
+    return int(available.split()[0]) * 1024 if available else None
+
+
+def _field(path: str, name: str) -> str:
+    """The value of the first line `NAME: VALUE` of a file; "" without one."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines() if Path(path).is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")
 
 
 class Profile:
-    """The points of one device, in a file that is written after each group of cases: an interrupted profile goes on."""
+    """The points of one device, in a file that is written after each group of cases, so that a profile can resume."""
 
     def __init__(self, path: str | Path, *, memory: int | None = None):
-        """Opens the file, or begins one.
+        """Opens the file, or starts one.
 
         Args:
-          memory: bytes; a case that takes more than four fifths of them is estimated and not run, and so many are timed
-            together. None asks the device.
+          memory: bytes. A case that needs more than four fifths of them is estimated, not run; cases that fit together
+            are timed together. None asks the device.
 
         Raises:
-          UserError: for a file of another device, another schema, or damaged.
+          UserError: for a damaged file, and a file of another device or another schema.
         """
         self._path = Path(path)
         self._memory = memory_bytes() if memory is None else memory
@@ -147,77 +147,71 @@ class Profile:
             )
 
     def measure(self, cases: Sequence[Case], repeats: int) -> list[Point]:
-        """A point for each case: from the file, else measured in turns with the others that are not there yet.
+        """A point for each case: from the file, otherwise measured in turns with other new cases.
 
-        A case that does not fit the memory gets a roofline estimate, which says that it is one.
+        A case that does not fit the memory gets a roofline estimate, marked as one.
         """
         missing = {case.key: case for case in cases if case.key not in self._points}
-        too_large = {key: case for key, case in missing.items() if self._memory and case.bytes > 0.8 * self._memory}
-        runnable = [case for key, case in missing.items() if key not in too_large]
+        too_large = [case for case in missing.values() if not self._fits(case.bytes)]
         with progress(total=len(missing), description="profile", unit="case") as bar:
-            for group in self._groups(runnable):
-                self._points |= _timed(group, repeats)
-                self._write()
+            for group in self._groups([case for case in missing.values() if case not in too_large]):
+                self._add(_timed(group, repeats))
                 bar.update(len(group))
-            for key, case in too_large.items():
-                self._points[key] = Point(estimated_seconds(case, self.rates(repeats)), 0.0, estimate=True)
-                self._write()
+            for case in too_large:
+                self._add({case.key: Point(estimated_seconds(case, self.rates(repeats)), 0.0, estimate=True)})
                 bar.update(1)
         return [self._points[case.key] for case in cases]
 
-    def _groups(self, cases: Sequence[Case]) -> list[list[Case]]:
-        """The cases in their order, as many together as fit the memory."""
-        groups: list[list[Case]] = []
-        filled, there = 0, set()
+    def _fits(self, size: int) -> bool:
+        return not self._memory or size <= _FILL * self._memory
+
+    def _groups(self, cases: Sequence[Case]) -> Iterator[list[Case]]:
+        """The cases in their order, in groups that fit the memory; cases of one shape share its weights."""
+        group: list[Case] = []
         for case in cases:
-            # Cases of one shape share its weights.
-            needed = case.bytes - (shapes.weight_bytes(case.shape) if case.shape in there else 0)
-            if not groups or (self._memory and filled + needed > 0.8 * self._memory):
-                groups.append([])
-                filled, there, needed = 0, set(), case.bytes
-            groups[-1].append(case)
-            filled += needed
-            there.add(case.shape)
-        return groups
+            together = [*group, case]
+            weights = sum(map(shapes.weight_bytes, {each.shape for each in together}))
+            if group and not self._fits(weights + sum(each.cache_bytes for each in together)):
+                yield group
+                together = [case]
+            group = together
+        if group:
+            yield group
 
     def rates(self, repeats: int) -> dict[str, float]:
-        """The device's own: bytes a second of a matrix-vector product, operations a second of a dense product."""
+        """Bytes per second of a matrix-vector product on this device, and operations per second of a dense product."""
         if not self._rates:
             self._rates = _measured_rates(repeats)
-            self._write()
+            self._add({})
         return self._rates
 
-    def _write(self) -> None:
-        points = {key: dataclasses.asdict(point) for key, point in self._points.items()}
-        content = {"schema": SCHEMA, "device": self.device, "rates": self._rates, "points": points}
+    def _add(self, points: dict[str, Point]) -> None:
+        """Adds points and writes the file."""
+        self._points |= points
+        stored = {key: dataclasses.asdict(point) for key, point in self._points.items()}
+        content = {"schema": SCHEMA, "device": self.device, "rates": self._rates, "points": stored}
         records.write_atomically(self._path, json.dumps(content, indent=1) + "\n")
 
 
 def _timed(cases: Sequence[Case], repeats: int) -> dict[str, Point]:
-    weights: dict[DecoderConfig, Any] = {}
-    for case in cases:
-        if case.shape not in weights:
-            weights[case.shape] = Decoder(case.shape).init(jax.random.key(0))
-    made = [latency.step_case(case.step(), weights[case.shape]) for case in cases]
-    found = {}
-    for case, seconds in zip(cases, in_turns(made, repeats), strict=True):
-        found[case.key] = Point(*median_and_spread([s / case.steps for s in seconds]))
-    return found
+    weights = {shape: Decoder(shape).init(jax.random.key(0)) for shape in dict.fromkeys(case.shape for case in cases)}
+    timed = in_turns([latency.step_case(case.step(), weights[case.shape]) for case in cases], repeats)
+    points = {}
+    for case, seconds in zip(cases, timed, strict=True):
+        points[case.key] = Point(*median_and_spread([s / case.steps for s in seconds]))
+    return points
 
 
 def median_and_spread(seconds: Sequence[float]) -> tuple[float, float]:
-    """The median, and the interquartile range relative to it: 0 for a single measurement."""
-    median = statistics.median(seconds)
-    if len(seconds) < 2:
-        return median, 0.0
-    low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    """The median, and the interquartile range divided by it."""
+    low, median, high = np.quantile(seconds, (0.25, 0.5, 0.75)).tolist()
     return median, (high - low) / median
 
 
 def estimated_seconds(case: Case, rates: dict[str, float]) -> float:
-    """The roofline's bound (Williams et al. 2009): what has to be read, or computed, at the rates of bare products.
+    """The roofline's bound (Williams et al. 2009): the time to read the bytes, or to compute, at the rates of `rates`.
 
-    It knows nothing of launches and of layers that wait for one another, so a real step takes longer.
+    A real step takes longer, because the bound ignores launches and dependences between layers.
     """
     moved = shapes.step_bytes(case.shape, case.context, case.batch)
     operations = 2 * Decoder(case.shape).num_step_params * case.tokens * case.batch
@@ -225,29 +219,22 @@ def estimated_seconds(case: Case, rates: dict[str, float]) -> float:
 
 
 def _measured_rates(repeats: int) -> dict[str, float]:
-    key = jax.random.key(0)
+    key, rounds = jax.random.key(0), 8
     matrix, vector = jax.random.normal(key, _MATRIX), jnp.ones((1, _MATRIX[0]))
     square = jax.random.normal(key, (_SQUARE, _SQUARE))
     scaled = lambda x: x * jax.lax.rsqrt(jnp.mean(jnp.square(x)) + 1e-6)  # neither denormals nor infinities
-    rounds = 8
 
     @jax.jit
     def products(x, kernel):
         return jax.lax.fori_loop(0, rounds, lambda _, x: scaled(x @ kernel), x)
 
     cases = [(lambda: vector, lambda x: products(x, matrix)), (lambda: square, lambda x: products(x, square))]
-    reading, computing = (statistics.median(seconds) / rounds for seconds in in_turns(cases, repeats))
+    reading, computing = (float(np.median(seconds)) / rounds for seconds in in_turns(cases, repeats))
     return {"bytes_per_second": matrix.nbytes / reading, "operations_per_second": 2 * _SQUARE**3 / computing}
 
 
 def line(x: Sequence[float | int], y: Sequence[float]) -> dict[str, float]:
-    """The least-squares line through points: slope, intercept and the share of the variance that it explains."""
-    at, values = np.asarray(x, float), np.asarray(y, float)
-    slope, intercept = np.polyfit(at, values, 1)
-    left = np.sum((values - slope * at - intercept) ** 2)
-    whole = np.sum((values - values.mean()) ** 2)
-    return {
-        "slope": float(slope),
-        "intercept": float(intercept),
-        "r_squared": float(1 - left / whole) if whole else 1.0,
-    }
+    """The least-squares line through points: slope, intercept, and the share of the variance that it explains."""
+    slope, intercept = np.polyfit(x, y, 1).tolist()
+    left, total = np.var(np.asarray(y) - slope * np.asarray(x, float)), np.var(y)
+    return {"slope": slope, "intercept": intercept, "r_squared": float(1 - left / total) if total else 1.0}

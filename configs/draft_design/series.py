@@ -1,6 +1,6 @@
-"""What a step takes against depth, width, heads, batch, context and gamma: series of shapes, their lines, a report."""
+"""The time of a decoding step by depth, width, heads, batch, context and gamma: series, lines through them, a report."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from specjax.reporting import page, plots, records, row_tables
 from specjax.runtime import dtypes
 from specjax.runtime.errors import UserError
 
-# A series -> what a line is fitted against.
+# {series: the columns that a line is fitted against}
 AGAINST = {
     "depth_at_fixed_parameters": ("layers", "width"),
     "width_at_fixed_depth": ("width", "parameters"),
@@ -20,82 +20,97 @@ AGAINST = {
     "batch": ("batch",),
     "context": ("context",),
     "verification": ("gamma",),
-    "draft_loop": (),
-    "published_shapes": (),
 }
 
 
-def base_shape(section: Any) -> DecoderConfig:
-    """The decoder that a config's `base` describes."""
-    fields = section.to_dict()
-    fields["compute_dtype"] = dtypes.compute_dtype(fields["compute_dtype"])
-    return DecoderConfig.llama(**fields)
-
-
 def run(config: Any, workdir: str | Path) -> dict:
-    """Runs the study's stage; returns the content of results.json."""
+    """Runs the profile; returns the content of results.json."""
     return design.finish(config, workdir, measured(config, Path(workdir)))
 
 
 def measured(config: Any, workdir: Path) -> list[dict]:
-    """Every series of the config, all cases measured in turns, then the lines through them; writes report.html.
+    """Measures every series of the config in turns and fits their lines; writes report.html, returns all rows.
 
     Raises:
-      UserError: for heads that do not divide, a budget that no shape meets, and a profile of another device.
+      UserError: for heads that do not divide the width, a budget that no shape meets, and a profile of another device.
     """
     profile = Profile(config.profile or workdir / "profile.json", memory=config.memory or None)
-    base = base_shape(config.base)
-    rows: list[dict] = []
-    made = [(name, said, case) for name, cases in _series(config, base).items() for said, case in cases]
-    points = profile.measure([case for _, _, case in made], config.repeats)
-    rows += [_row(*each, point) for each, point in zip(made, points, strict=True)]
-    for name, keys in AGAINST.items():
-        members = [row for row in rows if row["table"] == name and not row["estimate"]]
-        rows += [_line(name, key, members) for key in keys if len({row[key] for row in members}) > 2]
+    cases = list(_cases(config))
+    points = profile.measure([case for *_, case in cases], config.repeats)
+    rows = [_row(*case, point) for case, point in zip(cases, points, strict=True)]
+    lines = [_line(rows, name, key) for name, keys in AGAINST.items() for key in keys]
+    rows += [fitted for fitted in lines if fitted is not None]
     rows.append({"table": "device", **profile.device, **profile.rates(config.repeats)})
-    _report(config, workdir, rows)
+    figures = []
+    for name, (key, *_) in AGAINST.items():
+        at = [(row[key], row["milliseconds"]) for row in rows if row["table"] == name]
+        path, title = workdir / "figures" / f"{name}.png", name.replace("_", " ")
+        if at:
+            plots.lines_figure({title: {"measured": at}}, path, x_label=key, y_label="milliseconds a step")
+            figures.append(page.Figure(path, f"Milliseconds of a decoding step: {title}."))
+    page.write_report(
+        workdir / "report.html",
+        title="What a decoding step takes",
+        subtitle=workdir.name,
+        environment=records.environment(config.seed),
+        sections=[
+            page.Section("Latency", [page.Figures(figures)]),
+            *(page.Section(*each) for each in row_tables.page_tables(rows)),
+        ],
+    )
     return rows
 
 
-def _series(config: Any, base: DecoderConfig) -> dict[str, list[tuple[dict, Case]]]:
-    """The cases of each series, each with what it is called by."""
-    case = lambda shape, **how: Case(shape, **{"steps": config.steps, "context": config.context, **how})
+def _cases(config: Any) -> Iterator[tuple[str, dict, Case]]:
+    """(series, columns that name the case, case) of everything to measure."""
+    base = _base_shape(config.base)
     at_depth = lambda layers: shapes.at_parameters(base, layers, config.parameters)
     middle = at_depth(config.depth)
-    found = {
-        "depth_at_fixed_parameters": [({}, case(at_depth(layers))) for layers in config.depths],
-        "width_at_fixed_depth": [({}, case(_wide(base, config.depth, width))) for width in config.widths],
-        "heads_at_fixed_width": [({}, case(_with_heads(middle, heads))) for heads in config.heads],
-        "batch": [({"batch": size}, case(middle, batch=size)) for size in config.batch_sizes],
-        "context": [({"context": length}, case(middle, context=length)) for length in config.contexts],
-        "verification": [({"gamma": gamma}, case(at_depth(config.depth), tokens=gamma + 1)) for gamma in config.gammas],
-        "draft_loop": [({"steps_a_dispatch": steps}, case(middle, steps=steps)) for steps in config.dispatches],
-        "published_shapes": [({"draft": name}, case(shapes.preset(name))) for name in config.published],
-    }
-    return {name: cases for name, cases in found.items() if cases}
+    case = lambda shape, **how: Case(shape, **{"steps": config.steps, "context": config.context, **how})
+    for layers in config.depths:
+        yield "depth_at_fixed_parameters", {}, case(at_depth(layers))
+    for width in config.widths:
+        yield "width_at_fixed_depth", {}, case(_wide(base, config.depth, width))
+    for heads in config.heads:
+        yield "heads_at_fixed_width", {}, case(_with_heads(middle, heads))
+    for size in config.batch_sizes:
+        yield "batch", {"batch": size}, case(middle, batch=size)
+    for length in config.contexts:
+        yield "context", {"context": length}, case(middle, context=length)
+    for gamma in config.gammas:
+        yield "verification", {"gamma": gamma}, case(middle, tokens=gamma + 1)
+    for steps in config.dispatches:
+        yield "draft_loop", {"steps_a_dispatch": steps}, case(middle, steps=steps)
+    for name in config.published:
+        yield "published_shapes", {"draft": name}, case(shapes.preset(name))
+
+
+def _base_shape(section: Any) -> DecoderConfig:
+    fields = section.to_dict()
+    return DecoderConfig.llama(**{**fields, "compute_dtype": dtypes.compute_dtype(fields["compute_dtype"])})
 
 
 def _wide(base: DecoderConfig, layers: int, width: int) -> DecoderConfig:
     heads = shapes.heads_of(width, base.head_size)
-    group = base.heads // base.kv_heads
+    kv_heads = heads // (base.heads // base.kv_heads)
     inner = shapes.rounded(width * base.mlp_width / base.width)
-    return shapes.reshaped(base, layers=layers, width=width, heads=heads, kv_heads=heads // group, mlp_width=inner)
+    return shapes.reshaped(base, layers=layers, width=width, heads=heads, kv_heads=kv_heads, mlp_width=inner)
 
 
 def _with_heads(shape: DecoderConfig, heads: int) -> DecoderConfig:
-    """The same width, cut into more or fewer heads, with as many query heads a key head (rounded, one at least)."""
+    """The same width, split into more or fewer heads, with the same ratio of query heads to key heads if possible."""
     inner = shape.heads * shape.head_size
-    kv_heads = max(1, heads * shape.kv_heads // shape.heads)
     if inner % heads:
         raise UserError(f"a width of {inner} does not divide into {heads} heads; take a number of heads that does")
+    kv_heads = max(1, heads * shape.kv_heads // shape.heads)
     return shapes.reshaped(shape, heads=heads, kv_heads=kv_heads, head_size=inner // heads)
 
 
-def _row(name: str, said: dict, case: Case, point: Point) -> dict:
+def _row(series: str, named: dict, case: Case, point: Point) -> dict:
     shape = case.shape
     return {
-        "table": name,
-        **said,
+        "table": series,
+        **named,
         **{key: getattr(shape, key) for key in ("layers", "width", "heads", "mlp_width")},
         "parameters": shapes.parameters(shape),
         "milliseconds": 1e3 * point.seconds,
@@ -106,40 +121,19 @@ def _row(name: str, said: dict, case: Case, point: Point) -> dict:
     }
 
 
-def _line(name: str, key: str, members: Sequence[Mapping]) -> dict:
-    at, seconds = [row[key] for row in members], [row["milliseconds"] for row in members]
-    found = line(at, seconds)
+def _line(rows: list[dict], series: str, key: str) -> dict | None:
+    """The line through a series' milliseconds by a column; None with fewer than three different values of it."""
+    members: list[Mapping] = [row for row in rows if row["table"] == series and not row["estimate"]]
+    at, milliseconds = [row[key] for row in members], [row["milliseconds"] for row in members]
+    if len(set(at)) < 3:
+        return None
+    fitted = line(at, milliseconds)
     return {
         "table": "lines",
-        "series": name.replace("_", " "),
+        "series": series.replace("_", " "),
         "against": key,
         "points": len(members),
-        "milliseconds_for_one_more": found["slope"],
-        "r_squared": found["r_squared"],
-        "slowest_over_fastest": max(seconds) / min(seconds),
+        "milliseconds_for_one_more": fitted["slope"],
+        "r_squared": fitted["r_squared"],
+        "slowest_over_fastest": max(milliseconds) / min(milliseconds),
     }
-
-
-def _report(config: Any, workdir: Path, rows: list[dict]) -> None:
-    """report.html with a figure of every series that has a line, and all tables."""
-    grouped: dict[str, list[dict]] = {}
-    for row in rows:
-        grouped.setdefault(row["table"], []).append(row)
-    drawn = []
-    for name in (name for name, keys in AGAINST.items() if keys and name in grouped):
-        path, key = workdir / "figures" / f"{name}.png", AGAINST[name][0]
-        points = [(row[key], row["milliseconds"]) for row in grouped[name]]
-        title = name.replace("_", " ")
-        plots.lines_figure({title: {"measured": points}}, path, x_label=key, y_label="milliseconds a step")
-        drawn.append(page.Figure(path, f"Milliseconds of a decoding step: {title}."))
-    _write(config, workdir, "What a decoding step takes", [page.Section("Latency", [page.Figures(drawn)])], rows)
-
-
-def _write(config: Any, workdir: Path, title: str, sections: list, rows: list[dict]) -> None:
-    page.write_report(
-        workdir / "report.html",
-        title=title,
-        subtitle=workdir.name,
-        environment=records.environment(config.seed),
-        sections=sections + [page.Section(*each) for each in row_tables.page_tables(rows)],
-    )

@@ -137,7 +137,7 @@ def _evaluation(base: ConfigDict, task: str, drafters: dict, variant: str) -> Co
 
 def _checked(task: str, drafters: tuple, variant: str) -> ConfigDict:
     section = ConfigDict()
-    section.binary = "configs.draft_design.advice_check"
+    section.binary = "configs.draft_design.contest"
     section.seed = 0
     section.evaluation = f"workdir:evaluation_{task}"
     section.trained = tuple(f"workdir:{stage}" for stage in drafters)
