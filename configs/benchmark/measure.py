@@ -1,9 +1,9 @@
-"""Measures what decoding costs beside the least it could: loops, verification, blocks, context, memory, loading.
+"""Measures decoding and its least possible cost: loops, verification, blocks, context, memory, loading.
 
     python -m configs.benchmark.measure --config=configs/benchmark/cpu.py --workdir=DIR [--config.key=value ...]
 
-Weights are random. Every time is that of a loop on the device, never of a lone dispatch; what is compared is
-run in turns, so that a slow moment of the machine hits all alike.
+Weights are random. Every time is that of a loop on the device, not of a single dispatch. Cases that are compared run in
+turns, so that a slow phase of the machine affects all of them.
 """
 
 import functools
@@ -56,52 +56,58 @@ def run(config: Any, workdir: str | Path) -> dict:
 
 
 def plain_decoding(config: Any) -> list[dict]:
-    """Our loop at gamma 0 beside the barest loop over the same model, and beside the bare matrix-vector rate.
+    """Our loop at gamma 0, compared with the smallest loop over the same model and with bare matrix-vector products.
 
-    Gigabytes a second count the weights that a step reads, each once; not the cache.
+    Gigabytes per second count the weights that a step reads, each once, without the cache.
     """
     section, rows = config.plain, []
+    capacity, new_tokens = loop.capacity_for(section.prompt, section.new_tokens, 0), section.new_tokens
     for name in section.models:
         model, params = _model(config, name)
-        cases = _plain_cases(config, model, params)
-        seconds = [[s / section.new_tokens for s in case] for case in in_turns(cases, config.repeats)]
-        size = sum(kernel.nbytes for kernel in _kernels(params)) / 1e9
-        mine, minimal, products = (statistics.median(case) for case in seconds)
-        rows.append(
-            {
-                "model": name,
-                "parameters": model.num_params,
-                "seconds_per_token": mine,
-                "minimal_seconds_per_token": minimal,
-                "matvec_seconds": products,
-                "ratio_to_minimal": statistics.median(a / b for a, b in zip(*seconds[:2], strict=True)),
-                "gigabytes_per_second": size / mine,
-                "minimal_gigabytes_per_second": size / minimal,
-                "matvec_gigabytes_per_second": size / products,
-            }
+        fresh, ours = _decoding(config, (model, params), None, section, 1, 0, capacity)
+        minimal = lambda state, model=model, params=params: _minimal_loop(
+            model, new_tokens, params, state.target_cache, state.tokens, state.lengths[0]
         )
+        kernels = _kernels(params)
+        ones = lambda model=model: jnp.ones((1, model.config.width), jnp.float32)
+        products = lambda x, kernels=kernels: _matvec_loop(new_tokens, kernels, x)
+        timed = in_turns([(fresh, ours), (fresh, minimal), (ones, products)], config.repeats)
+        size = sum(kernel.nbytes for kernel in kernels) / 1e9
+        medians = [statistics.median(seconds) / new_tokens for seconds in timed]
+        row = {"model": name, "parameters": model.num_params}
+        names = ("seconds_per_token", "minimal_seconds_per_token", "matvec_seconds")
+        row |= dict(zip(names, medians, strict=True)) | {"ratio_to_minimal": _ratio(*timed[:2])}
+        rates = ("gigabytes_per_second", "minimal_gigabytes_per_second", "matvec_gigabytes_per_second")
+        rows.append(row | {rate: size / seconds for rate, seconds in zip(rates, medians, strict=True)})
     return rows
 
 
-def _plain_cases(config: Any, model: Decoder, params: Params) -> tuple:
-    """Our loop, the minimal one, and the bare products, each as (make the inputs, run)."""
-    length, new_tokens = config.plain.prompt, config.plain.new_tokens
-    prompts, lengths = _prompts(config, 1, length, model.vocab_size)
-    capacity = loop.capacity_for(length, new_tokens, 0)
-    plan = loop.Plan(model, None, rules.rule_named("lossless"), 0, capacity, True)
-    sampling, limits = Sampling.of(0.0), _limits(1, new_tokens)
-    keys = row_keys(config.seed, jnp.arange(1))
-    fresh = lambda: loop.begin(plan, params, None, prompts, lengths, keys)
-    ours = lambda state: loop.run(plan, params, None, state, sampling, limits)
-    minimal = lambda state: _minimal_loop(model, new_tokens, params, state.target_cache, state.tokens, state.lengths[0])
-    ones = lambda: jnp.ones((1, model.config.width), jnp.float32)
-    products = lambda x: _matvec_loop(new_tokens, _kernels(params), x)
-    return (fresh, ours), (fresh, minimal), (ones, products)
+def _ratio(seconds: Sequence[float], others: Sequence[float]) -> float:
+    """The median, over rounds, of the ratio of two cases that ran in turns."""
+    return statistics.median(a / b for a, b in zip(seconds, others, strict=True))
+
+
+def _decoding(
+    config: Any, target, draft, section: Any, batch: int, gamma: int, capacity: int
+) -> tuple[Callable, Callable]:
+    """(make the state, decode) of random prompts of one length; `target` and `draft` are (model, params)."""
+    (model, params), (draft_model, draft_params) = target, draft or (None, None)
+    drafter = None if draft is None else build_drafter(ModelDraft(), model, gamma, draft_model)
+    temperature = 0.0 if draft is None else section.temperature
+    plan = loop.Plan(model, drafter, rules.rule_named("lossless"), gamma, capacity, temperature == 0)
+    shape = (batch, section.prompt)
+    prompts = jax.random.randint(jax.random.key(config.seed), shape, 0, model.vocab_size, jnp.int32)
+    every = lambda value: jnp.full((batch,), value, jnp.int32)
+    keys = row_keys(config.seed, jnp.arange(batch))
+    limits = loop.Limits(every(section.new_tokens), jnp.full((1,), -1, jnp.int32))
+    fresh = functools.partial(loop.begin, plan, params, draft_params, prompts, every(section.prompt), keys)
+    run = functools.partial(loop.run, plan, params, draft_params, sampling=Sampling.of(temperature), limits=limits)
+    return fresh, run
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3, 4))
 def _minimal_loop(model: Decoder, new_tokens: int, params: Params, cache, tokens, length):
-    """Greedy decoding of one row with nothing beside the model: what a loop costs at least."""
+    """Greedy decoding of one row by the model and nothing else: the least that a loop costs."""
     end = length + new_tokens
 
     def step(carry):
@@ -121,7 +127,7 @@ def _kernels(params: Params) -> list[jax.Array]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _matvec_loop(steps: int, kernels: Sequence[jax.Array], x: jax.Array) -> jax.Array:
-    """One row through every matrix, step after step; each product waits for the last, as in a model."""
+    """One row through every matrix, step after step; each product waits for the one before it, as in a model."""
     width = x.shape[1]
 
     def step(_, x):
@@ -142,51 +148,35 @@ def verification(config: Any) -> list[dict]:
     """Seconds of the target on gamma + 1 tokens of one row, relative to one token."""
     section, rows = config.verification, []
     for name in section.models:
-        model, params = _model(config, name)
         widths = (1, *(gamma + 1 for gamma in section.gammas))
-        cases = [_step_case(config, model, params, width, section.context, section.capacity) for width in widths]
-        step, *wider = [[s / config.steps for s in case] for case in in_turns(cases, config.repeats)]
+        settings = [(width, section.context, section.capacity) for width in widths]
+        parameters, (step, *wider) = _step_seconds(config, name, settings)
         for gamma, seconds in zip(section.gammas, wider, strict=True):
-            relative = statistics.median(a / b for a, b in zip(seconds, step, strict=True))
-            rows.append(
-                {
-                    "model": name,
-                    "parameters": model.num_params,
-                    "gamma": gamma,
-                    "seconds": statistics.median(seconds),
-                    "relative_to_one_step": relative,
-                }
-            )
+            row = {"model": name, "parameters": parameters, "gamma": gamma, "seconds": statistics.median(seconds)}
+            rows.append(row | {"relative_to_one_step": _ratio(seconds, step)})
     return rows
 
 
-def _step_case(config: Any, model: Decoder, params: Params, width: int, context: int, capacity: int):
-    """Steps of `width` tokens after `context - 1` others. What the cache holds is no matter."""
-    if context + width - 1 > capacity:
-        raise UserError(f"a context of {context} tokens and {width} more do not fit a capacity of {capacity}")
-    step = latency.Step(model, tokens=width, batch=1, context=context, capacity=capacity, steps=config.steps)
-    return latency.step_case(step, params)
+def _step_seconds(config: Any, name: str, settings: Sequence[tuple[int, int, int]]) -> tuple[int, list[list[float]]]:
+    """A model's parameters, and its seconds per step for each (tokens, context, capacity), all in turns."""
+    (model, params), cases = _model(config, name), []
+    for width, context, capacity in settings:
+        if context + width - 1 > capacity:
+            raise UserError(f"a context of {context} tokens and {width} more do not fit a capacity of {capacity}")
+        step = latency.Step(model, tokens=width, batch=1, context=context, capacity=capacity, steps=config.steps)
+        cases.append(latency.step_case(step, params))
+    timed = in_turns(cases, config.repeats)
+    return model.num_params, [[seconds / config.steps for seconds in case] for case in timed]
 
 
 def blocks(config: Any) -> list[dict]:
     """Seconds of a block (propose, verify, rule, commit) of a model drafter, by gamma and batch size."""
     section, rows = config.blocks, []
-    target, params = _model(config, section.target)
-    draft, draft_params = _model(config, section.draft)
+    target, draft = _model(config, section.target), _model(config, section.draft)
+    capacity = loop.capacity_for(section.prompt, section.new_tokens, max(section.gammas))
     for size in section.batch_sizes:
-        prompts, lengths = _prompts(config, size, section.prompt, target.vocab_size)
-        keys = row_keys(config.seed, jnp.arange(size))
-        sampling, limits = Sampling.of(section.temperature), _limits(size, section.new_tokens)
-        capacity = loop.capacity_for(section.prompt, section.new_tokens, max(section.gammas))
-        cases, iterations = [], []
-        for gamma in section.gammas:
-            drafter = build_drafter(ModelDraft(), target, gamma, draft)
-            greedy = section.temperature == 0
-            plan = loop.Plan(target, drafter, rules.rule_named("lossless"), gamma, capacity, greedy)
-            fresh = functools.partial(loop.begin, plan, params, draft_params, prompts, lengths, keys)
-            call = functools.partial(loop.run, plan, params, draft_params, sampling=sampling, limits=limits)
-            cases.append((fresh, call))
-            iterations.append(int(call(fresh()).iterations))
+        cases = [_decoding(config, target, draft, section, size, gamma, capacity) for gamma in section.gammas]
+        iterations = [int(run(fresh()).iterations) for fresh, run in cases]
         for gamma, count, seconds in zip(section.gammas, iterations, in_turns(cases, config.repeats), strict=True):
             each = statistics.median(seconds) / count
             rows.append({"batch_size": size, "gamma": gamma, "iterations": count, "seconds_per_block": each})
@@ -194,25 +184,15 @@ def blocks(config: Any) -> list[dict]:
 
 
 def context(config: Any) -> list[dict]:
-    """Seconds of a step against the text's length at one capacity, and against capacity for a short text."""
+    """Seconds of a step by the length of the text at one capacity, and by the capacity for a short text."""
     section = config.context
-    model, params = _model(config, section.model)
     settings = [("context", length, section.capacity) for length in section.contexts]
     settings += [("capacity", section.short_context, capacity) for capacity in section.capacities]
-    cases = [_step_case(config, model, params, 1, length, capacity) for _, length, capacity in settings]
+    _, timed = _step_seconds(config, section.model, [(1, *sizes) for _, *sizes in settings])
     rows, first = [], {}
-    for (varied, length, capacity), seconds in zip(settings, in_turns(cases, config.repeats), strict=True):
-        each = [s / config.steps for s in seconds]
-        reference = first.setdefault(varied, each)
-        rows.append(
-            {
-                "varied": varied,
-                "context": length,
-                "capacity": capacity,
-                "seconds": statistics.median(each),
-                "relative_to_first": statistics.median(a / b for a, b in zip(each, reference, strict=True)),
-            }
-        )
+    for (varied, length, capacity), seconds in zip(settings, timed, strict=True):
+        row = {"varied": varied, "context": length, "capacity": capacity, "seconds": statistics.median(seconds)}
+        rows.append(row | {"relative_to_first": _ratio(seconds, first.setdefault(varied, seconds))})
     return rows
 
 
@@ -226,25 +206,11 @@ BENCHMARKS: dict[str, Callable[[Any], list[dict]]] = {
 }
 
 
-def _model_config(config: Any, name: str, **changes: Any) -> DecoderConfig:
+def _model(config: Any, name: str) -> tuple[Decoder, Params]:
     if name not in config.models:
         raise UserError(f'the config describes no model "{name}"{nearest(name, config.models.keys())}')
-    return DecoderConfig.llama(**{**config.models[name].to_dict(), **changes})
-
-
-def _model(config: Any, name: str) -> tuple[Decoder, Params]:
-    model = Decoder(_model_config(config, name))
+    model = Decoder(DecoderConfig.llama(**config.models[name].to_dict()))
     return model, model.init(jax.random.key(config.seed))
-
-
-def _prompts(config: Any, batch: int, length: int, vocabulary: int):
-    """Random prompts, all of one length, and their lengths."""
-    tokens = jax.random.randint(jax.random.key(config.seed), (batch, length), 0, vocabulary, jnp.int32)
-    return tokens, jnp.full((batch,), length, jnp.int32)
-
-
-def _limits(batch: int, new_tokens: int) -> loop.Limits:
-    return loop.Limits(jnp.full((batch,), new_tokens, jnp.int32), jnp.full((1,), -1, jnp.int32))
 
 
 if __name__ == "__main__":

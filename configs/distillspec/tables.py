@@ -52,13 +52,11 @@ def lossy_points(record: Mapping) -> list[dict]:
         for by, cost in _COSTS.items():
             if any(cost(cell) is None for cell in (exact, *lossy_cells)):
                 continue
-            line = {"temperature": exact.temperature, "draft": exact.drafter, "by": by}
-            line |= dict.fromkeys(("lossy rule", "quality", "lost", "against lossless"))
             best = operating_cell(record, lossy_cells, by)
-            line["lossy rule"] = "none within the loss"
-            if best is not None:
-                line |= {"lossy rule": best.label, "quality": str(best.quality), "lost": str(best.lost)}
-                line["against lossless"] = f"{100 * (cost(best) / cost(exact) - 1):+.1f}%"
+            line = {"temperature": exact.temperature, "draft": exact.drafter, "by": by}
+            line["lossy rule"] = "none within the loss" if best is None else best.label
+            line |= {key: None if best is None else _scores(best)[key] for key in ("quality", "lost")}
+            line["against lossless"] = None if best is None else f"{100 * (cost(best) / cost(exact) - 1):+.1f}%"
             lines.append(line)
     return lines
 
@@ -78,25 +76,20 @@ def lossy_fronts(record: Mapping) -> dict[str, int]:
     return counts
 
 
-def _latency(cell: Cell) -> str | None:
-    return None if cell.latency is None else str(cell.latency)
+def _scores(cell: Cell) -> dict[str, str | None]:
+    return {
+        "quality": str(cell.quality),
+        "lost": str(cell.lost),
+        "block efficiency": str(cell.block_efficiency),
+        "relative latency": None if cell.latency is None else str(cell.latency),
+    }
 
 
 def lossy(record: Mapping) -> str:
     """The operating points, then every setting."""
-    lines = [
-        {
-            "temperature": cell.temperature,
-            "draft": cell.drafter,
-            "rule": cell.label,
-            "gamma": cell.gamma,
-            "block efficiency": str(cell.block_efficiency),
-            "quality": str(cell.quality),
-            "lost": str(cell.lost),
-            "relative latency": _latency(cell),
-        }
-        for cell in cells(record)
-    ]
+    settings = lambda cell: {"temperature": cell.temperature, "draft": cell.drafter, "rule": cell.label}
+    columns = lambda cell: settings(cell) | {"gamma": cell.gamma, "block efficiency": str(cell.block_efficiency)}
+    lines = [columns(cell) | _scores(cell) for cell in cells(record)]
     head = f"Operating points within {100 * LOSS:g}% of plain decoding's quality:"
     return "\n\n".join([head, markdown(lossy_points(record)), "All settings:", markdown(lines), _source(record)])
 
@@ -181,24 +174,17 @@ def garden_parts(record: Mapping, best: Member) -> list[dict]:
 def garden(record: Mapping) -> str:
     """The best member, the contribution of each of its parts, then every member."""
     members, best = garden_members(record), garden_best(record)
-    plain = next(member.cell for member in members if member.name == "large, plain")
     parameters = {row["stage"]: row["params"] for row in record["rows"] if "params" in row}
     front = {point.name for point in pareto_front([m.point for m in members if m.cell.latency is not None])}
     lines = [
-        {
-            "model": member.model,
-            "decoded": member.decoded,
-            "parameters": parameters[member.model],
-            "quality": str(member.cell.quality),
-            "lost": str(member.cell.lost),
-            "block efficiency": str(member.cell.block_efficiency),
-            "relative latency": _latency(member.cell),
-            "on the front": member.name in front if front else None,
-        }
+        {"model": member.model, "decoded": member.decoded, "parameters": parameters[member.model]}
+        | _scores(member.cell)
+        | {"on the front": member.name in front if front else None}
         for member in members
     ]
     head = ["Latencies are not measured yet."]
     if best is not None:
+        plain = next(member.cell for member in members if member.name == "large, plain")
         line = (
             f"Best within {100 * LOSS:g}% of the largest model's quality: {best.name}, relative latency 1 to "
             f"{best.cell.latency} ({1 / best.cell.latency.mean:.1f}x lower), "

@@ -1,4 +1,4 @@
-"""The time of a decoding step by depth, width, heads, batch, context and gamma: series, lines through them, a report."""
+"""The time of a decoding step by depth, width, heads, batch, context and gamma: series, their lines, a report."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path

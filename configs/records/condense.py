@@ -1,9 +1,9 @@
-"""Several runs of one config as one small record, for `make tables`.
+"""Joins several runs of one config in one small record, for `make tables`.
 
     python -m configs.records.condense configs/records/lossy.json runs/lossy_0 runs/lossy_1 runs/lossy_2
 
-The rows of every stage that has finished, each with its `stage` and the `run_seed` of its run, and of their keys those
-that tables and figures read. A run that is not finished gives what it has.
+A record has the rows of every finished stage, each with its `stage`, the `run_seed` of its run, and the keys that the
+tables and figures read. A run that is not finished contributes its finished stages.
 """
 
 import json
@@ -15,8 +15,8 @@ from typing import Any
 from specjax.reporting import records
 from specjax.runtime.errors import UserError
 
-# Of a training stage's rows, of text that a target wrote, and of an evaluation's.
-KEPT = (
+# The keys of a row that a record holds: of training stages, of written target text, and of evaluations.
+KEYS = (
     *("task", "seed", "divergence", "params", "steps", "train_seconds", "validation_loss", "validation_acceptance"),
     *("data", "last_quarter_improvement"),
     *("rows", "tokens", "seconds", "plain_tokens_per_second", "drafted_tokens_per_second", "same_text"),
@@ -31,19 +31,20 @@ KEPT = (
 
 
 def condensed(workdirs: Sequence[str | Path]) -> dict:
-    """The record of these runs; its config and environment are those of the first.
+    """The record of these runs, with the config and environment of the first.
 
     Raises:
       UserError: for a folder without a config.json, runs whose configs differ in more than their seeds, two runs of
         one seed, and runs without a finished stage.
     """
-    rows, seeds, first, environment = [], [], None, None
+    rows, configs, environment = [], {}, None
     for workdir in map(Path, workdirs):
         config = _config(workdir)
-        if config["seed"] in seeds:
-            raise UserError(f"{workdir} is another run of seed {config['seed']}; give one run of each seed")
-        seeds.append(config["seed"])
-        first = first or config
+        seed = config["seed"]
+        if seed in configs:
+            raise UserError(f"{workdir} is another run of seed {seed}; give one run of each seed")
+        configs[seed] = config
+        first = next(iter(configs.values()))
         if _without_seeds(config) != _without_seeds(first):
             raise UserError(f"{workdir} is of another config than {workdirs[0]}; join runs that differ in seed alone")
         for stage in config["stages"]:
@@ -51,11 +52,15 @@ def condensed(workdirs: Sequence[str | Path]) -> dict:
             if path.exists():
                 result = records.read_results(path)
                 environment = environment or result["environment"]
-                rows += [_row(row, stage, config["seed"]) for row in result["rows"]]
+                rows += [{"stage": stage, "run_seed": seed, **_brief_row(row)} for row in result["rows"]]
     if not rows:
         raise UserError(f"no stage of {', '.join(map(str, workdirs))} has finished; let one finish first")
     made = {"schema": records.SCHEMA, "binary": "condensed", "config": brief(first), "environment": environment}
     return {**made, "rows": rows}
+
+
+def _brief_row(row: Mapping) -> dict:
+    return {key: row[key] for key in KEYS if key in row}
 
 
 def _config(workdir: Path) -> dict:
@@ -75,21 +80,21 @@ def _without_seeds(config: object) -> object:
 
 
 def brief(config: Mapping) -> dict:
-    """The config, in which a stage much like an earlier one says which, and by key in what it differs."""
-    shown: dict[str, Mapping] = {}
+    """The config, in which a stage similar to an earlier one names it as `like`, with only the keys that differ."""
+    stages: dict[str, Mapping] = {}
     leaves: dict[str, dict] = {}
     for name in config["stages"]:
         mine = dict(_leaves(config[name]))
-        apart = {
+        differences = {
             other: {key: value for key, value in mine.items() if key not in theirs or theirs[key] != value}
             for other, theirs in leaves.items()
             if theirs.keys() <= mine.keys()
         }
-        nearest = min(apart, key=lambda other: len(apart[other]), default=None)
-        alike = nearest is not None and 3 * len(apart[nearest]) < len(mine)
-        shown[name] = {"like": nearest, **apart[nearest]} if alike else config[name]
+        nearest = min(differences, key=lambda other: len(differences[other]), default=None)
+        similar = nearest is not None and 3 * len(differences[nearest]) < len(mine)
+        stages[name] = {"like": nearest, **differences[nearest]} if similar else config[name]
         leaves[name] = mine
-    return {**config, **shown}
+    return {**config, **stages}
 
 
 def _leaves(section: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -100,27 +105,19 @@ def _leaves(section: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def _row(row: Mapping, stage: str, run_seed: int) -> dict:
-    return {"stage": stage, "run_seed": run_seed, **{key: row[key] for key in KEPT if key in row}}
-
-
-def written(record: Mapping) -> str:
-    """The record as JSON, a row a line."""
-    head = {key: value for key, value in record.items() if key != "rows"}
-    rows = ",\n".join(json.dumps(row) for row in record["rows"])
-    return json.dumps(head, sort_keys=True)[:-1] + ', "rows": [\n' + rows + "\n]}\n"
-
-
 def main(arguments: Sequence[str]) -> int:
-    """Writes the record; returns the exit code, 2 for a mistake of the user's."""
+    """Writes the record, one row per line; returns the exit code, 2 for a mistake of the user's."""
     if len(arguments) < 2:
         print("error: give the record to write and then the workdirs of its runs", file=sys.stderr)
         return 2
     try:
-        records.write_atomically(arguments[0], written(condensed(arguments[1:])))
+        record = condensed(arguments[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    rows = ",\n".join(map(json.dumps, record.pop("rows")))
+    text = json.dumps(record, sort_keys=True)[:-1] + ', "rows": [\n' + rows + "\n]}\n"
+    records.write_atomically(arguments[0], text)
     return 0
 
 
