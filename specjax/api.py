@@ -25,6 +25,7 @@ from specjax.decoding.drafters.model import ModelDraft
 from specjax.decoding.drafters.ngram import NGram
 from specjax.decoding.drafters.skip_layers import SkipLayers
 from specjax.decoding.drafters.table import build_drafter, make_options, options_class
+from specjax.decoding.plan import Plan
 from specjax.decoding.rules import RULES, Rule, rule_named
 from specjax.decoding.sampling import Sampling
 from specjax.hub.adapter import LoadedAdapter
@@ -176,20 +177,16 @@ def generate(
     _refuse(removed)
     whole = {"gamma": gamma, "top_k": top_k, "max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed}
     _check_numbers(whole, {"temperature": temperature, "top_p": top_p})
-    loaded, options = _drafter(target, drafter)
-    proposer = None
-    if options is not None:
-        network = loaded.adapter if isinstance(loaded, LoadedAdapter) else loaded and loaded.decoder
-        proposer = build_drafter(options, target.decoder, gamma, network)
-    gamma = 0 if proposer is None else gamma
     rule, lenience = _rule(rule)
-    threshold = 0.0 if options is None else options.threshold
-    costs = _costs(options, gamma) if gamma else None
-    sampling = Sampling.of(temperature, top_k, top_p, lenience=lenience, threshold=threshold, costs=costs)
-    ids = _ids(target, prompts, max_new_tokens)
-    slots = batch.prompt_slots(ids)
-    capacity = batch.capacity_bucket(target.decoder.text_slots(slots), max_new_tokens, gamma)
-    plan = loop.Plan(target.decoder, proposer, rule, gamma, capacity, temperature == 0)
+    loaded, options = _drafter(target, drafter)
+    network = None if loaded is None else loaded.network
+    proposer = None if options is None else build_drafter(options, target.decoder, gamma, network)
+    gamma, how = 0, {"lenience": lenience}
+    if proposer is not None:
+        gamma, how = proposer.gamma, how | {"threshold": options.threshold, "costs": _costs(options, proposer.gamma)}
+    sampling, ids = Sampling.of(temperature, top_k, top_p, **how), _ids(target, prompts, max_new_tokens)
+    limits = {"max_new_tokens": max_new_tokens, "greedy": temperature == 0}
+    plan = Plan.for_prompts(target.decoder, ids, drafter=proposer, gamma=gamma, rule=rule, **limits)
     with meshes.use(target.mesh) if target.mesh is not None else contextlib.nullcontext():
         results = batch.decode_all(
             plan,
@@ -197,7 +194,6 @@ def generate(
             None if loaded is None else loaded.params,
             ids,
             batch_size=min(batch_size, len(ids)),
-            slots=slots,
             seed=seed,
             sampling=sampling,
             max_new_tokens=max_new_tokens,
@@ -327,7 +323,7 @@ def _eos_ids(target: Model, eos_ids: Any) -> list[int]:
     return ids
 
 
-def _listener(target: Model, plan: loop.Plan, blocks_at_once: int | None, on_text) -> dict[str, Any]:
+def _listener(target: Model, plan: Plan, blocks_at_once: int | None, on_text) -> dict[str, Any]:
     """What `batch.decode` needs to tell of a text that grows."""
     if on_text is None:
         return {}
@@ -339,7 +335,7 @@ def _listener(target: Model, plan: loop.Plan, blocks_at_once: int | None, on_tex
     return {"blocks": blocks_at_once, "on_blocks": tell}
 
 
-def _generation(target: Model, plan: loop.Plan, results: Sequence[tuple[int, batch.BatchResult]]) -> Generation:
+def _generation(target: Model, plan: Plan, results: Sequence[tuple[int, batch.BatchResult]]) -> Generation:
     """Joins batches of (rows that count, result)."""
     tokens = [row for count, result in results for row in result.tokens[:count]]
     origins = [row for count, result in results for row in result.origins[:count]]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from specjax.data import batches, tasks
-from specjax.decoding import batch, loop, rules
+from specjax.decoding import batch
 from specjax.decoding.sampling import Sampling
 from specjax.draft_design import layer_search
 from specjax.hub import model as hub_model
@@ -73,15 +73,13 @@ def _texts(config: Any, target: hub_model.Model, sampling: Sampling):
     ids = [prompt.tokens for prompt in prompts]
     limits = {"vocab_size": target.decoder.vocab_size, "max_positions": target.decoder.config.max_positions}
     batch.check_prompts(ids, max_new_tokens=config.max_new_tokens, **limits)
-    slots = batch.prompt_slots(ids)
-    capacity = batch.capacity_bucket(target.decoder.text_slots(slots), config.max_new_tokens, 0)
-    plan = loop.Plan(target.decoder, None, rules.rule_named("lossless"), 0, capacity, config.temperature == 0)
+    greedy = config.temperature == 0
+    plan = Plan.for_prompts(target.decoder, ids, max_new_tokens=config.max_new_tokens, greedy=greedy)
     result = batch.decode(
         plan,
         target.params,
         None,
         ids,
-        slots=slots,
         indices=range(len(ids)),
         seed=config.seed,
         sampling=sampling,

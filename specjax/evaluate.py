@@ -73,10 +73,9 @@ def run(config: Any, workdir: str | Path) -> dict:
 def _run_group(job: Job, setting: Setting):
     """Every case of one setting, interleaved batch by batch; rows, counts by (drafter, how it ran), samples."""
     cases = make_cases(job, setting)
-    slots = batch.prompt_slots(job.ids)
-    plans = [make_plan(job, setting, case, slots) for case in cases]
+    plans = [make_plan(job, setting, case, job.ids) for case in cases]
     cases = [with_costs(job, setting, case, plan, job.ids) for case, plan in zip(cases, plans, strict=True)]
-    outputs, parts = _decode_all(job, setting, cases, plans, slots)
+    outputs, parts = _decode_all(job, setting, cases, plans)
     baseline = outputs[0]
     plain = {id(case.target): output for case, output in zip(cases, outputs, strict=True) if case.gamma == 0}
     rows, counts, samples = [], {}, []
@@ -117,7 +116,7 @@ def with_costs(job: Job, setting: Setting, case: Case, plan: loop.Plan, ids) -> 
     return dataclasses.replace(case, sampling=dataclasses.replace(case.sampling, costs=costs))
 
 
-def _decode_all(job: Job, setting: Setting, cases, plans, slots) -> tuple[list[list], dict[int, Parts]]:
+def _decode_all(job: Job, setting: Setting, cases, plans) -> tuple[list[list], dict[int, Parts]]:
     """For each case a list of (rows that count, BatchResult), one per batch of prompts; and the parts, see `_parts`.
 
     Parts are timed between the batches, once a quarter of these has told how long texts get: a machine that gets slower
@@ -136,7 +135,6 @@ def _decode_all(job: Job, setting: Setting, cases, plans, slots) -> tuple[list[l
             ids,
             first=first,
             batch_size=size,
-            slots=slots,
             seed=job.config.seed,
             sampling=case.sampling,
             max_new_tokens=job.config.max_new_tokens,

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from specjax.data import batches, tasks
-from specjax.decoding import batch, loop, rules
+from specjax.decoding import batch, rules
 from specjax.decoding.drafters.model import ModelDraft
 from specjax.decoding.drafters.table import build_drafter
+from specjax.decoding.plan import Plan
 from specjax.decoding.sampling import Sampling
 from specjax.distillation import cached_text
 from specjax.hub import model as hub_model
@@ -108,25 +109,25 @@ class _Writer:
             max_new_tokens=data.generation.max_new_tokens,
             max_positions=self.target.decoder.config.max_positions,
         )
-        self.slots = batch.prompt_slots(self.prompts)
         self.plan, self.plain = self._plan(config.drafter.gamma if self.draft else 0), self._plan(0)
         fingerprints = self.target.fingerprint, self.target.tokenizer.fingerprint()
         written = {"seed": config.seed, "count": config.count, "batch_size": data.batch_size}
         exactly = {"rule": config.drafter.rule}
         self.about = cached_text.provenance(*fingerprints, config.task, data) | written | exactly
 
-    def _plan(self, gamma: int) -> loop.Plan:
+    def _plan(self, gamma: int) -> Plan:
         generation, target = self.config.data.generation, self.target.decoder
-        return loop.Plan(
-            target=target,
-            drafter=build_drafter(ModelDraft(), target, gamma, self.draft.decoder) if gamma else None,
-            rule=self.rule,
-            gamma=gamma,
-            capacity=batch.capacity_bucket(target.text_slots(self.slots), generation.max_new_tokens, gamma),
+        return Plan.for_prompts(
+            target,
+            self.prompts,
+            max_new_tokens=generation.max_new_tokens,
             greedy=generation.temperature == 0,
+            drafter=build_drafter(ModelDraft(), target, gamma, self.draft.decoder) if gamma else None,
+            gamma=gamma,
+            rule=self.rule,
         )
 
-    def write(self, number: int, plan: loop.Plan) -> tuple[int, batch.BatchResult]:
+    def write(self, number: int, plan: Plan) -> tuple[int, batch.BatchResult]:
         """Continues batch `number`: how many of its rows count, and the result."""
         generation, size = self.config.data.generation, self.config.data.batch_size
         return batch.decode_batch_of(
@@ -136,7 +137,6 @@ class _Writer:
             self.prompts,
             first=number * size,
             batch_size=size,
-            slots=self.slots,
             seed=self.config.seed,
             sampling=Sampling.of(generation.temperature, generation.top_k, generation.top_p),
             max_new_tokens=generation.max_new_tokens,
@@ -151,7 +151,7 @@ class _Writer:
         prompts = self.prompts[first : first + count]
         openings = [decoder.opening(prompt) for prompt in prompts]
         texts = [[*opening, *emitted] for opening, emitted in zip(openings, result.tokens[:count], strict=True)]
-        width = decoder.text_slots(self.slots) + self.config.data.generation.max_new_tokens
+        width = decoder.text_slots(self.plan.prompt_slots) + self.config.data.generation.max_new_tokens
         lengths = lambda rows: np.asarray([len(row) for row in rows], np.int32)
         rows = {
             "tokens": _padded(texts, width),
@@ -160,7 +160,7 @@ class _Writer:
             "prompt_lengths": lengths(prompts),
             "seconds": np.asarray(result.seconds),
         }
-        return {**rows, "sources": _padded(prompts, self.slots)} if decoder.is_encoder_decoder else rows
+        return {**rows, "sources": _padded(prompts, self.plan.prompt_slots)} if decoder.is_encoder_decoder else rows
 
     def measure(self) -> dict:
         """Tokens per second with and without the draft on the first batches, turn about; and whether texts agree."""

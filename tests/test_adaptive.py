@@ -198,7 +198,7 @@ class Watching(AdaptiveDrafter):
 
     def propose(self, params, target_params, state, target_cache, context):
         most = jnp.where(state.reached[:, 0] == 1, 0, self.gamma).astype(jnp.int32)
-        context = dataclasses.replace(context, most=most)
+        context = dataclasses.replace(context, max_drafted=most)
         proposal, inner, cache = self.inner.propose(params, target_params, state.inner, target_cache, context)
         kept = {"inner": inner, "drafted": proposal.num_drafted, "accepted": proposal.tokens.astype(jnp.float32)}
         return proposal, dataclasses.replace(state, **kept), cache
@@ -279,7 +279,7 @@ def test_one_compile_serves_all_costs_and_a_draft_that_cannot_pay_runs_no_layer(
     for costs in ((0.01, 0.01), (0.3, 0.1), (2.0, 0.1)):
         adjust = Sampling.of(1.0, costs=block_costs(*costs, 3))
         state = tiny.decode(plan, params, draft, pair.texts[:64], pair.lengths[:64], 12, adjust=adjust)
-        sizes.add((loop.prefill._cache_size(), loop.run._cache_size()))
+        sizes.add((loop.compiled_prefill._cache_size(), loop.run._cache_size()))
         drafted.append(int(state.statistics.drafted.sum()))
         states.append(state)
     assert len(sizes) == 1
@@ -297,7 +297,7 @@ def test_a_draft_that_sat_out_blocks_fills_its_cache_before_it_drafts_again(mode
     gamma, rows = 2, 8
     plan, own = plan_and_params(models, pair, kind, gamma=gamma)
     texts, lengths, batch = pair.texts[:rows], pair.lengths[:rows], np.arange(rows)
-    state = loop.begin(plan, params, own, texts, lengths, row_keys(4, jnp.arange(rows)))
+    state = loop.prefill(plan, params, own, texts, lengths, row_keys(4, jnp.arange(rows)))
     for length in (2, 0, 0, 0, 0, 0, 0, 2):  # the gap is more than is fed at a time
         before = state
         costs = jnp.full((gamma + 1,), jnp.inf).at[length].set(1.0)

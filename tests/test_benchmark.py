@@ -46,7 +46,7 @@ def test_the_minimal_loop_emits_what_ours_emits():
     plan = tiny.plan(model, gamma=0, slots=5, max_new=9, greedy=True)
     ours = tiny.decode(plan, params, None, prompts, lengths, 9)
     keys = jax.random.split(jax.random.key(0), 1)
-    state = loop.begin(plan, params, None, prompts, lengths, keys)
+    state = loop.prefill(plan, params, None, prompts, lengths, keys)
     _, tokens, length = benchmark._minimal_loop(model, 9, params, state.target_cache, state.tokens, state.lengths[0])
     np.testing.assert_array_equal(length, ours.lengths[0])
     np.testing.assert_array_equal(tokens[0, :length], ours.tokens[0, :length])

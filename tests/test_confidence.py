@@ -55,7 +55,7 @@ def test_the_histogram_has_each_accepted_and_each_first_refused_token_at_its_own
     plan = plan_of(models, threshold, greedy=temperature == 0)
     adjust = Sampling.of(temperature, threshold=threshold)
     texts, lengths = tiny.prompts(3, BATCH, SLOTS, VOCAB)
-    state = loop.begin(plan, params, adapter_params, texts, lengths, row_keys(4, jnp.arange(BATCH)))
+    state = loop.prefill(plan, params, adapter_params, texts, lengths, row_keys(4, jnp.arange(BATCH)))
     expected = {"accepted": [], "rejected": []}
     while not np.all(np.asarray(state.done)):
         before = state

@@ -10,7 +10,7 @@ import pytest
 import scipy.special
 import tiny
 
-from specjax.decoding import loop
+from specjax.decoding.plan import capacity_for
 from specjax.decoding.sampling import Sampling, Stream, probabilities
 from specjax.models import kv_cache
 from specjax.models.decoder import Decoder
@@ -276,7 +276,7 @@ def test_every_gamma_equals_plain_decoding(pair, kind, rule, settings):
 def test_equality_holds_where_texts_outgrow_a_cache_prefix(pair, kind):
     texts, lengths = tiny.prompts(8, 96, 50, VOCAB)
     longer = dataclasses.replace(pair, texts=texts, lengths=lengths)
-    assert kv_cache.prefixes(loop.capacity_for(96, 96, 3))[0] < 96 + 96
+    assert kv_cache.prefixes(capacity_for(96, 96, 3))[0] < 96 + 96
     compare_with_plain(longer, [Sampling.of(1.0)], [(kind, 3, False)], "coupled", False, max_new=96)
 
 

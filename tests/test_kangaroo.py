@@ -159,7 +159,7 @@ def test_after_every_block_the_caches_say_what_a_full_forward_says(models):
     gamma, threshold, rows = 3, 0.6, np.arange(BATCH)[:, None]
     plan, limits, adjust = plan_of(models, threshold), tiny.limits(BATCH, MAX_NEW), Sampling.of(threshold=threshold)
     texts, lengths = tiny.prompts(3, BATCH, SLOTS, VOCAB)
-    state = loop.begin(plan, params, adapter_params, texts, lengths, row_keys(4, jnp.arange(BATCH)))
+    state = loop.prefill(plan, params, adapter_params, texts, lengths, row_keys(4, jnp.arange(BATCH)))
     stood, drafted = set(), set()
     while not np.all(np.asarray(state.done)):
         before = state
@@ -227,7 +227,7 @@ def test_the_stop_asks_for_confidence_at_temperature_1_whatever_the_sampling(mod
     threshold = float(np.median(confidence)) + 1e-4
     plan = plan_of(models, threshold)
     for adjust in (Sampling.of(0.2, threshold=threshold), Sampling.of(2.0, top_k=1, threshold=threshold)):
-        state = loop.begin(plan, params, adapter_params, texts, lengths, row_keys(4, jnp.arange(BATCH)))
+        state = loop.prefill(plan, params, adapter_params, texts, lengths, row_keys(4, jnp.arange(BATCH)))
         _, _, proposal = one_block(plan, params, adapter_params, state, tiny.limits(BATCH, MAX_NEW), adjust)
         np.testing.assert_array_equal(np.asarray(proposal.num_drafted) == 1, confidence < threshold)
 
@@ -276,7 +276,7 @@ def test_one_compile_serves_every_threshold(models, pair):
         adjust, limits = Sampling.of(0.0, threshold=threshold), row_limits(256, 24)
         state = tiny.decode(plan, params, adapter_params, pair.texts, pair.lengths, limits, eos=EOS, adjust=adjust)
         drafted.append(int(state.statistics.drafted.sum()))
-        sizes.add((loop.prefill._cache_size(), loop.run._cache_size()))
+        sizes.add((loop.compiled_prefill._cache_size(), loop.run._cache_size()))
     assert len(sizes) == 1
     assert drafted[0] > drafted[1] > drafted[2] >= drafted[3]
 

@@ -42,7 +42,7 @@ def decode(models, kind, gamma=GAMMA, rows=4, threshold=THRESHOLD):
         options["model"] = models[0]
     slots = batch.prompt_slots(PROMPTS)
     plan = tiny.plan(target, kind, options, gamma=gamma, slots=slots, max_new=MAX_NEW, greedy=True)
-    how = dict(slots=slots, indices=range(rows), seed=0, sampling=Sampling.of(0.0, threshold=threshold))
+    how = dict(indices=range(rows), seed=0, sampling=Sampling.of(0.0, threshold=threshold))
     CALLS.clear()
     result = batch.decode(plan, params, own, PROMPTS[:rows], max_new_tokens=MAX_NEW, eos_ids=(), **how)
     jax.effects_barrier()

@@ -11,6 +11,7 @@ import tiny
 
 from specjax.decoding import loop
 from specjax.decoding.drafters.base import Context, Drafter, Prefill, Proposal
+from specjax.decoding.plan import capacity_for
 from specjax.decoding.rules import Lossless
 from specjax.decoding.sampling import Noise, Sampling, row_keys
 from specjax.models.decoder import Decoder
@@ -59,7 +60,7 @@ def one_block(plan, params, draft_params, state, limits, adjust):
     pending = jnp.take_along_axis(state.tokens, state.lengths[:, None] - 1, axis=1)[:, 0]
     logits, cache, taps = loop.verify(plan, params, state.target_cache, pending, state.lengths, proposal)
     state = dataclasses.replace(state, target_cache=cache)
-    state = loop.settle(plan, draft_params, state, proposal, logits, taps, noise, adjust, limits)
+    state = loop.accept_and_commit(plan, draft_params, state, proposal, logits, taps, noise, adjust, limits)
     return state, logits, proposal
 
 
@@ -69,7 +70,7 @@ def test_after_every_block_the_caches_say_what_a_full_forward_says(models, kind)
     gamma = 3
     plan = make_plan(models, kind, gamma)
     texts, lengths = tiny.prompts(3, BATCH, SLOTS, VOCAB)
-    state = loop.begin(plan, params, draft_params, texts, lengths, row_keys(4, jnp.arange(BATCH)))
+    state = loop.prefill(plan, params, draft_params, texts, lengths, row_keys(4, jnp.arange(BATCH)))
     limits = tiny.limits(BATCH, MAX_NEW)
     stood, rows = set(), np.arange(BATCH)[:, None]
     while not np.all(np.asarray(state.done)):
@@ -108,14 +109,14 @@ def test_prompts_longer_than_the_cache_are_refused(models):
     plan = dataclasses.replace(make_plan(models, "ngram", 2), capacity=SLOTS - 1)
     texts, lengths = tiny.prompts(0, 2, SLOTS, VOCAB)
     with pytest.raises(ValueError, match="do not fit"):
-        loop.begin(plan, models[1], None, texts, lengths, row_keys(0, jnp.arange(2)))
+        loop.prefill(plan, models[1], None, texts, lengths, row_keys(0, jnp.arange(2)))
 
 
 def test_decoding_leaves_the_callers_arrays_alive(models):
     texts, lengths = tiny.prompts(3, BATCH, SLOTS, VOCAB)
     keys = row_keys(0, jnp.arange(BATCH))
     plan = make_plan(models, "model", 3)
-    state = loop.begin(plan, *models[1:], texts, lengths, keys)
+    state = loop.prefill(plan, *models[1:], texts, lengths, keys)
     jax.block_until_ready(loop.run(plan, *models[1:], state, Sampling.of(1.0), tiny.limits(BATCH, MAX_NEW)))
     assert not any(x.is_deleted() for x in (texts, lengths, keys, *jax.tree.leaves(models[1:])))
 
@@ -177,7 +178,7 @@ def test_one_compile_serves_every_prompt_length_and_every_traced_setting(models,
     plan, both = make_plan(models, kind, 3), given(models, kind)
     texts, lengths = tiny.prompts(3, BATCH, SLOTS, VOCAB)
     tiny.decode(plan, *both, texts, lengths, MAX_NEW, eos=(5,))
-    compiled = loop.prefill._cache_size(), loop.run._cache_size()
+    compiled = loop.compiled_prefill._cache_size(), loop.run._cache_size()
     settings = [
         Sampling.of(0.3),
         Sampling.of(1.5, top_k=3),
@@ -189,11 +190,11 @@ def test_one_compile_serves_every_prompt_length_and_every_traced_setting(models,
         tiny.decode(plan, *both, texts, lengths, 3 + i, eos=(i,), seed=i, adjust=adjust)
     equal_plan = make_plan(models, kind, 3)
     tiny.decode(equal_plan, *both, texts, lengths, np.arange(BATCH), eos=(1,))
-    assert (loop.prefill._cache_size(), loop.run._cache_size()) == compiled
+    assert (loop.compiled_prefill._cache_size(), loop.run._cache_size()) == compiled
     # A capacity of its own, or what the test of another drafter compiled would serve.
     other = make_plan(models, "ngram", 0, spare=1 + KINDS.index(kind))
     tiny.decode(other, *both, texts, lengths, MAX_NEW, eos=(5,))
-    assert (loop.prefill._cache_size(), loop.run._cache_size()) == (compiled[0] + 1, compiled[1] + 1)
+    assert (loop.compiled_prefill._cache_size(), loop.run._cache_size()) == (compiled[0] + 1, compiled[1] + 1)
 
 
 # --- counts --------------------------------------------------------------------------------------------------------
@@ -303,7 +304,7 @@ def test_a_scripted_decode_gives_the_exact_tokens_origins_and_counts():
         ((15, 16), (0, 0), (0, 0)),  # EOS drafted and accepted in the middle of a block
         ((0, 0), (0, 0), (0, 0)),  # may emit one token only
     )
-    plan = loop.Plan(COUNTER, Script(blocks, 2), Lossless(), 2, loop.capacity_for(3, 6, 2), True)
+    plan = loop.Plan(COUNTER, Script(blocks, 2), Lossless(), 2, capacity_for(3, 6, 2), True)
     texts = jnp.asarray([[0, 1, 2], [10, 0, 0], [13, 14, 0], [4, 0, 0]], jnp.int32)
     lengths = jnp.asarray([3, 1, 2, 1], jnp.int32)
     state = tiny.decode(plan, (), (), texts, lengths, [6, 6, 6, 1], eos=(14, 15))
@@ -328,7 +329,7 @@ def test_a_scripted_decode_gives_the_exact_tokens_origins_and_counts():
 
 
 def test_a_row_that_may_emit_nothing_is_left_as_it_was():
-    plan = loop.Plan(COUNTER, None, Lossless(), 0, loop.capacity_for(2, 2, 0), True)
+    plan = loop.Plan(COUNTER, None, Lossless(), 0, capacity_for(2, 2, 0), True)
     texts, lengths = jnp.asarray([[7, 8], [3, 0]], jnp.int32), jnp.asarray([2, 1], jnp.int32)
     state = tiny.decode(plan, (), None, texts, lengths, [0, 2])
     assert tiny.texts_of(state) == [[7, 8], [3, 4, 5]]

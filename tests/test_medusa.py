@@ -65,7 +65,7 @@ def test_every_block_is_drafted_from_the_state_before_its_pending_token(models):
     plan = tiny.plan(target, "medusa", options, gamma=gamma, slots=SLOTS, max_new=MAX_NEW)
     limits, adjust = tiny.limits(BATCH, MAX_NEW), Sampling.of(1.0, threshold=0.3)
     texts, lengths = tiny.prompts(3, BATCH, SLOTS, VOCAB)
-    state = loop.begin(plan, params, heads_params, texts, lengths, row_keys(4, jnp.arange(BATCH)))
+    state = loop.prefill(plan, params, heads_params, texts, lengths, row_keys(4, jnp.arange(BATCH)))
     stood, counts, rows = set(), set(), np.arange(BATCH)
     while not np.all(np.asarray(state.done)):
         before = state

@@ -84,7 +84,6 @@ def generated(sizes, way, replicate=False, count=8):
             params,
             draft_params,
             texts()[:count],
-            slots=SLOTS,
             indices=range(count),
             seed=SEED,
             sampling=WAYS[way][2],
@@ -142,7 +141,7 @@ def decode_step(sizes, way, replicate=False):
     tokens, lengths = batch.pad(texts(), SLOTS)
     with meshes.use(mesh):
         keys = sampling.row_keys(SEED, put(np.arange(8, dtype=np.int32)))
-        state = loop.begin(plan, params, draft_params, put(tokens), put(lengths), keys)
+        state = loop.prefill(plan, params, draft_params, put(tokens), put(lengths), keys)
         limits = loop.Limits(put(np.full(8, MAX_NEW, np.int32)), jnp.asarray([3], jnp.int32))
         # As leaves: lowering makes trees of things that are no arrays, which the types of ours refuse.
         leaves, tree = jax.tree.flatten((params, draft_params, state, WAYS[way][2], limits))
@@ -191,10 +190,12 @@ def test_caches_lie_where_the_rules_say(replicate):
             expected = jax.NamedSharding(slots.sharding.mesh, lies)
             assert slots.sharding.is_equivalent_to(expected, slots.ndim), slots.sharding
     # All that the loop carries lies where plans for chips take it to lie.
-    for of_draft, part in ((False, dataclasses.replace(state, drafter_state=())), (True, state.drafter_state)):
-        for x in jax.tree.leaves(part):
-            names = loop.axes_of(plan_of("greedy", replicate), x, 2, of_draft=of_draft)
-            assert x.sharding.is_equivalent_to(jax.NamedSharding(x.sharding.mesh, meshes.spec(names)), x.ndim), x
+
+    def check(x, names):
+        assert x.sharding.is_equivalent_to(jax.NamedSharding(x.sharding.mesh, meshes.spec(names)), x.ndim), x
+        return x
+
+    loop.placed(plan_of("greedy", replicate), state, check, 2)
 
 
 @functools.cache

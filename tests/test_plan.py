@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from specjax import main, plan
 from specjax.decoding import batch, loop
+from specjax.decoding.plan import padded_length
 from specjax.distillation import update
 from specjax.hub.families import llama, t5
 from specjax.models.config import DecoderConfig
@@ -142,7 +143,7 @@ def begun(decoding, target, draft, mesh):
     prompts = put(np.ones((decoding.batch, decoding.slots), np.int32), ("batch", None))
     lengths = put(np.full(decoding.batch, decoding.slots, np.int32), ("batch",))
     keys = put(jax.random.split(jax.random.key(0), decoding.batch), ("batch",))
-    return loop.begin(decoding.plan, target, draft, prompts, lengths, keys)
+    return loop.prefill(decoding.plan, target, draft, prompts, lengths, keys)
 
 
 def compare(config, mesh):
@@ -362,4 +363,4 @@ def test_a_stage_that_does_not_fit_is_reported_in_the_compilers_reason():
 
 
 def test_prompts_are_padded_as_decoding_pads_them():
-    assert batch.padded_slots(33) == batch.prompt_slots([[0] * 33]) == 64
+    assert padded_length(33) == batch.prompt_slots([[0] * 33]) == 64

@@ -9,11 +9,12 @@ import pytest
 import tiny
 
 from specjax import api
-from specjax.decoding import batch, loop, rules
+from specjax.decoding import batch
 from specjax.decoding.drafters.early_exit import EarlyExit
 from specjax.decoding.drafters.model import ModelDraft
 from specjax.decoding.drafters.ngram import NGram
 from specjax.decoding.drafters.table import make_options
+from specjax.decoding.plan import Plan
 from specjax.decoding.sampling import Sampling
 from specjax.draft_design import replay
 from specjax.hub.tokenizer import train_byte_bpe
@@ -55,16 +56,14 @@ def live_counts(models, prompts, kind, gamma, options, size):
     """The counts of the real thing: the target in memory, greedy."""
     target, draft = models
     options = {**options, "model": draft.decoder} if kind == "model" else options
-    capacity = batch.capacity_bucket(batch.prompt_slots(prompts), NEW, gamma)
     drafter = tiny.make_drafter(kind, target.decoder, gamma, options)
-    plan = loop.Plan(target.decoder, drafter, rules.rule_named("lossless"), gamma, capacity, greedy=True)
+    plan = Plan.for_prompts(target.decoder, prompts, max_new_tokens=NEW, greedy=True, drafter=drafter, gamma=gamma)
     results = batch.decode_all(
         plan,
         target.params,
         draft.params if kind == "model" else None,
         prompts,
         batch_size=size,
-        slots=batch.prompt_slots(prompts),
         seed=3,
         sampling=Sampling.of(0.0, threshold=options.get("threshold", 0.0)),
         max_new_tokens=NEW,

@@ -49,7 +49,7 @@ def test_a_block_is_drafted_with_the_kept_layers_on_what_the_whole_target_left(m
     assert plan.drafter.spans == ((0, 1), (2, 4))
     assert tiny.make_drafter("skip_layers", target, 2, {"skipped": (3, 0)}).spans == ((1, 3),)
     texts, lengths = tiny.prompts(3, BATCH, SLOTS, VOCAB)
-    state = loop.begin(plan, params, None, texts, lengths, row_keys(4, jnp.arange(BATCH)))
+    state = loop.prefill(plan, params, None, texts, lengths, row_keys(4, jnp.arange(BATCH)))
     limits, stood = tiny.limits(BATCH, MAX_NEW), set()
     for _ in range(3):
         before = state

@@ -9,6 +9,7 @@ import numpy as np
 
 from specjax.decoding import loop, rules, sampling
 from specjax.decoding.drafters.table import build_drafter, make_options, options_class
+from specjax.decoding.plan import capacity_for
 from specjax.decoding.sampling import Stream
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
@@ -135,7 +136,7 @@ def plan(
     """A Plan; `spare` slots are added to the capacity, `rule` is a name or the rule itself."""
     rule = rules.rule_named(rule) if isinstance(rule, str) else rule
     made = make_drafter(drafter, target, gamma, options or {}) if gamma else None
-    return loop.Plan(target, made, rule, gamma, loop.capacity_for(slots, max_new, gamma) + spare, greedy)
+    return loop.Plan(target, made, rule, gamma, capacity_for(slots, max_new, gamma) + spare, greedy, prompt_slots=slots)
 
 
 def limits(batch: int, max_new, eos=NO_EOS) -> loop.Limits:
@@ -148,7 +149,7 @@ def decode(plan, params, draft_params, texts, lengths, max_new, *, eos=NO_EOS, s
     batch = texts.shape[0]
     keys = sampling.row_keys(seed, jnp.arange(batch) if indices is None else jnp.asarray(indices))
     adjust = sampling.Sampling.of(0.0 if plan.greedy else 1.0) if adjust is None else adjust
-    state = loop.begin(plan, params, draft_params, texts, lengths, keys)
+    state = loop.prefill(plan, params, draft_params, texts, lengths, keys)
     return loop.run(plan, params, draft_params, state, adjust, limits(batch, max_new, eos))
 
 

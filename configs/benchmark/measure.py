@@ -17,9 +17,10 @@ import jax.numpy as jnp
 
 from configs.benchmark.measure_loading import loading
 from configs.benchmark.measure_memory import distillation_memory
-from specjax.decoding import loop, rules
+from specjax.decoding import loop
 from specjax.decoding.drafters.model import ModelDraft
 from specjax.decoding.drafters.table import build_drafter
+from specjax.decoding.plan import Plan
 from specjax.decoding.sampling import Sampling, row_keys
 from specjax.evaluation import latency
 from specjax.models.config import DecoderConfig
@@ -61,10 +62,10 @@ def plain_decoding(config: Any) -> list[dict]:
     Gigabytes per second count the weights that a step reads, each once, without the cache.
     """
     section, rows = config.plain, []
-    capacity, new_tokens = loop.capacity_for(section.prompt, section.new_tokens, 0), section.new_tokens
+    new_tokens = section.new_tokens
     for name in section.models:
         model, params = _model(config, name)
-        fresh, ours = _decoding(config, (model, params), None, section, 1, 0, capacity)
+        fresh, ours = _decoding(config, (model, params), None, section, 1, 0, 0)
         minimal = lambda state, model=model, params=params: _minimal_loop(
             model, new_tokens, params, state.target_cache, state.tokens, state.lengths[0]
         )
@@ -88,19 +89,24 @@ def _ratio(seconds: Sequence[float], others: Sequence[float]) -> float:
 
 
 def _decoding(
-    config: Any, target, draft, section: Any, batch: int, gamma: int, capacity: int
+    config: Any, target, draft, section: Any, batch: int, gamma: int, largest_gamma: int
 ) -> tuple[Callable, Callable]:
-    """(make the state, decode) of random prompts of one length; `target` and `draft` are (model, params)."""
+    """(make the state, decode) of random prompts of one length; `target` and `draft` are (model, params).
+
+    The capacity is that of the largest gamma, whatever the gamma.
+    """
     (model, params), (draft_model, draft_params) = target, draft or (None, None)
     drafter = None if draft is None else build_drafter(ModelDraft(), model, gamma, draft_model)
     temperature = 0.0 if draft is None else section.temperature
-    plan = loop.Plan(model, drafter, rules.rule_named("lossless"), gamma, capacity, temperature == 0)
+    spare = largest_gamma - gamma
+    how = {"max_new_tokens": section.new_tokens + spare, "greedy": temperature == 0, "round_up": False}
+    plan = Plan.for_prompts(model, section.prompt, drafter=drafter, gamma=gamma, **how)
     shape = (batch, section.prompt)
     prompts = jax.random.randint(jax.random.key(config.seed), shape, 0, model.vocab_size, jnp.int32)
     every = lambda value: jnp.full((batch,), value, jnp.int32)
     keys = row_keys(config.seed, jnp.arange(batch))
     limits = loop.Limits(every(section.new_tokens), jnp.full((1,), -1, jnp.int32))
-    fresh = functools.partial(loop.begin, plan, params, draft_params, prompts, every(section.prompt), keys)
+    fresh = functools.partial(loop.prefill, plan, params, draft_params, prompts, every(section.prompt), keys)
     run = functools.partial(loop.run, plan, params, draft_params, sampling=Sampling.of(temperature), limits=limits)
     return fresh, run
 
@@ -173,9 +179,9 @@ def blocks(config: Any) -> list[dict]:
     """Seconds of a block (propose, verify, rule, commit) of a model drafter, by gamma and batch size."""
     section, rows = config.blocks, []
     target, draft = _model(config, section.target), _model(config, section.draft)
-    capacity = loop.capacity_for(section.prompt, section.new_tokens, max(section.gammas))
+    largest = max(section.gammas)
     for size in section.batch_sizes:
-        cases = [_decoding(config, target, draft, section, size, gamma, capacity) for gamma in section.gammas]
+        cases = [_decoding(config, target, draft, section, size, gamma, largest) for gamma in section.gammas]
         iterations = [int(run(fresh()).iterations) for fresh, run in cases]
         for gamma, count, seconds in zip(section.gammas, iterations, in_turns(cases, config.repeats), strict=True):
             each = statistics.median(seconds) / count

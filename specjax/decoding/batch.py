@@ -10,16 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from specjax.decoding import loop
+from specjax.decoding.plan import Plan, padded_length
 from specjax.decoding.sampling import Sampling, row_keys
 from specjax.decoding.statistics import Statistics
 from specjax.models import kv_cache
 from specjax.runtime import mesh as meshes
 from specjax.runtime import processes
 from specjax.runtime.errors import UserError
-
-# Prompts and capacities are padded to multiples of these, so that neighbouring lengths share an executable.
-PROMPT_BUCKET = 32
-CAPACITY_BUCKET = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,23 +59,9 @@ class BatchResult:
         }
 
 
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
-
-
 def prompt_slots(prompts: Sequence[Sequence[int]]) -> int:
-    """The padded prompt length that holds all of these prompts."""
-    return padded_slots(max(len(prompt) for prompt in prompts))
-
-
-def padded_slots(tokens: int) -> int:
-    """The padded length of a prompt of so many tokens."""
-    return _round_up(tokens, PROMPT_BUCKET)
-
-
-def capacity_bucket(text_slots: int, max_new_tokens: int, gamma: int) -> int:
-    """The padded capacity; gammas up to the bucket's slack share it."""
-    return _round_up(loop.capacity_for(text_slots, max_new_tokens, gamma), CAPACITY_BUCKET)
+    """The padded length that holds all of these prompts."""
+    return padded_length(max(map(len, prompts)))
 
 
 def check_prompts(
@@ -130,7 +113,7 @@ class Placer:
 
     def rows(self, count: int) -> int:
         """How many rows a batch of `count` is run with: so many that they divide over the devices."""
-        return _round_up(count, self._ways)
+        return -(-count // self._ways) * self._ways
 
     def __call__(self, array: np.ndarray) -> jax.Array:
         if self.mesh is None:
@@ -144,12 +127,11 @@ HERE = Placer()
 
 
 def decode(
-    plan: loop.Plan,
+    plan: Plan,
     params: Any,
     draft_params: Any,
     prompts: Sequence[Sequence[int]],
     *,
-    slots: int,
     indices: Sequence[int],
     seed: int,
     sampling: Sampling,
@@ -163,7 +145,6 @@ def decode(
     """Continues one batch of prompts. Every process of a run calls it alike, and gets the whole result.
 
     Args:
-      slots: padded prompt length.
       indices: index of each prompt in the whole run; with `seed` it determines the row's randomness.
       put: places the batch on devices (by default on the default device).
       size: rows of the compiled batch, where there are fewer prompts; more are added if the devices need them. Rows
@@ -172,6 +153,7 @@ def decode(
     """
     count = len(prompts)
     rows = put.rows(max(size or 0, count))
+    slots = plan.prompt_slots or prompt_slots(prompts)
     tokens, lengths = pad([*prompts, *[prompts[-1]] * (rows - count)], slots)
     room = np.where(np.arange(rows) < count, max_new_tokens, 0).astype(np.int32)
     places = np.asarray([*indices, *[0] * (rows - count)], np.int32)
@@ -179,7 +161,7 @@ def decode(
     tokens, lengths, keys = put(tokens), put(lengths), row_keys(seed, put(places))
     jax.block_until_ready((tokens, lengths, keys, limits))
     started = time.perf_counter()
-    state = jax.block_until_ready(loop.begin(plan, params, draft_params, tokens, lengths, keys))
+    state = jax.block_until_ready(loop.prefill(plan, params, draft_params, tokens, lengths, keys))
     prefill_seconds, decode_seconds = time.perf_counter() - started, 0.0
     iterations = 0
     while True:
@@ -218,7 +200,7 @@ def _result(
 
 
 def decode_batch_of(
-    plan: loop.Plan, params: Any, draft_params: Any, prompts, *, first: int, batch_size: int, **settings
+    plan: Plan, params: Any, draft_params: Any, prompts, *, first: int, batch_size: int, **settings
 ) -> tuple[int, BatchResult]:
     """`decode` of the prompts from number `first`; the last batch is filled up to keep the compiled shape.
 
@@ -231,7 +213,7 @@ def decode_batch_of(
 
 
 def decode_all(
-    plan: loop.Plan, params: Any, draft_params: Any, prompts, *, batch_size: int, **settings
+    plan: Plan, params: Any, draft_params: Any, prompts, *, batch_size: int, **settings
 ) -> list[tuple[int, BatchResult]]:
     """`decode_batch_of` for every batch of the prompts, in order."""
     return [

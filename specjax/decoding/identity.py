@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specjax.decoding.loop import Plan
+from specjax.decoding.plan import Plan
 from specjax.decoding.sampling import Noise, Sampling, Stream, probabilities, row_keys
 from specjax.models.language_model import consecutive
 

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from specjax.runtime.mesh import axes
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +25,11 @@ class Statistics:
       emitted_more_than: target calls that emitted more than w tokens, w = 1 .. gamma.
     """
 
-    target_calls: Int[Array | np.ndarray, "B"]
-    drafted: Int[Array | np.ndarray, "B"]
-    drafted_at: Int[Array | np.ndarray, "B gamma"]
-    accepted_at: Int[Array | np.ndarray, "B gamma"]
-    emitted_more_than: Int[Array | np.ndarray, "B gamma"]
+    target_calls: Int[Array | np.ndarray, "B"] = axes("batch")
+    drafted: Int[Array | np.ndarray, "B"] = axes("batch")
+    drafted_at: Int[Array | np.ndarray, "B gamma"] = axes("batch", None)
+    accepted_at: Int[Array | np.ndarray, "B gamma"] = axes("batch", None)
+    emitted_more_than: Int[Array | np.ndarray, "B gamma"] = axes("batch", None)
 
     @classmethod
     def zeros(cls, batch: int, gamma: int) -> "Statistics":

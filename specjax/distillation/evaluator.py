@@ -6,9 +6,10 @@ from typing import Any
 import jax
 
 from specjax.data import batches, tasks
-from specjax.decoding import batch, loop, rules
+from specjax.decoding import batch
 from specjax.decoding.drafters.model import ModelDraft
 from specjax.decoding.drafters.table import build_drafter, make_options
+from specjax.decoding.plan import Plan
 from specjax.decoding.sampling import Sampling
 from specjax.hub.tokenizer import Tokenizer
 from specjax.models.self_draft import SelfDraft
@@ -31,17 +32,15 @@ def make_evaluator(
         task, tokenizer, count=section.prompts, prompt_length=lengths, seed=config.seed
     )
     ids = [prompt.tokens for prompt in prompts]
-    slots = batch.prompt_slots(ids)
-    plan = loop.Plan(
-        target=material.target,
-        drafter=_drafter(material, section.gamma),
-        rule=rules.rule_named("lossless"),
-        gamma=section.gamma,
-        capacity=batch.capacity_bucket(material.target.text_slots(slots), section.max_new_tokens, section.gamma),
+    plan = Plan.for_prompts(
+        material.target,
+        ids,
+        max_new_tokens=section.max_new_tokens,
         greedy=section.temperature == 0,
+        drafter=_drafter(material, section.gamma),
+        gamma=section.gamma,
         replicate_draft=material.replicate,
     )
-
     put = batch.Placer(mesh)
 
     def evaluate(params: Any, step: int) -> dict[str, float]:
@@ -50,7 +49,6 @@ def make_evaluator(
             material.target_params,
             params,
             ids,
-            slots=slots,
             indices=range(len(ids)),
             seed=config.seed,
             sampling=Sampling.of(section.temperature),

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specjax.decoding import batch, loop, rules
+from specjax.decoding import batch
 from specjax.decoding.drafters.model import ModelDraft
 from specjax.decoding.drafters.table import build_drafter
+from specjax.decoding.plan import Plan
 from specjax.decoding.sampling import Sampling, row_keys
 from specjax.draft_design import shapes
 from specjax.evaluation import latency, prediction, throughput
@@ -48,12 +49,11 @@ class Workload:
     def slots(self) -> int:
         return batch.prompt_slots(self.prompts)
 
-    def plan(self, target: LanguageModel, draft: LanguageModel | None, gamma: int, threshold: float) -> loop.Plan:
+    def plan(self, target: LanguageModel, draft: LanguageModel | None, gamma: int, threshold: float) -> Plan:
         """The decoding of this workload by such a pair."""
         drafter = build_drafter(ModelDraft(threshold=threshold), target, gamma, draft)
-        capacity = batch.capacity_bucket(target.text_slots(self.slots), self.max_new_tokens, gamma)
-        greedy = self.temperature == 0
-        return loop.Plan(target, drafter, rules.rule_named("lossless"), gamma, capacity, greedy)
+        how = {"max_new_tokens": self.max_new_tokens, "greedy": self.temperature == 0}
+        return Plan.for_prompts(target, self.prompts, drafter=drafter, gamma=gamma, **how)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +110,6 @@ def decode(target: Model, draft: Model, work: Workload, gamma: int, threshold: f
         draft.params,
         work.prompts,
         batch_size=work.batch_size,
-        slots=work.slots,
         seed=work.seed,
         sampling=Sampling.of(work.temperature, threshold=threshold),
         max_new_tokens=work.max_new_tokens,

@@ -19,11 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from specjax.decoding import batch, loop, rules
+from specjax.decoding import batch
 from specjax.decoding.drafters.base import DrafterOptions
 from specjax.decoding.drafters.model import ModelDraft
 from specjax.decoding.drafters.ngram import NGram
 from specjax.decoding.drafters.table import build_drafter
+from specjax.decoding.plan import Plan
 from specjax.decoding.sampling import Sampling
 from specjax.hub.model import Model
 from specjax.models.language_model import LanguageModel, consecutive
@@ -262,9 +263,8 @@ def _texts(replay: Replay, slots: int) -> Int[np.ndarray, "P S"]:
     return batch.pad([(*a, *b) for a, b in zip(replay.prompts, replay.emitted, strict=True)], slots)[0]
 
 
-def _plan(target: LanguageModel, drafter: Any, gamma: int, prompts, max_new_tokens: int) -> loop.Plan:
-    capacity = batch.capacity_bucket(batch.prompt_slots(prompts), max_new_tokens, gamma)
-    return loop.Plan(target, drafter, rules.rule_named("lossless"), gamma, capacity, greedy=True)
+def _plan(target: LanguageModel, drafter: Any, gamma: int, prompts, max_new_tokens: int) -> Plan:
+    return Plan.for_prompts(target, prompts, max_new_tokens=max_new_tokens, greedy=True, drafter=drafter, gamma=gamma)
 
 
 def _decode(plan, params_from, draft_params, prompts, batch_size: int, threshold: float, max_new_tokens: int, eos_ids):
@@ -277,7 +277,6 @@ def _decode(plan, params_from, draft_params, prompts, batch_size: int, threshold
             prompts,
             first=first,
             batch_size=batch_size,
-            slots=batch.prompt_slots(prompts),
             seed=0,
             sampling=Sampling.of(0.0, threshold=threshold),
             max_new_tokens=max_new_tokens,

@@ -1,17 +1,18 @@
 """What an evaluation runs: targets, drafters and prompts, settings, and the cases of each setting."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from specjax.data import batches, tasks
-from specjax.decoding import batch, loop
+from specjax.decoding import batch
 from specjax.decoding.drafters.adaptive import block_costs
 from specjax.decoding.drafters.base import DrafterOptions
 from specjax.decoding.drafters.model import ModelDraft
 from specjax.decoding.drafters.table import build_drafter, make_options, options_class
+from specjax.decoding.plan import Plan
 from specjax.decoding.rules import RULES, Rule, rule_named
 from specjax.decoding.sampling import Sampling
 from specjax.hub import model as hub_model
@@ -155,7 +156,7 @@ class Case:
     @property
     def network(self) -> Any:
         """What is loaded, without its parameters."""
-        return self.loaded.adapter if isinstance(self.loaded, LoadedAdapter) else self.loaded and self.loaded.decoder
+        return None if self.loaded is None else self.loaded.network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,16 +311,17 @@ def needs_costs(case: Case) -> bool:
     return case.gamma > 0 and case.options.adaptive and case.sampling.costs is None
 
 
-def make_plan(job: Job, setting: Setting, case: Case, slots: int) -> loop.Plan:
-    """How a case decodes prompts that are padded to `slots`."""
+def make_plan(job: Job, setting: Setting, case: Case, prompts: Sequence[Sequence[int]] | int) -> Plan:
+    """How a case decodes these prompts, or prompts of at most so many tokens."""
     decoder = case.target.decoder
-    return loop.Plan(
-        target=decoder,
-        drafter=build_drafter(case.options, decoder, case.gamma, case.network),
-        rule=case.plan_rule,
-        gamma=case.gamma,
-        capacity=batch.capacity_bucket(decoder.text_slots(slots), job.config.max_new_tokens, case.gamma),
+    return Plan.for_prompts(
+        decoder,
+        prompts,
+        max_new_tokens=job.config.max_new_tokens,
         greedy=setting.temperature == 0,
+        drafter=build_drafter(case.options, decoder, case.gamma, case.network),
+        gamma=case.gamma,
+        rule=case.plan_rule,
         replicate_draft=case.section.replicate,
     )
 

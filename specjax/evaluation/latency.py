@@ -83,7 +83,7 @@ def _rule_loop(plan, draft_params, state, proposal, logits, taps, sampling, limi
     def step(_, state):
         moved = logits + 1e-6 * jnp.sum(state.lengths).astype(jnp.float32)
         noise = _noise(plan, state)
-        state_after = loop.settle(plan, draft_params, state, proposal, moved, taps, noise, sampling, limits)
+        state_after = loop.accept_and_commit(plan, draft_params, state, proposal, moved, taps, noise, sampling, limits)
         return dataclasses.replace(state_after, done=state.done)
 
     return jax.lax.fori_loop(0, _STEPS, step, state)
@@ -164,7 +164,7 @@ def timers(
     limits = loop.Limits(jnp.full_like(lengths, 2**30), jnp.full((1,), -1, jnp.int32))
 
     def fresh():
-        state = loop.begin(plan, params, draft_params, tokens, lengths, row_keys)
+        state = loop.prefill(plan, params, draft_params, tokens, lengths, row_keys)
         return dataclasses.replace(state, lengths=state.lengths + behind)
 
     proposal, logits, taps = _example(plan, params, draft_params, fresh(), sampling)

@@ -62,6 +62,11 @@ class LoadedAdapter:
     params: Any
     target: str
 
+    @property
+    def network(self) -> Adapter | MedusaHeads:
+        """What is computed with the parameters, as of `hub.model.Model`."""
+        return self.adapter
+
     def check(self, target: str) -> None:
         """Raises UserError unless `target` is the fingerprint of its own target."""
         if target != self.target:

@@ -41,6 +41,11 @@ class Model:
     tokenizer: Tokenizer | None
     mesh: meshes.AnyMesh | None = None
 
+    @property
+    def network(self) -> LanguageModel:
+        """What is computed with the parameters, as of `LoadedAdapter`."""
+        return self.decoder
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of the parameters, by which an adapter recognises its target."""

@@ -83,9 +83,9 @@ class CrossCache:
     """
 
     own: kv_cache.Cache | None
-    cross_keys: tuple[Float[Array, "B N P H"], ...]
-    cross_values: tuple[Float[Array, "B N P H"], ...]
-    lengths: Int[Array, "B"]
+    cross_keys: tuple[Float[Array, "B N P H"], ...] = meshes.axes(*kv_cache.AXES)
+    cross_values: tuple[Float[Array, "B N P H"], ...] = meshes.axes(*kv_cache.AXES)
+    lengths: Int[Array, "B"] = meshes.axes("batch")
 
 
 def bucket_table(buckets: int, distance: int, *, both_ways: bool) -> np.ndarray:

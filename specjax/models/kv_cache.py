@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from specjax.runtime.mesh import axes
+
 # Logical axes of each cache array; the mesh rules map them to devices.
 AXES = ("batch", "kv_heads", "slots", "head")
 
@@ -34,9 +36,9 @@ class Meter:
     Arrays of the device while decoding, of numpy once fetched.
     """
 
-    counted: Int[Array | np.ndarray, "B"]
-    own: Int[Array | np.ndarray, "B"]
-    columns: Int[Array | np.ndarray, ""]
+    counted: Int[Array | np.ndarray, "B"] = axes("batch")
+    own: Int[Array | np.ndarray, "B"] = axes("batch")
+    columns: Int[Array | np.ndarray, ""] = axes()
 
     @classmethod
     def zeros(cls, batch: int) -> "Meter":
@@ -60,8 +62,8 @@ class Cache:
       meter: layer executions so far.
     """
 
-    keys: tuple[Float[Array, "B K S H"], ...]
-    values: tuple[Float[Array, "B K S H"], ...]
+    keys: tuple[Float[Array, "B K S H"], ...] = axes(*AXES)
+    values: tuple[Float[Array, "B K S H"], ...] = axes(*AXES)
     meter: Meter
 
     @property
@@ -89,17 +91,6 @@ def zeros(config, batch: int, capacity: int, dtype) -> Cache:
         tuple(jnp.zeros(shape, dtype) for _ in range(config.layers)),
         Meter.zeros(batch),
     )
-
-
-def draft_axes(heads: int, ways: int, *, replicate: bool) -> tuple[str | None, ...]:
-    """Logical axes of a draft's cache.
-
-    Args:
-      heads: of keys and values.
-      ways: size of the mesh's tensor axis.
-      replicate: every device of that axis holds all of the draft, as it also does where heads do not divide.
-    """
-    return (AXES[0], None, None, None) if replicate or heads % ways else AXES
 
 
 def _is_meter(node: Any) -> bool:

@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax.stages import Lowered
 
-from specjax.decoding import batch, loop
+from specjax.decoding import loop
 from specjax.distillation import data_sources, recipes, settings, trainer, update
 from specjax.distillation.steps import Steps, make_steps
 from specjax.evaluation import cases
-from specjax.models import kv_cache
 from specjax.models.language_model import LanguageModel, Network
 from specjax.planning import hlo
 from specjax.planning.models import ModelCatalog, placed, replicated, rows
@@ -176,36 +175,30 @@ class DecodingStage:
         return self.params, self.draft_params, *prompts, keys
 
     def lower_prefill(self) -> Lowered:
-        """What `loop.begin` compiles."""
-        return loop.prefill.lower(dataclasses.replace(self.plan, rule=None, greedy=True), *self._arguments)
+        """What `loop.prefill` compiles."""
+        return loop.compiled_prefill.lower(dataclasses.replace(self.plan, rule=None, greedy=True), *self._arguments)
 
     @functools.cached_property
-    def _cache_shapes(self) -> tuple[list[jax.ShapeDtypeStruct], ...]:
+    def _state_shapes(self) -> loop.DecodeState:
         bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._arguments)
-        return jax.eval_shape(lambda *args: _caches_of(loop.begin(self.plan, *args)), *bare)
+        return jax.eval_shape(lambda *arguments: loop.prefill(self.plan, *arguments), *bare)
 
-    def _lay(self, mesh: AnyMesh, *, of_draft: bool) -> Callable[[Any], jax.ShapeDtypeStruct]:
-        axes = lambda x: loop.axes_of(self.plan, x, mesh.shape["tensor"], of_draft=of_draft)
-        return lambda x: meshes.abstract(x, meshes.shardings(axes(x), mesh, shapes=x))
+    def _state_on(self, mesh: AnyMesh) -> loop.DecodeState:
+        """What the loop carries, as shapes with the shardings that the prefill gives them."""
+        place = lambda x, axes: meshes.abstract(x, meshes.shardings(axes, mesh, shapes=x))
+        return loop.placed(self.plan, self._state_shapes, place, mesh.shape["tensor"])
 
     def caches_on(self, mesh: AnyMesh) -> list[jax.ShapeDtypeStruct]:
-        """Shapes of the keys and values of target and draft. Raises UserError if they do not divide over the mesh."""
-        of_target, of_draft = self._cache_shapes
-        return [*map(self._lay(mesh, of_draft=False), of_target), *map(self._lay(mesh, of_draft=True), of_draft)]
-
-    @property
-    def _state(self) -> loop.DecodeState:
-        """Shapes of the loop's state, laid out as after the prefill."""
-        shapes = jax.eval_shape(lambda *args: loop.begin(self.plan, *args), *self._arguments)
-        laid = jax.tree.map(self._lay(self.mesh, of_draft=False), dataclasses.replace(shapes, drafter_state=()))
-        of_draft = jax.tree.map(self._lay(self.mesh, of_draft=True), shapes.drafter_state)
-        return dataclasses.replace(laid, drafter_state=of_draft)
+        """The arrays of keys and values, of target and draft. Raises UserError for what does not divide over it."""
+        state = self._state_on(mesh)
+        arrays = zip(jax.tree.leaves(state), meshes.declared_axes(state), strict=True)
+        return [x for x, axes in arrays if "slots" in axes]
 
     def lower_loop(self) -> Lowered:
         """What `loop.run` compiles."""
         limits = loop.Limits(rows(self.mesh, self.batch), replicated(jax.ShapeDtypeStruct((1,), jnp.int32), self.mesh))
         sampling = replicated(jax.eval_shape(lambda: self.sampling), self.mesh)
-        return loop.run.lower(self.plan, self.params, self.draft_params, self._state, sampling, limits)
+        return loop.run.lower(self.plan, self.params, self.draft_params, self._state_on(self.mesh), sampling, limits)
 
     @functools.cached_property
     def resident(self) -> dict[str, int]:
@@ -223,12 +216,6 @@ class DecodingStage:
         }
 
 
-def _caches_of(state: loop.DecodeState) -> tuple[list[Any], ...]:
-    """The keys and values of the target, and those of the draft."""
-    slots = lambda tree: [x for x in jax.tree.leaves(tree) if x.ndim == len(kv_cache.AXES)]
-    return slots(state.target_cache), slots(state.drafter_state)
-
-
 def decodings(config: Any, catalog: ModelCatalog, mesh: AnyMesh) -> Iterator[DecodingStage]:
     """Each drafter of an evaluation at its largest gamma and every batch size, at the highest temperature.
 
@@ -242,7 +229,7 @@ def decodings(config: Any, catalog: ModelCatalog, mesh: AnyMesh) -> Iterator[Dec
     )
     job = cases.Job(config, targets, None, [], drafters)
     room = min(model.decoder.config.max_positions for model in targets.values()) - config.max_new_tokens
-    slots = batch.padded_slots(min(config.selection.length_max, room))
+    longest = min(config.selection.length_max, room)
     for size in config.batch_sizes:
         setting = cases.Setting("lossless", max(config.temperatures), size)
         largest: dict[str, cases.Case] = {}
@@ -250,19 +237,13 @@ def decodings(config: Any, catalog: ModelCatalog, mesh: AnyMesh) -> Iterator[Dec
             if case.rule == "lossless" and case.gamma > (largest[case.name].gamma if case.name in largest else 0):
                 largest[case.name] = case
         for name, case in largest.items():
-            plan = cases.make_plan(job, setting, case, slots)
+            plan = cases.make_plan(job, setting, case, longest)
             sampling = case.sampling
             if cases.needs_costs(case):
                 sampling = dataclasses.replace(sampling, costs=jnp.ones((case.gamma + 1,), jnp.float32))
-            brought = _brought(drafters.get(name))
-            yield DecodingStage(name, plan, brought, sampling, mesh, size, slots)
+            yield DecodingStage(name, plan, case.network, sampling, mesh, size, plan.prompt_slots)
     if not any(section.rules.get("lossless") for section in config.drafters.values()):
         raise UserError("no drafter of this evaluation is run under the lossless rule; name a gamma of it")
-
-
-def _brought(drafter: Any) -> Network | None:
-    """The network whose parameters a drafter of `cases` has."""
-    return getattr(drafter, "adapter", None) or getattr(drafter, "decoder", None)
 
 
 def decoding_executables(decoding: DecodingStage) -> Iterator[Executable]:

@@ -3,8 +3,9 @@
 Every parameter, cache and batch names its axes ("batch", "embed", ...). One device is a mesh on which no axis is split.
 """
 
+import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -267,6 +268,29 @@ def check_split(sizes: Mapping[str, int], mesh: jax.sharding.Mesh) -> None:
         raise UserError(
             f"mesh.tensor {tensor} does not divide {' and '.join(uneven)} of this model; let it be one of {working}"
         )
+
+
+def axes(*names: str | None) -> Any:
+    """A dataclass field whose arrays have these logical axes, for `declared_axes`."""
+    return dataclasses.field(metadata={"axes": names})
+
+
+def declared_axes(tree: Any) -> list[tuple[str | None, ...]]:
+    """The logical axes of every array of a tree, in the order of `jax.tree.leaves`: those that its dataclasses declare.
+
+    Arrays that nothing is declared for have axes without names: every device holds all of them.
+    """
+    return [names or (None,) * leaf.ndim for leaf, names in _with_axes(tree, None)]
+
+
+def _with_axes(tree: Any, names: tuple[str | None, ...] | None) -> Iterator[tuple[Any, tuple[str | None, ...] | None]]:
+    for node in jax.tree.leaves(tree, is_leaf=dataclasses.is_dataclass):
+        if dataclasses.is_dataclass(node):
+            for field in dataclasses.fields(node):
+                if not field.metadata.get("static"):
+                    yield from _with_axes(getattr(node, field.name), field.metadata.get("axes"))
+        else:
+            yield node, names
 
 
 def _is_axes(x: Any) -> bool:

@@ -12,6 +12,7 @@ import tiny
 from safetensors.numpy import load_file
 
 from specjax.decoding import batch, loop, rules
+from specjax.decoding.plan import capacity_for
 from specjax.decoding.sampling import Sampling, row_keys
 from specjax.hub.load import FAMILIES, load
 from specjax.hub.save import save
@@ -196,7 +197,7 @@ def generated(pair):
 
     random = np.random.default_rng(7)
     prompts = [random.integers(0, VOCAB, length).tolist() for length in PROMPT_LENGTHS]
-    freeze(pair.theirs, loop.capacity_for(SLOTS, NEW_TOKENS, GAMMA))
+    freeze(pair.theirs, capacity_for(SLOTS, NEW_TOKENS, GAMMA))
     tokens, gaps = {}, {}
     for length in sorted(set(PROMPT_LENGTHS)):
         rows = [row for row, prompt in enumerate(prompts) if len(prompt) == length]
@@ -220,7 +221,7 @@ def generated(pair):
 @functools.partial(jax.jit, static_argnums=0)
 def begin_and_run(plan, params, prompts, lengths, keys):
     limits = loop.Limits(jnp.full_like(lengths, NEW_TOKENS), jnp.asarray([-1], jnp.int32))
-    state = loop.begin(plan, params, None, prompts, lengths, keys)
+    state = loop.prefill(plan, params, None, prompts, lengths, keys)
     state = loop.run(plan, params, None, state, Sampling.of(0.0), limits)
     return state.tokens, state.lengths
 
@@ -234,7 +235,7 @@ def decode(pair, prompts, drafter):
         drafter=tiny.make_drafter(drafter, pair.decoder, gamma, options) if drafter else None,
         rule=rules.rule_named("lossless"),
         gamma=gamma,
-        capacity=loop.capacity_for(SLOTS, NEW_TOKENS, GAMMA),
+        capacity=capacity_for(SLOTS, NEW_TOKENS, GAMMA),
         greedy=True,
     )
     arguments = pair.params, *batch.pad(prompts, SLOTS), row_keys(0, np.arange(len(prompts), dtype=np.int32))

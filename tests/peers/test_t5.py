@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import tiny
 
-from specjax.decoding import batch, loop, rules
+from specjax.decoding import batch
+from specjax.decoding.plan import Plan
 from specjax.decoding.sampling import Sampling
 from specjax.hub.load import load
 from specjax.hub.model import Model, save
@@ -66,21 +67,13 @@ def test_logits_agree_on_prompts_longer_than_every_bucket(pair):
 
 
 def decoded(ours, prompts, drafter, gamma, options):
-    slots = batch.prompt_slots(prompts)
-    plan = loop.Plan(
-        target=ours.decoder,
-        drafter=tiny.make_drafter(drafter, ours.decoder, gamma, options) if gamma else None,
-        rule=rules.rule_named("lossless"),
-        gamma=gamma,
-        capacity=batch.capacity_bucket(ours.decoder.text_slots(slots), NEW, gamma),
-        greedy=True,
-    )
+    made = tiny.make_drafter(drafter, ours.decoder, gamma, options) if gamma else None
+    plan = Plan.for_prompts(ours.decoder, prompts, max_new_tokens=NEW, greedy=True, drafter=made, gamma=gamma)
     result = batch.decode(
         plan,
         ours.params,
         ours.params if drafter == "model" else None,
         prompts,
-        slots=slots,
         indices=range(len(prompts)),
         seed=0,
         sampling=Sampling.of(0.0),

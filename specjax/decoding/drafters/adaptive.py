@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from specjax.decoding.drafters.base import Context, Drafter, Outcome, Prefill
 from specjax.runtime.errors import UserError
+from specjax.runtime.mesh import axes
 
 # What a block leaves of the evidence before it: the last twenty blocks or so decide.
 _MEMORY = 0.95
@@ -26,16 +27,16 @@ class Evidence:
       reached: how often position i of a block was drafted and all before it stood, fading.
       accepted: how often it stood then, fading.
       drafted: tokens of the block that is being verified.
-      fed: tokens of the row that the inner drafter had been run on when it last sat out a block.
+      first_missing: position of the row's first token that the inner drafter may not have been run on.
       ran: whether it ran in the last block: for some row of the batch.
     """
 
     inner: Any
-    reached: Float[Array, "B gamma"]
-    accepted: Float[Array, "B gamma"]
-    drafted: Int[Array, "B"]
-    fed: Int[Array, "B"]
-    ran: Bool[Array, ""]
+    reached: Float[Array, "B gamma"] = axes("batch", None)
+    accepted: Float[Array, "B gamma"] = axes("batch", None)
+    drafted: Int[Array, "B"] = axes("batch")
+    first_missing: Int[Array, "B"] = axes("batch")
+    ran: Bool[Array, ""] = axes()
 
 
 def best_lengths(
@@ -81,7 +82,7 @@ class AdaptiveDrafter(Drafter):
 
     Evidence fades, so a row that has stopped drafting becomes hopeful again and tries: seldom enough to cost little.
     Where drafting does not pay even if everything is accepted, it never does. Where no row of the batch drafts, the
-    inner drafter does not run; it is told from which token on (`Context.fed`), to fill its cache when it runs again.
+    inner drafter does not run; `Context.first_missing` then says from which token on its cache has to be filled.
 
     Law: the number is fixed before the block, by what the row emitted and what was accepted of it, so a block is an
     exact one of that length. Positions behind a refusal are left out of the evidence, drafted or not: the noise of such
@@ -111,15 +112,16 @@ class AdaptiveDrafter(Drafter):
     def propose(self, params, target_params, state: Evidence, target_cache, context: Context):
         if context.sampling.costs is None:
             raise ValueError("An adaptive draft length needs the costs of blocks: Sampling.of(..., costs=...).")
-        most = best_lengths(state.reached, state.accepted, context.sampling.costs)
-        # Behind a block that it ran in, its cache lacks nothing but what the first step of the next one feeds.
-        fed = jnp.where(state.ran, context.lengths - 2, state.fed)
-        context = dataclasses.replace(context, most=most, fed=fed)
+        lengths = best_lengths(state.reached, state.accepted, context.sampling.costs)
+        # After a block in which it ran, its cache lacks only the tokens that the first step of the next block feeds.
+        first_missing = jnp.where(state.ran, context.lengths - 2, state.first_missing)
+        context = dataclasses.replace(context, max_drafted=lengths, first_missing=first_missing)
         proposal, inner, target_cache = self.inner.propose(params, target_params, state.inner, target_cache, context)
-        drafted = jnp.where(context.live, jnp.minimum(proposal.num_drafted, most), 0)
+        drafted = jnp.where(context.live, jnp.minimum(proposal.num_drafted, lengths), 0)
         proposal = dataclasses.replace(proposal, num_drafted=drafted)
-        ran = jnp.any(context.live & (most > 0))
-        return proposal, dataclasses.replace(state, inner=inner, drafted=drafted, fed=fed, ran=ran), target_cache
+        ran = jnp.any(context.live & (lengths > 0))
+        state = Evidence(inner, state.reached, state.accepted, drafted, first_missing, ran)
+        return proposal, state, target_cache
 
     def commit(self, params, state: Evidence, outcome: Outcome):
         index, stood = jnp.arange(self.gamma, dtype=jnp.int32)[None], outcome.num_accepted[:, None]

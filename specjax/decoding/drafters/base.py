@@ -61,9 +61,9 @@ class Context:
       live: rows that have not ended; what the others draft is dropped.
       noise: the block's random numbers.
       sampling: how logits become probabilities, and the confidence below which drafting stops.
-      most: tokens that each row may draft, of an adaptive draft length; None for gamma.
-      fed: where `most` is given, the first token of each row that a drafter with a cache of its own may have missed,
-        because no row drafted then.
+      max_drafted: most tokens that each row may draft, with an adaptive draft length; None means gamma.
+      first_missing: with `max_drafted`, the position of each row's first token that may be missing in a cache of the
+        drafter's own, because no row drafted at that time.
       tokens: the committed text, `tokens[b, :lengths[b]]`.
     """
 
@@ -72,8 +72,8 @@ class Context:
     live: Bool[Array, "B"]
     noise: Noise
     sampling: Sampling
-    most: Int[Array, "B"] | None = None
-    fed: Int[Array, "B"] | None = None
+    max_drafted: Int[Array, "B"] | None = None
+    first_missing: Int[Array, "B"] | None = None
     tokens: Int[Array, "B S"] | None = None
 
     def draw(

@@ -31,17 +31,35 @@ class EarlyExit(StoppingOptions):
         return EarlyExitDrafter(target, self.exit_layer, gamma, self.stops, self.adjusted)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Carry:
+    """What one block of drafting carries.
+
+    Attributes:
+      state: the drafter's.
+      cache: the target's, whose first layers are written.
+      exits: hidden states at the exit, of the pending token and of every token drafted so far.
+    """
+
+    state: Any
+    cache: Any
+    exits: Float[Array, "B gamma_plus_1 D"]
+
+
 @dataclasses.dataclass(frozen=True)
 class EarlyExitDrafter(Drafter):
     """Drafts from the hidden state after layer `exit_layer`, through the target's final norm and head.
 
-    The shallow layers' keys and values go straight into the target's cache, and verification resumes from the
-    hidden states at the exit, so no layer runs twice for a token. The last drafted token passes the shallow layers
-    too, which is why nothing is missing after full acceptance.
+    The first layers write their keys and values into the target's own cache, and verification resumes from the hidden
+    states at the exit, so no layer runs twice for a token. The last drafted token passes the first layers too, so
+    nothing is missing after full acceptance.
+
+    A subclass may put a network of its own between the exit and the head: it overrides the methods below `propose`.
 
     Attributes:
       stops: whether a row stops drafting where it is unsure.
-      adjusted: whether confidence is that after temperature, see `draft`.
+      adjusted: whether confidence is taken after temperature, see `draft`.
     """
 
     target: LanguageModel
@@ -51,61 +69,56 @@ class EarlyExitDrafter(Drafter):
     adjusted: bool = False
     scores = True
 
-    def caught_up(self, params, target_params, state, target_cache, context: Context):
-        """State and cache with what the drafter missed while no row drafted: here it keeps nothing of its own."""
-        return state, target_cache
-
-    def read_first(self, params, target_params, state, hidden: Float[Array, "B 1 D"], context: Context):
-        """Logits `[B, V]` that follow the pending token, and the state."""
-        return self.read(params, target_params, state, hidden, context.lengths[:, None] - 1)
-
-    def read(self, params, target_params, state: Any, hidden: Float[Array, "B 1 D"], positions):
-        """Logits `[B, V]` that follow the tokens at `positions` [B, 1], and the state."""
-        return self.target.head(target_params, hidden)[:, 0], state
-
-    def advanced(self, state: Any, hidden: Float[Array, "B gamma_plus_1 D"]) -> Any:
-        """The state behind a proposal, of which these are the states at the exit."""
-        return state
-
     def propose(self, params, target_params, state, target_cache, context: Context):
-        first_position = context.lengths[:, None] - 1
+        pending_position = context.lengths[:, None] - 1
 
-        def feed(tokens, offset, cache):
-            positions = first_position + offset
+        def to_exit(tokens, offset, cache):
+            """Runs the target's first layers on one token of each row."""
+            positions = pending_position + offset
             return self.target.extend(target_params, cache, tokens[:, None], positions, layers=(0, self.exit_layer))
 
-        def put(exits, hidden, offset):
-            return jax.lax.dynamic_update_slice_in_dim(exits, hidden, offset, 1)
+        def first(carry: _Carry):
+            state, cache = self.catch_up(params, target_params, carry.state, carry.cache, context)
+            logits, state = self.first_logits(params, target_params, state, carry.exits[:, :1], context)
+            return logits, dataclasses.replace(carry, state=state, cache=cache)
 
-        def first(carry):
-            state, cache, exits = carry
-            state, cache = self.caught_up(params, target_params, state, cache, context)
-            logits, state = self.read_first(params, target_params, state, exits[:, :1], context)
-            return logits, (state, cache, exits)
+        def step(tokens, offset, carry: _Carry):
+            hidden = jax.lax.dynamic_slice_in_dim(carry.exits, offset, 1, 1)
+            logits, state = self.logits(params, target_params, carry.state, hidden, pending_position + offset)
+            return logits, dataclasses.replace(carry, state=state)
 
-        def step(tokens, offset, carry):
-            state, cache, exits = carry
-            hidden = jax.lax.dynamic_slice_in_dim(exits, offset, 1, 1)
-            logits, state = self.read(params, target_params, state, hidden, first_position + offset)
-            return logits, (state, cache, exits)
+        def after_draw(tokens, offset, carry: _Carry):
+            hidden, cache = to_exit(tokens, offset, carry.cache)
+            exits = jax.lax.dynamic_update_slice_in_dim(carry.exits, hidden, offset, 1)
+            return dataclasses.replace(carry, cache=cache, exits=exits)
 
-        def behind(tokens, offset, carry):
-            state, cache, exits = carry
-            hidden, cache = feed(tokens, offset, cache)
-            return state, cache, put(exits, hidden, offset)
-
-        hidden, target_cache = feed(context.last_two_tokens[:, 1], 0, target_cache)
-        carry = state, target_cache, jnp.pad(hidden, ((0, 0), (0, self.gamma), (0, 0)))
+        hidden, target_cache = to_exit(context.last_two_tokens[:, 1], 0, target_cache)
+        carry = _Carry(state, target_cache, jnp.pad(hidden, ((0, 0), (0, self.gamma), (0, 0))))
         how = {"stops": self.stops, "adjusted": self.adjusted}
-        proposal, (state, target_cache, exits) = draft(context, self.gamma, carry, first, step, behind, **how)
-        proposal = dataclasses.replace(proposal, resume_hidden=exits, resume_layer=self.exit_layer)
-        return proposal, self.advanced(state, exits), target_cache
+        proposal, carry = draft(context, self.gamma, carry, first, step, after_draw, **how)
+        proposal = dataclasses.replace(proposal, resume_hidden=carry.exits, resume_layer=self.exit_layer)
+        return proposal, self.with_exits(carry.state, carry.exits), carry.cache
+
+    def catch_up(self, params, target_params, state, target_cache, context: Context):
+        """State and cache with the tokens that the drafter missed while no row drafted; it has no cache to fill."""
+        return state, target_cache
+
+    def first_logits(self, params, target_params, state, hidden: Float[Array, "B 1 D"], context: Context):
+        """Logits `[B, V]` after the pending token, whose state at the exit is `hidden`, and the drafter's state."""
+        return self.logits(params, target_params, state, hidden, context.lengths[:, None] - 1)
+
+    def logits(self, params, target_params, state: Any, hidden: Float[Array, "B 1 D"], positions):
+        """Logits `[B, V]` after the tokens at `positions` [B, 1], and the drafter's state."""
+        return self.target.head(target_params, hidden)[:, 0], state
+
+    def with_exits(self, state: Any, exits: Float[Array, "B gamma_plus_1 D"]) -> Any:
+        """The drafter's state after a proposal with these states at the exit."""
+        return state
 
     def score(self, params, target_params, texts: Int[Array, "B T"]) -> Float[Array, "B T V"]:
-        """Logits that follow every token of whole texts, without any cache: what drafting would have said there."""
         return self.target.head(target_params, self.exits_of(target_params, texts))
 
     def exits_of(self, target_params, texts: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """The target's states at the exit."""
+        """The target's states at the exit, for whole texts and without a cache."""
         span = (0, self.exit_layer)
         return self.target.extend(target_params, None, texts, consecutive(texts), layers=span)[0]

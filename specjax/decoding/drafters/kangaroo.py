@@ -13,6 +13,7 @@ from specjax.decoding.drafters.early_exit import EarlyExitDrafter
 from specjax.models import kv_cache
 from specjax.models.adapters import Adapter
 from specjax.models.language_model import LanguageModel, consecutive
+from specjax.runtime.mesh import axes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,26 +35,27 @@ class Kangaroo(StoppingOptions):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KangarooState:
-    """What the adapter keeps between blocks.
+    """What the drafter carries from block to block.
 
     Attributes:
-      cache: its keys and values; None for an adapter without attention.
-      exits: the target's states at the exit for the tokens of the last block, the pending one first.
-      second_last: which of them belongs to the second-last committed token.
+      cache: the adapter's keys and values; None for an adapter without attention.
+      exits: the target's states at the exit for the tokens of the last block, the pending one first. Their rows are not
+        split over devices: the compiler would gather whole weights for them.
+      second_last: index into `exits` of the second-last committed token.
     """
 
     cache: Any
-    exits: Float[Array, "B gamma_plus_1 D"]
-    second_last: Int[Array, "B"]
+    exits: Float[Array, "B gamma_plus_1 D"] = axes(None, None, "embed")
+    second_last: Int[Array, "B"] = axes("batch")
 
 
 @dataclasses.dataclass(frozen=True)
 class KangarooDrafter(EarlyExitDrafter):
     """Early exit with an adapter between the exit and the head.
 
-    The adapter's first step of a block reads the states of the last two committed tokens. Re-writing the older one's
-    keys and values changes nothing, except after full acceptance: the adapter has not read the last drafted token,
-    and this fills its slot. Its state is kept from the block before, so the target's layers run once a token.
+    The first step of a block feeds the adapter the states of the last two committed tokens. Rewriting the older one's
+    keys and values changes nothing, except after full acceptance: the adapter has not seen the last drafted token yet,
+    and this fills its slot. Its state is stored from the block before, so the target's layers run once for each token.
     """
 
     adapter: Adapter = dataclasses.field(kw_only=True)
@@ -70,35 +72,36 @@ class KangarooDrafter(EarlyExitDrafter):
         exits = jnp.take_along_axis(states, before[:, None, None], axis=1)
         return KangarooState(cache, jnp.pad(exits, ((0, 0), (0, self.gamma), (0, 0))), jnp.zeros_like(before))
 
-    def caught_up(self, params, target_params, state: KangarooState, target_cache, context: Context):
+    def catch_up(self, params, target_params, state: KangarooState, target_cache, context: Context):
         if state.cache is None or not state.cache.keys:
             return state, target_cache
 
-        # The states at the exit are not kept: the target's first layers run once more, and write what stands there.
-        def feed(tokens, positions, carry):
-            own, cache = carry
+        # States at the exit of earlier tokens are not stored: the target's first layers run on them once more, and
+        # write the same keys and values again.
+        def feed(tokens, positions, caches):
+            adapter_cache, cache = caches
             span = (0, self.exit_layer)
             hidden, cache = self.target.extend(target_params, cache, tokens, positions, layers=span)
-            return self.adapter.extend(params, own, hidden, positions)[1], cache
+            return self.adapter.extend(params, adapter_cache, hidden, positions)[1], cache
 
-        own, target_cache = catch_up(context, self.gamma + 1, feed, (state.cache, target_cache))
-        own = kv_cache.counting(own, context.live.astype(jnp.int32))
-        return dataclasses.replace(state, cache=own), target_cache
+        adapter_cache, target_cache = catch_up(context, self.gamma + 1, feed, (state.cache, target_cache))
+        adapter_cache = kv_cache.counting(adapter_cache, context.live.astype(jnp.int32))
+        return dataclasses.replace(state, cache=adapter_cache), target_cache
 
-    def read_first(self, params, target_params, state: KangarooState, hidden, context: Context):
-        # A text of one token has no second-last one: read slots 0 and 1, use slot 0; slot 1 is rewritten later.
+    def first_logits(self, params, target_params, state: KangarooState, hidden, context: Context):
+        # A text of one token has no second-last one: feed slots 0 and 1, use slot 0; slot 1 is rewritten later.
         lengths = context.lengths
         before = jnp.take_along_axis(state.exits, state.second_last[:, None, None], axis=1)
         before = jnp.where((lengths > 1)[:, None, None], before, hidden)
         start = jnp.maximum(lengths - 2, 0)
         positions = start[:, None] + jnp.arange(2, dtype=jnp.int32)[None]
-        pair = jnp.concatenate([before, hidden], axis=1)
-        mixed, cache = self.adapter.extend(params, state.cache, pair, positions)
+        both = jnp.concatenate([before, hidden], axis=1)
+        mixed, cache = self.adapter.extend(params, state.cache, both, positions)
         last = jnp.take_along_axis(mixed, (lengths - 1 - start)[:, None, None], axis=1)
         logits = self.adapter.head(params, self.target, target_params, last)[:, 0]
         return logits, dataclasses.replace(state, cache=cache)
 
-    def read(self, params, target_params, state: KangarooState, hidden, positions):
+    def logits(self, params, target_params, state: KangarooState, hidden, positions):
         mixed, cache = self.adapter.extend(params, state.cache, hidden, positions)
         logits = self.adapter.head(params, self.target, target_params, mixed)[:, 0]
         return logits, dataclasses.replace(state, cache=cache)
@@ -107,9 +110,9 @@ class KangarooDrafter(EarlyExitDrafter):
         mixed, _ = self.adapter.extend(params, None, self.exits_of(target_params, texts), consecutive(texts))
         return self.adapter.head(params, self.target, target_params, mixed)
 
-    def advanced(self, state: KangarooState, exits):
+    def with_exits(self, state: KangarooState, exits):
         return dataclasses.replace(state, exits=exits)
 
     def commit(self, params, state: KangarooState, outcome: Outcome):
-        # Emitted tokens stand behind the pending one, and the last of them is the next block's pending one.
+        # `exits` begins with the old pending token, and the emitted tokens follow it; the last of these is pending now.
         return dataclasses.replace(state, second_last=jnp.maximum(outcome.num_emitted - 1, 0))

@@ -4,13 +4,14 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from specjax.decoding.drafters.base import Context, Drafter, Outcome, Prefill, StoppingOptions
 from specjax.decoding.drafters.drafting import draft
 from specjax.models.language_model import LanguageModel
 from specjax.models.medusa import MedusaHeads
 from specjax.runtime.errors import UserError
+from specjax.runtime.mesh import axes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,18 @@ class Medusa(StoppingOptions):
                 f"take gamma {loaded.config.heads} or less, or train more heads"
             )
         return MedusaDrafter(target, loaded, gamma, self.stops)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LastHidden:
+    """The target's last hidden state of the token before the pending one.
+
+    Attributes:
+      hidden: with its rows split, the compiler would gather whole weights for it.
+    """
+
+    hidden: Float[Array, "B 1 D"] = axes(None, None, "embed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,20 +64,20 @@ class MedusaDrafter(Drafter):
     def taps(self):
         return (self.target.layers,)
 
-    def init(self, params, target_params, prefill: Prefill, row_keys) -> Float[Array, "B 1 D"]:
+    def init(self, params, target_params, prefill: Prefill, row_keys) -> LastHidden:
         return _at(prefill.tap_states[0], prefill.text_lengths - 2)
 
-    def propose(self, params, target_params, state: Float[Array, "B 1 D"], target_cache, context: Context):
+    def propose(self, params, target_params, state: LastHidden, target_cache, context: Context):
         heads, params = self.heads.first(params, self.gamma)
 
         def first(_):
-            logits = heads.head(params, self.target, target_params, state)
+            logits = heads.head(params, self.target, target_params, state.hidden)
             return logits[:, 0], logits
 
         def step(tokens, offset, logits):
             return jax.lax.dynamic_index_in_dim(logits, offset, 1, keepdims=False), logits
 
-        none = jnp.zeros((state.shape[0], self.gamma, self.target.vocab_size), jnp.float32)
+        none = jnp.zeros((state.hidden.shape[0], self.gamma, self.target.vocab_size), jnp.float32)
         proposal, _ = draft(context, self.gamma, none, first, step, stops=self.stops)
         return proposal, state, target_cache
 
@@ -73,5 +86,5 @@ class MedusaDrafter(Drafter):
         return _at(outcome.tap_states[0], outcome.num_emitted - 1)
 
 
-def _at(states: Float[Array, "B T D"], index) -> Float[Array, "B 1 D"]:
-    return jnp.take_along_axis(states, jnp.maximum(index, 0)[:, None, None], axis=1)
+def _at(states: Float[Array, "B T D"], index: Int[Array, "B"]) -> LastHidden:
+    return LastHidden(jnp.take_along_axis(states, jnp.maximum(index, 0)[:, None, None], axis=1))

@@ -10,6 +10,7 @@ from specjax.decoding.drafters.base import Context, Drafter, DrafterOptions, Out
 from specjax.models import kv_cache
 from specjax.models.language_model import LanguageModel
 from specjax.runtime.errors import UserError
+from specjax.runtime.mesh import axes
 
 
 @jax.tree_util.register_dataclass
@@ -22,8 +23,8 @@ class History:
       lengths: tokens of each row.
     """
 
-    tokens: Int[Array, "B S"]
-    lengths: Int[Array, "B"]
+    tokens: Int[Array, "B S"] = axes("batch", None)
+    lengths: Int[Array, "B"] = axes("batch")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
