@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny
 from ml_collections import ConfigDict
 
-from specjax import main
+from specjax import api, evaluate, main
 from specjax.data import tasks
+from specjax.decoding import rules
+from specjax.hub.tokenizer import train_byte_bpe
 from specjax.runtime import config as configs
 from specjax.runtime.errors import UserError
 
@@ -81,3 +84,111 @@ def test_a_users_task_trains_and_evaluates_a_model_from_a_config(task_file, tmp_
     main.run(config, tmp_path / "run")
     rows = json.loads((tmp_path / "run" / "evaluation" / "results.json").read_text())["rows"]
     assert rows and all(set(row["quality"]) == {"shorter"} for row in rows)
+
+
+# --- drafters and rules --------------------------------------------------------------------------------------------
+
+DECODING = """
+import dataclasses
+
+import jax.numpy as jnp
+
+from specjax.decoding.drafters.base import Drafter, DrafterOptions, Proposal
+from specjax.decoding.rules import Lossless, Rule
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Repeat(DrafterOptions):
+    times: int = 3
+
+    def build(self, target, gamma, loaded):
+        return RepeatDrafter(gamma, min(gamma, self.times))
+
+
+@dataclasses.dataclass(frozen=True)
+class RepeatDrafter(Drafter):
+    gamma: int
+    times: int
+
+    def propose(self, params, target_params, state, target_cache, context):
+        tokens = jnp.tile(context.last_two_tokens[:, 1:], (1, self.gamma))
+        return Proposal(tokens, None, jnp.full_like(context.lengths, self.times)), state, target_cache
+
+
+@dataclasses.dataclass(frozen=True)
+class RejectAll(Rule):
+    def __call__(self, noise, proposal, target_probs, inputs):
+        nothing = dataclasses.replace(proposal, num_drafted=jnp.zeros_like(proposal.num_drafted))
+        return Lossless()(noise, nothing, target_probs, None)
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("extensions")
+    text = "".join(f"def add_{i}(x):\n    return x + {i}\n" for i in range(60))
+    tokenizer = train_byte_bpe([text], 265)
+    decoder, params = tiny.decoder(1, vocab_size=tokenizer.vocab_size)
+    api.save(api.Model(decoder, params, tokenizer), home / "target")
+    (home / "mine.py").write_text(DECODING)
+    (home / "prompts.txt").write_text("def add_1\nreturn x\n")
+    return home
+
+
+def test_a_users_drafter_and_rule_decode_from_python(home):
+    target = api.load(home / "target")
+    settings = dict(temperature=0.0, max_new_tokens=8, eos_ids=())
+    plain = api.generate(target, ["def"], **settings)
+    drafted = api.generate(target, ["def"], drafter=f"{home}/mine.py:Repeat", gamma=2, **settings)
+    assert drafted.tokens == plain.tokens and drafted.stats.counts.drafted.sum() > 0
+    rule = rules.rule_named(f"{home}/mine.py:RejectAll")
+    rejected = api.generate(target, ["def"], drafter=f"{home}/mine.py:Repeat", gamma=2, rule=rule, **settings)
+    assert rejected.tokens == plain.tokens and rejected.stats.acceptance_rate == 0
+
+
+def evaluation(home, drafter):
+    config = configs.load(f"{ROOT}/configs/evaluate/pair.py:smoke")
+    config.target, config.prompts = str(home / "target"), str(home / "prompts.txt")
+    config.temperatures, config.selection.count, config.compare = (0.0,), 2, ()
+    config.drafters = {"mine": drafter}
+    return config
+
+
+def test_a_users_drafter_and_rule_are_evaluated_from_a_config(home, tmp_path):
+    gammas = {"lossless": (2,), "none": {"rule": f"{home}/mine.py:RejectAll", "gammas": (2,)}}
+    section = {"kind": f"{home}/mine.py:Repeat", "times": 1, "rules": gammas}
+    rows = evaluate.run(evaluation(home, section), tmp_path)["rows"]
+    assert [(row["drafter"], row["rule"]) for row in rows] == [
+        ("none", "lossless"),
+        ("mine", "lossless"),
+        ("mine", "none"),
+    ]
+    assert all(row["identical_to_baseline"]["equal"] == 2 for row in rows[1:]) and rows[2]["acceptance_rate"] == 0
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"kind": "{home}/mine.py:Repeet"}, 'mine.py has no drafter "Repeet"; did you mean "Repeat"'),
+        ({"kind": "{home}/mine.py:RejectAll"}, "must be a subclass of specjax.decoding.drafters.base.DrafterOptions"),
+        ({"kind": "{home}/mine.py:Repeat", "tmes": 1}, 'drafters.mine.tmes does not exist; did you mean "times"'),
+        ({"kind": "ngram", "longst": 1}, 'drafters.mine.longst does not exist; did you mean "longest"'),
+        ({"kind": "ngram", "exit_layer": 1}, 'drafters.mine.exit_layer is an option of "early_exit", not of "ngram"'),
+        ({"kind": "ngram", "path": "runs"}, 'drafters.mine.path is "runs", and drafter "ngram" loads nothing'),
+        ({"kind": "model"}, "drafters.mine.path is empty; name the directory of the model"),
+        ({"kind": "skip_layers"}, 'drafters.mine.skipped is missing, and drafter "skip_layers" needs it'),
+        ({"kind": "ngram", "lossless": (2,)}, "drafters.mine.lossless is now drafters.mine.rules.lossless"),
+        ({"kind": "ngram", "rules": (2,)}, "drafters.mine.rules must hold gammas by rule"),
+        ({"kind": "ngram", "rules": {"losless": (2,)}}, 'rules.losless: there is no rule "losless"; did you mean'),
+        ({"kind": "ngram", "rules": {"lossless": "2"}}, r"rules.lossless must be gammas, such as \(2, 4\)"),
+    ],
+)
+def test_a_drafters_section_that_cannot_be_read_is_refused(home, tmp_path, section, message):
+    section = {"rules": {"lossless": (2,)}, **section, "kind": section["kind"].format(home=home)}
+    with pytest.raises(UserError, match=message):
+        evaluate.run(evaluation(home, section), tmp_path)
+
+
+def test_a_section_of_an_earlier_version_says_what_its_keys_are_called_now(home, tmp_path):
+    with pytest.raises(UserError, match="drafters.mine.lossless is now drafters.mine.rules.lossless"):
+        evaluate.run(evaluation(home, {"kind": "ngram", "lossless": (2,), "coupled": ()}), tmp_path)

@@ -87,7 +87,7 @@ def _read_section(config: Any, where: str, section: Any) -> DrafterSection:
 
 def _old_layout(where: str, values: Mapping[str, Any]) -> str:
     """What to write in place of gammas that are given outside `rules`, or ""."""
-    key = next((key for key in values if key in RULES), "")
+    key = next((rule for rule in RULES if rule in values), "")
     return key and f"{where}{key} is now {where}rules.{key}; move the gammas of every rule there"
 
 
