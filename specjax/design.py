@@ -1,8 +1,8 @@
-"""Which draft to build: latency profiles, the throughput model, pruning, studies and advice, each an action.
+"""Draft design: the throughput model, pruning, replays and advice, each an action of this binary.
 
-    python -m specjax.design --config=FILE --workdir=DIR [--config.section.key=value ...]
+    python -m specjax.main --config=configs/draft_design/advise.py --workdir=runs/advice --config.target=DIR
 
-`config.action` names what is done; its rows go to results.json and its tables to the terminal.
+`config.action` names the action. Its rows are written to results.json, and its tables printed.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import numpy as np
 from specjax.data import batches, tasks
 from specjax.decoding import batch
 from specjax.decoding.drafters.model import ModelDraft
-from specjax.draft_design import advice, advice_page, pruning, replay, shapes, what_if
+from specjax.draft_design import advice, pruning, replay, shapes, what_if
 from specjax.evaluation import throughput
 from specjax.hub import model as hub_model
 from specjax.reporting import records, row_tables
@@ -26,10 +26,10 @@ from specjax.runtime.errors import UserError, nearest
 
 
 def run(config: Any, workdir: str | Path) -> dict:
-    """Does what the config's `action` says; returns the content of results.json.
+    """Runs the config's `action` and returns the content of results.json.
 
     Raises:
-      UserError: for an action that does not exist, and whatever the action refuses.
+      UserError: for an unknown action, and for bad input of an action.
     """
     if config.action not in ACTIONS:
         raise UserError(f'there is no action "{config.action}"{nearest(config.action, ACTIONS)}')
@@ -38,7 +38,7 @@ def run(config: Any, workdir: str | Path) -> dict:
 
 
 def finish(config: Any, workdir: str | Path, rows: list[dict]) -> dict:
-    """Writes the rows to results.json and prints their tables; returns the content of the file."""
+    """Writes the rows to results.json and prints their tables. Returns the content of the file."""
     path = Path(workdir) / "results.json"
     results = records.write_results(path, binary="design", config=configs.to_plain(config), rows=rows)
     print(row_tables.terminal(results["rows"]), flush=True)
@@ -46,7 +46,7 @@ def finish(config: Any, workdir: str | Path, rows: list[dict]) -> dict:
 
 
 def prune(config: Any, workdir: Path) -> list[dict]:
-    """Cuts a checkpoint to a shape, by what matters on calibration text; writes `workdir/export`."""
+    """Prunes a checkpoint to a shape by importance on calibration text; writes `workdir/export`."""
     source = hub_model.load(config.source, param_dtype=config.param_dtype, compute_dtype=config.compute_dtype)
     calibration = config.calibration
     rows = batches.training_batches(
@@ -58,10 +58,10 @@ def prune(config: Any, workdir: Path) -> list[dict]:
         seed=config.seed,
     )
     texts = [(row["tokens"], row["lengths"]) for row in itertools.islice(rows, calibration.batches)]
-    matters = pruning.importance(source.decoder, source.params, texts)
+    importance = pruning.importance(source.decoder, source.params, texts)
     sizes = {name: value for name, value in config.shape.to_dict().items() if value}
     shape = shapes.reshaped(source.decoder.config, **sizes)
-    decoder, params = pruning.prune(source.decoder, source.params, shape, matters)
+    decoder, params = pruning.prune(source.decoder, source.params, shape, importance)
     hub_model.save(hub_model.Model(decoder, params, source.tokenizer), workdir / "export")
     row = {
         "table": "pruned",
@@ -70,21 +70,19 @@ def prune(config: Any, workdir: Path) -> list[dict]:
         "parameters": shapes.parameters(shape),
         "parameters_of_source": shapes.parameters(source.decoder.config),
         "calibration_tokens": int(sum(lengths.sum() for _, lengths in texts)),
-        "layer_importance": matters.layers.tolist(),
+        "layer_importance": importance.layers.tolist(),
     }
     return [row]
 
 
 def replayed(config: Any, workdir: Path) -> list[dict]:
-    """Records a target's greedy text, or takes a recorded one, and scores drafts against it without the target."""
-    load = lambda path: hub_model.load(path, param_dtype=config.param_dtype, compute_dtype=config.compute_dtype)
+    """Records a target's greedy text, or loads a recorded one, and scores drafts against it without the target."""
     if config.replay and config.target:
         raise UserError("a replay is scored without its target; give --config.replay=DIR or --config.target=DIR")
     if config.replay:
         stored = replay.load(config.replay)
     elif config.target:
-        # The target is let go of before the first draft is loaded.
-        stored = _recorded(config, load(config.target))
+        stored = _recorded(config)
         replay.save(stored, workdir / "replay")
     else:
         raise UserError("config.target is empty; give --config.target=DIR to record, or --config.replay=DIR to score")
@@ -99,16 +97,16 @@ def replayed(config: Any, workdir: Path) -> list[dict]:
         }
     ]
     for path in config.drafts:
-        draft = load(path)
-        shown = {"draft": path, "parameters": draft.decoder.num_params}
-        found = replay.agreement(stored, draft, batch_size=config.batch_size)
+        draft = _load(config, path)
+        about = {"draft": path, "parameters": draft.decoder.num_params}
+        scores = replay.agreement(stored, draft, batch_size=config.batch_size)
         rows.append(
             {
                 "table": "agreement",
-                **shown,
-                "agrees": float(found["agrees"].mean()),
-                "perplexity": float(np.exp(found["surprise"].mean())),
-                "overlap": float(found["overlap"].mean()) if len(found["overlap"]) else None,
+                **about,
+                "agrees": float(scores["agrees"].mean()),
+                "perplexity": float(np.exp(scores["surprise"].mean())),
+                "overlap": float(scores["overlap"].mean()) if len(scores["overlap"]) else None,
             }
         )
         for gamma, threshold in itertools.product(config.gammas, (0.0, *config.thresholds)):
@@ -118,7 +116,7 @@ def replayed(config: Any, workdir: Path) -> list[dict]:
             rows.append(
                 {
                     "table": "scores",
-                    **shown,
+                    **about,
                     "gamma": gamma,
                     "threshold": threshold,
                     "block_efficiency": throughput.emitted(known.ctar, gamma),
@@ -130,73 +128,79 @@ def replayed(config: Any, workdir: Path) -> list[dict]:
     return rows
 
 
-def _recorded(config: Any, target: hub_model.Model) -> replay.Replay:
-    how = {"max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size, "top_k": config.top_k}
-    return replay.record(target, _prompts(config, target), **how)
+def _load(config: Any, path: str) -> hub_model.Model:
+    return hub_model.load(path, param_dtype=config.param_dtype, compute_dtype=config.compute_dtype)
+
+
+def _recorded(config: Any) -> replay.Replay:
+    """The target's text. The target is freed on return, before a draft is loaded."""
+    target = _load(config, config.target)
+    lengths = {"max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size, "top_k": config.top_k}
+    return replay.record(target, _prompts(config, target), **lengths)
 
 
 def _prompts(config: Any, target: hub_model.Model) -> tuple[tuple[int, ...], ...]:
-    """Of the validation split of the config's task."""
-    found = batches.evaluation_prompts(
+    """Prompts of the validation split of the config's task, as token ids."""
+    prompts = batches.evaluation_prompts(
         tasks.load_task(config.task),
         target.tokenizer,
         count=config.selection.count,
         prompt_length=(config.selection.length_min, config.selection.length_max),
         seed=config.seed,
     )
-    return tuple(prompt.tokens for prompt in found)
+    return tuple(prompt.tokens for prompt in prompts)
 
 
 def advise(config: Any, workdir: Path) -> list[dict]:
-    """Times target and candidates, learns or is told how often tokens stand, and says which draft to take; or none."""
-    low, high = _refuse_unadvisable(config)
-    load = lambda path: hub_model.load(path, param_dtype=config.param_dtype, compute_dtype=config.compute_dtype)
-    target = load(config.target)
+    """Recommends a draft, gamma and threshold, or plain decoding: times the target and every candidate draft.
+
+    The acceptance of drafts that exist is measured; that of other shapes is the range in the config.
+    """
+    low, high = _check_advise(config)
+    target = _load(config, config.target)
     if target.decoder.is_encoder_decoder:
         raise UserError("advice is for decoder-only targets; measure an encoder-decoder's drafts with evaluate")
     work = _workload(config, target)
     gamma, shape = max(config.gammas), target.decoder.config
-    nobodys = advice.untrained(shape, config.layers, config.share, advice.stated(low, high, gamma), config.seed)
+    untrained = advice.untrained(shape, config.layers, config.share, advice.stated(low, high, gamma), config.seed)
     thresholds = config.thresholds if config.batch_size == 1 else ()
-    acceptances = []
+    candidates = []
     for path in config.drafts:
-        draft = load(path)
+        draft = _load(config, path)
         hub_model.check_pair(target, draft)
-        found = {eta: _acceptance(config, target, draft, work, gamma, eta) for eta in (0.0, *thresholds)}
-        acceptances.append((advice.Candidate(path, draft.decoder, found, {}, True), draft.params))
-    acceptances += nobodys
-    drafts = [(candidate.decoder, params) for candidate, params in acceptances]
+        acceptance = {eta: _acceptance(config, target, draft, work, gamma, eta) for eta in (0.0, *thresholds)}
+        candidates.append((advice.Candidate(path, draft.decoder, acceptance, {}, True), draft.params))
+    candidates += untrained
+    drafts = [(candidate.decoder, params) for candidate, params in candidates]
     timed = advice.time_parts(target.decoder, target.params, drafts, work, config.gammas)
-    candidates = [
-        dataclasses.replace(candidate, parts=parts) for (candidate, _), parts in zip(acceptances, timed, strict=True)
-    ]
-    rows = [row for candidate in candidates for row in candidate.options(work)]
-    advised = advice.recommend(rows)
-    taken = next(candidate for candidate in candidates if candidate.name == advised["draft"])
-    said = [{"table": "reasons", "because": reason} for reason in advice.reasons(rows)]
+    by_name = {
+        candidate.name: dataclasses.replace(candidate, parts=parts)
+        for (candidate, _), parts in zip(candidates, timed, strict=True)
+    }
+    rows = [row for candidate in by_name.values() for row in candidate.options(work)]
+    advised, reasons = advice.recommend(rows), advice.reasons(rows)
     if config.drafts and len(thresholds) < len(config.thresholds):
-        left_out = "thresholds were left out: in a batch the row that drafts most decides how long a block takes"
-        said.append({"table": "reasons", "because": left_out})
+        reasons.append("thresholds were not considered: in a batch a block takes as long as the row that drafts most")
     if advised["pays"]:
-        said.append({"table": "reasons", "because": advice.command(config.target, config.task, advised, taken)})
-    rows = [*rows, advised, *said]
-    advice_page.write(config, workdir, rows)
+        reasons.append(advice.command(config.target, config.task, advised, by_name[advised["draft"]]))
+    rows = [*rows, advised, *({"table": "reasons", "because": reason} for reason in reasons)]
+    advice.write_report(config, workdir, rows)
     return rows
 
 
-def _refuse_unadvisable(config: Any) -> tuple[float, float]:
-    """What can be refused before anything is loaded; returns the range of the acceptance."""
+def _check_advise(config: Any) -> tuple[float, float]:
+    """Checks the settings before anything is loaded. Returns the acceptance range of untrained shapes."""
     if not config.target:
         raise UserError("config.target is empty; give --config.target=DIR")
     if not config.drafts and not config.layers:
-        raise UserError("there is nothing to choose from; name drafts, or layers of shapes to consider")
+        raise UserError("there is no candidate; set drafts, or layers for shapes that are not trained yet")
     if not config.gammas or min(config.gammas) < 1:
-        raise UserError(f"gammas are numbers of drafted tokens, 1 or more, such as 1,2,4; not {config.gammas}")
+        raise UserError(f"gammas are {config.gammas}; set one or more numbers of drafted tokens from 1, such as 1,2,4")
     if config.share <= 0:
-        raise UserError(f"share is that of the target's parameters, above 0, such as 0.1; not {config.share}")
+        raise UserError(f"share is {config.share}; set a fraction of the target's parameters above 0, such as 0.1")
     ends = config.acceptance
     if len(ends) != 2 or not 0 <= ends[0] <= ends[1] <= 1:
-        raise UserError(f"acceptance is a range within 0 .. 1, such as 0.5,0.7, for shapes without a draft; not {ends}")
+        raise UserError(f"acceptance is {ends}; set a range for untrained shapes within 0 .. 1, such as 0.5,0.7")
     return ends[0], ends[1]
 
 
@@ -214,17 +218,17 @@ def _replay(config: Any, target: hub_model.Model) -> replay.Replay:
     stored = replay.load(config.replay)
     stored.check_target(target)
     if config.temperature:
-        raise UserError("a replay is of greedy decoding; set temperature to 0, or leave out the replay")
+        raise UserError("a replay holds greedy text; set temperature to 0, or leave out the replay")
     if stored.max_new_tokens != config.max_new_tokens:
         raise UserError(
-            f"the replay has texts of {stored.max_new_tokens} tokens, not of {config.max_new_tokens}; set "
-            f"max_new_tokens to {stored.max_new_tokens}"
+            f"max_new_tokens is {config.max_new_tokens} and the replay's texts have {stored.max_new_tokens} tokens; "
+            f"set max_new_tokens to {stored.max_new_tokens}"
         )
     return stored
 
 
 def _acceptance(config: Any, target, draft, work: advice.Workload, gamma: int, threshold: float) -> advice.Acceptance:
-    """From the replay where there is one, else by decoding."""
+    """Measured on the replay if the config names one, and otherwise by decoding with the draft."""
     if config.replay:
         stored, options = _replay(config, target), ModelDraft(threshold=threshold)
         counts = replay.score(stored, options, gamma, draft=draft, batch_size=work.batch_size)

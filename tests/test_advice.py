@@ -52,8 +52,8 @@ def test_the_fastest_option_is_recommended_with_its_interval_and_break_even():
     assert advised["tokens_per_second_high"] == pytest.approx(2.7 / 14e-3, rel=2e-3)
     assert advised["break_even_acceptance"] == pytest.approx((-1 + 2.6**0.5) / 2)
     said = advice.reasons(rows)
-    assert said[0].startswith("1.71 times as fast") and "the low end of the acceptance wins" in said[0]
-    assert "has to emit 1.40 tokens to break even and emits 2.40" in said[1]
+    assert said[0].startswith("expect 1.71 times the speed") and "faster even at the low end" in said[0]
+    assert "must emit 1.40 tokens to break even and emits 2.40" in said[1]
 
 
 def test_a_threshold_is_recommended_where_drafting_less_costs_less():
@@ -72,8 +72,8 @@ def test_where_nothing_is_faster_than_plain_decoding_it_says_so():
     assert not advised["pays"] and advised["gamma"] == 0
     assert advised["tokens_per_second"] == advised["plain_tokens_per_second"] == pytest.approx(100)
     said = advice.reasons(rows)
-    assert "speculation does not pay here: the best candidate would be 0.60 times as fast" in said[0]
-    assert "nobody has trained it yet" in said[3]
+    assert "speculation does not pay here: the best draft gives 0.60 times the plain speed" in said[0]
+    assert "the draft is not trained yet" in said[3]
 
 
 def train_config(said):
@@ -147,11 +147,11 @@ def test_what_advice_cannot_be_given_on_is_refused(tmp_path):
     config.task.update({"name": "text", "path": str(tmp_path / "text.py")})
     (tmp_path / "text.py").write_text("".join(f"def f_{i}(x):\n    return x\n\n\n" for i in range(300)))
     for changes, said in (
-        ({"acceptance": (0.7, 0.5)}, r"acceptance is a range within 0 .. 1, .* not \(0.7, 0.5\)"),
-        ({"layers": ()}, "nothing to choose from; name drafts, or layers of shapes"),
-        ({"gammas": (0, 1)}, r"gammas are numbers of drafted tokens, 1 or more, .* not \(0, 1\)"),
-        ({"gammas": ()}, r"gammas are numbers of drafted tokens, 1 or more"),
-        ({"share": 0.0}, r"share is that of the target's parameters, above 0, such as 0.1; not 0.0"),
+        ({"acceptance": (0.7, 0.5)}, r"acceptance is \(0.7, 0.5\); set a range .* within 0 .. 1"),
+        ({"layers": ()}, "no candidate; set drafts, or layers"),
+        ({"gammas": (0, 1)}, r"gammas are \(0, 1\); set one or more"),
+        ({"gammas": ()}, r"gammas are \(\); set one or more"),
+        ({"share": 0.0}, "share is 0.0; set a fraction"),
         ({"share": 1e-6}, "no shape of 1 layers in these proportions"),
         ({"batch_size": 3}, r"batch_size must lie in 1 .. 2, the number of prompts, not 3"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
@@ -167,7 +167,7 @@ def test_a_replay_of_longer_texts_and_a_target_beside_a_replay_are_refused(tmp_p
     asked = ConfigDict({"replay": "r", "temperature": 0.0, "max_new_tokens": 80, "target": "t"})
     stored = types.SimpleNamespace(check_target=lambda target: None, max_new_tokens=128)
     monkeypatch.setattr(design.replay, "load", lambda path: stored)
-    with pytest.raises(UserError, match="the replay has texts of 128 tokens, not of 80; set max_new_tokens to 128"):
+    with pytest.raises(UserError, match="80 and the replay's texts have 128 tokens; set max_new_tokens to 128"):
         design._replay(asked, api.Model(*tiny.decoder(vocab_size=260), train_byte_bpe(["x = 1\n" * 30], 260)))
     with pytest.raises(UserError, match="a replay is scored without its target; give --config.replay=DIR or"):
         design.replayed(asked, tmp_path)
@@ -175,7 +175,7 @@ def test_a_replay_of_longer_texts_and_a_target_beside_a_replay_are_refused(tmp_p
 
 def test_of_one_prompt_no_interval_is_claimed():
     alone = advice.Acceptance((0.8, 0.6), (0.8, 0.6), (0.8, 0.6), 2.0)
-    assert "of one prompt there is no interval" in advice.reasons(candidate(1e-3, {0.0: alone}).options(WORK))[0]
+    assert "one prompt gives no interval" in advice.reasons(candidate(1e-3, {0.0: alone}).options(WORK))[0]
 
 
 @pytest.mark.slow
@@ -199,7 +199,7 @@ def test_the_shape_is_the_fastest_at_its_parameters_or_the_largest_within_its_mi
     (chosen,) = (row for row in found if row["chosen"])
     assert chosen["parameters"] == max(row["parameters"] for row in found if row["layers"] < 3)
     config.milliseconds = 0.5
-    with pytest.raises(UserError, match="no shape takes at most 0.0005 s a step"):
+    with pytest.raises(UserError, match="no shape takes at most 0.0005 s per step"):
         budget.build(config, tmp_path)
     config.parameters = 12_000
     with pytest.raises(UserError, match="a budget is either parameters or milliseconds"):

@@ -27,16 +27,16 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "draft_design"
     ],
 )
 def test_published_shapes_have_the_parameters_of_their_names(name, count):
-    layers, width, heads, head_size, mlp = shapes.PRESETS[name]
+    layers, width, heads, head_size, mlp = paper_check.PRESETS[name]
     layer = 4 * width * heads * head_size + 3 * width * mlp + 2 * width
-    assert shapes.parameters(shapes.preset(name)) == layers * layer + width + 2 * 32000 * width == count
-    assert shapes.weight_bytes(shapes.preset(name, "bfloat16")) == 2 * count
+    assert shapes.parameters(paper_check.preset(name)) == layers * layer + width + 2 * 32000 * width == count
+    assert shapes.weight_bytes(paper_check.preset(name, "bfloat16")) == 2 * count
 
 
 def test_caches_of_the_published_shapes_are_192_and_120_mebibytes():
-    assert shapes.kv_bytes(shapes.preset("noft-1.3b"), 1024) == 192 * 2**20
-    assert shapes.kv_bytes(shapes.preset("wide-1.3b"), 1024) == 120 * 2**20
-    assert shapes.kv_bytes(shapes.preset("wide-1.3b", "float32"), 512, batch=3) == 360 * 2**20
+    assert shapes.kv_bytes(paper_check.preset("noft-1.3b"), 1024) == 192 * 2**20
+    assert shapes.kv_bytes(paper_check.preset("wide-1.3b"), 1024) == 120 * 2**20
+    assert shapes.kv_bytes(paper_check.preset("wide-1.3b", "float32"), 512, batch=3) == 360 * 2**20
 
 
 def test_a_step_reads_the_head_whole_and_of_the_embedding_a_row():
@@ -154,7 +154,7 @@ def test_what_no_shape_meets_is_refused():
     like = tiny.config()
     with pytest.raises(UserError, match="no shape of 6 layers in these proportions has about 900 parameters"):
         shapes.at_parameters(like, 6, 900)
-    with pytest.raises(UserError, match=r"no shape takes at most 0.0005 s a step \(the fastest takes 0.001\)"):
+    with pytest.raises(UserError, match=r"no shape takes at most 0.0005 s per step \(the fastest takes 0.001\)"):
         shapes.within_seconds([like], lambda shape: 1e-3, 5e-4)
     with pytest.raises(UserError, match="3 heads do not divide into 2 groups"):
         shapes.reshaped(like, heads=3, kv_heads=2)
@@ -163,7 +163,7 @@ def test_what_no_shape_meets_is_refused():
     with pytest.raises(UserError, match="no such shape: mlp_width must be at least 1, not 0"):
         shapes.reshaped(like, mlp_width=0)
     with pytest.raises(UserError, match='no published shape "wide-796"; did you mean "wide-796m"'):
-        shapes.preset("wide-796")
+        paper_check.preset("wide-796")
 
 
 def test_an_unknown_action_is_refused(tmp_path):

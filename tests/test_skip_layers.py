@@ -111,7 +111,7 @@ def test_layers_that_are_not_there_and_costs_that_cannot_be_are_refused(models):
         searched(models, most_skipped=4)
     with pytest.raises(UserError, match="a positive cost"):
         searched(models, verify_cost=0.0)
-    with pytest.raises(UserError, match="of decoder-only models, not of an encoder-decoder"):
+    with pytest.raises(UserError, match="only decoder-only models can skip layers"):
         searched((EncoderDecoder.__new__(EncoderDecoder), {}))
 
 

@@ -53,10 +53,10 @@ def test_layers_that_the_target_shares_are_paid_once(tmp_path):
     ("changes", "said"),
     [
         ({"drafts": ()}, "drafts is empty; give --config.drafts=name:acceptance:milliseconds, one or more"),
-        ({"drafts": ("a:1.5:1",)}, 'a draft is name:acceptance:milliseconds, .* not "a:1.5:1"'),
-        ({"drafts": ("a:fast",)}, 'a draft is name:acceptance:milliseconds, .* not "a:fast"'),
-        ({"target_milliseconds": (0.0,)}, "target_milliseconds are of 1, 2, .. tokens a row, each above 0"),
-        ({"longest": 0}, "longest is the largest gamma to look at, 1 or more, not 0"),
+        ({"drafts": ("a:1.5:1",)}, 'drafts has "a:1.5:1"; write name:acceptance:milliseconds'),
+        ({"drafts": ("a:fast",)}, 'drafts has "a:fast"; write name:acceptance:milliseconds'),
+        ({"target_milliseconds": (0.0,)}, "target_milliseconds are \\(0.0,\\); set positive milliseconds"),
+        ({"longest": 0}, "longest is 0; set the largest gamma"),
     ],
 )
 def test_numbers_that_say_nothing_are_refused(tmp_path, changes, said):

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from configs.draft_design import paper_check
 from configs.draft_design.profiling import Case, Point, Profile, line
 from specjax import design
 from specjax.draft_design import shapes
@@ -82,7 +83,7 @@ def _cases(config: Any) -> Iterator[tuple[str, dict, Case]]:
     for steps in config.dispatches:
         yield "draft_loop", {"steps_a_dispatch": steps}, case(middle, steps=steps)
     for name in config.published:
-        yield "published_shapes", {"draft": name}, case(shapes.preset(name))
+        yield "published_shapes", {"draft": name}, case(paper_check.preset(name))
 
 
 def _base_shape(section: Any) -> DecoderConfig:

@@ -1,12 +1,13 @@
-"""Which draft, gamma and confidence threshold to take for a target on this device, how sure that is, and why.
+"""Recommends a draft, gamma and confidence threshold for a target on this device, with an interval and reasons.
 
-Seconds are measured here, part by part, for every candidate; acceptance comes from drafts that there are, decoded with,
-or is a stated range for shapes that nobody has trained yet. The throughput model puts them together.
+The seconds of each part of a block are measured for every candidate. Acceptance is measured by decoding with drafts
+that exist, and is a range stated by the user for shapes that are not trained yet. The throughput model combines both.
 """
 
 import dataclasses
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,19 +25,19 @@ from specjax.hub.model import Model
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
 from specjax.models.language_model import LanguageModel, Params
-from specjax.reporting import metrics
+from specjax.reporting import metrics, page, plots, records, row_tables
 
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """What is decoded.
+    """The decoding for which a draft is chosen.
 
     Attributes:
       prompts: token ids.
-      max_new_tokens: that each is continued by.
-      batch_size: rows at a time.
+      max_new_tokens: for each prompt.
+      batch_size: prompts that are decoded together.
       temperature: of the target.
-      seed: of the rows' randomness.
+      seed: for sampling.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -50,7 +51,7 @@ class Workload:
         return batch.prompt_slots(self.prompts)
 
     def plan(self, target: LanguageModel, draft: LanguageModel | None, gamma: int, threshold: float) -> Plan:
-        """The decoding of this workload by such a pair."""
+        """The plan that decodes this workload with a target and a draft; without a draft if `draft` is None."""
         drafter = build_drafter(ModelDraft(threshold=threshold), target, gamma, draft)
         how = {"max_new_tokens": self.max_new_tokens, "greedy": self.temperature == 0}
         return Plan.for_prompts(target, self.prompts, drafter=drafter, gamma=gamma, **how)
@@ -58,15 +59,15 @@ class Workload:
 
 @dataclasses.dataclass(frozen=True)
 class Acceptance:
-    """What is known of how often a draft's tokens stand.
+    """How often a draft's tokens are accepted.
 
     Attributes:
-      ctar: the best guess, for as many positions as were drafted.
-      low: the lower end of its 95% interval, or of a stated range.
-      high: the upper one.
-      drafted: tokens of a block, gamma where it never stops early.
-      uneven: how many times as many blocks batches took as they would if their rows were alike: a batch runs as long as
-        its slowest row, and greedy texts differ in how well they are drafted. It is measured at the largest gamma.
+      ctar: cumulative token acceptance rate at each drafted position, the best estimate.
+      low: the lower end of its 95% interval, or of the stated range.
+      high: the upper end.
+      drafted: mean drafted tokens per block; gamma without early stops.
+      uneven: blocks that batches took, relative to the number expected if all rows were drafted equally well. A batch
+        runs as long as its slowest row, so this is at least 1. It is measured at the largest gamma.
     """
 
     ctar: tuple[float, ...]
@@ -77,33 +78,32 @@ class Acceptance:
 
 
 def stated(low: float, high: float, gamma: int) -> Acceptance:
-    """A range of i.i.d. acceptance, and its middle."""
+    """An acceptance between `low` and `high`, independent at each position; the estimate is the middle."""
     middle = throughput.iid((low + high) / 2, gamma)
     return Acceptance(middle, throughput.iid(low, gamma), throughput.iid(high, gamma), float(gamma))
 
 
 def measured(counts: metrics.Counts, *, seed: int, batch_size: int = 1) -> Acceptance:
-    """From the counts of a run at the largest gamma; the interval is that of the bootstrap over prompts."""
+    """The acceptance in the counts of a run at the largest gamma; the interval is a bootstrap over prompts."""
     ctar = tuple(prediction.uncut_ctar(counts, np.ones(len(counts.emitted))).tolist())
     ratios = lambda weights: {str(w): chance for w, chance in enumerate(prediction.uncut_ctar(counts, weights))}
-    found = metrics.intervals(ratios, len(counts.emitted), seed=seed)
-    ends = [found[str(w)] or (ctar[w], ctar[w]) for w in range(len(ctar))]
+    intervals = metrics.intervals(ratios, len(counts.emitted), seed=seed)
+    ends = [intervals[str(w)] or (ctar[w], ctar[w]) for w in range(len(ctar))]
     low, high = (tuple(float(end[side]) for end in ends) for side in (0, 1))
     drafted = float(counts.drafted.sum() / counts.target_calls.sum())
-    taken = sum(
-        int(counts.target_calls[at : at + batch_size].max()) for at in range(0, len(counts.emitted), batch_size)
-    )
+    firsts = range(0, len(counts.emitted), batch_size)
+    taken = sum(int(counts.target_calls[first : first + batch_size].max()) for first in firsts)
     expected = prediction.expected_iterations(counts, batch_size)
     return Acceptance(ctar, low, high, drafted, unevenness(taken, expected, batch_size))
 
 
 def unevenness(taken: int, expected: float, batch_size: int) -> float:
-    """`Acceptance.uneven`, from blocks that were taken and expected; rows that differ can only make them more."""
+    """`Acceptance.uneven` from the numbers of blocks that were taken and that were expected."""
     return max(1.0, taken / expected) if batch_size > 1 else 1.0
 
 
 def decode(target: Model, draft: Model, work: Workload, gamma: int, threshold: float) -> metrics.Counts:
-    """The counts of speculative decoding of the whole workload."""
+    """The counts of speculative decoding of the workload."""
     results = batch.decode_all(
         work.plan(target.decoder, draft.decoder, gamma, threshold),
         target.params,
@@ -125,7 +125,10 @@ def time_parts(
     work: Workload,
     gammas: Sequence[int],
 ) -> list[dict[int, throughput.Parts]]:
-    """Of each draft, the parts of a block by gamma, at the workload's mean context; everything timed in turns."""
+    """The seconds of each part of a block, for each draft by gamma, at the workload's mean context length.
+
+    All drafts and gammas are timed in alternation.
+    """
     mean = int(np.mean([len(prompt) for prompt in work.prompts])) + work.max_new_tokens // 2
     rows = tuple((work.prompts[0] * mean)[:mean] for _ in range(work.batch_size))
     longer = dataclasses.replace(work, prompts=rows)
@@ -147,14 +150,14 @@ def time_parts(
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A draft that could be taken, with what a block of it takes and brings.
+    """A draft that could be used.
 
     Attributes:
-      name: of a directory, or of a shape.
+      name: its directory, or the name of its shape.
       decoder: its shape.
-      acceptance: by threshold; 0 is without a stop.
-      parts: by gamma.
-      trained: whether it exists.
+      acceptance: by confidence threshold; 0 means no early stop.
+      parts: seconds of a block's parts, by gamma.
+      trained: whether it exists already.
     """
 
     name: str
@@ -164,17 +167,17 @@ class Candidate:
     trained: bool
 
     def options(self, work: Workload) -> list[dict]:
-        """A row for each gamma whose parts were timed, and for each threshold at the largest.
+        """A row for each timed gamma, and at the largest gamma one for each threshold.
 
-        A threshold is priced by the mean number of drafted tokens, which is true of one row: in a batch a block takes
-        as long as the row that drafts most.
+        The cost with a threshold is computed from the mean number of drafted tokens. That is right for one row only: in
+        a batch a block takes as long as the row that drafts most.
         """
-        rows = []
-        for gamma in self.parts:
-            for threshold, acceptance in self.acceptance.items():
-                if threshold == 0 or gamma == max(self.parts):
-                    rows.append(self._option(work, gamma, threshold, acceptance))
-        return rows
+        return [
+            self._option(work, gamma, threshold, acceptance)
+            for gamma in self.parts
+            for threshold, acceptance in self.acceptance.items()
+            if threshold == 0 or gamma == max(self.parts)
+        ]
 
     def _option(self, work: Workload, gamma: int, threshold: float, acceptance: Acceptance) -> dict:
         costs = self._costs(gamma, acceptance.drafted if threshold else float(gamma))
@@ -204,99 +207,113 @@ class Candidate:
             "break_even_block_efficiency": costs.block(gamma) / plain,
             "break_even_acceptance": throughput.break_even_acceptance(costs, gamma),
             **{
-                f"{what}_10_percent_better": gain
-                for what, gain in throughput.sensitivity(acceptance.ctar[:gamma], costs, gamma).items()
+                f"{part}_10_percent_better": gain
+                for part, gain in throughput.sensitivity(acceptance.ctar[:gamma], costs, gamma).items()
             },
         }
 
     def _costs(self, gamma: int, drafted: float) -> throughput.Costs:
-        """As if every block took what one of `drafted` tokens takes, between the gammas that were timed."""
-        of = {0: self.parts[gamma].baseline, **{g: each.verify + each.rule for g, each in self.parts.items()}}
-        target = float(np.interp(drafted, sorted(of), [of[g] for g in sorted(of)]))
+        """The costs of a block in which `drafted` tokens are drafted, interpolated between the timed gammas."""
+        verify = {0: self.parts[gamma].baseline, **{g: parts.verify + parts.rule for g, parts in self.parts.items()}}
+        target = float(np.interp(drafted, sorted(verify), [verify[g] for g in sorted(verify)]))
         step = self.parts[gamma].draft_step * drafted / gamma
-        return throughput.Costs(step, (of[0], *[target] * gamma))
+        return throughput.Costs(step, (verify[0], *[target] * gamma))
 
 
 def recommend(rows: Sequence[dict]) -> dict:
-    """The fastest row as advice; plain decoding where nothing is faster than it."""
+    """The fastest row as advice, with gamma 0 if plain decoding is faster."""
     best = max(rows, key=lambda row: row["tokens_per_second"])
     plain = best["plain_tokens_per_second"]
     pays = best["tokens_per_second"] > plain
-    return {
-        "table": "advice",
-        "pays": pays,
-        **{key: best[key] for key in ("draft", "trained", "temperature", "layers", "width", "heads", "parameters")},
-        "gamma": best["gamma"] if pays else 0,
-        "threshold": best["threshold"] if pays else 0.0,
-        "tokens_per_second": best["tokens_per_second"] if pays else plain,
-        "tokens_per_second_low": best["tokens_per_second_low"] if pays else plain,
-        "tokens_per_second_high": best["tokens_per_second_high"] if pays else plain,
-        "plain_tokens_per_second": plain,
-        "break_even_acceptance": best["break_even_acceptance"],
-    }
+    speeds = ("tokens_per_second", "tokens_per_second_low", "tokens_per_second_high")
+    chosen = best if pays else {**best, "gamma": 0, "threshold": 0.0, **dict.fromkeys(speeds, plain)}
+    keys = ("draft", "trained", "temperature", "layers", "width", "heads", "parameters", "gamma", "threshold", *speeds)
+    keys += ("plain_tokens_per_second", "break_even_acceptance")
+    return {"table": "advice", "pays": pays, **{key: chosen[key] for key in keys}}
 
 
 def reasons(rows: Sequence[dict]) -> list[str]:
-    """Why the fastest row is recommended, or speculation is not, a sentence each."""
+    """Sentences on why the fastest row is recommended, or why speculation is not."""
     best = max(rows, key=lambda row: row["tokens_per_second"])
-    plain = best["plain_tokens_per_second"]
+    plain, low = best["plain_tokens_per_second"], best["tokens_per_second_low"]
     speedup, enough = best["tokens_per_second"] / plain, best["break_even_acceptance"]
-    known = best["tokens_per_second_low"] < best["tokens_per_second_high"]
     if speedup <= 1:
-        verdict = f"speculation does not pay here: the best candidate would be {speedup:.2f} times as fast as without"
-    elif not known:
-        verdict = f"{speedup:.2f} times as fast as plain decoding is expected; of one prompt there is no interval"
-    elif best["tokens_per_second_low"] <= plain:
-        verdict = f"{speedup:.2f} times as fast as plain decoding is expected, but the low end of the acceptance loses"
+        verdict = f"speculation does not pay here: the best draft gives {speedup:.2f} times the plain speed"
     else:
-        verdict = f"{speedup:.2f} times as fast as plain decoding is expected, and the low end of the acceptance wins"
-    source = "is known from decoding with it" if best["trained"] else "is the stated range, nobody has trained it yet"
-    even = f"an i.i.d. acceptance of {enough:.2f} would break even" if enough is not None else "no acceptance would do"
+        verdict = f"expect {speedup:.2f} times the speed of plain decoding"
+        if low == best["tokens_per_second_high"]:
+            verdict += "; one prompt gives no interval"
+        elif low <= plain:
+            verdict += ", but it is slower at the low end of the acceptance"
+        else:
+            verdict += ", and it is faster even at the low end of the acceptance"
+    source = "was measured by decoding" if best["trained"] else "is the stated range; the draft is not trained yet"
+    even = f"it breaks even at an acceptance of {enough:.2f}" if enough is not None else "no acceptance breaks even"
     return [
         verdict,
-        f"a block of gamma {best['gamma']} has to emit {best['break_even_block_efficiency']:.2f} tokens to break even "
+        f"a block of gamma {best['gamma']} must emit {best['break_even_block_efficiency']:.2f} tokens to break even "
         f"and emits {best['block_efficiency']:.2f}; {even}",
         f"a draft step takes {best['draft_milliseconds']:.3g} ms, a verification {best['verify_milliseconds']:.3g} "
         f"ms, a plain step {best['plain_milliseconds']:.3g} ms, measured on this device",
         f"the acceptance of {best['draft']} {source}",
-        f"10% more acceptance would bring {best['acceptance_10_percent_better'] - 1:+.1%}, 10% less draft latency "
-        f"{best['latency_10_percent_better'] - 1:+.1%}",
+        f"10% more acceptance changes the speed by {best['acceptance_10_percent_better'] - 1:+.1%}, 10% less draft "
+        f"latency by {best['latency_10_percent_better'] - 1:+.1%}",
     ]
 
 
 def untrained(
     target: DecoderConfig, layers: Sequence[int], share: float, acceptance: Acceptance, seed: int
 ) -> list[tuple[Candidate, Params]]:
-    """A candidate of each depth with this share of the target's parameters, in its proportions, and random weights.
+    """Llama candidates with random weights, one for each depth, with this share of the target's parameters.
 
-    All are Llamas, as `train.py` trains them.
+    Their proportions are the target's; `configs/draft_design/train.py` trains such a model.
 
     Raises:
-      UserError: for a budget that no shape of a depth meets.
+      UserError: if no shape of some depth has about this number of parameters.
     """
-    wanted = round(share * shapes.parameters(target))
-    found = []
+    budget = round(share * shapes.parameters(target))
+    candidates = []
     for depth in layers:
-        decoder = Decoder(shapes.at_parameters(shapes.plain_llama(target), depth, wanted))
-        name = f"{depth}x{decoder.config.width}"
-        found.append((Candidate(name, decoder, {0.0: acceptance}, {}, False), decoder.init(jax.random.key(seed))))
-    return found
+        decoder = Decoder(shapes.at_parameters(shapes.plain_llama(target), depth, budget))
+        candidate = Candidate(f"{depth}x{decoder.config.width}", decoder, {0.0: acceptance}, {}, False)
+        candidates.append((candidate, decoder.init(jax.random.key(seed))))
+    return candidates
 
 
 def command(target: str, task: Any, row: dict, candidate: Candidate) -> str:
-    """What trains the recommended draft for its target, or decodes with it where it is trained."""
-    given: dict[str, Any] = {"target": target}
+    """The shell command that decodes with the recommended draft, or that trains it if it does not exist yet."""
+    overrides: dict[str, Any] = {"target": target}
     if candidate.trained:
-        given |= {"drafter.path": candidate.name, "gamma": row["gamma"], "drafter.threshold": row["threshold"]}
-        given |= {"temperature": row["temperature"], "prompt": "def main("}
+        overrides |= {"drafter.path": candidate.name, "gamma": row["gamma"], "drafter.threshold": row["threshold"]}
+        overrides |= {"temperature": row["temperature"], "prompt": "def main("}
         config, workdir = "configs/generate.py", "generate"
     else:
         shape = candidate.decoder.config
         fields = ("layers", "width", "heads", "kv_heads", "head_size", "mlp_width", "max_positions", "norm_epsilon")
         fields += ("tied_head", "param_dtype", "compute_dtype")
-        given |= {"tokenizer.path": target, "task.name": task.name, "task.path": task.path}
-        given |= {f"model.{name}": getattr(shape, name) for name in fields}
-        given["model.rope_theta"] = shape.rotary.theta
+        overrides |= {"tokenizer.path": target, "task.name": task.name, "task.path": task.path}
+        overrides |= {f"model.{name}": getattr(shape, name) for name in fields}
+        overrides["model.rope_theta"] = shape.rotary.theta
         config, workdir = "configs/draft_design/train.py", f"draft_{candidate.name}"
-    said = " ".join(shlex.quote(f"--config.{key}={value}") for key, value in given.items())
-    return f"python -m specjax.main --config={config} --workdir=runs/{workdir} {said}"
+    arguments = " ".join(shlex.quote(f"--config.{key}={value}") for key, value in overrides.items())
+    return f"python -m specjax.main --config={config} --workdir=runs/{workdir} {arguments}"
+
+
+def write_report(config: Any, workdir: Path, rows: Sequence[dict]) -> None:
+    """Writes report.html: throughput of each candidate by gamma, and all tables."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        if row["table"] == "candidates" and not row["threshold"]:
+            curve = curves.setdefault(row["draft"], [(0, row["plain_tokens_per_second"])])
+            curve.append((row["gamma"], row["tokens_per_second"]))
+    path = workdir / "figures" / "throughput.png"
+    plots.lines_figure({"expected": curves}, path, x_label="gamma", y_label="tokens per second")
+    caption = "Expected tokens per second by gamma, without a confidence stop; 0 is plain decoding."
+    figure = page.Section("Throughput", [page.Figures([page.Figure(path, caption)])])
+    page.write_report(
+        workdir / "report.html",
+        title="Which draft to build",
+        subtitle=workdir.name,
+        environment=records.environment(config.seed),
+        sections=[figure, *(page.Section(*table) for table in row_tables.page_tables(rows))],
+    )

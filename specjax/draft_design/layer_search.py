@@ -1,9 +1,9 @@
-"""Which layers of a target to leave out so that the rest drafts for it: a greedy search by acceptance and cost.
+"""Greedy search for the layers that a target can skip when it drafts for itself.
 
-The search of Draft & Verify (arXiv 2309.08168, section 3.3) made small: whole layers, added one by one, in place of a
-Bayesian optimisation over attention and MLP parts. Its candidates are judged without decoding: acceptance is the
-overlap of target and draft on a text of the target's own, cost the parameters that a step reads, and both make the
-speed-up of drafting gamma tokens at a time, whatever gamma is best.
+A simpler form of the search in Draft & Verify (arXiv 2309.08168, section 3.3): whole layers, added one at a time,
+instead of Bayesian optimisation over attention and MLP parts. Candidates are judged without decoding. Acceptance is the
+overlap of the two distributions on the target's own text, cost is the number of parameters that a step reads, and the
+score is the predicted speed-up at the best gamma.
 """
 
 import dataclasses
@@ -24,13 +24,13 @@ from specjax.runtime.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A draft made of a target's layers, and what it promises.
+    """A draft that skips layers of the target, and its predicted speed.
 
     Attributes:
-      skipped: the layers left out, ascending.
+      skipped: the skipped layers, ascending.
       acceptance: mean overlap sum_v min(target, draft) over the text.
-      cost_ratio: what a draft step reads, relative to a step of the target.
-      gamma: at which drafting is predicted to be fastest.
+      cost_ratio: parameters that a draft step reads, relative to a target step.
+      gamma: the gamma with the largest predicted speed-up.
       predicted_speedup: over plain decoding, at that gamma.
     """
 
@@ -47,39 +47,39 @@ def _acceptance(
     params: Params,
     tokens: Int[Array, "B T"],
     counted: Float[Array, "B T"],
-    kept: Bool[Array, "L"],
+    included: Bool[Array, "L"],
     sampling: Sampling,
     *,
     greedy: bool,
 ) -> Float[Array, ""]:
-    """Mean overlap over the counted positions. Which layers are kept is traced: all candidates share one executable.
+    """Mean overlap over the counted positions. `included` is traced, so all candidates share one executable.
 
-    The draft's states come from kept layers all along the text, while in decoding the committed tokens have the whole
-    target's keys and values: what is measured here is a little too low.
+    The result is slightly low: here the draft computes all of the text with the included layers, while in decoding the
+    committed tokens have keys and values of the complete target.
     """
     positions = consecutive(tokens)
-    whole, _ = target.extend(params, None, tokens, positions)
+    complete, _ = target.extend(params, None, tokens, positions)
     hidden, _ = target.extend(params, None, tokens, positions, layers=(0, 0))
     for layer in range(target.layers):
         after, _ = target.extend(params, None, hidden, positions, layers=(layer, layer + 1))
-        hidden = jnp.where(kept[layer], after, hidden)
-    law = lambda states: probabilities(target.head(params, states), sampling, greedy=greedy)
-    overlap = jnp.sum(jnp.minimum(law(whole), law(hidden)), axis=-1)
+        hidden = jnp.where(included[layer], after, hidden)
+    distribution = lambda states: probabilities(target.head(params, states), sampling, greedy=greedy)
+    overlap = jnp.sum(jnp.minimum(distribution(complete), distribution(hidden)), axis=-1)
     return jnp.sum(counted * overlap) / jnp.sum(counted)
 
 
 def cost_ratio(target: LanguageModel, skipped: tuple[int, ...]) -> float:
-    """Parameters that a step of the draft reads, over those of a step of the target."""
+    """Parameters that a step of the draft reads, relative to a step of the target."""
     blocks = target.abstract_params()["blocks"]
-    left_out = sum(math.prod(x.shape) for layer in skipped for x in jax.tree.leaves(blocks[layer]))
-    return 1 - left_out / target.num_step_params
+    unread = sum(math.prod(x.shape) for layer in skipped for x in jax.tree.leaves(blocks[layer]))
+    return 1 - unread / target.num_step_params
 
 
 def best_gamma(acceptance: float, cost_ratio: float, verify_cost: float, longest: int) -> tuple[int, float]:
-    """The gamma in 1 .. longest of the largest predicted speed-up, and that.
+    """The gamma in 1 .. longest with the largest predicted speed-up, and that speed-up.
 
-    A block emits 1 + a + .. + a^gamma tokens where each stands with chance a (arXiv 2211.17192, equation 1), and costs
-    gamma draft steps and a verification of `verify_cost` plain steps.
+    If each token is accepted with probability a, a block emits 1 + a + .. + a^gamma tokens (arXiv 2211.17192, equation
+    1). It costs gamma draft steps and a verification, which takes as long as `verify_cost` plain steps.
     """
     gammas = np.arange(1, longest + 1)
     speedups = 1 + np.cumsum(acceptance**gammas)
@@ -100,21 +100,21 @@ def search(
     longest_gamma: int,
     verify_cost: float,
 ) -> Iterator[Choice]:
-    """The best choice of one layer to leave out, then with it the best second one, and so on up to `most_skipped`.
+    """Yields the best choice of one skipped layer, then of that one and a second, up to `most_skipped` layers.
 
     Args:
-      tokens: right-padded texts; the target's own say most.
-      starts: position of each text from which on its tokens count as predicted.
-      sampling: at whose temperature acceptance is judged.
-      longest_gamma: the longest draft considered.
-      verify_cost: seconds of a verification over those of a plain step.
+      tokens: right-padded texts, best written by the target.
+      lengths: the number of tokens of each text.
+      starts: the first position of each text whose token counts.
+      sampling: temperature, top-k and top-p of the distributions.
+      longest_gamma: the largest gamma to consider.
+      verify_cost: seconds of a verification relative to a plain step.
 
     Raises:
-      UserError: for numbers of layers that the target does not have, costs that are not positive, and an
-        encoder-decoder.
+      UserError: for an encoder-decoder, or an argument out of range.
     """
     if target.is_encoder_decoder:
-        raise UserError("layers are chosen of decoder-only models, not of an encoder-decoder; take another target")
+        raise UserError("only decoder-only models can skip layers; use a decoder-only target")
     if not 1 <= most_skipped < target.layers:
         raise UserError(f"most_skipped must lie in 1 .. {target.layers - 1} for this target, not {most_skipped}")
     if longest_gamma < 1 or not verify_cost > 0:
@@ -124,20 +124,20 @@ def search(
     following = np.arange(1, np.shape(tokens)[1] + 1)[None]
     counted = (following >= np.asarray(starts)[:, None]) & (following < np.asarray(lengths)[:, None])
     if not counted.any():
-        raise UserError("there is no text to judge layers by; give more prompts or more new tokens")
-    given = jnp.asarray(tokens, jnp.int32), jnp.asarray(counted, jnp.float32)
+        raise UserError("there is no text to judge layers by; use more prompts or more new tokens")
+    text = jnp.asarray(tokens, jnp.int32), jnp.asarray(counted, jnp.float32)
 
     def judged(skipped: tuple[int, ...]) -> Choice:
-        kept = jnp.asarray(~np.isin(np.arange(target.layers), skipped))
+        included = jnp.asarray(~np.isin(np.arange(target.layers), skipped))
         greedy = float(sampling.temperature) == 0
-        acceptance = float(_acceptance(target, params, *given, kept, sampling, greedy=greedy))
+        acceptance = float(_acceptance(target, params, *text, included, sampling, greedy=greedy))
         ratio = cost_ratio(target, skipped)
         return Choice(skipped, acceptance, ratio, *best_gamma(acceptance, ratio, verify_cost, longest_gamma))
 
     skipped: tuple[int, ...] = ()
     for _ in range(most_skipped):
-        left = [layer for layer in range(target.layers) if layer not in skipped]
-        choices = [judged(tuple(sorted((*skipped, layer)))) for layer in left]
+        rest = [layer for layer in range(target.layers) if layer not in skipped]
+        choices = [judged(tuple(sorted((*skipped, layer)))) for layer in rest]
         best = max(choices, key=lambda choice: choice.predicted_speedup)
         yield best
         skipped = best.skipped

@@ -1,10 +1,10 @@
-"""Structured pruning: a smaller checkpoint of the same family, from what matters of a larger one on calibration text.
+"""Structured pruning: a smaller model of the same family, of the parts that matter most on calibration text.
 
-What is cut are whole layers, query and key/value heads, inner units of the MLPs and channels of the residual stream, so
-that the result is an ordinary model of its family. A pruned model is a start for training, not a draft yet: distil it.
+It removes whole layers, query and key/value heads, inner units of the MLPs and channels of the residual stream. The
+result is an ordinary model of its family, to be distilled before it is a useful draft.
 
-Importance is measured in one forward over the text (formulas of arXiv 2403.03853 for layers, arXiv 2407.14679 for the
-rest): no gradients, no search.
+Importance takes one forward pass over the text, without gradients or a search (formulas of arXiv 2403.03853 for layers
+and arXiv 2407.14679 for the rest).
 """
 
 import dataclasses
@@ -22,21 +22,21 @@ from specjax.models.decoder import Decoder
 from specjax.models.language_model import LanguageModel, Params, consecutive
 from specjax.runtime.errors import UserError
 
-# What a shape may have less of, beside its layers.
+# Sizes that pruning can reduce.
 _SIZES = ("layers", "width", "heads", "kv_heads", "mlp_width")
-# Norms of single heads, whose size is no width of the model.
+# Norms within heads, which do not have the model's width.
 _HEAD_NORMS = ("query_norm", "key_norm")
 
 
 @dataclasses.dataclass(frozen=True)
 class Importance:
-    """How much each part matters, the more the larger.
+    """The importance of each part of a model; larger is more important.
 
     Attributes:
       layers: 1 - cosine between a layer's input and output, mean over tokens.
-      heads: length of each query head's output before the output projection, mean over tokens.
-      mlp: magnitude of each inner unit, mean over tokens.
-      width: magnitude of each channel behind the norms, mean over tokens, summed over norms.
+      heads: L2 norm of each query head's output before the output projection, mean over tokens.
+      mlp: absolute value of each inner unit, mean over tokens.
+      width: absolute value of each channel after the norms, mean over tokens, summed over norms.
     """
 
     layers: Float[np.ndarray, "L"]
@@ -46,21 +46,21 @@ class Importance:
 
 
 class _Tap:
-    """Stands before a part of the model, and keeps what goes into it, or what comes out."""
+    """Wraps a part of the model and records its inputs or outputs."""
 
-    def __init__(self, part: Any, seen: list, *, output: bool):
-        self._part, self._seen, self._output = part, seen, output
+    def __init__(self, part: Any, recorded: list, *, output: bool):
+        self._part, self._recorded, self._output = part, recorded, output
 
     def __call__(self, inputs):
         outputs = self._part(inputs)
-        self._seen.append(outputs if self._output else inputs)
+        self._recorded.append(outputs if self._output else inputs)
         return outputs
 
 
 def importance(
     model: LanguageModel, params: Params, texts: Sequence[tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]]
 ) -> Importance:
-    """Runs the model over the calibration texts.
+    """Measures importance on calibration texts.
 
     Args:
       texts: batches of right-padded tokens and their lengths; padding does not count.
@@ -69,9 +69,9 @@ def importance(
       UserError: for an encoder-decoder, or without any text.
     """
     if not isinstance(model, Decoder):
-        raise UserError("only decoder-only models are pruned; train an encoder-decoder draft from scratch")
+        raise UserError("only decoder-only models can be pruned; train an encoder-decoder draft from scratch")
     if not texts:
-        raise UserError("there is no calibration text to judge a model's parts by; give some")
+        raise UserError("there is no calibration text; set calibration.batches to at least 1")
     sums = [_sums(model, params, jnp.asarray(tokens), jnp.asarray(lengths)) for tokens, lengths in texts]
     count = sum(int(lengths.sum()) for _, lengths in texts)
     layers, heads, mlp, width = (np.asarray(sum(parts), np.float64) / count for parts in zip(*sums, strict=True))
@@ -80,9 +80,9 @@ def importance(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _sums(model: Decoder, params: Params, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]):
-    """Sums over tokens of what `Importance` holds means of."""
+    """Sums over tokens of the quantities whose means are in `Importance`."""
     config, module = model.config, model.bind(params)
-    real = (jnp.arange(tokens.shape[1])[None] < lengths[:, None]).astype(jnp.float32)
+    counted = (jnp.arange(tokens.shape[1])[None] < lengths[:, None]).astype(jnp.float32)
     mixed, inner, normed = [], [], []
     for block in module.blocks:
         block.attention.output = _Tap(block.attention.output, mixed, output=False)
@@ -94,8 +94,8 @@ def _sums(model: Decoder, params: Params, tokens: Int[Array, "B T"], lengths: In
     for layer in range(config.layers):
         before = hidden
         hidden, _ = module.extend(None, hidden, positions, None, layer, layer + 1)
-        cosines.append(jnp.sum((1.0 - _cosine(before, hidden)) * real))
-    over = lambda x: jnp.einsum("BT...,BT->...", x.astype(jnp.float32), real)
+        cosines.append(jnp.sum((1.0 - _cosine(before, hidden)) * counted))
+    over = lambda x: jnp.einsum("BT...,BT->...", x.astype(jnp.float32), counted)
     by_head = [x.reshape(*x.shape[:2], config.heads, config.head_size) for x in mixed]
     heads = [over(jnp.linalg.norm(x.astype(jnp.float32), axis=-1)) for x in by_head]
     units = [over(jnp.abs(x)) for x in inner]
@@ -109,20 +109,21 @@ def _cosine(a: Float[Array, "B T D"], b: Float[Array, "B T D"]) -> Float[Array, 
     return jnp.sum(a * b, axis=-1) / jnp.maximum(scale, jnp.finfo(jnp.float32).tiny)
 
 
-def prune(model: LanguageModel, params: Params, shape: DecoderConfig, matters: Importance) -> tuple[Decoder, Params]:
-    """The model cut to `shape`: what matters most stays, in its old order.
+def prune(model: LanguageModel, params: Params, shape: DecoderConfig, importance: Importance) -> tuple[Decoder, Params]:
+    """Reduces the model to `shape`: keeps the most important parts, in their order.
 
-    Whole groups of a key/value head and its query heads stay or go; where the shape has smaller groups, the best query
-    heads of each stay.
+    A key/value head is kept with all its query heads or removed with them. If the shape has smaller groups, the best
+    query heads of each group are kept.
 
     Raises:
-      UserError: for a shape that is larger somewhere, or differs in what cannot be cut.
+      UserError: if the shape is larger in some size, or differs in something that cannot be pruned.
     """
     config = model.config
     for name in _SIZES:
         if getattr(shape, name) > getattr(config, name):
             raise UserError(
-                f"pruning cannot add: {name} is {getattr(config, name)} and {getattr(shape, name)} was asked for"
+                f"{name} is {getattr(config, name)}, and pruning cannot increase it to {getattr(shape, name)}; use a "
+                "smaller value"
             )
     if shape.heads // shape.kv_heads > config.heads // config.kv_heads:
         raise UserError(
@@ -131,45 +132,49 @@ def prune(model: LanguageModel, params: Params, shape: DecoderConfig, matters: I
         )
     if config.embedding_width and shape.width < config.width:
         raise UserError("a model that projects its embedding keeps its width; prune layers, heads or mlp_width")
-    layers = _best(matters.layers, shape.layers).tolist()
+    layers = _best(importance.layers, shape.layers).tolist()
     per_layer = {
         name: tuple(getattr(config, name)[layer] for layer in layers) if getattr(config, name) else ()
         for name in ("windows", "rotary_layers")
     }
     sizes = {name: getattr(shape, name) for name in _SIZES}
     if dataclasses.replace(shape, **per_layer) != dataclasses.replace(config, **sizes, **per_layer):
-        raise UserError("a pruned model differs from its source in layers, heads and widths alone; leave the rest")
+        raise UserError("pruning changes only layers, heads and widths; leave the rest as in the source")
     pruned = Decoder(dataclasses.replace(config, **sizes, **per_layer))
-    width = _best(matters.width, shape.width)
-    cut = {"embed": width, "norm": width}
-    whole = {**params, "blocks": {new: params["blocks"][old] for new, old in enumerate(layers)}}
+    width = _best(importance.width, shape.width)
+    shared = {"embed": width, "norm": width}
+    remaining = {**params, "blocks": {new: params["blocks"][old] for new, old in enumerate(layers)}}
     axes = model.axes()
     axes = {**axes, "blocks": {new: axes["blocks"][old] for new, old in enumerate(layers)}}
-    kept = [{**cut, **_kept_of_layer(config, shape, matters, layer)} for layer in layers]
+    by_layer = [{**shared, **_kept_of_layer(config, shape, importance, layer)} for layer in layers]
 
     def take(path, array, names):
         keys = [entry.key for entry in path]
         if any(name in keys for name in _HEAD_NORMS):
             return array
-        chosen = kept[keys[1]] if keys[0] == "blocks" else cut
+        chosen = by_layer[keys[1]] if keys[0] == "blocks" else shared
         for axis, name in enumerate(names):
             if name in chosen:
                 array = jnp.take(array, jnp.asarray(chosen[name]), axis=axis)
         return array
 
-    return pruned, jax.tree_util.tree_map_with_path(take, whole, axes)
+    return pruned, jax.tree_util.tree_map_with_path(take, remaining, axes)
 
 
-def _kept_of_layer(config: DecoderConfig, shape: DecoderConfig, matters: Importance, layer: int) -> dict:
-    """Which channels of heads, key/value heads and MLP stay in one layer."""
-    grouped = matters.heads[layer].reshape(config.kv_heads, -1)
+def _kept_of_layer(config: DecoderConfig, shape: DecoderConfig, importance: Importance, layer: int) -> dict:
+    """The channels of heads, key/value heads and MLP to keep in one layer."""
+    grouped = importance.heads[layer].reshape(config.kv_heads, -1)
     size = shape.heads // shape.kv_heads
     groups = _best(grouped.sum(1), shape.kv_heads)
     heads = [group * grouped.shape[1] + head for group in groups for head in _best(grouped[group], size)]
-    channels = lambda kept: np.concatenate([np.arange(config.head_size) + config.head_size * index for index in kept])
-    return {"heads": channels(heads), "kv_heads": channels(groups), "mlp": _best(matters.mlp[layer], shape.mlp_width)}
+    channels = lambda indices: np.concatenate([np.arange(config.head_size) + config.head_size * i for i in indices])
+    return {
+        "heads": channels(heads),
+        "kv_heads": channels(groups),
+        "mlp": _best(importance.mlp[layer], shape.mlp_width),
+    }
 
 
 def _best(scores: Float[np.ndarray, "X"], count: int) -> np.ndarray:
-    """Places of the `count` largest scores, ascending; of equal ones the first."""
+    """Indices of the `count` largest scores, ascending; among equal scores the first."""
     return np.sort(np.argsort(-scores, kind="stable")[:count])

@@ -1,9 +1,8 @@
-"""A target's greedy output, stored once, against which any draft is scored with the target out of memory.
+"""Replays: greedy text of a target, stored once, with which any draft is scored without loading the target.
 
-Greedy speculative decoding emits what plain decoding emits, whatever is drafted. So the decoding loop runs here as it
-always does, with a table of the stored text in the target's place: drafter, gamma and stop rule are the real ones, and
-blocks, counts and ends are those of the live run (up to ties, see README.md). What a drafter reads of the target itself
-(its layers, its cache) is not stored.
+Greedy speculative decoding emits the text of plain decoding, whatever the draft. So the usual decoding loop runs, with
+the stored text in place of the target; blocks and counts are those of a live run, up to ties of logits. Drafters that
+read the target's layers or cache cannot be scored, because those are not stored.
 """
 
 import dataclasses
@@ -37,18 +36,18 @@ SCHEMA = 1
 
 @dataclasses.dataclass(frozen=True)
 class Replay:
-    """What a target made of some prompts, greedily.
+    """A target's greedy continuations of some prompts.
 
     Attributes:
       target: fingerprint of the model.
       tokenizer: fingerprint of its tokenizer.
-      vocab_size: of the target's logits.
-      max_new_tokens: most tokens a prompt got.
-      eos_ids: what ended a text before that.
-      prompts: token ids.
-      emitted: token ids that followed each prompt.
-      top_ids: `[P, T, k]` the target's k most probable tokens where each emitted one was chosen, k = 0 where none are
-        stored; beyond a text's end anything.
+      vocab_size: size of the target's logits.
+      max_new_tokens: the longest continuation.
+      eos_ids: token ids that end a continuation early.
+      prompts: token ids of each prompt.
+      emitted: token ids of each continuation.
+      top_ids: `[P, T, k]` the target's k most probable tokens at each emitted position, undefined after the end of a
+        text; k = 0 stores none.
       top_probs: their probabilities at temperature 1.
     """
 
@@ -63,7 +62,7 @@ class Replay:
     top_probs: Float[np.ndarray, "P T k"]
 
     def check_target(self, target: Model) -> None:
-        """Raises UserError unless this is the replay of that target."""
+        """Raises UserError if this is the replay of another target."""
         self.check_tokenizer(target)
         if target.fingerprint != self.target:
             raise UserError(
@@ -72,25 +71,25 @@ class Replay:
             )
 
     def check_tokenizer(self, model: Model) -> None:
-        """Raises UserError unless the model has the tokenizer of the replay."""
+        """Raises UserError if the model has another tokenizer than the replay."""
         if model.tokenizer.fingerprint() != self.tokenizer:
             raise UserError(
-                "this replay was recorded with another tokenizer than this model's; take a draft that has the "
-                "target's, or record the replay again"
+                "this replay was recorded with another tokenizer than this model's; use a draft with the target's "
+                "tokenizer, or record the replay again"
             )
 
 
 def record(
     target: Model, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, batch_size: int, top_k: int = 0
 ) -> Replay:
-    """Decodes the prompts greedily and keeps the text, with the `top_k` most probable tokens of each position.
+    """Decodes the prompts greedily and stores the text, with the `top_k` most probable tokens at each position.
 
     Raises:
-      UserError: for an encoder-decoder, prompts that do not fit, and a top_k beyond the vocabulary.
+      UserError: for an encoder-decoder, prompts that are too long, and a top_k above the vocabulary size.
     """
     decoder = target.decoder
     if decoder.is_encoder_decoder:
-        raise UserError("replays are of decoder-only models; evaluate an encoder-decoder's drafts live")
+        raise UserError("only decoder-only targets can be recorded; use evaluate for drafts of an encoder-decoder")
     if not 0 <= top_k <= decoder.vocab_size:
         raise UserError(f"top_k must lie in 0 .. {decoder.vocab_size}, the vocabulary, not {top_k}")
     batch.check_prompts(
@@ -128,7 +127,7 @@ def save(replay: Replay, directory: str | Path) -> None:
 
 
 def load(directory: str | Path) -> Replay:
-    """Reads what `save` wrote. Raises UserError where it is missing, damaged or of another schema."""
+    """Reads what `save` wrote. Raises UserError if it is missing, damaged or of another schema."""
     directory = Path(directory)
     if not (directory / FILE).is_file():
         raise UserError(f"{directory} holds no {FILE}; name the directory of a replay, or record one")
@@ -149,14 +148,14 @@ def load(directory: str | Path) -> Replay:
 def score(
     replay: Replay, options: DrafterOptions, gamma: int, *, draft: Model | None = None, batch_size: int = 1
 ) -> metrics.Counts:
-    """The counts of greedy speculative decoding with this drafter, a row a prompt.
+    """The counts of greedy speculative decoding with this drafter, one row for each prompt.
 
     Args:
       options: `ModelDraft` or `NGram`.
       draft: the model of a `ModelDraft`.
 
     Raises:
-      UserError: for a drafter that needs the target itself, and a draft with another tokenizer.
+      UserError: for a drafter that reads the target's states, and a draft with another tokenizer.
     """
     if not isinstance(options, ModelDraft | NGram):
         raise UserError(f"a replay holds no states of the target; it scores ModelDraft and NGram, not {options}")
@@ -168,21 +167,21 @@ def score(
     plan = _plan(table, drafter, gamma, replay.prompts, replay.max_new_tokens)
     texts = _texts(replay, plan.capacity)
 
-    def rows(first: int):
+    def texts_from(first: int):
         part = texts[first : first + batch_size]
         return jnp.asarray(np.concatenate([part, np.repeat(part[-1:], batch_size - len(part), axis=0)]))
 
     results = _decode(
-        plan, rows, params, replay.prompts, batch_size, options.threshold, replay.max_new_tokens, replay.eos_ids
+        plan, texts_from, params, replay.prompts, batch_size, options.threshold, replay.max_new_tokens, replay.eos_ids
     )
     return metrics.Counts(**batch.join_counts([result.counts(size) for size, result in results]))
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored(LanguageModel):
-    """A text in a target's place: its parameters are the texts `[B, S]`, and after position i it is sure of i + 1.
+    """A target that predicts stored texts: its parameters are texts `[B, S]`; at position i it predicts token i + 1.
 
-    Only what follows the stored text is right; that is all a greedy block asks, up to its first refusal.
+    Its predictions are right only after a prefix of the stored text, which is all that greedy verification uses.
     """
 
     @property
@@ -204,13 +203,13 @@ class Stored(LanguageModel):
 
 
 def agreement(replay: Replay, draft: Model, *, batch_size: int = 8) -> dict[str, Float[np.ndarray, "N"]]:
-    """What the draft makes of the stored text where it is given all that came before, for each emitted token.
+    """How well the draft predicts each emitted token from the true text before it.
 
     Returns, flat over prompts and positions:
-      "agrees": 1 where its most probable token is the target's;
-      "surprise": minus the log-probability that it gives the target's token (its mean is the log-perplexity);
-      "overlap": sum of min(target, draft) over the stored most probable tokens, empty where none are stored: what
-        sampling at temperature 1 would accept at least (DistillSpec's token-level acceptance, arXiv 2310.08461).
+      "agrees": 1 where the draft's most probable token is the target's;
+      "surprise": the negative log-probability of the target's token; its mean is the log-perplexity;
+      "overlap": sum of min(target, draft) over the stored top tokens, empty if none are stored. It is a lower bound of
+        the acceptance at temperature 1 (DistillSpec's token-level acceptance, arXiv 2310.08461).
 
     Raises:
       UserError: for a draft with another tokenizer.
@@ -219,19 +218,19 @@ def agreement(replay: Replay, draft: Model, *, batch_size: int = 8) -> dict[str,
     model = draft.decoder.with_vocab_size(replay.vocab_size)
     slots = batch.prompt_slots(replay.prompts) + replay.max_new_tokens
     texts = _texts(replay, slots)
-    found: dict[str, list[np.ndarray]] = {"agrees": [], "surprise": [], "overlap": []}
+    scores: dict[str, list[np.ndarray]] = {"agrees": [], "surprise": [], "overlap": []}
     for first in range(0, len(texts), batch_size):
         logprobs = jax.nn.log_softmax(_forward(model, draft.params, jnp.asarray(texts[first : first + batch_size])))
         for row, number in enumerate(range(first, min(first + batch_size, len(texts)))):
             start, count = len(replay.prompts[number]), len(replay.emitted[number])
-            here = np.asarray(logprobs[row, start - 1 : start - 1 + count])
+            predicted = np.asarray(logprobs[row, start - 1 : start - 1 + count])
             tokens = np.asarray(replay.emitted[number])
-            found["agrees"].append((here.argmax(-1) == tokens).astype(np.float32))
-            found["surprise"].append(-here[np.arange(count), tokens])
+            scores["agrees"].append((predicted.argmax(-1) == tokens).astype(np.float32))
+            scores["surprise"].append(-predicted[np.arange(count), tokens])
             if replay.top_ids.shape[2]:
-                mine = np.exp(np.take_along_axis(here, replay.top_ids[number, :count], axis=1))
-                found["overlap"].append(np.minimum(mine, replay.top_probs[number, :count]).sum(-1))
-    return {name: np.concatenate(parts) if parts else np.zeros(0, np.float32) for name, parts in found.items()}
+                probs = np.exp(np.take_along_axis(predicted, replay.top_ids[number, :count], axis=1))
+                scores["overlap"].append(np.minimum(probs, replay.top_probs[number, :count]).sum(-1))
+    return {name: np.concatenate(parts) if parts else np.zeros(0, np.float32) for name, parts in scores.items()}
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -241,7 +240,7 @@ def _forward(model: LanguageModel, params: Any, texts: Int[Array, "B S"]) -> Flo
 
 
 def _most_probable(target: Model, prompts, emitted, longest: int, batch_size: int, top_k: int):
-    """Ids and probabilities of the `top_k` best tokens where each emitted one was chosen: `[P, T, k]`."""
+    """Ids and probabilities `[P, T, k]` of the `top_k` most probable tokens at each emitted position."""
     ids = np.zeros((len(prompts), longest, top_k), np.int32)
     probs = np.zeros(ids.shape, np.float32)
     if top_k == 0:
@@ -250,16 +249,16 @@ def _most_probable(target: Model, prompts, emitted, longest: int, batch_size: in
     texts, _ = batch.pad(rows, max(map(len, rows)))
     for first in range(0, len(rows), batch_size):
         part = jnp.asarray(texts[first : first + batch_size])
-        best, which = jax.lax.top_k(jax.nn.softmax(_forward(target.decoder, target.params, part)), top_k)
+        best, best_ids = jax.lax.top_k(jax.nn.softmax(_forward(target.decoder, target.params, part)), top_k)
         for row in range(len(part)):
             start, count = len(prompts[first + row]), len(emitted[first + row])
             span = slice(start - 1, start - 1 + count)
-            ids[first + row, :count], probs[first + row, :count] = which[row, span], best[row, span]
+            ids[first + row, :count], probs[first + row, :count] = best_ids[row, span], best[row, span]
     return ids, probs
 
 
 def _texts(replay: Replay, slots: int) -> Int[np.ndarray, "P S"]:
-    """Prompt and what followed, right-padded."""
+    """Prompts with their continuations, right-padded."""
     return batch.pad([(*a, *b) for a, b in zip(replay.prompts, replay.emitted, strict=True)], slots)[0]
 
 
@@ -268,7 +267,7 @@ def _plan(target: LanguageModel, drafter: Any, gamma: int, prompts, max_new_toke
 
 
 def _decode(plan, params_from, draft_params, prompts, batch_size: int, threshold: float, max_new_tokens: int, eos_ids):
-    """`batch.decode_all` with the target's parameters of each batch."""
+    """Like `batch.decode_all`, with parameters of the target that depend on the batch."""
     return [
         batch.decode_batch_of(
             plan,

@@ -1,4 +1,4 @@
-"""Shapes of drafts: the published ones, those that meet a budget of parameters or seconds, and what they hold."""
+"""Shapes of drafts: their parameters and memory, and shapes that meet a budget of parameters or seconds."""
 
 import dataclasses
 import math
@@ -10,64 +10,29 @@ import jax.numpy as jnp
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
 from specjax.runtime.dtypes import dtype_named
-from specjax.runtime.errors import UserError, nearest
+from specjax.runtime.errors import UserError
 
 # MLP widths are multiples of this.
 _STEP = 8
 
-# Layers, width, heads, head size, MLP width of arXiv 2402.01528's drafts, all pruned from LLaMA-7B (vocabulary 32,000,
-# head apart from the embedding). NoFT: not fine-tuned after pruning. Of the three smallest the width is 2560: notes on
-# the paper say 4096, with which parameters do not come to the numbers in their names.
-PRESETS = {
-    "noft-1.3b": (24, 2048, 16, 128, 5504),
-    "wide-1.3b": (12, 2560, 20, 128, 9280),
-    "wide-796m": (5, 2560, 32, 128, 11008),
-    "wide-543m": (3, 2560, 32, 128, 11008),
-    "wide-290m": (1, 2560, 32, 128, 11008),
-}
-
-
-def preset(name: str, dtype: str = "float16") -> DecoderConfig:
-    """A published shape. Raises UserError for a name that is none."""
-    if name not in PRESETS:
-        raise UserError(f'there is no published shape "{name}"{nearest(name, PRESETS)}')
-    layers, width, heads, head_size, mlp_width = PRESETS[name]
-    return DecoderConfig.llama(
-        vocab_size=32000,
-        width=width,
-        layers=layers,
-        heads=heads,
-        kv_heads=heads,
-        head_size=head_size,
-        mlp_width=mlp_width,
-        max_positions=2048,
-        rope_theta=10000.0,
-        norm_epsilon=1e-6,
-        tied_head=False,
-        param_dtype=dtype,
-        compute_dtype=dtype,
-    )
-
 
 def reshaped(like: DecoderConfig, **changes: int) -> DecoderConfig:
-    """`like` with another number of layers, heads, ... of which none may be left without meaning.
-
-    Of what is one value a layer, the first layers keep theirs. Head size stays, unless it is given.
+    """Returns `like` with other numbers of layers, heads, ..., keeping per-layer values of the first layers.
 
     Raises:
-      UserError: for heads that do not divide, and sizes below 1.
+      UserError: if the heads do not divide, a size is below 1, or per-layer values are missing for more layers.
     """
     layers = changes.get("layers", like.layers)
     heads, kv_heads = changes.get("heads", like.heads), changes.get("kv_heads", like.kv_heads)
     if kv_heads < 1 or heads % kv_heads:
-        raise UserError(f"{heads} heads do not divide into {kv_heads} groups; take a multiple of kv_heads")
+        raise UserError(f"{heads} heads do not divide into {kv_heads} groups; use a multiple of kv_heads")
     if layers > like.layers and (like.windows or like.rotary_layers):
-        raise UserError(f"the shape to start from says how each of its {like.layers} layers sees; take no more layers")
+        raise UserError(f"the model has settings for each of its {like.layers} layers; do not add layers")
     per_layer = {name: getattr(like, name)[:layers] for name in ("windows", "rotary_layers")}
     rotary = like.rotary
     if "head_size" in changes and rotary is not None:
         if rotary.size != like.head_size:
-            raise UserError("only a part of each head is turned here; keep head_size as it is")
+            raise UserError("the model rotates only a part of each head; do not change head_size")
         rotary = dataclasses.replace(rotary, size=changes["head_size"])
     try:
         return dataclasses.replace(like, rotary=rotary, **per_layer, **changes)
@@ -76,39 +41,39 @@ def reshaped(like: DecoderConfig, **changes: int) -> DecoderConfig:
 
 
 def plain_llama(like: DecoderConfig) -> DecoderConfig:
-    """A Llama of these sizes, which is what the trainer makes of random weights, whatever family the sizes are from."""
-    sizes = ("vocab_size", "width", "layers", "heads", "kv_heads", "head_size", "mlp_width", "max_positions")
-    kept = (*sizes, "norm_epsilon", "tied_head", "param_dtype", "compute_dtype")
+    """A Llama with the sizes of a model of any family; the trainer creates random models as Llamas."""
+    names = ("vocab_size", "width", "layers", "heads", "kv_heads", "head_size", "mlp_width", "max_positions")
+    names += ("norm_epsilon", "tied_head", "param_dtype", "compute_dtype")
     theta = like.rotary.theta if like.rotary is not None else 10000.0
-    return DecoderConfig.llama(rope_theta=theta, **{name: getattr(like, name) for name in kept})
+    return DecoderConfig.llama(rope_theta=theta, **{name: getattr(like, name) for name in names})
 
 
 def heads_of(width: int, head_size: int) -> int:
-    """How many heads of this size a model of this width has. Raises UserError where they do not divide it."""
+    """The number of heads of a model. Raises UserError if the head size does not divide the width."""
     if head_size < 1 or width % head_size:
-        raise UserError(f"a width of {width} does not divide into heads of {head_size}; take a multiple of head_size")
+        raise UserError(f"a width of {width} does not divide into heads of {head_size}; use a multiple of head_size")
     return width // head_size
 
 
 def parameters(config: DecoderConfig) -> int:
-    """Parameters, the tied head counted once. All layers have as many, so that two of them are looked at."""
+    """The number of parameters; a tied head counts once. All layers have equally many, so it suffices to build two."""
     one, two = (Decoder(reshaped(config, layers=min(layers, config.layers))).num_params for layers in (1, 2))
     return one + max(config.layers - 1, 0) * (two - one)
 
 
 def weight_bytes(config: DecoderConfig) -> int:
-    """What the parameters occupy."""
+    """Bytes of the parameters."""
     return parameters(config) * jnp.dtype(dtype_named(config.param_dtype)).itemsize
 
 
 def step_bytes(config: DecoderConfig, context: int, batch: int = 1) -> int:
-    """What a step of decoding reads at least: the weights of one token once, and the keys and values of the context."""
+    """Bytes that a decode step must read: the weights, and the keys and values of the context."""
     weights = Decoder(config).num_step_params * jnp.dtype(dtype_named(config.param_dtype)).itemsize
     return weights + kv_bytes(config, context, batch)
 
 
 def kv_bytes(config: DecoderConfig, tokens: int, batch: int = 1) -> int:
-    """What the cache of so many tokens a row occupies, by the cache that decoding would make; nothing is allocated."""
+    """Bytes of the key/value cache that decoding would create for this many tokens per row; allocates nothing."""
     prompts, lengths = jnp.zeros((batch, 1), jnp.int32), jnp.ones((batch,), jnp.int32)
 
     def arrays():
@@ -119,16 +84,16 @@ def kv_bytes(config: DecoderConfig, tokens: int, batch: int = 1) -> int:
 
 
 def at_parameters(like: DecoderConfig, layers: int, wanted: int, tolerance: float = 0.03) -> DecoderConfig:
-    """The shape of `layers` layers with about `wanted` parameters, in the proportions of `like`.
+    """The shape with `layers` layers and about `wanted` parameters, in the proportions of `like`.
 
-    Head size and query heads a key head stay. The number of heads is the one that comes nearest, width is heads times
-    head size, and the MLP's width makes up the rest.
+    It keeps the head size and the query heads per key head. The number of heads is the one that comes nearest, the
+    width is heads times head size, and the MLP width makes up the difference.
 
     Args:
-      tolerance: how far from the budget it may be, as a share.
+      tolerance: the largest relative difference from `wanted`.
 
     Raises:
-      UserError: where no shape comes so near.
+      UserError: if no shape is within the tolerance.
     """
     group = like.heads // like.kv_heads
     ratio = like.mlp_width / like.width
@@ -141,20 +106,20 @@ def at_parameters(like: DecoderConfig, layers: int, wanted: int, tolerance: floa
     kv_heads = 1
     while parameters(shape(kv_heads + 1)) <= wanted:
         kv_heads += 1
-    found = min((shape(kv_heads), shape(kv_heads + 1)), key=lambda config: abs(parameters(config) - wanted))
-    more = parameters(shape(found.kv_heads, found.mlp_width + _STEP)) - parameters(found)
-    inner = found.mlp_width + _STEP * round((wanted - parameters(found)) / more)
-    best = shape(found.kv_heads, max(inner, _STEP))
+    near = min((shape(kv_heads), shape(kv_heads + 1)), key=lambda config: abs(parameters(config) - wanted))
+    per_step = parameters(shape(near.kv_heads, near.mlp_width + _STEP)) - parameters(near)
+    inner = near.mlp_width + _STEP * round((wanted - parameters(near)) / per_step)
+    best = shape(near.kv_heads, max(inner, _STEP))
     if abs(parameters(best) - wanted) > tolerance * wanted:
         raise UserError(
             f"no shape of {layers} layers in these proportions has about {wanted} parameters (the nearest has "
-            f"{parameters(best)}); take another budget, fewer layers, or smaller heads"
+            f"{parameters(best)}); use another budget, fewer layers, or smaller heads"
         )
     return best
 
 
 def rounded(width: float) -> int:
-    """An MLP width near this one."""
+    """The multiple of 8 nearest to an MLP width."""
     return max(_STEP, _STEP * round(width / _STEP))
 
 
@@ -164,13 +129,13 @@ def within_seconds(
     """The shape with the most parameters whose step takes at most `budget` seconds.
 
     Raises:
-      UserError: where every shape takes longer.
+      UserError: if every shape takes longer.
     """
-    taken = {shape: seconds_of(shape) for shape in shapes}
-    fitting = [shape for shape, seconds in taken.items() if seconds <= budget]
+    seconds = {shape: seconds_of(shape) for shape in shapes}
+    fitting = [shape for shape in shapes if seconds[shape] <= budget]
     if not fitting:
         raise UserError(
-            f"no shape takes at most {budget:.3g} s a step (the fastest takes {min(taken.values()):.3g}); "
-            "allow more, or offer smaller shapes"
+            f"no shape takes at most {budget:.3g} s per step (the fastest takes {min(seconds.values()):.3g}); "
+            "allow more time, or offer smaller shapes"
         )
     return max(fitting, key=parameters)

@@ -1,4 +1,4 @@
-"""The throughput model on numbers that are typed in: no model, no device, the arithmetic alone."""
+"""The throughput model on numbers from the config, without a model or a device."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,13 +9,13 @@ from specjax.runtime.errors import UserError
 
 
 def run(config: Any, workdir: Path) -> list[dict]:
-    """Of each draft throughput by gamma, its best gamma, and the draft step with which it would be level with the best.
+    """Rows with each draft's throughput by gamma, its best gamma, and the draft step at which it would equal the best.
 
     Raises:
-      UserError: for numbers that say nothing: no drafts, an acceptance outside 0 .. 1, seconds that are not above 0.
+      UserError: if there is no draft, an acceptance is outside 0 .. 1, or a duration is not positive.
     """
     del workdir
-    _refuse(config)
+    _check(config)
     drafts = {
         name: (throughput.iid(acceptance, config.longest), _costs(config, step))
         for name, acceptance, step in map(_draft, config.drafts)
@@ -30,34 +30,37 @@ def run(config: Any, workdir: Path) -> list[dict]:
     return rows
 
 
-def _draft(said: str) -> tuple[str, float, float]:
-    """Name, acceptance and milliseconds of "name:acceptance:milliseconds"."""
-    name, *numbers = said.rsplit(":", 2)
+def _draft(text: str) -> tuple[str, float, float]:
+    """Parses "name:acceptance:milliseconds"."""
+    name, *numbers = text.rsplit(":", 2)
     try:
         acceptance, step = map(float, numbers)
     except ValueError:
         acceptance, step = -1.0, 0.0
     if not 0 <= acceptance <= 1 or step <= 0:
         raise UserError(
-            f'a draft is name:acceptance:milliseconds, such as a:0.72:6.69, the acceptance in 0 .. 1; not "{said}"'
+            f'drafts has "{text}"; write name:acceptance:milliseconds with an acceptance in 0 .. 1, such as a:0.72:6.69'
         )
     return name, acceptance, step
 
 
-def _refuse(config: Any) -> None:
+def _check(config: Any) -> None:
     if not config.drafts:
         raise UserError("drafts is empty; give --config.drafts=name:acceptance:milliseconds, one or more")
     if not config.target_milliseconds or min(config.target_milliseconds) <= 0:
-        raise UserError("target_milliseconds are of 1, 2, .. tokens a row, each above 0; give one or more")
+        raise UserError(
+            f"target_milliseconds are {config.target_milliseconds}; set positive milliseconds of 1, 2, .. tokens "
+            "per row"
+        )
     if config.longest < 1:
-        raise UserError(f"longest is the largest gamma to look at, 1 or more, not {config.longest}")
+        raise UserError(f"longest is {config.longest}; set the largest gamma to consider, at least 1")
 
 
 def _costs(config: Any, step: float) -> throughput.BlockCosts:
-    """Seconds; beyond the numbers of tokens that are given the line of the last two goes on."""
-    given = dict(enumerate(each / 1e3 for each in config.target_milliseconds))
-    given = given if len(given) > 1 else {0: given[0], 1: given[0]}
-    target = throughput.interpolated(given, config.longest)
+    """Costs in seconds; more tokens than the config has costs for are extrapolated from its last two."""
+    timed = dict(enumerate(each / 1e3 for each in config.target_milliseconds))
+    timed = timed if len(timed) > 1 else {0: timed[0], 1: timed[0]}
+    target = throughput.interpolated(timed, config.longest)
     rule, shared = config.rule_milliseconds / 1e3, config.shared_milliseconds / 1e3
     if not shared:
         return throughput.Costs(step / 1e3, target, rule)
@@ -76,21 +79,17 @@ def _at(ctar: Sequence[float], costs: throughput.BlockCosts, gamma: int) -> dict
 
 
 def _best(name: str, ctar: Sequence[float], costs: throughput.BlockCosts, gamma: int, fastest: float) -> dict:
-    """At its best gamma; 0 is plain decoding, where speculation does not pay."""
+    """The row of a draft at its best gamma, which is 0 if plain decoding is faster."""
     row = {"table": "best", "draft": name, **_at(ctar, costs, gamma)}
-    more = {"acceptance": None, "latency": None}
-    level = None
+    gains, parity = {"acceptance": None, "latency": None}, None
     if gamma:
-        more = throughput.sensitivity(ctar, costs, gamma)
-        rest = costs.block(gamma) - gamma * _step(costs)
-        level = throughput.parity_draft_step(row["block_efficiency"], gamma, fastest, rest)
+        gains = throughput.sensitivity(ctar, costs, gamma)
+        step = costs.adapter if isinstance(costs, throughput.SharedCosts) else costs.draft_step
+        parity = throughput.parity_draft_step(
+            row["block_efficiency"], gamma, fastest, costs.block(gamma) - gamma * step
+        )
     return {
         **row,
-        "level_with_the_best_at_milliseconds": None if level is None else 1e3 * level,
-        **{f"{what}_10_percent_better": gain for what, gain in more.items()},
+        "level_with_the_best_at_milliseconds": None if parity is None else 1e3 * parity,
+        **{f"{part}_10_percent_better": gain for part, gain in gains.items()},
     }
-
-
-def _step(costs: throughput.BlockCosts) -> float:
-    """What a drafted token takes that is the draft's own."""
-    return costs.adapter if isinstance(costs, throughput.SharedCosts) else costs.draft_step
