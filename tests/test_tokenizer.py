@@ -295,10 +295,10 @@ def test_the_fingerprint_of_a_sentencepiece_model_is_of_its_content(made, tmp_pa
 @pytest.mark.parametrize(
     ("kind", "changes", "said"),
     [
-        ("llama", {"model_type": "unigram"}, "another segmentation than that class has"),
-        ("llama", {"remove_extra_whitespaces": True}, "whitespace treated as that class does not"),
-        ("llama", {"add_dummy_prefix": False}, "whitespace treated as that class does not"),
-        ("llama", {"normalization_rule_name": "nfkc"}, "a normalisation that a Llama has not"),
+        ("llama", {"model_type": "unigram"}, "another segmentation than its class"),
+        ("llama", {"remove_extra_whitespaces": True}, "another treatment of whitespace than its class"),
+        ("llama", {"add_dummy_prefix": False}, "another treatment of whitespace than its class"),
+        ("llama", {"normalization_rule_name": "nfkc"}, "a normalisation, which a Llama does not have"),
         ("llama", {"user_defined_symbols": ["<tool>"]}, "user-defined symbols"),
         ("t5", {"byte_fallback": True, "vocab_size": 480}, "bytes for unknown characters"),
     ],
@@ -351,7 +351,7 @@ def test_added_tokens_whose_ids_contradict_the_vocabulary_are_refused(made, tmp_
             Tokenizer.load(directory)
     listed = {"300": {"content": "<x>", "normalized": True, "special": False}}
     directory = changed(made["t5"], tmp_path / "normalized", tokenizer_config={"added_tokens_decoder": listed})
-    with pytest.raises(UserError, match='"<x>" is looked for after normalisation, which is not supported'):
+    with pytest.raises(UserError, match='"<x>" is matched after normalisation, which is not supported'):
         Tokenizer.load(directory)
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Int32
 
-from specjax.data.stream import Batch, Batches
+from specjax.data.stream import Batch, Batches, stack
 from specjax.data.tasks import Example, Task
 from specjax.hub.tokenizer import Tokenizer
 from specjax.runtime.errors import UserError
@@ -119,11 +119,7 @@ def validation_batches(
         prompt_length = (1, 1)
     rows = _rows(task, task.validation, tokenizer, sequence_length, prompt_length, batch_size, seed, start_token)
     order = np.resize(np.random.default_rng([seed, 1]).permutation(len(rows)), (count, batch_size))
-    batches = []
-    for indices in order.tolist():
-        members = [rows[index] for index in indices]
-        batches.append({name: np.stack([row[name] for row in members]) for name in members[0]})
-    return batches
+    return [stack([rows[index] for index in indices]) for indices in order.tolist()]
 
 
 def evaluation_prompts(
@@ -200,10 +196,11 @@ class _Rows:
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         row, prompt = self.rows[index], self.prompt_lengths[index]
+        numbers = {name: array[0] for name, array in self.numbers([index]).items()}
         if self.start_token is None:
-            return self._row(row, self.loss_start[index], prompt)
+            return {"tokens": self._padded(row), **numbers}
         text = np.concatenate([np.asarray([self.start_token], np.int32), row[prompt:]])
-        return {**self._row(text, np.asarray(1, np.int32), prompt), "sources": self._padded(row[:prompt])}
+        return {"tokens": self._padded(text), **numbers, "sources": self._padded(row[:prompt])}
 
     def numbers(self, indices: Sequence[int]) -> Batch:
         """The arrays `[B]` of these rows, without their tokens."""
@@ -212,14 +209,6 @@ class _Rows:
         if self.start_token is not None:
             lengths, starts = lengths - prompts + 1, np.ones_like(starts)
         return {"lengths": lengths, "loss_start": starts, "prompt_lengths": prompts}
-
-    def _row(self, tokens, loss_start, prompt_length) -> dict[str, np.ndarray]:
-        return {
-            "tokens": self._padded(tokens),
-            "lengths": np.asarray(len(tokens), np.int32),
-            "loss_start": loss_start,
-            "prompt_lengths": prompt_length,
-        }
 
     def _padded(self, tokens) -> np.ndarray:
         padded = np.full(self.sequence_length, self.pad_id, np.int32)

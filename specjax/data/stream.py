@@ -9,6 +9,11 @@ from jaxtyping import Int32
 Batch = dict[str, Int32[np.ndarray, "..."]]
 
 
+def stack(rows: Sequence[dict[str, np.ndarray]]) -> Batch:
+    """The rows' arrays, stacked by name."""
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
 class Batches:
     """An endless iterator over batches of rows, shuffled anew in every epoch, whose place can be saved and restored."""
 
@@ -33,9 +38,8 @@ class Batches:
     def __next__(self) -> Batch:
         indices = [int(self._order[self._next + place]) for place in range(self._size)]
         self._next += self._size
-        rows = [self._rows[indices[place]] for place in self._own_rows]
-        batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-        return batch if len(rows) == self._size else {**batch, **self._rows.numbers(indices)}
+        batch = stack([self._rows[indices[place]] for place in self._own_rows])
+        return batch if len(self._own_rows) == self._size else {**batch, **self._rows.numbers(indices)}
 
     def get_state(self) -> dict[str, int]:
         """How many rows the batches so far had, over all processes."""

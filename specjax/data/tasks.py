@@ -117,13 +117,13 @@ def quality(task: Task, predictions: Sequence[str], references: Sequence[str]) -
     return metric(predictions, references)
 
 
-def _documents(files: corpora.Files) -> list[Example]:
-    return [Example("", text) for _, text in files]
+def _documents(files: corpora.Files, size: int = 0) -> list[Example]:
+    return [Example("", text) for _, text in corpora.limit_bytes(files, size)]
 
 
 def _load_stdlib_code(config: Any) -> Splits:
     train, validation = corpora.stdlib_files()
-    return _documents(corpora.limit_bytes(train, config.size)), _documents(validation)
+    return _documents(train, config.size), _documents(validation)
 
 
 def _load_stdlib_docstrings(config: Any) -> Splits:
@@ -133,7 +133,7 @@ def _load_stdlib_docstrings(config: Any) -> Splits:
 
 def _load_text(config: Any) -> Splits:
     train, validation = corpora.text_files(config.path)
-    return _documents(corpora.limit_bytes(train, config.size)), _documents(validation)
+    return _documents(train, config.size), _documents(validation)
 
 
 @dataclass(frozen=True)

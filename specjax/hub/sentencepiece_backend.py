@@ -13,20 +13,20 @@ _SPACE = "▁"  # how pieces spell a space
 _UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # ModelProto.SentencePiece.Type
 _T5_SENTINELS = 100
-# Unicode's White_Space, which the reference goes by; Python's \\s also has four control characters.
+# Unicode's White_Space, as in transformers; Python's \\s also has four control characters.
 _WHITESPACE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
 
 
 @dataclasses.dataclass(frozen=True)
 class _Rules:
-    """How a class of the reference uses its pieces.
+    """How a class of transformers uses the pieces of its model.
 
     Attributes:
-      model_type: the segmentation that the class is written for.
-      strips: whether whitespace at the ends goes and elsewhere counts once, which the `.model` must say too.
-      prefix: "always" puts a space before every stretch of text, "first" only before one that opens the text,
-        "never" before none; a stretch that begins with a space gets no second one.
-      bos, eos: whether the token stands before or after a prompt.
+      model_type: the segmentation algorithm of the class.
+      strips: whether whitespace is removed at the ends and collapsed elsewhere, which the `.model` must say too.
+      prefix: "always" puts a space before every stretch of text between added tokens, "first" only before one at the
+        start of the text, "never" before none; a stretch that begins with a space gets no second one.
+      bos, eos: whether a prompt has the token before or after it.
     """
 
     model_type: int
@@ -56,21 +56,21 @@ def _rules(files: TokenizerFiles) -> _Rules:
 
 
 class SentencePieceBackend:
-    """A SentencePiece model with the added tokens and the spaces that transformers' classes put around its pieces.
+    """A SentencePiece model with the added tokens and the treatment of spaces of transformers' classes.
 
-    Ids and texts are those of the classes of transformers 5, which differ from the bare SentencePiece library: added
-    tokens are found in a text; a Llama's text that begins with a space gets no second one before it; and a T5's
-    characters with combining marks are normalised by the `tokenizers` library. One thing is not as there: a Llama
-    whose config does not say `add_bos_token` gets the BOS that it was trained with.
+    Ids and texts are those of transformers 5, which differ from the bare SentencePiece library: added tokens in a text
+    are parsed; a Llama's text that begins with a space gets no second one; and a T5's characters with combining marks
+    are normalised by the `tokenizers` library. One thing differs from transformers: a Llama whose config lacks
+    `add_bos_token` gets the BOS with which it was trained.
 
     Attributes:
       vocab_size: one more than the largest id.
       special: the ids that decoding leaves out.
-      is_bpe: whether the pieces are those of a BPE.
+      is_bpe: whether the model is a BPE.
     """
 
     def __init__(self, proto: Any, files: TokenizerFiles):
-        """Takes a `ModelProto`. Raises UserError if the model or the added tokens are of a kind not supported."""
+        """Wraps a `ModelProto`. Raises UserError if the model or the added tokens are of an unsupported kind."""
         import sentencepiece
 
         self._rules = _rules(files)
@@ -80,7 +80,7 @@ class SentencePieceBackend:
         bare = type(proto)()
         bare.CopyFrom(proto)
         bare.normalizer_spec.precompiled_charsmap = b""
-        # A Llama's space before a text depends on what stands before it, which only this side of the library knows.
+        # A Llama's space before a stretch of text depends on the preceding token, which the library does not see.
         bare.normalizer_spec.add_dummy_prefix = self._rules.strips
         self._library = sentencepiece.SentencePieceProcessor(model_proto=bare.SerializeToString())
         self._pieces = [piece.piece for piece in proto.pieces]
@@ -107,7 +107,7 @@ class SentencePieceBackend:
         return self._ids.get(content)
 
     def encode_batch(self, texts: Sequence[str], *, surrounded: bool) -> list[list[int]]:
-        """Returns the ids of each text; with the special tokens around it if `surrounded`."""
+        """Returns the ids of each text; with the special tokens of a prompt if `surrounded`."""
         rows = [list(self._encode(text)) for text in texts]
         return [[*self._before, *row, *self._after] for row in rows] if surrounded else rows
 
@@ -132,7 +132,7 @@ class SentencePieceBackend:
         return [self._decode([self._texts[index] for index in row]) for row in known]
 
     def content(self) -> Any:
-        """What makes ids of a text: pieces, scores, added tokens, normalisation and how a text is split."""
+        """Everything that determines the ids of a text: pieces, scores, added tokens, normalisation, splitting."""
         spec, trained = self._proto.normalizer_spec, self._proto.trainer_spec
         pieces = [[piece.piece, piece.score, piece.type] for piece in self._proto.pieces]
         flags = [spec.precompiled_charsmap.hex(), trained.byte_fallback, trained.model_type, self._rules.prefix]
@@ -147,7 +147,7 @@ def from_model(files: TokenizerFiles) -> SentencePieceBackend:
     name = next(name for name in tokenizer_files.SENTENCEPIECE_FILES if name in files.contents)
     try:
         proto = sentencepiece_model_pb2.ModelProto.FromString(files.contents[name])
-    except Exception as error:  # DecodeError of protobuf, a package we do not name
+    except Exception as error:  # DecodeError of protobuf, which is no direct dependency
         raise UserError(f"{files.origin}/{name} is not a SentencePiece model ({error}); copy it again") from None
     if not proto.pieces:
         raise UserError(f"{files.origin}/{name} is not a SentencePiece model (it has no pieces); copy it again")
@@ -155,19 +155,19 @@ def from_model(files: TokenizerFiles) -> SentencePieceBackend:
 
 
 def _check(proto: Any, rules: _Rules, files: TokenizerFiles) -> None:
-    """Raises UserError unless the model is one that its class describes."""
+    """Raises UserError unless the model has the features of its class."""
     spec, trained = proto.normalizer_spec, proto.trainer_spec
-    odd = {
-        "another segmentation than that class has": trained.model_type != rules.model_type,
-        "whitespace treated as that class does not": spec.remove_extra_whitespaces != rules.strips
+    unsupported = {
+        "another segmentation than its class": trained.model_type != rules.model_type,
+        "another treatment of whitespace than its class": spec.remove_extra_whitespaces != rules.strips
         or not (spec.add_dummy_prefix and spec.escape_whitespaces)
         or trained.treat_whitespace_as_suffix,
-        "a normalisation that a Llama has not": bool(spec.precompiled_charsmap) and not rules.strips,
-        "bytes for unknown characters, which a T5 has not": trained.byte_fallback and rules.strips,
+        "a normalisation, which a Llama does not have": bool(spec.precompiled_charsmap) and not rules.strips,
+        "bytes for unknown characters, which a T5 does not have": trained.byte_fallback and rules.strips,
         "user-defined symbols": any(piece.type == _USER_DEFINED for piece in proto.pieces),
     }
-    for what, found in odd.items():
-        if found:
+    for what, present in unsupported.items():
+        if present:
             raise UserError(
                 f"{files.origin}: the SentencePiece model of this {files.tokenizer_class} has {what}, which is not "
                 f"supported; save it as {tokenizer_files.JSON_FILE} with transformers"
@@ -175,19 +175,19 @@ def _check(proto: Any, rules: _Rules, files: TokenizerFiles) -> None:
 
 
 def _added_tokens(proto: Any, ids: dict[str, int], files: TokenizerFiles) -> list[Token]:
-    """The tokens looked for in a text before its pieces are, each with its id; the first to state one rules."""
+    """The tokens that are matched in a text before its pieces, each with its id; the first statement of one counts."""
     ids = dict(ids)
     if files.tokenizer_class == "T5Tokenizer":
         count = int(files.settings.get("extra_ids", files.model.get("extra_ids", _T5_SENTINELS)))
-        # The last sentinel comes first: <extra_id_0> has the largest id.
+        # In descending order: <extra_id_0> has the largest id.
         ids |= {f"<extra_id_{i}>": len(proto.pieces) + count - 1 - i for i in range(count)}
-    own = [piece.piece for piece in proto.pieces if piece.type in (_UNKNOWN, _CONTROL)]
+    control = [piece.piece for piece in proto.pieces if piece.type in (_UNKNOWN, _CONTROL)]
     assumed = [content for content in files.assumed().values() if content in ids]
     sentinels = list(ids)[len(proto.pieces) :]
     owners = {index: content for content, index in ids.items()}
-    found: dict[str, Token] = {}
-    for token in (*files.added(), *map(Token, (*assumed, *own, *sentinels))):
-        if token.content in found:
+    tokens: dict[str, Token] = {}
+    for token in (*files.added(), *map(Token, (*assumed, *control, *sentinels))):
+        if token.content in tokens:
             continue
         if token.id is None:
             token = dataclasses.replace(token, id=ids.get(token.content, 1 + max(owners)))
@@ -198,16 +198,16 @@ def _added_tokens(proto: Any, ids: dict[str, int], files: TokenizerFiles) -> lis
             )
         if token.normalized and not token.special and files.tokenizer_class == "T5Tokenizer":
             raise UserError(
-                f'{files.origin}: token "{token.content}" is looked for after normalisation, which is not supported '
+                f'{files.origin}: token "{token.content}" is matched after normalisation, which is not supported '
                 f"for a SentencePiece model; save it as {tokenizer_files.JSON_FILE} with transformers"
             )
         ids[token.content], owners[token.id] = token.id, token.content
-        found[token.content] = token
-    return list(found.values())
+        tokens[token.content] = token
+    return list(tokens.values())
 
 
 def _pattern(tokens: list[Token]) -> re.Pattern | None:
-    """Finds added tokens, the longest first; the group that matched is the token's content."""
+    """A pattern of the added tokens, the longest first; the group that matched is the token's content."""
     parts = []
     for token in sorted(tokens, key=lambda token: -len(token.content)):
         core = f"({re.escape(token.content)})"
@@ -225,7 +225,7 @@ def _normalizer(charsmap: bytes) -> Callable[[str], str]:
 
 
 def _decoder(rules: _Rules) -> Callable[[list[str]], str]:
-    """Joins pieces to a text; bytes become characters, and one that is incomplete U+FFFD."""
+    """A function from pieces to their text; bytes become characters, an incomplete one U+FFFD."""
     from tokenizers import decoders
 
     if rules.strips:

@@ -1,4 +1,4 @@
-"""Text to token ids and back: one door for `tokenizer.json` and SentencePiece models, and training a byte-level BPE."""
+"""Text to token ids and back, for `tokenizer.json` and SentencePiece models, and training of a byte-level BPE."""
 
 import hashlib
 import json
@@ -12,28 +12,27 @@ from specjax.runtime.errors import UserError
 
 END = "<|end|>"
 
-# What the reference does to decoded texts where `clean_up_tokenization_spaces` says so.
+# Spaces that transformers removes from decoded texts if `clean_up_tokenization_spaces` is set.
 _SPACES = (*(f" {mark}" for mark in ".?!,"), " ' ", " n't", " 'm", " 's", " 've", " 're")
 
-_LONGEST_WAIT = 32  # tokens; far more than a character has, so what waits longer is none
+_LONGEST_WAIT = 32  # tokens; far more than one character has
 
 
 class Tokenizer:
     """The tokenizer of a model directory: its vocabulary, special tokens and chat template.
 
-    Special tokens that a text spells are parsed, as the reference does, unless `tokenizer_config.json` says
+    Special tokens that are spelled out in a text are parsed, as in transformers, unless `tokenizer_config.json` says
     `split_special_tokens`: there, as with tokenizers trained here, they are text.
 
     Attributes:
       vocab_size: one more than the largest token id, special tokens included; a model's may be padded beyond it.
-      eos_ids: the ids that end a sequence; the first is the one that training puts after a text.
-      bos_id: the id that begins a sequence, None where there is none.
-      pad_id: what fills the right of a row: the pad token, else the first EOS. Rows carry their lengths, so nothing
-        reads it.
+      eos_ids: the ids that end a sequence; the first is put after texts in training.
+      bos_id: the id that begins a sequence, None if there is none.
+      pad_id: fills the right of a row: the pad token, else the first EOS. It is never read, as rows have lengths.
     """
 
     def __init__(self, backend: Any, files: TokenizerFiles):
-        """Wraps a backend of this package. Raises UserError if the files name no end of a sequence."""
+        """Wraps a backend of this package. Raises UserError if the files state no end of a sequence."""
         self._backend = backend
         self._files = files
         self.vocab_size: int = backend.vocab_size
@@ -41,11 +40,11 @@ class Tokenizer:
         self.bos_id: int | None = files.role("bos_token", backend.token_id)
         pad = files.role("pad_token", backend.token_id)
         self.pad_id: int = self.eos_ids[0] if pad is None else pad
-        # Of a BPE the flag is ignored, as the reference does: it would corrupt its texts.
+        # Ignored for a BPE, as in transformers: it would corrupt its texts.
         self._cleans = bool(files.settings.get("clean_up_tokenization_spaces")) and not backend.is_bpe
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of `text` alone, with no token added before or after: what goes into training rows."""
+        """Returns the ids of `text` alone, without special tokens before or after it, as in training rows."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -53,7 +52,7 @@ class Tokenizer:
         return self._backend.encode_batch(texts, surrounded=False)
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Returns the ids of a prompt: `text` with the special tokens the model expects around it.
+        """Returns the ids of a prompt: `text` with the special tokens around it that the model expects.
 
         A Llama's prompt begins with BOS, a T5's ends with EOS; other models expect none.
         """
@@ -85,7 +84,7 @@ class Tokenizer:
             add_generation_prompt=add_generation_prompt,
             variables=self._files.template_variables(),
         )
-        return self.encode(text)  # the template itself writes the tokens around the text
+        return self.encode(text)  # the template writes the special tokens itself
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of `ids`; special tokens have none. An incomplete character reads as U+FFFD."""
@@ -95,34 +94,34 @@ class Tokenizer:
         return text
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
-        """Returns the text that each id adds where it stands; special tokens add none.
+        """Returns the text that each id adds at its position; special tokens add none.
 
-        A character of several tokens belongs to the last of them. Joined they are `decode(ids)`, unless decoding cleans
-        up spaces or bytes form no character.
+        A character of several tokens belongs to the last of them. Joined, the pieces are `decode(ids)`, unless decoding
+        cleans up spaces or some bytes form no character.
         """
-        shows = [int(token) for token in ids]
-        ids = [token for token in shows if token not in self._backend.special]
+        all_ids = [int(token) for token in ids]
+        ids = [token for token in all_ids if token not in self._backend.special]
         added: list[str] = []
-        # Read behind what showed last, for a token's space depends on whether it opens the text. What ends in the
-        # middle of a character waits for the rest.
-        start, read, shown = 0, 0, ""
+        # Each step decodes from the last ids that added text: a token's space depends on whether it opens the text.
+        # `old` is the part of the decoded text that was added before. An incomplete character waits for its rest.
+        start, end_of_old, old = 0, 0, ""
         for end in range(1, len(ids) + 1):
             (text,) = self._backend.decode_batch([ids[start:end]])
             waits = end < len(ids) and end - start < _LONGEST_WAIT
-            settled = text.rstrip("\ufffd") if waits else text
-            added.append(settled[len(shown) :] if settled.startswith(shown) else "")
-            shown += added[-1]
-            if added[-1] and settled == text:
-                start, read = read, end
-                (shown,) = self._backend.decode_batch([ids[start:read]])
+            complete = text.rstrip("\ufffd") if waits else text
+            added.append(complete[len(old) :] if complete.startswith(old) else "")
+            old += added[-1]
+            if added[-1] and complete == text:
+                start, end_of_old = end_of_old, end
+                (old,) = self._backend.decode_batch([ids[start:end]])
         rest = iter(added)
-        return ["" if token in self._backend.special else next(rest) for token in shows]
+        return ["" if token in self._backend.special else next(rest) for token in all_ids]
 
     def fingerprint(self) -> str:
-        """Returns a hash of what makes ids of a text: vocabulary, merges, added tokens, normalisation.
+        """Returns a hash of all that determines the ids of a text: vocabulary, merges, added tokens, normalisation.
 
-        File names, padding, truncation, templates and the tokens around a prompt play no part. A vocabulary as
-        `tokenizer.json` and as a SentencePiece model are different ones: their rules are not proven equal.
+        File names, padding, truncation, templates and the tokens around a prompt do not count. The same vocabulary as
+        `tokenizer.json` and as a SentencePiece model has two fingerprints: their rules are not proven equal.
         """
         content = json.dumps(self._backend.content(), sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
@@ -130,7 +129,7 @@ class Tokenizer:
     def save(self, directory: str | Path) -> None:
         """Writes the tokenizer's files as they were loaded, creating the directory.
 
-        EOS ids that a model's own configs state are not the tokenizer's; `hub.save` writes them beside the weights.
+        EOS ids that come from a model's configs are not written here; `hub.save` writes them with the model.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -146,7 +145,7 @@ class Tokenizer:
         "eos_token" of `tokenizer_config.json`.
 
         Raises:
-          UserError: if there is none of them, it is damaged or not supported, or nothing ends a sequence.
+          UserError: if there is none of them, it is damaged or not supported, or no id ends a sequence.
         """
         return _tokenizer(tokenizer_files.read(directory))
 
@@ -171,9 +170,9 @@ def train_byte_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
     Source: Sennrich et al. 2016 (arXiv 1508.07909), with bytes as the first symbols.
     All 256 bytes are in the vocabulary, so there is no unknown token. The same texts give the same tokenizer.
-    It has fewer than `vocab_size` ids where the texts offer no more merges.
+    It has fewer than `vocab_size` ids if the texts offer no more merges.
 
-    Raises UserError if `vocab_size` leaves no room for the bytes and `<|end|>`, or if there is no text.
+    Raises UserError if `vocab_size` is too small for the bytes and `<|end|>`, or if there is no text.
     """
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -197,7 +196,7 @@ def train_byte_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         "eos_token": END,
         "pad_token": END,
         "clean_up_tokenization_spaces": False,
-        # A text that spells the end token is text to us, and so to transformers.
+        # The end token spelled out in a text is text, also for transformers.
         "split_special_tokens": True,
     }
     contents = {

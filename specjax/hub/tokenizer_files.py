@@ -32,17 +32,8 @@ _CLASS_TOKENS = {
     "T5Tokenizer": {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
     "GPT2Tokenizer": dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
 }
-_CLASS_OF_MODEL_TYPE = {
-    "llama": "LlamaTokenizer",
-    "t5": "T5Tokenizer",
-    "gpt2": "GPT2Tokenizer",
-    "opt": "GPT2Tokenizer",
-}
-_CLASS_OF_FILE = {
-    "tokenizer.model": "LlamaTokenizer",
-    "spiece.model": "T5Tokenizer",
-    MERGES_FILE: "GPT2Tokenizer",
-}
+_CLASS_OF_MODEL_TYPE = {"llama": "LlamaTokenizer", "t5": "T5Tokenizer", "gpt2": "GPT2Tokenizer", "opt": "GPT2Tokenizer"}
+_CLASS_OF_FILE = {"tokenizer.model": "LlamaTokenizer", "spiece.model": "T5Tokenizer", MERGES_FILE: "GPT2Tokenizer"}
 
 
 @dataclasses.dataclass(frozen=True)

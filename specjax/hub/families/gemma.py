@@ -5,6 +5,7 @@ which only the text model is read (arXiv 2503.19786), has norms of query and key
 second rotary base in the layers with a window.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -120,12 +121,11 @@ def _write_3(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-GEMMA = base.Family(
+GEMMA = dataclasses.replace(
+    llama.FAMILY,
     model_type="gemma",
     architecture="GemmaForCausalLM",
     fields=_FIELDS,
-    names=llama.NAMES,
-    ignored=llama.IGNORED,
     only={
         **_ONLY,
         "sliding_window": (None,),
@@ -137,30 +137,25 @@ GEMMA = base.Family(
     written=_WRITTEN,
     prepare=_fill(kv_heads=16, max_positions=8192),
     read=_read,
-    write=llama.written_rotary,
 )
 
-GEMMA2 = base.Family(
+GEMMA2 = dataclasses.replace(
+    GEMMA,
     model_type="gemma2",
     architecture="Gemma2ForCausalLM",
-    fields=_FIELDS,
     names=_NAMES_WITH_OUTPUT_NORMS,
-    ignored=llama.IGNORED,
     only=_ONLY,
     always={**_ALWAYS, "order": "both"},
-    written=_WRITTEN,
     prepare=_fill(kv_heads=4, max_positions=8192),
     read=_read_2,
     write=_write_2,
 )
 
-GEMMA3 = base.Family(
+GEMMA3 = dataclasses.replace(
+    GEMMA2,
     model_type="gemma3_text",
     architecture="Gemma3ForCausalLM",
-    fields=_FIELDS,
-    names=_NAMES_WITH_OUTPUT_NORMS,
-    ignored=llama.IGNORED,
-    # A field of the format that transformers' own model of Gemma 3 does not read: no one law to follow.
+    # The format has this field, but transformers' model of Gemma 3 does not read it, so its meaning is unclear.
     only={**_ONLY, "attn_logit_softcapping": (None,)},
     always={**_ALWAYS, "order": "both", "qk_norm": True},
     written={"hidden_activation": "gelu_pytorch_tanh"},

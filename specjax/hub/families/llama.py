@@ -1,6 +1,6 @@
 """The Llama family (Llama 1 to 3, Vicuna, SmolLM): `config.json` and tensor names as `LlamaForCausalLM` has them.
 
-Families whose files are similar use the tables and functions of this one.
+Families with similar files are changed copies of this one.
 """
 
 from typing import Any
@@ -33,7 +33,6 @@ NAMES = {
     "norm.scale": "model.norm.weight",
     "unembedding.kernel": "lm_head.weight",
 }
-IGNORED = ("rotary_emb.inv_freq",)
 # Optional fields have the values of `LlamaConfig` if they are absent.
 FIELDS = (
     Field("vocab_size", "vocab_size"),
@@ -65,7 +64,6 @@ ONLY = {
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),
 }
-WRITTEN = {"hidden_act": "silu"}
 
 
 def rotary(
@@ -99,9 +97,9 @@ FAMILY = base.Family(
     architecture="LlamaForCausalLM",
     fields=(*FIELDS, *ATTENTION_BIAS, MLP_BIAS),
     names=NAMES,
-    ignored=IGNORED,
+    ignored=("rotary_emb.inv_freq",),
     only={**ONLY, "sliding_window": (None,), "use_sliding_window": (False, None), "layer_types": (None,)},
-    written=WRITTEN,
+    written={"hidden_act": "silu"},
     read=rotary,
     write=written_rotary,
 )

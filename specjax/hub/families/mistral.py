@@ -1,5 +1,6 @@
 """The Mistral family: Llama's layout without biases, with one sliding window in all layers or in none."""
 
+import dataclasses
 from typing import Any
 
 from specjax.hub.families import base, llama
@@ -17,15 +18,13 @@ def written_window(config: DecoderConfig) -> dict[str, Any]:
     return {"sliding_window": config.window(0) or None}
 
 
-FAMILY = base.Family(
+FAMILY = dataclasses.replace(
+    llama.FAMILY,
     model_type="mistral",
     architecture="MistralForCausalLM",
     fields=llama.FIELDS,
-    names=llama.NAMES,
-    ignored=llama.IGNORED,
     only={**llama.ONLY, **llama.NO_BIAS, "use_sliding_window": (None,), "layer_types": (None,)},
     absent={"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
-    written=llama.WRITTEN,
     read=lambda fields, values: {**llama.rotary(fields, values), **window(fields, values)},
     write=lambda config: {**llama.written_rotary(config), **written_window(config)},
 )

@@ -1,5 +1,6 @@
 """The Phi-3 family (Phi-3, Phi-3.5, Phi-4): Llama's arithmetic, fused projections, partial and "longrope" positions."""
 
+import dataclasses
 from typing import Any
 
 from specjax.hub.families import base, llama, mistral
@@ -53,13 +54,13 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
     return {**fields, _ORIGINAL: original, **mistral.written_window(config)}
 
 
-FAMILY = base.Family(
+FAMILY = dataclasses.replace(
+    llama.FAMILY,
     model_type="phi3",
     architecture="Phi3ForCausalLM",
     fields=llama.FIELDS,
     names={**llama.NAMES, **_FUSED},
     parts=_parts,
-    ignored=llama.IGNORED,
     only={
         **llama.ONLY,
         **llama.NO_BIAS,
@@ -68,7 +69,6 @@ FAMILY = base.Family(
         "layer_types": (None,),
     },
     absent={"max_position_embeddings": 4096, _ORIGINAL: 4096, "rms_norm_eps": 1e-5},
-    written=llama.WRITTEN,
     prepare=_prepare,
     read=_read,
     write=_write,

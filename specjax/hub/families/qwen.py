@@ -3,6 +3,7 @@
 Qwen2 and Qwen2.5 have biases of query, key and value; Qwen3 has norms of query and key heads.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,30 +71,24 @@ _ABSENT = {
     "max_window_layers": 28,
 }
 
-QWEN2 = base.Family(
+QWEN2 = dataclasses.replace(
+    llama.FAMILY,
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
     fields=llama.FIELDS,
-    names=llama.NAMES,
-    ignored=llama.IGNORED,
     only={**llama.ONLY, "mlp_bias": (False, None), "use_mrope": (False, None)},
     absent=_ABSENT,
     always={"attention_bias": True},
-    written=llama.WRITTEN,
     read=_read,
     write=_write,
 )
 
-QWEN3 = base.Family(
+QWEN3 = dataclasses.replace(
+    QWEN2,
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
     fields=(*llama.FIELDS, *llama.ATTENTION_BIAS),
-    names=llama.NAMES,
-    ignored=llama.IGNORED,
     only={**llama.ONLY, "mlp_bias": (False, None)},
     absent={**_ABSENT, "head_dim": 128},  # whatever the width
     always={"qk_norm": True},
-    written=llama.WRITTEN,
-    read=_read,
-    write=_write,
 )

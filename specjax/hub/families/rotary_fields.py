@@ -30,7 +30,8 @@ _KINDS = {
     "yarn": ("factor", "original_positions", "beta_fast", "beta_slow", "truncate", "magnitude"),
     "longrope": ("factor", "original_positions", "short_factors", "long_factors", "magnitude"),
 }
-_ABSENT = {"beta_fast": 32.0, "beta_slow": 1.0}
+# Those that may be absent; `Rotary` has the values that they then have.
+_OPTIONAL = ("beta_fast", "beta_slow", "magnitude")
 
 
 def rotary_of(fields: Mapping[str, Any], size: int, max_positions: int, *, theta: float = 10000.0) -> Rotary:
@@ -103,16 +104,14 @@ def _read_scaling(kind: str, scaling: dict[str, Any], fields: Mapping[str, Any],
             values[ours] = number({name: value}, name, float)
         elif ours == "factor" and kind == "longrope":
             values[ours] = max_positions / original
-        elif ours in _ABSENT or ours == "magnitude":
-            values[ours] = _ABSENT.get(ours)
-        else:
+        elif ours not in _OPTIONAL:
             raise UserError(f'"rope_scaling" of type "{kind}" lacks "{name}"; take the complete config.json')
     if kind == "yarn":
         share, share_all = (
             None if (value := scaling.pop(name, None)) is None else number({name: value}, name, float)
             for name in ("mscale", "mscale_all_dim")
         )
-        if values["magnitude"] is None and share is not None and share_all is not None:
+        if "magnitude" not in values and share is not None and share_all is not None:
             grow = lambda share: 0.1 * share * math.log(values["factor"]) + 1 if values["factor"] > 1 else 1.0
             values["magnitude"] = grow(share) / grow(share_all)
     for name, value in scaling.items():

@@ -1,5 +1,6 @@
 """The SmolLM3 family (arXiv 2501.18795): Llama's layout, with some layers that do not rotate queries and keys."""
 
+import dataclasses
 from typing import Any
 
 from specjax.hub.families import base, llama, qwen
@@ -32,15 +33,13 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
     return {**llama.written_rotary(config), "no_rope_layers": rotates, **qwen.written_windows(config)}
 
 
-FAMILY = base.Family(
+FAMILY = dataclasses.replace(
+    llama.FAMILY,
     model_type="smollm3",
     architecture="SmolLM3ForCausalLM",
     fields=(*llama.TIED_FIELDS, *llama.ATTENTION_BIAS, llama.MLP_BIAS),
-    names=llama.NAMES,
-    ignored=llama.IGNORED,
     only=llama.ONLY,
     absent={"num_key_value_heads": 4, "max_position_embeddings": 32768, "no_rope_layer_interval": 4},
-    written=llama.WRITTEN,
     read=_read,
     write=_write,
 )
