@@ -1,12 +1,14 @@
-"""How much of the quickstart's gain is the target's probabilities, and how much is on-policy text? Three seeds.
+"""How much of the quickstart's gain is the target's probabilities, and how much on-policy text? Three seeds.
 
     python -m specjax.main --config=configs/quickstart_controls.py --workdir=runs/controls
 
-Hardware: 2 CPU cores, 25 to 45 minutes. One target, larger than the quickstart's (which has ten minutes for it all),
-and for each seed one draft trained plainly to its plateau, from which four drafts go on: `distilled` (on-policy),
-`fixed` (the same divergence and steps on the corpus), `control_steps` (plainly, equal steps) and `control_clock`
-(plainly, at least as long by the clock as `distilled`). The results are committed as configs/records/study.json;
-README.md says what they show.
+The target is larger than the quickstart's, which has ten minutes for everything. For each seed, one draft is trained
+plainly to its plateau, and four drafts continue from it: `distilled` (on-policy), `fixed` (the same divergence and
+steps, on the corpus), `control_steps` (plainly, for equal steps) and `control_clock` (plainly, for at least as long by
+the clock as `distilled`).
+
+Hardware: 2 CPU cores. Time: 25 to 45 minutes. Expect `distilled` and `fixed` to gain about equally, and the controls
+nothing: the table of configs/distillspec/README.md, from configs/records/study.json.
 """
 
 from ml_collections import ConfigDict

@@ -1,10 +1,11 @@
-"""What decoding costs on this machine: our loop beside the barest one, verification, blocks, context.
+"""What decoding costs on this machine: the decoding loop against a minimal one, verification, blocks, context.
 
     python -m specjax.main --config=configs/benchmark/cpu.py --workdir=runs/benchmark_cpu
 
-Hardware: 2 CPU cores; about 4 minutes, most of it compilation. Weights are random: nothing here depends on
-what a model says. Expect the ratio of plain decoding to the minimal loop to lie within 3% of 1 on an idle machine.
-`configs/benchmark/cpu.py:smoke` runs in seconds.
+Weights are random: nothing here depends on what a model writes.
+
+Hardware: 2 CPU cores, otherwise idle. Time: about 4 minutes, most of it compilation. Expect plain decoding within 3% of
+the minimal loop. `configs/benchmark/cpu.py:smoke` runs in seconds.
 """
 
 from ml_collections import ConfigDict
@@ -33,7 +34,7 @@ def get_config(variant: str = "") -> ConfigDict:
     )
     # Plain decoding: prompt tokens, tokens emitted, batch 1.
     config.plain = ConfigDict({"models": ("narrow", "medium", "wide"), "prompt": 32, "new_tokens": 96})
-    # Verification of gamma + 1 tokens beside one step.
+    # Verification of gamma + 1 tokens, relative to one step.
     config.verification = ConfigDict(
         {
             "models": ("narrow", "medium", "wide"),

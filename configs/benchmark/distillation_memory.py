@@ -1,10 +1,12 @@
-"""Memory of a distillation step against the vocabulary, 32k to 256k, with the heads in chunks and all at once.
+"""Memory of a distillation step for vocabularies of 32k to 256k, with the heads applied in chunks and all at once.
 
     python -m specjax.main --config=configs/benchmark/distillation_memory.py --workdir=runs/distillation_memory
 
-Hardware: 2 CPU cores, 8 GB of free memory; two to three minutes. Models are narrow, so that memory is the
-vocabulary's. Expect memory in chunks to grow with the vocabulary by the draft's head alone, and all at once by the
-logits: the table in configs/distillspec/README.md. `configs/benchmark/distillation_memory.py:smoke` runs in seconds.
+Models are narrow, so that the vocabulary decides the memory.
+
+Hardware: 2 CPU cores, 8 GB of free memory. Time: two to three minutes. Expect memory to grow with the draft's head only
+if the heads run in chunks, and with the logits if they run at once: the table in configs/distillspec/README.md.
+`configs/benchmark/distillation_memory.py:smoke` runs in seconds.
 """
 
 from ml_collections import ConfigDict

@@ -1,11 +1,13 @@
-"""Loading a checkpoint of 3.2 billion parameters onto eight devices: time, bytes of a rank, memory of the host.
+"""Loading a checkpoint of 3.2 billion parameters onto eight devices: time, bytes read per rank, memory of the host.
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 \\
     python -m specjax.main --config=configs/benchmark/loading.py --workdir=runs/benchmark_loading
 
-Hardware: 2 CPU cores, 10 GB of free memory, 7 GB of disk; a few minutes. The values are random and the shape is that of
-Llama 3.2 3B. Expect each rank to read an eighth, and a peak above the arrays of less than the largest of them.
-`configs/benchmark/loading.py:smoke` runs in seconds, on one device.
+The weights are random, the shape is that of Llama 3.2 3B.
+
+Hardware: 2 CPU cores, 10 GB of free memory, 7 GB of disk. Time: a few minutes. Expect each rank to read an eighth, and
+a peak of memory that exceeds the loaded arrays by less than the largest one. `configs/benchmark/loading.py:smoke` runs
+in seconds, on one device.
 """
 
 from ml_collections import ConfigDict

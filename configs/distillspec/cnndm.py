@@ -4,14 +4,14 @@
         --config.target.path=DIR --config.draft.path=DIR
 
 Stages: `tune_target` and `tune_draft` on the task's own answers; `distilled`; `evaluation`, with quality, block
-efficiency and latency of the draft before and after. The variants `cnndm.py:llama` and `cnndm.py:qwen` take
-instruction-tuned checkpoints and leave the tuning out. The data set is read from TFDS (`--config.task.path=DIR` where
+efficiency and latency of the draft before and after distillation. The variants `cnndm.py:llama` and `cnndm.py:qwen`
+take instruction-tuned checkpoints and skip the tuning. The data set is read from TFDS (`--config.task.path=DIR` where
 it is not in TFDS's default folder), or from JSON lines.
 
-Hardware: 16 accelerators (`--config.mesh.fsdp=N` for another number). Time: not timed; it was never run at full size.
-Expect, by the paper, a gain of 10 to 45% over decoding with the undistilled draft.
-What is the paper's and what is ours is marked in `real_scale.py` and below. `:smoke` takes tiny checkpoints and
-a file of JSON lines.
+Hardware: 16 accelerators (`--config.mesh.fsdp=N` for another number). Time: not timed; it was not run at full size.
+According to the paper, expect a gain of 10 to 45% over decoding with the undistilled draft. `real_scale.py` and the
+comments below mark which settings are the paper's and which are ours. `:smoke` takes tiny checkpoints and a file of
+JSON lines.
 """
 
 from ml_collections import ConfigDict

@@ -1,18 +1,18 @@
-"""A model garden: which size, taught by the largest or not, decoded with which draft, for the least latency?
+"""A model garden: which size, distilled from the largest or not, decoded with which draft, has the lowest latency?
 
     python -m specjax.main --config=configs/distillspec/garden.py --workdir=runs/garden_0 --config.seed=0
 
 One run is one seed; `python -m configs.records.condense configs/records/garden.json runs/garden_0 ...` joins them.
-The largest model is that of `lossy.py` to the letter: a finished `target` stage, copied to the workdir as `large`, is
-not trained again.
+The largest model is exactly that of `lossy.py`: copy its finished stage `target` to the workdir as `large` to save its
+training.
 
-Stages: `large`; `medium` and `small`, each `_raw` (trained on the data) and `_kd` (as long, by the largest's
-probabilities); `draft`, trained plainly; `for_MODEL`, that draft distilled for each of them; `quality`, every model
-decoded plainly, with the plain draft (`MODEL_sd`) and with its own (`MODEL_distillspec`); `latency`, the same one
-prompt at a time, all models in turn, to be run on a machine with nothing else to do.
+Stages: `large`; `medium` and `small`, each `_raw` (trained on the data) and `_kd` (trained as long on the largest
+model's probabilities); `draft`, trained plainly; `for_MODEL`, that draft distilled for each of them; `quality`, every
+model decoded plainly, with the plain draft (`MODEL_sd`) and with its own (`MODEL_distillspec`); `latency`, the same
+one prompt at a time, all models in turn, on an otherwise idle machine.
 
-Hardware: 2 CPU cores; four minutes a seed where the largest is there. Expect the tables of
-configs/distillspec/README.md. `configs/distillspec/garden.py:smoke` takes tiny models.
+Hardware: 2 CPU cores. Time: four minutes per seed if the largest model is there. Expect the tables of
+configs/distillspec/README.md. `configs/distillspec/garden.py:smoke` uses tiny models.
 """
 
 from ml_collections import ConfigDict
@@ -34,9 +34,11 @@ def get_config(variant: str = "") -> ConfigDict:
     seed = config.get_ref("seed")
     config.large = stages.trained(0, "large", steps=500, rate=1.5e-3, tokenizer="", smoke=smoke)
     for size in sizes:
-        alike = {"steps": 300, "rate": 2e-3, "smoke": smoke}
-        config[f"{size}_raw"] = stages.trained(seed, size, tokenizer="stage:large", **alike)
-        config[f"{size}_kd"] = stages.taught(seed, size, init="random", target="stage:large", on_policy=False, **alike)
+        settings = {"steps": 300, "rate": 2e-3, "smoke": smoke}
+        config[f"{size}_raw"] = stages.trained(seed, size, tokenizer="stage:large", **settings)
+        config[f"{size}_kd"] = stages.taught(
+            seed, size, init="random", target="stage:large", on_policy=False, **settings
+        )
     config.draft = stages.trained(seed, "draft", steps=300, rate=4e-3, tokenizer="stage:large", smoke=smoke)
     for model in models:
         source = {"init": "stage:draft", "target": f"stage:{model}"}
@@ -51,15 +53,15 @@ def get_config(variant: str = "") -> ConfigDict:
 
 
 def _drafters(models: tuple[str, ...]) -> dict[str, dict]:
-    """Every model, with the plain draft and with its own; gamma 0 is the model decoded plainly."""
+    """Every model with the plain draft and with its own draft; gamma 0 decodes the model plainly."""
     drafters = {}
     for model in models:
-        own = {} if model == "large" else {"target": f"stage:{model}"}
-        alike = {"kind": "model", **own}
-        plainly = () if model == "large" else (0,)  # the largest, plainly, is the baseline of all
-        drafters[f"{model}_sd"] = {**alike, "path": "stage:draft", "rules": {"lossless": (*plainly, stages.GAMMA)}}
+        target = {} if model == "large" else {"target": f"stage:{model}"}
+        settings = {"kind": "model", **target}
+        plainly = () if model == "large" else (0,)  # plain decoding of the largest is everyone's baseline
+        drafters[f"{model}_sd"] = {**settings, "path": "stage:draft", "rules": {"lossless": (*plainly, stages.GAMMA)}}
         drafters[f"{model}_distillspec"] = {
-            **alike,
+            **settings,
             "path": f"stage:for_{model}",
             "rules": {"lossless": (stages.GAMMA,)},
         }

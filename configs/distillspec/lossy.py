@@ -1,17 +1,17 @@
-"""What lossy rules cost and bring: quality against block efficiency and latency, before and after distillation.
+"""What lossy rules cost and gain: quality against block efficiency and latency, before and after distillation.
 
     python -m specjax.main --config=configs/distillspec/lossy.py --workdir=runs/lossy_0 --config.seed=0
 
-One run is one seed of the draft's training and of decoding, on problems of its own; the target is the same in all.
+One run is one seed of the draft's training and of decoding, on problems of its own; the target is the same in all runs.
 `python -m configs.records.condense configs/records/lossy.json runs/lossy_0 runs/lossy_1 runs/lossy_2` joins them.
 
-Stages: `target`; `supervised`, a draft trained plainly; `distilled`, the same on its own text by the target's
-probabilities; `quality`, every rule at every lenience over many prompts; `latency`, the same one prompt at a time, to
-be run on a machine with nothing else to do.
+Stages: `target`; `supervised`, a draft trained plainly; `distilled`, the same draft trained further on its own text
+with the target's probabilities; `quality`, every rule at every lenience on many prompts; `latency`, the same one
+prompt at a time, on an otherwise idle machine.
 
-Hardware: 2 CPU cores. Time: about eleven minutes a seed, eight where the target is copied from another seed's workdir;
-most of it uses one core. Expect, as in DistillSpec's figure 6, more tokens a target call and lower quality the smaller
-the lenience: the tables of configs/distillspec/README.md. `configs/distillspec/lossy.py:smoke` takes tiny models.
+Hardware: 2 CPU cores. Time: about eleven minutes per seed, mostly on one core; eight if the target is copied from
+another seed's workdir. Expect, as in DistillSpec's figure 6, more tokens per target call and lower quality as lenience
+falls: the tables of configs/distillspec/README.md. `configs/distillspec/lossy.py:smoke` uses tiny models.
 """
 
 from ml_collections import ConfigDict
@@ -44,11 +44,11 @@ def _evaluation(seed, *, timed: bool, smoke: bool) -> ConfigDict:
     drafters = {
         draft: {"kind": "model", "path": f"stage:{draft}", "rules": rules} for draft in ("supervised", "distilled")
     }
-    # The draft by itself: its own target, decoded plainly.
+    # The draft as its own target, decoded plainly.
     alone = {"kind": "model", "path": "stage:distilled", "target": "stage:distilled", "rules": {"lossless": (0,)}}
     temperatures = (0.0,) if smoke else (0.0, 1.0)
     drafters["draft_alone"] = alone
-    # A loss of one in a hundred answers is to be seen.
+    # Enough prompts to see a loss of one answer in a hundred.
     how = {"timed": timed, "temperatures": temperatures, "smoke": smoke, "prompts": 384}
     section = stages.evaluation(seed, "stage:target", drafters, **how)
     section.leniences = (0.5,) if smoke else (0.6, 0.3, 0.1)

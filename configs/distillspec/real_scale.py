@@ -1,10 +1,10 @@
 """The recipe that xsum.py, cnndm.py, wmt.py, gsm8k.py and lm1b.py share: DistillSpec at the size of the paper.
 
-What is the paper's (arXiv 2310.08461) and what is ours is said beside each number. Of the paper's hyperparameters we
-had notes at second hand only: check those that are marked "unverified" against its appendix before you quote them.
+A comment at each number says whether it is the paper's (arXiv 2310.08461) or ours. We had the paper's hyperparameters
+from secondary notes only: check those marked "unverified" against its appendix before you quote them.
 
 Pairs: T5 (the paper's: XL and Small of v1.1, both fine-tuned on the task first), and instruction-tuned Llama and Qwen,
-which are taken as they are (ours).
+used as they are (ours).
 """
 
 from collections.abc import Mapping
@@ -80,15 +80,15 @@ def recipe(
 
 
 def base(pair: Mapping, task: str) -> ConfigDict:
-    """What every stage refers to: seed, mesh, task, and the two checkpoints that the command line has to name."""
+    """What every stage refers to: seed, mesh, task, and the two checkpoints, which the command line must name."""
     config = ConfigDict()
     config.seed = 0
-    # One axis: parameters and batch are split alike. Let it be the number of your devices.
+    # One axis, over which both parameters and batch are sharded; set it to the number of your devices.
     config.mesh = ConfigDict({"data": 1, "fsdp": pair["fsdp"], "tensor": 1})
     for role in ("target", "draft"):
         wanted = f"required:{role}.path:the directory of a Hugging Face checkpoint, such as {pair[role]}"
         config[role] = ConfigDict({"path": wanted})
-    # path: where TFDS keeps what is prepared, "" its default; or files of JSON lines. size: 0 is all.
+    # path: the folder of prepared TFDS data ("": its default), or files of JSON lines. size: 0 is all.
     config.task = ConfigDict({"name": task, "path": "", "seed": 0, "size": 0})
     return config
 
@@ -142,7 +142,7 @@ def distillation(config: ConfigDict, target, draft, data: Mapping[str, float], d
 
 
 def evaluation(config: ConfigDict, target, draft) -> ConfigDict:
-    """The draft before and after, beside plain decoding: quality, block efficiency, latency at batch size 1."""
+    """The draft before and after, and plain decoding: quality, block efficiency, latency at batch size 1."""
     paths = {"undistilled": draft, "distilled": "stage:distilled"}
     drafters = {
         name: {"kind": "model", "path": path, "rules": {"lossless": (GAMMA,), "lenient_exp": ()}}

@@ -3,25 +3,25 @@
     python -m specjax.main --config=configs/distillspec/sweep.py --workdir=runs/sweep
     python -m specjax.main --config=configs/distillspec/sweep.py:encoder_decoder --workdir=runs/sweep_encoder_decoder
 
-Variants are words joined by "-": `encoder_decoder` (a pair in T5's manner on `stdlib_docstrings`; without it a
-decoder-only pair on `stdlib_code`), a number of seeds (else 3; a workdir of fewer seeds goes on with more) and `smoke`,
-as in `sweep.py:encoder_decoder-5`.
+Variants are words joined by "-", such as `sweep.py:encoder_decoder-5`: `encoder_decoder` (a pair like T5 on
+`stdlib_docstrings`, instead of a decoder-only pair on `stdlib_code`), a number of seeds (default 3; a workdir with
+fewer seeds continues with more), and `smoke`.
 
-Stages: `target`; then seed by seed `supervised` (the draft, plainly, to its plateau, from which all others go on),
-`target_text` (what the target writes, once, by speculative decoding with that draft), a draft for each of the 16 cells
-{fixed, draft, target, mixed} x {forward_kl, reverse_kl, jsd, total_variation} of the paper's tables, the newer losses
-on the draft's text, SeqKD, controls, and `evaluation_*` at temperatures 0 and 1 as soon as a row's drafts are there.
-Mixed is half the draft's and half the target's text. Controls: `plain_steps` and `plain_clock` are trained plainly for
-as many steps, and for as long, as `draft_forward_kl`; `target_forward_kl_clock` learns on the target's text as long.
-Last, for the decoder-only pair: `little_*`, on a few pages of the corpus alone, or on the draft's text from prompts of
-these; and transfer, some of the drafts on two tasks that neither they nor the target were trained on, and before a
-`large_target` that none of them was distilled from.
+Stages: `target`. Then for each seed: `supervised`, a draft trained plainly to its plateau, from which all others
+continue; `target_text`, text that the target writes once, by speculative decoding with that draft; a draft for each of
+the 16 cells {fixed, draft, target, mixed} x {forward_kl, reverse_kl, jsd, total_variation} of the paper's tables; the
+newer losses on the draft's text; SeqKD; controls; and `evaluation_*` at temperatures 0 and 1 once the drafts of a row
+are finished. Mixed text is half the draft's and half the target's. The controls `plain_steps` and `plain_clock` are
+trained plainly for as many steps, and for as long, as `draft_forward_kl`; `target_forward_kl_clock` learns on the
+target's text for as long. Last, for the decoder-only pair: `little_*`, trained on a few pages of the corpus, or on the
+draft's text after prompts from these pages; and transfer, where some drafts decode two tasks that neither they nor the
+target were trained on, and draft for a `large_target` that none of them was distilled from.
 
-Each training is a stage of its own: an interrupted sweep repeats no finished one and goes on from the last checkpoint
-of the other. `python -m configs.records.condense configs/records/sweep.json WORKDIR` makes a small record of whatever
-is finished, from which `make tables` writes the tables and draws the heat map of README.md beside this file.
+Each training is a stage, so an interrupted sweep repeats no finished one and resumes the current one at its last
+checkpoint. `python -m configs.records.condense configs/records/sweep.json WORKDIR` makes a small record of all finished
+stages; `make tables` then writes the tables and the heat map of configs/distillspec/README.md.
 
-Hardware: one CPU core is enough. Time and outcome: README.md.
+Hardware: one CPU core. Time and outcome: configs/distillspec/README.md.
 """
 
 from ml_collections import ConfigDict
@@ -39,9 +39,9 @@ TEXTS = {
     "mixed": (0.0, 0.5, 0.5),
 }
 NEWER = ("negative_log_acceptance", "lk_hybrid")
-# Some forty rows, each of which training then meets over and over.
+# Bytes of text: some forty rows, each of which training repeats many times.
 LITTLE = 16_000
-# Tasks on which no draft was trained: code of another form, and text that is no code.
+# Tasks on which no draft was trained: code in another form, and text that is not code.
 OTHER_TASKS = {"docstrings": ("stdlib_docstrings", 0), "arithmetic": ("arithmetic", 8)}
 TRANSFERRED = ("supervised", "plain_steps", "fixed_forward_kl", "draft_forward_kl", "target_forward_kl")
 
@@ -70,7 +70,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
 
 def _seed(base: ConfigDict, seed: int, smoke: bool):
-    """The stages of one seed, in order: (name, section); of a smoke run one divergence for two of the texts."""
+    """Yields the stages of one seed in order, as (name, section); a smoke run has one divergence for two texts."""
     yield f"supervised_{seed}", _seeded(base.supervised, seed)
     text = _text(base, seed)
     yield f"target_text_{seed}", text
@@ -97,7 +97,7 @@ def _seed(base: ConfigDict, seed: int, smoke: bool):
 
 
 def _little_data(base: ConfigDict, seeds: int):
-    """Is the corpus as good as any text only because there is so much of it? The same from LITTLE bytes of it."""
+    """The same from LITTLE bytes: is the corpus as good as any text only because there is so much of it?"""
     for seed in range(seeds):
         names = []
         for source in ("fixed", "draft"):
@@ -109,7 +109,7 @@ def _little_data(base: ConfigDict, seeds: int):
 
 
 def _transfer(base: ConfigDict, seeds: int, smoke: bool):
-    """Drafts on tasks that they never saw, and before a larger target that they never saw."""
+    """Drafts on tasks that they never saw, and with a larger target that they never saw."""
     large = base.target.copy_and_resolve_references()
     large.tokenizer.path = "stage:target"
     large.model.update({"width": 2 * large.model.width, "heads": 2 * large.model.heads})
@@ -120,7 +120,7 @@ def _transfer(base: ConfigDict, seeds: int, smoke: bool):
         for task, (name, size) in list(OTHER_TASKS.items())[-1 if smoke else 0 :]:
             section = _evaluation(base, seed, names)
             section.task.update({"name": name, "size": size})
-            section.selection.length_max = 512  # of such prompts the most that is allowed
+            section.selection.length_max = 512  # these prompts have a length of their own; this is the most allowed
             yield f"transfer_{task}_{seed}", section
         section = _evaluation(base, seed, names)
         section.target = "stage:large_target"
@@ -144,7 +144,7 @@ def _distilled(base: ConfigDict, seed: int, source: str, divergence: str, clock:
 
 
 def _by_name(base: ConfigDict, seed: int, recipe: str) -> ConfigDict:
-    """A recipe of distillation/recipes.py, to which the parts are left."""
+    """A recipe of specjax/distillation/recipes.py, which sets text and divergence."""
     section = _distilled(base, seed, "target", "")
     section.data.target = 0.0
     section.recipe = recipe
@@ -152,20 +152,20 @@ def _by_name(base: ConfigDict, seed: int, recipe: str) -> ConfigDict:
 
 
 def _plain(base: ConfigDict, seed: int, clock: str) -> ConfigDict:
-    """Further on the corpus alone; the target only measures the acceptance on held-out text."""
+    """Plain training on the corpus; the target only measures the acceptance on held-out text."""
     return _distilled(base, seed, "fixed", "cross_entropy", clock)
 
 
 def _text(base: ConfigDict, seed: int) -> ConfigDict:
     section = ConfigDict({"binary": "target_text", "seed": seed, "mesh": base.mesh, "task": base.target.task})
     section.update({"target": "stage:target", "param_dtype": "float32", "compute_dtype": "auto"})
-    # The draft that writes along ("" for none), its gamma, and the exact rule.
+    # The draft that speeds up the writing ("" for none), its gamma, and the exact rule.
     section.drafter = ConfigDict({"path": f"stage:supervised_{seed}", "gamma": GAMMA, "rule": "coupled"})
     data = base.distilled.data
     keys = ("batch_size", "sequence_length", "prompt_length_min", "prompt_length_max", "generation")
     section.data = ConfigDict({key: data[key] for key in keys})
-    section.count = base.distilled.train.steps * data.batch_size  # prompts: as many as training meets
-    section.measure_batches = 3  # the first ones again, with and without the draft, for the speed
+    section.count = base.distilled.train.steps * data.batch_size  # as many prompts as training uses
+    section.measure_batches = 3  # the first batches again, with and without the draft, to measure the speed
     return section.copy_and_resolve_references()
 
 

@@ -3,11 +3,11 @@
     python -m specjax.main --config=configs/draft_design/build.py --workdir=runs/build --config.target=DIR \\
         --config.parameters=2000000
 
-With a budget of parameters every depth of `layers` is brought to it, in the target's proportions, and the fastest is
-chosen. With `--config.milliseconds` (and `parameters` 0) every depth is built at every size of `sizes`, and the largest
-that takes no longer is chosen. What such a shape would accept, nobody knows before it is trained.
+With a budget of parameters, every depth of `layers` is scaled to it in the target's proportions, and the fastest is
+chosen. With `--config.milliseconds` (and `parameters` 0), every depth is built at every size of `sizes`, and the
+largest that is fast enough is chosen. The acceptance of such a shape is unknown until it is trained.
 
-Hardware: any; not timed. `configs/draft_design/build.py:smoke` times one small shape.
+Hardware: any. Time: not timed. `configs/draft_design/build.py:smoke` times one small shape.
 """
 
 from ml_collections import ConfigDict

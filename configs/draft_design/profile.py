@@ -1,16 +1,15 @@
-"""What a decoding step takes on this device, against depth, width, heads, batch, context, gamma and steps a dispatch.
+"""The time of a decoding step on this device, by depth, width, heads, batch, context, gamma and steps per dispatch.
 
     python -m specjax.main --config=configs/draft_design/profile.py --workdir=runs/profile
 
-"Decoding Speculative Decoding" (arXiv 2402.01528) finds on GPUs at batch 1 that a step's time is linear in depth and
-nearly flat in width, at one number of parameters. The table "lines" says how it is here: slope, and R² of the line.
-On a CPU a step waits for its weights to be read, so that at fixed depth time follows parameters; at fixed parameters
-expect 24 layers to take two to three times as long as one. Weights are random. Every measured point stays in
-profile.json of the workdir, a profile that is interrupted goes on, and one of another device or another jax is refused.
-Shapes that take more than four fifths of `memory` are not run: their seconds are a roofline's bound, and their
-`estimate` says so.
+"Decoding Speculative Decoding" (arXiv 2402.01528) finds on GPUs at batch size 1 that, for a fixed number of parameters,
+the time of a step is linear in depth and nearly flat in width. The table "lines" has slope and R² on this device. On a
+CPU a step waits for its weights to be read: at fixed depth time follows the number of parameters, and at a fixed number
+expect 24 layers to take two to three times as long as one. Weights are random. Every point is stored in profile.json of
+the workdir; an interrupted profile resumes, and one of another device or jax version is refused. Shapes that need more
+than four fifths of `memory` are not run: their seconds are a roofline bound, marked by `estimate`.
 
-Hardware: 2 CPU cores, some two minutes. `configs/draft_design/profile.py:smoke` takes seconds.
+Hardware: 2 CPU cores. Time: two minutes. `configs/draft_design/profile.py:smoke` takes seconds.
 """
 
 from ml_collections import ConfigDict
@@ -27,7 +26,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.memory = 700_000_000  # bytes for weights and caches; 0 asks the device
     config.repeats = 9  # measurements of which the median is taken
     config.steps = 24  # steps of a dispatch
-    config.context = 64  # tokens of a row, where nothing else is said
+    config.context = 64  # tokens per row, unless a series varies it
     # Whose vocabulary, head size and proportions all shapes have.
     config.base = ConfigDict(
         {

@@ -1,14 +1,15 @@
-"""Cuts a draft out of a larger checkpoint of yours, then has that checkpoint teach it.
+"""Cuts a draft out of your checkpoint, then distils it from that checkpoint.
 
     python -m specjax.main --config=configs/draft_design/prune.py --workdir=runs/pruned --config.target=DIR \\
         --config.shape.layers=1 --config.shape.mlp_width=704
 
-What matters is judged by activations on the task's text: whole layers, heads with their key heads, channels of the MLP
-and of the residual stream; then `recovered` is distilled on that text, forward KL, for a few steps. Both stages export
-the family's own layout: runs/pruned/recovered/export is the draft, and `configs/evaluate.py` measures it.
+Stage `pruned` keeps what matters most by activations on the task's text: whole layers, query heads with their key
+heads, channels of the MLP and of the residual stream. Stage `recovered` distils the result on that text, by forward KL,
+for a few steps. Both export the family's own layout: runs/pruned/recovered/export is the draft, and configs/evaluate.py
+measures it.
 
-Hardware: whatever holds the checkpoint twice; with a target of the study two and a half minutes on 2 busy CPU cores. In
-configs/draft_design/README.md such drafts are ahead of equally trained ones from scratch.
+Hardware: whatever holds the checkpoint twice. Time: two and a half minutes on 2 busy CPU cores, with a target of 14M
+parameters. Expect such drafts to be better than equally trained ones from scratch: configs/draft_design/README.md.
 `configs/draft_design/prune.py:smoke` takes a few steps.
 """
 

@@ -1,14 +1,14 @@
-"""A pruned draft against one from scratch, of one shape and on as many tokens, both taught by the target.
+"""A pruned draft against one from scratch, of the same shape and trained on as many tokens, both distilled.
 
     python -m specjax.main --config=configs/draft_design/pruning.py --workdir=runs/pruning
 
-Stages: `target` (the quickstart's), `pruned_N` for each shape N (the target cut to it, by what matters on
-the corpus), then for every seed `recovered_N_S` (the pruned draft, distilled on the corpus) and `scratch_N_S` (random,
-distilled on the same batches for as many steps), and `evaluation`. `wide` has one layer of the target's width, `narrow`
-two of a little more than half of it.
+Stages: `target` (as in the quickstart); `pruned_N` for each shape N, the target cut to it by importance on the corpus;
+then for every seed `recovered_N_S` (the pruned draft, distilled on the corpus) and `scratch_N_S` (a random one,
+distilled on the same batches for as many steps); and `evaluation`. `wide` has one layer of the target's width,
+`narrow` two of a little more than half of it.
 
-Hardware: 2 CPU cores; about half an hour. Expect the pruned draft ahead, in block efficiency: the table of comparisons
-in configs/draft_design/README.md says by how much. `configs/draft_design/pruning.py:smoke` takes a minute.
+Hardware: 2 CPU cores. Time: about half an hour. Expect higher block efficiency of the pruned draft: the comparisons in
+configs/draft_design/README.md. `configs/draft_design/pruning.py:smoke` takes a minute.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from configs import common
 
 SEEDS = (0, 1, 2)
-# 0 is as in the target. Its heads are 64 wide, two query heads to one key head.
+# 0 keeps the target's value. Heads are 64 wide, with two query heads per key head.
 SHAPES = {
     "wide": {"layers": 1, "width": 0, "heads": 4, "kv_heads": 2, "mlp_width": 704},
     "narrow": {"layers": 2, "width": 320, "heads": 4, "kv_heads": 2, "mlp_width": 704},
@@ -72,9 +72,9 @@ def pruned(shape: dict, variant: str) -> ConfigDict:
     section.source = "stage:target"  # the checkpoint to prune
     section.param_dtype = "float32"
     section.compute_dtype = "auto"
-    section.task = common.task(size=60_000 if variant else 0)  # whose training text the parts are judged on
+    section.task = common.task(size=60_000 if variant else 0)  # whose training text decides what matters
     section.calibration = ConfigDict({"batches": 8, "batch_size": 8, "sequence_length": 128})
-    section.shape = ConfigDict(shape)  # what is left; 0, or absent, is as in the source
+    section.shape = ConfigDict(shape)  # what is left; 0, or a missing key, keeps the source's value
     if variant:
         section.calibration.update({"batches": 1, "batch_size": 2, "sequence_length": 32})
     return section

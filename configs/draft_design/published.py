@@ -1,14 +1,14 @@
-"""Whether the throughput model gives the numbers that the paper prints, and what its shapes hold.
+"""Checks whether the throughput model gives the numbers that the paper prints, and what the paper's shapes need.
 
     python -m specjax.main --config=configs/draft_design/published.py --workdir=runs/published
 
-Rows of "Decoding Speculative Decoding" (arXiv 2402.01528): block efficiency 3.70 at 6.69 ms a draft step gives 32.59
-tokens/s, 3.81 at 13.13 ms gives 23.10. The paper prints neither gamma nor the target's seconds beside them; both are
-inferred from these rows, so this is a check of arithmetic and no reproduction. Caches are those of the project's own
+Two rows of "Decoding Speculative Decoding" (arXiv 2402.01528): block efficiency 3.70 at 6.69 ms per draft step gives
+32.59 tokens/s, 3.81 at 13.13 ms gives 23.10. The paper prints neither their gamma nor the target's seconds; both are
+inferred from these rows, so this checks arithmetic and reproduces nothing. Cache sizes are those of the paper's own
 code at 1024 tokens in float16.
 
-Hardware: any; nothing is run on it, some seconds. Expect `off by` within 0.005 of 0, caches of 192 and 120 MiB, and
-parameters that come to the numbers in the shapes' names. `configs/draft_design/published.py:smoke` is the same.
+Hardware: any. Time: seconds; no model runs. Expect `off by` within 0.005 of 0, caches of 192 and 120 MiB, and parameter
+counts that match the shapes' names. `configs/draft_design/published.py:smoke` is the same.
 """
 
 from ml_collections import ConfigDict

@@ -1,16 +1,16 @@
-"""Records what a target says greedily, and scores drafts against it with the target out of memory.
+"""Records the greedy text of a target, and scores drafts against it without the target in memory.
 
     python -m specjax.main --config=configs/draft_design/replay.py --workdir=runs/replay --config.target=DIR
     python -m specjax.main --config=configs/draft_design/replay.py --workdir=runs/scores \\
         --config.replay=runs/replay/replay --config.drafts=DIR,DIR
 
-The first writes runs/replay/replay: tokens, and where `top_k` is above 0 the most probable tokens of each position. The
-second decodes with every draft, gamma and threshold as if the target were there; its counts are those of the live
-greedy run. A draft with another tokenizer is refused. `agreement` says what a draft makes of the text where it is given
-all that came before: how often its best token is the target's, its perplexity, and at least what sampling at
-temperature 1 would accept (the mass that both give to the stored tokens).
+The first command writes runs/replay/replay: tokens and, if `top_k` is above 0, the most probable tokens at each
+position. The second decodes with every draft, gamma and threshold as if the target were there; its counts equal those
+of a live greedy run. A draft with another tokenizer is refused. The table `agreement` compares each draft with the
+text given everything before each position: how often its best token is the target's, its perplexity, and a lower bound
+of the acceptance at temperature 1 (the probability that both give to the stored tokens).
 
-Hardware: whatever holds the larger of both models; not timed. `configs/draft_design/replay.py:smoke` records two
+Hardware: whatever holds the larger of both models. Time: not timed. `configs/draft_design/replay.py:smoke` records two
 prompts.
 """
 
@@ -29,10 +29,10 @@ def get_config(variant: str = "") -> ConfigDict:
     config.replay = ""  # directory of a replay to score against, in place of recording one
     config.drafts = ()  # directories of the drafts to score
     config.gammas = (1, 2, 4, 6)
-    config.thresholds = (0.3, 0.5)  # confidence below which a block ends, beside none
+    config.thresholds = (0.3, 0.5)  # confidence below which a block ends, in addition to no threshold
     config.batch_size = 8
     config.max_new_tokens = 128
-    config.top_k = 32  # most probable tokens stored of each position; 0 stores none
+    config.top_k = 32  # most probable tokens stored per position; 0 stores none
     # The prompts: of the task's validation split.
     config.task = common.task()
     config.selection = ConfigDict({"count": 40, "length_min": 16, "length_max": 32})

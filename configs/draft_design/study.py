@@ -1,18 +1,18 @@
-"""A grid of drafts at equal parameters: depth, recipe, task, seed, gamma, temperature, batch; 384 configurations.
+"""A grid of drafts with equal parameters: depth, recipe, task, seed, gamma, temperature, batch; 384 configurations.
 
     python -m specjax.main --config=configs/draft_design/study.py --workdir=runs/study
 
-For each task one target; for each depth and seed one draft of two million parameters trained plainly
-(`supervised_TASK_LAYERS_SEED`) and one that goes on from it by DistillSpec (`distilled_...`), 48 trainings in all; for
-each task one evaluation of every draft, the parts timed apart from the runs, and for the drafts of two seeds what the
-model would have advised beside what was fastest, three times on other prompts (`checked_TASK`); last `study`, which
-puts all of it together: configurations.csv, report.html, and tables of predicted against measured, of depth at equal
-parameters, of perplexity against acceptance, and of the advice. Every stage is finished for itself, so that the same
-command goes on where it stopped; a changed grid is refused in an old workdir.
+For each task one target. For each depth and seed, one draft of two million parameters trained plainly
+(`supervised_TASK_LAYERS_SEED`) and one distilled from there (`distilled_...`): 48 trainings. For each task one
+evaluation of every draft with separately timed parts, and `checked_TASK`: for the drafts of two seeds, the model's
+advice against the fastest configuration, three times on other prompts. The stage `study` combines everything:
+configurations.csv, report.html, and tables of predicted against measured speed, of depth at equal parameters, of
+perplexity against acceptance, and of the advice. The same command resumes at the unfinished stage; a changed grid is
+refused in an old workdir.
 
-Hardware: 2 CPU cores; an hour and a half of training, then 50 minutes of timing, beside which nothing else should run.
-Expect at least nine of ten throughputs of batch 1 predicted within 10%; configs/draft_design/README.md has the tables.
-`configs/draft_design/study.py:smoke` runs one task, two depths and one seed.
+Hardware: 2 CPU cores. Time: an hour and a half of training, then 50 minutes of timing on an otherwise idle machine.
+Expect at least nine of ten throughputs at batch size 1 predicted within 10%: the tables in
+configs/draft_design/README.md. `configs/draft_design/study.py:smoke` runs one task, two depths and one seed.
 """
 
 from ml_collections import ConfigDict
@@ -89,7 +89,7 @@ def _on_task(section: ConfigDict, task: str, variant: str) -> ConfigDict:
         return section
     section.task.update(TASKS[task])
     if task == "arithmetic":
-        # Questions have up to 75 tokens, and nine answers of ten fit behind theirs.
+        # Questions have up to 75 tokens; nine of ten answers then fit the row.
         if section.binary == "evaluate":
             section.selection.length_max = 80
         else:
@@ -107,7 +107,7 @@ def _draft(base: ConfigDict, recipe: str, task: str, layers: int, seed: int, var
         section.model.init = f"stage:supervised_{task}_{layers}_{seed}"
     section.model.layers = layers
     if not variant:
-        # Of 48 trainings none can be long; shapes are compared at equal steps.
+        # None of 48 trainings can be long; shapes are compared at equal steps.
         steps = {"supervised": 210, "distilled": 30}[recipe]
         section.train.update({"steps": steps, "eval_every": steps // 2, "checkpoint_every": steps // 2})
         section.optimizer.warmup_steps = steps // 6
@@ -124,7 +124,7 @@ def _evaluation(base: ConfigDict, task: str, drafters: dict, variant: str) -> Co
     section.drafters = ConfigDict(drafters)
     section.batch_sizes = (1, 4) if not variant else (1,)
     if not variant:
-        # A configuration's tokens a second and its parts want few texts: there are 384 runs of them.
+        # Few texts suffice to time a configuration, and there are 384 runs.
         section.selection.count = 8
         section.max_new_tokens = 64
     if variant:

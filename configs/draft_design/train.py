@@ -1,13 +1,12 @@
-"""Trains a draft of a given shape for your target: on the task's text, by the target's probabilities.
+"""Trains a draft of a chosen shape for your target, with the target's probabilities on the task's text.
 
     python -m specjax.main --config=configs/draft_design/train.py --workdir=runs/draft \\
         --config.target=DIR --config.tokenizer.path=DIR --config.model.layers=1 --config.model.width=640
 
-What `configs/advise.py` prints for a shape that nobody has trained is a call of this config. The recipe is
-that of the quickstart: forward KL on the corpus, from random weights, for as many steps as its plain draft takes to its
-plateau.
+configs/advise.py prints such a command for the shape it recommends. The draft starts from random weights and minimises
+forward KL on the corpus. configs/distill.py:new trains on your own text and evaluates the draft as well.
 
-Hardware: whatever holds both models; not timed. `configs/draft_design/train.py:smoke` takes a few steps.
+Hardware: whatever holds both models. Time: not timed. `configs/draft_design/train.py:smoke` takes a few steps.
 """
 
 from ml_collections import ConfigDict

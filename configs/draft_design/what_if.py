@@ -1,13 +1,13 @@
-"""The throughput model on numbers of your own: best gamma, break-even, and when one draft is level with another.
+"""The throughput model on your own numbers: best gamma, break-even, and when two drafts are equally fast.
 
     python -m specjax.main --config=configs/draft_design/what_if.py --workdir=runs/what_if \\
         --config.drafts=wide:0.72:6.69,deep:0.73:13.13 --config.target_milliseconds=60,60
 
 No model is loaded and nothing is measured: milliseconds and acceptance are yours, from a profile, a paper or a guess.
-Printed are each draft at its best gamma (0 where speculation does not pay) with the draft step at which it would be
-level with the best one, and every gamma. Acceptance is i.i.d., as a share of drafted tokens.
+The run prints every gamma, and each draft at its best one (0 if speculation does not pay) with the draft step at which
+it would be as fast as the best draft. Acceptance is i.i.d., as a share of drafted tokens.
 
-Hardware: any; seconds. The default prints about 33 tokens/s for `wide`, the better of the two.
+Hardware: any. Time: seconds. Expect about 33 tokens/s for `wide`, the better of the two default drafts.
 `configs/draft_design/what_if.py:smoke` is the same.
 """
 
@@ -23,8 +23,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.action = "what_if"
     config.seed = 0
     config.drafts = ("wide:0.72:6.69", "deep:0.73:13.13")  # name:acceptance:milliseconds of a step
-    config.target_milliseconds = (60.0,)  # on 1, 2, .. tokens a row; beyond them the line of the last two goes on
-    config.shared_milliseconds = 0.0  # of them what the draft has run already (Kangaroo's form: a step is the adapter)
+    config.target_milliseconds = (60.0,)  # on 1, 2, ... tokens per row; the last two are extrapolated linearly
+    config.shared_milliseconds = 0.0  # part of them that the draft has run already (Kangaroo: its step is the adapter)
     config.rule_milliseconds = 0.0
     config.longest = 12  # the largest gamma to look at
     return config

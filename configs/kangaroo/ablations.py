@@ -3,14 +3,14 @@
     python -m specjax.main --config=configs/kangaroo/ablations.py --workdir=runs/kangaroo_ablations
 
 The target is that of configs/kangaroo/tiny.py (run its stage `target` first), or another: `--config.target=DIR`.
-Stages: `exit_1` to `exit_8` (adapters behind so many layers), `own_head`, `layer`, `mlp`, `none` (other architectures,
-at the same exit as `exit_2`), and four evaluations of plain decoding beside them: `exits`, `grid` (threshold x gamma),
-`kinds`, `temperatures` (confidence at temperature 1 against that at the temperature of sampling). Each row of a
-self-draft has the histogram of its confidence, for accepted and for refused tokens.
+Stages: `exit_1` to `exit_8` (adapters after that many layers); `own_head`, `layer`, `mlp`, `none` (other architectures,
+at the same exit as `exit_2`); and four evaluations, each with plain decoding: `exits`, `grid` (threshold x gamma),
+`kinds`, `temperatures` (confidence at temperature 1 against confidence at the sampling temperature). Every row of a
+self-draft has the histogram of its confidence, for accepted and for rejected tokens.
 
-Adapters here are trained for a quarter of the steps of tiny.py: they are compared with one another, at equal steps.
+Adapters are trained for a quarter of the steps of tiny.py: they are compared with one another, at equal steps.
 
-Hardware: 2 CPU cores. What to expect: the tables in configs/kangaroo/README.md.
+Hardware: 2 CPU cores. Time and numbers to expect: configs/kangaroo/README.md.
 `configs/kangaroo/ablations.py:smoke` trains a tiny target of its own.
 """
 

@@ -1,14 +1,13 @@
-"""Chooses the layers of a target of yours that the drafter "skip_layers" leaves out (arXiv 2309.08168, simplified).
+"""Chooses the layers of your target that the drafter "skip_layers" leaves out (arXiv 2309.08168, simplified).
 
     python -m specjax.main --config=configs/kangaroo/choose_layers.py --workdir=runs/layers --config.target=DIR
 
-Afterwards `"skipped": DIR_OF_THIS_RUN` in a drafter's section (of kind skip_layers) takes the choice; so does
-`"skipped": "workdir:STAGE"` where this is an earlier stage of one config.
+A drafter of kind skip_layers takes the choice with `"skipped": "runs/layers"`, or `"skipped": "workdir:STAGE"` if this
+is an earlier stage of the same config.
 
-Hardware: whatever holds the target. Not timed; it runs the target over the texts about layers^2 / 2 times. Expect a
-row for each number of layers left out: acceptance falls with every layer and so does cost. The row of the largest
-predicted speed-up is `chosen`; that is below 1 where no layer can be spared. `:smoke` takes two prompts and leaves out
-one layer.
+Hardware: whatever holds the target. Time: not timed; the target reads the texts about layers^2 / 2 times. Expect one
+row per number of layers left out: acceptance falls with each, and so does cost. The row with the largest predicted
+speed-up is `chosen`; it is below 1 if no layer can be spared. `:smoke` uses two prompts and leaves out one layer.
 """
 
 from ml_collections import ConfigDict

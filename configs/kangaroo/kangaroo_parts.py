@@ -8,15 +8,15 @@ from ml_collections import ConfigDict
 from configs import common
 from configs.kangaroo import choose_layers
 
-# Where configs/kangaroo/tiny.py leaves its target when it is run as its docstring says.
+# Where configs/kangaroo/tiny.py exports its target, run as in its docstring.
 TARGET = "runs/kangaroo/target/export"
 
 
 def target(variant: str) -> ConfigDict:
     """Plain training of the target: 16 layers, wide enough that verification is cheap on a CPU.
 
-    Few rows a step, so many steps, and a small vocabulary: a target that is unsure of every token has nothing to tell
-    a stop by confidence.
+    Few rows per step, hence many steps, and a small vocabulary: if the target is unsure of every token, stopping by
+    confidence cannot be studied.
     """
     section = common.training(steps=1600, learning_rate=1.2e-3)
     section.tokenizer.update({"path": "", "vocab_size": 512})
@@ -32,7 +32,7 @@ def target(variant: str) -> ConfigDict:
 
 
 def given_target(config: ConfigDict, variant: str) -> tuple[list[str], Any]:
-    """Puts the trained target into a config: (stages before all others, what names it); `smoke` trains one itself."""
+    """Adds the trained target to a config and returns (its stages, its reference); `smoke` trains a target of its own."""
     if variant:
         config.target = target(variant)
         return ["target"], "stage:target"
@@ -56,8 +56,10 @@ def adapter(
 
     Args:
       target: directory of the target, or the stage that trains it.
-      kind: "attention" (the paper's), "layer", "mlp" or "none"; `own_head` a trained head in place of the frozen one.
-      on_policy: share of steps on text that the draft writes itself; the others are on the corpus.
+      kind: "attention" (the paper's), "layer", "mlp" or "none".
+      own_head: train a head, in place of the target's frozen one.
+      steps: of training.
+      on_policy: share of steps on text that the draft writes itself; the others use the corpus.
     """
     # The shape is the target's: of `model` only the dtypes are read.
     section = common.distillation(target, "adapter", steps=steps, seed=seed)
@@ -87,9 +89,9 @@ def layers(variant: str, target: str) -> ConfigDict:
 
 
 def kangaroo(path: str, gammas: tuple[int, ...], threshold: float, *, adjusted: bool = False) -> dict:
-    """A drafter's section: a block ends behind the first token of which the draft was less sure than the threshold.
+    """A drafter's section: a block ends after the first token of which the draft was less sure than the threshold.
 
-    With `adjusted` it is confidence after temperature that counts, in place of that at temperature 1.
+    With `adjusted`, confidence is measured after temperature, not at temperature 1.
     """
     rules = {"lossless": gammas}
     return {"kind": "kangaroo", "path": path, "threshold": threshold, "adjusted": adjusted, "rules": rules}
@@ -125,7 +127,7 @@ def sample_questions() -> str:
 
 
 def real_scale(variant: str, *, exit_layer: int, learning_rate: float) -> ConfigDict:
-    """An adapter for a checkpoint of one's own, and Spec-Bench with it beside prompt lookup and plain early exit."""
+    """An adapter for a user's checkpoint, and Spec-Bench with it, with prompt lookup and with plain early exit."""
     config = ConfigDict()
     config.seed = 0
     stages = []

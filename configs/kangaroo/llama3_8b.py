@@ -1,16 +1,16 @@
-"""Kangaroo for Llama-3-8B-Instruct: an adapter behind 2 of 32 layers (ours; the paper has no Llama 3), and Spec-Bench.
+"""Kangaroo for Llama-3-8B-Instruct: an adapter after 2 of 32 layers (ours; the paper has no Llama 3), and Spec-Bench.
 
     python -m specjax.main --config=configs/kangaroo/llama3_8b.py --workdir=runs/llama3_8b \\
         --config.target=DIR --config.text=FILE --config.questions=FILE
 
 The directory is the Hugging Face checkpoint, the text JSON lines with "prompt" (the conversation so far, as the chat
-template writes it) and "completion", the questions Spec-Bench's question.jsonl. The paper trains on ShareGPT; text that
-the target writes itself is what `--config.adapter.data.target=1 --config.adapter.data.fixed=0` learns from.
+template writes it) and "completion", the questions Spec-Bench's question.jsonl. The paper trains on ShareGPT; to train
+on text of the target itself set `--config.adapter.data.target=1 --config.adapter.data.fixed=0`.
 The vocabulary of 128,256 makes the head the dearest part of a draft step.
 
-Hardware: eight accelerators that hold the target together. Not run and not timed: nothing but
-`configs/kangaroo/llama3_8b.py:smoke` (a tiny target, a few steps, made-up questions) has been. Which settings are the
-paper's is marked in configs/kangaroo/kangaroo_parts.py.
+Hardware: eight accelerators that hold the target together. Not timed: only
+`configs/kangaroo/llama3_8b.py:smoke` (a tiny target, a few steps, made-up questions) has been run.
+configs/kangaroo/kangaroo_parts.py marks the paper's settings.
 """
 
 from ml_collections import ConfigDict

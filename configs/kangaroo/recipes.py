@@ -3,16 +3,16 @@
     python -m specjax.main --config=configs/kangaroo/recipes.py --workdir=runs/kangaroo_recipes
 
 The target is that of configs/kangaroo/tiny.py (run its stage `target` first), or another: `--config.target=DIR`.
-For each seed an adapter of each recipe, from the same random start and for equal steps: `paper` (soft labels on the
-corpus: forward KL up to a constant, arXiv 2404.18911), and on text that the draft writes itself (DistillSpec, arXiv
-2310.08461) `on_policy` (forward KL), `reverse_kl`, `jsd`, `tv` (total variation). `paper_clock` is the paper's recipe
-for at least as long by the clock as `on_policy` took. The stage `evaluation` decodes with all of them.
+For each seed, one adapter per recipe, from the same random start and for equal steps: `paper` (soft labels on the
+corpus: forward KL up to a constant, arXiv 2404.18911); on text that the draft writes itself (DistillSpec, arXiv
+2310.08461) `on_policy` (forward KL), `reverse_kl`, `jsd` and `tv` (total variation); and `paper_clock`, the paper's
+recipe for at least as long by the clock as `on_policy`. The stage `evaluation` decodes with all of them.
 
-`configs/kangaroo/recipes.py:continued` (`--workdir=runs/kangaroo_recipes_continued`) begins where the adapters `paper`
-of that run ended, as DistillSpec's drafts begin trained: a draft that cannot write yet learns little from its own text.
-There `paper` is the paper's recipe for as many steps again, and `mixed` has half of its text from the draft.
+`configs/kangaroo/recipes.py:continued` (`--workdir=runs/kangaroo_recipes_continued`) starts from the adapters `paper`
+of that run, as DistillSpec starts from trained drafts: a draft that cannot write yet learns little from its own text.
+There `paper` is the paper's recipe for as many steps again, and `mixed` takes half of its text from the draft.
 
-Hardware: 2 CPU cores; about 25 minutes, continued about 15. What to expect: the tables in configs/kangaroo/README.md.
+Hardware: 2 CPU cores. Time: about 25 minutes, `continued` about 15. Expect the tables in configs/kangaroo/README.md.
 `configs/kangaroo/recipes.py:smoke` trains a tiny target of its own and one seed.
 """
 

@@ -1,15 +1,15 @@
-"""Spec-Bench with any drafters: compression rate, CTAR and speed-up by subtask, beside plain decoding.
+"""Spec-Bench with any drafters, and plain decoding: compression rate, CTAR and speed-up by subtask.
 
     python -m specjax.main --config=configs/kangaroo/spec_bench.py --workdir=runs/spec_bench \\
         --config.target=DIR --config.adapter=DIR --config.questions=FILE
 
-The target is a Hugging Face directory, the adapter one that was trained for it, the file Spec-Bench's question.jsonl
-(480 questions; in MT-bench's categories of two turns, of which the second's prompt holds the first's answer).
-`--config.selection.per_category=5` takes the first few of each category, `--config.selection.chat=true` writes turns as
-the tokenizer's chat template does; `drafters` takes any kind that `specjax/decoding/drafters/table.py` knows. Every
-drafter decodes every prompt right beside plain decoding, and speed-ups count the tokens of both alike.
+The target is a Hugging Face directory, the adapter one that was trained for it (configs/adapter.py), the file
+Spec-Bench's question.jsonl: 480 questions; those of MT-bench have two turns, and the second prompt contains the first
+answer. `--config.selection.per_category=5` takes the first few of each category, `--config.selection.chat=true` writes
+turns with the tokenizer's chat template. `drafters` takes any kind of specjax/decoding/drafters/table.py. Every drafter
+decodes each prompt right after plain decoding, and both count tokens the same way.
 
-Hardware: whatever holds the target. Wall-clock time: every question is answered once by each drafter.
+Hardware: whatever holds the target. Time: every drafter answers every question once.
 `configs/kangaroo/spec_bench.py:smoke` trains a tiny target and adapter and asks a few made-up questions.
 """
 

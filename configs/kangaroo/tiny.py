@@ -1,14 +1,14 @@
-"""Kangaroo on a laptop: a target's own first layers and an adapter as its draft, beside what the paper compares with.
+"""Kangaroo on a laptop: the target's own first layers with an adapter as its draft, and the paper's alternatives.
 
     python -m specjax.main --config=configs/kangaroo/tiny.py --workdir=runs/kangaroo
 
-Stages: `target` (16 layers on the Python standard library, and its tokenizer; the other configs of this folder take
-it from here), `adapter` and `adapter_1` (behind 2 layers and behind 1; soft labels on the corpus, arXiv 2404.18911),
-`no_adapter` (a norm before the head alone), `medusa` (Medusa-1's heads on the target's last state, hard labels, no
-tree), `layers` (which layers to skip, for drafting by the others), `evaluation` (batch 1: all of them at temperatures 0
-and 1, beside plain decoding), `batches` (several prompts at once).
+Stages: `target` (16 layers, trained on the Python standard library, with its tokenizer; the other configs of this
+folder use it); `adapter` and `adapter_1` (after 2 layers and after 1; soft labels on the corpus, arXiv 2404.18911);
+`no_adapter` (only a norm before the head); `medusa` (Medusa-1's heads on the target's last state, hard labels, no
+tree); `layers` (chooses layers to skip, so that the others draft); `evaluation` (all of them and plain decoding at
+batch size 1, temperatures 0 and 1); `batches` (several prompts at once).
 
-Hardware: 2 CPU cores. What to expect: the tables in configs/kangaroo/README.md, which are written from the records.
+Hardware: 2 CPU cores. Time and numbers to expect: configs/kangaroo/README.md, written from the records.
 `configs/kangaroo/tiny.py:smoke` runs every stage in a minute or two.
 """
 
@@ -76,7 +76,7 @@ def _evaluation(variant: str) -> ConfigDict:
 
 
 def _batches(variant: str) -> ConfigDict:
-    """Rows of a batch stop by themselves; the block ends when all have."""
+    """Each row of a batch stops by itself; the block ends when all have stopped."""
     gamma = 3 if variant else 4
     drafters = {"adapter_20": parts.kangaroo("stage:adapter", (gamma,), 0.2)}
     drafters["adapter_fixed"] = parts.kangaroo("stage:adapter", (gamma,), 0.0)

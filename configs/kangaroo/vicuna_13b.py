@@ -1,16 +1,16 @@
-"""Kangaroo for Vicuna-13B: an adapter behind 3 of 40 layers (paper), and Spec-Bench with it.
+"""Kangaroo for Vicuna-13B: an adapter after 3 of 40 layers (paper), and Spec-Bench with it.
 
     python -m specjax.main --config=configs/kangaroo/vicuna_13b.py --workdir=runs/vicuna_13b \\
         --config.target=DIR --config.text=FILE --config.questions=FILE
 
 The directory is the Hugging Face checkpoint, the text JSON lines with "prompt" (the conversation so far, as the chat
-template writes it) and "completion", the questions Spec-Bench's question.jsonl. The paper trains on ShareGPT; text that
-the target writes itself is what `--config.adapter.data.target=1 --config.adapter.data.fixed=0` learns from.
+template writes it) and "completion", the questions Spec-Bench's question.jsonl. The paper trains on ShareGPT; to train
+on text of the target itself set `--config.adapter.data.target=1 --config.adapter.data.fixed=0`.
 Vicuna's checkpoints bring no chat template: put FastChat's, as Jinja, into their tokenizer_config.json first.
 
-Hardware: eight accelerators that hold the target together. Not run and not timed: nothing but
-`configs/kangaroo/vicuna_13b.py:smoke` (a tiny target, a few steps, made-up questions) has been. Which settings are the
-paper's is marked in configs/kangaroo/kangaroo_parts.py.
+Hardware: eight accelerators that hold the target together. Not timed: only
+`configs/kangaroo/vicuna_13b.py:smoke` (a tiny target, a few steps, made-up questions) has been run.
+configs/kangaroo/kangaroo_parts.py marks the paper's settings.
 """
 
 from ml_collections import ConfigDict

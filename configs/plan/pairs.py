@@ -1,15 +1,16 @@
-"""Four large pairs of published shape, planned for slices that nobody need have: what each takes, and whether it fits.
+"""Four large pairs of published shape, planned for TPU slices that need not be there: what each needs, and whether it fits.
 
     python -m specjax.main --config=configs/plan/pairs.py:llama_65b --plan
     python -m specjax.main --config=configs/plan/pairs.py:vicuna_13b --plan
     python -m specjax.main --config=configs/plan/pairs.py:t5_xxl --plan
     python -m specjax.main --config=configs/plan/pairs.py:llama3_70b --plan
 
-Hardware: none; two CPU cores and the TPU compiler. Wall-clock time: under two minutes each; a plan says how long each
-step took to compile. Nothing is read but the `config.json` of each shape in configs/plan/shapes/; a directory of your
-own goes in its place with `--config.target=DIR --config.draft=DIR`, another slice with `--plan=v5p:2x2x4` and the mesh
-of each stage, `--config.distilled.mesh.tensor=8`. Without `--plan` it is a config to run, with your checkpoints and
-data. Expect the tables of README.md.
+Only the `config.json` of each shape in configs/plan/shapes/ is read. To plan for your own checkpoints give
+`--config.target=DIR --config.draft=DIR`; for another slice give `--plan=v5p:2x2x4` and the mesh of each stage, such as
+`--config.distilled.mesh.tensor=8`. Without `--plan` this is a config to run, with your checkpoints and data.
+
+Hardware: 2 CPU cores and the TPU compiler. Time: under two minutes each; the plan says how long each step took to
+compile. Expect the tables of configs/plan/README.md.
 """
 
 import dataclasses
@@ -24,14 +25,16 @@ SHAPES = pathlib.Path(__file__).with_name("shapes")
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """A target with its draft: directories under shapes/, and where they are published.
+    """A target and its draft, as folders of configs/plan/shapes/, and the sizes to plan for.
 
     Attributes:
-      draft: "" where an adapter drafts.
-      chip: to plan for.
-      training: data, fsdp and tensor axes of the mesh of training; `decoding` those of evaluation.
-      rows: of a batch of training, and their tokens.
-      prompts: of a batch of evaluation, and their tokens.
+      draft: "" if an adapter drafts.
+      sources: where the two shapes are published.
+      chip: the chip to plan for.
+      training: data, fsdp and tensor axes of the mesh in training; `decoding` those in evaluation.
+      rows: rows of a training batch, and tokens of a row.
+      prompts: prompts of an evaluation batch, and tokens of a prompt.
+      gamma: tokens drafted per block.
     """
 
     target: str

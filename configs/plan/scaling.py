@@ -1,11 +1,12 @@
-"""Weak scaling on paper: on-policy distillation of a draft at equal rows a chip, from 8 to 256 chips.
+"""Weak scaling on paper: on-policy distillation of a draft with the same number of rows per chip, from 8 to 256 chips.
 
     python -m specjax.main --config=configs/plan/scaling.py --plan
 
-Hardware: none; the TPU compiler. Wall-clock time: some minutes. Each stage is the same step on a larger mesh: the 796M
-draft of arXiv 2402.01528 on its own text, by the probabilities of Vicuna-7B's shape (arXiv 2302.13971, table 2). More
-chips are more rows: the tensor axis stays and `fsdp` grows, so that what a chip computes stays and what it sends
-approaches a whole copy of the parameters. Expect the table of README.md.
+Every stage is the same step on a larger mesh: the 796M draft of arXiv 2402.01528 on its own text, with the
+probabilities of a target of LLaMA-7B's shape (arXiv 2302.13971, table 2). The tensor axis stays and `fsdp` grows, so
+the work per chip stays, and what a chip sends approaches a full copy of the parameters.
+
+Hardware: none but the TPU compiler. Time: some minutes. Expect the last table of configs/plan/README.md.
 """
 
 from ml_collections import ConfigDict
