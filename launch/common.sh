@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# What launchers share: their arguments, one sentence for a mistake, and commands that a dry run prints and does not run.
-# It is sourced. (A script of Slurm stands alone: Slurm runs a copy of it that lies elsewhere.)
+# Shared by the launchers, which source this file: reading arguments, reporting a mistake in one sentence, and running
+# commands, which a dry run only prints. slurm.sbatch cannot source it, since Slurm runs a copy from another folder.
 
 dry_run=false
 
@@ -9,8 +9,8 @@ fail() {
   exit 2
 }
 
-# take_arguments VALUES SWITCHES "$@": --zone=Z sets `zone` where VALUES has that word, --keep sets `keep` to true where
-# SWITCHES does, or --dry_run; what comes behind -- is `overrides`.
+# take_arguments VALUES SWITCHES "$@": --zone=Z sets `zone` if VALUES contains that word; --keep sets `keep` to true if
+# SWITCHES contains it, and --dry_run is always allowed; everything after -- goes into `overrides`.
 take_arguments() {
   local values=" $1 " switches=" $2 dry_run "
   shift 2
@@ -20,7 +20,7 @@ take_arguments() {
     elif [[ $1 =~ ^--([a-z_]+)$ && $switches == *" ${BASH_REMATCH[1]} "* ]]; then
       printf -v "${BASH_REMATCH[1]}" true
     else
-      fail "$1 is not understood; see the first lines of $0"
+      fail "unknown argument $1; see the first lines of $0"
     fi
     shift
   done

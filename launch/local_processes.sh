@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Runs a config in several processes on this machine's CPU, which join as the hosts of a pod would: for trying out a
-# mesh, and for the tests. It costs nothing to leave running but this machine's time.
+# Runs a config in several processes on this machine's CPU, which connect like the hosts of a pod: to try out a mesh, and
+# for the tests. Left running, it costs nothing but this machine's time.
 #
 #   launch/local_processes.sh --processes=N --config=FILE --workdir=DIR [--devices=K] [--python=PYTHON] [--dry_run] \
 #       [-- --config.section.key=value ...]
 #
-#   --devices  of each process (default: 1); the mesh has N * K of them in all
-#   --port     of the coordinator, process 0 (default: one that is free)
+#   --devices  devices per process (default: 1); the mesh has N * K of them in all
+#   --port     port of the coordinator, process 0 (default: a free one)
 #   --python   the interpreter (default: .venv/bin/python, else python3)
-#   --dry_run  prints the commands and runs none of them
+#   --dry_run  print the commands without running them
 #
-# SIGTERM and SIGINT go to all processes. Where one ends badly the others, which would wait for it, are ended too. The
-# exit code is that of the first that ended badly: 75 where the run was told to stop and goes on when it is started again.
+# SIGTERM and SIGINT are passed to all processes. If one fails, the others are ended too, since they would wait for it.
+# The exit code is that of the first process that failed: 75 if the run was stopped; the same command then resumes it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source-path=SCRIPTDIR/..
@@ -28,7 +28,7 @@ if [[ -z $python ]]; then
   [[ ! -x .venv/bin/python ]] || python=.venv/bin/python
 fi
 
-# Below the ports that the system gives to whoever asks for any.
+# Searches below the range from which the system assigns ports.
 free_port() {
   local candidate
   for candidate in $(shuf -i 20000-29999 -n 50); do
@@ -37,7 +37,7 @@ free_port() {
       return
     fi
   done
-  fail "no free port was found; give one as --port=N"
+  fail "all 50 ports tried are in use; give a free one as --port=N"
 }
 [[ -n $port ]] || port=$(free_port)
 
@@ -69,7 +69,7 @@ running=${#pids[@]}
 while ((running)); do
   ended=0
   wait -n "${pids[@]}" 2>/dev/null || ended=$?
-  # A signal to this script ends `wait` too: only those count that are gone.
+  # A signal to this script ends `wait` as well: count only the processes that have ended.
   alive=()
   for pid in "${pids[@]}"; do
     if kill -0 "$pid" 2>/dev/null; then alive+=("$pid"); fi
@@ -79,7 +79,7 @@ while ((running)); do
   pids=(${alive[@]+"${alive[@]}"})
   if ((gone && ended && code == 0)); then
     code=$ended
-    # Those that fail alike, or save because they were told to, end by themselves; the others never would.
+    # Processes that fail the same way, or save after SIGTERM, end by themselves; any others would wait forever.
     (sleep "${SPECJAX_GRACE_SECONDS:-20}"; stop_all KILL) >/dev/null 2>&1 &
     watcher=$!
   fi

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Runs a config on a Cloud TPU slice: asks for it, waits, copies this checkout there, runs on every host, fetches
-# the workdir of the first host, and gives the slice back.
+# Runs a config on a Cloud TPU slice: requests it, waits, copies this checkout to it, runs on every host, fetches the
+# workdir of the first host, and deletes the slice.
 #
 #   launch/tpu_vm.sh --project=P --zone=Z --type=v5litepod-8 --runtime=v2-alpha-tpuv5-lite \
 #       --config=configs/quickstart.py --workdir=runs/quickstart [--on_demand] [--keep] [--dry_run] \
 #       [-- --config.section.key=value ...]
 #
-#   --name       of the slice (default: specjax)
-#   --on_demand  not preemptible; without it the slice is a spot slice, and running the same command again resumes
-#                what the last one fetched
-#   --keep       does not give the slice back at the end; one that was there before is used and kept anyway
-#   --dry_run    prints the commands and runs none of them
+#   --name       name of the slice (default: specjax)
+#   --on_demand  not preemptible; without it the slice is a spot slice, and the same command resumes from what the last
+#                run fetched
+#   --keep       do not delete the slice at the end; a slice that existed before is used and never deleted
+#   --dry_run    print the commands without running them
 #
-# A slice of several hosts needs a --workdir that all of them share (an absolute path to a mounted file system): the
-# checkpoint of a sharded model is written by all hosts. Such a workdir is neither copied there nor fetched.
+# A slice of several hosts needs a --workdir that all of them share (an absolute path on a mounted file system), since
+# all hosts write the checkpoint of a sharded model. Such a workdir is neither copied nor fetched.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source-path=SCRIPTDIR/..
@@ -40,10 +40,10 @@ give_back() {
   $keep || run gcloud compute tpus queued-resources delete "$name" "${place[@]}" --force --quiet
 }
 
-# The results are on the slice and nowhere else, so it stays, and goes on costing money.
+# The results exist on the slice only, so it is kept, and billed until you delete it.
 fetch_failed() {
   keep=true
-  fail "$workdir could not be fetched, so the slice is kept; fetch it, then give the slice back with:" \
+  fail "$workdir could not be fetched, so the slice is kept; fetch it, then delete the slice with:" \
     "gcloud compute tpus queued-resources delete $name ${place[*]} --force"
 }
 
@@ -53,9 +53,9 @@ wait_for_slice() {
   local now
   until now=$(state) && [[ $now == ACTIVE ]]; do
     case $now in
-      FAILED | SUSPENDED | SUSPENDING) fail "the slice $name is $now; try again, or in another zone" ;;
+      FAILED | SUSPENDED | SUSPENDING) fail "the slice $name is $now; try again or use another zone" ;;
     esac
-    echo "$name is ${now:-not to be seen}; waiting" >&2
+    echo "$name is ${now:-not listed yet}; waiting" >&2
     sleep 30
   done
 }
@@ -63,7 +63,7 @@ wait_for_slice() {
 if $dry_run || ! state >/dev/null 2>&1; then
   run gcloud compute tpus queued-resources create "$name" --node-id="$name" "${place[@]}" \
     --accelerator-type="$type" --runtime-version="$runtime" ${provisioning[@]+"${provisioning[@]}"}
-  # From here on the slice costs money: it is given back however this ends.
+  # From here on the slice costs money: it is deleted however this script ends.
   trap give_back EXIT
 fi
 wait_for_slice
@@ -78,7 +78,7 @@ fi
 run tar --exclude=__pycache__ -czf "$archive" "${content[@]}"
 run gcloud compute tpus tpu-vm scp "$archive" "$name:specjax.tar.gz" "${place[@]}" --worker=all
 run rm "$archive"
-# The images carry Python 3.10; uv brings a newer one.
+# The images have Python 3.10; uv installs a newer one.
 on_all "mkdir -p specjax && tar -xzf specjax.tar.gz -C specjax && cd specjax && \
 python3 -m pip install --quiet --user uv && python3 -m uv venv --quiet --allow-existing --python 3.13 .venv && \
 python3 -m uv pip install --quiet --python .venv/bin/python 'jax[tpu]' --requirement requirements.txt"
@@ -92,4 +92,4 @@ if ! $shared; then
   run gcloud compute tpus tpu-vm scp --recurse "$name:specjax/$workdir" "$(dirname "$workdir")/" \
     "${place[@]}" --worker=0 || fetch_failed
 fi
-$finished || fail "the run did not end well; what it left is in $workdir, and the same command resumes it"
+$finished || fail "the run failed; its results are in $workdir, and the same command resumes it"

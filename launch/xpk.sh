@@ -1,22 +1,21 @@
 #!/usr/bin/env bash
-# Runs a config on a GKE cluster of TPUs through xpk: makes the cluster if asked to, starts the run on every host, follows
-# its log, takes the run off the cluster, and deletes the cluster that it made.
+# Runs a config on a GKE cluster of TPUs with xpk: creates the cluster on request, starts the run on every host, follows
+# its log, removes the run from the cluster, and deletes a cluster that it created.
 #
 #   launch/xpk.sh --project=P --zone=Z --cluster=C --type=v5litepod-16 --config=configs/a.py --workdir=/mnt/shared/a \
 #       [--slices=N] [--storage=NAME] [--restarts=N] [--create] [--on_demand] [--keep] [--dry_run] \
 #       [-- --config.section.key=value ...]
 #
-#   --name       of the run (default: specjax)
-#   --slices     how many slices of that type the run has (default: 1); let mesh.data be a multiple of it
-#   --image      that this checkout is laid over (default: python:3.12)
-#   --storage    an xpk storage of the cluster (`xpk storage list`) to mount; --workdir has to lie on it, since hosts share
-#                it and pods go
-#   --restarts   how often a run that ended badly, or was told to stop, is started again (default: 20); it goes on from
-#                its checkpoint
-#   --create     makes the cluster first; it is deleted at the end
-#   --on_demand  of a cluster that is made: not preemptible; without it its nodes are spot nodes
-#   --keep       neither takes the run off the cluster nor deletes the cluster
-#   --dry_run    prints the commands and runs none of them
+#   --name       name of the run (default: specjax)
+#   --slices     number of slices of that type (default: 1); mesh.data must be a multiple of it
+#   --image      image to which this checkout is added (default: python:3.12)
+#   --storage    an xpk storage of the cluster (`xpk storage list`) to mount; --workdir must be on it, since hosts share
+#                the workdir and pods are temporary
+#   --restarts   how often a failed or stopped run is restarted (default: 20); it resumes at its checkpoint
+#   --create     create the cluster first, and delete it at the end
+#   --on_demand  for a created cluster: not preemptible; without it the nodes are spot nodes
+#   --keep       neither remove the run from the cluster nor delete the cluster
+#   --dry_run    print the commands without running them
 #
 # A cluster is billed until it is deleted, whether anything runs on it or not.
 set -euo pipefail
@@ -29,7 +28,7 @@ project="" zone="" cluster="" type="" config="" workdir="" storage=""
 create=false on_demand=false keep=false
 take_arguments "name slices image restarts project zone cluster type config workdir storage" "create on_demand keep" "$@"
 need project zone cluster type config workdir
-[[ $workdir == /* ]] || fail "--workdir is $workdir; pods go, so give an absolute path on a storage that they share"
+[[ $workdir == /* ]] || fail "--workdir is $workdir; pods are temporary, so give an absolute path on a storage that they share"
 
 provisioning=--on-demand
 $on_demand || provisioning=--spot
@@ -45,7 +44,7 @@ clean_up() {
 }
 
 if $create; then
-  # From here on the cluster costs money: it is deleted however this ends.
+  # From here on the cluster costs money: it is deleted however this script ends.
   trap clean_up EXIT
   run xpk cluster create "${place[@]}" --tpu-type="$type" --num-slices="$slices" "$provisioning"
 fi
@@ -60,8 +59,8 @@ run xpk workload create "${place[@]}" --workload="$name" --tpu-type="$type" --nu
   --command="$command"
 trap clean_up EXIT
 
-# The log of the first host, for as long as there is one; whether the run succeeded is what xpk says at its end.
+# Follow the log of the first host while it exists; xpk then reports whether the run succeeded.
 selector="jobset.sigs.k8s.io/jobset-name=$name,batch.kubernetes.io/job-completion-index=0"
 run kubectl logs --follow --selector="$selector" --pod-running-timeout=24h --ignore-errors || true
 run xpk workload list "${place[@]}" --wait-for-job-completion="$name" ||
-  fail "the run did not end well; what it left is in $workdir, and the same command resumes it"
+  fail "the run failed; its results are in $workdir, and the same command resumes it"

@@ -4,8 +4,8 @@
 
 Two rows of "Decoding Speculative Decoding" (arXiv 2402.01528): block efficiency 3.70 at 6.69 ms per draft step gives
 32.59 tokens/s, 3.81 at 13.13 ms gives 23.10. The paper prints neither their gamma nor the target's seconds; both are
-inferred from these rows, so this checks arithmetic and reproduces nothing. Cache sizes are those of the paper's own
-code at 1024 tokens in float16.
+inferred from these rows, so this checks arithmetic and reproduces nothing. Cache sizes are those of specjax
+at 1024 tokens in float16.
 
 Hardware: any. Time: seconds; no model runs. Expect `off by` within 0.005 of 0, caches of 192 and 120 MiB, and parameter
 counts that match the shapes' names. `configs/draft_design/published.py:smoke` is the same.

@@ -32,7 +32,7 @@ def target(variant: str) -> ConfigDict:
 
 
 def given_target(config: ConfigDict, variant: str) -> tuple[list[str], Any]:
-    """Adds the trained target to a config and returns (its stages, its reference); `smoke` trains a target of its own."""
+    """Adds the trained target to a config and returns (its stages, its reference); a smoke run trains a tiny one."""
     if variant:
         config.target = target(variant)
         return ["target"], "stage:target"

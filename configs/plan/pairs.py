@@ -1,4 +1,4 @@
-"""Four large pairs of published shape, planned for TPU slices that need not be there: what each needs, and whether it fits.
+"""Four large pairs of published shape, planned for TPU slices that need not be present: memory, time, what fits.
 
     python -m specjax.main --config=configs/plan/pairs.py:llama_65b --plan
     python -m specjax.main --config=configs/plan/pairs.py:vicuna_13b --plan
