@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs a config in several processes on this machine's CPU, which connect like the hosts of a pod: to try out a mesh, and
+# Runs a config in several processes on this machine's CPU, which connect like the hosts of a pod: to try a mesh, and
 # for the tests. Left running, it costs nothing but this machine's time.
 #
 #   launch/local_processes.sh --processes=N --config=FILE --workdir=DIR [--devices=K] [--python=PYTHON] [--dry_run] \

@@ -28,7 +28,7 @@ project="" zone="" cluster="" type="" config="" workdir="" storage=""
 create=false on_demand=false keep=false
 take_arguments "name slices image restarts project zone cluster type config workdir storage" "create on_demand keep" "$@"
 need project zone cluster type config workdir
-[[ $workdir == /* ]] || fail "--workdir is $workdir; pods are temporary, so give an absolute path on a storage that they share"
+[[ $workdir == /* ]] || fail "--workdir is $workdir; pods are temporary, so give an absolute path on a shared storage"
 
 provisioning=--on-demand
 $on_demand || provisioning=--spot
