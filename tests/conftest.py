@@ -20,6 +20,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 import jax
 import pytest
 
+pytest.register_assert_rewrite("enumeration", "lossless", "tiny")
+
 # Without it (4, 4) < (4,) silently compares per column.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

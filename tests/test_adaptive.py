@@ -1,26 +1,16 @@
-"""The adaptive draft length: its law, what it learns from, when it gives up and tries again, what it costs."""
+"""The adaptive draft length: its output distribution, what it learns from, when it stops and retries, what it costs."""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
+import lossless
 import numpy as np
 import pytest
 import test_kangaroo
 import tiny
 from enumeration import Tables, block_law
-from test_exactness import (
-    COUPLED,
-    EOS,
-    GREEDY,
-    LAW_EMITTED,
-    LAW_GAMMA,
-    LAW_PROMPTS,
-    assert_same_tokens,
-    law_p_value,
-    row_limits,
-)
-from test_loop import one_block
+from lossless import COUPLED, EOS, GREEDY, SMALL_GAMMA, compare_with_plain, one_block, p_value
 
 from specjax.decoding import loop
 from specjax.decoding.drafters import adaptive
@@ -53,11 +43,11 @@ def test_the_length_picked_is_the_one_that_emits_most_at_its_cost():
         assert picked(reached, accepted, costs) == int(np.argmax(rates))
 
 
-def test_what_is_accepted_lengthens_the_draft_and_what_costs_shortens_it():
+def test_acceptance_lengthens_the_draft_and_cost_shortens_it():
     costs = block_costs(0.2, 0.1, GAMMA)
     assert costs == pytest.approx((1, 1.3, 1.6, 1.9, 2.2))
     none, seen = np.zeros(GAMMA), np.full(GAMMA, 20.0)
-    assert picked(none, none, costs) == GAMMA, "nothing is known yet: hope"
+    assert picked(none, none, costs) == GAMMA, "optimistic without evidence"
     by_share = [picked(seen, share * seen, costs) for share in (0, 0.2, 0.4, 0.6, 0.8, 1.0)]
     assert by_share == sorted(by_share) and by_share[0] == 0 and by_share[-1] == GAMMA and len(set(by_share)) > 2
     by_cost = [picked(seen, 0.6 * seen, block_costs(draft, 0.05, GAMMA)) for draft in (0.01, 0.1, 0.2, 0.4, 0.8)]
@@ -81,12 +71,12 @@ class Anything(Drafter):
         return state
 
 
-def told(drafter, state, drafted, accepted):
-    """The state behind blocks of which so many tokens were drafted and accepted."""
+def after_block(drafter, state, drafted, accepted):
+    """The state after one block, from the numbers of drafted and accepted tokens of each row."""
     state = dataclasses.replace(state, drafted=jnp.asarray(drafted, jnp.int32))
-    stood = jnp.asarray(accepted, jnp.int32)
+    accepted = jnp.asarray(accepted, jnp.int32)
     tokens = jnp.zeros((len(drafted), drafter.gamma + 1), jnp.int32)
-    return drafter.commit((), state, Outcome(tokens, stood + 1, stood, stood, ()))
+    return drafter.commit((), state, Outcome(tokens, accepted + 1, accepted, accepted, ()))
 
 
 def fresh(rows, gamma=GAMMA):
@@ -96,26 +86,26 @@ def fresh(rows, gamma=GAMMA):
 
 
 def test_only_positions_that_were_reached_count():
-    state = told(AdaptiveDrafter(Anything(GAMMA), GAMMA), fresh(4), [4, 4, 2, 0], [1, 4, 2, 0])
+    state = after_block(AdaptiveDrafter(Anything(GAMMA), GAMMA), fresh(4), [4, 4, 2, 0], [1, 4, 2, 0])
     np.testing.assert_array_equal(np.asarray(state.reached), [[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]])
     np.testing.assert_array_equal(np.asarray(state.accepted), [[1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]])
 
 
-def test_a_row_whose_drafts_are_refused_stops_drafting_and_tries_again_now_and_then():
+def test_a_row_whose_drafts_are_rejected_stops_drafting_and_retries_now_and_then():
     drafter, costs, state = AdaptiveDrafter(Anything(GAMMA), GAMMA), jnp.asarray(block_costs(0.4, 0.1, GAMMA)), fresh(2)
     lengths = []
     for block in range(200):
         most = np.asarray(best_lengths(state.reached, state.accepted, costs))
         lengths.append(most.tolist())
-        # Row 0 is always refused; row 1 is until block 100, and then never.
-        state = told(drafter, state, most, [0, most[1] if block >= 100 else 0])
-    refused, changing = np.asarray(lengths).T
-    assert refused[0] == GAMMA and (refused[20:] == 0).mean() > 0.85
-    assert (refused[-50:] > 0).any(), "it has to try again"
-    assert (changing[-50:] == GAMMA).all(), "and to notice that drafting pays by now"
+        # Row 0 is always rejected; row 1 is rejected until block 100, and then never.
+        state = after_block(drafter, state, most, [0, most[1] if block >= 100 else 0])
+    rejected, changing = np.asarray(lengths).T
+    assert rejected[0] == GAMMA and (rejected[20:] == 0).mean() > 0.85
+    assert (rejected[-50:] > 0).any(), "it has to retry"
+    assert (changing[-50:] == GAMMA).all(), "it has to notice that drafting pays now"
 
 
-def test_what_cannot_pay_is_never_tried_and_what_costs_nothing_always_is():
+def test_a_draft_that_cannot_pay_is_never_tried_and_a_free_one_always():
     none = np.zeros(GAMMA)
     assert picked(none, none, block_costs(1.0, 0.1, GAMMA)) == 0
     assert picked(np.full(GAMMA, 20.0), np.full(GAMMA, 2.0), [1.0] * (GAMMA + 1)) == GAMMA
@@ -139,17 +129,17 @@ def adaptive_law(tables, laws, pick, learn, state, context, emitted):
         return np.ones(())
     joint = np.zeros((tables.vocab,) * emitted)
     length = pick(state)
-    for (start, stood), chances in laws[length].items():
+    for (start, accepted), chances in laws[length].items():
         if start != context:
             continue
-        if len(stood) >= emitted:
-            joint[stood[:emitted]] += chances.sum()
+        if len(accepted) >= emitted:
+            joint[accepted[:emitted]] += chances.sum()
             continue
-        after = learn(state, length, len(stood))
+        after = learn(state, length, len(accepted))
         for token in np.flatnonzero(chances):
-            rest = emitted - len(stood) - 1
-            further = adaptive_law(tables, laws, pick, learn, after, (*context, *stood, int(token)), rest)
-            joint[(*stood, token)] += chances[token] * further
+            rest = emitted - len(accepted) - 1
+            further = adaptive_law(tables, laws, pick, learn, after, (*context, *accepted, int(token)), rest)
+            joint[(*accepted, token)] += chances[token] * further
     return joint
 
 
@@ -169,39 +159,40 @@ def test_the_joint_law_is_the_targets_whatever_was_accepted_before(one_hot):
         lengths[length] = lengths.get(length, 0) + 1
         return length
 
-    learn = lambda state, length, stood: told(drafter, state, [length], [stood])
+    learn = lambda state, length, accepted: after_block(drafter, state, [length], [accepted])
     law = adaptive_law(tables, laws, pick, learn, fresh(1, gamma), (), emitted)
     np.testing.assert_allclose(law, tables.target_law((), emitted), atol=1e-6)
     assert set(lengths) == {0, 1, 2}, "every length has to occur"
 
 
-def law_plan(law_models, kind, threshold=0.0):
-    target, _, draft, _, adapter, _ = law_models
-    options = {"model": draft, "adapter": adapter, "threshold": threshold, "adaptive": True}
-    slots = len(LAW_PROMPTS[0])
-    return tiny.plan(target, kind, options, gamma=LAW_GAMMA, slots=slots, max_new=LAW_EMITTED + 2)
+@pytest.fixture(scope="module")
+def small():
+    """A target with its parameters and a draft with its own, for the chi-square tests."""
+    return lossless.small_target(), lossless.small_draft()
 
 
-law_models = test_kangaroo.law_models
+def small_plan(small, threshold=0.0):
+    (target, _), (draft, _) = small
+    return lossless.small_plan(target, "model", {"model": draft, "threshold": threshold, "adaptive": True})
 
 
 @pytest.mark.slow
-def test_the_loop_samples_the_targets_law(law_models):
-    models = test_kangaroo.law_arguments(law_models, "model")
-    adjust = Sampling.of(1.0, threshold=0.5, costs=block_costs(0.4, 0.1, LAW_GAMMA))
-    assert law_p_value(models, law_plan(law_models, "model", 0.5), adjust) > 1e-4
+def test_the_loop_samples_the_targets_distribution(small):
+    (_, params), (_, draft_params) = small
+    adjust = Sampling.of(1.0, threshold=0.5, costs=block_costs(0.4, 0.1, SMALL_GAMMA))
+    assert p_value(small_plan(small, 0.5), params, draft_params, adjust) > 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
 class Watching(AdaptiveDrafter):
-    """Picks the next length by the token that was drafted behind a refusal and dropped."""
+    """Picks the next length by the token that was drafted after a rejection and dropped."""
 
     def propose(self, params, target_params, state, target_cache, context):
         most = jnp.where(state.reached[:, 0] == 1, 0, self.gamma).astype(jnp.int32)
         context = dataclasses.replace(context, max_drafted=most)
         proposal, inner, cache = self.inner.propose(params, target_params, state.inner, target_cache, context)
-        kept = {"inner": inner, "drafted": proposal.num_drafted, "accepted": proposal.tokens.astype(jnp.float32)}
-        return proposal, dataclasses.replace(state, **kept), cache
+        changes = {"inner": inner, "drafted": proposal.num_drafted, "accepted": proposal.tokens.astype(jnp.float32)}
+        return proposal, dataclasses.replace(state, **changes), cache
 
     def commit(self, params, state, outcome):
         dropped = jnp.minimum(outcome.num_accepted + 1, self.gamma - 1)
@@ -212,51 +203,37 @@ class Watching(AdaptiveDrafter):
 
 
 @pytest.mark.slow
-def test_the_chi_square_test_catches_a_length_picked_by_what_was_dropped(law_models):
-    """The dropped token's noise is drawn again in the next block, whose law then depends on it."""
-    plan = law_plan(law_models, "model")
-    plan = dataclasses.replace(plan, drafter=Watching(plan.drafter.inner, LAW_GAMMA))
-    adjust = Sampling.of(1.0, costs=block_costs(0.4, 0.1, LAW_GAMMA))
-    assert law_p_value(test_kangaroo.law_arguments(law_models, "model"), plan, adjust) < 1e-6
+def test_the_chi_square_test_rejects_a_length_picked_by_a_dropped_token(small):
+    """The dropped token's noise is drawn again in the next block, whose distribution then depends on it."""
+    (_, params), (_, draft_params) = small
+    plan = small_plan(small)
+    plan = dataclasses.replace(plan, drafter=Watching(plan.drafter.inner, SMALL_GAMMA))
+    adjust = Sampling.of(1.0, costs=block_costs(0.4, 0.1, SMALL_GAMMA))
+    assert p_value(plan, params, draft_params, adjust) < 1e-6
 
 
 # --- token for token -----------------------------------------------------------------------------------------------
 
-OPTIONS = {
-    "model": lambda target, adapter: {"model": target},
-    "kangaroo": lambda target, adapter: {"adapter": adapter},
-    "medusa": lambda target, adapter: {"adapter": tiny.heads(target)},
-    "skip_layers": lambda target, adapter: {"skipped": (0,)},
-    "early_exit": lambda target, adapter: {"exit_layer": 1},
-    "ngram": lambda target, adapter: {"shortest": 1, "longest": 2},
-}
 
-
-def plan_and_params(models, pair, kind, threshold=0.0, **how):
+def plan_and_params(models, pair, kind, threshold=0.0, *, gamma, rule="lossless", greedy=False):
     target, params, adapter, adapter_params = models
-    options = {**OPTIONS[kind](target, adapter), "threshold": threshold, "adaptive": True}
-    own = {"kangaroo": adapter_params, "medusa": tiny.heads_params(target, params) if kind == "medusa" else None}
-    plan = tiny.plan(target, kind, options, slots=12, max_new=24, **how)
-    return plan, own.get(kind, pair.draft_params)
+    options = {"threshold": threshold, "adaptive": True, **({"adapter": adapter} if kind == "kangaroo" else {})}
+    plan = pair.plan(kind, gamma, rule, greedy, **options)
+    if kind == "kangaroo":
+        return plan, adapter_params
+    return plan, tiny.draft_params_of(kind, target, params, pair.draft_params)
 
 
-def compare_with_plain(models, pair, kinds, settings, rule, costs):
-    params = models[1]
-    limits, greedy = row_limits(256, 24), rule == "lossless"
-    run = lambda plan, draft, adjust: tiny.decode(
-        plan, params, draft, pair.texts, pair.lengths, limits, eos=EOS, seed=3, adjust=adjust
-    )
-    for adjust in settings:
-        reference = run(pair.plan("ngram", 0, rule, greedy, 24), None, adjust)
-        for kind, gamma, threshold in kinds:
-            plan, draft = plan_and_params(models, pair, kind, threshold, gamma=gamma, rule=rule, greedy=greedy)
-            weighed = dataclasses.replace(
-                adjust, threshold=jnp.float32(threshold), costs=jnp.asarray(block_costs(*costs, gamma), jnp.float32)
-            )
-            state = run(plan, draft, weighed)
-            assert_same_tokens(pair, state, reference, adjust, greedy)
-            calls, drafted = (np.asarray(x) for x in (state.statistics.target_calls, state.statistics.drafted))
-            assert 0 < drafted.sum() < 0.9 * gamma * calls.sum(), "no length was picked"
+def check_against_plain(models, pair, drafts, settings, rule, costs):
+    """`compare_with_plain` with each (kind, gamma, threshold), of which some drafts must be shorter than gamma."""
+    entries = []
+    for kind, gamma, threshold in drafts:
+        made = plan_and_params(models, pair, kind, threshold, gamma=gamma, rule=rule, greedy=rule == "lossless")
+        costs_of_blocks = jnp.asarray(block_costs(*costs, gamma), jnp.float32)
+        entries.append((*made, {"threshold": jnp.float32(threshold), "costs": costs_of_blocks}))
+    for plan, state in compare_with_plain(pair, settings, entries, rule):
+        drafted, calls = int(state.statistics.drafted.sum()), int(state.statistics.target_calls.sum())
+        assert 0 < drafted < 0.9 * plan.gamma * calls, "no length was picked"
 
 
 @pytest.mark.slow
@@ -268,7 +245,7 @@ def compare_with_plain(models, pair, kinds, settings, rule, costs):
     ],
 )
 def test_with_picked_lengths_every_drafter_equals_plain_decoding(models, pair, rule, settings, kinds):
-    compare_with_plain(models, pair, kinds, settings, rule, (0.2, 0.1))
+    check_against_plain(models, pair, kinds, settings, rule, (0.2, 0.1))
 
 
 @pytest.mark.slow
@@ -309,11 +286,11 @@ def test_a_draft_that_sat_out_blocks_fills_its_cache_before_it_drafts_again(mode
     full = np.asarray(tiny.full_logits(target, params, jnp.asarray(text)))[batch[:, None], at]
     np.testing.assert_allclose(np.asarray(logits), full, atol=1e-4)
     if kind == "kangaroo":
-        said = test_kangaroo.full_draft_logits(target, adapter, params, own, jnp.asarray(text))
+        drafted = test_kangaroo.full_draft_logits(target, adapter, params, own, jnp.asarray(text))
     else:
-        said = tiny.full_logits(target, own, jnp.asarray(text))
-    said = np.asarray(jax.nn.softmax(said, axis=-1))[batch[:, None], at[:, :-1]]
-    np.testing.assert_allclose(np.asarray(proposal.probs), said, atol=1e-4)
+        drafted = tiny.full_logits(target, own, jnp.asarray(text))
+    draft_probs = np.asarray(jax.nn.softmax(drafted, axis=-1))[batch[:, None], at[:, :-1]]
+    np.testing.assert_allclose(np.asarray(proposal.probs), draft_probs, atol=1e-4)
 
 
 @pytest.mark.slow

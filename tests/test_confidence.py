@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from test_kangaroo import BATCH, MAX_NEW, SLOTS, VOCAB, models, plan_of  # noqa: F401 (a fixture)
-from test_loop import one_block
+from lossless import VOCAB, one_block
+from test_kangaroo import BATCH, MAX_NEW, SLOTS, models, plan_of  # noqa: F401 (a fixture)
 
 from specjax.decoding import batch, loop
 from specjax.decoding.drafters.base import Context

@@ -1,4 +1,4 @@
-"""Kangaroo and the confidence stop: the adapter, its caches, its law, and what rows and thresholds may change."""
+"""Kangaroo and the confidence stop: the adapter, its caches, losslessness, training, files and refusals."""
 
 import dataclasses
 import functools
@@ -7,24 +7,12 @@ import shutil
 
 import jax
 import jax.numpy as jnp
+import lossless
 import numpy as np
 import pytest
 import test_trainer
 import tiny
-from test_exactness import (
-    COUPLED,
-    EOS,
-    GREEDY,
-    LAW_EMITTED,
-    LAW_GAMMA,
-    LAW_PROMPTS,
-    LAW_VOCAB,
-    Pair,
-    assert_same_tokens,
-    law_p_value,
-    row_limits,
-)
-from test_loop import one_block
+from lossless import COUPLED, EOS, GREEDY, VOCAB, Pair, compare_with_plain, one_block, p_value, row_limits
 
 from specjax import api
 from specjax.decoding import loop
@@ -43,27 +31,18 @@ from specjax.models.language_model import consecutive
 from specjax.models.self_draft import SelfDraft
 from specjax.runtime.errors import UserError
 
-VOCAB, SLOTS, MAX_NEW, BATCH = 24, 6, 20, 16
-
-
-def adapter_of(target, seed=5, **changes):
-    """An adapter whose gains are not all 1, so that every norm matters."""
-    adapter = Adapter(AdapterConfig(target.config, **{"exit_layer": 1, **changes}))
-    params = adapter.init(jax.random.key(seed))
-    keys = iter(jax.random.split(jax.random.key(seed + 1), 20))
-    spread = lambda x: x * jax.random.uniform(next(keys), x.shape, minval=0.5, maxval=2.0) if x.ndim == 1 else x
-    return adapter, jax.tree.map(spread, params)
+SLOTS, MAX_NEW, BATCH = 6, 20, 16
 
 
 @pytest.fixture(scope="module")
 def models():
-    """A target whose upper layers change little, and an adapter that therefore agrees with it often, not always."""
+    """A target whose upper layers change little, so that its adapter agrees with it often, not always."""
     target, params = tiny.decoder(1, sharpness=2.0)
     params["blocks"] = {
         i: block if i == 0 else jax.tree.map(lambda x: 0.5 * x if x.ndim == 2 else x, block)
         for i, block in params["blocks"].items()
     }
-    adapter, adapter_params = adapter_of(target)
+    adapter, adapter_params = tiny.adapter(target)
     adapter_params["norm"] = params["norm"]
     adapter_params["attention"]["output"]["kernel"] *= 0.3
     return target, params, adapter, adapter_params
@@ -135,7 +114,7 @@ def test_the_adapter_is_what_the_paper_writes(models):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def full_draft_logits(target, adapter, params, adapter_params, tokens):
-    """What the adapter says of whole rows, without any cache."""
+    """The adapter's logits over whole rows, without any cache."""
     positions = consecutive(tokens)
     hidden, _ = target.extend(params, None, tokens, positions, layers=(0, adapter.config.exit_layer))
     hidden, _ = adapter.extend(adapter_params, None, hidden, positions)
@@ -149,18 +128,18 @@ def plan_of(models, threshold, gamma=3, **how):
 
 
 def expected_counts(confidence, threshold):
-    """Tokens that count: up to the first that was drawn from a distribution below the threshold, itself included."""
+    """How many tokens count: up to and including the first drawn at a confidence below the threshold."""
     unsure = confidence < threshold
     return np.where(unsure.any(1), unsure.argmax(1) + 1, confidence.shape[1])
 
 
-def test_after_every_block_the_caches_say_what_a_full_forward_says(models):
+def test_after_every_block_cached_logits_equal_those_of_the_uncached_forward(models):
     target, params, adapter, adapter_params = models
     gamma, threshold, rows = 3, 0.6, np.arange(BATCH)[:, None]
     plan, limits, adjust = plan_of(models, threshold), tiny.limits(BATCH, MAX_NEW), Sampling.of(threshold=threshold)
     texts, lengths = tiny.prompts(3, BATCH, SLOTS, VOCAB)
     state = loop.prefill(plan, params, adapter_params, texts, lengths, row_keys(4, jnp.arange(BATCH)))
-    stood, drafted = set(), set()
+    accepted, drafted = set(), set()
     while not np.all(np.asarray(state.done)):
         before = state
         state, logits, proposal = one_block(plan, params, adapter_params, before, limits, adjust)
@@ -171,16 +150,16 @@ def test_after_every_block_the_caches_say_what_a_full_forward_says(models):
         wanted = live[:, None] & (np.arange(gamma + 1)[None] <= counts[:, None])
         full = np.asarray(tiny.full_logits(target, params, jnp.asarray(text)))[rows, at]
         np.testing.assert_allclose(np.asarray(logits)[wanted], full[wanted], atol=1e-4)
-        said = jax.nn.softmax(full_draft_logits(target, adapter, params, adapter_params, jnp.asarray(text)), axis=-1)
-        said = np.asarray(said)[rows, at[:, :-1]]
+        draft_logits = full_draft_logits(target, adapter, params, adapter_params, jnp.asarray(text))
+        draft_probs = np.asarray(jax.nn.softmax(draft_logits, axis=-1))[rows, at[:, :-1]]
         inside = live[:, None] & (np.arange(gamma)[None] < counts[:, None])
-        np.testing.assert_allclose(np.asarray(proposal.probs)[inside], said[inside], atol=1e-4)
-        confidence = np.where(inside, said.max(-1), 1.0)  # beyond the stop the text above is not what was drafted
+        np.testing.assert_allclose(np.asarray(proposal.probs)[inside], draft_probs[inside], atol=1e-4)
+        confidence = np.where(inside, draft_probs.max(-1), 1.0)  # after the stop, text is not what was drafted
         np.testing.assert_array_equal(counts[live & inside.all(1)], gamma)
         np.testing.assert_array_equal(counts[live], expected_counts(confidence, threshold)[live])
         drafted |= {tuple(sorted(set(counts[live].tolist())))}
-        stood |= set((np.asarray(state.lengths) - at[:, 0] - 2)[live].tolist())
-    assert stood == set(range(gamma + 1)), "every number of accepted tokens has to occur"
+        accepted |= set((np.asarray(state.lengths) - at[:, 0] - 2)[live].tolist())
+    assert accepted == set(range(gamma + 1)), "every number of accepted tokens has to occur"
     assert any(len(counts) > 1 for counts in drafted), "rows have to stop at different places"
 
 
@@ -202,12 +181,12 @@ def scripted(confidence, live, threshold, gamma, stops=True):
     context = Context(jnp.zeros((batch, 2), jnp.int32), noise.lengths, jnp.asarray(live), noise, adjust)
     first = lambda fed: (logits_at(0), fed)
     step = lambda tokens, offset, fed: (logits_at(offset), fed)
-    behind = lambda tokens, offset, fed: fed + jnp.sum(tokens + 1 == offset)  # the i-th token is i
-    proposal, fed = draft(context, gamma, jnp.int32(0), first, step, behind, stops=stops)
+    after = lambda tokens, offset, fed: fed + jnp.sum(tokens + 1 == offset)  # the i-th token is i
+    proposal, fed = draft(context, gamma, jnp.int32(0), first, step, after, stops=stops)
     return np.asarray(proposal.num_drafted).tolist(), int(fed) // batch, np.asarray(proposal.tokens)
 
 
-def test_each_row_stops_behind_its_own_first_unsure_token_and_drafting_ends_with_the_last_row():
+def test_each_row_stops_after_its_own_first_unsure_token_and_drafting_ends_with_the_last_row():
     confidence = [[0.9, 0.5, 0.9, 0.9], [0.5, 0.9, 0.9, 0.9], [0.9, 0.9, 0.5, 0.5], [0.9] * 4]
     live = [True, True, True, False]
     counts, steps, tokens = scripted(confidence, live, 0.6, 4)
@@ -218,7 +197,7 @@ def test_each_row_stops_behind_its_own_first_unsure_token_and_drafting_ends_with
     assert scripted(confidence, live, 0.6, 4, stops=False)[:2] == ([4, 4, 4, 4], 4)
 
 
-def test_the_stop_asks_for_confidence_at_temperature_1_whatever_the_sampling(models):
+def test_the_stop_reads_confidence_at_temperature_1_whatever_the_sampling(models):
     target, params, adapter, adapter_params = models
     texts, lengths = tiny.prompts(3, BATCH, SLOTS, VOCAB)
     raw = np.asarray(full_draft_logits(target, adapter, params, adapter_params, texts))
@@ -237,34 +216,26 @@ def test_the_stop_asks_for_confidence_at_temperature_1_whatever_the_sampling(mod
 
 @pytest.fixture(scope="module")
 def pair(models):
-    target, params, _, _ = models
-    noise = tiny.decoder(2)[1]
-    return Pair(target, params, jax.tree.map(lambda a, b: a + 0.1 * b, params, noise), *tiny.prompts(0, 256, 12, VOCAB))
+    return Pair.of(*models[:2])
 
 
-def compare_with_plain(models, pair, drafts, settings, rule, max_new=24):
-    """Decodes plainly and with each (kind, gamma, threshold), on uneven prompts and limits."""
-    target, params, adapter, adapter_params = models
-    rows, greedy = row_limits(256, max_new), rule == "lossless"
-    run = lambda plan, draft, adjust: tiny.decode(
-        plan, params, draft, pair.texts, pair.lengths, rows, eos=EOS, seed=3, adjust=adjust
-    )
-    for adjust in settings:
-        reference = run(pair.plan("ngram", 0, rule, greedy, max_new), None, adjust)
-        for kind, gamma, threshold in drafts:
-            options = {"adapter": adapter, "model": target, "exit_layer": 1, "threshold": threshold}
-            draft_params = {"kangaroo": adapter_params, "model": pair.draft_params, "early_exit": None}[kind]
-            plan = tiny.plan(target, kind, options, gamma=gamma, slots=12, max_new=max_new, rule=rule, greedy=greedy)
-            stopping = dataclasses.replace(adjust, threshold=jnp.float32(threshold))
-            state = run(plan, draft_params, stopping)
-            assert_same_tokens(pair, state, reference, adjust, greedy)
-            calls, counts = np.asarray(state.statistics.target_calls), np.asarray(state.statistics.drafted)
-            assert calls.sum() < np.asarray(state.num_emitted).sum(), "nothing was ever accepted"
-            assert not threshold or counts.sum() < 0.9 * gamma * calls.sum(), "no stop was active"
+def check_against_plain(models, pair, drafts, settings, rule):
+    """`compare_with_plain` with each (kind, gamma, threshold), whose stops must shorten some drafts."""
+    _, _, adapter, adapter_params = models
+    entries = []
+    for kind, gamma, threshold in drafts:
+        options = {"threshold": threshold, **({"adapter": adapter} if kind == "kangaroo" else {})}
+        plan = pair.plan(kind, gamma, rule, rule == "lossless", **options)
+        draft_params = adapter_params if kind == "kangaroo" else pair.draft_params
+        entries.append((plan, draft_params, {"threshold": jnp.float32(threshold)}))
+    outcomes = compare_with_plain(pair, settings, entries, rule)
+    for (plan, state), (_, _, threshold) in zip(outcomes, drafts * len(settings), strict=True):
+        drafted, calls = int(state.statistics.drafted.sum()), int(state.statistics.target_calls.sum())
+        assert not threshold or drafted < 0.9 * plan.gamma * calls, "no draft stopped early"
 
 
 def test_greedy_decoding_with_stops_equals_greedy_plain(models, pair):
-    compare_with_plain(models, pair, [("kangaroo", 3, 0.6)], GREEDY, "lossless")
+    check_against_plain(models, pair, [("kangaroo", 3, 0.6)], GREEDY, "lossless")
 
 
 def test_one_compile_serves_every_threshold(models, pair):
@@ -273,7 +244,7 @@ def test_one_compile_serves_every_threshold(models, pair):
     for threshold in (0.05, 0.5, 0.9, 1.0):
         options = {"adapter": adapter, "threshold": threshold}
         plan = tiny.plan(target, "kangaroo", options, gamma=3, slots=12, max_new=24, greedy=True)
-        adjust, limits = Sampling.of(0.0, threshold=threshold), row_limits(256, 24)
+        adjust, limits = Sampling.of(0.0, threshold=threshold), row_limits(lossless.BATCH, 24)
         state = tiny.decode(plan, params, adapter_params, pair.texts, pair.lengths, limits, eos=EOS, adjust=adjust)
         drafted.append(int(state.statistics.drafted.sum()))
         sizes.add((loop.compiled_prefill._cache_size(), loop.run._cache_size()))
@@ -290,72 +261,55 @@ def test_one_compile_serves_every_threshold(models, pair):
     ],
 )
 def test_with_stops_every_drafter_equals_plain_decoding(models, pair, rule, settings, drafts):
-    compare_with_plain(models, pair, drafts, settings, rule)
+    check_against_plain(models, pair, drafts, settings, rule)
 
 
 @pytest.mark.slow
 def test_another_kind_of_adapter_at_another_layer_equals_plain_decoding(pair):
     target, params = tiny.decoder(1, sharpness=2.0, layers=3)
     deeper = dataclasses.replace(pair, target=target, params=params)
-    made = adapter_of(target, exit_layer=2, kind="layer", own_head=True)
-    compare_with_plain((target, params, *made), deeper, [("kangaroo", 3, 0.5)], COUPLED[:1], "coupled")
-
-
-@pytest.fixture(scope="module")
-def law_models():
-    target, params = tiny.decoder(0, vocab_size=LAW_VOCAB)
-    draft, draft_params = tiny.decoder(9, vocab_size=LAW_VOCAB, layers=1)
-    adapter, adapter_params = adapter_of(target)
-    return target, params, draft, draft_params, adapter, adapter_params
+    made = tiny.adapter(target, exit_layer=2, kind="layer", own_head=True)
+    check_against_plain((target, params, *made), deeper, [("kangaroo", 3, 0.5)], COUPLED[:1], "coupled")
 
 
 # About the median confidence of both drafts, so that stops are common and not the rule.
-LAW_THRESHOLD = 0.5
-
-
-def law_plan(law_models, kind):
-    target, _, draft, _, adapter, _ = law_models
-    options = {"model": draft, "adapter": adapter, "threshold": LAW_THRESHOLD}
-    slots = len(LAW_PROMPTS[0])
-    return tiny.plan(target, kind, options, gamma=LAW_GAMMA, slots=slots, max_new=LAW_EMITTED + 2)
-
-
-def law_arguments(law_models, kind):
-    target, params, draft, draft_params, _, adapter_params = law_models
-    return target, params, draft, draft_params if kind == "model" else adapter_params
+SMALL_THRESHOLD = 0.5
 
 
 @pytest.mark.slow
-def test_with_stops_the_loop_samples_the_targets_law(law_models):
-    plan, models = law_plan(law_models, "kangaroo"), law_arguments(law_models, "kangaroo")
-    assert law_p_value(models, plan, Sampling.of(1.0, threshold=LAW_THRESHOLD)) > 1e-4
-    adjusted = Sampling.of(0.7, top_k=4, top_p=0.85, threshold=LAW_THRESHOLD)
-    assert law_p_value(models, plan, adjusted, seed=1) > 1e-4
+def test_with_stops_the_loop_samples_the_targets_distribution():
+    target, params = lossless.small_target()
+    adapter, adapter_params = tiny.adapter(target)
+    plan = lossless.small_plan(target, "kangaroo", {"adapter": adapter, "threshold": SMALL_THRESHOLD})
+    assert p_value(plan, params, adapter_params, Sampling.of(1.0, threshold=SMALL_THRESHOLD)) > 1e-4
+    adjusted = Sampling.of(0.7, top_k=4, top_p=0.85, threshold=SMALL_THRESHOLD)
+    assert p_value(plan, params, adapter_params, adjusted, seed=1) > 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
 class Peeking(ModelDrafter):
-    """Drops the tokens that were improbable themselves."""
+    """Stops at tokens that were improbable themselves, which biases the output."""
 
     def propose(self, params, target_params, state, target_cache, context):
         proposal, state, cache = super().propose(params, target_params, state, target_cache, context)
-        own = jnp.take_along_axis(proposal.probs, proposal.tokens[..., None], axis=2)[..., 0]
-        kept = jnp.cumprod((own >= LAW_THRESHOLD).astype(jnp.int32), axis=1).sum(1)
-        return dataclasses.replace(proposal, num_drafted=kept.astype(jnp.int32)), state, cache
+        chances = jnp.take_along_axis(proposal.probs, proposal.tokens[..., None], axis=2)[..., 0]
+        count = jnp.cumprod((chances >= SMALL_THRESHOLD).astype(jnp.int32), axis=1).sum(1)
+        return dataclasses.replace(proposal, num_drafted=count.astype(jnp.int32)), state, cache
 
 
 @pytest.mark.slow
-def test_the_chi_square_test_catches_a_stop_that_looks_at_the_token_it_drops(law_models):
-    plan, draft = law_plan(law_models, "model"), law_models[2]
-    plan = dataclasses.replace(plan, drafter=Peeking(draft, LAW_GAMMA))
-    assert law_p_value(law_arguments(law_models, "model"), plan, Sampling.of(1.0)) < 1e-6
+def test_the_chi_square_test_rejects_a_stop_that_looks_at_the_token_it_drops():
+    (target, params), (draft, draft_params) = lossless.small_target(), lossless.small_draft()
+    plan = lossless.small_plan(target, "model", {"model": draft})
+    plan = dataclasses.replace(plan, drafter=Peeking(draft, lossless.SMALL_GAMMA))
+    assert p_value(plan, params, draft_params, Sampling.of(1.0)) < 1e-6
 
 
 # --- training ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_a_self_draft_writes_what_the_adapter_says_and_its_loss_moves_the_adapter_alone(models):
+def test_a_self_draft_generates_the_adapters_text_and_its_loss_moves_only_the_adapter(models):
     target, params, adapter, adapter_params = models
     self_draft, texts = SelfDraft.of(adapter), jax.random.randint(jax.random.key(0), (4, 8), 0, VOCAB)
     lengths, starts = jnp.full((4,), 8, jnp.int32), jnp.ones((4,), jnp.int32)
@@ -375,8 +329,8 @@ def test_a_self_draft_writes_what_the_adapter_says_and_its_loss_moves_the_adapte
     how = dict(sampling=Sampling.of(0.0), greedy=True, max_new_tokens=5, eos_ids=())
     written, ends = loop.sample(self_draft, own, texts, lengths - 2, row_keys(0, jnp.arange(4)), **how)
     assert np.all(np.asarray(ends) == 11)
-    said = np.asarray(full_draft_logits(target, adapter, params, adapter_params, written)).argmax(-1)
-    np.testing.assert_array_equal(said[:, 5:10], np.asarray(written)[:, 6:11])
+    argmax = np.asarray(full_draft_logits(target, adapter, params, adapter_params, written)).argmax(-1)
+    np.testing.assert_array_equal(argmax[:, 5:10], np.asarray(written)[:, 6:11])
 
 
 @pytest.mark.slow
@@ -406,7 +360,7 @@ def test_an_adapter_without_a_target_or_with_hard_labels_is_refused(models):
 # --- bad input -----------------------------------------------------------------------------------------------------
 
 
-def test_what_cannot_be_is_refused_in_one_sentence(models):
+def test_impossible_layers_kinds_and_thresholds_are_refused_in_one_sentence(models):
     target = models[0]
     for exit_layer in (0, 2):
         with pytest.raises(UserError, match=rf"exit_layer must lie in 1 \.\. 1 for this target, not {exit_layer}"):
@@ -420,7 +374,7 @@ def test_what_cannot_be_is_refused_in_one_sentence(models):
         make_options("ngram", {"shortest": 1, "longest": 2, "threshold": 0.5})
 
 
-# --- on disk, and in the hands of users ----------------------------------------------------------------------------
+# --- files and the Python interface ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -432,7 +386,7 @@ def home(tmp_path_factory):
         decoder, params = tiny.decoder(seed, layers=3, vocab_size=tokenizer.vocab_size)
         api.save(api.Model(decoder, params, tokenizer), home / name)
     target = api.load(home / "target")
-    adapter, params = adapter_of(target.decoder, own_head=True)
+    adapter, params = tiny.adapter(target.decoder, own_head=True)
     api.save_adapter(home / "adapter", LoadedAdapter(adapter, params, target.fingerprint))
     return home
 
@@ -440,7 +394,7 @@ def home(tmp_path_factory):
 def test_an_adapter_comes_back_from_its_small_directory_bit_for_bit(home):
     target = api.load(home / "target")
     loaded = api.load_adapter(home / "adapter", target)
-    adapter, params = adapter_of(target.decoder, own_head=True)
+    adapter, params = tiny.adapter(target.decoder, own_head=True)
     assert loaded.adapter == adapter
     assert jax.tree.all(jax.tree.map(np.array_equal, loaded.params, params))
     assert sorted(path.name for path in (home / "adapter").iterdir()) == ["adapter.safetensors", "adapter_config.json"]

@@ -1,4 +1,4 @@
-"""Layer executions: what the meters of the caches count, against calls that are counted from outside."""
+"""Layer executions: what the caches' meters count, against calls counted from outside."""
 
 import dataclasses
 
@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import test_kangaroo
 import tiny
-from test_adaptive import OPTIONS
 
 from specjax.decoding import batch
 from specjax.decoding.sampling import Sampling
@@ -21,7 +20,7 @@ CALLS = []
 
 @dataclasses.dataclass(frozen=True)
 class Witnessed(Decoder):
-    """A decoder that tells the host of every call: layers and columns, all rows alike."""
+    """A decoder that reports every call to the host: layers times columns, over all rows."""
 
     def extend(self, params, cache, inputs, positions, mask=None, *, layers=None):
         lo, hi = layers if layers is not None else (0, self.layers)
@@ -36,32 +35,30 @@ GAMMA, MAX_NEW, THRESHOLD = 3, 9, 0.6
 def decode(models, kind, gamma=GAMMA, rows=4, threshold=THRESHOLD):
     _, params, adapter, adapter_params = models
     target = Witnessed(models[0].config)
-    own = {"kangaroo": adapter_params, "medusa": tiny.heads_params(target, params), "model": params}.get(kind)
-    options = {**OPTIONS[kind](target, adapter), "threshold": threshold} if gamma else {}
-    if kind == "model":
-        options["model"] = models[0]
+    draft_params = adapter_params if kind == "kangaroo" else None
+    options = {**tiny.drafter_options(kind, target, adapter=adapter), "threshold": threshold} if gamma else {}
     slots = batch.prompt_slots(PROMPTS)
     plan = tiny.plan(target, kind, options, gamma=gamma, slots=slots, max_new=MAX_NEW, greedy=True)
     how = dict(indices=range(rows), seed=0, sampling=Sampling.of(0.0, threshold=threshold))
     CALLS.clear()
-    result = batch.decode(plan, params, own, PROMPTS[:rows], max_new_tokens=MAX_NEW, eos_ids=(), **how)
+    result = batch.decode(plan, params, draft_params, PROMPTS[:rows], max_new_tokens=MAX_NEW, eos_ids=(), **how)
     jax.effects_barrier()
     return target.layers, result, sum(CALLS) - target.layers * rows * slots  # prefill left out
 
 
 @pytest.mark.slow
-def test_the_meters_count_what_calls_counted_from_outside_come_to(models):
-    layers, result, told = decode(models, "skip_layers")
+def test_the_meters_agree_with_calls_counted_from_outside(models):
+    layers, result, witnessed = decode(models, "skip_layers")
     measured = batch.layers_per_token([(4, result)], layers)
     emitted = 4 * MAX_NEW
-    assert measured["target_layers_per_token_padded"] * emitted == pytest.approx(told)
+    assert measured["target_layers_per_token_padded"] * emitted == pytest.approx(witnessed)
     assert measured["target_layers_per_token"] < measured["target_layers_per_token_padded"]
 
 
 @pytest.mark.slow
-def test_the_first_layers_run_once_a_token_and_the_adapter_once_a_drafted_one(models):
+def test_the_shared_layers_run_once_per_token_and_the_adapter_once_per_drafted_token(models):
     """A block of k drafted tokens runs all layers on k + 1 tokens and the adapter on k (arXiv 2404.18911)."""
-    layers, result, told = decode(models, "kangaroo", rows=1)
+    layers, result, witnessed = decode(models, "kangaroo", rows=1)
     (target,), (adapter,) = result.executions["target"], result.executions["draft"]
     counts = result.counts(1)
     calls = int(counts["target_calls"][0])
@@ -69,19 +66,19 @@ def test_the_first_layers_run_once_a_token_and_the_adapter_once_a_drafted_one(mo
     drafted = int(adapter.own[0])
     assert 0 <= drafted - int(counts["drafted"][0]) <= GAMMA
     assert int(target.own[0]) == layers * (calls + drafted)
-    assert int(target.columns) == told
+    assert int(target.columns) == witnessed
     assert calls < drafted < GAMMA * calls, "blocks have to differ in length"
     measured = batch.layers_per_token([(1, result)], layers)
     assert measured["draft_layers_per_token"] == pytest.approx(drafted / MAX_NEW)
     assert measured["target_layers_per_token"] >= measured["target_layers_per_token_once"]
 
 
-def test_plain_decoding_runs_every_layer_once_a_token(models):
-    layers, result, told = decode(models, "ngram", gamma=0, threshold=0.0)
+def test_plain_decoding_runs_every_layer_once_per_token(models):
+    layers, result, witnessed = decode(models, "ngram", gamma=0, threshold=0.0)
     measured = batch.layers_per_token([(4, result)], layers)
     assert measured["target_layers_per_token"] == measured["target_layers_per_token_padded"] == layers
     assert measured["target_layers_per_token_once"] == layers and measured["draft_layers_per_token"] == 0
-    assert told == layers * 4 * MAX_NEW
+    assert witnessed == layers * 4 * MAX_NEW
 
 
 def test_rows_that_fill_up_a_batch_run_but_do_not_count(models):

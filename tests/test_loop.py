@@ -1,13 +1,13 @@
-"""The decoding loop: its caches, its counts, what a row may depend on, and what may make it compile again."""
+"""The decoding loop: its caches, its counts, what a row depends on, and what makes it compile again."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from lossless import one_block
 
 from specjax.decoding import loop
 from specjax.decoding.drafters.base import Context, Drafter, Prefill, Proposal
@@ -22,57 +22,26 @@ SLOTS, MAX_NEW, BATCH, VOCAB = 6, 20, 8, 24
 
 @pytest.fixture(scope="module")
 def models():
-    """A target, its parameters, and parameters of a draft of the same shape that agrees about half of the time."""
-    target, params = tiny.decoder(1)
-    noise = tiny.decoder(2)[1]
-    return target, params, jax.tree.map(lambda a, b: a + 0.15 * b, params, noise)
-
-
-def options(kind, target):
-    return {
-        "model": {"model": target},
-        "ngram": {"shortest": 1, "longest": 2},
-        "early_exit": {"exit_layer": 1},
-        "skip_layers": {"skipped": (0,)},
-        "medusa": {"adapter": tiny.heads(target)},
-    }[kind]
-
-
-def given(models, kind):
-    """Parameters of the target and of what drafts."""
-    target, params, draft_params = models
-    return params, tiny.heads_params(target, params) if kind == "medusa" else draft_params
+    return tiny.target_and_draft()
 
 
 def make_plan(models, kind, gamma, **changes):
-    how = {"slots": SLOTS, "max_new": MAX_NEW, **changes}
-    return tiny.plan(models[0], kind, options(kind, models[0]), gamma=gamma, **how)
+    sizes = {"slots": SLOTS, "max_new": MAX_NEW, **changes}
+    return tiny.plan(models[0], kind, tiny.drafter_options(kind, models[0]), gamma=gamma, **sizes)
 
 
 # --- caches --------------------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def one_block(plan, params, draft_params, state, limits, adjust):
-    """`loop.block`, which also shows the proposal and the logits that the caches gave."""
-    noise = Noise(state.row_keys, state.lengths, plan.greedy, plan.rule.shared_noise)
-    proposal, state = loop.propose(plan, params, draft_params, state, noise, adjust)
-    pending = jnp.take_along_axis(state.tokens, state.lengths[:, None] - 1, axis=1)[:, 0]
-    logits, cache, taps = loop.verify(plan, params, state.target_cache, pending, state.lengths, proposal)
-    state = dataclasses.replace(state, target_cache=cache)
-    state = loop.accept_and_commit(plan, draft_params, state, proposal, logits, taps, noise, adjust, limits)
-    return state, logits, proposal
-
-
 @pytest.mark.parametrize("kind", ["model", "early_exit"])
-def test_after_every_block_the_caches_say_what_a_full_forward_says(models, kind):
+def test_after_every_block_cached_logits_equal_those_of_the_uncached_forward(models, kind):
     target, params, draft_params = models
     gamma = 3
     plan = make_plan(models, kind, gamma)
     texts, lengths = tiny.prompts(3, BATCH, SLOTS, VOCAB)
     state = loop.prefill(plan, params, draft_params, texts, lengths, row_keys(4, jnp.arange(BATCH)))
     limits = tiny.limits(BATCH, MAX_NEW)
-    stood, rows = set(), np.arange(BATCH)[:, None]
+    accepted, rows = set(), np.arange(BATCH)[:, None]
     while not np.all(np.asarray(state.done)):
         before = state
         state, logits, proposal = one_block(plan, params, draft_params, before, limits, Sampling.of(1.0))
@@ -87,13 +56,13 @@ def test_after_every_block_the_caches_say_what_a_full_forward_says(models, kind)
             drafted = tiny.full_logits(target, params, jnp.asarray(text), layers=(0, plan.drafter.exit_layer))
         expected = np.asarray(jax.nn.softmax(drafted, axis=-1))[rows, at[:, :-1]]
         np.testing.assert_allclose(np.asarray(proposal.probs)[live], expected[live], atol=1e-4)
-        stood |= set((np.asarray(state.lengths) - at[:, 0] - 2)[live].tolist())
-    assert stood == set(range(gamma + 1)), "every number of accepted tokens has to occur"
+        accepted |= set((np.asarray(state.lengths) - at[:, 0] - 2)[live].tolist())
+    assert accepted == set(range(gamma + 1)), "every number of accepted tokens has to occur"
 
 
 @pytest.mark.parametrize("kind", ["ngram", pytest.param("model", marks=pytest.mark.slow)])
 def test_rows_that_fill_the_capacity_lose_nothing(models, kind):
-    """Every slot is used: with spare slots the same text, with one slot less another one."""
+    """Every slot is used: spare slots leave the text unchanged, one slot fewer changes it."""
     texts = jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, (BATCH, SLOTS)), jnp.int32)
     lengths = jnp.full((BATCH,), SLOTS, jnp.int32)
     run = lambda spare: tiny.texts_of(
@@ -131,7 +100,7 @@ EVERY_KIND = [KINDS[0], *(pytest.param(kind, marks=pytest.mark.slow) for kind in
 @pytest.mark.parametrize("kind", EVERY_KIND)
 def test_a_rows_text_does_not_depend_on_its_batch(models, kind):
     texts, lengths = tiny.prompts(3, BATCH, SLOTS, VOCAB)
-    both = given(models, kind)
+    both = (models[1], tiny.draft_params_of(kind, *models))
     run = lambda texts, lengths, indices, **how: tiny.texts_of(
         tiny.decode(
             make_plan(models, kind, 3, **how),
@@ -175,7 +144,7 @@ def test_a_rows_text_depends_on_its_index_and_the_seed(models):
 
 @pytest.mark.parametrize("kind", [EVERY_KIND[0], *EVERY_KIND[-2:]])
 def test_one_compile_serves_every_prompt_length_and_every_traced_setting(models, kind):
-    plan, both = make_plan(models, kind, 3), given(models, kind)
+    plan, both = make_plan(models, kind, 3), (models[1], tiny.draft_params_of(kind, *models))
     texts, lengths = tiny.prompts(3, BATCH, SLOTS, VOCAB)
     tiny.decode(plan, *both, texts, lengths, MAX_NEW, eos=(5,))
     compiled = loop.compiled_prefill._cache_size(), loop.run._cache_size()
@@ -191,7 +160,7 @@ def test_one_compile_serves_every_prompt_length_and_every_traced_setting(models,
     equal_plan = make_plan(models, kind, 3)
     tiny.decode(equal_plan, *both, texts, lengths, np.arange(BATCH), eos=(1,))
     assert (loop.compiled_prefill._cache_size(), loop.run._cache_size()) == compiled
-    # A capacity of its own, or what the test of another drafter compiled would serve.
+    # A capacity that no other test uses, so that this has to compile.
     other = make_plan(models, "ngram", 0, spare=1 + KINDS.index(kind))
     tiny.decode(other, *both, texts, lengths, MAX_NEW, eos=(5,))
     assert (loop.compiled_prefill._cache_size(), loop.run._cache_size()) == (compiled[0] + 1, compiled[1] + 1)
@@ -219,7 +188,7 @@ def test_the_counts_agree_with_the_origins_and_with_each_other(models, kind):
     assert np.all(counts.accepted_at <= counts.drafted_at)
     assert np.all(counts.drafted_at.sum(-1) <= counts.drafted)
     assert np.all(counts.drafted <= 3 * counts.target_calls)
-    # A position is reached exactly where all before it were accepted.
+    # A position is reached only where all earlier ones were accepted.
     assert np.all(counts.drafted_at[:, 1:] <= counts.accepted_at[:, :-1])
     assert emitted[0] == counts.target_calls[0] == counts.drafted[0] == 0, "row 0 may emit nothing"
 
@@ -262,7 +231,7 @@ def test_sample_is_the_loop_without_a_drafter(models):
 
 @dataclasses.dataclass(frozen=True)
 class Counter(Decoder):
-    """A target that always says: after t comes t + 1. Its hidden state is the token, its cache nothing."""
+    """A target that predicts t + 1 after t. Its hidden state is the token; it needs no cache."""
 
     def start(self, params, prompts, lengths, capacity):
         return ()
@@ -279,7 +248,7 @@ COUNTER = Counter(tiny.config(vocab_size=20, layers=1))
 
 @dataclasses.dataclass(frozen=True)
 class Script(Drafter):
-    """Proposes what `blocks[b][k]` says in the k-th block of row b."""
+    """Proposes `blocks[b][k]` in the k-th block of row b."""
 
     blocks: tuple
     gamma: int
@@ -300,8 +269,8 @@ class Script(Drafter):
 def test_a_scripted_decode_gives_the_exact_tokens_origins_and_counts():
     blocks = (
         ((3, 9), (5, 6), (8, 9)),  # the loop's docstring; then all accepted; then cut at the limit of 6
-        ((11,), (), (9, 9)),  # one drafted and accepted; nothing drafted; then refused at once, EOS recovered
-        ((15, 16), (0, 0), (0, 0)),  # EOS drafted and accepted in the middle of a block
+        ((11,), (), (9, 9)),  # accepted; nothing drafted; rejected at once, EOS recovered
+        ((15, 16), (0, 0), (0, 0)),  # EOS drafted and accepted inside a block
         ((0, 0), (0, 0), (0, 0)),  # may emit one token only
     )
     plan = loop.Plan(COUNTER, Script(blocks, 2), Lossless(), 2, capacity_for(3, 6, 2), True)
@@ -368,17 +337,17 @@ def test_ngram_copies_what_followed_the_longest_then_latest_match(models, shorte
     proposal, _, _ = jax.jit(lambda state, context: drafter.propose(None, None, state, None, context))(state, context)
     assert proposal.probs is None
     counts = np.asarray(proposal.num_drafted)
-    found = [row[:n].tolist() for row, n in zip(np.asarray(proposal.tokens), counts, strict=True)]
-    assert found == [continuation for _, continuation in drafted]
+    drafts = [row[:n].tolist() for row, n in zip(np.asarray(proposal.tokens), counts, strict=True)]
+    assert drafts == [continuation for _, continuation in drafted]
 
 
 def test_bad_drafter_options_are_refused_in_one_sentence(models):
     target = models[0]
-    for kind, gamma, given, says in (
+    for kind, gamma, options, message in (
         ("modle", 2, {}, "modle.*model"),
         ("ngram", -1, {"shortest": 1, "longest": 2}, "gamma.*-1"),
         ("ngram", 2, {"shortest": 3, "longest": 2}, "shortest=3"),
         ("early_exit", 2, {"exit_layer": 2}, "exit_layer.*1 .. 1.*2"),
     ):
-        with pytest.raises(UserError, match=says):
-            tiny.make_drafter(kind, target, gamma, given)
+        with pytest.raises(UserError, match=message):
+            tiny.make_drafter(kind, target, gamma, options)

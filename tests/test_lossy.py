@@ -191,15 +191,12 @@ SLOTS, MAX_NEW, BATCH = 6, 16, 32
 
 @pytest.fixture(scope="module")
 def models():
-    """A target, its parameters, and parameters of a draft of the same shape that agrees about half of the time."""
-    target, params = tiny.decoder(1)
-    noise = tiny.decoder(2)[1]
-    return target, params, jax.tree.map(lambda a, b: a + 0.15 * b, params, noise)
+    return tiny.target_and_draft()
 
 
 def decode(models, rule, lenience, *, greedy=False, kind="model", gamma=3, top_k=0):
     target, params, draft_params = models
-    options = {"model": target, "shortest": 1, "longest": 2}
+    options = tiny.drafter_options(kind, target)
     plan = tiny.plan(target, kind, options, gamma=gamma, slots=SLOTS, max_new=MAX_NEW, rule=rule, greedy=greedy)
     adjust = Sampling.of(0.0 if greedy else 1.0, top_k=top_k, lenience=lenience)
     texts, lengths = tiny.prompts(0, BATCH, SLOTS, target.config.vocab_size)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import test_trainer
 import tiny
+from lossless import one_block
 from ml_collections import ConfigDict
-from test_kangaroo import VICUNA, adapter_of
-from test_loop import one_block
+from test_kangaroo import VICUNA
 
 from specjax import distill
 from specjax.decoding import loop
@@ -144,7 +144,7 @@ ONE_DEVICE = {"data": 1, "fsdp": 1, "tensor": 1}
 def test_an_export_is_trained_further_from_its_own_parameters(models, tmp_path, kind):
     target, params, *_ = models
     attached = (
-        adapter_of(target) if kind == "adapter" else (tiny.heads(target, 2), tiny.heads_params(target, params, 2))
+        tiny.adapter(target) if kind == "adapter" else (tiny.heads(target, 2), tiny.heads_params(target, params, 2))
     )
     saved = hub_adapter.LoadedAdapter(*attached, hub_adapter.fingerprint(target, params))
     hub_adapter.save(tmp_path / "export", saved)

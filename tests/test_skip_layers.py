@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from test_loop import one_block
+from lossless import one_block
 
 from specjax.decoding import loop
 from specjax.decoding.sampling import Sampling, row_keys

@@ -5,7 +5,6 @@ import json
 import pytest
 import tiny
 from ml_collections import ConfigDict
-from test_kangaroo import adapter_of
 
 from specjax import api, spec_bench
 from specjax.data.spec_bench import Question, prompt_ids, read_questions
@@ -35,7 +34,7 @@ def home(tmp_path_factory):
     decoder, params = tiny.decoder(1, sharpness=2.0, vocab_size=tokenizer.vocab_size)
     api.save(api.Model(decoder, params, tokenizer), home / "target")
     target = api.load(home / "target")
-    adapter, params = adapter_of(target.decoder)
+    adapter, params = tiny.adapter(target.decoder)
     api.save_adapter(home / "adapter", LoadedAdapter(adapter, params, target.fingerprint))
     written(home, QUESTIONS)
     return home

@@ -1,4 +1,4 @@
-"""Tiny random models, short ways to decode with them, and a rule with faults; shared by the tests."""
+"""Tiny random models, short ways to decode with them, and an acceptance rule with planted faults."""
 
 import dataclasses
 import functools
@@ -11,6 +11,7 @@ from specjax.decoding import loop, rules, sampling
 from specjax.decoding.drafters.table import build_drafter, make_options, options_class
 from specjax.decoding.plan import capacity_for
 from specjax.decoding.sampling import Stream
+from specjax.models.adapters import Adapter, AdapterConfig
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
 from specjax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
@@ -51,23 +52,55 @@ def decoder(seed: int = 0, sharpness: float = 1.0, **changes):
     return model, params
 
 
-def heads(target: Decoder, count: int = 5, **how) -> MedusaHeads:
+def heads(target: Decoder, count: int = 5, **changes) -> MedusaHeads:
     """Medusa heads for the target."""
-    return MedusaHeads(MedusaConfig(target.config, count, **how))
+    return MedusaHeads(MedusaConfig(target.config, count, **changes))
 
 
-def heads_params(target: Decoder, params, count: int = 5, seed: int = 3, **how):
-    """Random ones, near the head that the target has: they agree with it now and then."""
-    of = heads(target, count, **how)
-    start = of.init_on(jax.random.key(0), target, params)
-    shifted = jax.tree.leaves(start)
-    keys = jax.random.split(jax.random.key(seed), len(shifted))
-    spread = [x + 0.3 * jax.random.normal(key, x.shape) for x, key in zip(shifted, keys, strict=True)]
-    return jax.tree.unflatten(jax.tree.structure(start), spread)
+def heads_params(target: Decoder, params, count: int = 5, seed: int = 3):
+    """Parameters of `heads`: the target's own head with noise, so they agree with the target now and then."""
+    start = heads(target, count).init_on(jax.random.key(0), target, params)
+    leaves, structure = jax.tree.flatten(start)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    noisy = [x + 0.3 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(structure, noisy)
+
+
+def adapter(target: Decoder, seed: int = 5, **changes):
+    """A random Kangaroo adapter at layer 1 and its parameters. Gains differ from 1, so that every norm matters."""
+    made = Adapter(AdapterConfig(target.config, **{"exit_layer": 1, **changes}))
+    keys = iter(jax.random.split(jax.random.key(seed + 1), 20))
+    spread = lambda x: x * jax.random.uniform(next(keys), x.shape, minval=0.5, maxval=2.0) if x.ndim == 1 else x
+    return made, jax.tree.map(spread, made.init(jax.random.key(seed)))
+
+
+def target_and_draft():
+    """A target, its parameters, and parameters of a draft of the same shape that agrees about half of the time."""
+    target, params = decoder(1)
+    noise = decoder(2)[1]
+    return target, params, jax.tree.map(lambda a, b: a + 0.15 * b, params, noise)
+
+
+def drafter_options(kind: str, target, draft=None, adapter=None) -> dict:
+    """Options of each drafter for a small target; the draft model is one of the target's shape unless `draft` says."""
+    options = {
+        "model": lambda: {"model": target if draft is None else draft},
+        "ngram": lambda: {"shortest": 1, "longest": 2},
+        "early_exit": lambda: {"exit_layer": 1},
+        "skip_layers": lambda: {"skipped": (0,)},
+        "medusa": lambda: {"adapter": heads(target)},
+        "kangaroo": lambda: {"adapter": adapter},
+    }
+    return options[kind]()
+
+
+def draft_params_of(kind: str, target, params, draft_params):
+    """`draft_params`, except for Medusa, whose heads are random ones (`heads_params`)."""
+    return heads_params(target, params) if kind == "medusa" else draft_params
 
 
 def encoder_decoder(seed: int = 0, **changes):
-    """A random encoder-decoder in T5's manner, and its parameters."""
+    """A random encoder-decoder of T5's kind, and its parameters."""
     values = dict(
         vocab_size=24,
         width=16,
@@ -107,7 +140,7 @@ def prompts(seed: int, batch: int, slots: int, vocab: int):
 
 @functools.partial(jax.jit, static_argnames=("model", "layers"))
 def full_logits(model: Decoder, params, tokens, layers=None):
-    """Logits of the uncached forward over whole rows (after layer `layers[1] - 1` where a range is given)."""
+    """Logits of the uncached forward over whole rows, of all layers or of the range `layers`."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
     hidden, _ = model.extend(params, None, tokens, positions, layers=layers)
     return model.head(params, hidden)
@@ -133,14 +166,14 @@ def plan(
     greedy: bool = False,
     spare: int = 0,
 ) -> loop.Plan:
-    """A Plan; `spare` slots are added to the capacity, `rule` is a name or the rule itself."""
+    """A Plan; `spare` is added to its capacity, `rule` is a name or the rule itself."""
     rule = rules.rule_named(rule) if isinstance(rule, str) else rule
     made = make_drafter(drafter, target, gamma, options or {}) if gamma else None
     return loop.Plan(target, made, rule, gamma, capacity_for(slots, max_new, gamma) + spare, greedy, prompt_slots=slots)
 
 
 def limits(batch: int, max_new, eos=NO_EOS) -> loop.Limits:
-    """Limits from one number for all rows or one a row."""
+    """Limits from one number for all rows or one number per row."""
     return loop.Limits(jnp.asarray(np.broadcast_to(max_new, (batch,)), jnp.int32), jnp.asarray(eos, jnp.int32))
 
 
@@ -161,7 +194,7 @@ def texts_of(state) -> list[list[int]]:
 
 @dataclasses.dataclass(frozen=True)
 class Planted(rules.Rule):
-    """A second, plain writing of the lossless rule with room for one fault."""
+    """The lossless rule implemented a second time, in the plainest way, with at most one fault."""
 
     fault: str
 
@@ -172,13 +205,13 @@ class Planted(rules.Rule):
         draft = jax.nn.one_hot(proposal.tokens, vocab) if proposal.probs is None else proposal.probs
         counted = jnp.full_like(proposal.num_drafted, gamma) if self.fault == "counts all" else proposal.num_drafted
         uniforms = noise.uniforms(gamma)
-        standing, accepted = jnp.ones((batch,), bool), jnp.zeros((batch,), jnp.int32)
+        all_passed, accepted = jnp.ones((batch,), bool), jnp.zeros((batch,), jnp.int32)
         for i in range(gamma):
             bar = uniforms[:, i] * draft[rows, i, proposal.tokens[:, i]]
             target = target_probs[rows, i, proposal.tokens[:, i]]
             passed = bar <= target if self.fault == "<=" else bar < target
-            standing &= passed & (i < counted)
-            accepted += standing.astype(jnp.int32)
+            all_passed &= passed & (i < counted)
+            accepted += all_passed.astype(jnp.int32)
         draft = jnp.pad(draft, ((0, 0), (0, 1), (0, 0)))
         draft = jnp.where((jnp.arange(gamma + 1)[None] < counted[:, None])[..., None], draft, 0)
         row = jnp.minimum(accepted, gamma - 1) if self.fault == "no bonus" and gamma else accepted
