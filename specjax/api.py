@@ -18,42 +18,26 @@ from typing import Any
 from specjax.decoding import batch, loop
 from specjax.decoding.drafters.adaptive import block_costs
 from specjax.decoding.drafters.base import DrafterOptions
-from specjax.decoding.drafters.early_exit import EarlyExit
-from specjax.decoding.drafters.kangaroo import Kangaroo
-from specjax.decoding.drafters.medusa import Medusa
-from specjax.decoding.drafters.model import ModelDraft
-from specjax.decoding.drafters.ngram import NGram
-from specjax.decoding.drafters.skip_layers import SkipLayers
+from specjax.decoding.drafters.early_exit import EarlyExit as EarlyExit
+from specjax.decoding.drafters.kangaroo import Kangaroo as Kangaroo
+from specjax.decoding.drafters.medusa import Medusa as Medusa
+from specjax.decoding.drafters.model import ModelDraft as ModelDraft
+from specjax.decoding.drafters.ngram import NGram as NGram
+from specjax.decoding.drafters.skip_layers import SkipLayers as SkipLayers
 from specjax.decoding.drafters.table import build_drafter, make_options, options_class
 from specjax.decoding.plan import Plan
 from specjax.decoding.rules import RULES, Rule, rule_named
 from specjax.decoding.sampling import Sampling
 from specjax.hub.adapter import LoadedAdapter
-from specjax.hub.adapter import save as save_adapter
-from specjax.hub.model import Model, check_pair, load, load_adapter, save
+from specjax.hub.adapter import save as save_adapter  # noqa: F401
+from specjax.hub.model import Model, check_pair
+from specjax.hub.model import load as load
+from specjax.hub.model import load_adapter as load_adapter
+from specjax.hub.model import save as save
 from specjax.reporting import metrics
 from specjax.runtime import checks
 from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError, nearest
-
-__all__ = [
-    "Draft",
-    "EarlyExit",
-    "Generation",
-    "Kangaroo",
-    "Lossy",
-    "Medusa",
-    "Model",
-    "ModelDraft",
-    "NGram",
-    "SkipLayers",
-    "Stats",
-    "generate",
-    "load",
-    "load_adapter",
-    "save",
-    "save_adapter",
-]
 
 
 class Draft:

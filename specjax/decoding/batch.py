@@ -142,7 +142,7 @@ def decode(
     blocks: int | None = None,
     on_blocks: Callable[[BatchResult], None] | None = None,
 ) -> BatchResult:
-    """Continues one batch of prompts. Every process of a run calls it alike, and gets the whole result.
+    """Continues one batch of prompts. Every process of a run makes the same call and gets the whole result.
 
     Args:
       indices: index of each prompt in the whole run; with `seed` it determines the row's randomness.
@@ -181,7 +181,7 @@ def decode(
 def _result(
     state: loop.DecodeState, count: int, prefill_seconds: float, decode_seconds: float
 ) -> tuple[BatchResult, bool]:
-    """What the first `count` rows have come to, and whether all rows have ended."""
+    """The result of the first `count` rows so far, and whether all rows have ended."""
     meters = {"target": kv_cache.meters(state.target_cache), "draft": kv_cache.meters(state.drafter_state)}
     spans = (state.prompt_lengths, state.lengths)
     wanted = (state.tokens, state.origins, *spans, state.statistics, meters, state.iterations, state.done)
@@ -228,7 +228,7 @@ def join_counts(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]
 
 
 def layers_per_token(results: Sequence[tuple[int, BatchResult]], layers: int) -> dict[str, float]:
-    """Layer executions for each emitted token, counted by the meters of the caches, and what they should be.
+    """Layer executions for each emitted token, as the meters of the caches counted them, and the least possible.
 
     A layer that runs on one token of one row is an execution; prefill is left out.
 
@@ -240,17 +240,17 @@ def layers_per_token(results: Sequence[tuple[int, BatchResult]], layers: int) ->
       `target_layers_per_token`: of the target's layers, drafting included, on the rows' own tokens;
       `target_layers_per_token_padded`: on all columns of all rows of the batch: what the machine did;
       `draft_layers_per_token`, `draft_layers_per_token_padded`: the same of layers that are the draft's own;
-      `target_layers_per_token_once`: what it is where each layer runs once on every pending and every drafted token:
+      `target_layers_per_token_once`: what it would be if each layer ran once on every pending and every drafted token:
       layers * (target calls + drafted) / emitted (arXiv 2404.18911: a self-draft's first layers are not run again).
     """
     emitted = sum(len(row) for rows, result in results for row in result.tokens[:rows])
     per_token = lambda total: float(total) / emitted
-    found = {}
+    rates = {}
     for name in ("target", "draft"):
         meters = [(rows, meter) for rows, result in results for meter in result.executions[name]]
-        found[f"{name}_layers_per_token"] = per_token(sum(meter.own[:rows].sum() for rows, meter in meters))
+        rates[f"{name}_layers_per_token"] = per_token(sum(meter.own[:rows].sum() for rows, meter in meters))
         padded = sum(int(meter.columns) * len(meter.own) for _, meter in meters)
-        found[f"{name}_layers_per_token_padded"] = per_token(padded)
+        rates[f"{name}_layers_per_token_padded"] = per_token(padded)
     counts = [result.counts(rows) for rows, result in results]
     tokens = sum(count["target_calls"].sum() + count["drafted"].sum() for count in counts)
-    return {**found, "target_layers_per_token_once": per_token(layers * tokens)}
+    return {**rates, "target_layers_per_token_once": per_token(layers * tokens)}

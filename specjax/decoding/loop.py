@@ -65,9 +65,9 @@ class DecodeState:
       done: rows that have ended.
       row_keys: one random key a row.
       target_cache: the target's keys and values, valid below `lengths - 1`, and the meter of its layers.
-      drafter_state: the drafter's own state.
       statistics: counts.
       iterations: blocks run for the batch.
+      drafter_state: the drafter's own state.
     """
 
     tokens: Int[Array, "B S"] = axes("batch", None)
@@ -77,9 +77,9 @@ class DecodeState:
     done: Bool[Array, "B"] = axes("batch")
     row_keys: Key[Array, "B"] = axes("batch")
     target_cache: Any
-    drafter_state: Any
     statistics: Statistics
     iterations: Int[Array, ""] = axes()
+    drafter_state: Any
 
     @property
     def num_emitted(self) -> Int[Array, "B"]:
@@ -113,7 +113,7 @@ def prefill(
 def compiled_prefill(plan: Plan, params, draft_params, prompts, lengths, row_keys) -> DecodeState:
     """The compiled part of `prefill`."""
     prompts, lengths = constrain(prompts, ("batch", None)), constrain(lengths, ("batch",))
-    cache = _placed(plan.target.start(params, prompts, lengths, plan.capacity), constrain)
+    cache = _constrained(plan.target.start(params, prompts, lengths, plan.capacity))
     texts, text_lengths = plan.target.start_texts(prompts, lengths)
     with jax.named_scope("prefill"):
         _, cache, tap_states = _through_target(plan, params, cache, texts, consecutive(texts), 0)
@@ -138,31 +138,31 @@ def compiled_prefill(plan: Plan, params, draft_params, prompts, lengths, row_key
     )
     # The layout of every array is fixed here. Otherwise the compiler keeps a cache that is only written so far whole on
     # every device of the tensor axis, and its rows whole along `fsdp`, as weights are.
-    return placed(plan, state, constrain)
+    return _constrained(state, state_axes(plan, state))
 
 
-def placed(plan: Plan, state: DecodeState, place: Callable, ways: int | None = None) -> DecodeState:
-    """The state with `place(array, logical axes)` in place of each array (or shape).
+def _constrained(tree: Any, tree_axes: list[tuple[str | None, ...]] | None = None) -> Any:
+    """The tree with its arrays laid out by these axes, or by those that its dataclasses declare."""
+    arrays, structure = jax.tree.flatten(tree)
+    return jax.tree.unflatten(structure, map(constrain, arrays, tree_axes or meshes.declared_axes(tree)))
+
+
+def state_axes(plan: Plan, state: DecodeState, ways: int | None = None) -> list[tuple[str | None, ...]]:
+    """The logical axes of every array of the state, in the order of `jax.tree.leaves`.
 
     Args:
       ways: devices along the tensor axis; those of the current mesh without it.
     """
     ways = meshes.num_shards("kv_heads") if ways is None else ways
-
-    def place_draft(x, names):
-        whole = lambda name, size: name == "kv_heads" and (plan.replicate_draft or size % ways > 0)
-        return place(x, tuple(None if whole(*axis) else axis[0] for axis in zip(names, x.shape, strict=True)))
-
-    drafter_state = _placed(state.drafter_state, place_draft)
-    return dataclasses.replace(
-        _placed(dataclasses.replace(state, drafter_state=()), place), drafter_state=drafter_state
-    )
-
-
-def _placed(tree: Any, place: Callable) -> Any:
-    """The tree with `place(array, the axes that its dataclass declares)` in place of each array."""
-    arrays, structure = jax.tree.flatten(tree)
-    return jax.tree.unflatten(structure, map(place, arrays, meshes.declared_axes(tree)))
+    # A draft may have too few heads to split.
+    whole = lambda name, size: name == "kv_heads" and (plan.replicate_draft or size % ways > 0)
+    declared, arrays = meshes.declared_axes(state), jax.tree.leaves(state.drafter_state)
+    first = len(declared) - len(arrays)  # they come last
+    of_draft = [
+        tuple(None if whole(*axis) else axis[0] for axis in zip(names, x.shape, strict=True))
+        for names, x in zip(declared[first:], arrays, strict=True)
+    ]
+    return [*declared[:first], *of_draft]
 
 
 def _through_target(plan: Plan, params, cache, inputs, positions, first_layer: int):

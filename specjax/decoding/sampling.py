@@ -25,18 +25,17 @@ class Stream(enum.IntEnum):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How logits become probabilities, how strictly a lossy rule judges by them, and where a draft stops.
+    """How logits become probabilities, how much a lossy rule accepts, and where a draft stops.
 
     Traced: changing a value never recompiles.
 
     Attributes:
-      temperature: divides the logits; 0 is greedy (and is compiled apart, see `Plan.greedy`).
+      temperature: divides the logits; 0 is greedy (a program of its own, see `Plan.greedy`).
       top_k: keep the k most probable tokens; 0 keeps all.
       top_p: then keep the smallest set whose mass reaches p; 1 keeps all.
-      lenience: epsilon of a lossy rule, which accepts more the smaller it is; exact rules are not shown it.
-      threshold: a drafter with stops goes on while its largest probability at temperature 1 is not below this.
-      costs: of a block that drafts 0 .. gamma tokens, in any unit; what an adaptive draft length weighs, and None
-        without one.
+      lenience: epsilon of a lossy rule; smaller accepts more. Exact rules do not use it.
+      threshold: a drafter that stops ends a block where its largest probability at temperature 1 is below this.
+      costs: of a block that drafts 0 .. gamma tokens, in any unit, for an adaptive draft length; None without one.
     """
 
     temperature: Float[Array, ""]
@@ -72,19 +71,19 @@ class Sampling:
         if costs is not None and not all(0 < cost < float("inf") for cost in costs):
             raise UserError(f"the costs of blocks must be positive numbers, not {tuple(costs)}.")
         floats = map(jnp.float32, (top_p, lenience, threshold))
-        weighed = None if costs is None else jnp.asarray(costs, jnp.float32)
-        return cls(jnp.float32(temperature), jnp.int32(top_k), *floats, weighed)
+        block_costs = None if costs is None else jnp.asarray(costs, jnp.float32)
+        return cls(jnp.float32(temperature), jnp.int32(top_k), *floats, block_costs)
 
 
 def _truncate(probs: Float[Array, "B T V"], sampling: Sampling) -> Float[Array, "B T V"]:
-    """Keeps the top k, then the top p of what is left, renormalised. Ties at either edge are all kept."""
+    """Keeps the top k, then the top p of the rest, renormalised. Ties at either edge are all included."""
     find_edge = _edge_by_bisection if meshes.splits("vocab") else _edge_by_sorting
-    kept = jnp.where(probs >= find_edge(probs, sampling), probs, 0)
-    return kept / jnp.sum(kept, axis=-1, keepdims=True)
+    cut = jnp.where(probs >= find_edge(probs, sampling), probs, 0)
+    return cut / jnp.sum(cut, axis=-1, keepdims=True)
 
 
 def _edge_by_sorting(probs: Float[Array, "B T V"], sampling: Sampling) -> Float[Array, "B T 1"]:
-    """The smallest probability that is kept."""
+    """The smallest probability that is not cut."""
     vocab = probs.shape[-1]
     descending = -jnp.sort(-probs, axis=-1)
     k = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, vocab), vocab)

@@ -13,9 +13,9 @@ from specjax.runtime.mesh import axes
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """Counts a row, over its live blocks only; what lies beyond EOS or the limit counts nowhere.
+    """Counts for each row, over its live blocks only; what lies beyond EOS or the limit counts nowhere.
 
-    Arrays of the device while decoding, of numpy once fetched.
+    Device arrays while decoding, numpy arrays once fetched.
 
     Attributes:
       target_calls: verification passes.
@@ -39,14 +39,14 @@ class Statistics:
     def after(
         self, num_accepted: Int[Array, "B"], num_emitted: Int[Array, "B"], num_drafted: Int[Array, "B"]
     ) -> "Statistics":
-        """The counts behind a block: accepted by the rule, emitted and drafted within the row's limits."""
+        """The counts after a block with so many tokens accepted by the rule, emitted and drafted within the limits."""
         index = jnp.arange(self.drafted_at.shape[1], dtype=jnp.int32)[None]
-        stood = jnp.minimum(num_accepted, num_emitted)[:, None]
+        accepted = jnp.minimum(num_accepted, num_emitted)[:, None]
         ones = lambda happened: happened.astype(jnp.int32)
         return Statistics(
             target_calls=self.target_calls + ones(num_emitted > 0),
             drafted=self.drafted + num_drafted,
-            drafted_at=self.drafted_at + ones((index < num_drafted[:, None]) & (index <= stood)),
-            accepted_at=self.accepted_at + ones(index < stood),
+            drafted_at=self.drafted_at + ones((index < num_drafted[:, None]) & (index <= accepted)),
+            accepted_at=self.accepted_at + ones(index < accepted),
             emitted_more_than=self.emitted_more_than + ones(num_emitted[:, None] > index + 1),
         )

@@ -19,7 +19,7 @@ from specjax.hub import model as hub_model
 from specjax.hub.adapter import LoadedAdapter
 from specjax.reporting import records
 from specjax.runtime import mesh as meshes
-from specjax.runtime.errors import UserError, nearest
+from specjax.runtime.errors import UserError, nearest, prefixed
 
 BASELINE = "none"
 
@@ -86,7 +86,7 @@ def _read_section(config: Any, where: str, section: Any) -> DrafterSection:
 
 
 def _old_layout(where: str, values: Mapping[str, Any]) -> str:
-    """What to write in place of gammas that are given outside `rules`, or ""."""
+    """What to write in place of gammas outside of `rules`, or ""."""
     key = next((rule for rule in RULES if rule in values), "")
     return key and f"{where}{key} is now {where}rules.{key}; move the gammas of every rule there"
 
@@ -105,10 +105,8 @@ def _read_rules(config: Any, where: str, section: Any) -> tuple[tuple[str, Rule,
                 f'{where}.{name} must be gammas, such as (2, 4), or {{"rule": "file.py:Name", "gammas": (2, 4)}}, '
                 f"not {entry!r}"
             )
-        try:
+        with prefixed(f"{where}.{name}: "):
             rule = rule_named(place)
-        except UserError as error:
-            raise UserError(f"{where}.{name}: {error}") from None
         if rule.lossy and gammas and not config.leniences:
             raise UserError(f"{where}.{name} needs leniences, and config.leniences is empty; name some")
         rules.append((name, rule, tuple(gammas)))
@@ -282,12 +280,10 @@ def make_cases(job: Job, setting: Setting) -> list[Case]:
                 continue
             for lenience in job.config.leniences if rule.lossy else (None,):
                 for gamma in gammas:
-                    try:
+                    with prefixed(f"drafters.{name}: "):
                         sampling = _sampling(job, setting, section, lenience, gamma)
                         case = Case(name, target, section, loaded, rule_name, lenience, rule, gamma, sampling)
                         build_drafter(section.options, target.decoder, gamma, case.network)
-                    except UserError as error:
-                        raise UserError(f"drafters.{name}: {error}") from None
                     cases.append(case)
     return cases
 

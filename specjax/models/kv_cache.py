@@ -25,15 +25,15 @@ _SHORTEST_PREFIX = 128
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Meter:
-    """Layer executions: how often a layer ran on a token. It is moved on by `extend`, where the layers are called.
+    """Layer executions: how often a layer ran on a token. `extend`, which calls the layers, counts them.
 
     Attributes:
-      counted: of each row, how many columns of the calls to come are tokens of its own; the others are padding, or
-        belong to rows that have ended or that wait for the rest of their batch.
-      own: executions on such tokens.
+      counted: how many columns of the next calls are the row's own tokens; the others are padding, or belong to rows
+        that have ended or that wait for the rest of their batch.
+      own: executions on the row's own tokens.
       columns: executions on all columns of a row, the same number in every row.
 
-    Arrays of the device while decoding, of numpy once fetched.
+    Device arrays while decoding, numpy arrays once fetched.
     """
 
     counted: Int[Array | np.ndarray, "B"] = axes("batch")
@@ -46,7 +46,7 @@ class Meter:
         return cls(row(), row(), jnp.zeros((), jnp.int32))
 
     def after(self, layers: int, columns: int) -> "Meter":
-        """The meter behind a call of so many layers on so many columns."""
+        """The meter after a call of so many layers on so many columns."""
         own = self.own + layers * jnp.minimum(self.counted, columns)
         return Meter(self.counted, own, self.columns + layers * columns)
 
@@ -79,7 +79,7 @@ class Cache:
         )
 
     def metered(self, layers: int, columns: int) -> "Cache":
-        """The cache behind a call of so many layers on so many columns."""
+        """The cache after a call of so many layers on so many columns."""
         return dataclasses.replace(self, meter=self.meter.after(layers, columns))
 
 

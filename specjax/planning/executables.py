@@ -179,26 +179,41 @@ class DecodingStage:
         return loop.compiled_prefill.lower(dataclasses.replace(self.plan, rule=None, greedy=True), *self._arguments)
 
     @functools.cached_property
-    def _state_shapes(self) -> loop.DecodeState:
-        bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._arguments)
-        return jax.eval_shape(lambda *arguments: loop.prefill(self.plan, *arguments), *bare)
+    def _layouts(self) -> dict[int, tuple]:
+        return {}
 
-    def _state_on(self, mesh: AnyMesh) -> loop.DecodeState:
-        """What the loop carries, as shapes with the shardings that the prefill gives them."""
-        place = lambda x, axes: meshes.abstract(x, meshes.shardings(axes, mesh, shapes=x))
-        return loop.placed(self.plan, self._state_shapes, place, mesh.shape["tensor"])
+    def _layout(self, mesh: AnyMesh) -> tuple[list[jax.ShapeDtypeStruct], list[tuple[str | None, ...]]]:
+        """Shapes with shardings, and logical axes, of all arrays of the loop's state as the prefill leaves it."""
+        ways = mesh.shape["tensor"]
+        if ways not in self._layouts:
+            bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._arguments)
+            traced = []
+
+            def leaves(*arguments):
+                state = loop.prefill(self.plan, *arguments)
+                traced.append((loop.state_axes(self.plan, state, ways), jax.tree.structure(state)))
+                return jax.tree.leaves(state)
+
+            self._layouts[ways] = jax.eval_shape(leaves, *bare), *traced[0]
+        shapes, axes, _ = self._layouts[ways]
+        place = lambda x, names: meshes.abstract(x, meshes.shardings(names, mesh, shapes=x))
+        return list(map(place, shapes, axes)), axes
 
     def caches_on(self, mesh: AnyMesh) -> list[jax.ShapeDtypeStruct]:
-        """The arrays of keys and values, of target and draft. Raises UserError for what does not divide over it."""
-        state = self._state_on(mesh)
-        arrays = zip(jax.tree.leaves(state), meshes.declared_axes(state), strict=True)
-        return [x for x, axes in arrays if "slots" in axes]
+        """Shapes of the keys and values of target and draft. Raises UserError if they do not divide over the mesh."""
+        return [x for x, axes in zip(*self._layout(mesh), strict=True) if "slots" in axes]
+
+    @property
+    def _state(self) -> loop.DecodeState:
+        """Shapes of the loop's state, laid out as after the prefill."""
+        shapes, _ = self._layout(self.mesh)
+        return jax.tree.unflatten(self._layouts[self.mesh.shape["tensor"]][2], shapes)
 
     def lower_loop(self) -> Lowered:
         """What `loop.run` compiles."""
         limits = loop.Limits(rows(self.mesh, self.batch), replicated(jax.ShapeDtypeStruct((1,), jnp.int32), self.mesh))
         sampling = replicated(jax.eval_shape(lambda: self.sampling), self.mesh)
-        return loop.run.lower(self.plan, self.params, self.draft_params, self._state_on(self.mesh), sampling, limits)
+        return loop.run.lower(self.plan, self.params, self.draft_params, self._state, sampling, limits)
 
     @functools.cached_property
     def resident(self) -> dict[str, int]:

@@ -1,7 +1,8 @@
 """The exception for mistakes of the user, as opposed to bugs."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class UserError(Exception):
@@ -9,6 +10,15 @@ class UserError(Exception):
 
     The command line prints it as one `error:` line and exits with code 2. Any other exception is a bug.
     """
+
+
+@contextlib.contextmanager
+def prefixed(where: str) -> Iterator[None]:
+    """Begins the message of any UserError inside with `where`."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}{error}") from None
 
 
 def nearest(name: str, options: Iterable[str]) -> str:

@@ -11,21 +11,21 @@ from specjax.decoding.drafters.base import Context, Drafter, Outcome, Prefill
 from specjax.runtime.errors import UserError
 from specjax.runtime.mesh import axes
 
-# What a block leaves of the evidence before it: the last twenty blocks or so decide.
+# How much weight earlier blocks retain after each block: about the last twenty decide.
 _MEMORY = 0.95
-# Tokens that count as drafted and accepted before any were: what is not known is hoped for, and so is tried.
+# Tokens that count as drafted and accepted before any were: lengths without evidence look good, and so are tried.
 _HOPE = 2.0
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-    """What a row has seen.
+    """What each row has observed.
 
     Attributes:
       inner: the state of the drafter whose length is picked.
-      reached: how often position i of a block was drafted and all before it stood, fading.
-      accepted: how often it stood then, fading.
+      reached: how often position i of a block was drafted and all before it were accepted, fading.
+      accepted: how often it was then accepted, fading.
       drafted: tokens of the block that is being verified.
       first_missing: position of the row's first token that the inner drafter may not have been run on.
       ran: whether it ran in the last block: for some row of the batch.
@@ -42,14 +42,14 @@ class Evidence:
 def best_lengths(
     reached: Float[Array, "B gamma"], accepted: Float[Array, "B gamma"], costs: Float[Array, "gamma_plus_1"]
 ) -> Int[Array, "B"]:
-    """For each row the number of tokens, 0 .. gamma, by which a block is expected to emit most at its cost.
+    """For each row the number of drafted tokens, 0 .. gamma, with the most expected tokens for the cost of the block.
 
-    Position i stands with the share that it had so far, as far as that is known; else with the row's share over all
-    positions; and where nothing is known, surely:
+    The acceptance rate of position i is estimated from its own counts and, as far as these are few, from the row's rate
+    over all positions; a row without any counts is taken to accept everything:
 
         row = (sum accepted + h) / (sum reached + h),   share_i = (accepted_i + h * row) / (reached_i + h)
 
-    A block of g tokens emits 1 + share_1 + share_1 share_2 + .. tokens (its positions are independent here).
+    A block of g tokens emits 1 + share_1 + share_1 share_2 + .. tokens (positions are taken to be independent).
     """
     row = (jnp.sum(accepted, axis=1, keepdims=True) + _HOPE) / (jnp.sum(reached, axis=1, keepdims=True) + _HOPE)
     shares = (accepted + _HOPE * row) / (reached + _HOPE)
@@ -78,17 +78,17 @@ def block_costs(draft: float, column: float, gamma: int) -> tuple[float, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class AdaptiveDrafter(Drafter):
-    """Lets another drafter draft as many tokens as have paid so far; none where no number of them pays.
+    """Lets another drafter draft as many tokens as have paid off so far, or none.
 
-    Evidence fades, so a row that has stopped drafting becomes hopeful again and tries: seldom enough to cost little.
+    Evidence fades, so a row that has stopped drafting tries again after a while, rarely enough to cost little.
     Where drafting does not pay even if everything is accepted, it never does. Where no row of the batch drafts, the
     inner drafter does not run; `Context.first_missing` then says from which token on its cache has to be filled.
 
-    Law: the number is fixed before the block, by what the row emitted and what was accepted of it, so a block is an
-    exact one of that length. Positions behind a refusal are left out of the evidence, drafted or not: the noise of such
-    a position is drawn again in the next block, whose tokens must not depend on it. Each row picks by itself, and its
-    text depends on no other; a batch pays for its longest block. Where tokens are sampled, the text depends on the
-    costs (its law does not): measured ones do not repeat from run to run.
+    Law: the number is fixed before the block, by what the row emitted and how much of it was accepted, so a block is an
+    exact one of that length. Positions after a rejection never count as evidence: their noise is drawn again in the
+    next block, whose tokens must not depend on it. Each row picks by itself, and its text depends on no other row; a
+    batch pays for its longest block. Sampled text depends on the costs (its law does not), and measured costs differ
+    from run to run.
 
     Attributes:
       inner: the drafter whose length is picked.
@@ -124,11 +124,11 @@ class AdaptiveDrafter(Drafter):
         return proposal, state, target_cache
 
     def commit(self, params, state: Evidence, outcome: Outcome):
-        index, stood = jnp.arange(self.gamma, dtype=jnp.int32)[None], outcome.num_accepted[:, None]
-        reached = (index < state.drafted[:, None]) & (index <= stood)
+        index, accepted = jnp.arange(self.gamma, dtype=jnp.int32)[None], outcome.num_accepted[:, None]
+        reached = (index < state.drafted[:, None]) & (index <= accepted)
         return dataclasses.replace(
             state,
             inner=self.inner.commit(params, state.inner, outcome),
             reached=_MEMORY * state.reached + reached.astype(jnp.float32),
-            accepted=_MEMORY * state.accepted + (reached & (index < stood)).astype(jnp.float32),
+            accepted=_MEMORY * state.accepted + (reached & (index < accepted)).astype(jnp.float32),
         )

@@ -46,10 +46,10 @@ class MedusaDrafter(Drafter):
     """Drafts the k-th token of a block from head k, all heads on one hidden state.
 
     The pending token is in no cache yet, so the state is that of the committed token before it, which verification has
-    just computed: the target's own head made the pending token of it, and head k the guess k places behind. The guesses
-    are independent given that state, so their distributions are what they are drawn from, and sampling is lossless.
-    A text of one token has no token before the pending one: its first block reads the pending token's own state, from
-    prefill, and guesses poorly.
+    just computed: from it the target's own head made the pending token, and head k guesses the k-th token after that.
+    The guesses are independent given the state, so each is drawn from the distribution that the rule sees. A text of
+    one token has no token before the pending one: its first block reads the pending token's own state, from prefill,
+    and guesses poorly.
 
     Attributes:
       stops: whether a row stops drafting where it is unsure.
@@ -82,7 +82,7 @@ class MedusaDrafter(Drafter):
         return proposal, state, target_cache
 
     def commit(self, params, state, outcome: Outcome):
-        # The state of the last token that stands: behind it came the token that is pending now.
+        # Of the token before the one that is pending now.
         return _at(outcome.tap_states[0], outcome.num_emitted - 1)
 
 

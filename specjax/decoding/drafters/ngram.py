@@ -16,10 +16,10 @@ from specjax.runtime.mesh import axes
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class History:
-    """What each row has said and was told: `tokens[b, :lengths[b]]`.
+    """Prompt and text of each row: `tokens[b, :lengths[b]]`.
 
     Attributes:
-      tokens: the committed text, behind the prompt where an encoder-decoder reads that apart.
+      tokens: the committed text; for an encoder-decoder the encoder's prompt comes first.
       lengths: tokens of each row.
     """
 
@@ -77,11 +77,11 @@ class NGramDrafter(Drafter):
             current = jnp.take_along_axis(tokens, jnp.maximum(lengths - 1 - back, 0)[:, None], axis=1)
             unbroken &= (earlier == current) & (lengths > back)[:, None]
             matched += unbroken.astype(matched.dtype)
-        found = jnp.max(matched, axis=1) >= self.shortest
+        has_match = jnp.max(matched, axis=1) >= self.shortest
         end = jnp.argmax(matched * tokens.shape[1] + ends, axis=1).astype(lengths.dtype)
         source = end[:, None] + 1 + jnp.arange(self.gamma)[None]
         drafted = jnp.take_along_axis(tokens, jnp.minimum(source, tokens.shape[1] - 1), axis=1)
-        available = jnp.where(found, lengths - 1 - end, 0)
+        available = jnp.where(has_match, lengths - 1 - end, 0)
         proposal = Proposal(drafted, None, jnp.minimum(available, self.gamma).astype(jnp.int32))
         return proposal, state, target_cache
 

@@ -31,11 +31,11 @@ class SkipLayers(StoppingOptions):
 
 @dataclasses.dataclass(frozen=True)
 class SkipLayersDrafter(Drafter):
-    """Drafts with the target's layers less those in `skipped`, its own norm and head behind them.
+    """Drafts with the target's layers except `skipped`, followed by the target's own norm and head.
 
-    The draft reads the target's cache, in which every committed token has the keys and values of a whole forward, and
-    writes those of the pending and the drafted tokens there. Verification runs all layers on the same tokens and writes
-    the same slots anew, so a second cache, its prefill and its catching up are not needed.
+    The draft reads the target's cache, where every committed token has the keys and values of a whole forward, and
+    writes those of the pending and the drafted tokens there. Verification runs all layers on the same tokens and
+    rewrites the same slots, so a second cache with its own prefill is not needed.
 
     Attributes:
       skipped: numbers of the layers left out, ascending.

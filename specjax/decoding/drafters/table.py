@@ -14,7 +14,7 @@ from specjax.decoding.drafters.ngram import NGram
 from specjax.decoding.drafters.skip_layers import SkipLayers
 from specjax.models.language_model import LanguageModel
 from specjax.runtime import checks
-from specjax.runtime.errors import UserError, nearest
+from specjax.runtime.errors import UserError, nearest, prefixed
 from specjax.runtime.extensions import named
 
 DRAFTERS: dict[str, type[DrafterOptions]] = {
@@ -60,10 +60,8 @@ def make_options(kind: str, values: Mapping[str, Any], where: str = "") -> Draft
     for field in fields:
         if field.default is dataclasses.MISSING and field.name not in values:
             raise UserError(f'{where}{field.name} is missing, and drafter "{kind}" needs it; give it a value')
-    try:
+    with prefixed(where):
         return options(**values)
-    except UserError as error:
-        raise UserError(f"{where}{error}") from None
 
 
 def build_drafter(options: DrafterOptions, target: LanguageModel, gamma: int, loaded: Any = None) -> Drafter | None:
