@@ -20,7 +20,7 @@ AXES = ("data", "fsdp", "tensor")
 AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
 # Logical axis -> the mesh axes that split it; None keeps a complete copy on every device.
-RULES: dict[str, tuple[str, ...] | None] = {
+MESH_AXES: dict[str, tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
     "embed": ("fsdp",),
     "heads": ("tensor",),
@@ -101,10 +101,10 @@ def use(mesh: jax.sharding.Mesh):
 
 def spec(axes: tuple[str | None, ...]) -> jax.P:
     """The PartitionSpec of an array with these logical axes (None: not split)."""
-    unknown = [name for name in axes if name is not None and name not in RULES]
+    unknown = [name for name in axes if name is not None and name not in MESH_AXES]
     if unknown:
-        raise ValueError(f"Logical axes without a rule: {', '.join(unknown)}; add them to RULES.")
-    return jax.P(*(None if name is None else RULES[name] for name in axes))
+        raise ValueError(f"Logical axes without a rule: {', '.join(unknown)}; add them to MESH_AXES.")
+    return jax.P(*(None if name is None else MESH_AXES[name] for name in axes))
 
 
 def shardings(axes_tree: Any, mesh: AnyMesh, shapes: Any = None) -> Any:
@@ -153,7 +153,7 @@ def pin_last(x: jax.Array, name: str) -> jax.Array:
     """Constrains the layout of the last axis if it divides evenly; the compiler chooses that of the others."""
     if not splits(name) or x.shape[-1] % num_shards(name):
         return x
-    return jax.lax.with_sharding_constraint(x, jax.P(*[jax.P.UNCONSTRAINED] * (x.ndim - 1), RULES[name]))
+    return jax.lax.with_sharding_constraint(x, jax.P(*[jax.P.UNCONSTRAINED] * (x.ndim - 1), MESH_AXES[name]))
 
 
 def pin_rows(x: jax.Array) -> jax.Array:
@@ -164,7 +164,7 @@ def pin_rows(x: jax.Array) -> jax.Array:
     """
     if not splits("batch") or x.shape[0] % num_shards("batch"):
         return x
-    return jax.lax.with_sharding_constraint(x, jax.P(RULES["batch"], *[None] * (x.ndim - 1)))
+    return jax.lax.with_sharding_constraint(x, jax.P(MESH_AXES["batch"], *[None] * (x.ndim - 1)))
 
 
 def splits(name: str) -> bool:
@@ -175,7 +175,7 @@ def splits(name: str) -> bool:
 def num_shards(name: str) -> int:
     """Into how many parts the mesh in use splits this logical axis; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES[name] or ())
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in MESH_AXES[name] or ())
 
 
 def place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
@@ -226,7 +226,7 @@ def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
 
 def replicated_over_tensor(axes_tree: Any) -> Any:
     """Replaces the logical axes that the tensor axis would split with None."""
-    replicated = lambda name: None if name is not None and "tensor" in (RULES[name] or ()) else name
+    replicated = lambda name: None if name is not None and "tensor" in (MESH_AXES[name] or ()) else name
     return jax.tree.map(lambda axes: tuple(map(replicated, axes)), axes_tree, is_leaf=_is_axes)
 
 
@@ -241,7 +241,7 @@ def check_divisible(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh_s
     if len(shape) != len(axes):
         raise ValueError(f"An array of shape {tuple(shape)} has {len(shape)} axes, not {axes}.")
     for size, name in zip(shape, axes, strict=True):
-        over = () if name is None else (RULES[name] or ())
+        over = () if name is None else (MESH_AXES[name] or ())
         num_shards = math.prod(mesh_shape[axis] for axis in over)
         if size % num_shards:
             divisors = ", ".join(str(d) for d in range(1, size + 1) if size % d == 0)

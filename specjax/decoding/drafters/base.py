@@ -1,18 +1,11 @@
 """The contract between the decoding loop and whatever proposes tokens.
 
-A drafter is a hashable static object; its parameters and state are pytrees. It may read and advance the target's
-cache, which is how self-drafts share the target's first layers.
+A drafter is a hashable static object; its parameters and state are pytrees. It may read and advance the target's cache,
+which is how self-drafts share the target's first layers. Its state is best a dataclass whose fields declare the logical
+axes of their arrays (`runtime.mesh.axes`); arrays without declared axes are whole on every device of a mesh.
 
-  init(params, target_params, prefill, row_keys) -> state
-  propose(params, target_params, state, target_cache, context) -> (Proposal, state, target_cache)
-  commit(params, state, outcome) -> state
-
-`taps` are the target layers whose states it wants to see. Where it has a true `stops`, verification runs about as many
-columns as were drafted; each width is compiled, so that is for drafters that seldom draft all of gamma. A true `idles`
-adds the width of none drafted.
-
-A drafter may stop early (`num_drafted < gamma`), judging by distributions and earlier tokens, never by the value of
-the token it discards: that would bend the output law.
+A drafter may stop early (`num_drafted < gamma`), judging by distributions and earlier tokens, never by the value of the
+token that it drops: that would change the output law.
 """
 
 import dataclasses
@@ -31,12 +24,12 @@ from specjax.runtime.errors import UserError
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prefill:
-    """What the target saw of the prompts.
+    """The prompts, and what the target computed from them.
 
     Attributes:
       prompts: right-padded token ids.
       lengths: tokens of each prompt.
-      texts: what is continued: the prompts themselves, or start tokens where the target is an encoder-decoder.
+      texts: the tokens to continue: the prompts themselves, or start tokens if the target is an encoder-decoder.
       text_lengths: tokens of each text, the last of which is pending (in no cache yet).
       tap_states: hidden states `[B, T, D]` of the texts after each of the drafter's `taps`.
       capacity: cache slots a row may need.
@@ -53,12 +46,12 @@ class Prefill:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What a block starts from.
+    """The state of the rows at the start of a block.
 
     Attributes:
       last_two_tokens: the last two committed tokens; a row with one token has it twice.
       lengths: committed tokens a row, the pending one included.
-      live: rows that have not ended; what the others draft is dropped.
+      live: rows that have not ended; drafts of the others are dropped.
       noise: the block's random numbers.
       sampling: how logits become probabilities, and the confidence below which drafting stops.
       max_drafted: most tokens that each row may draft, with an adaptive draft length; None means gamma.
@@ -79,7 +72,7 @@ class Context:
     def draw(
         self, logits: Float[Array, "B V"], offset: Int[Array, ""] | int
     ) -> tuple[Int[Array, "B"], Float[Array, "B V"] | None]:
-        """Draws the token at `lengths + offset` from the draft's logits; probs are None where it is an argmax."""
+        """Draws the token at `lengths + offset` from the draft's logits; probs are None if that is the argmax."""
         probs = probabilities(logits[:, None], self.sampling, greedy=self.noise.greedy)[:, 0]
         offsets = jax.numpy.full_like(self.lengths, offset)
         tokens = self.noise.choose(probs, offsets, Stream.DRAFT)
@@ -110,7 +103,7 @@ class Proposal:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of a block.
+    """The result of a block.
 
     Attributes:
       tokens: emitted tokens; entries from `num_emitted[b]` on are ignored.
