@@ -1,8 +1,9 @@
-"""The throughput model on the published rows of arXiv 2402.01528, and what the published shapes hold."""
+"""The throughput model on the published rows of arXiv 2402.01528, and the caches of the published shapes."""
 
 from pathlib import Path
 from typing import Any
 
+from configs.draft_design.profiling import shape_columns
 from specjax import design
 from specjax.draft_design import shapes
 from specjax.evaluation import throughput
@@ -44,18 +45,12 @@ def preset(name: str, dtype: str = "float16") -> DecoderConfig:
 
 
 def run(config: Any, workdir: str | Path) -> dict:
-    """Runs the study's stage; returns the content of results.json."""
-    return design.finish(config, workdir, published(config, Path(workdir)))
+    """Rows of the model on the paper's rows, and of its shapes; returns the content of results.json.
 
-
-def published(config: Any, workdir: Path) -> list[dict]:
-    """The model on the paper's own rows, and parameters and caches of its shapes.
-
-    A check of arithmetic: gamma and the target's seconds are not printed in the paper, they are what makes both rows
-    come out.
+    This checks arithmetic only. The paper prints neither gamma nor the target's seconds: the config has the values that
+    make both rows come out.
     """
-    del workdir
-    rows = []
+    rows: list[dict] = []
     for name, block_efficiency, draft_step, tokens_per_second in config.published:
         costs = throughput.Costs(draft_step, (config.target_seconds,) * (config.gamma + 1))
         computed = block_efficiency / costs.block(config.gamma)
@@ -74,14 +69,6 @@ def published(config: Any, workdir: Path) -> list[dict]:
         )
     for name in config.shapes:
         shape = preset(name)
-        rows.append(
-            {
-                "table": "shapes",
-                "draft": name,
-                **{key: getattr(shape, key) for key in ("layers", "width", "heads", "mlp_width")},
-                "parameters": shapes.parameters(shape),
-                "context": config.context,
-                "kv_mebibytes": shapes.kv_bytes(shape, config.context) / 2**20,
-            }
-        )
-    return rows
+        row = {"table": "shapes", "draft": name, **shape_columns(shape), "context": config.context}
+        rows.append(row | {"kv_mebibytes": shapes.kv_bytes(shape, config.context) / 2**20})
+    return design.finish(config, workdir, rows)

@@ -77,6 +77,24 @@ class Point:
     estimate: bool = False
 
 
+def shape_columns(shape: DecoderConfig) -> dict[str, int]:
+    """A shape's columns in the tables."""
+    sizes = {key: getattr(shape, key) for key in ("layers", "width", "heads", "mlp_width")}
+    return {**sizes, "parameters": shapes.parameters(shape)}
+
+
+def columns(case: Case, point: Point) -> dict[str, Any]:
+    """A timed shape's columns in the tables."""
+    return {
+        **shape_columns(case.shape),
+        "milliseconds": 1e3 * point.seconds,
+        "spread": point.spread,
+        "estimate": point.estimate,
+        "weight_mebibytes": shapes.weight_bytes(case.shape) / 2**20,
+        "kv_mebibytes": shapes.kv_bytes(case.shape, case.context, case.batch) / 2**20,
+    }
+
+
 def device() -> dict[str, Any]:
     """What distinguishes the device of a profile from others, including the compiler of its programs."""
     first = jax.devices()[0]

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from configs.draft_design import paper_check
-from configs.draft_design.profiling import Case, Point, Profile, line
+from configs.draft_design.paper_check import preset
+from configs.draft_design.profiling import Case, Profile, columns, line
 from specjax import design
 from specjax.draft_design import shapes
 from specjax.models.config import DecoderConfig
@@ -38,7 +38,10 @@ def measured(config: Any, workdir: Path) -> list[dict]:
     profile = Profile(config.profile or workdir / "profile.json", memory=config.memory or None)
     cases = list(_cases(config))
     points = profile.measure([case for *_, case in cases], config.repeats)
-    rows = [_row(*case, point) for case, point in zip(cases, points, strict=True)]
+    rows = [
+        {"table": series, **named, **columns(case, point)}
+        for (series, named, case), point in zip(cases, points, strict=True)
+    ]
     lines = [_line(rows, name, key) for name, keys in AGAINST.items() for key in keys]
     rows += [fitted for fitted in lines if fitted is not None]
     rows.append({"table": "device", **profile.device, **profile.rates(config.repeats)})
@@ -83,7 +86,7 @@ def _cases(config: Any) -> Iterator[tuple[str, dict, Case]]:
     for steps in config.dispatches:
         yield "draft_loop", {"steps_a_dispatch": steps}, case(middle, steps=steps)
     for name in config.published:
-        yield "published_shapes", {"draft": name}, case(paper_check.preset(name))
+        yield "published_shapes", {"draft": name}, case(preset(name))
 
 
 def _base_shape(section: Any) -> DecoderConfig:
@@ -105,21 +108,6 @@ def _with_heads(shape: DecoderConfig, heads: int) -> DecoderConfig:
         raise UserError(f"a width of {inner} does not divide into {heads} heads; take a number of heads that does")
     kv_heads = max(1, heads * shape.kv_heads // shape.heads)
     return shapes.reshaped(shape, heads=heads, kv_heads=kv_heads, head_size=inner // heads)
-
-
-def _row(series: str, named: dict, case: Case, point: Point) -> dict:
-    shape = case.shape
-    return {
-        "table": series,
-        **named,
-        **{key: getattr(shape, key) for key in ("layers", "width", "heads", "mlp_width")},
-        "parameters": shapes.parameters(shape),
-        "milliseconds": 1e3 * point.seconds,
-        "spread": point.spread,
-        "estimate": point.estimate,
-        "weight_mebibytes": shapes.weight_bytes(shape) / 2**20,
-        "kv_mebibytes": shapes.kv_bytes(shape, case.context, case.batch) / 2**20,
-    }
 
 
 def _line(rows: list[dict], series: str, key: str) -> dict | None:
