@@ -143,7 +143,7 @@ def _matvec_loop(steps: int, kernels: Sequence[jax.Array], x: jax.Array) -> jax.
             inputs = kernel.shape[1] if tied else kernel.shape[0]
             x = jnp.tile(x, (1, -(-inputs // x.shape[1])))[:, :inputs]
             x = jnp.einsum("BD,VD->BV", x, kernel) if tied else x @ kernel
-            # Kept at size 1, or the numbers would run into denormals, which are slow.
+            # Scaled to size 1, so that no number becomes denormal, which is slow.
             x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x)) + 1e-6)
         return jnp.tile(x, (1, -(-width // x.shape[1])))[:, :width]
 

@@ -24,14 +24,13 @@ from specjax.runtime.errors import UserError
 
 
 def loading(config: Any) -> list[dict]:
-    """One model, exported once and then loaded from the disk ("cold") and from the system's file cache ("warm").
+    """Exports one model, then loads it from the disk ("cold") and from the system's file cache ("warm").
 
-    Bytes of a rank are those of the slices that it asks the files for. The memory above the arrays is the most, over
-    all moments, that the process occupies beside what it occupied before and the arrays that have arrived; mapped
-    pages of the files count.
+    Bytes of a rank are those of the slices that it reads from the files. The peak above the arrays is the most memory
+    of the process at any time, minus its memory before and the arrays loaded so far; mapped pages of the files count.
 
     Raises:
-      UserError: for a model that the config does not describe, and without room for it on the disk.
+      UserError: if the disk has no room for the checkpoint.
     """
     section = config.loading
     decoder = Decoder(DecoderConfig.llama(**config.models[section.model].to_dict()))
@@ -55,7 +54,7 @@ def loading(config: Any) -> list[dict]:
 
 
 def _load(directory: Path, param_dtype: str, mesh: jax.sharding.Mesh) -> dict:
-    """What one load took."""
+    """Loads the checkpoint onto the mesh; returns the columns of a row."""
     dtypes = {"param_dtype": param_dtype, "compute_dtype": "float32"}
     _, config = hub_load.read_config(directory, **dtypes)
     shardings = meshes.shardings(Decoder(config).axes(), mesh)
@@ -85,7 +84,7 @@ def _load(directory: Path, param_dtype: str, mesh: jax.sharding.Mesh) -> dict:
 
 @contextlib.contextmanager
 def _directory(parent: str, decoder: Decoder) -> Iterator[Path]:
-    """A folder for the checkpoint, in `parent` or the system's own place; removed afterwards."""
+    """A folder for the checkpoint, in `parent` or where the system puts temporary files; removed afterwards."""
     with tempfile.TemporaryDirectory(dir=parent or None) as temporary:
         space = os.statvfs(temporary)
         free = space.f_bavail * space.f_frsize
@@ -99,7 +98,7 @@ def _directory(parent: str, decoder: Decoder) -> Iterator[Path]:
 
 
 def _random_params(decoder: Decoder, seed: int) -> Params:
-    """Random numbers between 1/128 and 1/64, of either sign; the parameters share a memory as large as the largest."""
+    """Random numbers of magnitude 1/128 to 1/64; all parameters share the memory of the largest one."""
     leaves, tree = jax.tree.flatten(decoder.abstract_params())
     largest, spare = max(leaf.size for leaf in leaves), 4096
     bits = np.random.default_rng(seed).integers(0, 1 << 16, largest + spare, np.uint16)
@@ -111,7 +110,7 @@ def _random_params(decoder: Decoder, seed: int) -> Params:
 
 
 def _forget(files: list[Path]) -> None:
-    """Writes the files out and lets the system drop them from its cache."""
+    """Flushes the files to the disk and drops them from the system's cache."""
     for path in files:
         with open(path, "rb") as file:
             os.fsync(file.fileno())

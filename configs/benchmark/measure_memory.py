@@ -1,6 +1,6 @@
-"""Memory of a distillation step against the vocabulary: on paper, as compiled, and as the system sees it.
+"""Memory of a distillation step by vocabulary: by formula, by the compiler's account, and by the system's.
 
-`python -m configs.benchmark.measure_memory CASE` is the process of one case, given as JSON: it prints what it measured.
+`python -m configs.benchmark.measure_memory CASE` measures one case, a JSON object, and prints the result as JSON.
 """
 
 import json
@@ -20,20 +20,19 @@ from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
 from specjax.runtime.errors import UserError, nearest
 
-# Arrays [positions, V] of float32 that the backward pass of a chunk cannot do without: the logits of draft and target,
-# and the gradient with respect to the draft's.
+# Float32 arrays [positions, V] that the backward pass of a chunk needs: the logits of draft and target, and the
+# gradient of the draft's.
 LOGITS = 3
 
 
 def distillation_memory(config: Any) -> list[dict]:
-    """A step at each vocabulary, with the heads applied in chunks of positions, and to all positions at once.
+    """Measures a step at each vocabulary, with the heads applied in chunks of positions and to all positions at once.
 
-    All bytes are those above the state and the target, which are there before the step and after it. On paper is
-    `on_paper`; compiled is the compiler's own account; the peak is what the process occupies at most, each case in a
-    process of its own.
+    All bytes are in addition to the training state and the target. The accounts: the formula `on_paper`, the
+    compiler's temporary memory, and the peak of the process. Each case runs in a process of its own.
 
     Raises:
-      UserError: for a model that the config does not describe, off a CPU, and for a step that does not fit.
+      UserError: for a model that the config does not describe, on another backend than CPU, and if a step fails.
     """
     section, rows = config.memory, []
     for name in (section.target, section.draft):
@@ -60,15 +59,15 @@ def distillation_memory(config: Any) -> list[dict]:
 
 
 def on_paper(chunk: int, vocabulary: int, width: int) -> int:
-    """The least bytes, in float32, of what grows with the vocabulary: `4 V (LOGITS chunk + width)`.
+    """The least float32 bytes of what grows with the vocabulary V: `4 V (LOGITS chunk + width)`.
 
-    The second term is the gradient of the draft's head, which is added up over the chunks.
+    The second term is the gradient of the draft's head, which accumulates over the chunks.
     """
     return 4 * vocabulary * (LOGITS * chunk + width)
 
 
 def measured(case: Mapping[str, Any]) -> dict[str, int]:
-    """Temporary bytes of a compiled step, and the peak of this process above what it occupied before the step."""
+    """Temporary bytes of a compiled step, and the peak of this process during the step minus its memory before."""
     draft, target = (Decoder(DecoderConfig.llama(**case[role])) for role in ("draft", "target"))
     optimizer = optax.adamw(1e-3)
     loss = update.Loss(draft, target, case["divergence"], 0.5, 1.0, case["chunk"])
@@ -92,14 +91,14 @@ def measured(case: Mapping[str, Any]) -> dict[str, int]:
 
 def _in_a_process(case: Mapping[str, Any]) -> dict[str, int]:
     command = [sys.executable, "-m", "configs.benchmark.measure_memory", json.dumps(case)]
-    # Unfiltered, or what JAX says of its filter would stand in the place of the error.
+    # With filtering, the last line of the output is JAX's remark on its filter instead of the error.
     environment = os.environ | {"JAX_TRACEBACK_FILTERING": "off"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
-        said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise UserError(
             f"the step with a vocabulary of {case['draft']['vocab_size']} and chunks of {case['chunk']} did not end "
-            f"({said}); if memory is short, lower memory.vocabularies, memory.batch_size or memory.sequence_length"
+            f"({reason}); if memory is short, lower memory.vocabularies, memory.batch_size or memory.sequence_length"
         )
     return json.loads(done.stdout.splitlines()[-1])
 

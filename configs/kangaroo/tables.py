@@ -13,6 +13,7 @@ from specjax.reporting.records import provenance
 from specjax.reporting.spec_bench_page import OVERALL
 
 _STEPS = ("draft_step_seconds", "target_step_seconds", "verify_seconds", "rule_seconds")
+_SPEED = ("tokens_per_second", "speedup", "identical_to_baseline")
 _LAYERS = {
     "target_layers_per_token": "target layers",
     "target_layers_per_token_once": "if each ran once a token",
@@ -61,25 +62,24 @@ def main_table(record: Mapping) -> str:
         {**row, "added params": _millions(added_params(record, "evaluation", row["drafter"])), "ctar": _ctar(row)}
         for row in rows
     ]
-    scores = ("tokens_per_second", "speedup", "identical_to_baseline")
     columns = ("drafter", "added params", "rule", "temperature", "gamma", "threshold", "block_efficiency")
-    parts = [tables.markdown_table(lines, (*columns, "acceptance_rate", "ctar", *scores))]
-    timed = [row for row in rows if row.get("draft_step_seconds") is not None]
-    if timed:
-        lines = [{**row, **{key: f"{1e3 * row[key]:.2f}" for key in _STEPS}} for row in timed]
-        keys = ("drafter", "temperature", "gamma", *_STEPS, "cost_ratio", "speedup", "predicted_speedup")
-        headings = {key: tables.heading(key).replace(" seconds", " [ms]") for key in keys}
-        parts += ["Parts of a block, timed separately, and the speed-up that they predict:"]
-        parts += [tables.markdown_table(lines, headings)]
+    parts = [tables.markdown_table(lines, (*columns, "acceptance_rate", "ctar", *_SPEED))]
+    timed = [
+        row | {key: f"{1e3 * row[key]:.2f}" for key in _STEPS}
+        for row in rows
+        if row.get("draft_step_seconds") is not None
+    ]
+    keys = ("drafter", "temperature", "gamma", *_STEPS, "cost_ratio", "speedup", "predicted_speedup")
+    headings = {key: tables.heading(key).replace(" seconds", " [ms]") for key in keys}
     counted = [row for row in rows if row.get("target_layers_per_token") is not None]
-    if counted:
-        keys = ("drafter", "temperature", "gamma", "threshold", *_LAYERS)
-        parts += ["Layer executions per emitted token, counted while they ran, without prefill:"]
-        parts += [tables.markdown_table(counted, {key: _LAYERS.get(key, tables.heading(key)) for key in keys})]
-    batches = rows_of(record, "batches")
-    if batches:
-        columns = ("batch_size", "drafter", "gamma", "threshold", "block_efficiency", "acceptance_rate", *scores)
-        parts += ["Several prompts at once (greedy):", tables.markdown_table(batches, columns)]
+    executions = {key: _LAYERS.get(key, tables.heading(key)) for key in (*keys[:3], "threshold", *_LAYERS)}
+    batches = ("batch_size", "drafter", "gamma", "threshold", "block_efficiency", "acceptance_rate", *_SPEED)
+    for title, members, headed in (
+        ("Parts of a block, timed separately, and the speed-up that they predict:", timed, headings),
+        ("Layer executions per emitted token, counted while they ran, without prefill:", counted, executions),
+        ("Several prompts at once (greedy):", rows_of(record, "batches"), batches),
+    ):
+        parts += [title, tables.markdown_table(members, headed)] if members else []
     return "\n\n".join([*parts, provenance(record)])
 
 
@@ -247,7 +247,7 @@ def spec_bench(record: Mapping) -> str:
         by_drafter.setdefault(name, {"drafter": name})[row["subtask"]] = scores
     overall = [{**row, "ctar": _ctar(row)} for row in rows if row["subtask"] == OVERALL]
     columns = ("drafter", "temperature", "gamma", "threshold", "questions", "block_efficiency", "ctar")
-    columns = (*columns, "acceptance_rate", "tokens_per_second", "speedup", "identical_to_baseline")
+    columns = (*columns, "acceptance_rate", *_SPEED)
     return "\n\n".join(
         [markdown(list(by_drafter.values())), tables.markdown_table(overall, columns), provenance(record)]
     )
