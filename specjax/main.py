@@ -1,8 +1,8 @@
-"""Reads --config and --workdir, and runs the config's stages in order, skipping finished ones.
+"""Runs a config: one binary, or several stages in order, skipping the finished ones.
 
     python -m specjax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
-A config either names its `binary`, or `stages`, each of them a section with a binary of its own.
+A config has a `binary`, or `stages`, the names of sections that have a binary each.
 """
 
 import importlib
@@ -19,10 +19,10 @@ from specjax.runtime.errors import UserError, nearest
 
 
 def run(config: ConfigDict, workdir: str | Path) -> dict:
-    """Runs what the config asks for and returns the content of `workdir/results.json`.
+    """Runs the config and returns the content of `workdir/results.json`.
 
     Raises:
-      UserError: for a binary or a stage that does not exist, and whatever the binaries raise.
+      UserError: for an unknown binary or stage, and for bad input of a binary.
     """
     if "stages" not in config:
         return binary(config)(config, workdir)
@@ -35,7 +35,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict:
     for number, name in enumerate(config.stages):
         finished = workdir / name / "results.json"
         stopping.stop_if_asked()
-        # The first process looks for all: the others may be a moment later, and file systems slower.
+        # Process 0 decides for all: the others may check later, and shared file systems have delays.
         if not processes.from_first(finished.exists()):
             if processes.first():
                 print(f"[{number + 1}/{len(config.stages)}] {name}", file=sys.stderr, flush=True)
@@ -52,7 +52,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict:
         plain = configs.to_plain(config)
         record = records.write_results(results, binary="main", config=plain, rows=rows, comparisons=comparisons)
     if processes.first():
-        if "report" in config:  # a module that writes a page of its own
+        if "report" in config:  # a module that writes another page
             importlib.import_module(config.report).write_report(workdir, config)
         elif config[config.stages[-1]].binary == "evaluate":
             from specjax.reporting import page
@@ -61,12 +61,12 @@ def run(config: ConfigDict, workdir: str | Path) -> dict:
     return record
 
 
-# Modules of this package with a `run(config, workdir)`; each imports what it needs only when it is run.
+# Modules of this package with a `run(config, workdir)`; only the one that runs is imported.
 BINARIES = ("distill", "choose_layers", "target_text", "evaluate", "spec_bench", "design", "generate")
 
 
 def binary(config: ConfigDict) -> Callable[[ConfigDict, str | Path], Any]:
-    """The `run` of the binary that the config names: one of `BINARIES`, or a module next to the configs."""
+    """The `run` function of the config's binary: one of `BINARIES`, or a module "configs.NAME"."""
     if config.binary.startswith("configs."):
         return importlib.import_module(config.binary).run
     if config.binary not in BINARIES:
@@ -75,7 +75,7 @@ def binary(config: ConfigDict) -> Callable[[ConfigDict, str | Path], Any]:
 
 
 def _check_stages(config: ConfigDict) -> None:
-    """All stages, before the first of them takes its hours."""
+    """Checks every stage before the first one runs for hours."""
     for number, name in enumerate(config.stages):
         if name not in config:
             raise UserError(f'stage "{name}" has no section in the config{nearest(name, config.keys())}')
@@ -84,7 +84,7 @@ def _check_stages(config: ConfigDict) -> None:
 
 
 def launch(argv: Sequence[str]) -> int:
-    """Runs, or with `--plan` plans, what the command line asks for; returns the exit code."""
+    """Runs the command line, or plans it with `--plan`; returns the exit code."""
     if not any(map(cli.asks_for_plan, argv)):
         return cli.launch(run, "specjax.main", argv)
     from specjax import plan

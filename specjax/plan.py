@@ -8,14 +8,13 @@ weights are read, and a checkpoint needs only its `config.json`. For TPUs the TP
 GPUs the CPU compiler is used, whose temporary memory is an estimate.
 """
 
-import contextlib
 import dataclasses
 import gc
 import itertools
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -72,27 +71,18 @@ def run(config: ConfigDict, name: str = "") -> dict:
         raise UserError(f"the config has nothing to plan; planning needs a stage of {' or '.join(_PLANNED)}")
     parts = [chips.slice_named(name, math.prod(meshes.sizes_of(section.mesh))) for _, section in planned]
     catalog = ModelCatalog()
-    with _no_garbage_collection():
+    gc.disable()  # tracing creates next to no cyclic garbage, and looking for it would take a third of the time
+    try:
         stages = [_stage(name, section, catalog, part) for (name, section), part in zip(planned, parts, strict=True)]
         compiled = _compile_all(stages)
+    finally:
+        gc.enable()
     summaries = [
         smallest.summary(of.name, of.section, of.resident_on, rows, of.part, dict(of.mesh.shape))
         for of, rows in zip(stages, compiled, strict=True)
     ]
     rows = [row for rows in compiled for row in rows]
     return {"binary": "plan", "config": configs.to_plain(config), "rows": rows, "stages": summaries}
-
-
-@contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Tracing creates next to no cyclic garbage, and the search for it would take a third of the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @dataclasses.dataclass(frozen=True)

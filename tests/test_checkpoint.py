@@ -78,18 +78,14 @@ def test_what_is_restored_is_bit_for_bit_what_was_saved(saved):
 def test_an_empty_folder_has_nothing_to_restore(tmp_path):
     with opened(tmp_path / "new") as checkpointer:
         assert checkpointer.restore(abstract(state())) is None
-        assert checkpointer.best_step() is None
 
 
 def test_the_last_two_and_the_best_are_kept(tmp_path):
     with opened(tmp_path) as checkpointer:
         for step in range(1, 7):
             save(checkpointer, step)
-        checkpointer.wait()
-        assert checkpointer.steps() == [2, 5, 6]
-        assert checkpointer.best_step() == 2
     with opened(tmp_path) as checkpointer:
-        assert checkpointer.best_step() == 2
+        assert checkpointer.steps() == [2, 5, 6]  # 2 is the best
         restored, _, step = checkpointer.restore(abstract(state()), step=2)
         assert step == 2 and int(restored["step"]) == 2
         with pytest.raises(UserError, match="has no checkpoint of step 4; it has 2, 5, 6"):
@@ -235,7 +231,7 @@ import jax.numpy as jnp
 from specjax.runtime.checkpoint import Checkpointer
 checkpointer = Checkpointer(sys.argv[1], keep_last=1, best_metric=None, best_mode="min")
 checkpointer.save(1, {"x": jnp.full((2_000_000,), 1.0)}, host={}, metrics={})
-checkpointer.wait()
+checkpointer._manager.wait_until_finished()
 checkpointer.save(2, {"x": jnp.full((2_000_000,), 2.0)}, host={}, metrics={})
 os.kill(os.getpid(), signal.SIGKILL)
 """

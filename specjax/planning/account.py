@@ -13,7 +13,7 @@ from specjax.planning import hlo
 from specjax.planning.chips import CHIPS, Chip, Slice
 from specjax.planning.executables import Executable
 from specjax.runtime import mesh as meshes
-from specjax.runtime.errors import UserError
+from specjax.runtime.errors import UserError, first_line
 
 # The compiler's error code for a program that does not fit.
 _REFUSED = "RESOURCE_EXHAUSTED"
@@ -71,7 +71,7 @@ def program_of(compiled: Compiled) -> hlo.Program:
         return hlo.Program(compiled.as_text())
     except JaxRuntimeError as error:
         raise UserError(
-            f"this jax cannot read what the TPU compiler wrote ({str(error).splitlines()[0][:120]}); install "
+            f"this jax cannot read what the TPU compiler wrote ({first_line(error)}); install "
             "the version that goes with it: make .venv/.installed-tpu-compiler"
         ) from error
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from specjax.runtime.errors import UserError, nearest
+from specjax.runtime.errors import UserError, first_line, nearest
 
 _FORMAT = "specjax checkpoint 1"
 
@@ -58,8 +58,8 @@ class Checkpointer:
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         except (ValueError, KeyError, OSError) as error:
             raise UserError(
-                f"the checkpoints in {self.directory} cannot be read ({_first_line(error)}); delete the "
-                "damaged one, or choose another --workdir"
+                f"the checkpoints in {self.directory} cannot be read ({type(error).__name__}: {first_line(error)}); "
+                "delete the damaged one, or choose another --workdir"
             ) from error
 
     def save(self, step: int, state: Any, *, host: dict, metrics: dict[str, float]) -> None:
@@ -127,19 +127,11 @@ class Checkpointer:
         try:
             return self._manager.restore(int(path.name), args=items)
         except Exception as error:  # Orbax raises Exception itself for an array that it cannot read.
-            raise _damaged(path, _first_line(error)) from error
+            raise _damaged(path, f"{type(error).__name__}: {first_line(error)}") from error
 
     def steps(self) -> list[int]:
         """The steps of the checkpoints, ascending."""
         return sorted(self._manager.all_steps())
-
-    def best_step(self) -> int | None:
-        """The step with the best metric; None without one."""
-        return None if self.best_metric is None else self._manager.best_step()
-
-    def wait(self) -> None:
-        """Waits until every save is complete on disk."""
-        self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits for saves, and closes the folder."""
@@ -204,8 +196,3 @@ def _damaged(path: Path, detail: str) -> UserError:
         f"the checkpoint {path} is damaged or of another program ({detail}); delete that folder to resume "
         "from the previous checkpoint, or choose another --workdir"
     )
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:160]}"

@@ -57,7 +57,7 @@ def load(path_and_variant: str) -> ConfigDict:
         config = module.get_config(variant) if colon else module.get_config()
     except ValueError as error:  # raised by a config for an unknown variant
         raise UserError(f"{path_and_variant}: {error}") from error
-    for key, _ in _leaves(to_plain(config)):
+    for key, _ in leaves(to_plain(config)):
         refuse_renamed(key)
     return config
 
@@ -110,7 +110,7 @@ def _make_importable(root: Path) -> None:
 
 def check_required(config: ConfigDict) -> None:
     """Raises UserError if a value that the command line must set is still "required:KEY:WHAT"."""
-    for _, value in _leaves(to_plain(config)):
+    for _, value in leaves(to_plain(config)):
         if isinstance(value, str) and value.startswith(_REQUIRED):
             key, _, what = value.removeprefix(_REQUIRED).partition(":")
             raise UserError(f"config.{key} is not set; give --config.{key}=..., {what}")
@@ -172,7 +172,7 @@ def assert_same_run(config: ConfigDict, workdir: str | Path) -> None:
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path} is damaged ({error}); choose another --workdir") from error
     comparable = _without_new_stages(new, old)
-    before, after = ({key: json.dumps(value) for key, value in _leaves(tree)} for tree in (old, comparable))
+    before, after = ({key: json.dumps(value) for key, value in leaves(tree)} for tree in (old, comparable))
     changed = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
     forbidden = [key for key in changed if "mesh" not in key.split(".")]
     if forbidden:
@@ -203,10 +203,10 @@ def _without_new_stages(config: dict, old: Any) -> dict:
     return {**remaining, "stages": [name for name in config["stages"] if name not in added]}
 
 
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Pairs of a dotted key and its value."""
     if isinstance(tree, dict) and tree:
         for key, value in tree.items():
-            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+            yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
     else:
         yield prefix, tree

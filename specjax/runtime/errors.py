@@ -21,6 +21,11 @@ def prefixed(where: str) -> Iterator[None]:
         raise UserError(f"{where}{error}") from None
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, shortened, to quote it in another one."""
+    return (str(error).strip().splitlines() or [""])[0][:160]
+
+
 def nearest(name: str, options: Iterable[str]) -> str:
     """The end of an error sentence: suggests the option closest to `name`, or lists all options if none is close."""
     names = sorted(str(option) for option in options)

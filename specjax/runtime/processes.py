@@ -20,7 +20,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from specjax.runtime.errors import UserError
+from specjax.runtime.config import leaves
+from specjax.runtime.errors import UserError, first_line
 
 # Command-line flags and their help.
 FLAGS = {
@@ -143,7 +144,7 @@ def start(joining: Joining, environment: Mapping[str, str]) -> None:
         jax.distributed.initialize(**options, initialization_timeout=joining.seconds + 60)
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"cannot connect to the other processes ({_first_line(error)}); add --coordinator, --processes and "
+            f"cannot connect to the other processes ({first_line(error)}); add --coordinator, --processes and "
             "--process_id if JAX cannot detect the cluster, or unset the cluster's variables to run one process"
         ) from error
     finally:
@@ -261,7 +262,7 @@ def check_same_command(config: Mapping[str, Any], workdir: str) -> None:
     """
     if jax.process_count() == 1:
         return
-    mine = {"--workdir": workdir, **_flat(config, "config")}
+    mine = {"--workdir": workdir, **dict(leaves(config, "config"))}
     all_of = [json.loads(text) for text in gathered(json.dumps(mine, sort_keys=True))]
     differing = []
     for process, other in enumerate(all_of):
@@ -274,12 +275,6 @@ def check_same_command(config: Mapping[str, Any], workdir: str) -> None:
             f"the processes have different settings: {'; '.join(differing[:3])}{_and_more(len(differing) - 3)} differ "
             "from process 0; start all of them with the same command except for --process_id"
         )
-
-
-def _flat(tree: Any, prefix: str) -> dict[str, Any]:
-    if not isinstance(tree, dict) or not tree:
-        return {prefix: tree}
-    return {key: leaf for name, value in tree.items() for key, leaf in _flat(value, f"{prefix}.{name}").items()}
 
 
 def check_shared(workdir: str | Path) -> None:
@@ -325,7 +320,3 @@ def leave(code: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:160]
