@@ -14,6 +14,7 @@ import numpy as np
 
 from specjax.data import batches, tasks
 from specjax.decoding import batch
+from specjax.decoding.plan import Plan
 from specjax.decoding.sampling import Sampling
 from specjax.draft_design import layer_search
 from specjax.hub import model as hub_model
