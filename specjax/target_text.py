@@ -149,7 +149,7 @@ class _Writer:
         count, result = written
         first, decoder = number * self.config.data.batch_size, self.target.decoder
         prompts = self.prompts[first : first + count]
-        openings = [decoder.opening(prompt) for prompt in prompts]
+        openings = [decoder.start_text(prompt) for prompt in prompts]
         texts = [[*opening, *emitted] for opening, emitted in zip(openings, result.tokens[:count], strict=True)]
         width = decoder.text_slots(self.plan.prompt_slots) + self.config.data.generation.max_new_tokens
         lengths = lambda rows: np.asarray([len(row) for row in rows], np.int32)

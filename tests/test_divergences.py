@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny as tiny_models
+from ml_collections import ConfigDict
 
 from specjax.distillation import divergences, objective
 from specjax.models.decoder import Decoder
-from specjax.models.language_model import NEXT
+from specjax.models.language_model import LanguageModel
 from specjax.runtime.errors import UserError
 
 NAMES = tuple(divergences.DIVERGENCES)
@@ -25,6 +26,11 @@ def logits_of(*probs):
 
 def random_logits(seed, vocab=7, scale=2.0):
     return scale * jax.random.normal(jax.random.key(seed), (2, 3, vocab))
+
+
+def named(name, beta):
+    """The divergence; beta is for jsd alone."""
+    return divergences.of_config({"divergence": name, "beta": beta})
 
 
 LITERALS = {
@@ -43,7 +49,7 @@ LITERALS = {
 @pytest.mark.parametrize("jitted", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_each_divergence_has_its_value_worked_by_hand(name, jitted):
-    function = divergences.divergence(name, 0.5)
+    function = named(name, 0.5)
     function = jax.jit(function) if jitted else function
     value = function(logits_of(*TARGET), logits_of(*DRAFT))
     assert value.shape == (1, 1) and value.dtype == jnp.float32
@@ -68,7 +74,7 @@ def test_jsd_weighs_the_target_by_beta():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_divergence_is_zero_between_equals_and_positive_otherwise(name):
-    function = divergences.divergence(name, 0.3)
+    function = named(name, 0.3)
     target, draft = random_logits(0), random_logits(1)
     np.testing.assert_allclose(function(target, target + 5.0), 0, atol=1e-6)
     assert (function(target, draft) > 0.01).all()
@@ -77,7 +83,7 @@ def test_a_divergence_is_zero_between_equals_and_positive_otherwise(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_gradient_is_that_of_finite_differences(name):
     target, draft = np.asarray(random_logits(0), np.float64), np.asarray(random_logits(1), np.float64)
-    function = divergences.divergence(name, 0.3)
+    function = named(name, 0.3)
     gradient = jax.grad(lambda draft: jnp.sum(function(jnp.float32(target), draft)))(jnp.float32(draft))
     numeric = np.zeros_like(draft)
     for index in np.ndindex(*draft.shape):
@@ -108,9 +114,7 @@ def in_float64(name, target, draft, beta=0.3, *, weights_at):
 def test_the_acceptance_losses_pull_where_total_variation_does_not():
     """Far from the target the gradient of total variation vanishes; theirs does not."""
     target, draft = logits_of(0.9999998, 1e-7, 1e-7), logits_of(1e-6, 0.5, 0.499999)
-    size = lambda name: float(
-        jnp.abs(jax.grad(lambda x: divergences.divergence(name, 0.5)(target, x).sum())(draft)).max()
-    )
+    size = lambda name: float(jnp.abs(jax.grad(lambda x: named(name, 0.5)(target, x).sum())(draft)).max())
     assert size("total_variation") < 1e-2
     assert min(size("negative_log_acceptance"), size("lk_hybrid")) > 0.5
 
@@ -140,7 +144,7 @@ def test_total_variation_is_one_minus_acceptance():
 def test_underflowing_probabilities_give_finite_values_and_gradients(name, far):
     target = jnp.asarray([[[0.0, 1.0, -far]]])
     draft = jnp.asarray([[[0.5, 0.0, -far]]])
-    function = divergences.divergence(name, 0.5)
+    function = named(name, 0.5)
     value, gradient = jax.value_and_grad(lambda draft: function(target, draft)[0, 0])(draft)
     two = function(target[..., :2], draft[..., :2])[0, 0]
     np.testing.assert_allclose(value, two, rtol=1e-6)
@@ -150,7 +154,7 @@ def test_underflowing_probabilities_give_finite_values_and_gradients(name, far):
 def test_bfloat16_logits_are_compared_in_float32():
     target, draft = random_logits(0).astype(jnp.bfloat16), random_logits(1).astype(jnp.bfloat16)
     for name in NAMES:
-        function = divergences.divergence(name, 0.5)
+        function = named(name, 0.5)
         assert function(target, draft).dtype == jnp.float32
         wide = function(target.astype(jnp.float32), draft.astype(jnp.float32))
         np.testing.assert_array_equal(function(target, draft), wide)
@@ -159,14 +163,14 @@ def test_bfloat16_logits_are_compared_in_float32():
 @pytest.mark.parametrize("beta", [0.0, 1.0, -0.1, 1.5, float("nan")])
 def test_a_degenerate_beta_is_refused_and_points_to_the_kls(beta):
     with pytest.raises(UserError, match="forward_kl.*reverse_kl"):
-        divergences.divergence("jsd", beta)
+        divergences.divergence("jsd", beta=beta)
     with pytest.raises(UserError, match="beta"):
         divergences.jsd(random_logits(0), random_logits(1), beta=beta)
 
 
 def test_an_unknown_divergence_is_refused_with_the_nearest_name():
     with pytest.raises(UserError, match='"forward_lk".*did you mean "forward_kl"'):
-        divergences.divergence("forward_lk", 0.5)
+        divergences.divergence("forward_lk")
 
 
 # The objective.
@@ -190,16 +194,18 @@ def a_batch(seed=0, batch=3, positions=10):
     return tokens, jnp.asarray([10, 7, 4][:batch], jnp.int32), jnp.asarray([1, 3, 2][:batch], jnp.int32)
 
 
+def batch_of(tokens, lengths, loss_start):
+    return {"tokens": tokens, "lengths": lengths, "loss_start": loss_start}
+
+
 def loss_of(divergence, chunk=64, temperature=1.0):
     draft, _, target, target_params = pair()
     if divergence == "cross_entropy":
         target, target_params = None, None
 
     def loss(params, tokens, lengths, loss_start):
-        settings = dict(divergence=divergence, beta=0.3, loss_temperature=temperature, chunk=chunk)
-        return objective.distillation_loss(
-            draft, params, target, target_params, tokens, lengths, loss_start, **settings
-        )
+        of = objective.Loss(draft, target, named(divergence, 0.3), temperature, chunk)
+        return of(params, target_params, batch_of(tokens, lengths, loss_start))
 
     return loss
 
@@ -218,7 +224,7 @@ def test_the_loss_is_the_sum_over_counted_positions_of_whole_logits(divergence):
         losses = -jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1] / 0.5), tokens[:, 1:, None], 2)[..., 0]
         overlaps = jnp.zeros_like(losses)
     else:
-        losses = divergences.divergence(divergence, 0.3)(wide / 0.5, logits / 0.5)
+        losses = named(divergence, 0.3)(wide / 0.5, logits / 0.5)
         overlaps = divergences.acceptance(wide, logits)
     # Position t is judged by the logits at t - 1.
     places = [(row, t - 1) for row in range(3) for t in range(int(loss_start[row]), int(lengths[row]))]
@@ -259,10 +265,8 @@ def test_padding_changes_nothing(divergence):
         np.testing.assert_array_equal(left, right)
 
 
-class Bigram:
+class Bigram(LanguageModel):
     """A "model" without context: each token's logits are a row of its table."""
-
-    predicts = NEXT
 
     def extend(self, params, cache, tokens, positions):
         return params["table"][tokens], cache
@@ -278,9 +282,8 @@ def test_what_a_prompt_says_is_no_prediction_target():
     # Without context all of a prompt but its last token, which the first prediction reads, is of no account.
     prompt = jnp.arange(10)[None] < loss_start[:, None] - 1
     other = jnp.where(prompt, (tokens + 1) % VOCAB, tokens)
-    settings = dict(divergence="cross_entropy", beta=0.5, loss_temperature=1.0, chunk=4)
-    model = Bigram()
-    run = lambda t: objective.distillation_loss(model, params, None, None, t, lengths, loss_start, **settings)
+    of = objective.Loss(Bigram(None), None, None, temperature=1.0, chunk=4)
+    run = lambda t: of(params, None, batch_of(t, lengths, loss_start))
     np.testing.assert_array_equal(run(tokens).loss, run(other).loss)
     assert run(tokens).tokens == (10 - 4) + (7 - 3) + (4 - 3)
     first_target = tokens.at[0, 4].set((tokens[0, 4] + 1) % VOCAB)
@@ -289,10 +292,8 @@ def test_what_a_prompt_says_is_no_prediction_target():
 
 def test_no_gradient_reaches_the_target():
     draft, params, target, target_params = pair()
-    settings = dict(divergence="jsd", beta=0.5, loss_temperature=1.0, chunk=4)
-    loss = lambda target_params: (
-        objective.distillation_loss(draft, params, target, target_params, *a_batch(), **settings).loss
-    )
+    of = objective.Loss(draft, target, named("jsd", 0.5), temperature=1.0, chunk=4)
+    loss = lambda target_params: of(params, target_params, batch_of(*a_batch())).loss
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(jax.grad(loss)(target_params)))
 
 
@@ -307,10 +308,8 @@ def test_chunks_keep_whole_logits_out_of_memory():
             return jnp.einsum("BTD,VD->BTV", hidden, params["table"])
 
     def temporary_bytes(chunk):
-        settings = dict(divergence="jsd", beta=0.5, loss_temperature=1.0, chunk=chunk)
-        loss = lambda params, other, *batch: (
-            objective.distillation_loss(Tied(), params, Tied(), other, *batch, **settings).loss
-        )
+        of = objective.Loss(Tied(None), Tied(None), named("jsd", 0.5), temperature=1.0, chunk=chunk)
+        loss = lambda params, other, *batch: of(params, other, batch_of(*batch)).loss
         compiled = jax.jit(jax.grad(loss)).lower(table, table, tokens, rows, rows).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
@@ -320,22 +319,20 @@ def test_chunks_keep_whole_logits_out_of_memory():
 
 
 def test_a_divergence_without_its_target_is_refused():
-    draft, params, _, _ = pair()
-    settings = dict(beta=0.5, loss_temperature=1.0, chunk=4)
     with pytest.raises(UserError, match='"jsd" compares with a target'):
-        objective.distillation_loss(draft, params, None, None, *a_batch(), divergence="jsd", **settings)
+        objective.Loss(pair()[0], None, named("jsd", 0.5), temperature=1.0, chunk=4)
 
 
 @pytest.mark.parametrize(
     "settings, message",
     [
         (dict(divergence="cross_entrpy"), "cross_entropy"),
-        (dict(loss_temperature=0.0), "loss.temperature is 0.0"),
+        (dict(temperature=0.0), "loss.temperature is 0.0"),
         (dict(chunk=0), "loss.chunk is 0"),
         (dict(divergence="jsd", beta=1.0), "beta"),
     ],
 )
 def test_senseless_settings_of_the_loss_are_refused(settings, message):
-    good = dict(divergence="forward_kl", beta=0.5, loss_temperature=1.0, chunk=4)
+    good = dict(divergence="forward_kl", beta=0.5, temperature=1.0, chunk=4)
     with pytest.raises(UserError, match=message):
-        objective.check(**{**good, **settings}, has_target=True)
+        objective.Loss.of_config(ConfigDict({**good, **settings}), pair()[0], pair()[2])

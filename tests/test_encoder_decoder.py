@@ -11,7 +11,7 @@ import tiny
 
 from specjax import api, distill, evaluate
 from specjax.decoding.drafters.base import Prefill
-from specjax.distillation import objective
+from specjax.distillation import divergences, objective
 from specjax.hub.tokenizer import train_byte_bpe
 from specjax.models.encoder_decoder import bucket_table
 from specjax.models.language_model import consecutive
@@ -144,12 +144,10 @@ def test_no_gradient_comes_from_the_prompt_or_the_padding_and_the_target_is_a_co
 
     @functools.partial(jax.value_and_grad, has_aux=True)
     def loss(params, prompts, texts):
-        settings = dict(divergence="forward_kl", beta=0.5, loss_temperature=1.0, chunk=4)
-        sums = objective.distillation_loss(
-            *(draft, params, target, target_params, texts, ends, jnp.ones_like(ends)),
-            prompts=(prompts, lengths),
-            **settings,
-        )
+        batch = {"tokens": texts, "lengths": ends, "loss_start": jnp.ones_like(ends)}
+        batch |= {"sources": prompts, "prompt_lengths": lengths}
+        of = objective.Loss(draft, target, divergences.divergence("forward_kl"), temperature=1.0, chunk=4)
+        sums = of(params, target_params, batch)
         return sums.loss, sums.tokens
 
     loss = jax.jit(loss)

@@ -1,8 +1,10 @@
 """What a user adds in a file of their own, outside the package, works from a config and from Python."""
 
+import functools
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 import tiny
 from ml_collections import ConfigDict
@@ -10,7 +12,9 @@ from ml_collections import ConfigDict
 from specjax import api, evaluate, main
 from specjax.data import tasks
 from specjax.decoding import rules
+from specjax.distillation import divergences
 from specjax.hub.tokenizer import train_byte_bpe
+from specjax.models.table import make_attachment
 from specjax.runtime import config as configs
 from specjax.runtime.errors import UserError
 
@@ -192,3 +196,158 @@ def test_a_drafters_section_that_cannot_be_read_is_refused(home, tmp_path, secti
 def test_a_section_of_an_earlier_version_says_what_its_keys_are_called_now(home, tmp_path):
     with pytest.raises(UserError, match="drafters.mine.lossless is now drafters.mine.rules.lossless"):
         evaluate.run(evaluation(home, {"kind": "ngram", "lossless": (2,), "coupled": ()}), tmp_path)
+
+
+# --- an attachment with its drafter, and a divergence ----------------------------------------------------------------
+
+ATTACHMENT = '''
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from specjax.decoding.drafters.base import Drafter, DrafterOptions, Proposal
+from specjax.models import layers
+from specjax.models.attachment import Attachment, AttachmentConfig
+from specjax.models.language_model import Prediction
+
+
+def alpha_divergence(target_logits, draft_logits, *, alpha):
+    """(1 - sum_v P^alpha Q^(1 - alpha)) / (alpha (1 - alpha))."""
+    log_p, log_q = jax.nn.log_softmax(target_logits), jax.nn.log_softmax(draft_logits)
+    return (1 - jnp.exp(alpha * log_p + (1 - alpha) * log_q).sum(-1)) / (alpha * (1 - alpha))
+
+
+def of_whole_batch(target_logits, draft_logits):
+    return jnp.sum(target_logits - draft_logits)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Guess(DrafterOptions):
+    """Drafts one token from two states."""
+
+    loads = "attachment"
+
+    def build(self, target, gamma, loaded):
+        return GuessDrafter(target, loaded, gamma)
+
+
+@dataclasses.dataclass(frozen=True)
+class GuessDrafter(Drafter):
+    target: object
+    attachment: object
+    gamma: int
+
+    @property
+    def taps(self):
+        return self.attachment.taps
+
+    def init(self, params, target_params, prefill, row_keys):
+        return at(prefill.tap_states, prefill.text_lengths - 2)
+
+    def propose(self, params, target_params, state, target_cache, context):
+        hidden, _ = self.attachment.extend(params, None, state, None)
+        logits = self.attachment.head(params, self.target, target_params, hidden)[:, 0]
+        token, probs = context.draw(logits, 0)
+        probs = None if probs is None else probs[:, None]
+        return Proposal(token[:, None], probs, jnp.ones_like(token)), state, target_cache
+
+    def commit(self, params, state, outcome):
+        return at(outcome.tap_states, outcome.num_emitted - 1)
+
+
+def at(states, index):
+    return tuple(jnp.take_along_axis(x, jnp.maximum(index, 0)[:, None, None], axis=1) for x in states)
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoStatesConfig(AttachmentConfig):
+    layer: int
+
+
+class TwoStatesModule(nnx.Module):
+    def __init__(self, config, rngs):
+        width, dtype = config.target.width, config.target.param_dtype
+        self.mix = layers.Linear(2 * width, width, ("embed", None), 0.02, dtype, rngs)
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoStates(Attachment):
+    """Predicts the token after the next from the states after an early and the last layer."""
+
+    config: TwoStatesConfig
+    config_class = TwoStatesConfig
+    module = TwoStatesModule
+    drafter = Guess
+    predicts = (Prediction(1, 1.0),)
+
+    @property
+    def taps(self):
+        return (self.config.layer, self.config.target.layers)
+
+    def extend(self, params, cache, states, positions):
+        return states[-1] + self.bind(params).mix(jnp.concatenate(states, axis=-1)), cache
+'''
+
+
+@pytest.fixture
+def attachment_file(tmp_path):
+    path = tmp_path / "my_attachment.py"
+    path.write_text(ATTACHMENT)
+    return path
+
+
+@pytest.mark.slow
+def test_a_users_attachment_is_trained_by_a_users_divergence_and_decoded_by_its_drafter(attachment_file, tmp_path):
+    config = configs.load(f"{ROOT}/configs/quickstart.py:smoke")
+    config.stages = ("target", "mine", "evaluation")
+    config.mine = config.supervised.copy_and_resolve_references()
+    config.mine.target = "stage:target"
+    config.mine.model.init = f"{attachment_file}:TwoStates"
+    config.mine.attachment = ConfigDict({"layer": 1})
+    config.mine.loss.update({"divergence": f"{attachment_file}:alpha_divergence", "alpha": 0.3})
+    section = {"kind": f"{attachment_file}:Guess", "path": "stage:mine", "rules": {"lossless": (1,)}}
+    config.evaluation.drafters = ConfigDict({"mine": section})
+    config.evaluation.compare = ()
+    main.run_stages(config, tmp_path / "run")
+    (trained,) = json.loads((tmp_path / "run" / "mine" / "results.json").read_text())["rows"]
+    assert trained["validation_loss"] < trained["validation"][0]["validation_loss"]
+    rows = json.loads((tmp_path / "run" / "evaluation" / "results.json").read_text())["rows"]
+    assert {row["drafter"] for row in rows} == {"none", "mine"}
+    # From Python; the exported file remembers where the class is.
+    target = api.load(tmp_path / "run" / "target" / "export")
+    attachment = api.load_adapter(tmp_path / "run" / "mine" / "export", target)
+    assert type(attachment.adapter).__name__ == "TwoStates" and attachment.adapter.config.layer == 1
+    generate = functools.partial(api.generate, target, ["a b", "c"], gamma=1, temperature=0.0, max_new_tokens=12)
+    assert generate(drafter=attachment).tokens == generate().tokens
+    attachment_file.unlink()
+    assert api.load_adapter(tmp_path / "run" / "mine" / "export", target).adapter == attachment.adapter  # in memory
+
+
+def test_an_attachment_that_is_none_is_refused(attachment_file):
+    target = tiny.config()
+    make = lambda name, **options: make_attachment(f"{attachment_file}:{name}", target, options)
+    assert make("TwoStates", layer=1).taps == (1, 2)
+    for name, options, message in (
+        ("TwoState", {}, 'has no attachment "TwoState"; did you mean "TwoStates"'),
+        ("at", {}, "must be a subclass of specjax.models.attachment.Attachment"),
+        ("TwoStates", {}, "needs layer; give it a value"),
+        ("TwoStates", {"layers": 1}, 'layers is not an option of the attachment .*did you mean "layer"'),
+    ):
+        with pytest.raises(UserError, match=message):
+            make(name, **options)
+
+
+def test_a_users_divergence_takes_its_parameter_from_python_and_from_a_config(attachment_file):
+    name = f"{attachment_file}:alpha_divergence"
+    target, draft = jnp.log(jnp.asarray([[[0.5, 0.5]]])), jnp.log(jnp.asarray([[[0.9, 0.1]]]))
+    section = {"divergence": name, "beta": 0.5, "alpha": 0.5, "temperature": 1.0, "chunk": 4}
+    expected = (1 - (0.5 * 0.9) ** 0.5 - (0.5 * 0.1) ** 0.5) / 0.25
+    for made in (divergences.divergence(name, alpha=0.5), divergences.of_config(section)):
+        assert float(made(target, draft)[0, 0]) == pytest.approx(expected, rel=1e-5)
+    for parameters, message in (({}, "needs alpha; set loss.alpha"), ({"alfa": 1}, 'did you mean "alpha"')):
+        with pytest.raises(UserError, match=message):
+            divergences.divergence(name, **parameters)
+    with pytest.raises(UserError, match=r"must return an array \[B, T\]"):
+        divergences.divergence(f"{attachment_file}:of_whole_batch")

@@ -21,14 +21,14 @@ from specjax.decoding.drafters.drafting import draft
 from specjax.decoding.drafters.model import ModelDrafter
 from specjax.decoding.drafters.table import make_options
 from specjax.decoding.sampling import Noise, Sampling, row_keys
-from specjax.distillation import settings, trainer, update
+from specjax.distillation import divergences, objective, settings, trainer
 from specjax.hub.adapter import LoadedAdapter
 from specjax.hub.tokenizer import train_byte_bpe
 from specjax.models.adapters import Adapter, AdapterConfig
+from specjax.models.attachment import AttachedDraft, runtime_params
 from specjax.models.config import DecoderConfig
 from specjax.models.encoder_decoder import EncoderDecoderConfig
 from specjax.models.language_model import consecutive
-from specjax.models.self_draft import SelfDraft
 from specjax.runtime.errors import UserError
 
 SLOTS, MAX_NEW, BATCH = 6, 20, 16
@@ -107,7 +107,7 @@ def test_the_adapter_is_what_the_paper_writes(models):
     mixed = hidden[0] + project(np.concatenate(heads, axis=1), "output")
     logits = norm(mixed, weights["norm"]["scale"]) @ np.asarray(params["embedding"]).T
     positions = consecutive(jnp.zeros((1, 7), jnp.int32))
-    ours, _ = adapter.extend(adapter_params, None, jnp.asarray(hidden), positions)
+    ours, _ = adapter.extend(adapter_params, None, (jnp.asarray(hidden),), positions)
     ours = adapter.head(adapter_params, target, params, ours)
     np.testing.assert_allclose(np.asarray(ours)[0], logits, atol=1e-4)
 
@@ -117,7 +117,7 @@ def full_draft_logits(target, adapter, params, adapter_params, tokens):
     """The adapter's logits over whole rows, without any cache."""
     positions = consecutive(tokens)
     hidden, _ = target.extend(params, None, tokens, positions, layers=(0, adapter.config.exit_layer))
-    hidden, _ = adapter.extend(adapter_params, None, hidden, positions)
+    hidden, _ = adapter.extend(adapter_params, None, (hidden,), positions)
     return adapter.head(adapter_params, target, params, hidden)
 
 
@@ -309,15 +309,14 @@ def test_the_chi_square_test_rejects_a_stop_that_looks_at_the_token_it_drops():
 
 
 @pytest.mark.slow
-def test_a_self_draft_generates_the_adapters_text_and_its_loss_moves_only_the_adapter(models):
+def test_an_attached_draft_generates_the_adapters_text_and_its_loss_moves_only_the_adapter(models):
     target, params, adapter, adapter_params = models
-    self_draft, texts = SelfDraft.of(adapter), jax.random.randint(jax.random.key(0), (4, 8), 0, VOCAB)
+    draft_model, texts = AttachedDraft.of(adapter), jax.random.randint(jax.random.key(0), (4, 8), 0, VOCAB)
     lengths, starts = jnp.full((4,), 8, jnp.int32), jnp.ones((4,), jnp.int32)
     logits = full_draft_logits(target, adapter, params, adapter_params, texts)
     taught = jax.nn.log_softmax(tiny.full_logits(target, params, texts), axis=-1)
     expected = jnp.sum(jnp.exp(taught) * (taught - jax.nn.log_softmax(logits, axis=-1)), axis=-1)[:, :-1]
-    how = dict(divergence="forward_kl", beta=0.5, temperature=1.0, chunk=8)
-    loss = update.Loss(self_draft, target, **how)
+    loss = objective.Loss(draft_model, target, divergences.divergence("forward_kl"), temperature=1.0, chunk=8)
     batch = {"tokens": texts, "lengths": lengths, "loss_start": starts}
     sums = jax.jit(loss)(adapter_params, params, batch)
     np.testing.assert_allclose(float(sums.loss), float(expected.sum()), rtol=1e-4)
@@ -325,9 +324,9 @@ def test_a_self_draft_generates_the_adapters_text_and_its_loss_moves_only_the_ad
     assert jax.tree.structure(gradient) == jax.tree.structure(adapter_params)
     assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(gradient))
     # Its own text, through its caches, is what the uncached forward finds most probable.
-    own = self_draft.joined(adapter_params, params)
+    own = runtime_params(draft_model, adapter_params, params)
     how = dict(sampling=Sampling.of(0.0), greedy=True, max_new_tokens=5, eos_ids=())
-    written, ends = loop.sample(self_draft, own, texts, lengths - 2, row_keys(0, jnp.arange(4)), **how)
+    written, ends = loop.sample(draft_model, own, texts, lengths - 2, row_keys(0, jnp.arange(4)), **how)
     assert np.all(np.asarray(ends) == 11)
     argmax = np.asarray(full_draft_logits(target, adapter, params, adapter_params, written)).argmax(-1)
     np.testing.assert_array_equal(argmax[:, 5:10], np.asarray(written)[:, 6:11])
@@ -338,23 +337,23 @@ def test_a_self_draft_generates_the_adapters_text_and_its_loss_moves_only_the_ad
 def test_an_adapter_learns_from_its_target_on_text_of_every_source(tmp_path):
     changes = {"loss.divergence": "reverse_kl", "train.steps": 60, "train.eval_every": 20, "train.checkpoint_every": 60}
     config = test_trainer.make_config(**test_trainer.MIXTURE, **changes)
-    material = test_trainer.make_material(config)
-    before = jax.tree.map(np.array, material.target_params)
-    self_draft = SelfDraft.of(Adapter(AdapterConfig(material.target.config, 1)))
-    params = self_draft.init(jax.random.key(0))
-    material = dataclasses.replace(material, draft=self_draft, params=params)
-    outcome = test_trainer.make_trainer(config, tmp_path, material=material).run()
+    inputs = test_trainer.make_inputs(config)
+    before = jax.tree.map(np.array, inputs.target_params)
+    draft_model = AttachedDraft.of(Adapter(AdapterConfig(inputs.target.config, 1)))
+    params = draft_model.init(jax.random.key(0))
+    inputs = dataclasses.replace(inputs, draft=draft_model, params=params)
+    outcome = test_trainer.make_trainer(config, tmp_path, inputs=inputs).run()
     assert outcome.validation[-1]["validation_acceptance"] > outcome.validation[0]["validation_acceptance"] + 0.02
     assert jax.tree.structure(outcome.params) == jax.tree.structure(params)
-    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.array, material.target_params))
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.array, inputs.target_params))
 
 
 def test_an_adapter_without_a_target_or_with_hard_labels_is_refused(models):
     target, _, adapter, _ = models
     for changes, given in (({}, None), ({"loss.divergence": "cross_entropy"}, target)):
-        material = trainer.TrainingInputs(SelfDraft.of(adapter), {}, given, {}, iter(()), [], (0,), 4)
+        inputs = trainer.TrainingInputs(AttachedDraft.of(adapter), {}, given, {}, iter(()), [], (0,), 4)
         with pytest.raises(UserError, match="an adapter learns from the target that it is attached to"):
-            settings.check(test_trainer.make_config(**changes), material)
+            settings.check(test_trainer.make_config(**changes), inputs)
 
 
 # --- bad input -----------------------------------------------------------------------------------------------------
@@ -444,8 +443,11 @@ def test_an_adapter_of_another_target_is_refused(home):
         (lambda folder: (folder / "adapter.safetensors").unlink(), "there is no .*adapter.safetensors"),
         (lambda folder: (folder / "adapter.safetensors").write_bytes(b"x" * 20), "is damaged or cut short"),
         (lambda folder: (folder / "adapter_config.json").write_text("{}"), 'has no "format"'),
-        (lambda folder: edit(folder, lambda fields: fields.pop("kind")), "lacks or misstates 'kind'"),
-        (lambda folder: edit(folder, lambda fields: fields.update(kind="layer")), "are not those of this adapter"),
+        (lambda folder: edit(folder, lambda fields: fields.pop("kind")), "needs kind; give it a value"),
+        (
+            lambda folder: edit(folder, lambda fields: fields.update(kind="layer")),
+            "have other names or shapes than this adapter",
+        ),
         (lambda folder: edit(folder, lambda fields: fields.update(exit_layer=9)), r"in 1 \.\. 2 .* not 9"),
     ],
 )

@@ -15,11 +15,12 @@ from test_kangaroo import VICUNA
 from specjax import distill
 from specjax.decoding import loop
 from specjax.decoding.sampling import Sampling, row_keys
-from specjax.distillation import settings, trainer, update
+from specjax.distillation import divergences, objective, settings, trainer
 from specjax.hub import adapter as hub_adapter
+from specjax.hub.tokenizer import Tokenizer
+from specjax.models.attachment import AttachedDraft
 from specjax.models.encoder_decoder import EncoderDecoderConfig
 from specjax.models.medusa import MedusaConfig, MedusaHeads
-from specjax.models.self_draft import SelfDraft
 from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError
 
@@ -86,7 +87,7 @@ def test_every_block_is_drafted_from_the_state_before_its_pending_token(models):
 @pytest.mark.parametrize("divergence", ["forward_kl", "cross_entropy"])
 def test_each_head_learns_its_own_token_with_a_weight_that_falls(models, divergence):
     target, params, heads, heads_params = models
-    draft, texts = SelfDraft.of(heads), jax.random.randint(jax.random.key(0), (3, 9), 0, VOCAB)
+    draft, texts = AttachedDraft.of(heads), jax.random.randint(jax.random.key(0), (3, 9), 0, VOCAB)
     lengths, starts = jnp.asarray([9, 7, 4], jnp.int32), jnp.asarray([1, 3, 4], jnp.int32)
     batch = {"tokens": texts, "lengths": lengths, "loss_start": starts}
     said = jax.nn.log_softmax(guesses(target, params, heads_params, texts), axis=-1)
@@ -103,8 +104,8 @@ def test_each_head_learns_its_own_token_with_a_weight_that_falls(models, diverge
                 loss += 0.8**head * float(
                     hard if divergence == "cross_entropy" else (jnp.exp(law) * (law - guess)).sum()
                 )
-    how = dict(divergence=divergence, beta=0.5, temperature=1.0, chunk=7)
-    of = update.Loss(draft, None if divergence == "cross_entropy" else target, **how)
+    compare = divergences.divergence(divergence)
+    of = objective.Loss(draft, None if compare is None else target, compare, temperature=1.0, chunk=7)
     sums = jax.jit(of)(heads_params, params, batch)
     np.testing.assert_allclose([float(sums.loss), float(sums.tokens)], [loss, tokens], rtol=1e-4)
     gradient = jax.jit(jax.grad(lambda own: of(own, params, batch).loss))(heads_params)
@@ -118,15 +119,15 @@ def test_heads_learn_from_hard_labels_on_text_of_two_sources(tmp_path):
     changes = {"loss.divergence": "cross_entropy", "train.steps": 40, "train.eval_every": 40}
     changes["train.checkpoint_every"] = 40
     config = test_trainer.make_config(**changes, **{"data.fixed": 0.5, "data.draft": 0.0, "data.target": 0.5})
-    material = test_trainer.make_material(config)
-    heads = tiny.heads(material.target, 2)
-    params = heads.init_on(jax.random.key(0), material.target, material.target_params)
-    before = jax.tree.map(np.array, material.target_params)
-    material = dataclasses.replace(material, draft=SelfDraft.of(heads), params=params)
-    outcome = test_trainer.make_trainer(config, tmp_path, material=material).run()
+    inputs = test_trainer.make_inputs(config)
+    heads = tiny.heads(inputs.target, 2)
+    params = heads.init_on(jax.random.key(0), inputs.target, inputs.target_params)
+    before = jax.tree.map(np.array, inputs.target_params)
+    inputs = dataclasses.replace(inputs, draft=AttachedDraft.of(heads), params=params)
+    outcome = test_trainer.make_trainer(config, tmp_path, inputs=inputs).run()
     assert outcome.validation[-1]["validation_loss"] < outcome.validation[0]["validation_loss"] - 0.02
     assert jax.tree.structure(outcome.params) == jax.tree.structure(params)
-    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.array, material.target_params))
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.array, inputs.target_params))
 
 
 # --- an export, trained further ------------------------------------------------------------------------------------
@@ -134,7 +135,9 @@ def test_heads_learn_from_hard_labels_on_text_of_two_sources(tmp_path):
 
 def further(init, target, params):
     sections = {"model": {"init": str(init), "replicate": False}, "medusa": {"heads": 2, "own_head": True}, "seed": 0}
-    return distill._attached(ConfigDict(sections), target, params, meshes.make_mesh(ConfigDict(ONE_DEVICE)))
+    return distill._draft(
+        ConfigDict(sections), Tokenizer.__new__(Tokenizer), target, params, meshes.make_mesh(ConfigDict(ONE_DEVICE))
+    )
 
 
 ONE_DEVICE = {"data": 1, "fsdp": 1, "tensor": 1}
@@ -149,7 +152,7 @@ def test_an_export_is_trained_further_from_its_own_parameters(models, tmp_path, 
     saved = hub_adapter.LoadedAdapter(*attached, hub_adapter.fingerprint(target, params))
     hub_adapter.save(tmp_path / "export", saved)
     draft, begun = further(tmp_path / "export", target, params)
-    assert draft == SelfDraft.of(saved.adapter)
+    assert draft == AttachedDraft.of(saved.adapter)
     assert jax.tree.all(jax.tree.map(np.array_equal, begun, saved.params))
     twin = tiny.decoder(7)[1]
     with pytest.raises(UserError, match="belongs to another target"):
@@ -161,7 +164,7 @@ def test_an_export_is_trained_further_from_its_own_parameters(models, tmp_path, 
 def test_new_heads_begin_as_the_config_says(models):
     target, params, *_ = models
     draft, begun = further("medusa", target, params)
-    assert draft.adapter.config.heads == 2
+    assert draft.attachment.config.heads == 2
     np.testing.assert_allclose(begun["heads"][1]["unembedding"]["kernel"], params["embedding"].T, atol=1e-5)
 
 
@@ -178,6 +181,6 @@ def test_what_heads_cannot_do_is_refused_in_one_sentence(models):
         MedusaConfig(target.config, 0)
     with pytest.raises(UserError, match="attaches to a decoder-only model"):
         MedusaConfig(EncoderDecoderConfig.__new__(EncoderDecoderConfig), 1)
-    material = trainer.TrainingInputs(SelfDraft.of(heads), {}, target, {}, iter(()), [], (0,), 4)
-    with pytest.raises(UserError, match="writes no text of its own; set data.draft to 0"):
-        settings.check(test_trainer.make_config(**{"data.fixed": 0.0, "data.draft": 1.0}), material)
+    inputs = trainer.TrainingInputs(AttachedDraft.of(heads), {}, target, {}, iter(()), [], (0,), 4)
+    with pytest.raises(UserError, match="writes no text; set data.draft to 0"):
+        settings.check(test_trainer.make_config(**{"data.fixed": 0.0, "data.draft": 1.0}), inputs)

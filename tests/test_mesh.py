@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from specjax.decoding import batch, identity, loop, sampling
 from specjax.decoding.sampling import Sampling
-from specjax.distillation import update
+from specjax.distillation import divergences, objective, update
 from specjax.models import kv_cache
 from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError
@@ -202,7 +202,7 @@ def loss_and_gradient(sizes, replicate=False):
     starts = np.minimum(2, np.asarray(lengths)).astype(np.int32)
     rows = {"tokens": tokens, "lengths": lengths, "loss_start": starts, "prompt_lengths": starts}
     mesh, params, draft_params = placed(sizes, replicate)
-    loss = update.Loss(draft, target, "forward_kl", 0.5, 1.0, 4)
+    loss = objective.Loss(draft, target, divergences.divergence("forward_kl"), 1.0, 4)
     gradient = jax.jit(lambda *given: update._gradient_of_sum(loss, *given, 1))
     with meshes.use(mesh):
         return jax.device_get(gradient(draft_params, params, update.shard(rows, mesh)))

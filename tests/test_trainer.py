@@ -24,7 +24,7 @@ import pytest
 import tiny as tiny_models
 
 from specjax import distill
-from specjax.distillation import data_sources, meter, trainer, update
+from specjax.distillation import data_sources, meter, objective, trainer, update
 from specjax.hub import load as hub_load
 from specjax.hub import save as hub_save
 from specjax.hub.tokenizer import Tokenizer
@@ -143,7 +143,7 @@ def parameters(width, layers, seed):
     return tiny(width, layers).init(jax.random.key(seed))
 
 
-def make_material(config, with_target=True):
+def make_inputs(config, with_target=True):
     mesh = meshes.make_mesh(config.mesh)
     target = tiny(16, 2)
     placed = meshes.shard(parameters(16, 2, 1), target.axes(), mesh)
@@ -159,10 +159,10 @@ def make_material(config, with_target=True):
     )
 
 
-def make_trainer(config, workdir, *, material=None, min_seconds=0.0, evaluator=None):
-    material = make_material(config) if material is None else material
+def make_trainer(config, workdir, *, inputs=None, min_seconds=0.0, evaluator=None):
+    inputs = make_inputs(config) if inputs is None else inputs
     mesh = meshes.make_mesh(config.mesh)
-    return trainer.Trainer(config, workdir, material, mesh, min_seconds=min_seconds, evaluator=evaluator)
+    return trainer.Trainer(config, workdir, inputs, mesh, min_seconds=min_seconds, evaluator=evaluator)
 
 
 def assert_same_bits(left, right):
@@ -200,14 +200,14 @@ def test_weights_decay_in_matrices_alone():
 def one_step(config, batch):
     """The state and metrics after one step on the config's mesh."""
     mesh = meshes.make_mesh(config.mesh)
-    material = make_material(config)
-    loss = update.Loss(material.draft, material.target, config.loss.divergence, 0.5, 1.0, config.loss.chunk)
+    inputs = make_inputs(config)
+    loss = objective.Loss.of_config(config.loss, inputs.draft, inputs.target)
     optimizer = update.make_optimizer(config.optimizer, 12)
-    state = update.initial_state(material.params, material.draft.axes(), optimizer, mesh)
+    state = update.initial_state(inputs.params, inputs.draft.axes(), optimizer, mesh)
     rate = update.learning_rate(config.optimizer, 12)
     step = jax.jit(update.make_step(loss, optimizer, rate, config.optimizer.accumulation))
     with meshes.use(mesh):
-        return step(state, material.target_params, meshes.shard(batch, update.BATCH_AXES, mesh))
+        return step(state, inputs.target_params, meshes.shard(batch, update.BATCH_AXES, mesh))
 
 
 def norm(tree):
@@ -250,10 +250,10 @@ def test_the_state_of_the_optimiser_lies_where_its_parameters_do():
     if jax.device_count() < 8:
         pytest.skip("needs 8 (virtual) devices")
     config = make_config(**{"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2})
-    material = make_material(config)
+    inputs = make_inputs(config)
     optimizer = update.make_optimizer(config.optimizer, 12)
     mesh = meshes.make_mesh(config.mesh)
-    state = update.initial_state(material.params, material.draft.axes(), optimizer, mesh)
+    state = update.initial_state(inputs.params, inputs.draft.axes(), optimizer, mesh)
     layout = [leaf.sharding for leaf in jax.tree.leaves(state.params)]
     assert not all(sharding.is_fully_replicated for sharding in layout)
     kept = [leaf.sharding for leaf in jax.tree.leaves(state.optimizer_state) if leaf.ndim]
@@ -336,7 +336,7 @@ def test_a_run_of_all_sources_compiles_once_for_each_shape_and_logs_what_it_did(
     outcome = run.run()
     # Text is written by two models; rows from the data and generated ones (4 + 8) are equally wide.
     assert sorted(run._executables) == ["draft 4", "target 4", "update {'tokens': (4, 12)}"]
-    assert run._steps.validation_loss._cache_size() == 1
+    assert run._functions.validation_loss._cache_size() == 1
     assert outcome.steps == 12 and outcome.train_seconds > 0
     assert [line["step"] for line in outcome.validation] == [0, 4, 8, 12]
     assert outcome.validation[-1]["validation_loss"] < outcome.validation[0]["validation_loss"]
@@ -351,7 +351,7 @@ def test_a_run_of_all_sources_compiles_once_for_each_shape_and_logs_what_it_did(
 
 def test_plain_training_needs_no_target_but_measures_acceptance_with_one(tmp_path):
     config = make_config(**{"loss.divergence": "cross_entropy", "train.steps": 8})
-    alone = make_trainer(config, tmp_path / "alone", material=make_material(config, with_target=False)).run()
+    alone = make_trainer(config, tmp_path / "alone", inputs=make_inputs(config, with_target=False)).run()
     beside = make_trainer(config, tmp_path / "beside").run()
     assert_same_bits(alone.params, beside.params)
     assert "validation_acceptance" not in alone.validation[-1]
@@ -416,7 +416,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_last_checkpoint(t
     good = make_config(**{"train.steps": 4})
     params = jax.tree.map(np.asarray, make_trainer(good, tmp_path).run().params)
     wild = make_config(**{"train.steps": 12, "optimizer.peak_learning_rate": 1e38})
-    with pytest.raises(UserError, match=r"no longer finite at step [56] .*the checkpoint of step 4 stays.*lower"):
+    with pytest.raises(UserError, match=r"not finite at step [56] .*the checkpoint of step 4 remains.*lower"):
         make_trainer(wild, tmp_path).run()
     restored = make_trainer(good, tmp_path).run()
     assert restored.steps == 4
@@ -463,7 +463,7 @@ def test_the_state_of_an_interval_stays_as_it_was_taken():
 
 def outcome_of(*losses, steps):
     validation = [{"step": step, "validation_loss": loss} for step, loss in losses]
-    return trainer.Outcome({}, steps, 1.0, 1.0, 1.0, validation)
+    return trainer.TrainingResult({}, steps, 1.0, 1.0, 1.0, validation)
 
 
 def test_the_plateau_is_judged_by_the_last_quarter_of_the_steps():
@@ -508,7 +508,7 @@ def test_without_a_target_what_needs_one_is_refused(tmp_path):
     ):
         config = make_config(**overrides)
         with pytest.raises(UserError, match=message):
-            make_trainer(config, tmp_path, material=make_material(config, with_target=False))
+            make_trainer(config, tmp_path, inputs=make_inputs(config, with_target=False))
 
 
 @pytest.mark.standard_promotion

@@ -9,7 +9,7 @@ import tiny
 from specjax.decoding.sampling import Sampling
 from specjax.distillation import divergences, objective
 from specjax.models.decoder import Decoder
-from specjax.models.language_model import NEXT, fit_logits
+from specjax.models.language_model import LanguageModel, fit_logits
 
 VOCAB, BATCH, SLOTS, MAX_NEW = 24, 32, 8, 12
 LOSSLESS = ("lossless", False)
@@ -100,10 +100,8 @@ def test_with_any_draft_vocabulary_the_tokens_are_those_of_plain_decoding(target
     assert max(map(max, tiny.texts_of(plain))) >= VOCAB - 6  # the narrow draft was fed ids that it lacks
 
 
-class Table:
+class Table(LanguageModel):
     """A "model" without context: the logits after a token are a row of its table."""
-
-    predicts = NEXT
 
     def extend(self, params, cache, tokens, positions):
         return params["table"][tokens], cache
@@ -115,10 +113,10 @@ class Table:
 def loss(target_table, divergence, temperature=1.0):
     tokens = jax.random.randint(jax.random.key(5), (3, 10), 0, 6, jnp.int32)
     lengths, start = jnp.asarray([10, 7, 4], jnp.int32), jnp.asarray([1, 3, 2], jnp.int32)
-    settings = dict(divergence=divergence, beta=0.3, loss_temperature=temperature, chunk=12)
-    return lambda draft_table: objective.distillation_loss(
-        Table(), {"table": draft_table}, Table(), {"table": target_table}, tokens, lengths, start, **settings
-    )
+    compare = divergences.of_config({"divergence": divergence, "beta": 0.3})
+    of = objective.Loss(Table(None), Table(None), compare, temperature, chunk=12)
+    batch = {"tokens": tokens, "lengths": lengths, "loss_start": start}
+    return lambda draft_table: of({"table": draft_table}, {"table": target_table}, batch)
 
 
 def table(seed, columns):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from configs.benchmark import process_memory
-from specjax.distillation import update
+from specjax.distillation import divergences, objective, update
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
 from specjax.runtime.errors import UserError, nearest
@@ -70,7 +70,7 @@ def measured(case: Mapping[str, Any]) -> dict[str, int]:
     """Temporary bytes of a compiled step, and the peak of this process during the step minus its memory before."""
     draft, target = (Decoder(DecoderConfig.llama(**case[role])) for role in ("draft", "target"))
     optimizer = optax.adamw(1e-3)
-    loss = update.Loss(draft, target, case["divergence"], 0.5, 1.0, case["chunk"])
+    loss = objective.Loss(draft, target, divergences.divergence(case["divergence"]), 1.0, case["chunk"])
     step = jax.jit(update.make_step(loss, optimizer, lambda step: step, 1), donate_argnums=0)
     draw, *keys = jax.random.split(jax.random.key(case["seed"]), 3)
     params, target_params = (model.init(key) for model, key in zip((draft, target), keys, strict=True))

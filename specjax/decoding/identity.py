@@ -59,7 +59,7 @@ def compare(
         pairs = zip(plain, speculative, strict=False)
         shared = min(len(plain), len(speculative))
         first = next((i for i, (a, b) in enumerate(pairs) if a != b), shared)
-        opening = plan.target.opening(prompt)
+        opening = plan.target.start_text(prompt)
         row, read = (_padded(tokens, slots) for tokens in ([*opening, *plain], prompt))
         keys = row_keys(seed, np.asarray([index], np.int32))
         position = jnp.int32(len(opening) + first)

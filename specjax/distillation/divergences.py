@@ -1,23 +1,48 @@
-"""How far the draft's next-token law is from the target's: one function per divergence, per position.
+"""Divergences between the next-token distributions of target and draft, one function each.
 
-Every function takes logits `[B, T, V]`, works in float32, and returns `[B, T]`, unreduced: masking and
-averaging are the objective's. P are the target's probabilities and Q the draft's (the papers' p and q).
-Sources: DistillSpec (arXiv 2310.08461) and GKD (arXiv 2306.13649), which compare the first four; LK losses
-(arXiv 2602.23881) for the last two. A probability that underflows contributes 0 to the value, and nothing that is not
-finite to the gradient.
+Every function takes the target's and the draft's logits `[B, T, V]`, computes in float32, and returns one value for
+each position, `[B, T]`; the objective masks and averages them. P are the target's probabilities and Q the draft's.
+Sources: DistillSpec (arXiv 2310.08461) and GKD (arXiv 2306.13649) compare the first four; LK losses (arXiv 2602.23881)
+introduce the last two. A probability that underflows adds 0 to the value, and the gradient stays finite.
+
+A user's own divergence is a function of this signature, named "path/to/file.py:name" in a config. Its parameters are
+keyword-only, as `beta` of `jsd` is.
 """
 
-import functools
+import dataclasses
+import inspect
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from specjax.runtime.errors import UserError, nearest
+from specjax.runtime.extensions import named
+
+# Hard labels: the negative log-likelihood of the batch's own tokens. It needs no target, so it is not a divergence.
+CROSS_ENTROPY = "cross_entropy"
 
 Logits = Float[Array, "B T V"]
-Divergence = Callable[[Logits, Logits], Float[Array, "B T"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Divergence:
+    """A divergence with its parameters: a function of (target_logits, draft_logits).
+
+    Attributes:
+      name: by which a config names it.
+      function: takes the logits, and the parameters by keyword.
+      parameters: pairs of name and value.
+    """
+
+    name: str
+    function: Callable[..., Float[Array, "B T"]]
+    parameters: tuple[tuple[str, Any], ...] = ()
+
+    def __call__(self, target_logits: Logits, draft_logits: Logits) -> Float[Array, "B T"]:
+        return self.function(target_logits, draft_logits, **dict(self.parameters))
 
 
 def forward_kl(target_logits: Logits, draft_logits: Logits) -> Float[Array, "B T"]:
@@ -36,20 +61,24 @@ def reverse_kl(target_logits: Logits, draft_logits: Logits) -> Float[Array, "B T
 def jsd(target_logits: Logits, draft_logits: Logits, *, beta: float) -> Float[Array, "B T"]:
     """beta KL(P || M) + (1 - beta) KL(Q || M) with M = beta P + (1 - beta) Q (generalised Jensen-Shannon).
 
-    It goes to 0 at both ends, there `jsd / beta` to KL(P || Q) and `jsd / (1 - beta)` to KL(Q || P), and is
-    bounded by the entropy of (beta, 1 - beta). The weights are GKD's; some libraries turn beta round.
+    As beta goes to 0, `jsd / beta` goes to KL(P || Q); as it goes to 1, `jsd / (1 - beta)` goes to KL(Q || P). The
+    value is at most the entropy of (beta, 1 - beta). The weights are GKD's; some libraries swap beta and 1 - beta.
 
     Raises:
-      UserError: where beta is not strictly between 0 and 1.
+      UserError: if beta is not strictly between 0 and 1.
     """
-    _check_beta(beta)
+    if not 0 < beta < 1:
+        raise UserError(
+            f"jsd with beta {beta} is not defined or 0 everywhere; choose 0 < beta < 1, or the divergence "
+            '"forward_kl" (its limit at beta 0) or "reverse_kl" (at beta 1)'
+        )
     target_log_probs, draft_log_probs = _log_probs(target_logits), _log_probs(draft_logits)
     mixture = jnp.logaddexp(target_log_probs + jnp.log(beta), draft_log_probs + jnp.log1p(-beta))
     return beta * _kl(target_log_probs, mixture) + (1 - beta) * _kl(draft_log_probs, mixture)
 
 
 def total_variation(target_logits: Logits, draft_logits: Logits) -> Float[Array, "B T"]:
-    """1/2 sum_v |P - Q| = 1 - sum_v min(P, Q): how likely lossless decoding is to reject a drafted token.
+    """1/2 sum_v |P - Q| = 1 - sum_v min(P, Q): the probability that lossless decoding rejects a drafted token.
 
     Source of the identity: Leviathan et al. (arXiv 2211.17192), section 3.
     """
@@ -64,19 +93,19 @@ def acceptance(target_logits: Logits, draft_logits: Logits) -> Float[Array, "B T
 
 
 def negative_log_acceptance(target_logits: Logits, draft_logits: Logits) -> Float[Array, "B T"]:
-    """-log sum_v min(P, Q): total variation's gradient over the acceptance, so that it does not vanish from afar.
+    """-log sum_v min(P, Q); its gradient, total variation's over the acceptance, does not vanish far away.
 
-    Against a target that is sure of one token it is the cross-entropy.
+    If the target gives all probability to one token, it is the cross-entropy.
     """
     target_log_probs, draft_log_probs = _log_probs(target_logits), _log_probs(draft_logits)
     return -jax.nn.logsumexp(jnp.minimum(target_log_probs, draft_log_probs), axis=-1)
 
 
 def lk_hybrid(target_logits: Logits, draft_logits: Logits) -> Float[Array, "B T"]:
-    """w KL(P || Q) + (1 - w) TV(P, Q) with w = exp(-3 sum_v min(P, Q)), position by position.
+    """w KL(P || Q) + (1 - w) TV(P, Q) with w = exp(-3 sum_v min(P, Q)) at each position.
 
-    Far from the target it is nearly the KL, near it mostly total variation. No gradient flows through w; the 3 is the
-    paper's best setting.
+    Far from the target it is nearly the KL, near it mostly total variation. No gradient flows through w. The factor 3
+    is the paper's best setting.
     """
     weight = jnp.exp(-_ETA * jax.lax.stop_gradient(acceptance(target_logits, draft_logits)))
     kl, distance = forward_kl(target_logits, draft_logits), total_variation(target_logits, draft_logits)
@@ -95,26 +124,56 @@ DIVERGENCES = {
 }
 
 
-def divergence(name: str, beta: float) -> Divergence:
-    """The divergence called `name`; `beta` is read by `jsd` alone.
+def divergence(name: str | Callable, **parameters: Any) -> Divergence | None:
+    """The divergence called `name` with its parameters; None for "cross_entropy" (hard labels).
+
+    Args:
+      name: a key of `DIVERGENCES`, "cross_entropy", "path/to/file.py:name" of a user's own function, or the function.
+      parameters: keyword-only parameters of the function, such as `beta` of "jsd".
 
     Raises:
-      UserError: for a name that is none, and for a degenerate beta of `jsd`.
+      UserError: for an unknown name, an unknown or missing parameter, a parameter out of range, and a function that
+        does not return one value for each position.
     """
-    if name not in DIVERGENCES:
-        raise UserError(f'unknown divergence "{name}"{nearest(name, [*DIVERGENCES, "cross_entropy"])}')
-    if name != "jsd":
-        return DIVERGENCES[name]
-    _check_beta(beta)
-    return functools.partial(jsd, beta=beta)
+    known = _parameters(name)
+    for parameter in parameters:
+        if parameter not in known:
+            raise UserError(f'{parameter} is not a parameter of divergence "{name}"{nearest(parameter, known)}')
+    for parameter, details in known.items():
+        if parameter not in parameters and details.default is inspect.Parameter.empty:
+            raise UserError(f'divergence "{name}" needs {parameter}; set loss.{parameter}')
+    if name == CROSS_ENTROPY:
+        return None
+    bound = Divergence(str(name), _function(name), tuple(parameters.items()))
+    logits = jax.ShapeDtypeStruct((2, 3, 5), jnp.float32)
+    returned = jax.eval_shape(bound, logits, logits)
+    if getattr(returned, "shape", None) != (2, 3):
+        raise UserError(f'divergence "{name}" must return an array [B, T] for logits [B, T, V], not {returned}')
+    return bound
 
 
-def _check_beta(beta: float) -> None:
-    if not 0 < beta < 1:
-        raise UserError(
-            f"jsd with beta {beta} is not defined or 0 everywhere; choose 0 < beta < 1, or the divergence "
-            '"forward_kl" (its limit at beta 0) or "reverse_kl" (at beta 1)'
-        )
+def of_config(loss: Any) -> Divergence | None:
+    """The divergence that a config's `loss` section names, with the section's other keys as its parameters.
+
+    `beta`, which every config has, may be unused.
+
+    Raises:
+      UserError: as `divergence` does.
+    """
+    values = {key: loss[key] for key in loss if key not in ("divergence", "temperature", "chunk")}
+    if "beta" not in _parameters(loss["divergence"]):
+        values.pop("beta", None)
+    return divergence(loss["divergence"], **values)
+
+
+def _function(name: str | Callable) -> Callable:
+    return name if callable(name) else named(name, {**DIVERGENCES, CROSS_ENTROPY: lambda *logits: None}, "divergence")
+
+
+def _parameters(name: str | Callable) -> dict[str, inspect.Parameter]:
+    """Keyword-only parameters by name."""
+    parameters = inspect.signature(_function(name)).parameters.items()
+    return {key: details for key, details in parameters if details.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
 def _wide(logits: Logits) -> Logits:
@@ -122,7 +181,7 @@ def _wide(logits: Logits) -> Logits:
 
 
 def _log_probs(logits: Logits) -> Logits:
-    # Finite, so that a token which neither law has (a logit of -inf in both) gives no inf - inf.
+    # Finite: a token with a logit of -inf in both distributions would give inf - inf.
     return jnp.maximum(jax.nn.log_softmax(_wide(logits)), jnp.finfo(jnp.float32).min)
 
 

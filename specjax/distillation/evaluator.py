@@ -1,4 +1,4 @@
-"""Speculative decoding in training: how many tokens a target call the draft is worth by now."""
+"""Speculative decoding during training: the draft's block efficiency (tokens per target call) so far."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,25 +7,31 @@ import jax
 
 from specjax.data import batches, tasks
 from specjax.decoding import batch
+from specjax.decoding.drafters.base import Drafter
 from specjax.decoding.drafters.model import ModelDraft
 from specjax.decoding.drafters.table import build_drafter, make_options
 from specjax.decoding.plan import Plan
 from specjax.decoding.sampling import Sampling
 from specjax.hub.tokenizer import Tokenizer
-from specjax.models.self_draft import SelfDraft
+from specjax.models.attachment import AttachedDraft
 
 
-def _drafter(material: Any, gamma: int) -> Any:
-    if isinstance(material.draft, SelfDraft):
-        adapter = material.draft.adapter
-        return build_drafter(make_options(adapter.drafter, {}), material.target, gamma, adapter)
-    return build_drafter(ModelDraft(), material.target, gamma, material.draft)
+def _drafter(inputs: Any, gamma: int) -> Drafter:
+    if isinstance(inputs.draft, AttachedDraft):
+        attachment = inputs.draft.attachment
+        return build_drafter(make_options(attachment.drafter, {}), inputs.target, gamma, attachment)
+    return build_drafter(ModelDraft(), inputs.target, gamma, inputs.draft)
 
 
 def make_evaluator(
-    config: Any, material: Any, task: tasks.Task, tokenizer: Tokenizer, mesh: jax.sharding.Mesh
+    config: Any, inputs: Any, task: tasks.Task, tokenizer: Tokenizer, mesh: jax.sharding.Mesh
 ) -> Callable:
-    """The trainer's in-training speculative evaluation: (draft params, step) -> {"block_efficiency": ...}."""
+    """The trainer's `evaluator`: a function (draft's parameters, step) -> {"block_efficiency": ...}.
+
+    Args:
+      config: of a training stage.
+      inputs: a `trainer.TrainingInputs` with a target.
+    """
     section = config.speculative_eval
     lengths = (config.data.prompt_length_min, config.data.prompt_length_max)
     prompts = batches.evaluation_prompts(
@@ -33,20 +39,20 @@ def make_evaluator(
     )
     ids = [prompt.tokens for prompt in prompts]
     plan = Plan.for_prompts(
-        material.target,
+        inputs.target,
         ids,
         max_new_tokens=section.max_new_tokens,
         greedy=section.temperature == 0,
-        drafter=_drafter(material, section.gamma),
+        drafter=_drafter(inputs, section.gamma),
         gamma=section.gamma,
-        replicate_draft=material.replicate,
+        replicate_draft=inputs.replicate,
     )
     put = batch.Placer(mesh)
 
     def evaluate(params: Any, step: int) -> dict[str, float]:
         result = batch.decode(
             plan,
-            material.target_params,
+            inputs.target_params,
             params,
             ids,
             indices=range(len(ids)),

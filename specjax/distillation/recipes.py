@@ -1,7 +1,7 @@
-"""Knowledge distillation by name: whose text a draft learns on, and by which divergence from its target.
+"""Distillation recipes by name: which text a draft learns on, and which divergence it minimises.
 
-The families are those that DistillSpec (arXiv 2310.08461, section 4 and appendix) tells apart. A name is nothing but
-its parts: `expand` writes them into the config, and everything that follows reads the parts alone.
+They are the methods that DistillSpec (arXiv 2310.08461, section 4 and appendix) compares. `expand` writes the settings
+of a recipe into the config; everything else reads those settings and never the name.
 """
 
 import dataclasses
@@ -10,27 +10,27 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from specjax.distillation.data_sources import SOURCES
-from specjax.distillation.objective import CROSS_ENTROPY
+from specjax.distillation.divergences import CROSS_ENTROPY
 from specjax.runtime.errors import UserError, nearest
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """The parts of a recipe.
+    """The settings of a recipe.
 
     Attributes:
-      fixed: share of steps on the corpus.
-      draft: share of steps on text that the draft writes.
-      target: share of steps on text that the target writes.
-      divergence: a name of `divergences.DIVERGENCES`, or "cross_entropy" (hard labels).
-      beta: of `jsd`; None where it is not asked for.
+      fixed: fraction of steps on the corpus.
+      draft: fraction of steps on text that the draft writes.
+      target: fraction of steps on text that the target writes.
+      divergence: a key of `divergences.DIVERGENCES`, or "cross_entropy" (hard labels).
+      parameters: of the divergence, pairs of name and value.
     """
 
     fixed: float
     draft: float
     target: float
     divergence: str
-    beta: float | None = None
+    parameters: tuple[tuple[str, float], ...] = ()
 
 
 RECIPES = {
@@ -43,20 +43,20 @@ RECIPES = {
     # f-Distill (arXiv 2307.15190) with total variation, on text of both models.
     "f_distill": Recipe(fixed=0.0, draft=0.5, target=0.5, divergence="total_variation"),
     # On-policy GKD (arXiv 2306.13649).
-    "gkd": Recipe(fixed=0.0, draft=1.0, target=0.0, divergence="jsd", beta=0.5),
-    # What DistillSpec recommends to begin with; the divergence it would have validated for the task and the decoding.
+    "gkd": Recipe(fixed=0.0, draft=1.0, target=0.0, divergence="jsd", parameters=(("beta", 0.5),)),
+    # DistillSpec's first recommendation; it advises to validate the divergence for the task and the decoding.
     "distillspec": Recipe(fixed=0.0, draft=1.0, target=0.0, divergence="forward_kl"),
 }
 
 
 def expand(config: Any) -> ConfigDict:
-    """A copy of a training stage's config in which the parts of its `recipe` stand; as it is where that is "".
+    """A copy of a training stage's config with the settings of its `recipe`; unchanged if that is "".
 
-    Parts that the config leaves open (all three fractions 0; `loss.divergence` "") become the recipe's; parts that it
-    states must be the recipe's.
+    Settings that the config leaves open (all three fractions 0, `loss.divergence` "") are set. Others must agree with
+    the recipe.
 
     Raises:
-      UserError: for an unknown recipe, and for parts that contradict it.
+      UserError: for an unknown recipe, and for settings that contradict it.
     """
     expanded = ConfigDict(config.to_dict())
     if not config.recipe:
@@ -69,18 +69,21 @@ def expand(config: Any) -> ConfigDict:
         _agree(config.recipe, {f"data.{name}": (data[name], getattr(recipe, name)) for name in SOURCES}, 0.0)
     if loss.divergence:
         _agree(config.recipe, {"loss.divergence": (loss.divergence, recipe.divergence)}, "")
-    if recipe.beta is not None:
-        _agree(config.recipe, {"loss.beta": (loss.beta, recipe.beta)}, recipe.beta)
+    for name, value in recipe.parameters:
+        _agree(config.recipe, {f"loss.{name}": (loss[name], value)}, value)
     data.update({name: getattr(recipe, name) for name in SOURCES})
     loss.divergence = recipe.divergence
     return expanded
 
 
-def _agree(name: str, parts: dict[str, tuple[Any, Any]], left_open: Any) -> None:
-    """Refuses the first part that is not the recipe's; `left_open` is what would have left it to the recipe."""
-    for key, (stated, meant) in parts.items():
-        if stated != meant:
+def _agree(name: str, settings: dict[str, tuple[Any, Any]], left_open: Any) -> None:
+    """Raises UserError for the first of `settings` (key -> (config's, recipe's)) that differs from the recipe's.
+
+    `left_open` is the value with which the config leaves the setting to the recipe.
+    """
+    for key, (stated, expected) in settings.items():
+        if stated != expected:
             raise UserError(
-                f'the recipe "{name}" means {key} {meant!r} and the config says {stated!r}; set that to {left_open!r}, '
-                'or recipe to ""'
+                f'the recipe "{name}" means {key} {expected!r} and the config says {stated!r}; set that to '
+                f'{left_open!r}, or recipe to ""'
             )

@@ -1,35 +1,40 @@
-"""Which settings of training make sense together, asked before anything is compiled."""
+"""Checks of a training config, before anything is compiled."""
 
 from typing import Any
 
 from specjax.distillation import data_sources, objective
+from specjax.models.attachment import AttachedDraft
 from specjax.models.language_model import NEXT
 from specjax.runtime.errors import UserError, nearest
 
-# What `train.best_metric` may name, and which way it is better.
+# Values of `train.best_metric`, and whether the best one is the lowest or the highest.
 BEST_METRICS = {"validation_loss": "min", "validation_acceptance": "max"}
 
 
-def check(config: Any, material: Any) -> None:
-    """Refuses settings of training that make no sense together, before anything is compiled.
+def check(config: Any, inputs: Any) -> None:
+    """Checks that the settings of training are valid and fit the models.
+
+    Args:
+      inputs: a `trainer.TrainingInputs`.
 
     Raises:
       UserError: naming the setting.
     """
-    has_target = material.target is not None
+    has_target = inputs.target is not None
     data, train, loss = config.data, config.train, config.loss
-    writes = material.draft.predicts == NEXT
-    if material.draft.needs_target and (not has_target or (writes and loss.divergence == objective.CROSS_ENTROPY)):
+    predicts_next = inputs.draft.predicts == NEXT
+    hard_labels = loss.divergence == objective.CROSS_ENTROPY
+    if isinstance(inputs.draft, AttachedDraft) and (not has_target or (predicts_next and hard_labels)):
         raise UserError(
             "an adapter learns from the target that it is attached to: set `target`, and loss.divergence to one that "
             f'compares with it, not "{loss.divergence}"'
         )
-    if data.draft > 0 and not writes:
+    if data.draft > 0 and not predicts_next:
         raise UserError(
-            f"data.draft is {data.draft}, but what is trained guesses further tokens and writes no text of its own; "
+            f"data.draft is {data.draft}, but the model to train predicts further tokens and writes no text; "
             "set data.draft to 0, and data.target to have the target write"
         )
-    objective.check(loss.divergence, loss.beta, loss.temperature, loss.chunk, has_target=has_target)
+    objective.Loss.of_config(loss, inputs.draft, inputs.target)
     data_sources.check_fractions(data_sources.fractions_of(data), has_target=has_target)
     for name in ("steps", "log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_last"):
         if train[name] < 1:
@@ -48,9 +53,9 @@ def check(config: Any, material: Any) -> None:
             f"data.batch_size ({data.batch_size}) must be a multiple of optimizer.accumulation * mesh.data * "
             f"mesh.fsdp ({rows})"
         )
-    generated = material.longest_prompt + data.generation.max_new_tokens if data.fixed < 1 else 0
+    generated = inputs.longest_prompt + data.generation.max_new_tokens if data.fixed < 1 else 0
     longest = max(data.sequence_length, generated)
-    for role, model in (("model", material.draft), ("target", material.target)):
+    for role, model in (("model", inputs.draft), ("target", inputs.target)):
         if model is not None and longest > model.config.max_positions:
             raise UserError(
                 f"rows of {longest} tokens do not fit the {role}'s {model.config.max_positions} positions; "

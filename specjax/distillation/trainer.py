@@ -1,7 +1,7 @@
-"""One trainer for plain training and every kind of distillation: the loop around the optimiser step.
+"""The training loop, for plain training and every kind of distillation.
 
-The device is never waited for inside the loop: while step k + 1 runs, the host reads the metrics of step k
-and looks for a loss that is not finite. Whatever is saved was read, and found finite, before.
+The loop never waits for the device: while step k + 1 runs, the host reads the metrics of step k and checks that its
+loss is finite. A checkpoint is written only after that check.
 """
 
 import contextlib
@@ -14,10 +14,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from specjax.distillation import data_sources, objective, settings, update
+from specjax.distillation import data_sources, settings, update
 from specjax.distillation.cached_text import CachedText
 from specjax.distillation.meter import Clock, Interval
-from specjax.distillation.steps import make_steps
+from specjax.distillation.steps import make_functions
+from specjax.models.attachment import runtime_params
 from specjax.models.language_model import LanguageModel, Params
 from specjax.reporting.records import MetricsLog
 from specjax.runtime import mesh as meshes
@@ -30,16 +31,16 @@ Evaluator = Callable[[Params, int], Mapping[str, float]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
-    """What training came to.
+class TrainingResult:
+    """The result of a run.
 
     Attributes:
-      params: the last ones.
-      steps: updates made.
-      train_seconds: by the training clock, over all sittings.
-      tokens: positions learned from.
-      loss: training loss by the last line of the log.
-      validation: one dict an evaluation, with its `step`.
+      params: after the last step.
+      steps: number of updates.
+      train_seconds: of the training clock, including the time before interruptions.
+      tokens: number of positions trained on.
+      loss: training loss in the last line of the log.
+      validation: one dict for each evaluation, with its `step`.
     """
 
     params: Params
@@ -51,9 +52,9 @@ class Outcome:
 
     @property
     def last_quarter_improvement(self) -> float | None:
-        """Relative fall of the validation loss over the last quarter of the steps; None where unknown.
+        """Relative decrease of the validation loss over the last quarter of the steps; None if it was not measured.
 
-        The quarter begins at the last evaluation that is not later than 3/4 of the steps.
+        The quarter starts at the last evaluation within the first 3/4 of the steps.
         """
         before = [line for line in self.validation if line["step"] <= 0.75 * self.steps]
         if not before or not self.steps or not before[-1]["validation_loss"]:
@@ -63,19 +64,19 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingInputs:
-    """What is trained on what.
+    """The models and data of a training run.
 
     Attributes:
-      draft: the model that learns, from `params`; of a self-draft, the adapter alone does.
-      params: its parameters before step 0.
-      target: the model to learn from, with `target_params`; None for plain training. With the divergence
-        "cross_entropy" it only measures the acceptance on validation data.
-      target_params: the target's parameters, laid out on the mesh.
+      draft: the model that learns; for an `AttachedDraft`, the attachment learns.
+      params: its parameters at step 0.
+      target: the model to learn from; None for plain training. With the divergence "cross_entropy" it only measures the
+        acceptance on validation data.
+      target_params: the target's parameters, sharded over the mesh.
       batches: an endless iterator with `get_state` and `set_state`, see `data.batches`.
       validation: batches of the same layout.
       eos_ids: ids that end a generated row.
-      longest_prompt: most tokens of a prompt that a row of `batches` can have.
-      target_text: what the target wrote before; None has it write as it is needed.
+      longest_prompt: maximum number of prompt tokens in a row of `batches`.
+      target_text: text that the target wrote earlier; None generates it during training.
       replicate: every device of the mesh's tensor axis holds the whole draft and its optimiser state.
     """
 
@@ -92,56 +93,56 @@ class TrainingInputs:
 
 
 class Trainer:
-    """Trains until `train.steps` and, where asked for, until a time has passed; resumes what was cut off.
+    """Trains for `train.steps` steps and at least `min_seconds`, and resumes an interrupted run.
 
-    `workdir` gets metrics.jsonl and checkpoints/. A run that is killed at any moment and started again
-    arrives, on CPU, at the very bits that it would have arrived at.
+    It writes metrics.jsonl and checkpoints/ in `workdir`. On CPU, a run that is killed at any moment and resumed ends
+    with the same bits as an uninterrupted one.
     """
 
     def __init__(
         self,
         config: Any,
         workdir: str | Path,
-        material: TrainingInputs,
+        inputs: TrainingInputs,
         mesh: jax.sharding.Mesh,
         *,
         min_seconds: float,
         evaluator: Evaluator | None,
     ):
-        """Builds the functions of the loop; nothing is compiled yet.
+        """Builds the functions of the loop without compiling them.
 
         Args:
           config: with the sections seed, data, loss, optimizer, train, speculative_eval and mesh.
-          min_seconds: training goes on at the final learning rate until its clock shows this; 0 is off.
+          min_seconds: training continues at the final learning rate until the training clock shows this; 0 is off.
           evaluator: called with (params, step) every `speculative_eval.every` steps; its numbers are logged.
 
         Raises:
-          UserError: for settings that make no sense.
+          UserError: for invalid settings.
         """
-        settings.check(config, material)
-        self.config, self.material, self.mesh = config, material, mesh
+        settings.check(config, inputs)
+        self.config, self.inputs, self.mesh = config, inputs, mesh
         self.workdir, self.min_seconds, self.evaluator = Path(workdir), min_seconds, evaluator
         optimizer = update.make_optimizer(config.optimizer, config.train.steps)
-        axes = material.draft.axes(replicate=material.replicate)
-        self.state = update.initial_state(material.params, axes, optimizer, mesh)
+        axes = inputs.draft.axes(replicate=inputs.replicate)
+        self.state = update.initial_state(inputs.params, axes, optimizer, mesh)
         self.clock = Clock()
-        self.step, self.saved, self.seconds = 0, None, 0.0  # seconds as of the last checkpoint
+        self.step, self.saved, self.seconds = 0, None, 0.0  # `seconds` are those of the last checkpoint
         self.tokens, self.loss, self.validation = 0.0, None, []
-        self._log: MetricsLog | None = None  # the first process alone has one
+        self._log: MetricsLog | None = None  # only in the first process
         self._pending: tuple[int, dict] | None = None
         self._interval = Interval(self.clock.seconds)
         self._executables: dict[str, Callable] = {}
         self._fractions = data_sources.fractions_of(config.data)
         placed = jax.tree.map(lambda leaf: leaf.sharding, self.state)
-        self._steps = make_steps(config, material.draft, material.target, material.eos_ids, optimizer, placed, mesh)
-        self._teacher_params = material.target_params if self._steps.needs_teacher else None
+        self._functions = make_functions(config, inputs.draft, inputs.target, inputs.eos_ids, optimizer, placed, mesh)
+        self._teacher_params = inputs.target_params if self._functions.needs_teacher else None
 
-    def run(self) -> Outcome:
+    def run(self) -> TrainingResult:
         """Trains to the end, from the last checkpoint if there is one.
 
         Raises:
-          UserError: where the loss is no longer finite; the last checkpoint stays as it is.
-          Stopped: where the run was told to stop; it is saved as it stands.
+          UserError: if the loss is not finite; the last checkpoint remains.
+          Stopped: if the process was asked to stop; the current step is saved first.
         """
         train = self.config.train
         checkpoints = Checkpointer(
@@ -164,19 +165,20 @@ class Trainer:
             if not resumed:
                 self._evaluate()
             self._loop(checkpoints)
-        return Outcome(self.state.params, self.step, self.seconds, self.tokens, self.loss, tuple(self.validation))
+        validation = tuple(self.validation)
+        return TrainingResult(self.state.params, self.step, self.seconds, self.tokens, self.loss, validation)
 
     def _loop(self, checkpoints: Checkpointer) -> None:
         train = self.config.train
         finished = self._finished()
         with progress(total=train.steps, description=self.workdir.name, unit="step") as bar:
-            # The time left is reckoned from the steps of this sitting.
+            # The remaining time is estimated from the steps since the start or resumption.
             bar.initial = bar.n = self.step
             while not finished:
                 if stopping.stop_asked():
                     self._save(checkpoints, {})
                     raise stopping.Stopped
-                self._advance(next(self.material.batches))
+                self._advance(next(self.inputs.batches))
                 bar.update()
                 finished = self._finished()
                 if finished or self.step % train.eval_every == 0:
@@ -189,42 +191,42 @@ class Trainer:
             return False
         finished = self.clock.seconds >= self.min_seconds
         if self.min_seconds and jax.process_count() > 1:
-            # Clocks differ, and processes that disagree about another step would wait for each other forever.
+            # Clocks differ, and processes that disagree about one more step would deadlock.
             finished = bool(processes.from_first(finished))
         return finished
 
     def _advance(self, batch: Mapping[str, np.ndarray]) -> None:
-        """Dispatches one step, then reads the metrics of the one before it, which the device has ended."""
+        """Dispatches one step, then reads the metrics of the preceding one, which the device has finished."""
         source = data_sources.source_of_step(self._fractions, self.config.seed, self.step)
         rows = self._text(source, batch)
         shapes = {name: rows[name].shape for name in ("tokens", "sources") if name in rows}
         name = f"update {shapes}"
-        self.state, metrics = self._call(name, self._steps.update, (), self.state, self._teacher_params, rows)
+        self.state, metrics = self._call(name, self._functions.update, (), self.state, self._teacher_params, rows)
         self.step += 1
         previous, self._pending = self._pending, (self.step, metrics)
         self._read(previous)
 
     def _text(self, source: str, batch: Mapping[str, np.ndarray]) -> Mapping[str, jax.Array]:
-        """The batch itself, its prompts continued by a model, or rows that the target wrote before."""
+        """The rows of this step: the batch, its prompts continued by draft or target, or stored text of the target."""
         if source == data_sources.FIXED:
             return update.shard(batch, self.mesh)
-        material = self.material
-        if source == data_sources.TARGET and material.target_text is not None:
-            rows = material.target_text.batch(self.config.seed, self.step, self.config.data.batch_size)
+        inputs = self.inputs
+        if source == data_sources.TARGET and inputs.target_text is not None:
+            rows = inputs.target_text.batch(self.config.seed, self.step, self.config.data.batch_size)
             return update.shard(rows, self.mesh)
         width = data_sources.prompt_width(
-            batch["prompt_lengths"], self.config.data.prompt_length_max, material.longest_prompt
+            batch["prompt_lengths"], self.config.data.prompt_length_max, inputs.longest_prompt
         )
-        given = batch["sources"] if "sources" in batch else batch["tokens"]
-        prompts = update.shard({"tokens": given[:, :width], "lengths": batch["prompt_lengths"]}, self.mesh)
-        of_target = source == data_sources.TARGET
-        # The draft writes what it would draft, in ids that the target has.
-        model = material.target if of_target else self._steps.author
-        own = self.state.params
-        params = material.target_params if of_target else model.joined(own, material.target_params)
+        texts = batch["sources"] if "sources" in batch else batch["tokens"]
+        prompts = update.shard({"tokens": texts[:, :width], "lengths": batch["prompt_lengths"]}, self.mesh)
+        if source == data_sources.TARGET:
+            model, params = inputs.target, inputs.target_params
+        else:
+            model = self._functions.author
+            params = runtime_params(model, self.state.params, inputs.target_params)
         return self._call(
             f"{source} {width}",
-            self._steps.generate,
+            self._functions.generate,
             (model,),
             params,
             prompts["tokens"],
@@ -233,14 +235,14 @@ class Trainer:
         )
 
     def _call(self, name: str, function: Any, static: tuple, *arguments: Any) -> Any:
-        """Calls the compiled function; compiles it first, off the clock, where the name is new."""
+        """Calls the function, compiled under this name; a new name is compiled first, with the clock paused."""
         if name not in self._executables:
-            self._settle()
+            self._read_pending()
             with self.clock.paused():
                 self._executables[name] = function.lower(*static, *arguments).compile()
         return self._executables[name](*arguments)
 
-    def _settle(self) -> None:
+    def _read_pending(self) -> None:
         """Waits for the last step and reads its metrics."""
         previous, self._pending = self._pending, None
         self._read(previous)
@@ -255,8 +257,7 @@ class Trainer:
         self.tokens += values["tokens"]
         self._interval.add(values)
         if step % self.config.train.log_every == 0:
-            has_target = self.config.loss.divergence != objective.CROSS_ENTROPY
-            line = self._interval.line(self.clock.seconds, has_target)
+            line = self._interval.line(self.clock.seconds, self._functions.has_teacher)
             self.loss = line["loss"]
             self._write(step, line)
             self._interval = Interval(self.clock.seconds)
@@ -268,26 +269,26 @@ class Trainer:
     def _check_finite(self, what: str, step: int, *values: float) -> None:
         if all(math.isfinite(value) for value in values):
             return
-        kept = "there is no checkpoint yet" if self.saved is None else f"the checkpoint of step {self.saved} stays"
+        last = "there is no checkpoint yet" if self.saved is None else f"the checkpoint of step {self.saved} remains"
         raise UserError(
-            f"the {what} or its gradient is no longer finite at step {step} ({kept}); run again in a new "
+            f"the {what} or its gradient is not finite at step {step} ({last}); run again in a new "
             "workdir with a lower optimizer.peak_learning_rate or optimizer.clip_norm, or more "
             "optimizer.warmup_steps"
         )
 
     def _evaluate(self) -> None:
-        """Validation loss (and acceptance), and every so often the evaluator's numbers; off the clock."""
-        self._settle()
+        """Measures validation loss and acceptance, and if due the evaluator's numbers, with the clock paused."""
+        self._read_pending()
         with self.clock.paused():
             sums = []
-            for batch in self.material.validation:
+            for batch in self.inputs.validation:
                 rows = update.shard(batch, self.mesh)
-                sums.append(self._steps.validation_loss(self.state.params, self.material.target_params, rows))
+                sums.append(self._functions.validation_loss(self.state.params, self.inputs.target_params, rows))
             sums = jax.device_get(sums)
             tokens = max(sum(float(part.tokens) for part in sums), 1.0)
             line = {"validation_loss": sum(float(part.loss) for part in sums) / tokens}
             self._check_finite("validation loss", self.step, line["validation_loss"])
-            if self.material.target is not None:
+            if self.inputs.target is not None:
                 line["validation_acceptance"] = sum(float(part.acceptance) for part in sums) / tokens
             self.validation.append({"step": self.step, **line})
             every = self.config.speculative_eval.every
@@ -296,14 +297,14 @@ class Trainer:
             self._write(self.step, {**line, "train_seconds": self.clock.seconds})
 
     def _save(self, checkpoints: Checkpointer, measured: Mapping[str, float | int]) -> None:
-        """Saves the run as it stands, under the validation metrics of this step (none where it was not validated)."""
-        self._settle()
+        """Saves the run with the validation metrics of this step; empty if it was not validated."""
+        self._read_pending()
         if self.saved == self.step:
             return
         with self.clock.paused():
             self.seconds = self.clock.seconds
             host = {
-                "batches": self.material.batches.get_state(),
+                "batches": self.inputs.batches.get_state(),
                 "seconds": self.seconds,
                 "tokens": self.tokens,
                 "loss": self.loss,
@@ -315,7 +316,7 @@ class Trainer:
             self.saved = self.step
 
     def _restore(self, checkpoints: Checkpointer) -> bool:
-        """Continues from the last checkpoint; says whether there was one."""
+        """Restores the last checkpoint; returns whether there was one."""
         abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), self.state
         )
@@ -324,7 +325,7 @@ class Trainer:
             return False
         self.state, host, self.step = restored
         self.saved = self.step
-        self.material.batches.set_state(host["batches"])
+        self.inputs.batches.set_state(host["batches"])
         self.seconds = host["seconds"]
         self.clock = Clock(self.seconds)
         self.tokens, self.loss, self.validation = host["tokens"], host["loss"], host["validation"]

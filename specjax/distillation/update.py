@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from specjax.distillation import objective
-from specjax.models.language_model import LanguageModel, Params
+from specjax.models.language_model import Params
 from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError
 
@@ -42,34 +42,6 @@ class TrainState:
     params: Any
     optimizer_state: Any
     step: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Loss:
-    """`objective.distillation_loss` with its models and settings: (params, target_params, batch) -> Sums."""
-
-    draft: LanguageModel
-    target: LanguageModel | None
-    divergence: str
-    beta: float
-    temperature: float
-    chunk: int
-
-    def __call__(self, params: Params, target_params: Params | None, batch: Mapping) -> objective.Sums:
-        return objective.distillation_loss(
-            self.draft,
-            self.draft.joined(params, target_params),
-            self.target,
-            target_params,
-            batch["tokens"],
-            batch["lengths"],
-            batch["loss_start"],
-            prompts=(batch["sources"], batch["prompt_lengths"]) if "sources" in batch else None,
-            divergence=self.divergence,
-            beta=self.beta,
-            loss_temperature=self.temperature,
-            chunk=self.chunk,
-        )
 
 
 def shard(batch: Mapping, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
@@ -126,7 +98,9 @@ def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
     )
 
 
-def make_step(loss: Loss, optimizer: optax.GradientTransformation, rate: Callable, accumulation: int) -> Callable:
+def make_step(
+    loss: objective.Loss, optimizer: optax.GradientTransformation, rate: Callable, accumulation: int
+) -> Callable:
     """The update `(state, target_params, batch) -> (state, metrics)`; `accumulation` microbatches at a time.
 
     The gradient is that of the mean over all counted positions of the batch, however it is cut up.

@@ -1,4 +1,4 @@
-"""An adapter, or Medusa heads, alone in a directory: a file of their own, tied to the target whose states they read."""
+"""Reads and writes adapters: trained attachments of a target (see `models.attachment`), each in its own directory."""
 
 import dataclasses
 import hashlib
@@ -12,32 +12,33 @@ import numpy as np
 from jax.tree_util import keystr
 
 from specjax.hub import weights
-from specjax.models.adapters import Adapter, AdapterConfig
+from specjax.models.attachment import Attachment
 from specjax.models.language_model import LanguageModel, Params
-from specjax.models.medusa import MedusaConfig, MedusaHeads
+from specjax.models.table import ATTACHMENTS, make_attachment
 from specjax.runtime import processes
 from specjax.runtime.dtypes import dtype_named
-from specjax.runtime.errors import UserError, nearest
+from specjax.runtime.errors import UserError
+from specjax.runtime.extensions import place_of
 
 CONFIG_FILE = "adapter_config.json"
 _FORMAT = "specjax-adapter-1"
-# What may be attached to a target, by its `type` in the file; without one it is an adapter.
-_TYPES = {"adapter": (Adapter, AdapterConfig), "medusa": (MedusaHeads, MedusaConfig)}
-# Values of each parameter that enter the fingerprint.
+# Fields of the file that are not options of the attachment.
+_FIELDS = ("format", "type", "param_dtype", "target")
+# How many values of each parameter enter the fingerprint.
 _SAMPLE = 64
 
 
 def fingerprint(decoder: LanguageModel, params: Params) -> str:
-    """What tells a target from another: its config, and some values out of each of its parameters.
+    """A hash that identifies a target, of its config and of some values of each parameter.
 
-    Values are rounded to bfloat16 first, so that a checkpoint has one fingerprint whether it is kept in float32 or in
-    bfloat16. In float16, which rounds otherwise, it may have another.
+    Values are rounded to bfloat16 first, so that a checkpoint has the same fingerprint in float32 and in bfloat16. In
+    float16 it may have another.
     """
     fields = dataclasses.asdict(decoder.config)
     for name in ("param_dtype", "compute_dtype"):
         del fields[name]
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
-    samples = processes.fetch(_samples(params))  # all processes come here together
+    samples = processes.fetch(_samples(params))  # collective: every process calls this
     for path, values in jax.tree_util.tree_leaves_with_path(samples):
         digest.update(_name(path).encode())
         digest.update(np.asarray(values).tobytes())
@@ -52,13 +53,15 @@ def _samples(params: Params) -> Params:
 
 @dataclasses.dataclass(frozen=True)
 class LoadedAdapter:
-    """An adapter (or Medusa heads) with its parameters.
+    """An attachment with its parameters.
 
     Attributes:
-      target: fingerprint of the model to which it belongs.
+      adapter: the network.
+      params: its parameters.
+      target: fingerprint of the model that it was trained with.
     """
 
-    adapter: Adapter | MedusaHeads
+    adapter: Attachment
     params: Any
     target: str
 
@@ -68,7 +71,7 @@ class LoadedAdapter:
         return self.adapter
 
     def check(self, target: str) -> None:
-        """Raises UserError unless `target` is the fingerprint of its own target."""
+        """Raises UserError unless `target` is the fingerprint of the model that it was trained with."""
         if target != self.target:
             raise UserError(
                 f"this adapter belongs to another target (fingerprint {self.target[:8]}, this model's is "
@@ -77,14 +80,14 @@ class LoadedAdapter:
 
 
 def save(directory: str | Path, loaded: LoadedAdapter) -> None:
-    """Writes `adapter.safetensors` and `adapter_config.json`; replaces those of an earlier adapter.
+    """Writes `adapter.safetensors` and `adapter_config.json`, replacing an earlier adapter's.
 
     Raises:
-      UserError: if the directory holds other files, or cannot be written.
+      UserError: if the directory holds other files or cannot be written.
     """
     from safetensors.numpy import save_file
 
-    directory, config = Path(directory), loaded.adapter.config
+    directory, network, config = Path(directory), type(loaded.adapter), loaded.adapter.config
     others = sorted(
         {path.name for path in directory.iterdir()} - {CONFIG_FILE, weights.SPECJAX_ADAPTER_FILE}
         if directory.is_dir()
@@ -95,8 +98,8 @@ def save(directory: str | Path, loaded: LoadedAdapter) -> None:
     leaves = jax.tree_util.tree_leaves_with_path(loaded.params)
     fields = {
         "format": _FORMAT,
-        "type": next(name for name, (network, _) in _TYPES.items() if isinstance(loaded.adapter, network)),
-        **{name: getattr(config, name) for name in _own_fields(type(config))},
+        "type": {network: name for name, network in ATTACHMENTS.items()}.get(network, "") or place_of(network),
+        **{name: getattr(config, name) for name in config.options()},
         "param_dtype": config.target.param_dtype,
         "target": {"fingerprint": loaded.target, "family": config.target.family, "layers": config.target.layers},
     }
@@ -109,7 +112,7 @@ def save(directory: str | Path, loaded: LoadedAdapter) -> None:
 
 
 def holds_one(directory: str | Path) -> bool:
-    """Whether this is the directory of an adapter that specjax wrote."""
+    """Whether specjax wrote an adapter to this directory."""
     return (Path(directory) / weights.SPECJAX_ADAPTER_FILE).is_file()
 
 
@@ -117,16 +120,16 @@ def load(directory: str | Path, target: LanguageModel, *, shardings=None) -> Loa
     """Reads an adapter for a target of the right sizes; the caller checks the fingerprint.
 
     Args:
-      shardings: a function of the adapter that gives the tree of shardings; the default device without one.
+      shardings: a function from the adapter to its tree of shardings; None puts it on the default device.
 
     Raises:
-      UserError: for whatever is missing or damaged, and for an adapter that does not fit the target.
+      UserError: for a missing or damaged file, and for an adapter whose sizes differ from the target's.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     directory = Path(directory)
-    adapter, belongs = describe(directory, target)
+    adapter, trained_with = describe(directory, target)
     path = directory / weights.SPECJAX_ADAPTER_FILE
     try:
         stored = load_file(path)
@@ -139,40 +142,35 @@ def load(directory: str | Path, target: LanguageModel, *, shardings=None) -> Loa
     }
     if expected != {name: values.shape for name, values in stored.items()}:
         raise UserError(
-            f"the tensors in {path} are not those of this adapter on this target; take the target it is for"
+            f"the tensors in {path} have other names or shapes than this adapter on this target; load the target "
+            "with which it was trained"
         )
     dtype = dtype_named(adapter.config.target.param_dtype)
     params = jax.tree_util.tree_map_with_path(
         lambda path, leaf: jnp.asarray(stored[_name(path)]).astype(dtype), adapter.abstract_params()
     )
     params = params if shardings is None else jax.device_put(params, shardings(adapter))
-    return LoadedAdapter(adapter, params, belongs)
+    return LoadedAdapter(adapter, params, trained_with)
 
 
-def describe(directory: Path, target: LanguageModel) -> tuple[Adapter | MedusaHeads, str]:
-    """What the directory's `adapter_config.json` describes on this target, and the fingerprint of its own target.
+def describe(directory: Path, target: LanguageModel) -> tuple[Attachment, str]:
+    """The adapter in a directory without its parameters, for this target, and the fingerprint of the target it is for.
+
+    The file's `type` is a key of `ATTACHMENTS`, or the place of a user's own class; without one it is "adapter".
 
     Raises:
-      UserError: for a file that is missing or damaged, or not one of ours.
+      UserError: for a file that is missing, damaged or not ours, or whose class cannot be found.
     """
-    described, fields = directory / CONFIG_FILE, weights.read_json(directory / CONFIG_FILE)
+    path, fields = directory / CONFIG_FILE, weights.read_json(directory / CONFIG_FILE)
     if fields.get("format") != _FORMAT:
-        raise UserError(f'{described} has no "format": "{_FORMAT}"; name a directory that specjax wrote an adapter to')
-    kind = fields.get("type", "adapter")
-    if kind not in _TYPES:
-        raise UserError(f'{described}: "type" is {kind!r}{nearest(kind, _TYPES)}')
-    network, config_of = _TYPES[kind]
+        raise UserError(f'{path} has no "format": "{_FORMAT}"; name a directory that specjax wrote an adapter to')
+    options = {name: value for name, value in fields.items() if name not in _FIELDS}
     try:
-        config = config_of(target.config, **{name: fields[name] for name in _own_fields(config_of)})
-        belongs = fields["target"]["fingerprint"]
+        return make_attachment(fields.get("type", "adapter"), target.config, options), fields["target"]["fingerprint"]
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     except (KeyError, TypeError) as error:
-        raise UserError(f"{described} lacks or misstates {error}; export the adapter again") from None
-    return network(config), belongs
-
-
-def _own_fields(config_of: type) -> list[str]:
-    """What a config says beyond its target."""
-    return [field.name for field in dataclasses.fields(config_of) if field.name != "target"]
+        raise UserError(f"{path} lacks or misstates {error}; export the adapter again") from None
 
 
 def _name(path) -> str:

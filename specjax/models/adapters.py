@@ -1,16 +1,17 @@
-"""A light network on the hidden states of a decoder's first layers, which makes a draft of them (Kangaroo)."""
+"""Kangaroo's adapter (arXiv 2404.18911): a light network on the target's hidden states after its first layers."""
 
 import dataclasses
 import functools
-from typing import Any, ClassVar
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int
 
 from specjax.models import kv_cache, layers
+from specjax.models.attachment import Attachment, AttachmentConfig, States
 from specjax.models.config import DecoderConfig
-from specjax.models.language_model import NEXT, LanguageModel, Network, Params, fit_logits
+from specjax.models.language_model import LanguageModel, Params, fit_logits
 from specjax.models.rotary import Rotary, angles
 from specjax.runtime import mesh as meshes
 from specjax.runtime.dtypes import dtype_named
@@ -19,29 +20,27 @@ from specjax.runtime.errors import UserError, nearest
 KINDS = ("attention", "layer", "mlp", "none")
 _ATTENDING, _WITH_MLP = ("attention", "layer"), ("layer", "mlp")
 
-# Of targets that have no rotary positions of their own.
+# Rotary base of an adapter whose target has no rotary positions.
 _THETA = 1e4
 
 
 @dataclasses.dataclass(frozen=True)
-class AdapterConfig:
-    """What an adapter is; its sizes are those of its target.
+class AdapterConfig(AttachmentConfig):
+    """Options of an adapter.
 
     Attributes:
-      target: the decoder to which it is attached.
-      exit_layer: after how many of the target's layers.
-      kind: "attention" is the paper's; "layer" (attention and MLP), "mlp" (two projections of width D) and "none" (the
-        norm before the head alone) are those that it is compared with.
-      own_head: whether it has a trainable head of its own; the target's frozen one otherwise.
+      exit_layer: the adapter reads the states after this many of the target's layers.
+      kind: "attention" is the paper's. Its ablations: "layer" (attention and MLP), "mlp" (two projections of width D),
+        "none" (only the norm before the head).
+      own_head: whether it trains a head; otherwise it uses the target's frozen head.
     """
 
-    target: DecoderConfig
     exit_layer: int
     kind: str = "attention"
     own_head: bool = False
 
     def __post_init__(self):
-        check_target(self.target)
+        super().__post_init__()
         if not 1 <= self.exit_layer < self.target.layers:
             raise UserError(
                 f"an adapter's exit_layer must lie in 1 .. {self.target.layers - 1} for this target, "
@@ -52,7 +51,7 @@ class AdapterConfig:
 
     @property
     def inner(self) -> DecoderConfig:
-        """Its one layer as a decoder's: the target's sizes and rotary positions, RMS norms, no biases."""
+        """The adapter as a decoder of one layer: the target's sizes and rotary positions, RMS norms, no biases."""
         target = self.target
         return DecoderConfig(
             vocab_size=target.vocab_size,
@@ -72,14 +71,8 @@ class AdapterConfig:
         )
 
 
-def check_target(config: DecoderConfig) -> None:
-    """Raises UserError for a target that nothing attaches to."""
-    if type(config) is not DecoderConfig:  # an encoder-decoder's is a subclass
-        raise UserError("an adapter attaches to a decoder-only model, not to an encoder-decoder; take another target")
-
-
 class AdapterModule(nnx.Module):
-    """The parameters of an adapter and what is computed with them."""
+    """Parameters and forward pass of an adapter."""
 
     def __init__(self, config: AdapterConfig, rngs: nnx.Rngs):
         inner = config.inner
@@ -98,10 +91,10 @@ class AdapterModule(nnx.Module):
     def extend(self, cache, hidden, positions):
         if self.attention is not None:
             capacity = hidden.shape[1] if cache is None else cache.capacity
-            turned = angles(self.config.inner.rotary, positions, capacity)
+            cosine_sine = angles(self.config.inner.rotary, positions, capacity)
             keys, values = (None, None) if cache is None else (cache.keys[0], cache.values[0])
             inputs = self.attention_norm(hidden)
-            mixed, keys, values = self.attention(inputs, turned, positions, None, keys, values)
+            mixed, keys, values = self.attention(inputs, cosine_sine, positions, None, keys, values)
             hidden = hidden + mixed
             cache = None if cache is None else cache.with_layer(0, keys, values)
         if self.mlp is not None:
@@ -112,47 +105,42 @@ class AdapterModule(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Adapter(Network):
-    """The self-draft's own part (arXiv 2404.18911, section 3): with f the hidden state at the exit layer,
+class Adapter(Attachment):
+    """Kangaroo's adapter (section 3). With f the hidden state at the exit layer,
 
     f' = f + Attention(RMSNorm(f)), and logits = head(RMSNorm'(f')).
 
-    The attention is causal, with rotary positions and a cache of its own; the head is the target's, frozen. With as
-    many key heads as query heads, and heads that span the width, that is 4 D^2 + 2 D parameters.
+    The attention is causal, with rotary positions and its own cache; the head is the target's, frozen. If there are as
+    many key heads as query heads, and the heads span the width, it has 4 D^2 + 2 D parameters.
     """
 
     config: AdapterConfig
+    config_class = AdapterConfig
     module = AdapterModule
-    drafter: ClassVar[str] = "kangaroo"
-    predicts: ClassVar[tuple[tuple[int, float], ...]] = NEXT
+    drafter = "kangaroo"
 
-    def init_on(self, key: Key[Array, ""], target: LanguageModel, target_params: Params) -> Params:
-        """Parameters to begin training with: random ones."""
-        return self.init(key)
+    @property
+    def taps(self) -> tuple[int, ...]:
+        return (self.config.exit_layer,)
 
     def start(self, batch: int, capacity: int) -> kv_cache.Cache | None:
-        """An empty cache; None where there is nothing to cache (capacity 0: training)."""
         inner = self.config.inner
-        if not capacity or self.config.kind == "none":
+        if self.config.kind == "none":
             return None
-        if self.config.kind not in _ATTENDING:  # nothing to remember but how often it ran
+        if self.config.kind not in _ATTENDING:  # no keys and values; the meter counts how often it ran
             return kv_cache.Cache((), (), kv_cache.Meter.zeros(batch))
         return kv_cache.zeros(inner, batch, capacity, dtype_named(inner.compute_dtype))
 
     def extend(
-        self, params: Params, cache: Any, hidden: Float[Array, "B T D"], positions: Int[Array, "B T"]
+        self, params: Params, cache: Any, states: States, positions: Int[Array, "B T"]
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """Runs the adapter on the target's states at the exit layer; consecutive positions in each row.
-
-        Returns:
-          hidden states before the adapter's final norm; the cache with this call's slots written.
-        """
-        return self.bind(params).extend(cache, hidden, positions)
+        """Returns the hidden states before the adapter's final norm, and the cache."""
+        return self.bind(params).extend(cache, *states, positions)
 
     def head(
         self, params: Params, target: LanguageModel, target_params: Params, hidden: Float[Array, "B T D"]
     ) -> Float[Array, "B T V"]:
-        """The adapter's final norm, then the target's projection or its own: float32 logits."""
+        """The adapter's final norm, then the target's projection or the adapter's: float32 logits."""
         module = self.bind(params)
         hidden = module.norm(hidden)
         if module.unembedding is None:

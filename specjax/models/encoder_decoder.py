@@ -232,7 +232,7 @@ class EncoderDecoder(LanguageModel):
     module = EncoderDecoderModule
     is_encoder_decoder = True
 
-    def opening(self, prompt: Sequence[int]) -> list[int]:
+    def start_text(self, prompt: Sequence[int]) -> list[int]:
         return [self.config.start_token]
 
     def text_slots(self, prompt_slots: int) -> int:

@@ -1,6 +1,6 @@
-"""What every language model is to the rest of the program: init, start, extend, head.
+"""The interface of every language model: init, start, extend, head.
 
-Inside are Flax NNX modules; outside, parameters are a plain nested dict of arrays, so that `jax.jit`, `jax.grad`
+Models are Flax NNX modules inside. Outside, parameters are a plain nested dict of arrays, so that `jax.jit`, `jax.grad`
 and shardings apply to them directly.
 """
 
@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,21 @@ from specjax.runtime import mesh as meshes
 
 Params = dict
 
-# What a head predicts: the next token, whose loss is the whole loss.
-NEXT = ((0, 1.0),)
+
+class Prediction(NamedTuple):
+    """What a head predicts at each position.
+
+    Attributes:
+      offset: how many places after the next token the predicted token is; 0 is the next token.
+      weight: of this prediction in the loss.
+    """
+
+    offset: int
+    weight: float
+
+
+# What a language model predicts.
+NEXT = (Prediction(0, 1.0),)
 
 
 @functools.cache
@@ -28,7 +41,7 @@ def _abstract(module: type, config: Any):
     def shaped():
         rngs = nnx.Rngs(params=0)
         key = rngs.params()
-        rngs.params = lambda: key  # shapes ask for no keys of their own, which are most of the time of tracing this
+        rngs.params = lambda: key  # shapes do not depend on the key, and splitting it is most of the tracing time
         return module(config, rngs)
 
     return nnx.split(nnx.eval_shape(shaped))
@@ -41,10 +54,11 @@ def _init(module: type, config: Any, key: jax.Array) -> Params:
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """Parameters described once, by an NNX module: their values, shapes and axes follow. Hashable and static.
+    """A network without its parameters, hashable and static. Their values, shapes and axes follow from its NNX module.
 
     Attributes:
-      config: what the network is.
+      config: sizes and options, hashable.
+      module: NNX class, constructed as `module(config, rngs)`.
     """
 
     config: Any
@@ -52,7 +66,7 @@ class Network:
 
     @property
     def num_params(self) -> int:
-        """Parameters, the tied head counted once."""
+        """Number of parameters; a tied head counts once."""
         return sum(math.prod(x.shape) for x in jax.tree.leaves(self.abstract_params()))
 
     def init(self, key: jax.Array) -> Params:
@@ -60,14 +74,14 @@ class Network:
         return _init(self.module, self.config, key)
 
     def abstract_params(self) -> Params:
-        """The tree of `init` as shapes and dtypes, nothing allocated."""
+        """The tree of `init` as shapes and dtypes; nothing is allocated."""
         return nnx.to_pure_dict(_abstract(self.module, self.config)[1])
 
     def axes(self, *, replicate: bool = False) -> Params:
         """The tree of `init` with a tuple of logical axis names in place of each array.
 
         Args:
-          replicate: do not split over the tensor axis of a mesh: each of its devices holds all of it.
+          replicate: every device of a mesh's tensor axis holds all parameters.
         """
         named = jax.tree.map(
             lambda variable: variable.get_metadata()["axes"],
@@ -84,26 +98,24 @@ class Network:
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel(Network):
-    """A language model: hashable and static; parameters are passed in.
+    """A language model, hashable and static; parameters are passed to its methods.
 
     Positions are absolute and consecutive within a call: `positions[b] = positions[b, 0] + arange(T)`.
 
-    A *text* is what the model continues. Of a decoder-only model it begins with the prompt; an encoder-decoder reads
-    the prompt apart, and its text begins with a start token.
+    A *text* is what the model continues. The text of a decoder-only model starts with the prompt. An encoder-decoder
+    encodes the prompt separately, and its text starts with a start token.
 
     Attributes:
-      config: what the model is.
-      logits_size: V of the logits where it is not the model's own, see `fitted`.
-      is_encoder_decoder: of an encoder-decoder.
-      needs_target: whether it runs on another model's parameters beside its own, see `joined`.
-      predicts: what `head` gives of each hidden state, one after another: of the token so many places behind the next
-        one, with the weight of its loss. Anything but the next token alone is learned, not written with.
+      config: sizes and options.
+      logits_size: V of the logits if it differs from the config's vocabulary, see `with_vocab_size`.
+      is_encoder_decoder: whether prompts are encoded separately.
+      predicts: what `head` predicts from each hidden state, in order. Only a model that predicts the next token alone
+        can write text.
     """
 
     logits_size: int | None = dataclasses.field(default=None, kw_only=True)
     is_encoder_decoder: ClassVar[bool] = False
-    needs_target: ClassVar[bool] = False
-    predicts: ClassVar[tuple[tuple[int, float], ...]] = NEXT
+    predicts: ClassVar[tuple[Prediction, ...]] = NEXT
 
     @property
     def layers(self) -> int:
@@ -115,52 +127,47 @@ class LanguageModel(Network):
         return self.logits_size or self.config.vocab_size
 
     def with_vocab_size(self, vocab_size: int) -> "LanguageModel":
-        """This model, with the same parameters, as a law over the first `vocab_size` ids.
+        """This model, with the same parameters, as a distribution over the first `vocab_size` ids.
 
-        Models with one tokenizer may pad their embeddings to different sizes. To draft for a model, another has to
-        speak of that model's ids: it loses ids beyond them, and gives probability 0 to those that it lacks.
+        Models with one tokenizer may pad their embeddings to different sizes. A draft needs the target's size: ids
+        beyond it are dropped, and ids that the draft lacks get probability 0.
         """
         return dataclasses.replace(self, logits_size=None if vocab_size == self.config.vocab_size else vocab_size)
 
     @property
     def num_step_params(self) -> int:
-        """Parameters read to decode one token: of a table only a row, and the head whole."""
+        """Parameters read to decode one token: all but the embedding tables, of which only one row is read."""
         params = self.abstract_params()
         tables = [params["positions"]] if self.config.learned_positions else []
         tables += [] if self.config.tied_head else [params["embedding"]]
         return self.num_params - sum(math.prod(table.shape) for table in tables)
 
-    def joined(self, params: Params, target_params: Params | None) -> Params:
-        """What the model runs with: its own parameters, or those and its target's where it is a part of that."""
-        del target_params
-        return params
-
     def check_split(self, mesh: jax.sharding.Mesh) -> None:
-        """Raises UserError where heads or vocabulary do not divide evenly over the mesh's tensor axis."""
+        """Raises UserError if heads, MLP or vocabulary do not divide evenly over the mesh's tensor axis."""
         config = self.config
         sizes = {"heads": config.heads, "key/value heads": config.kv_heads, "vocabulary": config.vocab_size}
         meshes.check_split({**sizes, "MLP width": config.mlp_width}, mesh)
 
-    def opening(self, prompt: Sequence[int]) -> list[int]:
-        """The tokens with which the text of this prompt begins."""
+    def start_text(self, prompt: Sequence[int]) -> list[int]:
+        """The tokens that the text of this prompt starts with."""
         return list(prompt)
 
     def text_slots(self, prompt_slots: int) -> int:
-        """Columns of `start_texts` for so many columns of prompts."""
+        """Number of columns of `start_texts` for prompts of `prompt_slots` columns."""
         return prompt_slots
 
     def start_texts(
         self, prompts: Int[Array, "B P"], lengths: Int[Array, "B"]
     ) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
-        """`opening` of a batch: right-padded tokens and their lengths."""
+        """`start_text` for a batch: right-padded tokens, and their lengths."""
         return prompts, lengths
 
     def start(self, params: Params, prompts: Int[Array, "B P"], lengths: Int[Array, "B"], capacity: int) -> Any:
-        """What `extend` needs of the prompts: an empty cache (an encoder-decoder encodes them here).
+        """The cache that `extend` starts from. An encoder-decoder encodes the prompts here.
 
         Args:
-          capacity: slots of the cache; with 0 nothing is cached, and `extend` is the plain forward of training (a
-            decoder-only model then needs nothing and returns None).
+          capacity: slots of the cache; 0 for the forward pass of training without a cache, where a decoder-only model
+            returns None.
 
         Raises:
           ValueError: if the texts do not fit the capacity.
@@ -177,18 +184,18 @@ class LanguageModel(Network):
         *,
         layers: tuple[int, int] | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """Runs layers `lo..hi-1` on tokens, or on the hidden states that layer `lo - 1` left.
+        """Runs layers `lo..hi-1` on tokens, or on the hidden states after layer `lo - 1`.
 
         Args:
-          cache: of `start`; keys and values of this call are written at `positions`. Where nothing is cached it is
-            the plain causal forward over the T tokens alone.
-          inputs: token ids (embedded first), or hidden states to resume from.
+          cache: of `start`; keys and values of this call are written at `positions`. Without a cache, the T tokens
+            attend causally to each other alone.
+          inputs: token ids, which are embedded first, or hidden states to resume from.
           positions: absolute, consecutive in each row.
-          mask: further restriction of what is visible (True: may be seen), beside causality.
-          layers: the range (lo, hi); all of them when None.
+          mask: True where a query may see a slot, in addition to causality.
+          layers: the range (lo, hi); None for all layers.
 
         Returns:
-          hidden states after layer `hi - 1`, before the final norm; the cache with this call's slots written.
+          hidden states after layer `hi - 1`, before the final norm; the cache with the slots of this call written.
         """
         lo, hi = layers if layers is not None else (0, self.config.layers)
         return self.bind(params).extend(cache, inputs, positions, mask, lo, hi)
@@ -198,21 +205,21 @@ class LanguageModel(Network):
         return fit_logits(self.bind(params).head(hidden), self.vocab_size)
 
     def normed(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """The final norm alone: what `unembed` makes logits of."""
+        """The final norm alone; `unembed` takes its output."""
         return self.bind(params).normed(hidden)
 
     def unembed(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """The output projection alone, for hidden states that a norm of the caller's has passed: float32 logits."""
+        """The output projection alone, on hidden states that are already normalised: float32 logits."""
         return fit_logits(self.bind(params).unembed(hidden), self.vocab_size)
 
 
 def look_up(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """The rows of these ids; an id without a row, of another model's padding, has the last one on every backend."""
+    """The embeddings of these ids; an id past the table (another model's padding) gets the last row."""
     return table.at[tokens].get(mode="clip")
 
 
 def fit_logits(logits: Float[Array, "... V"], vocab_size: int) -> Float[Array, "... W"]:
-    """Logits over the first `vocab_size` ids: what is beyond them goes, what is missing gets probability 0."""
+    """Logits over the first `vocab_size` ids: further ids are dropped, missing ones get probability 0."""
     missing = vocab_size - logits.shape[-1]
     if missing <= 0:
         return logits[..., :vocab_size]

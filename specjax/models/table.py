@@ -1,11 +1,52 @@
-"""The kind of model that a config describes."""
+"""Models by what their configs say: language models by the config's class, attachments by name."""
 
+from collections.abc import Mapping
+from typing import Any
+
+from specjax.models.adapters import Adapter
+from specjax.models.attachment import Attachment
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
 from specjax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from specjax.models.language_model import LanguageModel
+from specjax.models.medusa import MedusaHeads
+from specjax.runtime.errors import UserError, nearest
+from specjax.runtime.extensions import named
+
+# Names are values of `model.init`, sections of a training config, and `type` in an exported `adapter_config.json`.
+ATTACHMENTS: dict[str, type[Attachment]] = {"adapter": Adapter, "medusa": MedusaHeads}
 
 
 def model_of(config: DecoderConfig) -> LanguageModel:
-    """The model, static, without parameters."""
+    """The language model with this config, without parameters."""
     return EncoderDecoder(config) if isinstance(config, EncoderDecoderConfig) else Decoder(config)
+
+
+def make_attachment(name: str, target: DecoderConfig, options: Mapping[str, Any]) -> Attachment:
+    """The attachment called `name`, without parameters, for this target.
+
+    Args:
+      name: a key of `ATTACHMENTS`, or "path/to/file.py:Name" of a user's own subclass of Attachment.
+      options: every field of its config class but the target.
+
+    Raises:
+      UserError: for an unknown name, a missing or unknown option, and values out of range.
+    """
+    attachment = named(name, ATTACHMENTS, "attachment")
+    if not (isinstance(attachment, type) and issubclass(attachment, Attachment)):
+        raise UserError(f"{name} must be a subclass of specjax.models.attachment.Attachment")
+    known = attachment.config_class.options()
+    for option in options:
+        if option not in known:
+            raise UserError(f'{option} is not an option of the attachment "{name}"{nearest(option, known)}')
+    for option in known:
+        if option not in options:
+            raise UserError(f'the attachment "{name}" needs {option}; give it a value')
+    return attachment(attachment.config_class(target, **options))
+
+
+def is_attachment(name: str) -> bool:
+    """Whether `model.init` names an attachment, and not "random", a directory or an earlier stage."""
+    place, _, attribute = name.rpartition(":")
+    of_user = place.endswith(".py") or (place != "stage" and all(part.isidentifier() for part in place.split(".")))
+    return name in ATTACHMENTS or (of_user and attribute.isidentifier())

@@ -11,8 +11,9 @@ from jax.stages import Lowered
 
 from specjax.decoding import loop
 from specjax.distillation import data_sources, recipes, settings, trainer, update
-from specjax.distillation.steps import Steps, make_steps
+from specjax.distillation.steps import TrainingFunctions, make_functions
 from specjax.evaluation import cases
+from specjax.models.attachment import runtime_params
 from specjax.models.language_model import LanguageModel, Network
 from specjax.planning import hlo
 from specjax.planning.models import ModelCatalog, placed, replicated, rows
@@ -71,7 +72,7 @@ class TrainingStage:
     mesh: AnyMesh
     state: update.TrainState
     teacher: Any
-    steps: Steps
+    steps: TrainingFunctions
 
     @property
     def prompt_slots(self) -> int:
@@ -105,7 +106,7 @@ def training(config: Any, catalog: ModelCatalog, mesh: AnyMesh) -> TrainingStage
     state = update.abstract_state(params, draft.axes(replicate=config.model.replicate), optimizer, mesh)
     teacher = None if target is None else placed(target, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    steps = make_steps(config, draft, target, _EOS, optimizer, shardings, mesh)
+    steps = make_functions(config, draft, target, _EOS, optimizer, shardings, mesh)
     stage = TrainingStage(config, draft, target, mesh, state, teacher, steps)
     inputs = trainer.TrainingInputs(draft, state.params, target, teacher, iter(()), (), _EOS, stage.prompt_slots)
     settings.check(config, inputs)
@@ -119,7 +120,7 @@ def training_executables(stage: TrainingStage) -> Iterator[Executable]:
     fractions, width = data_sources.fractions_of(data), data.sequence_length
     prompts = rows(mesh, batch_size, stage.prompt_slots), rows(mesh, batch_size), jax.ShapeDtypeStruct((), jnp.int32)
     trip_counts = lambda source: data.generation.max_new_tokens if source.count("/while") == 1 else None
-    writers = {"draft": (stage.steps.author, stage.draft.joined(stage.state.params, stage.teacher))}
+    writers = {"draft": (stage.steps.author, runtime_params(stage.draft, stage.state.params, stage.teacher))}
     if not data.target_path:
         writers["target"] = (stage.target, stage.teacher)
     for source, (author, params) in writers.items():

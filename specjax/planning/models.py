@@ -1,4 +1,4 @@
-"""The models of a config without their weights: shapes with shardings, from `config.json` or from an earlier stage."""
+"""The models of a config as shapes with shardings, from `config.json` or from the description of an earlier stage."""
 
 import dataclasses
 from pathlib import Path
@@ -10,8 +10,8 @@ from specjax import distill
 from specjax.hub import adapter as hub_adapter
 from specjax.hub import load as hub_load
 from specjax.hub import model as hub_model
+from specjax.models.attachment import AttachedDraft, Attachment
 from specjax.models.language_model import LanguageModel, Network, Params
-from specjax.models.self_draft import SelfDraft
 from specjax.runtime import dtypes
 from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError, nearest
@@ -21,10 +21,13 @@ _STAGE = "stage:"
 
 
 def placed(model: Network, mesh: AnyMesh, *, replicate: bool = False) -> Params:
-    """The parameters as shapes, laid out as the rules say. Raises UserError for what does not divide.
+    """The parameters as shapes with their shardings on the mesh.
 
     Args:
-      replicate: every device of the tensor axis holds all of it.
+      replicate: every device of the tensor axis holds all parameters.
+
+    Raises:
+      UserError: if a sharded axis does not divide evenly.
     """
     shapes = model.abstract_params()
     return meshes.abstract(shapes, meshes.shardings(model.axes(replicate=replicate), mesh, shapes=shapes))
@@ -32,16 +35,16 @@ def placed(model: Network, mesh: AnyMesh, *, replicate: bool = False) -> Params:
 
 @dataclasses.dataclass
 class ModelCatalog:
-    """Models by what a config calls them: directories, and "stage:NAME" of stages described before.
+    """Models by the names that a config gives them: directories, and "stage:NAME" for a stage described before.
 
     Attributes:
-      made: of the stages so far, what each would export.
+      made: what each stage so far would export, by stage.
     """
 
     made: dict[str, LanguageModel] = dataclasses.field(default_factory=dict)
 
     def model(self, name: str, param_dtype: str, compute_dtype: str) -> LanguageModel:
-        """The model called `name`, in these dtypes ("auto" is bfloat16, whatever there is here)."""
+        """The model called `name` in these dtypes; "auto" is bfloat16, on every platform."""
         compute_dtype = "bfloat16" if compute_dtype == "auto" else compute_dtype
         for dtype in (param_dtype, compute_dtype):
             dtypes.dtype_named(dtype)
@@ -51,26 +54,25 @@ class ModelCatalog:
         config = dataclasses.replace(model.config, param_dtype=param_dtype, compute_dtype=compute_dtype)
         return dataclasses.replace(model, config=config)
 
-    def adapter(self, name: str, target: LanguageModel) -> Any:
-        """The adapter, or the heads, called `name`, on this target."""
+    def attachment(self, name: str, target: LanguageModel) -> Attachment:
+        """The attachment called `name`, for this target."""
         if not name.startswith(_STAGE):
             return hub_adapter.describe(Path(name), target)[0]
-        made = self._of_stage(name)
-        if not isinstance(made, SelfDraft):
-            raise UserError(f'"{name}" trains a model of its own, not an adapter; let its model.init be "adapter"')
-        return type(made.adapter)(dataclasses.replace(made.adapter.config, target=target.config))
+        draft = self._of_stage(name)
+        if not isinstance(draft, AttachedDraft):
+            raise UserError(f'"{name}" trains a separate model, not an adapter; set its model.init to "adapter"')
+        config = dataclasses.replace(draft.attachment.config, target=target.config)
+        return dataclasses.replace(draft.attachment, config=config)
 
     def trained(self, config: Any) -> tuple[LanguageModel, LanguageModel | None]:
-        """What a training stage trains, and its target."""
-        how = (config.model.param_dtype, config.model.compute_dtype)
-        target = self.model(config.target, *how) if config.target else None
+        """The model that a training stage trains, and its target."""
+        dtype_names = (config.model.param_dtype, config.model.compute_dtype)
+        target = self.model(config.target, *dtype_names) if config.target else None
         init = config.model.init
-        if init in (distill.ADAPTER, distill.MEDUSA):
-            if target is None:
-                raise UserError(f'model.init is "{init}", which attaches to a target: set `target`')
-            return distill.attachment(config, target), target
+        if distill.is_attachment(init):
+            return distill.new_attached_draft(config, target), target
         if init != distill.RANDOM:
-            return self.model(init, *how), target
+            return self.model(init, *dtype_names), target
         section = config.model.copy_and_resolve_references()
         section.compute_dtype = "bfloat16" if section.compute_dtype == "auto" else section.compute_dtype
         return distill.random_model(section, self._vocabulary(config.tokenizer), 0), target
@@ -83,29 +85,29 @@ class ModelCatalog:
     def _of_stage(self, name: str) -> LanguageModel:
         stage = name.removeprefix(_STAGE)
         if stage not in self.made:
-            raise UserError(f'"{name}" is of no stage that is planned before this one{nearest(stage, self.made)}')
+            raise UserError(f'"{name}" names no stage planned before this one{nearest(stage, self.made)}')
         return self.made[stage]
 
     def loaded(self, name: str, config: Any, mesh: AnyMesh, *, replicate: bool = False) -> hub_model.Model:
-        """A model as an evaluation holds it, its parameters laid out on the mesh."""
+        """A model as an evaluation loads it, with shapes as parameters."""
         model = self.model(name, config.param_dtype, config.compute_dtype)
         if not replicate:
             model.check_split(mesh)
         return hub_model.Model(model, placed(model, mesh, replicate=replicate), None, mesh)
 
     def attached(self, name: str, target: hub_model.Model) -> hub_adapter.LoadedAdapter:
-        """An adapter as an evaluation holds it."""
-        adapter = self.adapter(name, target.decoder)
-        return hub_adapter.LoadedAdapter(adapter, placed(adapter, target.mesh), "")
+        """An adapter as an evaluation loads it, with shapes as parameters."""
+        attachment = self.attachment(name, target.decoder)
+        return hub_adapter.LoadedAdapter(attachment, placed(attachment, target.mesh), "")
 
 
 def replicated(tree: Any, mesh: AnyMesh) -> Any:
-    """Shapes of which every device has a whole copy."""
-    everywhere = jax.NamedSharding(mesh, jax.P())
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), tree)
+    """The tree's shapes, replicated on every device."""
+    replicated_sharding = jax.NamedSharding(mesh, jax.P())
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated_sharding), tree)
 
 
 def rows(mesh: AnyMesh, *shape: int) -> jax.ShapeDtypeStruct:
-    """Whole numbers of a batch, its rows over the mesh's batch axes. Raises UserError where they do not divide."""
+    """An int32 shape with rows sharded over the mesh's batch axes. Raises UserError if they do not divide."""
     x = jax.ShapeDtypeStruct(shape, jax.numpy.int32)
     return meshes.abstract(x, meshes.shardings(("batch", *[None] * (len(shape) - 1)), mesh, shapes=x))

@@ -9,6 +9,9 @@ from typing import Any
 
 from specjax.runtime.errors import UserError, nearest
 
+# Starts the names of modules that were executed from a path.
+_PREFIX = "specjax_extension_"
+
 
 def named(name: str, table: Mapping[str, Any], what: str) -> Any:
     """Returns `table[name]`, or an object of the user's code: "path/to/file.py:Name" or "package.module:Name".
@@ -32,6 +35,14 @@ def named(name: str, table: Mapping[str, Any], what: str) -> Any:
     return getattr(module, attribute)
 
 
+def place_of(thing: Any) -> str:
+    """The name by which `named` finds a class or function in a later process: that of its file, or of its module."""
+    module = sys.modules[thing.__module__]
+    imported_from_path = module.__name__ == "__main__" or module.__name__.startswith(_PREFIX)
+    place = str(Path(module.__file__).resolve()) if imported_from_path else module.__name__
+    return f"{place}:{thing.__qualname__}"
+
+
 def _module(place: str, what: str) -> Any:
     """Imports a module by its name or path. A file is executed once per process."""
     if not place.endswith(".py"):
@@ -42,7 +53,7 @@ def _module(place: str, what: str) -> Any:
     path = Path(place).resolve()
     if not path.is_file():
         raise UserError(f"the {what} is in {place}, and there is no such file")
-    module_name = f"specjax_extension_{path.stem}_{abs(hash(str(path))):x}"
+    module_name = f"{_PREFIX}{path.stem}_{abs(hash(str(path))):x}"
     if module_name not in sys.modules:
         spec = importlib.util.spec_from_file_location(module_name, path)
         module = importlib.util.module_from_spec(spec)

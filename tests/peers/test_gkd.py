@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from specjax.distillation import data_sources, objective
+from specjax.distillation import data_sources, divergences, objective
 from specjax.distillation.trainer import Trainer, TrainingInputs
 from specjax.hub.load import load
 from specjax.hub.save import save
@@ -181,8 +181,8 @@ class Ours:
         self.mesh = meshes.make_mesh(config.mesh)
         (target, target_params), (draft, params) = map(load, pair)
         placed = meshes.shard(target_params, target.axes(), self.mesh)
-        material = TrainingInputs(draft, params, target, placed, iter(()), [], (), PROMPT)
-        self.trainer = Trainer(config, workdir, material, self.mesh, min_seconds=0.0, evaluator=None)
+        inputs = TrainingInputs(draft, params, target, placed, iter(()), [], (), PROMPT)
+        self.trainer = Trainer(config, workdir, inputs, self.mesh, min_seconds=0.0, evaluator=None)
         lengths = np.full(prompts.shape[1], PROMPT, np.int32)
         self.size = prompts.shape[1]
         named = {"lengths": lengths, "prompt_lengths": lengths, "loss_start": lengths}
@@ -249,18 +249,11 @@ def test_their_loss_is_ours(tmp_path, beta):
     lengths = draw.integers(PROMPT // 2, PROMPT + 9, ROWS).astype(np.int32)
     starts = (lengths - draw.integers(1, 8, ROWS)).astype(np.int32)
     (target, target_params), (draft, params) = map(load, pair)
-    sums = objective.distillation_loss(
-        draft,
-        # Not near the target's law, where both losses vanish.
-        jax.tree.map(lambda leaf: 4 * leaf, params),
-        target,
-        target_params,
-        *map(jnp.asarray, (tokens, lengths, starts)),
-        divergence="jsd",
-        beta=beta,
-        loss_temperature=1.0,
-        chunk=64,
-    )
+    loss = objective.Loss(draft, target, divergences.divergence("jsd", beta=beta), temperature=1.0, chunk=64)
+    # Far from the target's distribution, where both losses vanish.
+    params = jax.tree.map(lambda leaf: 4 * leaf, params)
+    batch = {"tokens": tokens, "lengths": lengths, "loss_start": starts}
+    sums = loss(params, target_params, jax.tree.map(jnp.asarray, batch))
     trainer = their_trainer(pair, tmp_path / "theirs", prompts_of(1, ROWS), "eager")
     trainer.beta = beta
     index = np.arange(tokens.shape[1])[None]

@@ -67,7 +67,7 @@ class KangarooDrafter(EarlyExitDrafter):
     def init(self, params, target_params, prefill: Prefill, row_keys):
         (states,) = prefill.tap_states
         cache = self.adapter.start(states.shape[0], prefill.capacity)
-        _, cache = self.adapter.extend(params, cache, states, consecutive(prefill.texts))
+        _, cache = self.adapter.extend(params, cache, prefill.tap_states, consecutive(prefill.texts))
         before = jnp.maximum(prefill.text_lengths - 2, 0)
         exits = jnp.take_along_axis(states, before[:, None, None], axis=1)
         return KangarooState(cache, jnp.pad(exits, ((0, 0), (0, self.gamma), (0, 0))), jnp.zeros_like(before))
@@ -82,7 +82,7 @@ class KangarooDrafter(EarlyExitDrafter):
             adapter_cache, cache = caches
             span = (0, self.exit_layer)
             hidden, cache = self.target.extend(target_params, cache, tokens, positions, layers=span)
-            return self.adapter.extend(params, adapter_cache, hidden, positions)[1], cache
+            return self.adapter.extend(params, adapter_cache, (hidden,), positions)[1], cache
 
         adapter_cache, target_cache = catch_up(context, self.gamma + 1, feed, (state.cache, target_cache))
         adapter_cache = kv_cache.counting(adapter_cache, context.live.astype(jnp.int32))
@@ -96,18 +96,18 @@ class KangarooDrafter(EarlyExitDrafter):
         start = jnp.maximum(lengths - 2, 0)
         positions = start[:, None] + jnp.arange(2, dtype=jnp.int32)[None]
         both = jnp.concatenate([before, hidden], axis=1)
-        mixed, cache = self.adapter.extend(params, state.cache, both, positions)
+        mixed, cache = self.adapter.extend(params, state.cache, (both,), positions)
         last = jnp.take_along_axis(mixed, (lengths - 1 - start)[:, None, None], axis=1)
         logits = self.adapter.head(params, self.target, target_params, last)[:, 0]
         return logits, dataclasses.replace(state, cache=cache)
 
     def logits(self, params, target_params, state: KangarooState, hidden, positions):
-        mixed, cache = self.adapter.extend(params, state.cache, hidden, positions)
+        mixed, cache = self.adapter.extend(params, state.cache, (hidden,), positions)
         logits = self.adapter.head(params, self.target, target_params, mixed)[:, 0]
         return logits, dataclasses.replace(state, cache=cache)
 
     def score(self, params, target_params, texts):
-        mixed, _ = self.adapter.extend(params, None, self.exits_of(target_params, texts), consecutive(texts))
+        mixed, _ = self.adapter.extend(params, None, (self.exits_of(target_params, texts),), consecutive(texts))
         return self.adapter.head(params, self.target, target_params, mixed)
 
     def with_exits(self, state: KangarooState, exits):

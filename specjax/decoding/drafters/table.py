@@ -27,19 +27,19 @@ DRAFTERS: dict[str, type[DrafterOptions]] = {
 }
 
 
-def options_class(kind: str) -> type[DrafterOptions]:
-    """The options of the drafter called `kind`: a name of `DRAFTERS`, or "path/to/file.py:Name" of a user's own class.
+def options_class(kind: str | type) -> type[DrafterOptions]:
+    """The options of a drafter: a name of `DRAFTERS`, "path/to/file.py:Name" of a user's own class, or that class.
 
     Raises:
       UserError: for an unknown name, and for what is no subclass of DrafterOptions.
     """
-    options = named(kind, DRAFTERS, "drafter")
+    options = named(kind, DRAFTERS, "drafter") if isinstance(kind, str) else kind
     if not (isinstance(options, type) and issubclass(options, DrafterOptions)):
         raise UserError(f'drafter "{kind}" must be a subclass of specjax.decoding.drafters.base.DrafterOptions')
     return options
 
 
-def make_options(kind: str, values: Mapping[str, Any], where: str = "") -> DrafterOptions:
+def make_options(kind: str | type, values: Mapping[str, Any], where: str = "") -> DrafterOptions:
     """The options of one drafter from a config's keys.
 
     Args:
