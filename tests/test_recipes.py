@@ -204,7 +204,7 @@ def test_text_of_another_tokenizer_is_refused(written):
     [
         ({"drafter.rule": "lenient_exp"}, "lenient_exp is lossy, and its text would not be the target's"),
         ({"count": 0}, "count is 0; it must be 1 or more"),
-        ({"seed": 7}, "holds text that was written otherwise; choose another --workdir"),
+        ({"seed": 7}, "contains text written with other settings; choose another --workdir"),
     ],
 )
 def test_writing_that_makes_no_sense_is_refused(home, written, changes, said):

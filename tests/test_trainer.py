@@ -450,12 +450,12 @@ def test_the_state_of_an_interval_stays_as_it_was_taken():
     values = {"loss": 6.0, "grad_norm": 1.0, "learning_rate": 0.5, "tokens": 4.0}
     interval = meter.Interval(10.0)
     interval.add(values)
-    taken = interval.state()
+    taken = dataclasses.asdict(interval)
     as_json = json.dumps(taken)
     interval.add({name: 3 * value for name, value in values.items()})
     assert json.dumps(taken) == as_json, "a checkpoint is written while training goes on"
     # Nor is it touched by what goes on from it.
-    resumed = meter.Interval.of(taken)
+    resumed = meter.Interval(**taken)
     assert resumed.line(12.0, False)["loss"] == 1.5 and resumed.line(12.0, False)["tokens_per_second"] == 2.0
     resumed.add(values)
     assert json.dumps(taken) == as_json

@@ -1,7 +1,7 @@
-"""Text that a target wrote once, on disk with all that it depends on; training reads it back instead of writing anew.
+"""Text that a target wrote, stored on disk for training, with a description of everything that it depends on.
 
-A folder holds about.json and one `rows-NNNNN.npz` a batch, each of the layout of `data.batches` with the seconds that
-writing it took. about.json is there before the first row, so that a folder is never filled from two sources.
+A directory contains about.json and one `rows-NNNNN.npz` for each batch, in the layout of `data.batches`, with the
+seconds that generating it took. about.json is written first, so that two sources never fill one directory.
 """
 
 import dataclasses
@@ -17,9 +17,9 @@ from specjax.runtime.errors import UserError
 
 ABOUT_FILE = "about.json"
 _FORMAT = "specjax-target-text-1"
-# Sets these random numbers apart from others that are drawn from the same seed.
+# Separates these random numbers from others with the same seed.
 _STREAM = 0x7E87
-# What each part of `provenance` is called in an error.
+# How an error describes a difference in each part of `provenance`.
 _PARTS = {
     "target": "of another target",
     "tokenizer": "of another tokenizer",
@@ -29,11 +29,11 @@ _PARTS = {
 
 
 def provenance(target: str, tokenizer: str, task: Any, data: Any) -> dict[str, Any]:
-    """What text of a target depends on, as JSON has it, but for the seed and how much of it there is.
+    """Everything that a target's text depends on, as JSON types, except its seed and amount.
 
     Args:
-      target: the model's fingerprint.
-      tokenizer: its tokenizer's.
+      target: fingerprint of the model.
+      tokenizer: fingerprint of its tokenizer.
       task: a config's `task` section.
       data: a config's `data` section.
     """
@@ -44,27 +44,27 @@ def provenance(target: str, tokenizer: str, task: Any, data: Any) -> dict[str, A
 
 
 def begin(directory: Path, about: Mapping[str, Any]) -> None:
-    """Makes the folder, or goes on with one that says the same.
+    """Creates the directory, or continues in one with the same description.
 
     Raises:
-      UserError: where the folder holds other text.
+      UserError: if the directory contains other text.
     """
     about = {"format": _FORMAT, **about}
     if (directory / ABOUT_FILE).exists():
         if _read_about(directory) != about:
-            raise UserError(f"{directory} holds text that was written otherwise; choose another --workdir")
+            raise UserError(f"{directory} contains text written with other settings; choose another --workdir")
         return
     directory.mkdir(parents=True, exist_ok=True)
     _replace(directory / ABOUT_FILE, lambda file: file.write(json.dumps(about, indent=1).encode() + b"\n"))
 
 
 def rows_file(directory: Path, number: int) -> Path:
-    """Where batch `number` lies once it is whole."""
+    """Path of the complete batch `number`."""
     return directory / f"rows-{number:05d}.npz"
 
 
 def write_rows(directory: Path, number: int, rows: Mapping[str, np.ndarray]) -> None:
-    """Writes one batch at once: after a kill there is the whole file or none."""
+    """Writes one batch atomically: after a kill, the file is complete or absent."""
     _replace(rows_file(directory, number), lambda file: np.savez(file, **rows))
 
 
@@ -73,10 +73,10 @@ class CachedText:
     """Rows that a target wrote.
 
     Attributes:
-      directory: where they lie.
-      about: what they depend on.
-      rows: arrays `[N, ...]` of the layout of `data.batches`.
-      seconds: what writing them took.
+      directory: where they are stored.
+      about: what they depend on, see `provenance`.
+      rows: arrays `[N, ...]` in the layout of `data.batches`.
+      seconds: that generating them took.
     """
 
     directory: Path
@@ -88,12 +88,12 @@ class CachedText:
         return len(self.rows["lengths"])
 
     def check(self, wanted: Mapping[str, Any]) -> None:
-        """Refuses text that is not what `wanted`, a `provenance`, describes.
+        """Checks that the text is what `wanted`, a `provenance`, describes.
 
         Raises:
           UserError: naming what differs.
         """
-        for part, said in _PARTS.items():
+        for part, difference in _PARTS.items():
             if self.about[part] == wanted[part]:
                 continue
             differing = ""
@@ -103,12 +103,12 @@ class CachedText:
                     f"{key} {self.about[part].get(key)!r} there, {wanted[part][key]!r} here" for key in keys
                 )
             raise UserError(
-                f"the text in {self.directory} is {said} than this run's{differing}; write it again, or set "
+                f"the text in {self.directory} is {difference} than this run's{differing}; write it again, or set "
                 'data.target_path to ""'
             )
 
     def batch(self, seed: int, step: int, batch_size: int) -> dict[str, np.ndarray]:
-        """The rows of a step, by (seed, step) alone; every pass over all rows has an order of its own."""
+        """The rows of a step, a function of (seed, step); every pass over all rows has another order."""
         passes, places = np.divmod(step * batch_size + np.arange(batch_size), len(self))
         orders = {
             one: np.random.default_rng([seed, _STREAM, one]).permutation(len(self)) for one in set(passes.tolist())
@@ -118,10 +118,10 @@ class CachedText:
 
 
 def load(directory: str | Path) -> CachedText:
-    """Reads a folder of text.
+    """Reads a directory of text.
 
     Raises:
-      UserError: for one that is missing, damaged or not finished.
+      UserError: if it is missing, damaged or incomplete.
     """
     directory = Path(directory)
     about = _read_about(directory)
@@ -137,7 +137,7 @@ def load(directory: str | Path) -> CachedText:
             raise UserError(f"{path} is damaged ({error}); delete it and run its stage again") from None
     seconds = sum(float(part.pop("seconds")) for part in parts)
     rows = {name: np.concatenate([part[name] for part in parts])[: about["count"]] for name in parts[0]}
-    # Columns that no row reaches would only cost time in training.
+    # Columns past the longest row would only cost time in training.
     rows["tokens"] = rows["tokens"][:, : rows["lengths"].max()]
     return CachedText(directory, about, rows, seconds)
 

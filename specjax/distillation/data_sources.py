@@ -1,8 +1,7 @@
-"""Where a step's text comes from: the data itself, the draft (on-policy), the target, or a mixture of them.
+"""Sources of training text: the corpus, the draft (on-policy), the target, or a mixture of them.
 
-As in DistillSpec (arXiv 2310.08461, algorithm 1 of its appendix) one source is drawn for a whole step. The
-draw and the generated text are functions of (seed, step) and the parameters alone, so a resumed run repeats
-them.
+As in DistillSpec (arXiv 2310.08461, algorithm 1 of its appendix), one source is drawn for each step. The draw and the
+generated text are functions of (seed, step) and the parameters alone, so a resumed run repeats them.
 """
 
 import dataclasses
@@ -20,7 +19,7 @@ from specjax.runtime.errors import UserError
 
 FIXED, DRAFT, TARGET = SOURCES = ("fixed", "draft", "target")
 
-# Sets these random numbers apart from others that are drawn from the same seed.
+# Separates these random numbers from others with the same seed.
 _STREAM = 0x5EED
 
 
@@ -30,11 +29,7 @@ def fractions_of(config: Any) -> dict[str, float]:
 
 
 def check_fractions(fractions: Mapping[str, float], *, has_target: bool) -> None:
-    """Refuses fractions that are no mixture.
-
-    Raises:
-      UserError: naming the fractions.
-    """
+    """Raises UserError unless the fractions are a mixture, and there is a target if it is to write text."""
     stated = ", ".join(f"data.{name} {fractions[name]}" for name in SOURCES)
     if not all(fractions[name] >= 0 for name in SOURCES):
         raise UserError(f"the fractions of the data sources ({stated}) must not be negative")
@@ -45,19 +40,16 @@ def check_fractions(fractions: Mapping[str, float], *, has_target: bool) -> None
 
 
 def source_of_step(fractions: Mapping[str, float], seed: int, step: int) -> str:
-    """The source of this step's text, drawn with the given probabilities from (seed, step)."""
+    """The source of this step's text, drawn with the probabilities `fractions` from (seed, step)."""
     weights = np.asarray([fractions[name] for name in SOURCES], np.float64)
     draw = np.random.default_rng([seed, _STREAM, step]).random()
-    # A source of fraction 0 is never drawn: its edge equals the one before it.
+    # A source of fraction 0 is never drawn: its edge equals the preceding one.
     index = int(np.searchsorted(np.cumsum(weights) / weights.sum(), draw, side="right"))
     return SOURCES[index]
 
 
 def prompt_width(prompt_lengths: Int[np.ndarray, "B"], narrow: int, wide: int) -> int:
-    """Columns for a batch of prompts: `narrow` doubled as often as needed, at most `wide`.
-
-    So that few different shapes, and compilations, arise from prompts of any length.
-    """
+    """Columns for a batch of prompts: `narrow` doubled until all fit, at most `wide`; so few shapes are compiled."""
     width = narrow
     while width < int(prompt_lengths.max()):
         width *= 2
@@ -66,15 +58,15 @@ def prompt_width(prompt_lengths: Int[np.ndarray, "B"], narrow: int, wide: int) -
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """How a model continues prompts; its temperature is not that of the loss.
+    """How a model continues prompts to write training text.
 
     Attributes:
-      temperature: 0 is greedy.
+      temperature: of sampling, not of the loss; 0 is greedy.
       top_k: 0 is off.
       top_p: 1 is off.
-      max_new_tokens: most tokens added to a prompt.
+      max_new_tokens: maximum number of tokens added to a prompt.
       eos_ids: ids that end a row.
-      seed: what the row keys are folded from, with the step and the row.
+      seed: folded with the step and the row into the row's key.
     """
 
     temperature: float
@@ -97,7 +89,7 @@ class Generation:
         lengths: Int[Array, "B"],
         step: Int[Array, ""],
     ) -> dict[str, Int[Array, "..."]]:
-        """Continues each prompt: a batch of texts whose loss starts after their openings."""
+        """Continues each prompt. Returns a batch in which only the new tokens are trained on."""
         step_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), _STREAM), step)
         row_keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, jnp.arange(prompts.shape[0]))
         tokens, ends = loop.sample(

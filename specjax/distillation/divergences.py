@@ -146,7 +146,7 @@ def divergence(name: str | Callable, **parameters: Any) -> Divergence | None:
         return None
     bound = Divergence(str(name), _function(name), tuple(parameters.items()))
     logits = jax.ShapeDtypeStruct((2, 3, 5), jnp.float32)
-    returned = jax.eval_shape(bound, logits, logits)
+    returned = jax.eval_shape(lambda *logits: bound.function(*logits, **parameters), logits, logits)
     if getattr(returned, "shape", None) != (2, 3):
         raise UserError(f'divergence "{name}" must return an array [B, T] for logits [B, T, V], not {returned}')
     return bound

@@ -1,12 +1,13 @@
-"""What a run measures of itself: its training clock, and means between two lines of the log."""
+"""Measurements of a training run: its clock, and averages between two lines of the log."""
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Iterator, Mapping
 
 
 class Clock:
-    """Seconds of training proper; evaluation, compilation and checkpoints pause it."""
+    """Seconds spent on training steps; paused for evaluation, compilation and checkpoints."""
 
     def __init__(self, seconds: float = 0.0):
         self._before = seconds
@@ -36,42 +37,39 @@ class Clock:
         self._before, self._since = self.seconds, None
 
 
+@dataclasses.dataclass
 class Interval:
-    """Sums since the last line of the log."""
+    """Sums since the last line of the log; `dataclasses.asdict` makes a copy of JSON types for a checkpoint.
 
-    def __init__(self, seconds: float):
-        self._since, self._steps, self._learning_rate = seconds, 0, 0.0
-        self._sums: dict[str, float] = {}
+    Attributes:
+      since: the training clock at that line.
+      steps: number of steps since.
+      learning_rate: of the last step.
+      sums: of each metric.
+    """
 
-    @classmethod
-    def of(cls, state: Mapping) -> "Interval":
-        """What `state` was taken of."""
-        interval = cls(state["since"])
-        interval._steps, interval._learning_rate = state["steps"], state["learning_rate"]
-        interval._sums = dict(state["sums"])
-        return interval
+    since: float
+    steps: int = 0
+    learning_rate: float = 0.0
+    sums: dict[str, float] = dataclasses.field(default_factory=dict)
 
-    def state(self) -> dict:
-        """Of JSON's types, for a checkpoint between two lines; a copy, for it is written while training goes on."""
-        since, steps, rate = self._since, self._steps, self._learning_rate
-        return {"since": since, "steps": steps, "learning_rate": rate, "sums": dict(self._sums)}
+    def __post_init__(self):
+        self.sums = dict(self.sums)
 
     def add(self, values: Mapping[str, float]) -> None:
-        self._steps += 1
-        self._learning_rate = values["learning_rate"]
+        self.steps += 1
+        self.learning_rate = values["learning_rate"]
         for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
+            self.sums[name] = self.sums.get(name, 0.0) + value
 
     def line(self, seconds: float, has_target: bool) -> dict[str, float]:
-        """Means over counted positions (of the gradient's norm: over steps), the last rate, and the speed."""
-        sums, tokens = self._sums, max(self._sums["tokens"], 1.0)
+        """Averages over counted positions, the gradient norm's over steps, the last learning rate, and the speed."""
+        tokens = max(self.sums["tokens"], 1.0)
         line = {
-            "loss": sums["loss"] / tokens,
-            "grad_norm": sums["grad_norm"] / self._steps,
-            "learning_rate": self._learning_rate,
-            "tokens_per_second": sums["tokens"] / max(seconds - self._since, 1e-9),
+            "loss": self.sums["loss"] / tokens,
+            "grad_norm": self.sums["grad_norm"] / self.steps,
+            "learning_rate": self.learning_rate,
+            "tokens_per_second": self.sums["tokens"] / max(seconds - self.since, 1e-9),
             "train_seconds": seconds,
         }
-        if has_target:
-            line["acceptance"] = sums["acceptance"] / tokens
-        return line
+        return {**line, "acceptance": self.sums["acceptance"] / tokens} if has_target else line

@@ -309,7 +309,7 @@ class Trainer:
                 "tokens": self.tokens,
                 "loss": self.loss,
                 "validation": list(self.validation),
-                "interval": self._interval.state(),
+                "interval": dataclasses.asdict(self._interval),
             }
             metrics = {name: value for name, value in measured.items() if name != "step"}
             checkpoints.save(self.step, self.state, host=host, metrics=metrics)
@@ -329,5 +329,5 @@ class Trainer:
         self.seconds = host["seconds"]
         self.clock = Clock(self.seconds)
         self.tokens, self.loss, self.validation = host["tokens"], host["loss"], host["validation"]
-        self._interval = Interval.of(host["interval"])
+        self._interval = Interval(**host["interval"])
         return True

@@ -1,4 +1,4 @@
-"""The optimiser step: from a batch to new parameters, in microbatches, on a mesh."""
+"""The optimiser step on a mesh, with gradient accumulation, and the state that it updates."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from specjax.models.language_model import Params
 from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError
 
-# Logical axes of a batch, see `data.batches`.
+# Logical axes of the arrays of a batch, see `data.batches`.
 BATCH_AXES = {
     "tokens": ("batch", None),
     "lengths": ("batch",),
@@ -24,19 +24,19 @@ BATCH_AXES = {
     "prompt_lengths": ("batch",),
 }
 
-# What the batch of an encoder-decoder has besides.
+# The additional array of an encoder-decoder's batch.
 SOURCE_AXES = {"sources": ("batch", None)}
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What a step reads and replaces; trees of shardings and of shapes have this form too.
+    """What a step reads and replaces. Trees of shardings and of shapes use this class too.
 
     Attributes:
-      params: of the draft (or of whatever is trained).
+      params: of the model that is trained.
       optimizer_state: optax's.
-      step: updates made so far, int32.
+      step: number of updates so far, int32.
     """
 
     params: Any
@@ -45,17 +45,20 @@ class TrainState:
 
 
 def shard(batch: Mapping, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-    """A batch of `data.batches`, or some of its arrays, the lengths among them, over the mesh's batch axes."""
+    """Places a batch, or some of its arrays with `lengths` among them, with rows sharded over the mesh's batch axes."""
     count = len(batch["lengths"])
     return {name: meshes.place_rows(np.asarray(array), count, mesh) for name, array in batch.items()}
 
 
 def learning_rate(config: Any, steps: int) -> Callable[[Int[Array, ""]], Float[Array, ""]]:
-    """Linear warm-up to the peak, reached at step `warmup_steps - 1`, then a cosine to a fraction of it.
+    """Linear warm-up to the peak at step `warmup_steps - 1`, then a cosine to `final_fraction` of it.
 
-    The fraction is `final_fraction`; it is held for the last `hold_fraction` of the steps and from then on. A
-    validation loss that no longer falls while the rate is held has reached a plateau; one that falls along with a
-    cosine tells nothing of the kind. `config` is the `optimizer` section.
+    The final rate is held for the last `hold_fraction` of the steps and after them. A validation loss that is flat
+    while the rate is held shows a plateau; under a falling rate it would not.
+
+    Args:
+      config: a config's `optimizer` section.
+      steps: `train.steps`.
     """
     decay_steps = max(steps * (1 - config.hold_fraction) - config.warmup_steps, 1)
 
@@ -71,13 +74,12 @@ def learning_rate(config: Any, steps: int) -> Callable[[Int[Array, ""]], Float[A
 
 
 def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
-    """AdamW (arXiv 1711.05101) behind clipping by the global norm; matrices decay, gains of norms do not.
+    """AdamW (arXiv 1711.05101) after clipping by the global norm; weight decay applies to matrices alone.
 
     Raises:
-      UserError: for settings that make no sense.
+      UserError: for values out of range.
     """
-    positive = ("peak_learning_rate", "clip_norm", "accumulation")
-    for name in positive:
+    for name in ("peak_learning_rate", "clip_norm", "accumulation"):
         if not config[name] > 0:
             raise UserError(f"optimizer.{name} is {config[name]}; it must be above 0")
     if not 0 <= config.warmup_steps < steps:
@@ -101,15 +103,15 @@ def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
 def make_step(
     loss: objective.Loss, optimizer: optax.GradientTransformation, rate: Callable, accumulation: int
 ) -> Callable:
-    """The update `(state, target_params, batch) -> (state, metrics)`; `accumulation` microbatches at a time.
+    """The update `(state, target_params, batch) -> (state, metrics)`, in `accumulation` microbatches.
 
-    The gradient is that of the mean over all counted positions of the batch, however it is cut up.
+    The gradient is that of the mean over all counted positions of the batch, for any number of microbatches.
     """
 
     def step(state: TrainState, target_params: Params | None, batch: Mapping):
         sums, gradient = _gradient_of_sum(loss, state.params, target_params, batch, accumulation)
         gradient = jax.tree.map(lambda total: objective.mean(total, sums.tokens), gradient)
-        # optax mixes dtypes freely, which our own modules do not.
+        # optax mixes dtypes; our modules must not.
         with jax.numpy_dtype_promotion("standard"), jax.named_scope("optimizer"):
             updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.params)
             params = optax.apply_updates(state.params, updates)
@@ -135,7 +137,7 @@ def _gradient_of_sum(loss, params, target_params, batch, accumulation):
         gradients, sums = gradient(params, batch)
         return sums, gradients
 
-    # Neighbouring rows go to different microbatches, so that each is spread over all devices as the batch is.
+    # Adjacent rows go to different microbatches, so that each microbatch is sharded over all devices.
     split = lambda rows: rows.reshape(-1, accumulation, *rows.shape[1:]).swapaxes(0, 1)
 
     def add(carry, microbatch):
@@ -149,20 +151,20 @@ def _gradient_of_sum(loss, params, target_params, batch, accumulation):
 def state_shardings(
     params: Params, axes: Params, optimizer: optax.GradientTransformation, mesh: meshes.AnyMesh
 ) -> TrainState:
-    """Where each part of a state lies: what the optimiser keeps of a parameter lies where that does.
+    """Shardings of a state; the optimiser's statistics of a parameter are sharded as the parameter is.
 
     Args:
       params: the parameters, or their shapes.
     """
-    placed, whole = meshes.shardings(axes, mesh, shapes=params), jax.NamedSharding(mesh, jax.P())
+    placed, replicated = meshes.shardings(axes, mesh, shapes=params), jax.NamedSharding(mesh, jax.P())
     optimizer_placed = optax.tree.map_params(
         optimizer,
         lambda _, sharding: sharding,
         jax.eval_shape(optimizer.init, params),
         placed,
-        transform_non_params=lambda _: whole,
+        transform_non_params=lambda _: replicated,
     )
-    return TrainState(placed, optimizer_placed, whole)
+    return TrainState(placed, optimizer_placed, replicated)
 
 
 def initial_state(
@@ -170,7 +172,7 @@ def initial_state(
 ) -> TrainState:
     """The state of step 0 on the mesh."""
     placed = state_shardings(params, axes, optimizer, mesh)
-    # A copy: the state is donated to every step, the caller's parameters are not.
+    # A copy, because every step donates the state; the caller's parameters stay valid.
     params = jax.jit(functools.partial(jax.tree.map, jnp.copy), out_shardings=placed.params)(params)
     optimizer_state = jax.jit(optimizer.init, out_shardings=placed.optimizer_state)(params)
     return TrainState(params, optimizer_state, meshes.place(np.zeros((), np.int32), placed.step))
@@ -179,7 +181,7 @@ def initial_state(
 def abstract_state(
     params: Params, axes: Params, optimizer: optax.GradientTransformation, mesh: meshes.AnyMesh
 ) -> TrainState:
-    """`initial_state` as shapes with their shardings, from the shapes of the parameters; nothing is allocated."""
+    """`initial_state` as shapes with shardings, from the shapes of the parameters; nothing is allocated."""
     placed = state_shardings(params, axes, optimizer, mesh)
     shapes = TrainState(params, jax.eval_shape(optimizer.init, params), jax.ShapeDtypeStruct((), jnp.int32))
     return meshes.abstract(shapes, placed)

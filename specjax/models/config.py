@@ -1,4 +1,4 @@
-"""The frozen description of a decoder-only model: true differences between families, nothing else."""
+"""The config of a decoder-only model: exactly the differences between the supported families."""
 
 import dataclasses
 
@@ -12,43 +12,43 @@ ORDERS = ("pre", "post", "both", "parallel")
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Shape and arithmetic of a decoder. What has a default is Llama's; other families differ there.
+    """Sizes and architecture of a decoder. Defaults are Llama's.
 
     Attributes:
-      vocab_size: V, rows of the embedding.
+      vocab_size: V, number of rows of the embedding.
       width: D, size of the residual stream.
       layers: L, number of blocks.
       heads: N, query heads.
       kv_heads: K, key/value heads; divides `heads` (grouped-query attention).
       head_size: H.
       mlp_width: F, inner width of the MLP.
-      max_positions: longest sequence the positions are meant for (HF `max_position_embeddings`).
-      rotary: how queries and keys are turned by their positions; None for learned positions.
+      max_positions: maximum sequence length of the position encoding (HF `max_position_embeddings`).
+      rotary: rotary position embedding of queries and keys; None for learned positions.
       norm_epsilon: added to the mean square (or the variance) in a norm.
       tied_head: whether the output head is the transposed embedding.
-      param_dtype: dtype in which parameters are stored.
+      param_dtype: dtype of the parameters.
       compute_dtype: dtype of activations and caches; logits are always float32.
-      family: whose `config.json` and tensor names an export has (a key of `hub.families`).
+      family: key of `hub.families`; an export has its `config.json` and tensor names.
       norm: "rms", "rms_plus_one" (Gemma: the gain is 1 + weight) or "layer" (with mean and bias).
       activation: of the MLP.
-      gated_mlp: whether the MLP has a gate beside its inner projection.
+      gated_mlp: whether the MLP has a gate.
       order: "pre" norms each sublayer's input, "post" the sum with the residual (OPT-350M), "both" its input and its
         output (Gemma 2 and 3), "parallel" runs attention and MLP on the same residual (GPT-NeoX).
-      final_norm: whether a norm stands before the head.
+      final_norm: whether the head is preceded by a norm.
       attention_bias: biases of query, key and value.
       output_bias: bias of the attention's output projection.
       mlp_bias: biases of the MLP.
       qk_norm: norms of each query and key head (Qwen3, Gemma 3).
-      learned_positions: rows of a learned position table; 0 for none.
+      learned_positions: number of rows of a learned position table; 0 for none.
       position_offset: row of position 0 in that table (2 in OPT).
-      local_rotary: of the layers with a window, where they have one of their own (Gemma 3).
-      rotary_layers: whether each layer turns queries and keys (SmolLM3); empty: all do.
-      windows: one number a layer, how many tokens it sees, itself included, 0 for all; empty: all layers see all.
-      query_scale: factor on the scores; None is head_size ** -0.5.
+      local_rotary: rotary embedding of the layers with a window, if it differs (Gemma 3).
+      rotary_layers: for each layer, whether it uses rotary embeddings (SmolLM3); empty: all do.
+      windows: for each layer, how many tokens a query attends to, itself included, 0 for all; empty: no windows.
+      query_scale: factor on the attention scores; None is head_size ** -0.5.
       attention_softcap: scores are softcap * tanh(scores / softcap); 0 is off.
       final_softcap: the same for logits.
       embedding_scale: factor on the embeddings.
-      embedding_width: width of the embedding where it is projected to `width` (OPT-350M); 0 where it is not.
+      embedding_width: width of an embedding that is projected to `width` (OPT-350M); 0 without a projection.
     """
 
     vocab_size: int
@@ -104,13 +104,13 @@ class DecoderConfig:
 
     @classmethod
     def llama(cls, *, rope_theta: float, **fields) -> "DecoderConfig":
-        """A Llama whose rotary positions are told by their base alone."""
+        """A Llama with plain rotary embeddings of this base."""
         return cls(rotary=Rotary(rope_theta, fields["head_size"]), **fields)
 
     def window(self, layer: int) -> int:
-        """How many tokens a layer sees, itself included; 0 for all."""
+        """How many tokens a query of this layer attends to, itself included; 0 for all."""
         return self.windows[layer] if self.windows else 0
 
-    def turns(self, layer: int) -> bool:
-        """Whether a layer's queries and keys are turned by their positions."""
+    def uses_rotary(self, layer: int) -> bool:
+        """Whether this layer applies rotary embeddings to queries and keys."""
         return self.rotary is not None and (not self.rotary_layers or self.rotary_layers[layer])

@@ -1,4 +1,4 @@
-"""The decoder-only language model: one for all families, told apart by their config."""
+"""The decoder-only language model of all families; their differences are in its config."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ from specjax.runtime.dtypes import dtype_named
 
 
 class DecoderModule(nnx.Module):
-    """The parameters of a decoder and what is computed with them."""
+    """Parameters and forward pass of a decoder."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         dtype = dtype_named(config.param_dtype)
@@ -52,17 +52,17 @@ class DecoderModule(nnx.Module):
         config = self.config
         hidden = self.embed(inputs, positions) if jnp.issubdtype(inputs.dtype, jnp.integer) else inputs
         capacity = inputs.shape[1] if cache is None else cache.capacity
-        turn = lambda rotary: None if rotary is None else angles(rotary, positions, capacity)
-        everywhere, local = turn(config.rotary), turn(config.local_rotary)
-        # Of whole texts the weights go to the rows; of a step's few tokens the rows go to the weights.
+        cosine_sine = lambda rotary: None if rotary is None else angles(rotary, positions, capacity)
+        everywhere, local = cosine_sine(config.rotary), cosine_sine(config.local_rotary)
+        # For whole texts, weights move to the rows; for the few tokens of a decoding step, rows move to the weights.
         pin = meshes.pin_rows if cache is None else lambda x: x
         hidden = pin(hidden)
         for layer in range(lo, hi):
             keys, values = (None, None) if cache is None else (cache.keys[layer], cache.values[layer])
-            turned = local if local is not None and config.window(layer) else everywhere
-            turned = turned if config.turns(layer) else None
+            rotation = local if local is not None and config.window(layer) else everywhere
+            rotation = rotation if config.uses_rotary(layer) else None
             with jax.named_scope(f"layer_{layer}"):
-                hidden, keys, values = self.blocks[layer](hidden, turned, positions, mask, keys, values)
+                hidden, keys, values = self.blocks[layer](hidden, rotation, positions, mask, keys, values)
                 hidden = pin(hidden)
             if cache is not None:
                 cache = cache.with_layer(layer, keys, values).metered(1, hidden.shape[1])

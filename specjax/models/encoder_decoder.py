@@ -1,4 +1,4 @@
-"""The encoder-decoder language model in the T5 manner (arXiv 1910.10683): relative positions, cross-attention."""
+"""The encoder-decoder language model of T5 (arXiv 1910.10683): relative position biases and cross-attention."""
 
 import dataclasses
 import functools
@@ -17,20 +17,20 @@ from specjax.models.language_model import LanguageModel, Params, consecutive, lo
 from specjax.runtime import mesh as meshes
 from specjax.runtime.dtypes import dtype_named
 
-# Relative positions have no end.
+# `max_positions` of a model with relative positions, which has no maximum.
 UNLIMITED = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncoderDecoderConfig(DecoderConfig):
-    """A decoder with cross-attention, and the encoder beside it; both have the width, heads and MLP named there.
+    """A decoder with cross-attention, and an encoder with the same width, heads and MLP.
 
     Attributes:
-      encoder_layers: blocks of the encoder (`layers` are the decoder's).
-      relative_buckets: how many different biases a head has for distances between tokens.
-      relative_distance: from this distance on all have the last one.
+      encoder_layers: number of blocks of the encoder (`layers` are the decoder's).
+      relative_buckets: number of biases of each head, for ranges of distances between tokens.
+      relative_distance: distances from this one on share the last bucket.
       head_scale: factor on the last hidden states before the head.
-      start_token: the id with which every text begins.
+      start_token: the id that every text starts with.
     """
 
     encoder_layers: int
@@ -50,10 +50,10 @@ class EncoderDecoderConfig(DecoderConfig):
 
     @classmethod
     def t5(cls, **fields) -> "EncoderDecoderConfig":
-        """A T5 v1.1: what it does not leave to be chosen, and whose `config.json` can say no other.
+        """A T5 v1.1 of these sizes, with the settings that all of them share.
 
         Raises:
-          ValueError: where there are fewer key/value heads than heads.
+          ValueError: if there are fewer key/value heads than heads, which a T5's `config.json` cannot express.
         """
         if fields["kv_heads"] != fields["heads"]:
             raise ValueError(f"a T5 has as many kv_heads ({fields['kv_heads']}) as heads ({fields['heads']}).")
@@ -73,13 +73,13 @@ class EncoderDecoderConfig(DecoderConfig):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class CrossCache:
-    """What the decoder sees: its own tokens and the encoded prompt.
+    """The decoder's cache: of its text, and of the encoded prompt.
 
     Attributes:
-      own: keys and values of the text; None where nothing is cached.
-      cross_keys: of the prompt, one `[B, N, P, H]` array a layer, computed once.
+      own: keys and values of the text; None without a cache.
+      cross_keys: of the prompt, one `[B, N, P, H]` array for each layer, computed once.
       cross_values: the same for values.
-      lengths: tokens of each prompt.
+      lengths: number of tokens of each prompt.
     """
 
     own: kv_cache.Cache | None
@@ -91,7 +91,7 @@ class CrossCache:
 def bucket_table(buckets: int, distance: int, *, both_ways: bool) -> np.ndarray:
     """The bucket of each distance 0 .. `distance` backwards, then (with `both_ways`) of each 1 .. `distance` forwards.
 
-    Half of the buckets are for single distances, the others for ranges that grow geometrically.
+    Half of the buckets hold one distance each, the others ranges that grow geometrically.
     """
     one_way = buckets // 2 if both_ways else buckets
     exact = one_way // 2
@@ -102,7 +102,7 @@ def bucket_table(buckets: int, distance: int, *, both_ways: bool) -> np.ndarray:
 
 
 class RelativeBias(nnx.Module):
-    """A learned bias a head and bucket of distances, shared by all layers of a stack."""
+    """A learned bias for each head and bucket of distances, shared by all layers of a stack."""
 
     def __init__(self, config: EncoderDecoderConfig, both_ways: bool, rngs: nnx.Rngs):
         shape = (config.relative_buckets, config.heads)
@@ -122,7 +122,7 @@ class RelativeBias(nnx.Module):
 
 
 class CrossAttention(nnx.Module):
-    """Attention of the text to the encoded prompt."""
+    """Cross-attention of the text to the encoded prompt."""
 
     def __init__(self, config: EncoderDecoderConfig, rngs: nnx.Rngs):
         self.query, self.key, self.value, self.output = layers.projections(config, rngs)
@@ -139,7 +139,7 @@ class CrossAttention(nnx.Module):
 
 
 class DecoderBlock(nnx.Module):
-    """One layer of the decoder: attention to the text, to the prompt, then MLP, each with norm and residual."""
+    """One decoder layer: self-attention, cross-attention and MLP, each with a norm and a residual connection."""
 
     def __init__(self, config: EncoderDecoderConfig, layer: int, rngs: nnx.Rngs):
         self.attention_norm = layers.make_norm(config, config.width)
@@ -158,7 +158,7 @@ class DecoderBlock(nnx.Module):
 
 
 class EncoderDecoderModule(nnx.Module):
-    """The parameters of an encoder-decoder and what is computed with them."""
+    """Parameters and forward pass of an encoder-decoder."""
 
     def __init__(self, config: EncoderDecoderConfig, rngs: nnx.Rngs):
         dtype = dtype_named(config.param_dtype)
@@ -179,14 +179,14 @@ class EncoderDecoderModule(nnx.Module):
         return look_up(self.embedding[...], tokens).astype(dtype_named(self.config.compute_dtype))
 
     def encode(self, prompts, lengths):
-        """Hidden states of the prompts; those of the padding are never looked at."""
+        """Hidden states of the prompts; those of the padding are never attended to."""
         hidden, positions = self.embed(prompts), consecutive(prompts)
-        there = (positions < lengths[:, None])[:, None, :]
+        is_prompt = (positions < lengths[:, None])[:, None, :]
         bias = self.encoder_bias(positions[:1], positions[:1])
         for layer, block in enumerate(self.encoder_blocks):
             with jax.named_scope(f"encoder_layer_{layer}"):
                 hidden, _, _ = block(
-                    meshes.pin_rows(hidden), None, positions, there, None, None, bias=bias, causal=False
+                    meshes.pin_rows(hidden), None, positions, is_prompt, None, None, bias=bias, causal=False
                 )
         return self.encoder_norm(meshes.pin_rows(hidden))
 
@@ -199,7 +199,7 @@ class EncoderDecoderModule(nnx.Module):
         own = cache.own
         slots = jnp.arange(cache.cross_keys[0].shape[2], dtype=jnp.int32)[None, None]
         visible = jnp.broadcast_to(slots < cache.lengths[:, None, None], (*positions.shape, slots.shape[2]))
-        if own is None:  # consecutive positions: the distances are the same in every row
+        if own is None:  # positions are consecutive, so the distances are the same in every row
             bias = self.bias(positions[:1], positions[:1])
         else:
             bias = self.bias(positions, jnp.arange(own.capacity, dtype=jnp.int32)[None])
@@ -226,7 +226,7 @@ class EncoderDecoderModule(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class EncoderDecoder(LanguageModel):
-    """An encoder-decoder: it reads the prompt once, in both directions, and its text begins with a start token."""
+    """An encoder-decoder: it encodes the prompt once, and its text starts with a start token."""
 
     config: EncoderDecoderConfig
     module = EncoderDecoderModule

@@ -23,10 +23,10 @@ _ACTIVATIONS = {
 
 @jax.custom_vjp
 def _product(inputs, kernel):
-    """`inputs @ kernel`, whose gradient has its factors in memory before it multiplies.
+    """`inputs @ kernel`; its gradient materialises both factors before multiplying.
 
-    The CPU compiler otherwise fuses a strided transpose into what comes before the product, the gradient of the
-    activation for one: a training step took a tenth longer.
+    Otherwise the CPU compiler fuses a strided transpose into the preceding operation, such as the activation's
+    gradient, and a training step took a tenth longer.
     """
     return inputs @ kernel
 
@@ -41,7 +41,7 @@ _product.defvjp(lambda inputs, kernel: (inputs @ kernel, (inputs, kernel)), _pro
 
 
 class Linear(nnx.Module):
-    """`x @ kernel` with the kernel stored `[in, out]` (on CPU the transposed layout made five rows cost three)."""
+    """`x @ kernel` with the kernel stored `[in, out]`."""
 
     def __init__(
         self,
@@ -116,16 +116,16 @@ def attend(
     softcap: float = 0.0,
     bias: Float[Array, "_ N T S"] | None = None,
 ) -> Float[Array, "B N T H"]:
-    """Softmax attention of grouped queries over the slots where `visible` [B, T, S] holds; weights in float32.
+    """Softmax attention of grouped queries over the slots where `visible` [B, T, S] is true; weights in float32.
 
     Args:
       scale: factor on the scores.
       softcap: scores become softcap * tanh(scores / softcap), arXiv 2408.00118; 0 is off.
-      bias: added to the scores (one batch row or head may stand for all).
+      bias: added to the scores; its batch axis may be 1.
     """
     batch, heads, steps, size = queries.shape
     kv_heads = keys.shape[1]
-    # The query heads of a group and the T tokens become rows of one product a key head: [B, K, G*T, H].
+    # One product for each key head, whose rows are the group's query heads and the T tokens: [B, K, G*T, H].
     grouped = queries.reshape(batch, kv_heads, (heads // kv_heads) * steps, size)
     scores = jnp.einsum("BKRH,BKSH->BKRS", grouped, keys, preferred_element_type=jnp.float32)
     scores = scores.reshape(batch, kv_heads, heads // kv_heads, steps, -1)
@@ -141,10 +141,10 @@ def attend(
     return mixed.reshape(batch, heads, steps, size)
 
 
-def seen(positions, slots, mask, window: int, causal: bool = True):
-    """Where a query at `positions` [B, T] may look, `slots` [B or 1, 1, S] being positions: [B, T, S].
+def visible_slots(positions, slots, mask, window: int, causal: bool = True):
+    """Whether the query at each of `positions` [B, T] may attend to each of `slots` [B or 1, 1, S]: [B, T, S].
 
-    A window of 3 at position 5 sees 3, 4 and 5; 0 is no window.
+    With a window of 3, position 5 attends to 3, 4 and 5; 0 is no window.
     """
     visible = slots <= positions[..., None] if causal else jnp.full((*positions.shape, slots.shape[-1]), True)
     if window:
@@ -153,19 +153,19 @@ def seen(positions, slots, mask, window: int, causal: bool = True):
 
 
 def attend_to_prefix(queries, keys, values, positions, mask, *, window=0, bias=None, **how):
-    """`attend` over the shortest listed prefix of the cache that holds every visible slot.
+    """`attend` over the shortest of `kv_cache.prefixes` that contains every visible slot.
 
-    A short text in a large cache must not pay for the large cache. The switch is around attention alone and only
-    reads the cache; around the whole forward it would copy the cache every step.
+    So the cost of attention follows the length of the text, not the size of the cache. The switch is around attention
+    alone and only reads the cache; around the whole forward pass it would copy the cache every step.
     """
-    # T tokens stand in T slots at least: a prefill needs no branch for less, each of which is compiled in every layer.
+    # T tokens occupy at least T slots: shorter prefixes need no branch, and each branch is compiled in every layer.
     lengths = [length for length in kv_cache.prefixes(keys.shape[2]) if length >= queries.shape[2]]
 
     def branch(length):
         def run(queries, keys, values, positions, mask):
             slots = jnp.arange(length)[None, None]
             added = None if bias is None else bias[..., :length]
-            visible = seen(positions, slots, mask, window)
+            visible = visible_slots(positions, slots, mask, window)
             return attend(queries, keys[:, :, :length], values[:, :, :length], visible, bias=added, **how)
 
         return run
@@ -178,7 +178,7 @@ def attend_to_prefix(queries, keys, values, positions, mask, *, window=0, bias=N
 
 
 def query_scale(config: DecoderConfig) -> float:
-    """The factor on the scores."""
+    """The factor on the attention scores."""
     return config.head_size**-0.5 if config.query_scale is None else config.query_scale
 
 
@@ -187,7 +187,7 @@ def projections(config: DecoderConfig, rngs: nnx.Rngs) -> tuple[Linear, Linear, 
     make = functools.partial(Linear, dtype=config.param_dtype, rngs=rngs)
     scale, bias = config.width**-0.5, config.attention_bias
     inner, kv_inner = config.heads * config.head_size, config.kv_heads * config.head_size
-    # Where scores are not scaled, the queries begin smaller by as much.
+    # Without a scale on the scores, the initial queries are smaller by the same factor.
     query = make(
         config.width, inner, ("embed", "heads"), scale * config.head_size**-0.5 / query_scale(config), bias=bias
     )
@@ -198,7 +198,7 @@ def projections(config: DecoderConfig, rngs: nnx.Rngs) -> tuple[Linear, Linear, 
 
 
 def split_heads(x: Float[Array, "B T I"], size: int) -> Float[Array, "B X T H"]:
-    """Channels to heads of `size` channels, before the tokens."""
+    """Splits the channels into heads of `size` channels and moves the heads in front of the tokens."""
     return x.reshape(*x.shape[:2], -1, size).swapaxes(1, 2)
 
 
@@ -220,9 +220,12 @@ class Attention(nnx.Module):
         self.window = config.window(layer)
 
     def __call__(self, inputs, angles, positions, mask, keys, values, *, bias=None, causal=True):
-        """Returns the mixed output and the updated cache arrays (None, None without a cache).
+        """Returns the output and the updated cache arrays (None, None without a cache).
 
-        `bias` [B or 1, N, T, S] is added to the scores; `causal` False (without a cache) sees both ways.
+        Args:
+          angles: cosine and sine of the rotary angles, or None.
+          bias: [B or 1, N, T, S], added to the scores.
+          causal: False attends in both directions, which needs no cache.
         """
         split = functools.partial(split_heads, size=self.head_size)
         queries, new_keys, new_values = split(self.query(inputs)), split(self.key(inputs)), split(self.value(inputs))
@@ -231,7 +234,7 @@ class Attention(nnx.Module):
         if angles is not None:
             queries, new_keys = rotate(queries, angles), rotate(new_keys, angles)
         if keys is None:
-            visible = seen(positions, positions[:, None], mask, self.window, causal)
+            visible = visible_slots(positions, positions[:, None], mask, self.window, causal)
             mixed = attend(queries, new_keys, new_values, visible, bias=bias, **self.how)
         else:
             keys = kv_cache.write(keys, new_keys, positions[:, 0])
@@ -261,7 +264,7 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One layer: attention and MLP, each with its residual, normed in the config's order."""
+    """One layer: attention and MLP, each with a residual connection, with norms in the config's `order`."""
 
     def __init__(self, config: DecoderConfig, layer: int, rngs: nnx.Rngs):
         self.attention_norm = make_norm(config, config.width)

@@ -1,4 +1,4 @@
-"""Rotary positions (arXiv 2104.09864) and the ways in which checkpoints stretch them over longer texts."""
+"""Rotary position embeddings (arXiv 2104.09864) and their extensions to longer contexts."""
 
 import dataclasses
 import math
@@ -12,22 +12,22 @@ KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 @dataclasses.dataclass(frozen=True)
 class Rotary:
-    """Frequencies of the rotary angles.
+    """The frequencies of a rotary embedding.
 
     Attributes:
       theta: base of the frequencies.
-      size: channels of each head that are turned, an even number; the others pass unturned.
-      kind: "default"; "linear" (positions / factor, arXiv 2306.15595); "dynamic" (a base that grows with the text);
+      size: number of channels of each head that are rotated, even; the others are unchanged.
+      kind: "default"; "linear" (positions / factor, arXiv 2306.15595); "dynamic" (a base that grows with the length);
         "llama3" (low frequencies / factor); "yarn" (arXiv 2309.00071); "longrope" (arXiv 2402.13753).
-      factor: by how much the text is stretched.
-      original_positions: longest text before stretching (all kinds but "default" and "linear").
-      low_frequency: of "llama3": wavelengths longer than original_positions / this are stretched whole.
-      high_frequency: of "llama3": shorter than original_positions / this are left alone.
-      beta_fast: of "yarn": channels that turn more often than this in the original text are left alone.
-      beta_slow: of "yarn": channels that turn less often are stretched whole.
-      truncate: of "yarn": whether the bounds between them are rounded to whole channels.
-      magnitude: factor on cosine and sine; None is what the kind prescribes.
-      short_factors: of "longrope", one a pair of channels, for texts within original_positions.
+      factor: of the extension: maximum length over original maximum length.
+      original_positions: maximum length before the extension (all kinds but "default" and "linear").
+      low_frequency: of "llama3": wavelengths above original_positions / this are scaled by the whole factor.
+      high_frequency: of "llama3": wavelengths below original_positions / this are unchanged.
+      beta_fast: of "yarn": channels with more rotations than this over the original length are unchanged.
+      beta_slow: of "yarn": channels with fewer rotations than this are scaled by the whole factor.
+      truncate: of "yarn": whether the bounds between the two are rounded to whole channels.
+      magnitude: factor on cosine and sine; None for the kind's default.
+      short_factors: of "longrope", one for each pair of channels, for lengths up to original_positions.
       long_factors: the same for longer texts.
     """
 
@@ -59,12 +59,11 @@ class Rotary:
                 raise ValueError(f"longrope has {len(factors)} factors for {self.size // 2} pairs of channels.")
 
     def frequencies(self, capacity: int) -> tuple[np.ndarray, float]:
-        """Radians a position of each pair of channels, and the factor on cosine and sine.
+        """Radians per position of each pair of channels, and the factor on cosine and sine.
 
         Args:
-          capacity: tokens that the cache can hold (those of the call, without a cache). "dynamic" and "longrope"
-            depend on the length of the text: here on this length, for the whole generation, so that keys which
-            are already cached stay right.
+          capacity: number of slots of the cache, or tokens of a call without one. "dynamic" and "longrope" take it as
+            the text's length throughout a generation, so that cached keys stay valid.
         """
         pairs = np.arange(0, self.size, 2, dtype=np.float32) / np.float32(self.size)
         plain = 1.0 / np.float32(self.theta) ** pairs
@@ -93,7 +92,7 @@ class Rotary:
         return ((1 - share) * plain / self.factor + share * plain).astype(np.float32)
 
     def _yarn(self, plain):
-        # The channel (not rounded) that turns so many times within the original text.
+        # The channel (not rounded) with this many rotations over the original length.
         channel = lambda turns: (
             self.size * math.log(self.original_positions / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
         )
@@ -118,18 +117,18 @@ class Rotary:
 def angles(
     rotary: Rotary, positions: Int[Array, "B T"], capacity: int
 ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
-    """Cosine and sine of the rotary angles, float32."""
+    """Cosine and sine of the rotary angles, float32. `capacity` is that of `Rotary.frequencies`."""
     frequencies, magnitude = rotary.frequencies(capacity)
-    turned = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies)[None, None]
+    radians = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies)[None, None]
     if magnitude == 1:
-        return jnp.cos(turned), jnp.sin(turned)
-    return jnp.cos(turned) * magnitude, jnp.sin(turned) * magnitude
+        return jnp.cos(radians), jnp.sin(radians)
+    return jnp.cos(radians) * magnitude, jnp.sin(radians) * magnitude
 
 
 def rotate(heads: Float[Array, "B X T H"], angles) -> Float[Array, "B X T H"]:
-    """Turns the pairs (h, h + half) of the leading channels, the half-split order of Hugging Face checkpoints."""
+    """Rotates the pairs (h, h + half) of the leading channels, the half-split order of Hugging Face checkpoints."""
     cosine, sine = (a[:, None].astype(heads.dtype) for a in angles)
     half = cosine.shape[-1]
     first, second, rest = jnp.split(heads, [half, 2 * half], axis=-1)
-    turned = [first * cosine - second * sine, second * cosine + first * sine]
-    return jnp.concatenate(turned if rest.shape[-1] == 0 else [*turned, rest], axis=-1)
+    rotated = [first * cosine - second * sine, second * cosine + first * sine]
+    return jnp.concatenate(rotated if rest.shape[-1] == 0 else [*rotated, rest], axis=-1)

@@ -29,7 +29,7 @@ def _read(fields: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(config: DecoderConfig) -> dict[str, Any]:
-    rotates = [int(config.turns(layer)) for layer in range(config.layers)]
+    rotates = [int(config.uses_rotary(layer)) for layer in range(config.layers)]
     return {**llama.written_rotary(config), "no_rope_layers": rotates, **qwen.written_windows(config)}
 
 
