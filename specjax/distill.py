@@ -13,7 +13,7 @@ import jax
 
 from specjax.data import batches, tasks
 from specjax.distillation import cached_text, recipes
-from specjax.distillation.data_sources import SOURCES
+from specjax.distillation.data_sources import fractions_of
 from specjax.distillation.evaluator import make_evaluator
 from specjax.distillation.trainer import Trainer, TrainingInputs, TrainingResult
 from specjax.hub import adapter as hub_adapter
@@ -90,7 +90,7 @@ def _row(config: Any, draft: LanguageModel, result: TrainingResult) -> dict:
         "task": config.task.name,
         "target": config.target,
         "recipe": config.recipe,
-        "data": {name: config.data[name] for name in SOURCES},
+        "data": fractions_of(config.data),
         "divergence": config.loss.divergence,
         "seed": config.seed,
         "params": draft.num_params,

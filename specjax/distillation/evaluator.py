@@ -16,11 +16,10 @@ from specjax.hub.tokenizer import Tokenizer
 from specjax.models.attachment import AttachedDraft
 
 
-def _drafter(inputs: Any, gamma: int) -> Drafter:
-    if isinstance(inputs.draft, AttachedDraft):
-        attachment = inputs.draft.attachment
-        return build_drafter(make_options(attachment.drafter, {}), inputs.target, gamma, attachment)
-    return build_drafter(ModelDraft(), inputs.target, gamma, inputs.draft)
+def _drafter(inputs: Any, gamma: int) -> Drafter | None:
+    attachment = inputs.draft.attachment if isinstance(inputs.draft, AttachedDraft) else None
+    options = ModelDraft() if attachment is None else make_options(attachment.drafter, {})
+    return build_drafter(options, inputs.target, gamma, attachment or inputs.draft)
 
 
 def make_evaluator(

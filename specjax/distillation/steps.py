@@ -56,15 +56,7 @@ def make_functions(
     rate = update.learning_rate(config.optimizer, config.train.steps)
     step = update.make_step(training_loss, optimizer, rate, config.optimizer.accumulation)
     replicated = jax.NamedSharding(mesh, jax.P())
-    generation = config.data.generation
-    generate = data_sources.Generation(
-        generation.temperature,
-        generation.top_k,
-        generation.top_p,
-        generation.max_new_tokens,
-        eos_ids,
-        config.seed,
-    )
+    generate = data_sources.Generation(**config.data.generation, eos_ids=eos_ids, seed=config.seed)
     axes = update.BATCH_AXES | (update.SOURCE_AXES if draft.is_encoder_decoder else {})
     return TrainingFunctions(
         update=jax.jit(step, donate_argnums=0, out_shardings=(placed, replicated)),

@@ -66,7 +66,7 @@ class LoadedAdapter:
     target: str
 
     @property
-    def network(self) -> Adapter | MedusaHeads:
+    def network(self) -> Attachment:
         """What is computed with the parameters, as of `hub.model.Model`."""
         return self.adapter
 
