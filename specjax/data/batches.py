@@ -273,9 +273,9 @@ def _paired_rows(task: Task, examples: Sequence[Example], tokenizer: Tokenizer, 
     completions = _tokenise(tokenizer.encode_batch, [example.completion for example in examples])
     if task.cuts_prompts:
         room = [max(sequence_length - len(text) - 1, sequence_length // 2) for text in completions]
-        whole = prompts
-        prompts = [_cut(prompt, limit, tokenizer) for prompt, limit in zip(whole, room, strict=True)]
-        cut = sum(len(part) < len(prompt) for part, prompt in zip(prompts, whole, strict=True))
+        uncut = prompts
+        prompts = [_cut(prompt, limit, tokenizer) for prompt, limit in zip(uncut, room, strict=True)]
+        cut = sum(len(part) < len(prompt) for part, prompt in zip(prompts, uncut, strict=True))
         _log_cut(task, cut, len(examples), f"rows of {sequence_length} tokens")
     rows, starts = [], []
     for prompt, completion in zip(prompts, completions, strict=True):

@@ -30,15 +30,15 @@ class Quality:
     def values(self, weights: Float[np.ndarray, "N"] | None = None) -> dict[str, float]:
         """Returns the metric's values, each in 0..1.
 
-        `weights`, whole numbers, say how often each prediction counts (None: once).
+        `weights` are whole numbers: how often each prediction counts (None: once).
         """
         sums = self.statistics.sum(0) if weights is None else weights @ self.statistics
         return self.combine(sums)
 
     def difference(self, other: "Quality", weights: Float[np.ndarray, "N"] | None = None) -> dict[str, float]:
         """The metric's values less those of other predictions for the same references, with the same weights."""
-        theirs = other.values(weights)
-        return {name: value - theirs[name] for name, value in self.values(weights).items()}
+        others = other.values(weights)
+        return {name: value - others[name] for name, value in self.values(weights).items()}
 
 
 def mean(scores: Mapping[str, Sequence[float | bool]]) -> Quality:
@@ -97,8 +97,8 @@ def bleu(predictions: Sequence[str], references: Sequence[str]) -> Quality:
 
     def combine(sums: np.ndarray) -> dict[str, float]:
         *ngrams, length, reference_length = sums.astype(int).tolist()
-        whole = BLEU.compute_bleu(ngrams[:4], ngrams[4:], length, reference_length, smooth_method="exp")
-        return {"bleu": float(whole.score / 100)}
+        score = BLEU.compute_bleu(ngrams[:4], ngrams[4:], length, reference_length, smooth_method="exp")
+        return {"bleu": float(score.score / 100)}
 
     return Quality(np.asarray(counts, float), combine)
 

@@ -143,7 +143,7 @@ def at(tree: Params, path: tuple[str | int, ...]) -> Any:
     return tree
 
 
-def _full_names(stored: dict[str, Stored], family) -> dict[str, Stored]:
+def _full_names(stored: dict[str, Stored], family: base.Family) -> dict[str, Stored]:
     """The tensors by their full names; some files, such as GPT-2's own, omit the leading "transformer."."""
     inner, _, rest = family.embedding.partition(".")
     if family.embedding in stored or rest not in stored:
@@ -192,8 +192,8 @@ def _same(one: Stored, other: Stored) -> bool:
     if one.shape != other.shape:
         return False
     with one.open() as left, other.open() as right:
-        whole = tuple(slice(0, size) for size in one.shape)
-        return all(np.array_equal(left[piece], right[piece]) for piece in _pieces(whole))
+        index = tuple(slice(0, size) for size in one.shape)
+        return all(np.array_equal(left[piece], right[piece]) for piece in _pieces(index))
 
 
 def _check_tensor(stored: Stored, shape: tuple[int, ...]) -> None:

@@ -155,10 +155,10 @@ def _tensors(listed: Sequence[base.Tensor], params: Params) -> dict[str, np.ndar
             tensors[tensor.name] = laid_out
             continue
         axis = base.output_axis(tensor, values.ndim)
-        whole, done = tensors.setdefault(tensor.name, np.empty(shape, values.dtype)), 0
+        fused, done = tensors.setdefault(tensor.name, np.empty(shape, values.dtype)), 0
         for run in base.runs_in_file(tensor, slice(0, laid_out.shape[axis]), shape[axis]):
             length = run.stop - run.start
-            whole[(slice(None),) * axis + (run,)] = laid_out[(slice(None),) * axis + (slice(done, done + length),)]
+            fused[(slice(None),) * axis + (run,)] = laid_out[(slice(None),) * axis + (slice(done, done + length),)]
             done += length
     return tensors
 

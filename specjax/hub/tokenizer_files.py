@@ -102,8 +102,6 @@ class TokenizerFiles:
         listed = self.settings.get("added_tokens_decoder")
         if listed:
             where = f"{self.origin}/{CONFIG_FILE}: added_tokens_decoder"
-            if not isinstance(listed, dict):
-                raise UserError(f"{where} is no table of tokens with their ids; copy it again")
             for key in _by_id(listed, where, keyed=True):
                 yield dataclasses.replace(_token(listed[key], f"{self.origin}: token {key}"), id=int(key))
         elif ADDED_TOKENS_FILE in self.contents:
@@ -201,8 +199,8 @@ def from_contents(contents: Mapping[str, bytes], *, origin: str) -> TokenizerFil
 def _by_id(table: Any, where: str, *, keyed: bool) -> list[str]:
     """The keys of a table of added tokens in the order of their ids, which are its keys (`keyed`) or its values."""
     try:
-        return sorted(table, key=lambda key: int(key if keyed else table[key]))
-    except (TypeError, ValueError):
+        return sorted(table.keys(), key=lambda key: int(key if keyed else table[key]))
+    except (AttributeError, TypeError, ValueError):
         raise UserError(f"{where} is no table of tokens with their ids; copy it again") from None
 
 

@@ -43,14 +43,14 @@ class Field(NamedTuple):
     """A value of our config and the field of `config.json` that holds it.
 
     Attributes:
-      ours: the attribute of our config.
+      attribute: of our config.
       name: the field; one field may hold several of our values.
       kind: int and float are positive numbers, bool is true or false, str the name of an activation.
       absent: the value where the field is missing or null, or a function from the values of the preceding fields to it;
         None if the field is required.
     """
 
-    ours: str
+    attribute: str
     name: str
     kind: type = int
     absent: Any = None
@@ -68,7 +68,7 @@ class Family:
         an untied head) are ignored.
       parts: from a config to the parts of the fused tensors, by path as in `names`.
       transposed: whether the file has kernels as [out, in].
-      ignored: endings of the names of tensors in old checkpoints that hold nothing learned.
+      ignored: endings of the names of tensors in old checkpoints that are no parameters, such as causal masks.
       only: field -> the values for which our arithmetic is right.
       absent: the values of missing fields, where they are not those of `fields`. Null is not replaced.
       always: values of our config that are the same for all models of the family.
@@ -122,7 +122,7 @@ class Family:
         for field in self.fields:
             lazy = callable(field.absent) and fields.get(field.name) is None
             absent = field.absent(values) if lazy else field.absent
-            values[field.ours] = _READERS[field.kind](fields, field.name, absent)
+            values[field.attribute] = _READERS[field.kind](fields, field.name, absent)
         values |= self.read(fields, values)
         try:
             return self.config_type(
@@ -133,7 +133,7 @@ class Family:
 
     def write_config(self, config: DecoderConfig) -> dict[str, Any]:
         """The fields of `config.json` that describe this model, without dtypes; the inverse of `read_config`."""
-        values = {field.name: getattr(config, field.ours) for field in self.fields}
+        values = {field.name: getattr(config, field.attribute) for field in self.fields}
         values |= {
             f.name: _WRITTEN_ACTIVATIONS.get(values[f.name], values[f.name]) for f in self.fields if f.kind is str
         }
@@ -165,8 +165,8 @@ def list_tensors(
         for layer, (template, name) in itertools.product(range(count), layered):
             path = tuple(int(key) if key.isdigit() else key for key in template.format(layer).split("."))
             if path in missing:
-                turned = path[-1] == "kernel" and (transposed or root == "unembedding")
-                tensors.append(Tensor(name.format(layer), path, turned, (parts or {}).get(template)))
+                swapped = path[-1] == "kernel" and (transposed or root == "unembedding")
+                tensors.append(Tensor(name.format(layer), path, swapped, (parts or {}).get(template)))
                 missing.remove(path)
     if missing:
         raise ValueError(f"No tensor is named for {sorted(map(str, missing))[0]}.")
@@ -218,16 +218,16 @@ def output_axis(tensor: Tensor, dimensions: int) -> int:
 
 
 def shape_in_file(tensor: Tensor, shape: tuple[int, ...], outputs: Mapping[str, int]) -> tuple[int, ...]:
-    """The shape of the file's tensor that holds our array of this shape; `outputs` of `fused_outputs`."""
-    turned = tuple(reversed(shape)) if tensor.transposed else shape
+    """The shape of the file's tensor that holds our array of this shape; `outputs` is that of `fused_outputs`."""
+    lengths = tuple(reversed(shape)) if tensor.transposed else shape
     if tensor.part is None:
-        return turned
+        return lengths
     axis = output_axis(tensor, len(shape))
-    return (*turned[:axis], outputs[tensor.name], *turned[axis + 1 :])
+    return (*lengths[:axis], outputs[tensor.name], *lengths[axis + 1 :])
 
 
 def runs_in_file(tensor: Tensor, wanted: slice, outputs: int) -> list[slice]:
-    """Where the entries `wanted` of our outputs lie among the file's; one run unless the parts are interleaved."""
+    """The slices of the file's outputs that hold the slice `wanted` of ours; one unless the parts are interleaved."""
     if tensor.part is None:
         return [wanted]
     start, size, groups = tensor.part

@@ -16,7 +16,7 @@ _FUSED = {
     "blocks.{}.mlp.up.kernel": _GATE_UP,
 }
 _ORIGINAL = "original_max_position_embeddings"
-# Checkpoints from before transformers had this family name code of their own, which computes the same.
+# Checkpoints older than the family's support in transformers name this code, which computes the same.
 _OWN_CODE = {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
 
 

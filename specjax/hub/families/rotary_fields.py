@@ -8,7 +8,7 @@ from specjax.hub.families.base import number
 from specjax.models.rotary import Rotary
 from specjax.runtime.errors import UserError
 
-# Values of a scaling, and their fields in the order in which files are written.
+# Attributes of `Rotary` and their fields, in the order in which they are written.
 _NAMES = {
     "factor": "factor",
     "low_frequency": "low_freq_factor",
@@ -89,22 +89,22 @@ def _read_scaling(kind: str, scaling: dict[str, Any], fields: Mapping[str, Any],
         values["original_positions"] = original = int(_single(places, name, max_positions, int))
         if kind == "dynamic" and original != max_positions:
             raise UserError(f'"{name}" is {original}, but "dynamic" stretches {max_positions}; remove it')
-    for ours in _KINDS[kind]:
-        if ours == "original_positions":
+    for attribute in _KINDS[kind]:
+        if attribute == "original_positions":
             continue
-        name = _NAMES[ours]
+        name = _NAMES[attribute]
         value = scaling.pop(name, None)
-        if ours == "truncate":
-            values[ours] = value is not False
-        elif ours in ("short_factors", "long_factors"):
+        if attribute == "truncate":
+            values[attribute] = value is not False
+        elif attribute in ("short_factors", "long_factors"):
             if not isinstance(value, list) or not all(isinstance(v, int | float) and v > 0 for v in value):
                 raise UserError(f'"{name}" must be a list of positive numbers; take the complete config.json')
-            values[ours] = tuple(map(float, value))
+            values[attribute] = tuple(map(float, value))
         elif value is not None:
-            values[ours] = number({name: value}, name, float)
-        elif ours == "factor" and kind == "longrope":
-            values[ours] = max_positions / original
-        elif ours not in _OPTIONAL:
+            values[attribute] = number({name: value}, name, float)
+        elif attribute == "factor" and kind == "longrope":
+            values[attribute] = max_positions / original
+        elif attribute not in _OPTIONAL:
             raise UserError(f'"rope_scaling" of type "{kind}" lacks "{name}"; take the complete config.json')
     if kind == "yarn":
         share, share_all = (
@@ -128,9 +128,9 @@ def written_rotary(rotary: Rotary, head_size: int) -> dict[str, Any]:
     Readers before transformers 5 look for "rope_theta" and "rope_scaling", later ones for "rope_parameters".
     """
     scaling: dict[str, Any] = {"rope_type": rotary.kind}
-    for ours, name in _NAMES.items():
-        value = getattr(rotary, ours)
-        if ours in _KINDS[rotary.kind] and value is not None:
+    for attribute, name in _NAMES.items():
+        value = getattr(rotary, attribute)
+        if attribute in _KINDS[rotary.kind] and value is not None:
             scaling[name] = list(value) if isinstance(value, tuple) else value
     share = rotary.size / head_size
     if int(head_size * share) < rotary.size:  # readers round down: 44 * (30 / 44) gives 29

@@ -18,11 +18,12 @@ _MLP = (("wi_0", "gate"), ("wi_1", "up"), ("wo", "down"))
 def _layer(stack: str, blocks: str, attentions: tuple[tuple[str, str], ...]) -> dict[str, str]:
     """Names of one layer: its attentions in order, then its MLP, each after its norm."""
     names = {}
-    for index, (theirs, ours) in enumerate(attentions):
+    for index, (module, path) in enumerate(attentions):
         prefix = f"{stack}.block.{{}}.layer.{index}"
-        names[f"{blocks}.{{}}.{ours}_norm.scale"] = f"{prefix}.layer_norm.weight"
+        names[f"{blocks}.{{}}.{path}_norm.scale"] = f"{prefix}.layer_norm.weight"
         names |= {
-            f"{blocks}.{{}}.{ours}.{path}.kernel": f"{prefix}.{theirs}.{name}.weight" for name, path in _ATTENTION
+            f"{blocks}.{{}}.{path}.{projection}.kernel": f"{prefix}.{module}.{name}.weight"
+            for name, projection in _ATTENTION
         }
     prefix = f"{stack}.block.{{}}.layer.{len(attentions)}"
     names[f"{blocks}.{{}}.mlp_norm.scale"] = f"{prefix}.layer_norm.weight"
@@ -34,7 +35,7 @@ _BIAS = "{}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
 
 class _T5(base.Family):
     def tensors(self, config: EncoderDecoderConfig) -> list[base.Tensor]:
-        """Every learned array, in the order of computation; without a gate, the projection has a name of its own."""
+        """Every learned array, in the order of computation; without a gate, the projection has another name."""
         up = "wi_1" if config.gated_mlp else "wi"
         return base.list_tensors(config, {path: name.replace("wi_1", up) for path, name in self.names.items()})
 
@@ -103,7 +104,7 @@ FAMILY = _T5(
         "norm.scale": "decoder.final_layer_norm.weight",
         "unembedding.kernel": "lm_head.weight",
     },
-    # The embedding again; and a bias that early versions stored and nothing read.
+    # Copies of the embedding, and a bias that early versions stored but never read.
     ignored=(
         "encoder.embed_tokens.weight",
         "decoder.embed_tokens.weight",
