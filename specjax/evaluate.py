@@ -2,11 +2,10 @@
 
     python -m specjax.evaluate --config=FILE --workdir=DIR [--config.section.key=value ...]
 
-Plain decoding (gamma = 0, the same loop) runs in the same process, interleaved with every drafter prompt by prompt, so
-that a slow moment of the machine hits all alike.
+Plain decoding (gamma = 0, the same loop) runs in the same process and takes turns with every drafter, batch by batch,
+so a slow moment of the machine affects all of them.
 """
 
-import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -15,53 +14,42 @@ import jax
 import numpy as np
 
 from specjax.data import tasks
-from specjax.decoding import batch, identity, loop
-from specjax.evaluation import confidence, latency, prediction
-from specjax.evaluation.cases import (
-    Case,
-    Job,
-    Setting,
-    described,
-    make_cases,
-    make_job,
-    make_plan,
-    make_settings,
-    needs_costs,
-)
-from specjax.evaluation.throughput import Parts
+from specjax.decoding import batch, loop
+from specjax.evaluation import confidence, engine, prediction, rows
+from specjax.evaluation.cases import Case, Job, Setting, make_cases, make_job, make_methods, make_settings
+from specjax.evaluation.engine import Method, Output
+from specjax.evaluation.throughput import PartSeconds
 from specjax.reporting import metrics, page, records, tables
-from specjax.runtime import cli, process_memory, processes, stopping
+from specjax.runtime import cli, process_memory, processes
 from specjax.runtime import config as configs
 from specjax.runtime import mesh as meshes
-from specjax.runtime.timing import progress
 
 
 def run(config: Any, workdir: str | Path) -> dict:
     """Runs every case of the config; writes results.json, figures and report.html; returns the results.
 
     Raises:
-      UserError: for unknown names, settings out of range, models and prompts that do not fit.
+      UserError: for unknown names, settings out of range, and models or prompts that do not fit each other.
     """
     workdir = Path(workdir)
     job = make_job(config)
-    rows, counts, samples = [], {}, []
+    lines, counts, samples = [], {}, []
     settings = make_settings(config)
     for setting in settings:
-        make_cases(job, setting)  # refuses what does not fit before the first group takes its minutes
+        make_cases(job, setting)  # raises for every setting before the first one takes its minutes
     for setting in settings:
-        if process_memory.crowded():  # with programs of settings that are done
+        if process_memory.crowded():  # with the programs of earlier settings
             jax.clear_caches()
-        group_rows, group_counts, group_samples = _run_group(job, setting)
-        rows += group_rows
-        counts.update({(setting, *case): c for case, c in group_counts.items()})
-        samples += group_samples
-    comparisons = metrics.comparisons(config.compare, counts, config.seed)
+        setting_rows, setting_counts, setting_samples = _run_setting(job, setting)
+        lines += setting_rows
+        counts |= setting_counts
+        samples += setting_samples
     results = records.write_results(
         workdir / "results.json",
         binary="evaluate",
         config=configs.to_plain(config),
-        rows=rows,
-        comparisons=comparisons,
+        rows=lines,
+        comparisons=metrics.comparisons(config.compare, counts, config.seed),
         samples=samples,
     )
     if processes.first():
@@ -70,198 +58,121 @@ def run(config: Any, workdir: str | Path) -> dict:
     return results
 
 
-def _run_group(job: Job, setting: Setting):
-    """Every case of one setting, interleaved batch by batch; rows, counts by (drafter, how it ran), samples."""
+def _run_setting(job: Job, setting: Setting) -> tuple[list[dict], dict[tuple, metrics.Counts], list[dict]]:
+    """Decodes with every case of one setting; returns rows, counts by (setting, drafter, rule, ...), and samples."""
     cases = make_cases(job, setting)
-    plans = [make_plan(job, setting, case, job.ids) for case in cases]
-    cases = [with_costs(job, setting, case, plan, job.ids) for case, plan in zip(cases, plans, strict=True)]
-    outputs, parts = _decode_all(job, setting, cases, plans)
+    methods = make_methods(job, setting, cases, job.ids)
+    with meshes.use(job.target.mesh):
+        outputs, parts = _decode_all(job, setting, cases, methods)
     baseline = outputs[0]
     plain = {id(case.target): output for case, output in zip(cases, outputs, strict=True) if case.gamma == 0}
-    rows, counts, samples = [], {}, []
+    lines, counts = [], {}
+    for case, method, output, seconds in zip(cases, methods, outputs, parts, strict=True):
+        joined = output.counts()
+        counts[setting, case.name, case.rule, case.lenience, case.gamma] = joined
+        row = rows.EvaluationRow(
+            **rows.settings_of(job.config, setting, case, method.sampling, len(job.prompts)),
+            **_measured(job, setting, method, joined, output, baseline),
+            **_quality(job, output, baseline),
+            **prediction.predict(seconds, method.plan, case.num_params, output, baseline),
+            confidence=confidence.histogram(method, job.ids, output),
+            identical_to_baseline=engine.compare_with_plain(
+                method, job.ids, plain.get(id(case.target)), output, job.config.seed
+            ),
+        )
+        lines.append(row.to_dict())
     favourite = job.config.compare[0][0] if job.config.compare else cases[-1].name
-    shown = max(cases, key=lambda case: (case.name == favourite, case.lenience is None, case.gamma))
-    for index, (case, plan, output) in enumerate(zip(cases, plans, outputs, strict=True)):
-        joined = metrics.Counts(**batch.join_counts([result.counts(size) for size, result in output]))
-        counts[case.name, case.rule, case.lenience, case.gamma] = joined
-        row = _row(job, setting, case, plan, joined, output, baseline)
-        row |= prediction.nothing()
-        if index in parts:
-            efficiency = row["block_efficiency"]
-            row |= prediction.predict(parts[index], plan, efficiency, case.num_params, output, baseline)
-        row["confidence"] = confidence.histogram(plan, case.target.params, case.params, job.ids, output)
-        row["identical_to_baseline"] = _identical(job, case, plan, output, plain.get(id(case.target)))
-        rows.append(row)
-        if case is shown:
-            samples = _samples(job, setting, case, output)
-    return rows, counts, samples
+    priority = lambda index: (cases[index].name == favourite, cases[index].lenience is None, cases[index].gamma)
+    chosen = max(range(len(cases)), key=priority)
+    return lines, counts, _samples(job, setting, cases[chosen], outputs[chosen])
 
 
-def with_costs(job: Job, setting: Setting, case: Case, plan: loop.Plan, ids) -> Case:
-    """The case, with costs of blocks measured on these prompts where it adapts its draft length to such."""
-    if not needs_costs(case):
-        return case
-    with meshes.use(job.target.mesh):
-        costs = prediction.measure_block_costs(
-            plan,
-            case.target.params,
-            case.params,
-            ids,
-            sampling=case.sampling,
-            max_new_tokens=job.config.max_new_tokens,
-            batch_size=setting.batch_size,
-            seed=job.config.seed,
-            put=batch.Placer(job.target.mesh),
-        )
-    return dataclasses.replace(case, sampling=dataclasses.replace(case.sampling, costs=costs))
+def _decode_all(
+    job: Job, setting: Setting, cases: list[Case], methods: list[Method]
+) -> tuple[list[Output], list[PartSeconds | None]]:
+    """The output of each case and the seconds of its parts, None where they are not timed.
 
-
-def _decode_all(job: Job, setting: Setting, cases, plans) -> tuple[list[list], dict[int, Parts]]:
-    """For each case a list of (rows that count, BatchResult), one per batch of prompts; and the parts, see `_parts`.
-
-    Parts are timed between the batches, once a quarter of these has told how long texts get: a machine that gets slower
-    or faster meanwhile changes them as it changes the run.
+    Parts are timed between the batches, starting after a quarter of them, when the length of texts is known. A machine
+    that becomes slower or faster during the run then changes the parts as it changes the run.
     """
-    ids, size = job.ids, setting.batch_size
-    put = batch.Placer(job.target.mesh)
-    starts = range(0, len(ids), size)
-    quarter = (len(starts) - 1) // 4
-
-    def decode(case, plan, first):
-        return batch.decode_batch_of(
-            plan,
-            case.target.params,
-            case.params,
-            ids,
-            first=first,
-            batch_size=size,
-            seed=job.config.seed,
-            sampling=case.sampling,
-            max_new_tokens=job.config.max_new_tokens,
-            eos_ids=job.target.tokenizer.eos_ids,
-            put=put,
-        )
-
-    label = f"{setting.rule} T={setting.temperature:g} batch {size}"
-    outputs, meter = [[] for _ in cases], None
-    with meshes.use(job.target.mesh):
-        with progress(total=len(cases), description=f"{label}: compile", unit="case") as bar:
-            for case, plan in zip(cases, plans, strict=True):
-                decode(case, plan, 0)
-                bar.update(1)
-        with progress(total=len(starts) * len(cases), description=label, unit="run") as bar:
-            for number, first in enumerate(starts):
-                stopping.stop_if_asked()
-                # Each batch begins with another case, so that none always follows the same neighbour.
-                for turn in range(len(cases)):
-                    index = (turn + number) % len(cases)
-                    outputs[index].append(decode(cases[index], plans[index], first))
-                    bar.update(1)
-                if number == quarter:
-                    meter = _parts_meter(job, setting, cases, plans, outputs[0])
-                if meter is not None:
-                    meter.keep_up((number - quarter + 1) / (len(starts) - quarter))
-    return outputs, {} if meter is None else _parts(job, cases, plans, meter)
+    put, size = batch.Placer(job.target.mesh), setting.batch_size
+    # Parts belong to plans that draft gamma tokens in every block. Drafts of one shape share a plan, timed once.
+    constant = lambda case: case.gamma and not (case.options.threshold or case.options.adaptive)
+    timed = [
+        method.plan if job.config.measure_parts and constant(case) and case.target is job.target else None
+        for case, method in zip(cases, methods, strict=True)
+    ]
+    by_plan = {plan: method for plan, method in zip(timed, methods, strict=True) if plan}
+    outputs, meter = [Output() for _ in cases], None
+    total = -(-len(job.ids) // size)
+    first = (total - 1) // 4
+    turns = engine.decode_in_turns(
+        methods,
+        job.ids,
+        batch_size=size,
+        max_new_tokens=job.config.max_new_tokens,
+        eos_ids=job.target.tokenizer.eos_ids,
+        seed=job.config.seed,
+        put=put,
+        label=f"{setting.rule} T={setting.temperature:g} batch {size}",
+    )
+    for number, results in turns:
+        for output, result in zip(outputs, results, strict=True):
+            output.batches.append(result)
+        if number == first and by_plan:
+            emitted = outputs[0].tokens
+            where = dict(batch_size=size, seed=job.config.seed, put=put)
+            meter = prediction.parts_meter(methods[0], list(by_plan.values()), job.ids, emitted, **where)
+        if meter is not None:
+            meter.keep_up((number - first + 1) / (total - first))
+    parts = {} if meter is None else dict(zip(by_plan, meter.parts(), strict=True))
+    return outputs, [parts.get(plan) for plan in timed]
 
 
-def _emitted(output) -> list[list[int]]:
-    return [row for size, result in output for row in result.tokens[:size]]
-
-
-def _row(job: Job, setting: Setting, case: Case, plan, counts, output, baseline) -> dict:
-    config = job.config
+def _measured(job: Job, setting: Setting, method: Method, counts: metrics.Counts, output: Output, baseline: Output):
+    """The fields of a row that come from counts and seconds."""
     timing = metrics.Timing(
-        seconds=np.asarray([result.seconds for _, result in output]),
-        baseline_seconds=np.asarray([result.seconds for _, result in baseline]),
+        seconds=output.seconds,
+        baseline_seconds=baseline.seconds,
         unit_of_prompt=np.arange(len(job.prompts)) // setting.batch_size,
-        baseline_emitted=np.asarray([len(row) for row in _emitted(baseline)]),
-        prefill_seconds=sum(result.prefill_seconds for _, result in output),
+        baseline_emitted=np.asarray([len(row) for row in baseline.tokens]),
+        prefill_seconds=output.prefill_seconds,
     )
-    settings = described(config, setting, case, len(job.prompts))
-    measured = metrics.evaluate_row(counts, timing, seed=config.seed)
-    iterations = sum(result.iterations for _, result in output)
-    expected = prediction.expected_iterations(counts, setting.batch_size)
-    measured |= {"iterations": iterations, "expected_iterations": expected}
-    measured |= batch.layers_per_token(output, plan.target.layers)
-    return settings | measured | _quality(job, output, baseline)
-
-
-def _quality(job: Job, output, baseline) -> dict[str, dict]:
-    """The task's metrics over all prompts, and less those of the baseline on the same prompts; with intervals."""
-    written = [[job.target.tokenizer.decode(row) for row in _emitted(texts)] for texts in (output, baseline)]
-    references = [prompt.reference for prompt in job.prompts]
-    found, plain = (tasks.quality(job.task, predictions, references) for predictions in written)
-    scored = {"quality": found.values, "quality_difference": functools.partial(found.difference, plain)}
-    intervals = lambda values: metrics.intervals(values, len(references), seed=job.config.seed)
-    return {name: of() for name, of in scored.items()} | {f"{name}_ci": intervals(of) for name, of in scored.items()}
-
-
-def _steady(job: Job, cases) -> list[int]:
-    """Which cases have parts: the speculative ones on the job's target whose blocks have one length."""
-    stops = lambda case: case.options.threshold or case.options.adaptive
-    return [i for i, case in enumerate(cases) if case.gamma and case.target is job.target and not stops(case)]
-
-
-def _parts_meter(job: Job, setting: Setting, cases, plans, baseline) -> latency.PartsMeter | None:
-    """What times the parts of `_steady` cases; None where there are none, or parts are not to be measured."""
-    # Drafts of one shape share a plan: one of them is timed for all.
-    timed = {
-        plans[index]: prediction.Timed(plans[index], cases[index].params, cases[index].sampling)
-        for index in _steady(job, cases)
+    return {
+        **metrics.evaluate_row(counts, timing, seed=job.config.seed),
+        "iterations": output.iterations,
+        "expected_iterations": prediction.expected_iterations(counts, setting.batch_size),
+        **batch.layers_per_token(output.batches, method.plan.target.layers),
     }
-    if not job.config.measure_parts or not timed:
-        return None
-    return prediction.parts_meter(
-        prediction.Timed(plans[0], cases[0].params, cases[0].sampling),
-        list(timed.values()),
-        job.target.params,
-        job.ids,
-        _emitted(baseline),
-        batch_size=setting.batch_size,
-        seed=job.config.seed,
-        put=batch.Placer(job.target.mesh),
+
+
+def _quality(job: Job, output: Output, baseline: Output) -> dict[str, dict]:
+    """The task's metrics over all prompts, and their difference to plain decoding's, with intervals."""
+    references = [prompt.reference for prompt in job.prompts]
+    quality, plain = (
+        tasks.quality(job.task, [job.target.tokenizer.decode(row) for row in texts.tokens], references)
+        for texts in (output, baseline)
     )
+    scores = {"quality": quality.values, "quality_difference": functools.partial(quality.difference, plain)}
+    intervals = lambda values: metrics.intervals(values, len(references), seed=job.config.seed)
+    return {name: of() for name, of in scores.items()} | {f"{name}_ci": intervals(of) for name, of in scores.items()}
 
 
-def _parts(job: Job, cases, plans, meter: latency.PartsMeter) -> dict[int, Parts]:
-    """Measured parts by the case's index."""
-    steady = _steady(job, cases)
-    of_plan = dict(zip(dict.fromkeys(plans[index] for index in steady), meter.parts(), strict=True))
-    return {index: of_plan[plans[index]] for index in steady}
-
-
-def _identical(job: Job, case: Case, plan, output, baseline) -> dict | None:
-    """Equality with the target's plain decoding where it is claimed: of exact rules, greedy or `coupled`."""
-    if case.gamma == 0 or baseline is None or plan.rule.lossy or not (plan.greedy or case.rule == "coupled"):
-        return None
-    return identity.compare(
-        plan,
-        case.target.params,
-        job.ids,
-        _emitted(baseline),
-        _emitted(output),
-        slots=plan.capacity,
-        seed=job.config.seed,
-        sampling=case.sampling,
-    )
-
-
-def _samples(job: Job, setting: Setting, case: Case, output) -> list[dict]:
-    """The first texts, token by token with origins, for the report."""
-    tokens = _emitted(output)
-    origins = [row for size, result in output for row in result.origins[:size]]
-    pieces = job.target.tokenizer.pieces
-    shown = range(min(job.config.samples, len(tokens)))
+def _samples(job: Job, setting: Setting, case: Case, output: Output) -> list[dict]:
+    """The first texts for the report, each token with its origin."""
     rule = tables.rule_label({"rule": case.rule, "lenience": case.lenience})
     return [
         {
             "title": f"{case.name}, {rule}, temperature {setting.temperature:g}, gamma {case.gamma}",
-            "prompt": job.prompts[i].text,
+            "prompt": prompt.text,
             "tokens": [
-                [piece, loop.ORIGINS[origin]] for piece, origin in zip(pieces(tokens[i]), origins[i], strict=True)
+                [piece, loop.ORIGINS[origin]]
+                for piece, origin in zip(job.target.tokenizer.pieces(tokens), origins, strict=True)
             ],
         }
-        for i in shown
+        for prompt, tokens, origins, _ in zip(
+            job.prompts, output.tokens, output.origins, range(job.config.samples), strict=False
+        )
     ]
 
 

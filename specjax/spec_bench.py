@@ -2,9 +2,9 @@
 
     python -m specjax.spec_bench --config=FILE --workdir=DIR [--config.section.key=value ...]
 
-One question at a time, as the benchmark has it. Plain decoding and all drafters answer a prompt one after another, each
-prompt beginning with another of them. A second turn's prompt holds what plain decoding answered to the first, for all
-drafters alike (at temperature 0 that is what each of them answered): all continue the same text.
+Questions are decoded one at a time, as the benchmark prescribes; plain decoding and all drafters take turns on every
+prompt. The prompt of a second turn contains plain decoding's answer to the first, for all drafters, so all of them
+continue the same text (at temperature 0 it is the answer of each of them, too).
 """
 
 import dataclasses
@@ -16,42 +16,39 @@ import numpy as np
 
 from specjax.data import spec_bench
 from specjax.data.spec_bench import Question
-from specjax.decoding import batch, identity
-from specjax.evaluate import with_costs
-from specjax.evaluation.cases import Job, Setting, described, load_job, make_cases, make_plan
+from specjax.decoding import batch
+from specjax.evaluation import engine, rows
+from specjax.evaluation.cases import Case, Job, Setting, load_job, make_cases, make_methods
+from specjax.evaluation.engine import Output
 from specjax.reporting import metrics, records, spec_bench_page, tables
 from specjax.reporting.spec_bench_page import OVERALL
-from specjax.runtime import cli, processes, stopping
+from specjax.runtime import cli, processes
 from specjax.runtime import config as configs
 from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError
-from specjax.runtime.timing import progress
 
-# Prompts are padded to powers of two from here, so that long ones do not make short ones dear.
+# Prompts are padded to powers of two from here on, so that long prompts do not slow down short ones.
 _SHORTEST = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
-    """What one case made of one turn.
+class Answers:
+    """The answers of one case to one question.
 
     Attributes:
-      identical: of `identity.compare`; None where equality with plain decoding is not claimed.
+      output: a batch of one prompt for each turn.
+      identical: result of `engine.compare_with_plain` for each turn.
     """
 
-    result: batch.BatchResult
-    identical: dict | None
-
-
-# answers[question][case] is a list of Answers, one a turn.
-Answers = list[list[list[Answer]]]
+    output: Output = dataclasses.field(default_factory=Output)
+    identical: list[dict | None] = dataclasses.field(default_factory=list)
 
 
 def run(config: Any, workdir: str | Path) -> dict:
     """Runs every case of the config; writes results.json, figures and report.html; returns the results.
 
     Raises:
-      UserError: for a file with missing turns, and whatever an evaluation refuses.
+      UserError: for a file with missing turns, and for everything that an evaluation rejects.
     """
     workdir = Path(workdir)
     if tuple(config.batch_sizes) != (1,):
@@ -59,41 +56,39 @@ def run(config: Any, workdir: str | Path) -> dict:
     questions = _selected(spec_bench.read_questions(config.task.path), config.selection.per_category)
     job = load_job(config)
     settings = [Setting("lossless", temperature, 1) for temperature in config.temperatures]
-    for setting in settings:
-        make_cases(job, setting)  # refuses what does not fit before the first takes its hours
-    rows = []
-    for setting in settings:
-        cases = make_cases(job, setting)
-        rows += _rows(job, setting, cases, questions, _answers(job, setting, cases, questions))
+    cases = [make_cases(job, setting) for setting in settings]  # raises before the first setting takes its hours
+    lines = []
+    for setting, of_setting in zip(settings, cases, strict=True):
+        lines += _rows(job, setting, of_setting, questions, _answers(job, setting, of_setting, questions))
     path = workdir / "results.json"
-    results = records.write_results(path, binary="spec_bench", config=configs.to_plain(config), rows=rows)
+    results = records.write_results(path, binary="spec_bench", config=configs.to_plain(config), rows=lines)
     if processes.first():
-        print(tables.summary_table([row for row in rows if row["subtask"] == OVERALL]))
+        print(tables.summary_table([row for row in lines if row["subtask"] == OVERALL]))
         spec_bench_page.write(workdir, results)
     return results
 
 
 def _selected(questions: Sequence[Question], per_category: int) -> list[Question]:
-    """The first so many of each category, 0: all."""
+    """The first `per_category` questions of each category; 0 takes all."""
     if per_category < 0:
         raise UserError(f"selection.per_category is {per_category}; it must be positive, or 0 for every question")
-    taken: dict[str, int] = {}
-    kept = []
+    counts: dict[str, int] = {}
+    selected = []
     for question in questions:
-        taken[question.category] = taken.get(question.category, 0) + 1
-        if not per_category or taken[question.category] <= per_category:
-            kept.append(question)
-    return kept
+        counts[question.category] = counts.get(question.category, 0) + 1
+        if not per_category or counts[question.category] <= per_category:
+            selected.append(question)
+    return selected
 
 
-def _answers(job: Job, setting: Setting, cases, questions: Sequence[Question]) -> Answers:
-    """Turn by turn, and within a turn by the length of prompts."""
-    answers: Answers = [[[] for _ in cases] for _ in questions]
+def _answers(job: Job, setting: Setting, cases: list[Case], questions: Sequence[Question]) -> list[list[Answers]]:
+    """For each question the answers of each case; turn by turn, and within a turn by the padded length of prompts."""
+    answers = [[Answers() for _ in cases] for _ in questions]
     for turn in range(max(len(question.turns) for question in questions)):
         groups: dict[int, dict[int, tuple[int, ...]]] = {}
         for number, question in enumerate(questions):
             if turn < len(question.turns):
-                prompt = _prompt(job, question, [made.result.tokens[0] for made in answers[number][0]])
+                prompt = _prompt(job, question, answers[number][0].output.tokens)
                 groups.setdefault(_slots(len(prompt)), {})[number] = prompt
         for slots, prompts in sorted(groups.items()):
             _answer_group(job, setting, cases, slots, prompts, turn, answers)
@@ -101,6 +96,7 @@ def _answers(job: Job, setting: Setting, cases, questions: Sequence[Question]) -
 
 
 def _prompt(job: Job, question: Question, answered: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """The prompt of the turn after those in `answered`. Raises UserError if it is too long for the target."""
     tokenizer, decoder = job.target.tokenizer, job.target.decoder
     texts = [tokenizer.decode(tokens) for tokens in answered]
     prompt = spec_bench.prompt_ids(tokenizer, question.turns, texts, chat=job.config.selection.chat)
@@ -120,98 +116,91 @@ def _slots(length: int) -> int:
     return max(_SHORTEST, 1 << (length - 1).bit_length())
 
 
-def _answer_group(job, setting, cases, slots: int, prompts: dict[int, tuple[int, ...]], turn: int, answers) -> None:
-    """Decodes prompts of about one length with every case, and puts what comes of it into `answers`."""
-    config, target = job.config, job.target
-    plans = [make_plan(job, setting, case, slots) for case in cases]
-    ids = list(prompts.values())
-    cases = [with_costs(job, setting, case, plan, ids) for case, plan in zip(cases, plans, strict=True)]
-    put = batch.Placer(target.mesh)
-
-    def decode(case, plan, number):
-        return batch.decode(
-            plan,
-            target.params,
-            case.params,
-            [prompts[number]],
-            indices=[number + turn * len(answers)],
-            seed=config.seed,
-            sampling=case.sampling,
+def _answer_group(
+    job: Job,
+    setting: Setting,
+    cases: list[Case],
+    slots: int,
+    prompts: dict[int, tuple[int, ...]],
+    turn: int,
+    answers: list[list[Answers]],
+) -> None:
+    """Decodes the prompts of one padded length, by the number of their question, and adds to `answers`."""
+    config, numbers, ids = job.config, list(prompts), list(prompts.values())
+    methods = make_methods(job, setting, cases, ids, slots)
+    with meshes.use(job.target.mesh):
+        turns = engine.decode_in_turns(
+            methods,
+            ids,
+            batch_size=1,
             max_new_tokens=config.max_new_tokens,
-            eos_ids=target.tokenizer.eos_ids,
-            put=put,
+            eos_ids=job.target.tokenizer.eos_ids,
+            seed=config.seed,
+            put=batch.Placer(job.target.mesh),
+            label=f"T={setting.temperature:g} turn {turn + 1}, prompts up to {slots} tokens",
+            indices=[number + turn * len(answers) for number in numbers],
         )
-
-    label = f"T={setting.temperature:g} turn {turn + 1}, prompts up to {slots} tokens"
-    with meshes.use(target.mesh):
-        for case, plan in zip(cases, plans, strict=True):
-            decode(case, plan, min(prompts))  # compiles
-        for place, number in enumerate(progress(prompts, description=label, unit="prompt")):
-            stopping.stop_if_asked()
-            made: list[batch.BatchResult | None] = [None] * len(cases)
-            for offset in range(len(cases)):
-                index = (offset + place) % len(cases)
-                made[index] = decode(cases[index], plans[index], number)
-            for case, plan, result, said in zip(cases, plans, made, answers[number], strict=True):
-                identical = None
-                if case.gamma and setting.temperature == 0 and not plan.rule.lossy:
-                    how = dict(slots=plan.capacity, seed=config.seed, sampling=case.sampling)
-                    both = (made[0].tokens, result.tokens)
-                    identical = identity.compare(plan, target.params, [prompts[number]], *both, **how)
-                said.append(Answer(result, identical))
+        for place, results in turns:
+            for method, result, answer in zip(methods, results, answers[numbers[place]], strict=True):
+                answer.output.batches.append(result)
+                plain, output = Output([results[0]]), Output([result])
+                answer.identical.append(engine.compare_with_plain(method, [ids[place]], plain, output, config.seed))
 
 
-def _rows(job, setting, cases, questions: Sequence[Question], answers: Answers) -> list[dict]:
+def _rows(
+    job: Job, setting: Setting, cases: list[Case], questions: Sequence[Question], answers: list[list[Answers]]
+) -> list[dict]:
     """A row for every subtask and case, and for all questions together."""
     subtasks = list(dict.fromkeys(question.subtask for question in questions))
-    rows = []
+    lines = []
     for subtask in (*subtasks, OVERALL):
         chosen = [i for i, question in enumerate(questions) if subtask in (question.subtask, OVERALL)]
         for index, case in enumerate(cases):
-            made = [answers[i][index] for i in chosen]
-            plain = [answers[i][0] for i in chosen]
-            turns = sum(map(len, made))
-            results = [(1, answer.result) for turns in made for answer in turns]
-            settings = described(job.config, setting, case, turns)
-            settings |= {"subtask": subtask, "questions": len(chosen)}
-            settings["iterations"] = sum(result.iterations for _, result in results)
-            settings["identical_to_baseline"] = _identical(questions, chosen, made)
-            layers = batch.layers_per_token(results, case.target.decoder.layers)
-            rows.append(settings | _measured(made, plain, job.config.seed) | layers)
-    return rows
+            of_case, plain = ([answers[i][place] for i in chosen] for place in (index, 0))
+            joined = Output([result for answer in of_case for result in answer.output.batches])
+            row = rows.SpecBenchRow(
+                **rows.settings_of(job.config, setting, case, case.sampling, len(joined.batches)),
+                **_measured([a.output for a in of_case], [a.output for a in plain], job.config.seed),
+                **batch.layers_per_token(joined.batches, case.target.decoder.layers),
+                iterations=joined.iterations,
+                identical_to_baseline=_identical([questions[i] for i in chosen], of_case),
+                subtask=subtask,
+                questions=len(chosen),
+            )
+            lines.append(row.to_dict())
+    return lines
 
 
-def _measured(made, plain, seed: int) -> dict:
-    """The measured part of a row; a question with its turns is what intervals resample."""
-    counts = [[answer.result.counts(1) for answer in turns] for turns in made]
-    summed = {
-        name: np.stack([sum(count[name][0] for count in turns) for turns in counts]).astype(np.int32)
-        for name in counts[0][0]
-    }
-    seconds = lambda of: np.asarray([sum(answer.result.seconds for answer in turns) for turns in of])
+def _measured(outputs: list[Output], plain: list[Output], seed: int) -> dict:
+    """The fields of a row that come from counts and seconds; intervals resample questions with all their turns."""
+    counts = [output.counts() for output in outputs]
+    fields = [field.name for field in dataclasses.fields(metrics.Counts)]
+    summed = {name: np.stack([getattr(of, name).sum(0, dtype=np.int32) for of in counts]) for name in fields}
     timing = metrics.Timing(
-        seconds=seconds(made),
-        baseline_seconds=seconds(plain),
-        unit_of_prompt=np.arange(len(made)),
-        baseline_emitted=np.asarray([sum(len(answer.result.tokens[0]) for answer in turns) for turns in plain]),
-        prefill_seconds=sum(answer.result.prefill_seconds for turns in made for answer in turns),
+        seconds=np.asarray([output.seconds.sum() for output in outputs]),
+        baseline_seconds=np.asarray([output.seconds.sum() for output in plain]),
+        unit_of_prompt=np.arange(len(outputs)),
+        baseline_emitted=np.asarray([output.emitted for output in plain]),
+        prefill_seconds=sum(output.prefill_seconds for output in outputs),
     )
     return metrics.evaluate_row(metrics.Counts(**summed), timing, seed=seed)
 
 
-def _identical(questions: Sequence[Question], chosen: Sequence[int], made) -> dict | None:
-    """Turns whose tokens are those of plain decoding, and where the others differ."""
-    if made[0][0].identical is None:
-        return None
-    found = [
-        (i, turn, answer.identical) for i, turns in zip(chosen, made, strict=True) for turn, answer in enumerate(turns)
+def _identical(questions: Sequence[Question], answers: Sequence[Answers]) -> dict | None:
+    """Number of turns whose tokens equal plain decoding's, and all differences with their question and turn."""
+    compared = [
+        (str(question.number), turn, identical)
+        for question, answer in zip(questions, answers, strict=True)
+        for turn, identical in enumerate(answer.identical, 1)
     ]
+    if compared[0][2] is None:
+        return None
     differences = [
-        difference | {"prompt": str(questions[number].number), "turn": turn + 1}
-        for number, turn, identical in found
+        difference | {"prompt": name, "turn": turn}
+        for name, turn, identical in compared
         for difference in identical["differences"]
     ]
-    return {"equal": len(found) - len(differences), "of": len(found), "differences": differences}
+    return {"equal": len(compared) - len(differences), "of": len(compared), "differences": differences}
 
 
 if __name__ == "__main__":

@@ -2,11 +2,11 @@
 
     python -m specjax.target_text --config=FILE --workdir=DIR [--config.section.key=value ...]
 
-With a draft the text is decoded speculatively, under an exact rule: `coupled` writes, token for token, what the target
-alone would have written, so the text does not depend on the draft. An interrupted run goes on behind its last batch.
+With a draft the text is decoded speculatively under an exact rule. The rule `coupled` writes the same tokens as the
+target alone, so the text does not depend on the draft. An interrupted run resumes after its last batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +19,21 @@ from specjax.decoding.drafters.table import build_drafter
 from specjax.decoding.plan import Plan
 from specjax.decoding.sampling import Sampling
 from specjax.distillation import cached_text
+from specjax.evaluation import engine
+from specjax.evaluation.engine import Method, Output
 from specjax.hub import model as hub_model
 from specjax.reporting import records
-from specjax.runtime import cli, processes, stopping
+from specjax.runtime import cli, processes
 from specjax.runtime import config as configs
 from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError
-from specjax.runtime.timing import progress
 
 
 def run(config: Any, workdir: str | Path) -> dict:
-    """Writes `workdir/export`, which `data.target_path` names, and `workdir/results.json`; returns the latter.
+    """Writes the text to `workdir/export` (for `data.target_path`) and `workdir/results.json`; returns the results.
 
     Raises:
-      UserError: for settings, models and prompts that do not fit, and for a folder of other text.
+      UserError: for settings, models or prompts that do not fit each other, and for a folder with other text.
     """
     workdir = Path(workdir)
     writer = _Writer(config)
@@ -41,19 +42,12 @@ def run(config: Any, workdir: str | Path) -> dict:
         cached_text.begin(directory, writer.about)
     processes.meet("the folder of the text")
     total = -(-config.count // config.data.batch_size)
-    written = [cached_text.rows_file(directory, number).exists() for number in range(total)]
-    missing = [number for number, there in enumerate(processes.from_first(written)) if not there]
+    written = processes.from_first([cached_text.rows_file(directory, number).exists() for number in range(total)])
+    missing = [number for number in range(total) if not written[number]]
     with meshes.use(writer.target.mesh):
-        if missing:
-            writer.write(0, writer.plan)  # compiles, so that no batch's seconds have that in them
-        with progress(total=total, description=workdir.name, unit="batch") as bar:
-            bar.update(total - len(missing))
-            for number in missing:
-                stopping.stop_if_asked()
-                rows = writer.rows(number, writer.write(number, writer.plan))
-                if processes.first():
-                    cached_text.write_rows(directory, number, rows)
-                bar.update(1)
+        for number, (result,) in writer.decode([writer.method], missing, workdir.name):
+            if processes.first():
+                cached_text.write_rows(directory, number, writer.rows(number, *result))
         processes.meet("the text is written")
         measured = writer.measure()
     row = {**_settings(config), **_written(cached_text.load(directory)), **measured}
@@ -81,7 +75,7 @@ def _written(text: cached_text.CachedText) -> dict:
 
 
 class _Writer:
-    """The models, the prompts, and how a batch of them is continued."""
+    """The models, the prompts, and how to continue a batch of them."""
 
     def __init__(self, config: Any):
         mesh, data = meshes.make_mesh(config.mesh), config.data
@@ -98,8 +92,7 @@ class _Writer:
         self.rule = rules.rule_named(config.drafter.rule)
         if self.rule.lossy:
             raise UserError(
-                f"the rule {config.drafter.rule} is lossy, and its text would not be the target's; take lossless or "
-                "coupled"
+                f"drafter.rule {config.drafter.rule} is lossy and would change the text; use lossless or coupled"
             )
         task = tasks.load_task(config.task)
         self.prompts = _prompts(config, task, self.target)
@@ -109,15 +102,15 @@ class _Writer:
             max_new_tokens=data.generation.max_new_tokens,
             max_positions=self.target.decoder.config.max_positions,
         )
-        self.plan, self.plain = self._plan(config.drafter.gamma if self.draft else 0), self._plan(0)
+        self.method = self._method(config.drafter.gamma if self.draft else 0)
         fingerprints = self.target.fingerprint, self.target.tokenizer.fingerprint()
-        written = {"seed": config.seed, "count": config.count, "batch_size": data.batch_size}
-        exactly = {"rule": config.drafter.rule}
-        self.about = cached_text.provenance(*fingerprints, config.task, data) | written | exactly
+        settings = {"seed": config.seed, "count": config.count, "batch_size": data.batch_size}
+        settings["rule"] = config.drafter.rule
+        self.about = cached_text.provenance(*fingerprints, config.task, data) | settings
 
-    def _plan(self, gamma: int) -> Plan:
+    def _method(self, gamma: int) -> Method:
         generation, target = self.config.data.generation, self.target.decoder
-        return Plan.for_prompts(
+        plan = Plan.for_prompts(
             target,
             self.prompts,
             max_new_tokens=generation.max_new_tokens,
@@ -126,32 +119,30 @@ class _Writer:
             gamma=gamma,
             rule=self.rule,
         )
+        sampling = Sampling.of(generation.temperature, generation.top_k, generation.top_p)
+        return Method(plan, self.target.params, self.draft.params if gamma else None, sampling)
 
-    def write(self, number: int, plan: Plan) -> tuple[int, batch.BatchResult]:
-        """Continues batch `number`: how many of its rows count, and the result."""
-        generation, size = self.config.data.generation, self.config.data.batch_size
-        return batch.decode_batch_of(
-            plan,
-            self.target.params,
-            self.draft.params if plan.gamma else None,
+    def decode(self, methods: Sequence[Method], numbers: Sequence[int], label: str) -> Iterator:
+        """Continues these batches of the prompts, see `engine.decode_in_turns`."""
+        return engine.decode_in_turns(
+            methods,
             self.prompts,
-            first=number * size,
-            batch_size=size,
-            seed=self.config.seed,
-            sampling=Sampling.of(generation.temperature, generation.top_k, generation.top_p),
-            max_new_tokens=generation.max_new_tokens,
+            batch_size=self.config.data.batch_size,
+            max_new_tokens=self.config.data.generation.max_new_tokens,
             eos_ids=self.target.tokenizer.eos_ids,
+            seed=self.config.seed,
             put=batch.Placer(self.target.mesh),
+            label=label,
+            numbers=numbers,
         )
 
-    def rows(self, number: int, written: tuple[int, batch.BatchResult]) -> dict[str, np.ndarray]:
-        """A batch of the layout of `data.batches`, and the seconds that it took."""
-        count, result = written
+    def rows(self, number: int, count: int, result: batch.BatchResult) -> dict[str, np.ndarray]:
+        """A batch in the layout of `data.batches`, and the seconds that it took."""
         first, decoder = number * self.config.data.batch_size, self.target.decoder
         prompts = self.prompts[first : first + count]
         openings = [decoder.start_text(prompt) for prompt in prompts]
         texts = [[*opening, *emitted] for opening, emitted in zip(openings, result.tokens[:count], strict=True)]
-        width = decoder.text_slots(self.plan.prompt_slots) + self.config.data.generation.max_new_tokens
+        width = decoder.text_slots(self.method.plan.prompt_slots) + self.config.data.generation.max_new_tokens
         lengths = lambda rows: np.asarray([len(row) for row in rows], np.int32)
         rows = {
             "tokens": _padded(texts, width),
@@ -160,39 +151,33 @@ class _Writer:
             "prompt_lengths": lengths(prompts),
             "seconds": np.asarray(result.seconds),
         }
-        return {**rows, "sources": _padded(prompts, self.plan.prompt_slots)} if decoder.is_encoder_decoder else rows
+        if decoder.is_encoder_decoder:
+            rows["sources"] = _padded(prompts, self.method.plan.prompt_slots)
+        return rows
 
     def measure(self) -> dict:
-        """Tokens per second with and without the draft on the first batches, turn about; and whether texts agree."""
-        if not self.plan.gamma:
+        """Tokens per second with and without the draft on the first batches, and whether the texts are equal."""
+        if not self.method.plan.gamma:
             return {}
         count = min(self.config.measure_batches, -(-len(self.prompts) // self.config.data.batch_size))
-        results = {}
-        for plan in (self.plan, self.plain):
-            self.write(0, plan)
-        for number in range(count):
-            for plan in (self.plan, self.plain) if number % 2 else (self.plain, self.plan):
-                results[number, plan.gamma] = self.write(number, plan)
-        drafted, plain = ([results[number, plan.gamma] for number in range(count)] for plan in (self.plan, self.plain))
-        counts = batch.join_counts([result.counts(size) for size, result in drafted])
-        speeds = [_speed(written) for written in (drafted, plain)]
+        plain, drafted = Output(), Output()
+        for _, results in self.decode([self._method(0), self.method], range(count), "speed"):
+            for output, result in zip((plain, drafted), results, strict=True):
+                output.batches.append(result)
+        counts = drafted.counts()
+        plain_speed, speed = (output.emitted / float(output.seconds.sum()) for output in (plain, drafted))
         return {
             "measured_batches": count,
-            "drafted_tokens_per_second": speeds[0],
-            "plain_tokens_per_second": speeds[1],
-            "speedup": speeds[0] / speeds[1],
-            "block_efficiency": float(counts["emitted"].sum() / counts["target_calls"].sum()),
-            "same_text": [a.tokens[:n] for n, a in drafted] == [b.tokens[:n] for n, b in plain],
+            "drafted_tokens_per_second": speed,
+            "plain_tokens_per_second": plain_speed,
+            "speedup": speed / plain_speed,
+            "block_efficiency": float(counts.emitted.sum() / counts.target_calls.sum()),
+            "same_text": drafted.tokens == plain.tokens,
         }
 
 
-def _speed(written: Sequence[tuple[int, batch.BatchResult]]) -> float:
-    tokens = sum(len(row) for size, result in written for row in result.tokens[:size])
-    return tokens / sum(result.seconds for _, result in written)
-
-
 def _prompts(config: Any, task: tasks.Task, target: hub_model.Model) -> list[list[int]]:
-    """The prompts of the first `count` rows of the training data, as training with this seed would meet them."""
+    """The prompts of the first `count` rows of training data, in the order of training with this seed."""
     data, decoder = config.data, target.decoder
     rows = batches.training_batches(
         task,
@@ -206,8 +191,8 @@ def _prompts(config: Any, task: tasks.Task, target: hub_model.Model) -> list[lis
     prompts: list[list[int]] = []
     while len(prompts) < config.count:
         part = next(rows)
-        given = part["sources" if decoder.is_encoder_decoder else "tokens"]
-        prompts += [row[:length].tolist() for row, length in zip(given, part["prompt_lengths"], strict=True)]
+        tokens = part["sources" if decoder.is_encoder_decoder else "tokens"]
+        prompts += [row[:length].tolist() for row, length in zip(tokens, part["prompt_lengths"], strict=True)]
     return prompts[: config.count]
 
 

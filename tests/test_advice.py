@@ -19,7 +19,7 @@ from configs.draft_design.profiling import Point
 from specjax import api, design, distill
 from specjax.draft_design import advice
 from specjax.evaluation import throughput
-from specjax.evaluation.throughput import Parts
+from specjax.evaluation.throughput import PartSeconds
 from specjax.hub.tokenizer import train_byte_bpe
 from specjax.models.decoder import Decoder
 from specjax.reporting import metrics, row_tables
@@ -36,7 +36,7 @@ OPT = dataclasses.replace(
 
 def candidate(step: float, acceptance, *, trained=True, name="a"):
     """Blocks of 10 ms plain, 11 and 12 ms of verification at gamma 1 and 2."""
-    parts = {g: Parts(step, 9e-3, (10 + g) * 1e-3, 0.0, 1e-3) for g in (1, 2)}
+    parts = {g: PartSeconds(step, 9e-3, (10 + g) * 1e-3, 0.0, 1e-3) for g in (1, 2)}
     return advice.Candidate(name, Decoder(tiny.config()), acceptance, parts, trained)
 
 

@@ -11,6 +11,7 @@ from specjax.data import tasks
 from specjax.decoding import batch, loop
 from specjax.decoding.sampling import Sampling
 from specjax.evaluation import cases, latency, prediction
+from specjax.evaluation.engine import Method
 from specjax.hub.model import Model
 from specjax.hub.tokenizer import train_byte_bpe
 from specjax.runtime.errors import UserError
@@ -25,11 +26,8 @@ def test_blocks_of_every_length_are_timed_by_one_executable_before_any_text(mode
     plan = tiny.plan(target, "medusa", options, gamma=2, slots=32, max_new=16, greedy=True, spare=32)
     before = latency._draft_and_verify_loop._cache_size()
     costs = prediction.measure_block_costs(
-        plan,
-        params,
-        own,
+        Method(plan, params, own, Sampling.of(0.0)),
         [[1, 2, 3], [4, 5]],
-        sampling=Sampling.of(0.0),
         max_new_tokens=16,
         batch_size=2,
         seed=0,

@@ -13,6 +13,7 @@ from specjax.decoding.drafters.base import Context
 from specjax.decoding.drafters.drafting import draft
 from specjax.decoding.sampling import Noise, Sampling, row_keys
 from specjax.evaluation import confidence
+from specjax.evaluation.engine import Method, Output
 
 
 def drafted(temperature, *, adjusted):
@@ -74,7 +75,8 @@ def test_the_histogram_has_each_accepted_and_each_first_refused_token_at_its_own
                     expected["accepted" if origin == loop.ACCEPTED else "rejected"].append(sure[place])
     prompts = [np.asarray(texts)[row, : int(lengths[row])].tolist() for row in range(BATCH)]
     result, _ = batch._result(state, len(lengths), 0.0, 0.0)
-    found = confidence.histogram(plan, params, adapter_params, prompts, [(BATCH, result)])
+    method = Method(plan, params, adapter_params, adjust)
+    found = confidence.histogram(method, prompts, Output([(BATCH, result)]))
     for fate, values in expected.items():
         bins = np.minimum((np.asarray(values) * confidence.BINS).astype(int), confidence.BINS - 1)
         assert len(values) > 3
@@ -86,4 +88,4 @@ def test_there_is_no_histogram_where_there_are_no_probabilities_or_the_prompt_is
     apart, _ = tiny.encoder_decoder(0)
     for target, kind in ((models[0], "ngram"), (apart, "early_exit")):
         plan = tiny.plan(target, kind, {"shortest": 1, "longest": 2, "exit_layer": 1}, **how)
-        assert confidence.histogram(plan, {}, None, [], []) is None
+        assert confidence.histogram(Method(plan, {}, None, Sampling.of(1.0)), [], Output()) is None

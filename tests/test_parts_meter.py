@@ -1,7 +1,7 @@
 """Parts that are timed round by round beside a run, with timers that say what they are told to."""
 
 from specjax.evaluation import latency
-from specjax.evaluation.throughput import Parts
+from specjax.evaluation.throughput import PartSeconds
 
 
 def scripted(calls, plan, **seconds):
@@ -52,7 +52,7 @@ def test_parts_are_medians_over_rounds():
     meter.keep_up(1.0)
     shared = {"target_step": 4.0, "baseline_rule": 0.5}
     assert meter.parts() == [
-        Parts(draft_step=1.5, verify=8.0, rule=0.25, **shared),
+        PartSeconds(draft_step=1.5, verify=8.0, rule=0.25, **shared),
         # Where the pair took less than the call, by noise, drafting costs nothing, and never less.
-        Parts(draft_step=0.0, verify=5.0, rule=0.75, **shared),
+        PartSeconds(draft_step=0.0, verify=5.0, rule=0.75, **shared),
     ]

@@ -121,7 +121,7 @@ def test_every_page_is_what_the_records_give(page):
 
 def test_the_pages_have_one_place_for_every_table_and_none_for_another():
     text = all_pages()
-    assert sorted(re.findall("<!-- table:(.*) -->", text)) == sorted([*sync.TABLES, *sync.CLAIMS])
+    assert sorted(re.findall("<!-- table:(.*) -->", text)) == sorted([*sync.TABLES, *sync.CLAIMS, *sync.GENERATED])
 
 
 def test_each_record_fills_its_table_and_a_changed_number_is_drift(tmp_path):

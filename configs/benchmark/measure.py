@@ -169,7 +169,7 @@ def _step_seconds(config: Any, name: str, settings: Sequence[tuple[int, int, int
     for width, context, capacity in settings:
         if context + width - 1 > capacity:
             raise UserError(f"a context of {context} tokens and {width} more do not fit a capacity of {capacity}")
-        step = latency.Step(model, tokens=width, batch=1, context=context, capacity=capacity, steps=config.steps)
+        step = latency.TimedStep(model, tokens=width, batch=1, context=context, capacity=capacity, steps=config.steps)
         cases.append(latency.step_case(step, params))
     timed = in_turns(cases, config.repeats)
     return model.num_params, [[seconds / config.steps for seconds in case] for case in timed]

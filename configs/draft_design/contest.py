@@ -170,10 +170,10 @@ def _advised(group: Sequence[Mapping], drafts: Mapping[str, Mapping]) -> Entry:
     return Entry(best["draft"], best["gamma"]) if best["pays"] else Entry(plain, 0)
 
 
-def parts_of(row: Mapping) -> throughput.Parts:
+def parts_of(row: Mapping) -> throughput.PartSeconds:
     """The parts of a block that an evaluate row holds."""
     keys = ("draft_step_seconds", "target_step_seconds", "verify_seconds", "rule_seconds", "baseline_rule_seconds")
-    return throughput.Parts(*(row[key] for key in keys))
+    return throughput.PartSeconds(*(row[key] for key in keys))
 
 
 def _rerun(evaluation: dict, contest: Contest, count: int, repeat: int) -> ConfigDict:

@@ -31,7 +31,7 @@ _FILL = 0.8
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is timed, as `latency.Step`; `steps` run in one dispatch on the device."""
+    """What is timed, as `latency.TimedStep`; `steps` run in one dispatch on the device."""
 
     shape: DecoderConfig
     tokens: int = 1
@@ -57,9 +57,9 @@ class Case:
     def _capacity(self) -> int:
         return -(-(self.context + self.tokens) // _SLOTS) * _SLOTS
 
-    def step(self) -> latency.Step:
+    def step(self) -> latency.TimedStep:
         """The case as `latency.step_case` takes it."""
-        return latency.Step(Decoder(self.shape), self.tokens, self.batch, self.context, self._capacity, self.steps)
+        return latency.TimedStep(Decoder(self.shape), self.tokens, self.batch, self.context, self._capacity, self.steps)
 
 
 @dataclasses.dataclass(frozen=True)

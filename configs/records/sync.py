@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from specjax.evaluation.rows import metrics_table
 from specjax.reporting import claims, records, tables
 from specjax.reporting.claims import Claim
 from specjax.runtime.errors import UserError
@@ -25,6 +26,8 @@ _PAGES = [importlib.import_module(f"configs.{folder}.page") for folder in _FOLDE
 TABLES: dict[str, Callable[[Mapping], str]] = {name: write for page in _PAGES for name, write in page.TABLES.items()}
 FIGURES: dict[str, Callable] = {name: draw for page in _PAGES for name, draw in page.FIGURES.items()}
 CLAIMS: dict[str, Sequence[Claim]] = {name: listed for page in _PAGES for name, listed in page.CLAIMS.items()}
+# Tables that come from the code and need no record.
+GENERATED: dict[str, Callable[[], str]] = {"metrics": metrics_table}
 
 
 def synced(text: str, directory: str | Path) -> str:
@@ -43,6 +46,7 @@ def synced(text: str, directory: str | Path) -> str:
             paths = {claim.record: directory / f"{claim.record}.json" for claim in listed}
             existing = {record: _read(path) for record, path in paths.items() if path.is_file()}
             written[name] = claims.claims_table(listed, existing)
+    written |= {name: write() for name, write in GENERATED.items() if _has_table(text, name)}
     return tables.sync_readme(text, written)
 
 

@@ -21,6 +21,7 @@ from specjax.decoding.plan import Plan
 from specjax.decoding.sampling import Sampling, row_keys
 from specjax.draft_design import shapes
 from specjax.evaluation import latency, prediction, throughput
+from specjax.evaluation.engine import Method
 from specjax.hub.model import Model
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
@@ -124,7 +125,7 @@ def time_parts(
     drafts: Sequence[tuple[LanguageModel, Params]],
     work: Workload,
     gammas: Sequence[int],
-) -> list[dict[int, throughput.Parts]]:
+) -> list[dict[int, throughput.PartSeconds]]:
     """The seconds of each part of a block, for each draft by gamma, at the workload's mean context length.
 
     All drafts and gammas are timed in alternation.
@@ -134,10 +135,10 @@ def time_parts(
     longer = dataclasses.replace(work, prompts=rows)
     tokens, lengths = batch.pad(rows, longer.slots)
     keys = row_keys(work.seed, np.arange(work.batch_size, dtype=np.int32))
-    given = (jnp.asarray(tokens), jnp.asarray(lengths), keys, Sampling.of(work.temperature))
+    rows, sampling = (jnp.asarray(tokens), jnp.asarray(lengths), keys), Sampling.of(work.temperature)
     pairs = [(draft, its, gamma) for draft, its in drafts for gamma in gammas]
     timers = lambda draft, its, gamma: latency.timers(
-        longer.plan(target, draft, gamma, 0.0), params, its, *given, behind=0
+        Method(longer.plan(target, draft, gamma, 0.0), params, its, sampling), *rows
     )
     meter = latency.PartsMeter(
         timers(None, None, 0), [timers(*pair) for pair in pairs], [gamma for _, _, gamma in pairs]
@@ -163,7 +164,7 @@ class Candidate:
     name: str
     decoder: Decoder
     acceptance: dict[float, Acceptance]
-    parts: dict[int, throughput.Parts]
+    parts: dict[int, throughput.PartSeconds]
     trained: bool
 
     def options(self, work: Workload) -> list[dict]:

@@ -4,8 +4,6 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from specjax.data import batches, tasks
 from specjax.decoding import batch
 from specjax.decoding.drafters.adaptive import block_costs
@@ -15,6 +13,8 @@ from specjax.decoding.drafters.table import build_drafter, make_options, options
 from specjax.decoding.plan import Plan
 from specjax.decoding.rules import RULES, Rule, rule_named
 from specjax.decoding.sampling import Sampling
+from specjax.evaluation import prediction
+from specjax.evaluation.engine import Method
 from specjax.hub import model as hub_model
 from specjax.hub.adapter import LoadedAdapter
 from specjax.reporting import records
@@ -322,22 +322,23 @@ def make_plan(job: Job, setting: Setting, case: Case, prompts: Sequence[Sequence
     )
 
 
-def described(config: Any, setting: Setting, case: Case, prompts: int) -> dict:
-    """What was run: the first keys of a row."""
-    return {
-        "task": config.task.name,
-        "prompts": prompts,
-        "target": case.section.target,
-        "drafter": case.name,
-        "rule": case.rule,
-        "lenience": case.lenience,
-        "gamma": case.gamma,
-        "threshold": case.options.threshold,
-        "block_costs": None if case.sampling.costs is None else np.asarray(case.sampling.costs).tolist(),
-        "temperature": setting.temperature,
-        "top_k": config.top_k,
-        "top_p": config.top_p,
-        "batch_size": setting.batch_size,
-        "max_new_tokens": config.max_new_tokens,
-        "seed": config.seed,
-    }
+def make_methods(
+    job: Job, setting: Setting, cases: Sequence[Case], prompts: Sequence[Sequence[int]], longest: int | None = None
+) -> list[Method]:
+    """How each case decodes these prompts; measures the costs of blocks that the config does not state.
+
+    Args:
+      longest: tokens of the longest prompt to plan for; by default that of `prompts`.
+    """
+    put, methods = batch.Placer(job.target.mesh), []
+    for case in cases:
+        method = Method(
+            make_plan(job, setting, case, longest or prompts), case.target.params, case.params, case.sampling
+        )
+        if needs_costs(case):
+            sizes = dict(max_new_tokens=job.config.max_new_tokens, batch_size=setting.batch_size)
+            with meshes.use(job.target.mesh):
+                costs = prediction.measure_block_costs(method, prompts, **sizes, seed=job.config.seed, put=put)
+            method = dataclasses.replace(method, sampling=dataclasses.replace(case.sampling, costs=costs))
+        methods.append(method)
+    return methods

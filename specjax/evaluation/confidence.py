@@ -1,4 +1,4 @@
-"""How sure a draft was of its tokens, beside what became of them."""
+"""How confident a self-draft was in its tokens, by whether they were accepted."""
 
 import functools
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from specjax.decoding import batch, loop
+from specjax.evaluation.engine import Method, Output
 from specjax.runtime import processes
 
 BINS = 20
@@ -17,42 +18,32 @@ BINS = 20
 
 @functools.partial(jax.jit, static_argnums=0)
 def _confidence(drafter: Any, params: Any, draft_params: Any, texts: Int[Array, "B T"]) -> Float[Array, "B T"]:
-    """The largest probability at temperature 1 of what follows each token."""
+    """The draft's largest probability at temperature 1 of the token after each position."""
     logits = drafter.score(draft_params, params, texts).astype(jnp.float32)
     return jnp.exp(jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1))
 
 
-def histogram(
-    plan: loop.Plan,
-    params: Any,
-    draft_params: Any,
-    prompts: Sequence[Sequence[int]],
-    output: Sequence[tuple[int, batch.BatchResult]],
-) -> dict[str, list[int]] | None:
-    """Drafted tokens that were accepted, and those that were the first of their block to be refused, by confidence.
+def histogram(method: Method, prompts: Sequence[Sequence[int]], output: Output) -> dict[str, list[int]] | None:
+    """Accepted tokens, and first rejected tokens of a block, by the draft's confidence (arXiv 2404.18911, figure 4).
 
-    Decoding is not asked: the origins of the emitted tokens say where a drafted token stood (accepted) or was replaced
-    (recovered), and one forward of the draft over the emitted text says how sure it was at each of these places (as
-    in Kangaroo, arXiv 2404.18911, figure 4). What stood behind a refused token is in neither count.
-
-    Args:
-      output: (rows that count, result) of each batch of the prompts.
+    This needs no data from the decoding loop. An emitted token's origin says whether a drafted token was accepted there
+    or rejected and replaced (recovered); one forward pass of the draft over the emitted text gives its confidence at
+    these positions. Drafted tokens after a rejected one are not counted.
 
     Returns:
-      {"accepted", "rejected"}: counts in `BINS` equal bins of [0, 1]; None for drafters that do not score texts, and
-      for targets that read their prompt apart.
+      {"accepted", "rejected"}: counts in `BINS` equal bins of [0, 1]; None for drafters that do not
+      score texts, and for encoder-decoders.
     """
+    plan = method.plan
     if plan.drafter is None or not plan.drafter.scores or plan.target.is_encoder_decoder:
         return None
-    tokens = [row for rows, result in output for row in result.tokens[:rows]]
-    origins = [row for rows, result in output for row in result.origins[:rows]]
     counts = {loop.ACCEPTED: np.zeros(BINS, int), loop.RECOVERED: np.zeros(BINS, int)}
-    for prompt, emitted, origin in zip(prompts, tokens, origins, strict=True):
+    for prompt, emitted, origins in zip(prompts, output.tokens, output.origins, strict=True):
         text, _ = batch.pad([[*prompt, *emitted]], plan.capacity)
-        sure = processes.fetch(_confidence(plan.drafter, params, draft_params, text))[0]
-        # What is said behind a token is about the next one.
-        sure = sure[len(prompt) - 1 : len(prompt) - 1 + len(emitted)]
-        for kind, bins in counts.items():
-            places = np.minimum((sure[np.asarray(origin, int) == kind] * BINS).astype(int), BINS - 1)
+        confidence = processes.fetch(_confidence(plan.drafter, method.params, method.draft_params, text))[0]
+        # The value at a token's position is about the next token.
+        confidence = confidence[len(prompt) - 1 : len(prompt) - 1 + len(emitted)]
+        for origin, bins in counts.items():
+            places = np.minimum((confidence[np.asarray(origins, int) == origin] * BINS).astype(int), BINS - 1)
             np.add.at(bins, places, 1)
     return {"accepted": counts[loop.ACCEPTED].tolist(), "rejected": counts[loop.RECOVERED].tolist()}

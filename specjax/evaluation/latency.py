@@ -1,6 +1,7 @@
-"""Seconds of each part of a block and of single steps, on this device, at a given context: loops, not lone dispatches.
+"""Times each part of a block, and single steps of a model, on this device and at a given context.
 
-Every loop feeds each step what the last one chose, or the compiler would hoist it or drop it.
+What is timed runs many times in one compiled loop, because a single dispatch takes longer than a step. Each iteration
+depends on the result of the previous one; otherwise the compiler would hoist or drop it.
 """
 
 import dataclasses
@@ -16,8 +17,10 @@ import numpy as np
 
 from specjax.decoding import loop, rules
 from specjax.decoding.drafters.base import Outcome, Proposal
-from specjax.decoding.sampling import Noise, Sampling
-from specjax.evaluation.throughput import Parts
+from specjax.decoding.plan import Plan
+from specjax.decoding.sampling import Noise
+from specjax.evaluation.engine import Method
+from specjax.evaluation.throughput import PartSeconds
 from specjax.models import kv_cache
 from specjax.models.language_model import LanguageModel
 from specjax.runtime.timing import progress
@@ -27,28 +30,28 @@ _ROUNDS = 15
 _COST_ROUNDS = 3
 
 
-def _noise(plan: loop.Plan, state: loop.DecodeState) -> Noise:
+def _noise(plan: Plan, state: loop.DecodeState) -> Noise:
     return Noise(state.row_keys, state.lengths, plan.greedy, plan.rule.shared_noise)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
 def _draft_and_verify_loop(plan, params, draft_params, state, sampling):
-    """A proposal and a target call, one pair after another from the same committed text.
+    """Proposals, each followed by a target call, from the same committed text.
 
-    The draft alone would keep its weights in the processor's cache; behind a target call, as in a real block, it
-    has to fetch them again. Its seconds are those of the pair less those of the target call.
+    A draft timed alone would keep its weights in the processor's cache; after a target call, as in a real block, it
+    has to fetch them again. Its seconds are those of the pair minus those of the target call.
     """
 
     def step(_, state):
         proposal, state = loop.propose(plan, params, draft_params, state, _noise(plan, state), sampling)
         pending = jnp.take_along_axis(state.tokens, state.lengths[:, None] - 1, axis=1)[:, 0]
         logits, cache, taps = loop.verify(plan, params, state.target_cache, pending, state.lengths, proposal)
-        if plan.drafter.taps:  # a draft that is made of them would otherwise be the same in every turn, and made once
+        if plan.drafter.taps:  # otherwise a draft from tapped states would be the same in every iteration, and hoisted
             one = jnp.ones_like(state.lengths)
             outcome = Outcome(jnp.pad(proposal.tokens, ((0, 0), (0, 1))), one, 0 * one, state.lengths, taps)
             drafter_state = plan.drafter.commit(draft_params, state.drafter_state, outcome)
             state = dataclasses.replace(state, drafter_state=drafter_state)
-        # The next pair starts from what this one chose, or the compiler would hoist or drop it.
+        # The next pair starts from the token that this one chose.
         chosen = jnp.sum(jnp.argmax(logits, axis=-1).astype(jnp.int32), axis=1)
         following = (chosen % plan.target.vocab_size)[:, None]
         tokens = kv_cache.write_rows(state.tokens, following, state.lengths - 1, axis=1)
@@ -59,16 +62,16 @@ def _draft_and_verify_loop(plan, params, draft_params, state, sampling):
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _verify_loop(plan, params, state, proposal):
-    """Target calls one after another; the next pending token is the last call's most probable one."""
+    """Target calls, each with the most probable token of the previous one as its pending token."""
 
     def step(_, carry):
         cache, pending, total = carry
         moved = proposal
-        if proposal.resume_hidden is not None:  # hidden states that never change would be projected once for all
+        if proposal.resume_hidden is not None:  # constant hidden states would be projected only once
             drift = 1e-9 * total.astype(proposal.resume_hidden.dtype)
             moved = dataclasses.replace(proposal, resume_hidden=proposal.resume_hidden + drift)
         logits, cache, _ = loop.verify(plan, params, cache, pending, state.lengths, moved)
-        # Every row of logits is used, or the compiler would compute only the first.
+        # Use the logits of every position; otherwise the compiler would compute only the first.
         chosen = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         return cache, chosen[:, 0], jnp.sum(chosen)
 
@@ -78,7 +81,7 @@ def _verify_loop(plan, params, state, proposal):
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _rule_loop(plan, draft_params, state, proposal, logits, taps, sampling, limits):
-    """The rule and the commit on the same logits, moved a little by what the last step emitted."""
+    """Rule and commit on the same logits, shifted slightly by the tokens that the previous iteration emitted."""
 
     def step(_, state):
         moved = logits + 1e-6 * jnp.sum(state.lengths).astype(jnp.float32)
@@ -90,16 +93,16 @@ def _rule_loop(plan, draft_params, state, proposal, logits, taps, sampling, limi
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
-    """A model on `tokens` tokens a row, `steps` times in one dispatch.
+class TimedStep:
+    """A model on `tokens` tokens per row, `steps` times in one dispatch.
 
     Attributes:
-      model: whose weights may be random: nothing here depends on what it says.
-      tokens: of each row in a call: 1 is a step of decoding, gamma + 1 a verification.
+      model: its weights may be random, because the time does not depend on its predictions.
+      tokens: per row and call: 1 is a step of decoding, gamma + 1 a verification.
       batch: rows.
-      context: tokens that a row has, the first of the call included.
+      context: tokens of a row, including the first one of the call.
       capacity: slots of the cache.
-      steps: of one dispatch; 1 is a lone dispatch, to and from the host for every step.
+      steps: per dispatch; 1 returns to the host after every step.
     """
 
     model: LanguageModel
@@ -111,8 +114,8 @@ class Step:
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _steps(step: Step, params, cache, tokens, start):
-    """The same positions again and again; the next tokens are the last argmaxes."""
+def _steps(step: TimedStep, params, cache, tokens, start):
+    """Repeats the same positions; each step's tokens are the most probable ones of the previous step."""
     positions = start[:, None] + jnp.arange(step.tokens, dtype=jnp.int32)[None]
 
     def once(_, carry):
@@ -123,10 +126,10 @@ def _steps(step: Step, params, cache, tokens, start):
     return jax.lax.fori_loop(0, step.steps, once, (cache, tokens))
 
 
-def step_case(step: Step, params: Any) -> tuple[Callable, Callable]:
-    """(make the inputs, run) for `timing.in_turns`; seconds are those of `step.steps` steps.
+def step_case(step: TimedStep, params: Any) -> tuple[Callable, Callable]:
+    """(make the inputs, run) for `timing.in_turns`, which times `step.steps` steps.
 
-    What the cache holds is no matter; the context must fit its capacity.
+    The cache is empty, because its content does not change the time; the context must fit its capacity.
     """
     tokens = jnp.zeros((step.batch, step.tokens), jnp.int32)
     start = jnp.full((step.batch,), step.context - 1, jnp.int32)
@@ -138,7 +141,7 @@ Timer = Callable[[], float]
 
 
 def _timer(fresh: Callable[[], Any], run: Callable[[Any], Any]) -> Timer:
-    """Times `run` on inputs of its own: seconds a step."""
+    """Times `run` on fresh inputs, in seconds per step."""
 
     def seconds() -> float:
         inputs = jax.block_until_ready(fresh())
@@ -149,69 +152,72 @@ def _timer(fresh: Callable[[], Any], run: Callable[[Any], Any]) -> Timer:
     return seconds
 
 
-def timers(
-    plan: loop.Plan, params: Any, draft_params: Any, tokens, lengths, row_keys, sampling: Sampling, *, behind: int
-) -> dict[str, Timer]:
-    """What to time of one plan at the context `lengths`: seconds a block of each part.
+def timers(method: Method, tokens, lengths, row_keys, *, decoded: int = 0) -> dict[str, Timer]:
+    """Timers of the parts of a block, in seconds per block.
 
     Args:
-      tokens: `[B, P]` prompts; of a decoder-only model with half of what is to be emitted: the mean context.
-      behind: tokens that stand in the caches besides (of an encoder-decoder, half of what is to be emitted).
+      tokens: `[B, P]` rows of the mean context: the prompt, and for decoder-only models half of the emitted tokens.
+      lengths: `[B]` tokens of each row.
+      row_keys: `[B]` random keys.
+      decoded: further tokens in the decoder's cache (for an encoder-decoder half of the emitted tokens).
 
     Returns:
-      "verify", "rule", and where there is a draft "propose_and_verify".
+      "verify", "rule" and, with a draft, "propose_and_verify".
     """
+    plan, params, draft_params, sampling = method.plan, method.params, method.draft_params, method.sampling
     limits = loop.Limits(jnp.full_like(lengths, 2**30), jnp.full((1,), -1, jnp.int32))
 
     def fresh():
         state = loop.prefill(plan, params, draft_params, tokens, lengths, row_keys)
-        return dataclasses.replace(state, lengths=state.lengths + behind)
+        return dataclasses.replace(state, lengths=state.lengths + decoded)
 
     proposal, logits, taps = _example(plan, params, draft_params, fresh(), sampling)
     rule = lambda state: _rule_loop(plan, draft_params, state, proposal, logits, taps, sampling, limits)
-    # A target call is the same under every rule and temperature: one compiled loop serves them all.
+    # A target call does not depend on rule and temperature, so one compiled loop serves all of them.
     any_rule = dataclasses.replace(plan, rule=rules.rule_named("lossless"), greedy=True)
-    made = {
+    parts = {
         "verify": _timer(fresh, lambda state: _verify_loop(any_rule, params, state, proposal)),
         "rule": _timer(fresh, rule),
     }
     if plan.gamma:
         pair = lambda state: _draft_and_verify_loop(plan, params, draft_params, state, sampling)
-        made["propose_and_verify"] = _timer(fresh, pair)
-    return made
+        parts["propose_and_verify"] = _timer(fresh, pair)
+    return parts
 
 
 class PartsMeter:
-    """Times the parts of several speculative plans beside plain decoding, round by round.
+    """Times the parts of plain decoding and of several speculative plans, round by round.
 
-    Every round times all of them, one after another: a slow second of the machine then spoils one round of a few, and a
-    slow minute one round of all. Rounds may be spread over a run that the parts are to predict.
+    Every round times all of them one after another, so a slow second of the machine spoils one round of a few parts and
+    a slow minute one round of all. Rounds can be spread over the run whose speed the parts predict.
 
     Attributes:
       rounds: seconds of each part of each plan, round by round.
     """
 
     def __init__(self, plain: dict[str, Timer], speculative: Sequence[dict[str, Timer]], gammas: Sequence[int]) -> None:
-        """Compiles what is to be timed.
+        """Compiles the parts.
 
         Args:
-          plain: `timers` of plain decoding; `speculative` of each other plan, `gammas` its draft length, 1 or more.
+          plain: `timers` of plain decoding.
+          speculative: `timers` of each other plan.
+          gammas: draft length of each other plan, 1 or more.
         """
         self._timed, self._gammas, self.rounds = (plain, *speculative), gammas, []
         for timers in progress(self._timed, description="parts: compile", unit="case"):
             _once(timers)
 
     def keep_up(self, share: float) -> None:
-        """Makes rounds until this share of them has been made."""
+        """Runs rounds until this share of all rounds is done."""
         while len(self.rounds) < round(share * _ROUNDS):
             self.rounds.append([_once(timers) for timers in self._timed])
 
-    def parts(self) -> list[Parts]:
-        """Of each speculative plan: medians over the rounds, in seconds."""
+    def parts(self) -> list[PartSeconds]:
+        """The parts of each speculative plan: medians over the rounds."""
         median = lambda index, of: statistics.median(of(times[index]) for times in self.rounds)
         draft = lambda times: times["propose_and_verify"] - times["verify"]
         return [
-            Parts(
+            PartSeconds(
                 draft_step=max(median(index, draft), 0.0) / gamma,
                 target_step=median(0, lambda times: times["verify"]),
                 verify=median(index, lambda times: times["verify"]),
@@ -226,38 +232,36 @@ def _once(timers: dict[str, Timer]) -> dict[str, float]:
     return {name: timer() for name, timer in timers.items()}
 
 
-def block_seconds(
-    plan: loop.Plan, params: Any, draft_params: Any, tokens, lengths, row_keys, sampling: Sampling, *, behind: int
-) -> list[float]:
-    """Seconds of blocks in which every row drafts 0 .. gamma tokens, of a plan whose draft length adapts.
+def block_seconds(method: Method, tokens, lengths, row_keys, *, decoded: int = 0) -> list[float]:
+    """Seconds of blocks in which every row drafts 0 .. gamma tokens, for a drafter with an adaptive draft length.
 
-    One executable runs them all: costs that are endless but for one length leave no other to be picked. Arguments as of
+    Infinite costs of all other lengths force one length, so a single executable runs all of them. Arguments as for
     `timers`.
     """
+    gamma = method.plan.gamma
 
     def forced(drafted: int) -> dict[str, Timer]:
-        costs = jnp.full((plan.gamma + 1,), jnp.inf).at[drafted].set(1.0)
-        weighed = dataclasses.replace(sampling, costs=costs)
-        return timers(plan, params, draft_params, tokens, lengths, row_keys, weighed, behind=behind)
+        costs = jnp.full((gamma + 1,), jnp.inf).at[drafted].set(1.0)
+        sampling = dataclasses.replace(method.sampling, costs=costs)
+        return timers(dataclasses.replace(method, sampling=sampling), tokens, lengths, row_keys, decoded=decoded)
 
-    timed = [forced(drafted) for drafted in range(plan.gamma + 1)]
+    timed = [forced(drafted) for drafted in range(gamma + 1)]
     seconds = [[every["propose_and_verify"]() + every["rule"]() for every in timed] for _ in range(_COST_ROUNDS + 1)]
     return [statistics.median(times) for times in zip(*seconds[1:], strict=True)]
 
 
 def _example(plan, params, draft_params, state, sampling) -> tuple[Proposal, jax.Array, tuple[jax.Array, ...]]:
-    """A full proposal, the target's logits for it and its tapped states, drawn at random.
+    """A full proposal, the target's logits for it and its tapped states, all random.
 
-    The time that a target call and a rule take does not depend on what these say, and compiling a draft only to have
-    real ones took longer than timing it.
+    The time of a target call and of a rule does not depend on these values, and compiling a draft to get real ones took
+    longer than timing it.
     """
-
     structures = []
 
     def leaves():
         proposal, after = loop.propose(plan, params, draft_params, state, _noise(plan, state), sampling)
         logits, _, taps = loop.verify(plan, params, after.target_cache, state.lengths, state.lengths, proposal)
-        # A Proposal holds arrays, not their shapes: what it is made of goes through `eval_shape`.
+        # `eval_shape` cannot build a Proposal of shapes, so only its leaves pass through it.
         structures.append(jax.tree.structure((proposal, logits, taps)))
         return jax.tree.leaves((proposal, logits, taps))
 

@@ -1,6 +1,5 @@
-"""Predicted beside measured: parts of a block timed at a run's mean context, and the speed-up they foretell."""
+"""Predicted speed-ups: times the parts of a block at a run's mean context and applies the throughput model to them."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,48 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from specjax.decoding import batch, loop
-from specjax.decoding.sampling import Sampling, row_keys
+from specjax.decoding import batch
+from specjax.decoding.plan import Plan
+from specjax.decoding.sampling import row_keys
 from specjax.evaluation import latency, throughput
+from specjax.evaluation.engine import Method, Output
 from specjax.reporting import metrics
 from specjax.runtime import processes
 
-_KEYS = (
-    "draft_step_seconds",
-    "target_step_seconds",
-    "verify_seconds",
-    "rule_seconds",
-    "baseline_rule_seconds",
-    "cost_ratio",
-    "predicted_speedup",
-    "mbsu",
-)
-
-
-def nothing() -> dict[str, None]:
-    """The keys of a prediction where there is none."""
-    return dict.fromkeys(_KEYS)
-
-
-@dataclasses.dataclass(frozen=True)
-class Timed:
-    """A way of decoding whose parts are to be timed.
-
-    Attributes:
-      plan: its plan.
-      draft_params: of its drafter; None where that has none.
-      sampling: temperature and the rest.
-    """
-
-    plan: loop.Plan
-    draft_params: Any
-    sampling: Sampling
-
 
 def parts_meter(
-    plain: Timed,
-    speculative: Sequence[Timed],
-    params: Any,
+    plain: Method,
+    speculative: Sequence[Method],
     prompts: Sequence[Sequence[int]],
     emitted: Sequence[Sequence[int]],
     *,
@@ -57,69 +26,69 @@ def parts_meter(
     seed: int,
     put: batch.Placer,
 ) -> latency.PartsMeter:
-    """What times the parts of each speculative plan and of plain decoding on rows as long as the run's mean context.
+    """A meter of each speculative method and of plain decoding, on rows as long as the run's mean context.
 
     Args:
       prompts: of the run.
-      emitted: what plain decoding made of the first of them; half of that is behind a prompt on average.
+      emitted: tokens that plain decoding emitted for the first of them; on average half of them are in the context.
     """
-    apart = plain.plan.target.is_encoder_decoder
     half = int(np.mean([len(tokens) // 2 for tokens in emitted]))
-    length = int(np.mean([len(prompt) for prompt in prompts])) + (0 if apart else half)
-    texts = prompts if apart else [(*prompt, *tokens) for prompt, tokens in zip(prompts, emitted, strict=False)]
-    given = _example_batch(texts, length, batch_size, seed, put)
-    behind = half if apart else 0
-    timers = lambda timed: latency.timers(timed.plan, params, timed.draft_params, *given, timed.sampling, behind=behind)
-    gammas = [timed.plan.gamma for timed in speculative]
-    return latency.PartsMeter(timers(plain), [timers(timed) for timed in speculative], gammas)
+    texts = [(*prompt, *tokens) for prompt, tokens in zip(prompts, emitted, strict=False)]
+    rows = _example_rows(plain.plan, prompts, texts, half, batch_size, seed, put)
+    timers = lambda method: latency.timers(method, **rows)
+    gammas = [method.plan.gamma for method in speculative]
+    return latency.PartsMeter(timers(plain), [timers(method) for method in speculative], gammas)
 
 
 def measure_block_costs(
-    plan: loop.Plan,
-    params: Any,
-    draft_params: Any,
+    method: Method,
     prompts: Sequence[Sequence[int]],
     *,
-    sampling: Sampling,
     max_new_tokens: int,
     batch_size: int,
     seed: int,
     put: batch.Placer,
 ) -> Float[Array, "gamma_plus_1"]:
-    """Seconds of blocks that draft 0 .. gamma tokens, for `Sampling.costs`, about half way through the run.
+    """Seconds of blocks with 0 .. gamma drafted tokens, for `Sampling.costs`, at the context half-way through the run.
 
     Args:
-      plan: with an `AdaptiveDrafter`.
+      method: one with an `AdaptiveDrafter`.
       prompts: of the run.
     """
-    apart, half = plan.target.is_encoder_decoder, max_new_tokens // 2
-    length = int(np.mean([len(prompt) for prompt in prompts])) + (0 if apart else half)
-    given = _example_batch(prompts, length, batch_size, seed, put)
-    behind = half if apart else 0
-    seconds = latency.block_seconds(plan, params, draft_params, *given, sampling, behind=behind)
-    return jnp.asarray(processes.from_first(np.asarray(seconds, np.float32)))  # all draft by one clock
+    rows = _example_rows(method.plan, prompts, prompts, max_new_tokens // 2, batch_size, seed, put)
+    seconds = np.asarray(latency.block_seconds(method, **rows), np.float32)
+    return jnp.asarray(processes.from_first(seconds))  # every process drafts by the same clock
 
 
-def _example_batch(texts: Sequence[Sequence[int]], length: int, batch_size: int, seed: int, put: batch.Placer) -> tuple:
-    """Tokens, lengths and keys of the longest texts, each repeated or cut to one length."""
-    rows = [(tuple(text) * length)[:length] for text in sorted(texts, key=len)[-batch_size:]]
+def _example_rows(plan: Plan, prompts, texts, half: int, batch_size: int, seed: int, put: batch.Placer) -> dict:
+    """Arguments of `latency.timers`: the longest texts, each repeated or cut to the mean context.
+
+    The context is a prompt and `half` emitted tokens. An encoder-decoder reads the prompt separately: its rows are
+    prompts, and the emitted tokens are in the decoder's cache.
+    """
+    separate = plan.target.is_encoder_decoder
+    length = int(np.mean([len(prompt) for prompt in prompts])) + (0 if separate else half)
+    longest = sorted(prompts if separate else texts, key=len)[-batch_size:]
+    rows = [(tuple(text) * length)[:length] for text in longest]
     rows += rows[-1:] * (put.rows(len(rows)) - len(rows))
     tokens, lengths = batch.pad(rows, batch.prompt_slots(rows))
-    return put(tokens), put(lengths), row_keys(seed, put(np.arange(len(rows), dtype=np.int32)))
+    keys = row_keys(seed, put(np.arange(len(rows), dtype=np.int32)))
+    return dict(tokens=put(tokens), lengths=put(lengths), row_keys=keys, decoded=half if separate else 0)
 
 
 def uncut_ctar(counts: metrics.Counts, weights: Float[np.ndarray, "N"]) -> Float[np.ndarray, "gamma"]:
-    """`ctar` of blocks that no text's end cuts short, as the throughput model wants it, which cuts the last one itself.
+    """`ctar` of blocks that are not cut short by the end of a text.
 
-    Where every block drafts gamma tokens it is the product of the positions' rates, in which what was cut is neither a
-    trial nor a success. A drafter that stops early leaves the share of blocks as they were, the last of a text too.
+    The throughput model needs these because it cuts the last block itself. If every block drafts gamma tokens, `ctar`
+    is the cumulative product of acceptance by position, where cut positions count neither as tried nor as accepted. For
+    drafters that stop early it is the plain share of blocks, cut ones included.
 
     Args:
       weights: how often each row counts.
     """
     gamma, texts = counts.drafted_at.shape[1], len(counts.emitted)
-    # Near a text's end the blocks that always draft gamma have room for gamma - 1, gamma - 2, .. at the least; one more
-    # may be cut at an EOS.
+    # A drafter that always drafts gamma tokens has room for at least gamma - 1, gamma - 2, .. in the last blocks of a
+    # text, and one more block may be cut at an EOS.
     cut_at_most = texts * gamma * (gamma + 1) // 2
     if counts.drafted.sum() < gamma * counts.target_calls.sum() - cut_at_most:
         return (weights @ counts.emitted_more_than) / (weights @ counts.target_calls)
@@ -127,7 +96,7 @@ def uncut_ctar(counts: metrics.Counts, weights: Float[np.ndarray, "N"]) -> Float
 
 
 def expected_iterations(counts: metrics.Counts, batch_size: int) -> float:
-    """Blocks that batches of these rows should take: of each the expected maximum over its rows.
+    """Expected blocks over all batches of these rows: for each batch the expected maximum over its rows.
 
     Args:
       counts: of all rows, in the order in which they are put into batches.
@@ -139,34 +108,40 @@ def expected_iterations(counts: metrics.Counts, batch_size: int) -> float:
 
 
 def predict(
-    parts: throughput.Parts,
-    plan: loop.Plan,
-    block_efficiency: float,
-    draft_params: int,
-    output: Sequence[tuple[int, batch.BatchResult]],
-    baseline: Sequence[tuple[int, batch.BatchResult]],
-) -> dict[str, float | None]:
-    """The parts and the speed-up predicted from them for the blocks that a run needed.
+    parts: throughput.PartSeconds | None,
+    plan: Plan,
+    draft_size: int,
+    output: Output,
+    baseline: Output,
+) -> dict[str, Any]:
+    """The fields of an `EvaluationRow` about parts and the speed-up predicted from them.
 
     Args:
-      draft_params: parameters of the draft, 0 where it has none of its own (then there is no MBSU).
-      output: (rows that count, result) of each batch; `baseline` the same of plain decoding.
+      parts: None if they were not timed; then every field is None.
+      draft_size: parameters of the draft; 0 if it has none of its own, which leaves `mbsu` undefined.
     """
-    emitted = lambda results: sum(len(row) for rows, result in results for row in result.tokens[:rows])
-    iterations = lambda results: sum(result.iterations for _, result in results)
-    prefill = lambda results: sum(result.prefill_seconds for _, result in results)
-    predicted = throughput.predicted_speedup(
-        parts,
-        plan.gamma,
-        emitted=emitted(output),
-        iterations=iterations(output),
-        prefill_seconds=prefill(output),
-        baseline_emitted=emitted(baseline),
-        baseline_iterations=iterations(baseline),
-        baseline_prefill_seconds=prefill(baseline),
-    )
-    mbsu = None
-    if draft_params:
-        mbsu = throughput.memory_bound_speedup(block_efficiency, plan.gamma, plan.target.num_params, draft_params)
-    steps = (parts.draft_step, parts.target_step, parts.verify, parts.rule, parts.baseline_rule, parts.cost_ratio())
-    return dict(zip(_KEYS, (*steps, predicted, mbsu), strict=True))
+    predicted = mbsu = None
+    if parts is not None:
+        predicted = throughput.predicted_speedup(
+            parts,
+            plan.gamma,
+            emitted=output.emitted,
+            iterations=output.iterations,
+            prefill_seconds=output.prefill_seconds,
+            baseline_emitted=baseline.emitted,
+            baseline_iterations=baseline.iterations,
+            baseline_prefill_seconds=baseline.prefill_seconds,
+        )
+        if draft_size:
+            block_efficiency = output.emitted / int(output.counts().target_calls.sum())
+            mbsu = throughput.memory_bound_speedup(block_efficiency, plan.gamma, plan.target.num_params, draft_size)
+    return {
+        "draft_step_seconds": parts and parts.draft_step,
+        "target_step_seconds": parts and parts.target_step,
+        "verify_seconds": parts and parts.verify,
+        "rule_seconds": parts and parts.rule,
+        "baseline_rule_seconds": parts and parts.baseline_rule,
+        "cost_ratio": parts and parts.cost_ratio(),
+        "predicted_speedup": predicted,
+        "mbsu": mbsu,
+    }

@@ -1,0 +1,160 @@
+"""The rows of results.json that evaluations write, and the table that documents their fields."""
+
+import dataclasses
+from typing import Annotated, Any, get_type_hints
+
+import numpy as np
+
+from specjax.decoding.sampling import Sampling
+from specjax.evaluation.cases import Case, Setting
+from specjax.reporting import tables
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One drafter under one rule at one gamma and setting. None stands for a value that is not defined here."""
+
+    task: Annotated[str, "name of the task that the prompts come from"]
+    prompts: Annotated[int, "number of prompts; in Spec-Bench of turns"]
+    target: Annotated[str, "directory of the target whose text is written"]
+    drafter: Annotated[str, "the config's name for the drafter; `none` is plain decoding"]
+    rule: Annotated[str, "verification rule: how drafted tokens are accepted or rejected"]
+    lenience: Annotated[float | None, "epsilon of a lossy rule; null for an exact one"]
+    gamma: Annotated[int, "largest number of drafted tokens per block; 0 for plain decoding"]
+    threshold: Annotated[float, "drafting stops after a token whose draft probability is below this; 0 never stops"]
+    block_costs: Annotated[
+        list[float] | None,
+        "cost of a block with 0 .. gamma drafted tokens, in seconds if measured; null if the draft length is fixed",
+    ]
+    temperature: Annotated[float, "sampling temperature; 0 is greedy"]
+    top_k: Annotated[int, "sampling from the k most probable tokens; 0 is off"]
+    top_p: Annotated[float, "sampling from the smallest set of tokens with this probability; 1 is off"]
+    batch_size: Annotated[int, "prompts decoded together"]
+    max_new_tokens: Annotated[int, "most tokens emitted per prompt"]
+    seed: Annotated[int, "seed of prompt selection, sampling and bootstrap"]
+    emitted_tokens: Annotated[int, "tokens that the user receives, the end token included, over all prompts"]
+    target_calls: Annotated[int, "verifications by the target, over all prompts; prefill is not one"]
+    drafted_tokens: Annotated[int, "proposed tokens, over all prompts"]
+    accepted_tokens: Annotated[int, "emitted tokens that were drafted, over all prompts"]
+    block_efficiency: Annotated[float | None, "emitted / target calls, between 1 and gamma + 1"]
+    block_efficiency_ci: Annotated[list[float] | None, "its 95% interval, bootstrapped over prompts or questions"]
+    acceptance_rate: Annotated[float | None, "accepted / drafted"]
+    acceptance_rate_ci: Annotated[list[float] | None, "its 95% interval, bootstrapped over prompts or questions"]
+    sequence_acceptance: Annotated[float | None, "accepted / emitted"]
+    acceptance_by_position: Annotated[
+        list[float | None],
+        "among blocks that drafted position i and accepted all earlier positions: share that accepted position i",
+    ]
+    ctar: Annotated[
+        list[float | None],
+        "share of target calls with more than w tokens, w = 1 .. gamma; block_efficiency = 1 + sum(ctar) exactly",
+    ]
+    tokens_per_second: Annotated[float | None, "emitted / wall-clock seconds; prefill included, compilation excluded"]
+    baseline_tokens_per_second: Annotated[
+        float | None,
+        "the same of plain decoding (gamma = 0 in the same loop), interleaved batch by batch",
+    ]
+    speedup: Annotated[
+        float | None,
+        "tokens_per_second / baseline_tokens_per_second; the baseline is always plain decoding of the config's target",
+    ]
+    speedup_ci: Annotated[list[float] | None, "its 95% interval, bootstrapped over batches or questions"]
+    prefill_seconds: Annotated[float, "seconds of prefill, over all batches"]
+    iterations: Annotated[int, "blocks that the batches ran; a batch runs as long as its slowest row"]
+    target_layers_per_token: Annotated[
+        float,
+        "executions of target layers per emitted token, drafting included, prefill excluded, on the rows' own tokens",
+    ]
+    target_layers_per_token_padded: Annotated[
+        float,
+        "the same, but over all columns of all rows that ran: with padding and rows that have ended or wait",
+    ]
+    draft_layers_per_token: Annotated[
+        float, "executions of layers of the draft itself (model or adapter) per emitted token"
+    ]
+    draft_layers_per_token_padded: Annotated[float, "the same over all columns of all rows that ran"]
+    target_layers_per_token_once: Annotated[
+        float,
+        "target_layers_per_token if no layer ran twice on a token: layers x (target calls + drafted) / emitted",
+    ]
+    identical_to_baseline: Annotated[
+        dict[str, Any] | None,
+        "exact rules at temperature 0 or `coupled`: number of prompts whose tokens equal plain decoding's, and "
+        "for each other prompt the first position that differs and the gap between the two best logits there",
+    ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row as results.json holds it."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationRow(Row):
+    """A row of `specjax.evaluate`: more about quality, and about the speed-up predicted from parts."""
+
+    expected_iterations: Annotated[
+        float,
+        "iterations expected from this acceptance and these lengths: for each batch the expected maximum over its rows",
+    ]
+    quality: Annotated[dict[str, float], "the task's metrics over all prompts, each between 0 and 1"]
+    quality_difference: Annotated[dict[str, float], "the same minus that of plain decoding on the same prompts"]
+    quality_ci: Annotated[dict[str, list[float] | None], "95% bootstrap intervals of quality over prompts"]
+    quality_difference_ci: Annotated[
+        dict[str, list[float] | None],
+        "95% paired bootstrap intervals of quality_difference over prompts",
+    ]
+    draft_step_seconds: Annotated[float | None, "seconds per drafted token, timed separately at the run's mean context"]
+    target_step_seconds: Annotated[float | None, "seconds of the target on one token per row, timed likewise"]
+    verify_seconds: Annotated[float | None, "seconds of the target on gamma + 1 tokens per row, timed likewise"]
+    rule_seconds: Annotated[float | None, "seconds of rule and bookkeeping per block, timed likewise"]
+    baseline_rule_seconds: Annotated[float | None, "the same at gamma = 0"]
+    cost_ratio: Annotated[float | None, "draft_step_seconds / target_step_seconds"]
+    predicted_speedup: Annotated[float | None, "speed-up predicted from these seconds and the counts of the run"]
+    mbsu: Annotated[
+        float | None,
+        "memory-bound speed-up: block efficiency / (gamma x draft size / target size + 1), sizes in parameters",
+    ]
+    confidence: Annotated[
+        dict[str, list[int]] | None,
+        "of self-drafts: accepted tokens, and first rejected tokens of a block, in 20 bins of the draft's largest "
+        "probability at temperature 1",
+    ]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpecBenchRow(Row):
+    """A row of `specjax.spec_bench`."""
+
+    subtask: Annotated[str, "Spec-Bench's subtask, or `overall`"]
+    questions: Annotated[int, "number of questions of the subtask"]
+
+
+def settings_of(config: Any, setting: Setting, case: Case, sampling: Sampling, prompts: int) -> dict[str, Any]:
+    """The fields of a row that say what was run."""
+    return {
+        "task": config.task.name,
+        "prompts": prompts,
+        "target": case.section.target,
+        "drafter": case.name,
+        "rule": case.rule,
+        "lenience": case.lenience,
+        "gamma": case.gamma,
+        "threshold": case.options.threshold,
+        "block_costs": None if sampling.costs is None else np.asarray(sampling.costs).tolist(),
+        "temperature": setting.temperature,
+        "top_k": config.top_k,
+        "top_p": config.top_p,
+        "batch_size": setting.batch_size,
+        "max_new_tokens": config.max_new_tokens,
+        "seed": config.seed,
+    }
+
+
+def metrics_table() -> str:
+    """Every field with its meaning, as a Markdown table for `configs/evaluate/README.md`."""
+    lines = []
+    for kind, where in ((Row, ""), (EvaluationRow, "evaluate: "), (SpecBenchRow, "Spec-Bench: ")):
+        for name in kind.__annotations__:
+            (meaning,) = get_type_hints(kind, include_extras=True)[name].__metadata__
+            lines.append({"field": f"`{name}`", "meaning": where + meaning})
+    return tables.markdown_table(lines, ("field", "meaning"))
