@@ -11,7 +11,7 @@ runs/draft/report.html.
 `configs/distill.py:new` needs no draft: it trains one of the size `shape` from nothing, first plainly, then as above.
 
     python -m specjax.main --config=configs/distill.py:new --workdir=runs/draft \\
-        --config.target=DIR --config.shape.layers=2 --config.shape.width=512 --config.text=FILE
+        --config.target=DIR --config.shape.layers=2 --config.text=FILE
 
 Stages: `supervised` (with `:new` alone); `distilled`, on the draft's own text with the target's probabilities
 (DistillSpec, arXiv 2310.08461); `evaluation`.

@@ -183,8 +183,10 @@ def test_the_readmes_one_number_is_that_of_the_record():
     rows = json.loads((RECORDS / "quickstart.json").read_text())["rows"]
     wanted = {"drafter": "distilled", "rule": "lossless", "temperature": 1.0, "gamma": 3}
     (row,) = [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
-    said = re.search(r"\*\*(\S+) times\*\*[^(]*\(95%\s+interval (\S+) to (\S+)\)", README.read_text(encoding="utf-8"))
-    assert said.groups() == tuple(f"{value:.2f}" for value in (row["speedup"], *row["speedup_ci"]))
+    sentence = re.search(
+        r"\*\*(\S+) times\*\*[^(]*\(95%\s+interval (\S+) to (\S+)\)", README.read_text(encoding="utf-8")
+    )
+    assert sentence.groups() == tuple(f"{value:.2f}" for value in (row["speedup"], *row["speedup_ci"]))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
