@@ -12,7 +12,6 @@ Hardware: whatever holds both models. Time: loading, some seconds of compiling, 
 """
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
 from configs import common
 
@@ -25,17 +24,17 @@ def get_config(variant: str = "") -> ConfigDict:
     config.mesh = common.mesh()  # devices along each axis; 1, 1, 1 is one device
     config.target = ""  # directory of the target
     # kind: model (path: the draft's directory), kangaroo or medusa (path: the adapter's), ngram, early_exit,
-    # skip_layers, "file.py:Class" for one of your own, or none. The other options belong to one kind each; None takes
+    # skip_layers, "file.py:Class" for one of your own, or none. The other options belong to one kind each; 0 and () take
     # their default. ngram matches `shortest` to `longest` tokens (2 to 4), early_exit drafts after `exit_layer` layers
     # (1), skip_layers leaves out the layers `skipped`. All but ngram end a block where the draft is less sure than
     # `threshold` (0: never).
-    drafter = {"kind": "model", "path": "", "threshold": placeholder(float), "exit_layer": placeholder(int)}
-    drafter |= {"shortest": placeholder(int), "longest": placeholder(int), "skipped": placeholder(tuple)}
+    drafter = {"kind": "model", "path": "", "threshold": 0.0, "exit_layer": 0}
+    drafter |= {"shortest": 0, "longest": 0, "skipped": ()}
     config.drafter = ConfigDict(drafter)
     config.prompt = ""  # the text to continue
     config.chat = False  # whether the tokenizer's chat template wraps the prompt as a user's turn
     config.rule = "lossless"  # or coupled; lossy: lenient_linear, lenient_square, lenient_exp, typical
-    config.lenience = placeholder(float)  # of a lossy rule: in (0, 1], smaller accepts more
+    config.lenience = 0.0  # of a lossy rule: in (0, 1], smaller accepts more; 0 for an exact rule
     config.gamma = 4  # most tokens drafted per block
     config.temperature = 1.0
     config.top_k = 0  # 0 is off

@@ -46,7 +46,7 @@ def run(config: Any, workdir: str | Path) -> dict:
         temperature=config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,
-        rule=config.rule if config.lenience is None else api.Lossy(config.rule, config.lenience),
+        rule=config.rule if not config.lenience else api.Lossy(config.rule, config.lenience),
         max_new_tokens=config.max_new_tokens,
         batch_size=1,
         seed=config.seed,
@@ -73,10 +73,10 @@ def run(config: Any, workdir: str | Path) -> dict:
 
 
 def _drafter(section: Any, target: Model, load: Callable[[str], Model]) -> Any:
-    """The section's drafter for `api.generate`; options that the config leaves at None are not set."""
+    """The section's drafter for `api.generate`; options at 0 or () are left at their defaults."""
     if section.kind == "none":
         return None
-    values = {key: value for key, value in section.items() if key not in ("kind", "path") and value is not None}
+    values = {key: value for key, value in section.items() if key not in ("kind", "path") and value}
     options = make_options(section.kind, values, "drafter.")
     if not options.loads:
         return options
