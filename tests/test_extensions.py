@@ -151,7 +151,7 @@ def test_a_users_drafter_and_rule_decode_from_python(home):
 
 
 def evaluation(home, drafter):
-    config = configs.load(f"{ROOT}/configs/evaluate/pair.py:smoke")
+    config = configs.load(f"{ROOT}/configs/evaluate.py:smoke")
     config.target, config.prompts = str(home / "target"), str(home / "prompts.txt")
     config.temperatures, config.selection.count, config.compare = (0.0,), 2, ()
     config.drafters = {"mine": drafter}
