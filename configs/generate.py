@@ -26,8 +26,8 @@ def get_config(variant: str = "") -> ConfigDict:
     # kind: model (path: the draft's directory), kangaroo or medusa (path: the adapter's), ngram, early_exit,
     # skip_layers, "file.py:Class" for one of your own, or none. The other options belong to one kind each; 0 and ()
     # take their default. ngram matches `shortest` to `longest` tokens (2 to 4), early_exit drafts after `exit_layer`
-    # layers (1), skip_layers leaves out the layers `skipped`. All but ngram end a block where the draft is less sure than
-    # `threshold` (0: never).
+    # layers (1), skip_layers leaves out the layers `skipped`. All but ngram end a block where the draft is less sure
+    # than `threshold` (0: never).
     drafter = {"kind": "model", "path": "", "threshold": 0.0, "exit_layer": 0}
     drafter |= {"shortest": 0, "longest": 0, "skipped": ()}
     config.drafter = ConfigDict(drafter)
