@@ -357,7 +357,9 @@ def test_a_stage_that_does_not_fit_is_reported_in_the_compilers_reason():
     step = executables.Executable("update", print, {"parameters": 5}, frozenset())
     mesh = jax.sharding.AbstractMesh((1, 1, 1), meshes.AXES)
     row = account.row("s", step, part, mesh, None, 1.0, reason)
-    assert not row["fits"] and row["refusal"] == reason and account.peak_of([row]) is None
+    assert not row["fits"] and row["refusal"] == reason
+    summary = smallest.summary("s", ConfigDict({"binary": "distill"}), dict, [row], part, dict(mesh.shape))
+    assert summary["peak_bytes"] is None and summary["smallest"] is None
     record = {"rows": [{**row, "resident_bytes": {"parameters": 5, "target parameters": 0}}], "stages": []}
     assert "s: update does not compile: Ran out of memory" in plan_tables.terminal(record)
 

@@ -3,7 +3,6 @@
 import dataclasses
 import re
 import time
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jax.errors import JaxRuntimeError
@@ -139,9 +138,3 @@ def row(
         "gathered_weights": [list(shape) for shape in gathered_weights(program, executable)],
         "roofline": {chip.name: roofline(work, chip) for chip in CHIPS.values()},
     }
-
-
-def peak_of(rows: Iterable[Mapping]) -> int | None:
-    """The highest peak of these rows, in bytes on one chip; None if one of the executables does not fit."""
-    peaks = [row.get("peak_bytes") for row in rows]
-    return None if None in peaks else max(peaks)

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 
-from specjax.planning import account
 from specjax.planning.chips import Slice, slices_of
 from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError
@@ -35,7 +34,8 @@ def summary(
       sizes: the sizes of the mesh that they were compiled for.
     """
     resident = max((sum(row["resident_bytes"].values()) for row in rows), default=0)
-    peak = account.peak_of(rows)
+    peaks = [row.get("peak_bytes") for row in rows]
+    peak = None if None in peaks else max(peaks)  # None: an executable did not compile
     temporary = None if peak is None else max(peak - resident, 0)
     return {
         "stage": stage,
