@@ -4,17 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from configs.distillspec.tables import garden_members, lossy_groups
-from configs.distillspec.tradeoffs import Cell, main_metric, pareto_front
+from configs.distillspec.tradeoffs import main_metric, pareto_front
 from configs.records.marks import Mark, tradeoff_figure
-from specjax.reporting.estimates import Estimate
-
-
-def _edges(estimate: Estimate) -> tuple[float, float] | None:
-    return None if estimate.half is None else (estimate.mean - estimate.half, estimate.mean + estimate.half)
-
-
-def _mark(cell: Cell, across: Estimate, hollow: bool = False) -> Mark:
-    return Mark(across.mean, _edges(across), cell.quality.mean, _edges(cell.quality), hollow)
 
 
 def lossy(record: Mapping, path: Path) -> None:
@@ -30,8 +21,8 @@ def lossy(record: Mapping, path: Path) -> None:
                 continue
             series: dict[str, list[Mark]] = {}
             for cell in sorted(cells, key=lambda cell: -cell.lenience):
-                line = series.setdefault(f"{cell.rule}, lossy", [_mark(exact, getattr(exact, key))])
-                line.append(_mark(cell, getattr(cell, key)))
+                line = series.setdefault(f"{cell.rule}, lossy", [Mark.of(getattr(exact, key), exact.quality)])
+                line.append(Mark.of(getattr(cell, key), cell.quality))
             title = f"{exact.drafter}, temperature {exact.temperature:g}"
             # In the order of the record, so that every panel gives a rule the same colour.
             panels[f"{title[:60]}: {measure}"] = {f"{c.rule}, lossy": series[f"{c.rule}, lossy"] for c in cells}
@@ -49,7 +40,7 @@ def garden(record: Mapping, path: Path) -> None:
     series: dict[str, list[Mark]] = {}
     for member in members:
         across = member.cell.latency if timed else member.cell.block_efficiency
-        series.setdefault(member.model, []).append(_mark(member.cell, across, member.decoded == "plain"))
+        series.setdefault(member.model, []).append(Mark.of(across, member.cell.quality, member.decoded == "plain"))
     front = pareto_front([member.point for member in members]) if timed else []
     name = "relative latency" if timed else "block efficiency"
     tradeoff_figure(

@@ -208,21 +208,16 @@ def comparisons(record: Mapping) -> list[dict]:
     return lines
 
 
-def sweep_section(results: Mapping, figures: Path) -> page.Section:
-    """The map of gains and the comparisons, as a section of a report."""
-    heat_map(results, figures / "recipes.png")
-    figure = page.Figure(figures / "recipes.png", "Mean gain over seeds, in percent.")
-    compared = [
-        page.rows_table(lines, list(dict.fromkeys(key for line in lines for key in line)))
-        for lines in (drafts(results), comparisons(results))
-    ]
-    intro = "Block efficiency over the undistilled draft of the same seed; 95% over seeds."
-    return page.Section("Recipes", [page.Figures([figure]), *compared], intro)
-
-
 def write_report(workdir: Path, config: Any) -> None:
-    """report.html of a run of the sweep: the usual page, with the map of gains after its headline."""
-    results = page.run_results(workdir, config)
-    values = [gain for cells in efficiencies(results).values() for line in matrix(cells) for gain in line]
-    sections = [sweep_section(results, workdir / "figures")] if set(values) - {None} else []
+    """report.html of a run of the sweep: the usual page, with the map of gains and the comparisons after the headline."""
+    results, path = page.run_results(workdir, config), workdir / "figures" / "recipes.png"
+    values = {gain for cells in efficiencies(results).values() for line in matrix(cells) for gain in line}
+    blocks = []
+    if values - {None}:
+        heat_map(results, path)
+        blocks.append(page.Figures([page.Figure(path, "Mean gain over seeds, in percent.")]))
+        for lines in (drafts(results), comparisons(results)):
+            blocks.append(page.rows_table(lines, list(dict.fromkeys(key for line in lines for key in line))))
+    intro = "Block efficiency over the undistilled draft of the same seed; 95% over seeds."
+    sections = [page.Section("Recipes", blocks, intro)] if blocks else []
     page.write_run(workdir, results, page.training_curves(workdir, config), more=sections)

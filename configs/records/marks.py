@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from specjax.reporting.estimates import Estimate
 from specjax.reporting.panels import DASHES, Theme, looks_of, save_panels
 
 
@@ -16,6 +17,12 @@ class Mark:
     y: float | int
     y_edges: tuple[float, float] | None
     hollow: bool = False
+
+    @classmethod
+    def of(cls, x: Estimate, y: Estimate, hollow: bool = False) -> "Mark":
+        """The mark of two estimates over seeds."""
+        edges = lambda at: None if at.half is None else (at.mean - at.half, at.mean + at.half)
+        return cls(x.mean, edges(x), y.mean, edges(y), hollow)
 
 
 def tradeoff_figure(
