@@ -209,7 +209,7 @@ def comparisons(record: Mapping) -> list[dict]:
 
 
 def write_report(workdir: Path, config: Any) -> None:
-    """report.html of a run of the sweep: the usual page, with the map of gains and the comparisons after the headline."""
+    """report.html of a run of the sweep: the usual page, with the map of gains and the comparisons at its top."""
     results, path = page.run_results(workdir, config), workdir / "figures" / "recipes.png"
     values = {gain for cells in efficiencies(results).values() for line in matrix(cells) for gain in line}
     blocks = []
