@@ -13,9 +13,9 @@ this target only (`api.load_adapter(DIR, target)`).
 
 Stages: `adapter`, and `evaluation` compared with plain decoding and with the same exit without an adapter.
 
-Hardware: whatever holds the target; `--config.mesh.fsdp=8` splits it over 8 devices. Time: with the quickstart's target
-some minutes on 2 CPU cores. Expect text identical to plain decoding at temperature 0, and a speed-up if the
-target is deep: the paper exits after 1/16 to 1/10 of the layers.
+Hardware: whatever holds the target; `--config.mesh.fsdp=8` splits it over 8 devices. Time: not timed. Expect text
+identical to plain decoding at temperature 0, and a speed-up if the target is deep: the paper exits after 1/16 to 1/10
+of the layers.
 `configs/adapter.py:smoke` and `configs/adapter.py:medusa-smoke` run in seconds with a small checkpoint.
 """
 

@@ -17,9 +17,9 @@ Stages: `supervised` (with `:new` alone); `distilled`, on the draft's own text w
 (DistillSpec, arXiv 2310.08461); `evaluation`.
 
 Hardware: whatever holds both models, the draft with its optimiser; `--config.mesh.fsdp=8` splits them over 8 devices.
-Time: 200 steps with the quickstart's target and draft take some minutes on 2 CPU cores, the evaluation another
-minute. Expect more tokens per target call than before (`block_efficiency`), and text identical to plain decoding at
-temperature 0. Validation acceptance that still rises at the end asks for more `--config.distilled.train.steps`.
+Time: not timed; a step costs about as much as writing its batch with the draft. Expect more tokens per target call
+(`block_efficiency`) than before, and text identical to plain decoding at temperature 0. If `validation_acceptance`
+still rises at the end, take more `--config.distilled.train.steps`.
 `configs/distill.py:smoke` and `configs/distill.py:new-smoke` run in seconds with small checkpoints.
 """
 
