@@ -1,6 +1,6 @@
 """Draft design: the throughput model, pruning, replays and advice, each an action of this binary.
 
-    python -m specjax.main --config=configs/draft_design/advise.py --workdir=runs/advice --config.target=DIR
+    python -m specjax.main --config=configs/advise.py --workdir=runs/advice --config.target=DIR
 
 `config.action` names the action. Its rows are written to results.json, and its tables printed.
 """
