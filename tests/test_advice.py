@@ -26,7 +26,7 @@ from specjax.reporting import metrics, row_tables
 from specjax.runtime import config as configs
 from specjax.runtime.errors import UserError
 
-CONFIG = Path(__file__).resolve().parents[1] / "configs" / "draft_design" / "advise.py"
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 WORK = advice.Workload(((1, 2),), max_new_tokens=1000, batch_size=1, temperature=0.0, seed=0)
 TASK = ConfigDict({"name": "text", "path": "a.txt"})
 OPT = dataclasses.replace(
@@ -80,7 +80,7 @@ def train_config(said):
     """configs/draft_design/train.py with what a printed command sets."""
     program, *given = shlex.split(said)[3:]
     assert program == "--config=configs/draft_design/train.py"
-    config = configs.load(str(CONFIG.with_name("train.py")))
+    config = configs.load(str(CONFIGS / "draft_design" / "train.py"))
     for key, value in (each.removeprefix("--config.").split("=", 1) for each in given if each.startswith("--config.")):
         *names, last = key.split(".")
         section = functools.reduce(lambda section, name: section[name], names, config)
@@ -137,7 +137,7 @@ def test_rows_that_are_unlike_slow_a_batch_down():
 
 @pytest.mark.slow
 def test_what_advice_cannot_be_given_on_is_refused(tmp_path):
-    config = configs.load(f"{CONFIG}:smoke")
+    config = configs.load(f"{CONFIGS}/advise.py:smoke")
     with pytest.raises(UserError, match="config.target is empty; give --config.target=DIR"):
         design.advise(config, tmp_path)
     tokenizer = train_byte_bpe(["def f(x):\n    return x\n" * 40], 270)
@@ -184,7 +184,7 @@ def test_the_shape_is_the_fastest_at_its_parameters_or_the_largest_within_its_mi
     api.save(api.Model(*tiny.decoder(vocab_size=260), tokenizer), tmp_path / "target")
     timed = lambda cases, repeats: {case.key: Point(1e-3 * case.shape.layers, 0.0) for case in cases}
     monkeypatch.setattr(profile, "_timed", timed)
-    config = configs.load(f"{CONFIG.with_name('build.py')}:smoke")
+    config = configs.load(f"{CONFIGS}/draft_design/build.py:smoke")
     with pytest.raises(UserError, match="config.target is empty"):
         budget.build(config, tmp_path)
     config.target, config.layers, config.parameters = str(tmp_path / "target"), (2, 1), 12_000
