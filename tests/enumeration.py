@@ -1,4 +1,4 @@
-"""Laws of rules by enumeration: every draft, every acceptance, every recovered token of small random models."""
+"""Output distributions of rules by enumeration: every draft, acceptance and recovered token of small random models."""
 
 import dataclasses
 import itertools
@@ -10,21 +10,21 @@ import numpy as np
 from specjax.decoding.drafters.base import Proposal
 from specjax.decoding.sampling import Noise, Stream
 
-EMITTED = 3  # the joint law of so many tokens is compared, where nothing else is said
+EMITTED = 3  # tokens whose joint distribution is compared by default
 
 
 class EnumeratedNoise(Noise):
-    """Hands out given uniforms and keeps the weights of the draw that follows."""
+    """Returns the uniforms passed in and records the weights of the next draw."""
 
     __setattr__ = object.__setattr__
 
     def __init__(self, uniforms):
-        self.given = uniforms
+        self.values = uniforms
         self.weights = None
 
     def uniforms(self, count):
-        assert count == self.given.shape[1]
-        return self.given
+        assert count == self.values.shape[1]
+        return self.values
 
     def choose(self, weights, offsets, stream):
         assert self.weights is None and stream == Stream.RECOVER
@@ -52,7 +52,7 @@ class Tables:
         return eighths / 8, draft / 8, int(self.random.integers(self.vocab)), int(count)
 
     def grid(self, one_hot: bool) -> np.ndarray:
-        """Uniforms that stand for all: every threshold lies on the grid, so each has exactly its share below."""
+        """Uniforms that represent [0, 1): thresholds are grid points, so exactly the right share lies below each."""
         count = 8 if one_hot or self.vocab == 4 else 4
         return np.arange(count) / count
 
@@ -64,12 +64,12 @@ class Tables:
     def target(self, context):
         return self.at(context)[0]
 
-    def target_law(self, context, count):
-        """The target's own joint law of the next `count` tokens, `[V] * count`."""
+    def target_distribution(self, context, count):
+        """The target's joint distribution of the next `count` tokens, `[V] * count`."""
         if count == 0:
             return np.ones(())
         return np.stack(
-            [self.target(context)[t] * self.target_law((*context, t), count - 1) for t in range(self.vocab)]
+            [self.target(context)[t] * self.target_distribution((*context, t), count - 1) for t in range(self.vocab)]
         )
 
     def draft(self, context, one_hot: bool = False):
@@ -126,11 +126,9 @@ def enumerate_paths(tables: Tables, one_hot: bool, depth: int) -> Paths:
     return rows
 
 
-def block_law(rule, tables: Tables, one_hot: bool, *, depth: int = EMITTED, leeway=None, jitted: bool = True):
-    """What a block does by `rule`: {(context, accepted tokens): chance of it with each next token, `[V]`}.
-
-    Of every context of fewer than `depth` tokens.
-    """
+def block_distribution(rule, tables: Tables, one_hot: bool, *, depth: int = EMITTED, leeway=None, jitted: bool = True):
+    """Outcomes of one block under `rule`: {(context, accepted tokens): chance of them with each next token, `[V]`},
+    for every context of fewer than `depth` tokens."""
     gamma, vocab = tables.gamma, tables.vocab
     rows = enumerate_paths(tables, one_hot, depth)
     batch = len(rows.contexts)
@@ -150,47 +148,47 @@ def block_law(rule, tables: Tables, one_hot: bool, *, depth: int = EMITTED, leew
     )
     accepted, weights = np.asarray(accepted), np.asarray(weights, np.float64)
     np.testing.assert_array_equal(accepted, np.asarray(offsets))  # the draw is keyed to the position it fills
-    next_law = weights / weights.sum(-1, keepdims=True)
+    next_probs = weights / weights.sum(-1, keepdims=True)
     grouped = {}
     for i, context in enumerate(rows.contexts):
         key = (context, rows.tokens[i][: accepted[i]])
         total = grouped.setdefault(key, np.zeros(vocab))
-        total += rows.chances[i] * next_law[i]
+        total += rows.chances[i] * next_probs[i]
     return grouped
 
 
 def mean_accepted(grouped) -> float:
-    """Of the first block."""
-    return sum(len(stood) * chances.sum() for (context, stood), chances in grouped.items() if context == ())
+    """Mean number of accepted tokens in the first block."""
+    return sum(len(accepted) * chances.sum() for (context, accepted), chances in grouped.items() if context == ())
 
 
-def emitted_law(grouped, vocab: int, count: int = EMITTED):
-    """The joint law of the next `count` tokens, `[V] * count`, of blocks that follow one another."""
+def emitted_distribution(grouped, vocab: int, count: int = EMITTED):
+    """The joint distribution of the next `count` tokens, `[V] * count`, over consecutive blocks."""
 
-    def law(context, count):
+    def joint_of(context, count):
         if count == 0:
             return np.ones(())
         joint = np.zeros((vocab,) * count)
-        for (start, stood), chances in grouped.items():
+        for (start, accepted), chances in grouped.items():
             if start != context:
                 continue
-            if len(stood) >= count:
-                joint[stood[:count]] += chances.sum()
+            if len(accepted) >= count:
+                joint[accepted[:count]] += chances.sum()
                 continue
             for token in range(vocab):
-                rest = count - len(stood) - 1
-                joint[(*stood, token)] += chances[token] * law((*context, *stood, token), rest)
+                rest = count - len(accepted) - 1
+                joint[(*accepted, token)] += chances[token] * joint_of((*context, *accepted, token), rest)
         return joint
 
-    return law((), count)
+    return joint_of((), count)
 
 
-def composed_law(tables, accepted, recovered, count: int = EMITTED, one_hot: bool = False):
-    """The same law from a rule's law of one position, worked out without the rule.
+def composed_distribution(tables, accepted, recovered, count: int = EMITTED, one_hot: bool = False):
+    """The joint distribution of the next tokens from a rule's formulas for one position, without running the rule.
 
     Args:
       accepted: (target, draft) -> for each token the chance that it is drafted and accepted.
-      recovered: (target, draft) -> the law of the token that follows a refusal.
+      recovered: (target, draft) -> the distribution of the token that follows a rejection.
     """
 
     def block(context, count):
@@ -202,12 +200,12 @@ def composed_law(tables, accepted, recovered, count: int = EMITTED, one_hot: boo
         target, draft = tables.target(context), tables.draft(context, one_hot)
         if drafts_left == 0:
             return np.stack([chance * block((*context, token), count - 1) for token, chance in enumerate(target)])
-        stands, follows = accepted(target, draft), recovered(target, draft)
-        refused = 1 - stands.sum()
+        accepts, follows = accepted(target, draft), recovered(target, draft)
+        rejected = 1 - accepts.sum()
         return np.stack(
             [
-                stands[token] * walk((*context, token), drafts_left - 1, count - 1)
-                + refused * follows[token] * block((*context, token), count - 1)
+                accepts[token] * walk((*context, token), drafts_left - 1, count - 1)
+                + rejected * follows[token] * block((*context, token), count - 1)
                 for token in range(len(target))
             ]
         )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import test_kangaroo
 import tiny
-from enumeration import Tables, block_law
+from enumeration import Tables, block_distribution
 from lossless import COUPLED, EOS, GREEDY, SMALL_GAMMA, compare_with_plain, one_block, p_value
 
 from specjax.decoding import loop
@@ -123,7 +123,7 @@ class Forced(Tables):
         return self.count
 
 
-def adaptive_law(tables, laws, pick, learn, state, context, emitted):
+def adaptive_distribution(tables, laws, pick, learn, state, context, emitted):
     """The joint law of the next tokens where each block's length is picked from what the blocks before it did."""
     if emitted == 0:
         return np.ones(())
@@ -138,19 +138,19 @@ def adaptive_law(tables, laws, pick, learn, state, context, emitted):
         after = learn(state, length, len(accepted))
         for token in np.flatnonzero(chances):
             rest = emitted - len(accepted) - 1
-            further = adaptive_law(tables, laws, pick, learn, after, (*context, *accepted, int(token)), rest)
+            further = adaptive_distribution(tables, laws, pick, learn, after, (*context, *accepted, int(token)), rest)
             joint[(*accepted, token)] += chances[token] * further
     return joint
 
 
 @pytest.mark.parametrize("one_hot", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["sampled", "one_hot"])
-def test_the_joint_law_is_the_targets_whatever_was_accepted_before(one_hot):
+def test_the_joint_distribution_is_the_targets_whatever_was_accepted_before(one_hot):
     gamma, emitted = 2, 4
     tables = Forced(5, 3, gamma, False)
-    tables.target_law((), emitted)  # draws every context once, whatever is drafted
+    tables.target_distribution((), emitted)  # draws every context once, whatever is drafted
     laws = []
     for tables.count in range(gamma + 1):
-        laws.append(block_law(Lossless(), tables, one_hot, depth=emitted))
+        laws.append(block_distribution(Lossless(), tables, one_hot, depth=emitted))
     drafter, costs = AdaptiveDrafter(Anything(gamma), gamma), jnp.asarray(block_costs(0.3, 0.1, gamma), jnp.float32)
     lengths = {}
 
@@ -160,8 +160,8 @@ def test_the_joint_law_is_the_targets_whatever_was_accepted_before(one_hot):
         return length
 
     learn = lambda state, length, accepted: after_block(drafter, state, [length], [accepted])
-    law = adaptive_law(tables, laws, pick, learn, fresh(1, gamma), (), emitted)
-    np.testing.assert_allclose(law, tables.target_law((), emitted), atol=1e-6)
+    law = adaptive_distribution(tables, laws, pick, learn, fresh(1, gamma), (), emitted)
+    np.testing.assert_allclose(law, tables.target_distribution((), emitted), atol=1e-6)
     assert set(lengths) == {0, 1, 2}, "every length has to occur"
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import bits
 from ml_collections import ConfigDict
 
 from specjax.runtime import mesh as meshes
@@ -39,12 +40,6 @@ def state(seed=0):
 
 def abstract(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
-
-
-def bits(x):
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        x = jax.random.key_data(x)
-    return np.asarray(x).tobytes()
 
 
 def opened(path, keep_last=2, best_metric="loss"):

@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 from absl import logging as absl_logging
+from helpers import write_jsonl
 from ml_collections import ConfigDict
 
 from specjax.data import corpora, short_sums, word_problems
@@ -46,11 +47,6 @@ def batches(task, tokenizer, **changed):
 def loss_batches(task, tokenizer, **changed):
     settings = dict(batch_size=2, sequence_length=16, prompt_length=(3, 9), seed=0)
     return validation_batches(task, tokenizer, **{**settings, **changed})
-
-
-def write_jsonl(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
 
 
 def assert_same(left, right):

@@ -117,7 +117,7 @@ def prefill(target, prompts, lengths, capacity):
 
 
 @pytest.mark.slow
-def test_sampled_first_tokens_follow_the_law():
+def test_sampled_first_tokens_follow_the_distribution():
     """Chi-square of the first two tokens over many rows, n-gram drafts included, against the model's own joint law."""
     target, params = model(1, vocab_size=4)
     rows = 4096

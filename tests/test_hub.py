@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy_tokenizers
+from helpers import bits, change_tensors
 from safetensors.numpy import load_file, save_file
 
 from specjax.hub import load as hub_load
@@ -76,17 +77,6 @@ def change_config(directory, **fields):
 def drop_config(directory, *names):
     path = directory / "config.json"
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k not in names}))
-
-
-def change_tensors(directory, change):
-    path = directory / "model.safetensors"
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
-def bits(params):
-    return jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype), np.asarray(leaf).tobytes()), params)
 
 
 @pytest.mark.parametrize(

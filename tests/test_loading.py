@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tiny
+from helpers import bits, change_tensors
 from safetensors.numpy import load_file, save_file
 
 from specjax.hub import load as hub_load
@@ -70,15 +71,6 @@ def mesh(data=1, fsdp=2, tensor=4):
 
 def shardings(decoder, **sizes):
     return meshes.shardings(decoder.axes(), mesh(**sizes))
-
-
-def bits(params):
-    return jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype), np.asarray(leaf).tobytes()), params)
-
-
-def change_tensors(directory, change):
-    tensors = load_file(directory / "model.safetensors")
-    save_file(change(tensors) or tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
 # --- what is read ----------------------------------------------------------------------------------------------------

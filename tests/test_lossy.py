@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.special
 import tiny
-from enumeration import EnumeratedNoise, Tables, block_law, composed_law, emitted_law
+from enumeration import EnumeratedNoise, Tables, block_distribution, composed_distribution, emitted_distribution
 
 from specjax import api, evaluate
 from specjax.decoding import loop
@@ -58,7 +58,7 @@ def residual(target, draft):
     return left / left.sum() if left.any() else target
 
 
-def law_of_one_position(name, lenience):
+def distribution_of_one_position(name, lenience):
     """(accepted, recovered) of a rule as its docstring states them."""
     if name in ALLOWANCES:
         return lambda target, draft: np.minimum(draft, ALLOWANCES[name](target, lenience)), residual
@@ -72,15 +72,15 @@ def law_of_one_position(name, lenience):
 
 @pytest.mark.parametrize("one_hot", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["sampled", "one_hot"])
 @pytest.mark.parametrize("name", LOSSY)
-def test_a_lossy_rule_has_the_law_that_it_states(name, one_hot):
+def test_a_lossy_rule_has_the_distribution_that_it_states(name, one_hot):
     how = {"depth": 2, "leeway": leeway(0.5)}
     far = 0
     for tables in (Squares(1, 5, 2, False), Squares(2, 5, 2, True)):
-        joint = emitted_law(block_law(RULES[name], tables, one_hot, **how), 5, 2)
-        stated = composed_law(tables, *law_of_one_position(name, 0.5), 2, one_hot)
+        joint = emitted_distribution(block_distribution(RULES[name], tables, one_hot, **how), 5, 2)
+        stated = composed_distribution(tables, *distribution_of_one_position(name, 0.5), 2, one_hot)
         np.testing.assert_allclose(joint, stated, atol=1e-6)
         assert joint.sum() == pytest.approx(1, abs=1e-6)
-        far = max(far, np.abs(joint - tables.target_law((), 2)).max())
+        far = max(far, np.abs(joint - tables.target_distribution((), 2)).max())
     assert far > 1e-2, "lossy, and not by rounding"
 
 
@@ -94,16 +94,16 @@ def test_a_position_of_the_linear_rule_has_the_closed_form(lenience):
         missing = (draft - kept).sum() / max((target - np.minimum(target, draft)).sum(), 1e-300)
         closed = kept + missing * np.maximum(target - draft, 0)
         rule = RULES["lenient_linear"]
-        law = emitted_law(block_law(rule, tables, False, depth=1, leeway=leeway(lenience)), 5, 1)
+        law = emitted_distribution(block_distribution(rule, tables, False, depth=1, leeway=leeway(lenience)), 5, 1)
         np.testing.assert_allclose(law, closed, atol=1e-6)
         assert np.all(law <= target / lenience + 1e-6) and law.sum() == pytest.approx(1)
 
 
 @pytest.mark.parametrize("name", LENIENT)
-def test_at_lenience_1_the_enumerated_law_is_the_targets(name):
+def test_at_lenience_1_the_enumerated_distribution_is_the_targets(name):
     tables = Tables(1, 3, 2, True)
-    joint = emitted_law(block_law(RULES[name], tables, False, leeway=leeway(1.0)), 3)
-    np.testing.assert_allclose(joint, tables.target_law((), 3), atol=1e-6)
+    joint = emitted_distribution(block_distribution(RULES[name], tables, False, leeway=leeway(1.0)), 3)
+    np.testing.assert_allclose(joint, tables.target_distribution((), 3), atol=1e-6)
 
 
 # --- one block, with the noise of decoding -------------------------------------------------------------------------
@@ -293,7 +293,7 @@ def test_ids_that_the_target_lacks_are_never_emitted(models, greedy):
 
 
 class OfModels:
-    """What `composed_law` asks of tables, from a target and a draft behind one prompt."""
+    """What `composed_distribution` asks of tables, from a target and a draft behind one prompt."""
 
     def __init__(self, target, params, draft, draft_params, prompt, gamma):
         self.models, self.prompt, self.gamma = ((target, params), (draft, draft_params)), prompt, gamma
@@ -315,7 +315,7 @@ class OfModels:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LOSSY)
-def test_the_loop_samples_the_law_that_the_rule_states(name):
+def test_the_loop_samples_the_distribution_that_the_rule_states(name):
     vocab, count, rows, prompt, lenience = 5, 3, 6000, [1, 2, 1], 0.4
     target, params = tiny.decoder(0, vocab_size=vocab)
     draft, draft_params = tiny.decoder(9, vocab_size=vocab, layers=1)
@@ -327,9 +327,9 @@ def test_the_loop_samples_the_law_that_the_rule_states(name):
     counts = np.bincount(emitted @ vocab ** np.arange(count)[::-1], minlength=vocab**count)
     tables = OfModels(target, params, draft, draft_params, prompt, 2)
     p_value = lambda law: chi_square(counts, law.ravel() * rows)
-    assert p_value(composed_law(tables, *law_of_one_position(name, lenience), count)) > 1e-4
+    assert p_value(composed_distribution(tables, *distribution_of_one_position(name, lenience), count)) > 1e-4
     exact = lambda target, draft: np.minimum(target, draft)
-    assert p_value(composed_law(tables, exact, residual, count)) < 1e-6, "the target's own law is told apart"
+    assert p_value(composed_distribution(tables, exact, residual, count)) < 1e-6, "the target's own law is told apart"
 
 
 def chi_square(counts, expected):

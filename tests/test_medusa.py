@@ -48,7 +48,7 @@ def guesses(target, params, heads_params, tokens):
 
 
 @pytest.mark.parametrize("own_head", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_heads_begin_with_the_targets_own_law_of_the_next_token(models, own_head):
+def test_heads_begin_with_the_targets_own_distribution_of_the_next_token(models, own_head):
     target, params, *_ = models
     heads = tiny.heads(target, 2, own_head=own_head)
     hidden = jax.random.normal(jax.random.key(0), (2, 3, 16))
@@ -67,20 +67,20 @@ def test_every_block_is_drafted_from_the_state_before_its_pending_token(models):
     limits, adjust = tiny.limits(BATCH, MAX_NEW), Sampling.of(1.0, threshold=0.3)
     texts, lengths = tiny.prompts(3, BATCH, SLOTS, VOCAB)
     state = loop.prefill(plan, params, heads_params, texts, lengths, row_keys(4, jnp.arange(BATCH)))
-    stood, counts, rows = set(), set(), np.arange(BATCH)
+    accepted, counts, rows = set(), set(), np.arange(BATCH)
     while not np.all(np.asarray(state.done)):
         before = state
         state, _, proposal = one_block(plan, params, heads_params, before, limits, adjust)
         live, pending = ~np.asarray(before.done), np.asarray(before.lengths) - 1
-        said = guesses(target, params, heads_params, before.tokens)[rows, np.maximum(pending - 1, 0), :gamma]
-        probs = np.asarray(jax.nn.softmax(said, axis=-1))
+        logits = guesses(target, params, heads_params, before.tokens)[rows, np.maximum(pending - 1, 0), :gamma]
+        probs = np.asarray(jax.nn.softmax(logits, axis=-1))
         np.testing.assert_allclose(np.asarray(proposal.probs)[live, 0], probs[live, 0], atol=1e-4)
         unsure = probs.max(-1) < 0.3
         expected = np.where(unsure.any(1), unsure.argmax(1) + 1, gamma)
         np.testing.assert_array_equal(np.asarray(proposal.num_drafted)[live], expected[live])
         counts |= set(expected[live].tolist())
-        stood |= set((np.asarray(state.lengths) - pending - 2)[live].tolist())
-    assert counts == {1, 2} and stood == {0, 1, 2}
+        accepted |= set((np.asarray(state.lengths) - pending - 2)[live].tolist())
+    assert counts == {1, 2} and accepted == {0, 1, 2}
 
 
 @pytest.mark.slow

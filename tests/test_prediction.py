@@ -1,4 +1,4 @@
-"""Blocks foretold from counts: what the end of a text cuts short is not counted as refused."""
+"""Predicted numbers of blocks: what the end of a text cuts off does not count as rejected."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ GAMMA = 6
 
 
 def counted(acceptance, tokens, rows, drafts=lambda rng: GAMMA):
-    """The counts of texts of so many tokens, of which every drafted one stands with the same chance."""
+    """Counts of texts of `tokens` tokens in which every drafted token is accepted with the same chance."""
     rng = np.random.default_rng(0)
     names = ("emitted", "target_calls", "drafted", "accepted")
     counts = {name: np.zeros(rows, int) for name in names}
@@ -18,9 +18,9 @@ def counted(acceptance, tokens, rows, drafts=lambda rng: GAMMA):
     for row in range(rows):
         while counts["emitted"][row] < tokens:
             room, offered = tokens - counts["emitted"][row], drafts(rng)
-            stood = int(np.argmin(np.append(rng.random(offered) < acceptance, False)))
-            emitted, drafted = min(stood + 1, room), min(offered, room)
-            accepted = min(stood, emitted)
+            passed = int(np.argmin(np.append(rng.random(offered) < acceptance, False)))
+            emitted, drafted = min(passed + 1, room), min(offered, room)
+            accepted = min(passed, emitted)
             for name, value in zip(names, (emitted, 1, drafted, accepted), strict=True):
                 counts[name][row] += value
             at["drafted_at"][row, : min(drafted, accepted + 1)] += 1
@@ -30,21 +30,21 @@ def counted(acceptance, tokens, rows, drafts=lambda rng: GAMMA):
 
 
 @pytest.mark.parametrize(("acceptance", "tokens"), [(0.5, 16), (0.8, 30), (0.9, 64)])
-def test_as_many_blocks_are_expected_as_texts_took(acceptance, tokens):
+def test_the_predicted_number_of_blocks_is_the_number_taken(acceptance, tokens):
     counts = counted(acceptance, tokens, 2000)
     assert prediction.expected_iterations(counts, 1) == pytest.approx(counts.target_calls.sum(), rel=6e-3)
     cut = counts.emitted_more_than.sum(0) / counts.target_calls.sum()
     assert (prediction.uncut_ctar(counts, np.ones(2000)) >= cut).all()
 
 
-def test_a_batch_is_expected_to_take_as_long_as_its_slowest_row():
+def test_a_batch_is_predicted_to_take_as_long_as_its_slowest_row():
     counts = counted(0.8, 30, 2000)
     taken = counts.target_calls.reshape(-1, 4).max(1).sum()
     assert prediction.expected_iterations(counts, 4) == pytest.approx(taken, rel=6e-3)
 
 
-def test_of_a_drafter_that_offers_fewer_tokens_at_times_the_blocks_are_taken_as_they_were():
+def test_for_a_drafter_of_varying_lengths_the_measured_blocks_are_used_unchanged():
     counts = counted(0.9, 300, 200, drafts=lambda rng: int(rng.integers(0, GAMMA + 1)))
-    found = prediction.uncut_ctar(counts, np.ones(200))
-    np.testing.assert_array_equal(found, counts.emitted_more_than.sum(0) / counts.target_calls.sum())
+    ctar = prediction.uncut_ctar(counts, np.ones(200))
+    np.testing.assert_array_equal(ctar, counts.emitted_more_than.sum(0) / counts.target_calls.sum())
     assert prediction.expected_iterations(counts, 1) == pytest.approx(counts.target_calls.sum(), rel=0.02)

@@ -1,4 +1,4 @@
-"""The laws of the exact rules, by enumeration of every draft, every acceptance and every recovered token.
+"""Output distributions of the exact rules, by enumeration of every draft, every acceptance and every recovered token.
 
 Uniforms are enumerated on the grid j / G, 0 included, on which every acceptance threshold lies: then exactly the right
 share of grid points is accepted, and only by `<`.
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from enumeration import EMITTED, EnumeratedNoise, Tables, block_law, emitted_law, mean_accepted
+from enumeration import EMITTED, EnumeratedNoise, Tables, block_distribution, emitted_distribution, mean_accepted
 
 from specjax.decoding.drafters.base import Proposal
 from specjax.decoding.rules import Coupled, Lossless, rule_named
@@ -20,8 +20,8 @@ from specjax.runtime.errors import UserError
 
 
 def error_of(rule, tables, one_hot, **how):
-    joint = emitted_law(block_law(rule, tables, one_hot, **how), tables.vocab)
-    return np.abs(joint - tables.target_law((), EMITTED)).max()
+    joint = emitted_distribution(block_distribution(rule, tables, one_hot, **how), tables.vocab)
+    return np.abs(joint - tables.target_distribution((), EMITTED)).max()
 
 
 CASES = [(3, gamma, mixed) for gamma in (0, 1, 2) for mixed in (False, True)] + [(4, 1, True), (4, 2, False)]
@@ -29,18 +29,18 @@ CASES = [(3, gamma, mixed) for gamma in (0, 1, 2) for mixed in (False, True)] + 
 
 @pytest.mark.parametrize("one_hot", [False, True], ids=["sampled", "one_hot"])
 @pytest.mark.parametrize("vocab, gamma, mixed", CASES)
-def test_lossless_emits_exactly_the_targets_joint_law(vocab, gamma, mixed, one_hot):
+def test_lossless_emits_exactly_the_targets_joint_distribution(vocab, gamma, mixed, one_hot):
     for seed in range(2):
         assert error_of(Lossless(), Tables(seed, vocab, gamma, mixed), one_hot) < 1e-6
 
 
 @pytest.mark.parametrize("one_hot", [False, True], ids=["sampled", "one_hot"])
-def test_lossless_emits_exactly_the_targets_joint_law_three_drafted(one_hot):
+def test_lossless_emits_exactly_the_targets_joint_distribution_three_drafted(one_hot):
     for mixed in (False, True):
         assert error_of(Lossless(), Tables(7, 3, 3, mixed), one_hot) < 1e-6
 
 
-def test_lossless_is_the_same_law_without_jit():
+def test_lossless_is_the_same_distribution_without_jit():
     assert error_of(Lossless(), Tables(3, 3, 2, True), False, jitted=False) < 1e-6
 
 
@@ -49,13 +49,13 @@ def test_lossless_accepts_the_overlap_of_the_two_distributions(one_hot):
     for seed in range(4):
         tables = Tables(seed, 4, 1, False)
         target, draft = tables.target(()), tables.draft((), one_hot)
-        assert mean_accepted(block_law(Lossless(), tables, one_hot)) == pytest.approx(
+        assert mean_accepted(block_distribution(Lossless(), tables, one_hot)) == pytest.approx(
             np.minimum(target, draft).sum(), abs=1e-6
         )
 
 
 class Stopping(Tables):
-    """A draft that stops behind a token from whose distribution it was unsure; with `peeks` it drops unsure tokens."""
+    """A draft that stops after a token drawn from an unsure distribution; with `peeks` it drops improbable tokens."""
 
     THRESHOLD = 0.4  # of vocabulary 4 one shape of draft lies below it, the others above
 
@@ -78,7 +78,7 @@ class Stopping(Tables):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_stop_that_reads_distributions_leaves_the_law(seed):
+def test_a_stop_that_reads_distributions_leaves_the_distribution(seed):
     tables = Stopping(seed, 2)
     counts = {count for _, _, count in tables.paths((), False)}
     counts |= {count for token in range(4) for _, _, count in tables.paths((token,), False)}
@@ -93,7 +93,7 @@ def test_the_enumeration_catches_a_stop_that_looks_at_the_token_it_drops():
 FAULTS = ["wrong residual", "unclipped residual", "no bonus", "<=", "counts all"]
 
 
-def test_the_plain_writing_without_a_fault_is_exact():
+def test_the_second_implementation_without_a_fault_is_exact():
     for one_hot in (False, True):
         assert error_of(tiny.Planted(""), Tables(1, 3, 2, True), one_hot) < 1e-6
 
@@ -142,10 +142,10 @@ def test_a_residual_empty_by_rounding_falls_back_to_the_target():
 def test_greedy_lossless_accepts_exactly_the_targets_argmax():
     one_hot = lambda *ids: jax.nn.one_hot(jnp.asarray([ids]), 5)
     noise = Noise(jax.random.split(jax.random.key(0), 1), jnp.asarray([4], jnp.int32), True, False)
-    for draft, stood, follows in (((2, 3), 2, 4), ((2, 1), 1, 3), ((0, 3), 0, 2)):
+    for draft, count, follows in (((2, 3), 2, 4), ((2, 1), 1, 3), ((0, 3), 0, 2)):
         proposal = Proposal(jnp.asarray([draft], jnp.int32), None, jnp.asarray([2], jnp.int32))
         accepted, token = Lossless()(noise, proposal, one_hot(2, 3, 4), None)
-        assert (int(accepted[0]), int(token[0])) == (stood, follows)
+        assert (int(accepted[0]), int(token[0])) == (count, follows)
 
 
 class PositionNoise(Noise):
@@ -176,7 +176,7 @@ def test_coupled_emits_what_plain_decoding_with_its_noise_emits(gamma, mixed):
         for value in row[:EMITTED]:
             text = (*text, pick(tables.target(text), value))
         plain.append(text)
-    texts, stood = [()] * len(values), 0
+    texts, total_accepted = [()] * len(values), 0
     while min(map(len, texts)) < EMITTED:
         lengths = np.asarray([len(text) for text in texts])
         live = lengths < EMITTED
@@ -196,17 +196,17 @@ def test_coupled_emits_what_plain_decoding_with_its_noise_emits(gamma, mixed):
         accepted, follows = Coupled()(PositionNoise(values, lengths), proposal, jnp.asarray(targets, jnp.float32), None)
         accepted, follows = np.asarray(accepted), np.asarray(follows)
         assert np.all(accepted <= np.asarray(counts))
-        stood += accepted[live].sum()
+        total_accepted += accepted[live].sum()
         texts = [
             (*text, *draft[:count], int(token)) if alive else text
             for text, draft, count, token, alive in zip(texts, drafts, accepted, follows, live, strict=True)
         ]
     assert [text[:EMITTED] for text in texts] == plain
-    assert gamma == 0 or stood > 0
+    assert gamma == 0 or total_accepted > 0
     law = np.zeros((3,) * EMITTED)
     for text in texts:
         law[text[:EMITTED]] += 1 / len(texts)
-    np.testing.assert_allclose(law, tables.target_law((), EMITTED), atol=1e-9)
+    np.testing.assert_allclose(law, tables.target_distribution((), EMITTED), atol=1e-9)
 
 
 def test_an_unknown_rule_is_named_with_its_nearest():

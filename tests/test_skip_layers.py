@@ -27,8 +27,8 @@ def models():
     return target, {**params, "blocks": {**params["blocks"], 2: nothing}}
 
 
-def drafted_law(target, params, spans, text, first, count):
-    """Laws `[count, V]` behind the tokens from `first` on: whole layers up to it, then the kept ones alone."""
+def drafted_distributions(target, params, spans, text, first, count):
+    """Distributions `[count, V]` after the tokens from `first` on: all layers up to it, then only `spans`."""
     tokens = jnp.asarray([text], jnp.int32)
     places = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     _, cache = target.extend(params, target.start(params, tokens, jnp.asarray([len(text)]), len(text)), tokens, places)
@@ -50,7 +50,7 @@ def test_a_block_is_drafted_with_the_kept_layers_on_what_the_whole_target_left(m
     assert tiny.make_drafter("skip_layers", target, 2, {"skipped": (3, 0)}).spans == ((1, 3),)
     texts, lengths = tiny.prompts(3, BATCH, SLOTS, VOCAB)
     state = loop.prefill(plan, params, None, texts, lengths, row_keys(4, jnp.arange(BATCH)))
-    limits, stood = tiny.limits(BATCH, MAX_NEW), set()
+    limits, accepted = tiny.limits(BATCH, MAX_NEW), set()
     for _ in range(3):
         before = state
         state, logits, proposal = one_block(plan, params, None, before, limits, Sampling.of(1.0))
@@ -60,10 +60,10 @@ def test_a_block_is_drafted_with_the_kept_layers_on_what_the_whole_target_left(m
         full = np.asarray(tiny.full_logits(target, params, jnp.asarray(text)))
         for row in range(BATCH):
             np.testing.assert_allclose(logits[row], full[row, first[row] : first[row] + gamma + 1], atol=1e-4)
-        laws = drafted_law(target, params, plan.drafter.spans, text[3], int(first[3]), gamma)
+        laws = drafted_distributions(target, params, plan.drafter.spans, text[3], int(first[3]), gamma)
         np.testing.assert_allclose(np.asarray(proposal.probs)[3], laws, atol=1e-4)
-        stood |= set((np.asarray(state.lengths) - first - 2).tolist())
-    assert stood == {0, 1, 2}
+        accepted |= set((np.asarray(state.lengths) - first - 2).tolist())
+    assert accepted == {0, 1, 2}
 
 
 def searched(models, **how):

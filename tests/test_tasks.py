@@ -9,6 +9,7 @@ import pytest
 import tiny
 import toy_tokenizers
 from absl import logging as absl_logging
+from helpers import write_jsonl
 from ml_collections import ConfigDict
 
 from specjax import api, evaluate
@@ -84,11 +85,6 @@ def prepare(data_dir, dataset, splits):
 
     Prepared(data_dir=str(data_dir), file_format="array_record").download_and_prepare()
     return data_dir
-
-
-def write_jsonl(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
 
 
 def as_set(examples):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from enumeration import Tables, block_law
+from enumeration import Tables, block_distribution
 
 from specjax.decoding.rules import Lossless
 from specjax.decoding.sampling import Sampling
@@ -25,7 +25,7 @@ def texts(vocab, eos, longest):
 
 
 def total_variation(target, draft):
-    """The divergence that training uses, of two laws `[V]`."""
+    """The divergence that training uses, of two distributions `[V]`."""
     with np.errstate(divide="ignore"):
         target_logits, draft_logits = (jnp.log(jnp.asarray([[law]], jnp.float32)) for law in (target, draft))
     return float(divergences.total_variation(target_logits, draft_logits)[0, 0])
@@ -36,15 +36,15 @@ class Expected:
 
     def __init__(self, target_of, draft_of, vocab, eos, longest):
         self.length = self.distance = self.loss = mass = 0.0
-        apart = {}
+        distances_at = {}
         for text in texts(vocab, eos, longest):
             under_target = under_draft = 1.0
             distances = []
             for i, token in enumerate(text):
                 target, draft = target_of(text[:i]), draft_of(text[:i])
-                if text[:i] not in apart:
-                    apart[text[:i]] = total_variation(target, draft)
-                distances.append(apart[text[:i]])
+                if text[:i] not in distances_at:
+                    distances_at[text[:i]] = total_variation(target, draft)
+                distances.append(distances_at[text[:i]])
                 under_target, under_draft = under_target * target[token], under_draft * draft[token]
             self.length += under_target * len(text)
             self.distance += under_target * sum(distances)
@@ -60,22 +60,22 @@ class Expected:
 
 def decoded(tables, longest, eos):
     """E[accepted], E[emitted] and E[sum over bonus tokens of 1 - TVD], by enumeration of what the rule does."""
-    grouped = block_law(Lossless(), tables, False, depth=longest)
+    grouped = block_distribution(Lossless(), tables, False, depth=longest)
 
     def from_block(context):
         totals = np.zeros(3)
-        for (start, stood), chances in grouped.items():
+        for (start, accepted_tokens), chances in grouped.items():
             if start != context:
                 continue
             for token, chance in enumerate(chances):
                 if chance == 0:
                     continue
-                block = (*stood, token)
+                block = (*accepted_tokens, token)
                 ends = [i + 1 for i, t in enumerate(block) if t == eos]
                 emitted = min([len(block), longest - len(context), *ends])
-                accepted = min(len(stood), emitted)
-                is_bonus = emitted > accepted and len(stood) == tables.gamma
-                last = (*context, *stood)
+                accepted = min(len(accepted_tokens), emitted)
+                is_bonus = emitted > accepted and len(accepted_tokens) == tables.gamma
+                last = (*context, *accepted_tokens)
                 overlap = np.minimum(tables.target(last), tables.draft(last)).sum() if is_bonus else 0.0
                 totals += chance * np.asarray([accepted, emitted, overlap])
                 text = (*context, *block[:emitted])
@@ -87,9 +87,9 @@ def decoded(tables, longest, eos):
 
 
 @pytest.mark.parametrize("eos", [EOS, -1], ids=["ends", "constant_length"])
-def test_sequence_acceptance_is_one_minus_the_distance_a_token_where_no_bonus_comes(eos):
+def test_sequence_acceptance_is_one_minus_the_distance_per_token_where_no_bonus_comes(eos):
     """Equation 3, exact from gamma = T on; with smaller gamma a bonus token is not drafted and lowers it."""
-    longest, found = 3, []
+    longest, rates = 3, []
     for gamma in (1, 2, 3):
         tables = Tables(5, VOCAB, gamma, False)
         expected = Expected(tables.target, tables.draft, VOCAB, eos, longest)
@@ -97,8 +97,8 @@ def test_sequence_acceptance_is_one_minus_the_distance_a_token_where_no_bonus_co
         assert emitted == pytest.approx(expected.length, abs=1e-6)
         assert (accepted + bonus) / emitted == pytest.approx(expected.acceptance, abs=1e-6)
         assert (bonus == 0) == (gamma >= longest)
-        found.append(accepted / emitted)
-    assert found[0] < found[1] < found[2] == pytest.approx(expected.acceptance, abs=1e-6)
+        rates.append(accepted / emitted)
+    assert rates[0] < rates[1] < rates[2] == pytest.approx(expected.acceptance, abs=1e-6)
 
 
 class Near(Tables):

@@ -135,7 +135,7 @@ def test_a_wider_draft_learns_what_it_would_without_its_padding(divergence):
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_a_narrower_draft_learns_the_targets_law_over_the_ids_that_it_has(divergence):
+def test_a_narrower_draft_learns_the_targets_distribution_over_the_ids_that_it_has(divergence):
     target, draft = table(0, 11), table(1, 8)
     value = lambda draft: loss(target, divergence)(draft).loss
     np.testing.assert_allclose(value(draft), loss(target[:, :8], divergence)(draft).loss, rtol=1e-6)
