@@ -88,18 +88,18 @@ class DecoderConfig:
     def __post_init__(self):
         for field in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_size", "mlp_width"):
             if getattr(self, field) < 1:
-                raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}.")
+                raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}")
         if self.heads % self.kv_heads:
-            raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads}).")
+            raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
         for rotary in filter(None, (self.rotary, self.local_rotary)):
             if rotary.size > self.head_size:
-                raise ValueError(f"head_size ({self.head_size}) is less than the {rotary.size} channels to turn.")
+                raise ValueError(f"head_size ({self.head_size}) is less than the {rotary.size} channels to rotate")
         for field in ("windows", "rotary_layers"):
             if len(getattr(self, field)) not in (0, self.layers):
-                raise ValueError(f"{field} has {len(getattr(self, field))} entries for {self.layers} layers.")
+                raise ValueError(f"{field} has {len(getattr(self, field))} entries for {self.layers} layers")
         for field, known in (("norm", NORMS), ("activation", ACTIVATIONS), ("order", ORDERS)):
             if getattr(self, field) not in known:
-                raise ValueError(f'{field} must be one of {", ".join(known)}, not "{getattr(self, field)}".')
+                raise ValueError(f'{field} must be one of {", ".join(known)}, not "{getattr(self, field)}"')
         dtype_named(self.param_dtype), dtype_named(self.compute_dtype)
 
     @classmethod

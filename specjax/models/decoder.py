@@ -102,5 +102,5 @@ class Decoder(LanguageModel):
         if capacity == 0:
             return None
         if prompts.shape[1] > capacity:
-            raise ValueError(f"Prompts of {prompts.shape[1]} tokens do not fit a cache of {capacity} slots.")
+            raise ValueError(f"prompts of {prompts.shape[1]} tokens do not fit a cache of {capacity} slots")
         return kv_cache.zeros(self.config, prompts.shape[0], capacity, dtype_named(self.config.compute_dtype))

@@ -42,10 +42,10 @@ class EncoderDecoderConfig(DecoderConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.encoder_layers < 1 or self.relative_buckets < 4 or self.relative_buckets % 4:
-            raise ValueError("an encoder-decoder needs encoder layers, and relative buckets in multiples of 4.")
+            raise ValueError("an encoder-decoder needs encoder layers, and relative buckets in multiples of 4")
         if self.relative_distance <= self.relative_buckets // 2:
             raise ValueError(
-                f"relative_distance ({self.relative_distance}) must be above half the {self.relative_buckets} buckets."
+                f"relative_distance ({self.relative_distance}) must be above half the {self.relative_buckets} buckets"
             )
 
     @classmethod
@@ -56,7 +56,7 @@ class EncoderDecoderConfig(DecoderConfig):
           ValueError: if there are fewer key/value heads than heads, which a T5's `config.json` cannot express.
         """
         if fields["kv_heads"] != fields["heads"]:
-            raise ValueError(f"a T5 has as many kv_heads ({fields['kv_heads']}) as heads ({fields['heads']}).")
+            raise ValueError(f"a T5 has as many kv_heads ({fields['kv_heads']}) as heads ({fields['heads']})")
         return cls(
             max_positions=UNLIMITED,
             rotary=None,

@@ -47,16 +47,16 @@ class Rotary:
 
     def __post_init__(self):
         if self.size < 2 or self.size % 2:
-            raise ValueError(f"head_size or its rotary part ({self.size}) must be even: rotary positions turn pairs.")
+            raise ValueError(f"head_size or its rotary part ({self.size}) must be even: rotary embeddings rotate pairs")
         if not self.theta > 0:
-            raise ValueError(f"the rotary base must be above 0, not {self.theta}.")
+            raise ValueError(f"the rotary base must be above 0, not {self.theta}")
         if self.kind not in KINDS:
-            raise ValueError(f'the kind of rotary positions must be one of {", ".join(KINDS)}, not "{self.kind}".')
+            raise ValueError(f'the kind of rotary positions must be one of {", ".join(KINDS)}, not "{self.kind}"')
         if self.kind not in ("default", "linear") and self.original_positions < 1:
-            raise ValueError(f'rotary positions of kind "{self.kind}" need the original number of positions.')
+            raise ValueError(f'rotary positions of kind "{self.kind}" need the original number of positions')
         for factors in (self.short_factors, self.long_factors):
             if self.kind == "longrope" and len(factors) != self.size // 2:
-                raise ValueError(f"longrope has {len(factors)} factors for {self.size // 2} pairs of channels.")
+                raise ValueError(f"longrope has {len(factors)} factors for {self.size // 2} pairs of channels")
 
     def frequencies(self, capacity: int) -> tuple[np.ndarray, float]:
         """Radians per position of each pair of channels, and the factor on cosine and sine.
