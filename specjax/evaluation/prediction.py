@@ -118,7 +118,7 @@ def predict(
 
     Args:
       parts: None if they were not timed; then every field is None.
-      draft_size: parameters of the draft; 0 if it has none of its own, which leaves `mbsu` undefined.
+      draft_size: parameters of the draft; 0 for self-drafts, which leaves `mbsu` undefined.
     """
     predicted = mbsu = None
     if parts is not None:

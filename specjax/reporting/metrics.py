@@ -1,8 +1,7 @@
-"""From counts and seconds to the numbers of an evaluation: ratios of sums with bootstrap intervals.
+"""Metrics of an evaluation from counts and seconds: ratios of sums with bootstrap intervals.
 
-Every figure is a ratio of sums over prompts, never a mean of ratios, so that long and short answers weigh by
-the work that they caused. Intervals are 95% percentile intervals of the bootstrap (Efron and Tibshirani 1993,
-chapter 13).
+Every metric is a ratio of sums over prompts, never a mean of ratios, so prompts weigh by the work that they cause.
+Intervals are 95% percentile intervals of the bootstrap (Efron and Tibshirani 1993, chapter 13).
 """
 
 import dataclasses
@@ -17,10 +16,9 @@ LEVEL = 0.95
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """What decoding counted, a row per prompt: live rows only, and tokens up to EOS or the length limit.
+    """Counts of decoding for each prompt, up to EOS or the length limit.
 
-    Raises ValueError where the counts contradict each other: then the loop counted wrongly, and any ratio of
-    them would be wrong too.
+    Raises ValueError if the counts contradict each other, because then every ratio of them would be wrong, too.
     """
 
     emitted: Int[np.ndarray, "N"]
@@ -69,11 +67,11 @@ class Timing:
 
 
 def evaluate_row(counts: Counts, timing: Timing, *, seed: int) -> dict:
-    """The measured part of one evaluate row: sums, ratios, speed, and their intervals (None where undefined).
+    """The measured fields of an evaluation row: sums, ratios, speed, and their intervals (None where undefined).
 
-    `block_efficiency = 1 + sum(ctar)` holds exactly in integers, by the check in `Counts`. `speedup` is the
-    ratio of tokens per second; its interval resamples units, method and baseline together, so that a unit
-    that is slow for both does not widen it. An interval over fewer than two prompts (or units) is None.
+    `block_efficiency = 1 + sum(ctar)` holds exactly in integers, by the check in `Counts`. The interval of `speedup`
+    resamples units for method and baseline together, so a unit that is slow for both does not widen it. An interval
+    over fewer than two prompts (or units) is None.
     """
     emitted, calls, drafted, accepted = (
         int(array.sum()) for array in (counts.emitted, counts.target_calls, counts.drafted, counts.accepted)
@@ -112,10 +110,10 @@ def evaluate_row(counts: Counts, timing: Timing, *, seed: int) -> dict:
 
 
 def paired_difference(counts_a: Counts, counts_b: Counts, seed: int) -> dict:
-    """Block efficiency of `a` against `b` on the same prompts: difference a - b and ratio a / b.
+    """Block efficiency of `a` compared with `b` on the same prompts: difference a - b and ratio a / b.
 
-    Each resample draws the same prompts for both, so what makes a prompt easy for both cancels. Raises
-    ValueError where the two do not have equally many prompts.
+    Each resample draws the same prompts for both, so the difficulty of a prompt cancels. Raises ValueError if the
+    numbers of prompts differ.
     """
     prompts = len(counts_a.emitted)
     if len(counts_b.emitted) != prompts:
@@ -133,20 +131,21 @@ def paired_difference(counts_a: Counts, counts_b: Counts, seed: int) -> dict:
 
 
 def comparisons(pairs: Sequence[tuple[str, str]], counts: Mapping[tuple, Counts], seed: int) -> list[dict]:
-    """The paired difference of each pair of drafters, wherever both ran alike.
+    """The paired difference of each pair of drafters, for each rule, gamma and setting that both ran.
 
-    `counts` has the keys (setting, drafter, rule, lenience, gamma), a setting its temperature and batch_size.
+    Args:
+      counts: by (setting, drafter, rule, lenience, gamma); a setting has a temperature and a batch_size.
     """
-    found = []
+    rows = []
     for first, second in pairs:
         for (setting, name, rule, lenience, gamma), mine in counts.items():
             theirs = counts.get((setting, second, rule, lenience, gamma))
             if name != first or theirs is None:
                 continue
-            alike = {"temperature": setting.temperature, "batch_size": setting.batch_size, "gamma": gamma}
+            shared = {"temperature": setting.temperature, "batch_size": setting.batch_size, "gamma": gamma}
             who = {"drafter": first, "against": second, "rule": rule, "lenience": lenience}
-            found.append(who | alike | paired_difference(mine, theirs, seed))
-    return found
+            rows.append(who | shared | paired_difference(mine, theirs, seed))
+    return rows
 
 
 def intervals(
@@ -154,7 +153,7 @@ def intervals(
 ) -> dict[str, list[float] | None]:
     """The interval of each value of a set of `size` items, None where there are fewer than two items.
 
-    `values` is given how often each item counts.
+    `values` takes the weight of each item.
     """
     resampled = [values(weights) for weights in _resampling_weights(size, seed)]
     names = resampled[0] if resampled else values(np.ones(size))

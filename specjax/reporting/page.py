@@ -1,14 +1,14 @@
-"""report.html: one self-contained page that asks nothing of the network; desk and phone, light and dark.
+"""report.html: one self-contained page without network requests, for wide and narrow, light and dark screens.
 
-A page is sections, a section is blocks (`Cards`, `Table`, `Figures`, `Samples`, `Details`); page.html knows
-how each kind of block looks. `write_report` takes any sections; `run_sections` makes the usual ones from the
-records of a run.
+A page has sections, and a section has blocks (`Cards`, `Table`, `Figures`, `Samples`, `Details`); page.html renders
+each kind of block. `write_report` takes any sections; `run_sections` makes the usual ones from the records of a run.
 """
 
 import base64
 import collections
 import dataclasses
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -24,7 +24,7 @@ ORIGINS = {
     "bonus": "sampled by the target after a whole block was accepted",
     "plain": "decoded without a draft",
 }
-# A figure of more lines than this tells nothing; the table does.
+# Figures with more lines than this are unreadable and left out; the table has the numbers.
 MOST_LINES = 24
 
 
@@ -47,7 +47,7 @@ class Cards:
 class Column:
     heading: str
     text: bool
-    """Set flush left (words) rather than right (numbers)."""
+    """Aligned left (words) and not right (numbers)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Table:
     columns: Sequence[Column]
     lines: Sequence[Sequence[str]]
     best: frozenset[int] = frozenset()
-    """Numbers of the lines to set apart."""
+    """Numbers of the lines to highlight."""
     caption: str = ""
 
 
@@ -92,13 +92,13 @@ class Samples:
     @property
     def legend(self) -> dict[str, str]:
         """The origins that occur, in the order of ORIGINS, with what each means."""
-        found = {origin for sample in self.samples for _, origin in sample["tokens"]}
-        return {origin: meaning for origin, meaning in ORIGINS.items() if origin in found}
+        present = {origin for sample in self.samples for _, origin in sample["tokens"]}
+        return {origin: meaning for origin, meaning in ORIGINS.items() if origin in present}
 
 
 @dataclasses.dataclass(frozen=True)
 class Details:
-    """Folded away until asked for: a mapping shown as JSON."""
+    """A mapping as JSON, folded until the reader opens it."""
 
     kind: ClassVar[str] = "details"
     title: str
@@ -115,7 +115,7 @@ class Section:
 def write_report(
     path: str | Path, *, title: str, subtitle: str, environment: Mapping, sections: Sequence[Section]
 ) -> None:
-    """Writes the page at once: a reader sees the old one or the whole new one."""
+    """Writes the page atomically."""
     import jinja2
 
     engine = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -140,10 +140,13 @@ def run_sections(
     samples: Sequence[Mapping] = (),
     config: Mapping | None = None,
 ) -> list[Section]:
-    """The usual sections of a run: headline, results, training, samples, config; without material, none.
+    """The usual sections of a run: headline, results, training, samples, config; those without data are left out.
 
-    `rows` are evaluate rows, `stages` the metrics.jsonl lines of each training stage, `samples` as in
-    `Samples`. Draws speedup.png, acceptance.png and training_*.png into the folder `figures`.
+    Args:
+      figures: folder for speedup.png, acceptance.png and training_*.png.
+      rows: of an evaluation.
+      stages: lines of metrics.jsonl of each training stage.
+      samples: as in `Samples`.
     """
     figures, stages = Path(figures), stages or {}
     sections = []
@@ -226,7 +229,7 @@ def training_curves(workdir: Path, config: Any) -> dict[str, list[dict]]:
 
 
 def comparison_table(comparisons: Sequence[Mapping]) -> Table:
-    """Paired differences and ratios of block efficiency, one line a pair and setting."""
+    """Paired differences and ratios of block efficiency, one line per pair and setting."""
     columns = [
         Column("drafter", True),
         Column("against", True),
@@ -252,12 +255,12 @@ def comparison_table(comparisons: Sequence[Mapping]) -> Table:
 
 
 def headline(rows: Sequence[Mapping]) -> list[Card]:
-    """The best speed-up at each temperature, lossy ones apart, how well predicted, whether outputs stayed the same."""
+    """Best speed-up per temperature (lossy rules separately), accuracy of the prediction, and equality of outputs."""
     timed = [row for row in rows if row["gamma"] > 0 and row["speedup"] is not None]
     cards = []
     for lossy, temperature in sorted({(tables.is_lossy(row), row["temperature"]) for row in timed}):
-        alike = [row for row in timed if (tables.is_lossy(row), row["temperature"]) == (lossy, temperature)]
-        best = max(alike, key=lambda row: row["speedup"])
+        group = [row for row in timed if (tables.is_lossy(row), row["temperature"]) == (lossy, temperature)]
+        best = max(group, key=lambda row: row["speedup"])
         under = f", {tables.rule_label(best)}" if lossy else ""
         interval = best["speedup_ci"]
         spread = f", 95% interval {interval[0]:.2f}–{interval[1]:.2f}" if interval else ""
@@ -265,18 +268,11 @@ def headline(rows: Sequence[Mapping]) -> list[Card]:
         title = f"temperature {temperature:g}{', lossy' if lossy else ''}"
         cards.append(Card(f"Best speed-up, {title}", f"{best['speedup']:.2f}×", note))
         per_call = f"of at most {best['gamma'] + 1}, by {best['drafter']}{under}"
-        cards.append(
-            Card(
-                f"Tokens per target call, {title}",
-                f"{best['block_efficiency']:.2f}",
-                per_call,
-            )
-        )
+        cards.append(Card(f"Tokens per target call, {title}", f"{best['block_efficiency']:.2f}", per_call))
     ratios = sorted(row["speedup"] / row["predicted_speedup"] for row in timed if row.get("predicted_speedup"))
     if ratios:
-        middle = ratios[len(ratios) // 2] if len(ratios) % 2 else sum(ratios[len(ratios) // 2 - 1 :][:2]) / 2
         note = f"median of {len(ratios)} settings, {ratios[0]:.2f} to {ratios[-1]:.2f}"
-        cards.append(Card("Measured / predicted", f"{middle:.2f}", note))
+        cards.append(Card("Measured / predicted", f"{statistics.median(ratios):.2f}", note))
     compared = [row["identical_to_baseline"] for row in rows if row["gamma"] > 0 and row.get("identical_to_baseline")]
     if compared:
         equal, total = (sum(result[key] for result in compared) for key in ("equal", "of"))
@@ -287,7 +283,7 @@ def headline(rows: Sequence[Mapping]) -> list[Card]:
 
 
 def results_table(rows: Sequence[Mapping]) -> Table:
-    """All rows, the fastest at each temperature set apart; never a lossy one, which pays for speed with its law."""
+    """All rows, with the fastest lossless one at each temperature highlighted."""
     keys = tables.summary_columns(rows)
     best = {}
     for number, row in enumerate(rows):
@@ -296,18 +292,14 @@ def results_table(rows: Sequence[Mapping]) -> Table:
             if row["speedup"] > rows[leader]["speedup"]:
                 best[row.get("task"), row["temperature"]] = number
     note = " Lossy rows do not follow the target's law and are never marked." if any(map(tables.is_lossy, rows)) else ""
-    return Table(
-        columns=[Column(tables.heading(key), tables.is_text(rows, key)) for key in keys],
-        lines=[[tables.cell(row, key) for key in keys] for row in tables.short_targets(rows)],
-        best=frozenset(best.values()),
-        caption="± is half the 95% bootstrap interval. Marked: the fastest at each temperature." + note,
-    )
+    caption = "± is half the 95% bootstrap interval. Marked: the fastest at each temperature." + note
+    return rows_table(tables.short_targets(rows), keys, best=frozenset(best.values()), caption=caption)
 
 
-def rows_table(rows: Sequence[Mapping], keys: Sequence[str]) -> Table:
-    """These keys of the rows, a line each."""
+def rows_table(rows: Sequence[Mapping], keys: Sequence[str], **more: Any) -> Table:
+    """A line for each row with these keys of it; `more` are further fields of the Table."""
     columns = [Column(tables.heading(key), tables.is_text(rows, key)) for key in keys]
-    return Table(columns, [[tables.cell(row, key) for key in keys] for row in rows])
+    return Table(columns, [[tables.cell(row, key) for key in keys] for row in rows], **more)
 
 
 def _data_uri(path: str | Path) -> str:
@@ -319,6 +311,6 @@ def _pretty(content: Mapping) -> str:
 
 
 def _tally(sample: Mapping) -> str:
-    """How many tokens came from where: "72 accepted, 9 bonus"."""
-    found = collections.Counter(origin for _, origin in sample["tokens"])
-    return ", ".join(f"{found[origin]} {origin}" for origin in ORIGINS if found[origin] and origin != "prompt")
+    """Number of tokens by origin, such as "72 accepted, 9 bonus"."""
+    counts = collections.Counter(origin for _, origin in sample["tokens"])
+    return ", ".join(f"{counts[origin]} {origin}" for origin in ORIGINS if counts[origin] and origin != "prompt")

@@ -1,8 +1,8 @@
-"""What all figures have in common: two themes, the look of a line, panels under one legend.
+"""Shared parts of all figures: two themes, the look of a line, panels under one legend.
 
 Each figure is saved twice, as NAME.png for light pages and NAME.dark.png for dark ones. Panels are stacked,
 so that a figure stays as wide as a phone and its text is readable there. A name keeps its colour in all
-figures that are given the same `palette`, the list of all names.
+figures with the same `palette`, the list of all names.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ class Theme:
     series: tuple[str, ...]
 
 
-# Hues that people with red-green blindness tell apart too, each beside a marker of its own shape.
+# Hues that remain distinct with red-green blindness; each line also has its own marker.
 LIGHT = Theme(
     ink="#33312d",
     faint="#d9d5cc",
@@ -89,8 +89,8 @@ def save_panels(
                 draw(axes, theme, series)
                 axes.set_title(title, loc="left")
             if len(entries) > 1:
-                found = [axes.get_legend_handles_labels() for axes in grid]
-                handles = {label: handle for pair in found for handle, label in zip(*pair, strict=True)}
+                labels = [axes.get_legend_handles_labels() for axes in grid]
+                handles = {label: handle for pair in labels for handle, label in zip(*pair, strict=True)}
                 handles = {name: handles[name] for name in names if name in handles}
                 if dashed:
                     handles[dashed] = Line2D([], [], color=theme.ink, linestyle=DASHES, linewidth=1)
@@ -99,10 +99,10 @@ def save_panels(
 
 
 def _columns(entries: Sequence[str]) -> int:
-    """In how many columns a legend of these fits the figure's width; one is the least."""
+    """The number of legend columns that fit the figure's width, at least one."""
     from matplotlib.textpath import TextPath
 
-    # Beside its text an entry has its line, and room before and behind.
+    # An entry is its text, a sample of its line, and space on both sides.
     widths = [TextPath((0, 0), name, size=10).get_extents().width / 72 + 0.65 for name in entries]
     fits = lambda columns: sum(max(part, default=0.0) for part in np.array_split(widths, columns)) <= WIDTH
     return next((columns for columns in (3, 2) if fits(columns)), 1)

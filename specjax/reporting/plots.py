@@ -24,7 +24,7 @@ def speedup_figure(rows: Sequence[Mapping], path: str | Path, *, palette: Sequen
         for name, members in series.items():
             color, marker = looks(theme, name)
             members = sorted(members, key=lambda row: row["gamma"])
-            at = np.array([row["gamma"] + _apart(series, name, row["gamma"]) for row in members])
+            at = np.array([row["gamma"] + _offset(series, name, row["gamma"]) for row in members])
             value = np.array([row["speedup"] for row in members])
             edges = np.array([row["speedup_ci"] or (row["speedup"],) * 2 for row in members])
             axes.plot(at, value, color=color, marker=marker, label=name)
@@ -36,14 +36,8 @@ def speedup_figure(rows: Sequence[Mapping], path: str | Path, *, palette: Sequen
         axes.set_xlabel("gamma (most tokens drafted per block)")
         axes.set_ylabel("speed-up")
 
-    save_panels(
-        path,
-        panels,
-        names,
-        draw,
-        share_y=True,
-        dashed="predicted" if _any(rows, "predicted_speedup") else None,
-    )
+    dashed = "predicted" if _any(rows, "predicted_speedup") else None
+    save_panels(path, panels, names, draw, share_y=True, dashed=dashed)
 
 
 def acceptance_figure(rows: Sequence[Mapping], path: str | Path, *, palette: Sequence[str] = ()) -> None:
@@ -61,13 +55,8 @@ def acceptance_figure(rows: Sequence[Mapping], path: str | Path, *, palette: Seq
             color, marker = looks(theme, name)
             widest = max(members, key=lambda row: row["gamma"])
             longest = max(longest, widest["gamma"])
-            axes.plot(
-                np.arange(widest["gamma"]) + 1,
-                np.array(widest["acceptance_by_position"], float),
-                color=color,
-                marker=marker,
-                label=name,
-            )
+            positions, rates = np.arange(widest["gamma"]) + 1, np.array(widest["acceptance_by_position"], float)
+            axes.plot(positions, rates, color=color, marker=marker, label=name)
         axes.set_xticks(range(1, longest + 1))
         axes.set_ylim(0, 1.02)
         axes.set_xlabel("position in the block")
@@ -83,10 +72,9 @@ def training_figures(
     keys: Sequence[str] = ("loss", "acceptance", "block_efficiency"),
     palette: Sequence[str] = (),
 ) -> list[Path]:
-    """training_KEY.png for each key that a stage logged, from the lines of its metrics.jsonl.
+    """Draws training_KEY.png for each key that a stage logged in its metrics.jsonl, and returns the paths.
 
-    Solid is the running mean of what was logged, over its raw values; dashed with markers is
-    `validation_KEY`. Returns the paths, none where no stage logged any of the keys.
+    The solid line is the running mean over the faint raw values; the dashed line with markers is `validation_KEY`.
     """
     looks, paths = looks_of(palette, list(stages)), []
     for key in keys:
@@ -100,15 +88,8 @@ def training_figures(
                 axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.25)
                 axes.plot(steps, _running_mean(values), color=color, label=name)
                 held_out_steps, held_out = _points(lines, held_out_key)
-                axes.plot(
-                    held_out_steps,
-                    held_out,
-                    color=color,
-                    linestyle=DASHES,
-                    marker="o",
-                    markersize=3,
-                    linewidth=1,
-                )
+                look = {"color": color, "linestyle": DASHES, "marker": "o", "markersize": 3, "linewidth": 1}
+                axes.plot(held_out_steps, held_out, **look)
                 drawn += [values, held_out]
             drawn = np.concatenate(drawn)
             if drawn.min() > 0 and drawn.max() > 8 * drawn.min():
@@ -119,13 +100,8 @@ def training_figures(
         if series:
             paths.append(Path(folder) / f"training_{key}.png")
             held_out = any(_any(lines, held_out_key) for lines in series.values())
-            save_panels(
-                paths[-1],
-                {key.replace("_", " "): series},
-                list(series),
-                draw,
-                dashed="held out" if held_out else None,
-            )
+            panels = {key.replace("_", " "): series}
+            save_panels(paths[-1], panels, list(series), draw, dashed="held out" if held_out else None)
     return paths
 
 
@@ -139,9 +115,11 @@ def lines_figure(
     joined: bool = True,
     guides: Sequence[Sequence[tuple[float, float]]] = (),
 ) -> None:
-    """Points (x, y), joined by lines or not, from 0 upwards: {panel title: {line name: points}}.
+    """Points (x, y) with a vertical axis from 0: {panel title: {line name: points}}. Raises ValueError without panels.
 
-    `guides` are dashed lines in every panel. Raises ValueError where there are no panels.
+    Args:
+      joined: draw lines between the points.
+      guides: dashed lines in every panel.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -166,7 +144,7 @@ def lines_figure(
 
 
 def _grouped(rows: Sequence[Mapping]) -> tuple[dict[str, dict[str, list]], list[str]]:
-    """{panel title: {line name: rows}} and all line names, with rules and what differs within a drafter."""
+    """{panel title: {line name: rows}} and all line names; a name has the rule and the settings that vary."""
     panels: dict[str, dict[str, list]] = {}
     vary = varying(rows, SETTINGS)
     others = [key for key in vary if key not in ("task", "rule", "lenience")]
@@ -175,18 +153,18 @@ def _grouped(rows: Sequence[Mapping]) -> tuple[dict[str, dict[str, list]], list[
     for row in sorted(rows, key=lambda row: row["temperature"]):
         title = ", ".join([*(str(row[key]) for key in by_task), f"temperature {row['temperature']:g}"])
         rule = [rule_label(row)] if by_rule or is_lossy(row) else []
-        own = varying([other for other in rows if other["drafter"] == row["drafter"]], others)
-        settings = ", ".join([*rule, *(f"{key.replace('_', ' ')} {row.get(key)}" for key in own)])
+        varied = varying([other for other in rows if other["drafter"] == row["drafter"]], others)
+        settings = ", ".join([*rule, *(f"{key.replace('_', ' ')} {row.get(key)}" for key in varied)])
         name = row["drafter"] + (f" ({settings})" if settings else "")
         panels.setdefault(title, {}).setdefault(name, []).append(row)
     in_order = {name: None for row in rows for series in panels.values() for name, m in series.items() if row in m}
     return panels, list(in_order)
 
 
-def _apart(series: Mapping[str, Sequence[Mapping]], name: str, gamma: int) -> float:
-    """How far a line is set off at this gamma, where intervals of several lines would hide one another."""
-    beside = [other for other, members in series.items() if any(row["gamma"] == gamma for row in members)]
-    return 0.05 * (beside.index(name) - (len(beside) - 1) / 2)
+def _offset(series: Mapping[str, Sequence[Mapping]], name: str, gamma: int) -> float:
+    """Horizontal offset of a line at this gamma, so that the intervals of several lines do not overlap."""
+    lines = [other for other, members in series.items() if any(row["gamma"] == gamma for row in members)]
+    return 0.05 * (lines.index(name) - (len(lines) - 1) / 2)
 
 
 def _logarithmic(axes) -> None:
@@ -201,9 +179,8 @@ def _logarithmic(axes) -> None:
 
 def _points(lines: Sequence[Mapping], key: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values of the lines that logged `key`."""
-    found = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
-    steps, values = zip(*found, strict=True) if found else ((), ())
-    return np.array(steps, float), np.array(values, float)
+    logged = [line for line in lines if line.get(key) is not None]
+    return tuple(np.array([line[name] for line in logged], float) for name in ("step", key))
 
 
 def _running_mean(values: np.ndarray) -> np.ndarray:

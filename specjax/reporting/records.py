@@ -1,4 +1,4 @@
-"""What a run leaves behind in JSON: results.json, metrics.jsonl, and the environment that they came from."""
+"""The JSON files of a run: results.json with its environment, and metrics.jsonl."""
 
 import json
 import math
@@ -28,7 +28,7 @@ def provenance(record: Mapping) -> str:
 
 
 def environment(seed: int) -> dict:
-    """Where numbers come from. The commit of a checkout with uncommitted changes ends in `-dirty`."""
+    """Versions, commit and devices of this run. The commit of a checkout with uncommitted changes ends in `-dirty`."""
     import jax
 
     device = jax.devices()[0]
@@ -83,7 +83,7 @@ def read_results(path: str | Path) -> dict:
 
 
 def chosen(workdir: str | Path) -> dict:
-    """The row that a choice among several (`choose_layers`) settled on. Raises UserError where there is none."""
+    """The row that `choose_layers` marked as chosen. Raises UserError if there is none."""
     path = Path(workdir) / "results.json"
     for row in read_results(path)["rows"]:
         if row.get("chosen"):
@@ -92,11 +92,11 @@ def chosen(workdir: str | Path) -> dict:
 
 
 class MetricsLog:
-    """metrics.jsonl, one line per logged step, and a TensorBoard event file beside it.
+    """metrics.jsonl, one line per logged step, and a TensorBoard event file next to it.
 
-    `resume_step=None` begins a run: lines of an earlier attempt are dropped. After a resume from the
-    checkpoint of step s, `resume_step=s` keeps the lines up to s and drops the later ones, which the run is
-    about to write again. In a run of several processes only the first opens a log.
+    `resume_step=None` begins a run and drops the lines of an earlier attempt. `resume_step=s`, after a resume from the
+    checkpoint of step s, keeps the lines up to s and drops later ones, which the run will write again. In a run of
+    several processes only the first opens a log.
     """
 
     def __init__(self, workdir: str | Path, *, resume_step: int | None = None):
@@ -105,13 +105,12 @@ class MetricsLog:
         workdir = Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         path = workdir / "metrics.jsonl"
-        kept = []
+        lines = []
         if resume_step is not None and path.is_file():
-            kept = [line for line in read_metrics(path) if line["step"] <= resume_step]
-        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+            lines = [line for line in read_metrics(path) if line["step"] <= resume_step]
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
         self._lines = path.open("a", encoding="utf-8")
-        # Event files are named by the second; without a suffix of its own a quick restart would overwrite the
-        # last.
+        # Event files are named by the second; without a unique suffix a quick restart would overwrite the last one.
         suffix = f".{os.getpid()}.{sum(1 for _ in workdir.glob('events.out.tfevents.*'))}"
         purge_step = 0 if resume_step is None else resume_step + 1
         self._board = SummaryWriter(str(workdir), purge_step=purge_step, filename_suffix=suffix)
@@ -119,7 +118,7 @@ class MetricsLog:
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Appends one line. Numbers (or 0-d arrays) go to TensorBoard too; the non-finite become null."""
         if "step" in values:
-            raise ValueError("the step is an argument of its own, not one of the values")
+            raise ValueError("the step is a separate argument, not one of the values")
         step, values = int(step), json_clean(values)
         self._lines.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
         self._lines.flush()
@@ -179,7 +178,7 @@ def write_atomically(path: str | Path, text: str) -> None:
 
 
 def json_clean(value: Any) -> Any:
-    """The same value in JSON's own types: arrays as lists, 0-d as numbers, NaN and infinity as None."""
+    """The same value in JSON types: arrays as lists, 0-d as numbers, NaN and infinity as None."""
     if isinstance(value, Mapping):
         return {str(key): json_clean(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -217,7 +216,7 @@ def _git_commit() -> str:
 
 
 def _own_version() -> str:
-    """The version that pyproject.toml beside the package states, else that of the installed distribution."""
+    """The version that pyproject.toml next to the package states, else that of the installed distribution."""
     pyproject = Path(__file__).resolve().parents[2] / "pyproject.toml"
     if pyproject.is_file():
         project = tomllib.loads(pyproject.read_text(encoding="utf-8")).get("project", {})

@@ -1,10 +1,10 @@
-"""Rows that say in which `table` they belong: printed in the terminal, and as sections of a report."""
+"""Rows with a key `table` that names their table: printed in the terminal, and as sections of a report."""
 
 from collections.abc import Mapping, Sequence
 
 from specjax.reporting import page, tables
 
-# Columns of which three digits say too little.
+# Columns that need another format than three digits.
 _FORMATS = {
     "published_tokens_per_second": "{:.2f}",
     "computed_tokens_per_second": "{:.2f}",
@@ -20,19 +20,14 @@ _FORMATS = {
 }
 
 
-def shown(row: Mapping) -> dict:
-    """A row as it is printed."""
-    exact = {key: form.format(row[key]) for key, form in _FORMATS.items() if row.get(key) is not None}
-    return {**{key: value for key, value in row.items() if key != "table"}, **exact}
-
-
 def by_table(rows: Sequence[Mapping]) -> dict[str, list[dict]]:
-    """The rows to print of each table, in order."""
-    found: dict[str, list[dict]] = {}
+    """The printed form of the rows of each table, in order."""
+    members: dict[str, list[dict]] = {}
     for row in rows:
         if "table" in row:
-            found.setdefault(row["table"], []).append(shown(row))
-    return found
+            exact = {key: form.format(row[key]) for key, form in _FORMATS.items() if row.get(key) is not None}
+            members.setdefault(row["table"], []).append({k: v for k, v in row.items() if k != "table"} | exact)
+    return members
 
 
 def terminal(rows: Sequence[Mapping]) -> str:
@@ -44,16 +39,13 @@ def terminal(rows: Sequence[Mapping]) -> str:
 
 
 def page_tables(rows: Sequence[Mapping]) -> list[tuple[str, list[page.Table]]]:
-    """(title, [table]) of each table of the rows, as sections of a report."""
-    found = []
-    for name, members in by_table(rows).items():
-        keys = columns_of(members)
-        columns = [page.Column(tables.heading(key), tables.is_text(members, key)) for key in keys]
-        lines = [[tables.cell(row, key) for key in keys] for row in members]
-        found.append((tables.heading(name).capitalize(), [page.Table(columns, lines)]))
-    return found
+    """(title, [table]) for each table of the rows, as sections of a report."""
+    return [
+        (tables.heading(name).capitalize(), [page.rows_table(members, columns_of(members))])
+        for name, members in by_table(rows).items()
+    ]
 
 
 def columns_of(rows: Sequence[Mapping]) -> list[str]:
-    """What is printed of rows: not the stage that they came from, nor lists."""
+    """The keys of rows that are printed: neither the stage nor nested values."""
     return [key for key, value in rows[0].items() if key != "stage" and not isinstance(value, (Mapping, list))]

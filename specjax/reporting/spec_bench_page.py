@@ -46,7 +46,7 @@ def figure(record: Mapping, path: Path) -> None:
 
 
 def write(workdir: Path, results: Mapping) -> None:
-    """report.html and figures/spec_bench.png of a run of Spec-Bench; says where."""
+    """Writes report.html and figures/spec_bench.png of a Spec-Bench run, and prints the path."""
     rows = [row for row in results["rows"] if row["gamma"]]
     blocks = []
     if rows:
@@ -56,7 +56,7 @@ def write(workdir: Path, results: Mapping) -> None:
     keys = ("subtask", "drafter", "temperature", "gamma", "threshold", "questions", "block_efficiency")
     keys = (*keys, "acceptance_rate", "tokens_per_second", "speedup", "identical_to_baseline")
     blocks.append(page.rows_table(results["rows"], keys))
-    intro = "Every question beside plain decoding; a second turn's prompt holds plain decoding's answer to the first."
+    intro = "Every question is compared with plain decoding; the prompt of a second turn has its answer to the first."
     settings = page.Section("Settings", [page.Details("Config", results["config"])])
     path = workdir / "report.html"
     page.write_report(

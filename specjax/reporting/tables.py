@@ -7,7 +7,7 @@ from typing import Any
 
 from specjax.runtime.errors import UserError, nearest
 
-# The mark of a page behind which a record's table stands.
+# The mark in a page before a record's table.
 OPENING = "<!-- table:{name} -->"
 NOTHING = "–"
 SETTINGS = ("task", "target", "rule", "lenience", "threshold", "top_k", "top_p", "batch_size", "max_new_tokens", "seed")
@@ -34,12 +34,12 @@ HEADINGS = {
 
 
 def summary_table(rows: Sequence[Mapping]) -> str:
-    """A short aligned table for the terminal; settings in which the rows differ get a column of their own."""
+    """A short aligned table for the terminal, with a column for each setting in which the rows differ."""
     return aligned_table(rows, summary_columns(rows))
 
 
 def aligned_table(rows: Sequence[Mapping], columns: Sequence[str]) -> str:
-    """A table for the terminal: words flush left, numbers flush right."""
+    """A table for the terminal: words aligned left, numbers right."""
     cells = [[heading(key) for key in columns], *([cell(row, key) for key in columns] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     lines = []
@@ -86,19 +86,19 @@ def sync_readme(readme_text: str, tables: Mapping[str, str]) -> str:
 
 
 def summary_columns(rows: Sequence[Mapping]) -> list[str]:
-    """The columns that tell these rows apart and say how they did; the rule's says which are lossy."""
-    told = {*varying(rows, SETTINGS), *(["rule"] if any(map(is_lossy, rows)) else [])}
+    """The columns of settings in which these rows differ, and of their main metrics."""
+    settings = {*varying(rows, SETTINGS), *(["rule"] if any(map(is_lossy, rows)) else [])}
     scored = ["quality"] if any(row.get("quality") for row in rows) else []
-    return [*(key for key in SETTINGS if key in told and key != "lenience"), *SUMMARY, *scored]
+    return [*(key for key in SETTINGS if key in settings and key != "lenience"), *SUMMARY, *scored]
 
 
 def rule_label(row: Mapping) -> str:
-    """The row's rule; of a lossy one with its lenience, and said to be lossy."""
+    """The row's rule; a lossy rule with its lenience and the word "lossy"."""
     return f"{row['rule']} {row['lenience']:g}, lossy" if is_lossy(row) else row["rule"]
 
 
 def is_lossy(row: Mapping) -> bool:
-    """Whether the rule that the row was decoded under gives up the target's law; only such a row has a lenience."""
+    """Whether the row's rule changes the target's distribution; only such rows have a lenience."""
     return row.get("lenience") is not None
 
 
@@ -109,7 +109,7 @@ def varying(rows: Iterable[Mapping], keys: Iterable[str]) -> list[str]:
 
 
 def short_targets(rows: Sequence[Mapping]) -> list[Mapping]:
-    """The rows, of whose targets the paths are without the folder that all of them lie in."""
+    """The rows with the paths of their targets relative to the folder that contains all of them."""
     targets = {row["target"] for row in rows if row.get("target")}
     if len(targets) < 2 or len(set(map(os.path.isabs, targets))) > 1:
         return list(rows)
@@ -124,12 +124,12 @@ def heading(key: str) -> str:
 
 
 def is_text(rows: Sequence[Mapping], key: str) -> bool:
-    """Whether a column is set flush left."""
+    """Whether a column has words and is aligned left."""
     return any(isinstance(row.get(key), str) for row in rows)
 
 
 def cell(row: Mapping, key: str) -> str:
-    """One value for a reader: with half its 95% interval where the row has one, a dash for none."""
+    """One value as text: with half its 95% interval if the row has one; a dash for None."""
     value = row.get(key)
     if value is None:
         return NOTHING
