@@ -51,9 +51,9 @@ def test_the_fastest_option_is_recommended_with_its_interval_and_break_even():
     assert advised["tokens_per_second_low"] == pytest.approx(2.1 / 14e-3, rel=2e-3)
     assert advised["tokens_per_second_high"] == pytest.approx(2.7 / 14e-3, rel=2e-3)
     assert advised["break_even_acceptance"] == pytest.approx((-1 + 2.6**0.5) / 2)
-    said = advice.reasons(rows)
-    assert said[0].startswith("expect 1.71 times the speed") and "faster even at the low end" in said[0]
-    assert "must emit 1.40 tokens to break even and emits 2.40" in said[1]
+    reasons = advice.reasons(rows)
+    assert reasons[0].startswith("expect 1.71 times the speed") and "faster even at the low end" in reasons[0]
+    assert "must emit 1.40 tokens to break even and emits 2.40" in reasons[1]
 
 
 def test_a_threshold_is_recommended_where_drafting_less_costs_less():
@@ -71,14 +71,14 @@ def test_where_nothing_is_faster_than_plain_decoding_it_says_so():
     advised = advice.recommend(rows)
     assert not advised["pays"] and advised["gamma"] == 0
     assert advised["tokens_per_second"] == advised["plain_tokens_per_second"] == pytest.approx(100)
-    said = advice.reasons(rows)
-    assert "speculation does not pay here: the best draft gives 0.60 times the plain speed" in said[0]
-    assert "the draft is not trained yet" in said[3]
+    reasons = advice.reasons(rows)
+    assert "speculation does not pay here: the best draft gives 0.60 times the plain speed" in reasons[0]
+    assert "the draft is not trained yet" in reasons[3]
 
 
-def train_config(said):
+def train_config(command):
     """configs/draft_design/train.py with what a printed command sets."""
-    program, *given = shlex.split(said)[3:]
+    program, *given = shlex.split(command)[3:]
     assert program == "--config=configs/draft_design/train.py"
     config = configs.load(str(CONFIGS / "draft_design" / "train.py"))
     for key, value in (each.removeprefix("--config.").split("=", 1) for each in given if each.startswith("--config.")):
@@ -100,9 +100,9 @@ def test_the_command_trains_the_very_shape_that_was_timed(target):
 
 def test_the_command_of_a_draft_that_there_is_decodes_with_it_as_it_was_advised():
     there = candidate(1e-3, {0.0: advice.stated(0.5, 0.7, 2)}, name="DRAFT")
-    said = advice.command("DIR", TASK, advice.recommend(there.options(WORK)), there)
-    assert "--config.drafter.path=DRAFT --config.gamma=2" in said and "--config.temperature=0.0" in said
-    assert shlex.split(said)[-1] == "--config.prompt=def main("
+    message = advice.command("DIR", TASK, advice.recommend(there.options(WORK)), there)
+    assert "--config.drafter.path=DRAFT --config.gamma=2" in message and "--config.temperature=0.0" in message
+    assert shlex.split(message)[-1] == "--config.prompt=def main("
 
 
 def test_acceptance_is_measured_as_ratios_of_sums():
@@ -114,10 +114,10 @@ def test_acceptance_is_measured_as_ratios_of_sums():
         accepted_at=np.array([[2, 1], [1, 0]]),
         emitted_more_than=np.array([[2, 1], [1, 0]]),
     )
-    found = advice.measured(counts, seed=0)
-    assert found.ctar == pytest.approx((0.6, 0.2)) and found.drafted == 1.6
-    assert found.low[0] <= 0.6 <= found.high[0]
-    assert found.uneven == 1  # of one row there is nothing to be unlike
+    result = advice.measured(counts, seed=0)
+    assert result.ctar == pytest.approx((0.6, 0.2)) and result.drafted == 1.6
+    assert result.low[0] <= 0.6 <= result.high[0]
+    assert result.uneven == 1  # of one row there is nothing to be unlike
     # Three blocks for both; alike, rows of six and three tokens would take as many as the model expects.
     expected = throughput.expected_rounds([(0.6, 0.2)] * 2, [6, 3])
     assert advice.measured(counts, seed=0, batch_size=2).uneven == pytest.approx(max(1, 3 / expected))
@@ -146,7 +146,7 @@ def test_what_advice_cannot_be_given_on_is_refused(tmp_path):
     config.target = str(tmp_path / "target")
     config.task.update({"name": "text", "path": str(tmp_path / "text.py")})
     (tmp_path / "text.py").write_text("".join(f"def f_{i}(x):\n    return x\n\n\n" for i in range(300)))
-    for changes, said in (
+    for changes, message in (
         ({"acceptance": (0.7, 0.5)}, r"acceptance is \(0.7, 0.5\); set a range .* within 0 .. 1"),
         ({"layers": ()}, "no candidate; set drafts, or layers"),
         ({"gammas": (0, 1)}, r"gammas are \(0, 1\); set one or more"),
@@ -159,11 +159,11 @@ def test_what_advice_cannot_be_given_on_is_refused(tmp_path):
     ):
         asked = ConfigDict(config)
         asked.update(changes)
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             design.advise(asked, tmp_path)
 
 
-def test_a_replay_of_longer_texts_and_a_target_beside_a_replay_are_refused(tmp_path, monkeypatch):
+def test_a_replay_of_longer_texts_and_a_target_with_a_replay_are_refused(tmp_path, monkeypatch):
     asked = ConfigDict({"replay": "r", "temperature": 0.0, "max_new_tokens": 80, "target": "t"})
     stored = types.SimpleNamespace(check_target=lambda target: None, max_new_tokens=128)
     monkeypatch.setattr(design.replay, "load", lambda path: stored)
@@ -188,16 +188,16 @@ def test_the_shape_is_the_fastest_at_its_parameters_or_the_largest_within_its_mi
     with pytest.raises(UserError, match="config.target is empty"):
         budget.build(config, tmp_path)
     config.target, config.layers, config.parameters = str(tmp_path / "target"), (2, 1), 12_000
-    *found, train = budget.build(config, tmp_path)
-    assert [(row["layers"], row["chosen"]) for row in found] == [(2, False), (1, True)]
-    assert all(abs(row["parameters"] / 12_000 - 1) < 0.03 for row in found)
+    *result, train = budget.build(config, tmp_path)
+    assert [(row["layers"], row["chosen"]) for row in result] == [(2, False), (1, True)]
+    assert all(abs(row["parameters"] / 12_000 - 1) < 0.03 for row in result)
     assert "--config.model.layers=1" in train["command"]
     config.parameters, config.milliseconds, config.sizes = 0, 2.5, (12_000, 16_000)
     config.layers = (1, 2, 3)
-    *found, _ = budget.build(config, tmp_path)
-    assert [row["chosen"] for row in found].count(True) == 1
-    (chosen,) = (row for row in found if row["chosen"])
-    assert chosen["parameters"] == max(row["parameters"] for row in found if row["layers"] < 3)
+    *result, _ = budget.build(config, tmp_path)
+    assert [row["chosen"] for row in result].count(True) == 1
+    (chosen,) = (row for row in result if row["chosen"])
+    assert chosen["parameters"] == max(row["parameters"] for row in result if row["layers"] < 3)
     config.milliseconds = 0.5
     with pytest.raises(UserError, match="no shape takes at most 0.0005 s per step"):
         budget.build(config, tmp_path)
@@ -208,5 +208,9 @@ def test_the_shape_is_the_fastest_at_its_parameters_or_the_largest_within_its_mi
 
 def test_the_page_shows_candidates_advice_and_reasons():
     rows = candidate(1e-3, {0.0: advice.stated(0.5, 0.7, 2)}).options(WORK)
-    rows = [*rows, advice.recommend(rows), *({"table": "reasons", "because": said} for said in advice.reasons(rows))]
+    rows = [
+        *rows,
+        advice.recommend(rows),
+        *({"table": "reasons", "because": reason} for reason in advice.reasons(rows)),
+    ]
     assert list(row_tables.by_table(rows)) == ["candidates", "advice", "reasons"]

@@ -81,7 +81,7 @@ def target(home):
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"drafter": "ngrma"}, 'there is no drafter "ngrma"; did you mean "ngram"'),
         ({"rule": "losless"}, 'there is no rule "losless"; did you mean "lossless"'),
@@ -129,8 +129,8 @@ def target(home):
         ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
     ],
 )
-def test_a_setting_out_of_range_is_refused(target, settings, said):
-    with pytest.raises(UserError, match=f"(?i){said}"):
+def test_a_setting_out_of_range_is_refused(target, settings, message):
+    with pytest.raises(UserError, match=f"(?i){message}"):
         untyped(api.generate)(target, ["def"], **{"max_new_tokens": 4, **settings})
 
 
@@ -140,7 +140,7 @@ def untyped(function):
 
 
 @pytest.mark.parametrize(
-    ("prompts", "said"),
+    ("prompts", "message"),
     [
         ([], "There are no prompts to continue; give at least one"),
         ("def", r"prompts must be a list of strings or of lists of token ids, not 'def'; write \[prompt\]"),
@@ -160,8 +160,8 @@ def untyped(function):
         ),
     ],
 )
-def test_a_prompt_that_cannot_be_continued_is_refused(target, prompts, said):
-    with pytest.raises(UserError, match=f"(?i){said}"):
+def test_a_prompt_that_cannot_be_continued_is_refused(target, prompts, message):
+    with pytest.raises(UserError, match=f"(?i){message}"):
         untyped(api.generate)(target, prompts, max_new_tokens=4)
 
 
@@ -180,14 +180,14 @@ def test_logits_of_ids_outside_the_vocabulary_are_refused(target):
 
 
 @pytest.mark.parametrize(
-    ("draft", "said"),
+    ("draft", "message"),
     [
         ("narrow", "different tokenizers; take a draft trained with the target's"),
         ("foreign", "different tokenizers; take a draft trained with the target's"),
     ],
 )
-def test_a_draft_of_another_vocabulary_is_refused(target, home, draft, said):
-    with pytest.raises(UserError, match=f"(?i){said}"):
+def test_a_draft_of_another_vocabulary_is_refused(target, home, draft, message):
+    with pytest.raises(UserError, match=f"(?i){message}"):
         api.generate(target, ["def"], drafter=api.load(home / draft), max_new_tokens=4)
 
 
@@ -196,7 +196,7 @@ def cut(path):
 
 
 @pytest.mark.parametrize(
-    ("name", "damage", "said"),
+    ("name", "damage", "message"),
     [
         ("model.safetensors", pathlib.Path.unlink, "neither model.safetensors nor .*index.json"),
         ("model.safetensors", cut, "model.safetensors is damaged or cut short"),
@@ -204,10 +204,10 @@ def cut(path):
         ("tokenizer.json", pathlib.Path.unlink, "there is no .*tokenizer.json; name the directory"),
     ],
 )
-def test_a_damaged_model_directory_is_named(home, tmp_path, name, damage, said):
+def test_a_damaged_model_directory_is_named(home, tmp_path, name, damage, message):
     directory = shutil.copytree(home / "target", tmp_path / "damaged")
     damage(directory / name)
-    with pytest.raises(UserError, match=f"(?i){said}"):
+    with pytest.raises(UserError, match=f"(?i){message}"):
         api.load(directory)
 
 
@@ -222,7 +222,7 @@ def refused(run, config, workdir, capsys, *overrides):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ("drafters.ngram.kind=ngrma", 'there is no drafter "ngrma"; did you mean "ngram"'),
         ("drafters.ngram.rules.lossless=-1", "gamma must be 0 (plain decoding) or more, not -1"),
@@ -247,11 +247,11 @@ def refused(run, config, workdir, capsys, *overrides):
     ],
 )
 def test_an_evaluation_that_cannot_be_is_refused_before_anything_is_decoded(
-    home, tmp_path, capsys, monkeypatch, change, said
+    home, tmp_path, capsys, monkeypatch, change, message
 ):
     monkeypatch.setattr(evaluate, "_decode_all", lambda *_: pytest.fail("decoded"))
     line = refused(evaluate.run, home / "evaluation.py", tmp_path / "w", capsys, change.format(home=home))
-    assert said.format(home=home).lower() in line.lower()
+    assert message.format(home=home).lower() in line.lower()
 
 
 def test_a_comparison_of_a_drafter_that_is_not_there_is_refused(home, tmp_path, capsys):
@@ -262,7 +262,7 @@ def test_a_comparison_of_a_drafter_that_is_not_there_is_refused(home, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ("loss.divergence=forward_lk", 'unknown divergence "forward_lk"; did you mean "forward_kl"'),
         ("task.name=txt", 'there is no task "txt"; did you mean "text"'),
@@ -275,10 +275,10 @@ def test_a_comparison_of_a_drafter_that_is_not_there_is_refused(home, tmp_path, 
         ("train.min_seconds_of={home}", "{home}/results.json does not exist; run the stage that writes it"),
     ],
 )
-def test_a_training_that_cannot_be_is_refused_before_its_first_step(home, tmp_path, capsys, change, said):
+def test_a_training_that_cannot_be_is_refused_before_its_first_step(home, tmp_path, capsys, change, message):
     run = distill.run
     line = refused(run, home / "training.py", tmp_path / "w", capsys, change.format(home=home))
-    assert said.format(home=home).lower() in line.lower()
+    assert message.format(home=home).lower() in line.lower()
 
 
 def test_a_variant_that_a_config_lacks_is_refused(tmp_path, capsys):

@@ -76,14 +76,14 @@ def test_the_histogram_has_each_accepted_and_each_first_refused_token_at_its_own
     prompts = [np.asarray(texts)[row, : int(lengths[row])].tolist() for row in range(BATCH)]
     result, _ = batch._result(state, len(lengths), 0.0, 0.0)
     method = Method(plan, params, adapter_params, adjust)
-    found = confidence.histogram(method, prompts, Output([(BATCH, result)]))
+    outcome = confidence.histogram(method, prompts, Output([(BATCH, result)]))
     for fate, values in expected.items():
         bins = np.minimum((np.asarray(values) * confidence.BINS).astype(int), confidence.BINS - 1)
         assert len(values) > 3
-        assert found[fate] == np.bincount(bins, minlength=confidence.BINS).tolist()
+        assert outcome[fate] == np.bincount(bins, minlength=confidence.BINS).tolist()
 
 
-def test_there_is_no_histogram_where_there_are_no_probabilities_or_the_prompt_is_read_apart(models):  # noqa: F811
+def test_there_is_no_histogram_without_probabilities_or_for_an_encoder_decoder(models):  # noqa: F811
     how = dict(gamma=2, slots=SLOTS, max_new=MAX_NEW)
     apart, _ = tiny.encoder_decoder(0)
     for target, kind in ((models[0], "ngram"), (apart, "early_exit")):

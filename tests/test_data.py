@@ -354,8 +354,8 @@ def test_packing_holds_every_token_of_every_document_once(tokenizer):
     stream = packed_stream(LANGUAGE, tokenizer)
     number = len(stream) // 32
     rows = epoch(LANGUAGE, tokenizer, number)
-    found = sorted(tuple(row["tokens"][0].tolist()) for row in rows)
-    assert found == sorted(tuple(row) for row in stream[: number * 32].reshape(number, 32).tolist())
+    outcome = sorted(tuple(row["tokens"][0].tolist()) for row in rows)
+    assert outcome == sorted(tuple(row) for row in stream[: number * 32].reshape(number, 32).tolist())
 
 
 def test_batches_have_the_promised_names_shapes_and_types(tokenizer):
@@ -429,7 +429,7 @@ def test_the_same_seed_gives_the_same_batches_and_another_seed_others(tokenizer)
 
 
 @pytest.mark.parametrize("start_token", [None, 0])
-def test_processes_make_their_own_rows_of_one_batch_and_go_on_in_any_number(tokenizer, start_token):
+def test_processes_make_their_own_rows_of_one_batch_and_resume_in_any_number(tokenizer, start_token):
     for task in (LANGUAGE, PAIRED):
         how = dict(batch_size=4, start_token=start_token)
         whole = batches(task, tokenizer, **how)

@@ -138,11 +138,11 @@ def test_verdicts_of_published_rows_and_of_pruning():
 @pytest.mark.parametrize("layers", [1, 2, 5])
 def test_a_shape_at_a_budget_has_about_so_many_parameters_in_the_same_proportions(layers):
     like = tiny.config(head_size=8, heads=4, kv_heads=2, width=32, mlp_width=88)
-    found = shapes.at_parameters(like, layers, 60_000)
-    assert abs(shapes.parameters(found) / 60_000 - 1) < 0.03
-    assert found.layers == layers and found.head_size == 8 and found.heads == 2 * found.kv_heads
-    assert found.width == found.heads * found.head_size
-    assert found.family == like.family and found.vocab_size == like.vocab_size
+    result = shapes.at_parameters(like, layers, 60_000)
+    assert abs(shapes.parameters(result) / 60_000 - 1) < 0.03
+    assert result.layers == layers and result.head_size == 8 and result.heads == 2 * result.kv_heads
+    assert result.width == result.heads * result.head_size
+    assert result.family == like.family and result.vocab_size == like.vocab_size
 
 
 def test_the_largest_shape_within_the_seconds_is_taken():

@@ -175,7 +175,7 @@ def home(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_an_evaluation_says_identical_and_counts_alike(home, tmp_path):
+def test_an_evaluation_reports_identical_text_and_consistent_counts(home, tmp_path):
     config = configs.load("configs/evaluate.py:smoke")
     config.target, config.drafter.path = str(home / "target"), str(home / "draft")
     config.prompts, config.measure_parts = str(home / "pairs.jsonl"), True

@@ -113,7 +113,7 @@ def test_no_rope_layers_names_the_layers_that_turn():
     assert read("smollm3", no_rope_layers=[1, 1, 1, 1]).rotary_layers == ()
 
 
-def test_phi3_finds_the_original_length_beside_the_scaling():
+def test_phi3_reads_the_original_length_next_to_the_scaling():
     rotary = read("phi3", rope_scaling=LONG, original_max_position_embeddings=24).rotary
     assert (rotary.kind, rotary.original_positions, rotary.factor, rotary.magnitude) == ("longrope", 24, 4.0, None)
     old = read("phi3", rope_scaling={**LONG, "type": "su"}, original_max_position_embeddings=24)

@@ -108,7 +108,7 @@ def test_the_first_gemma_files_say_gelu_and_mean_its_approximation():
     assert read("gemma", hidden_act="gelu").activation == read("gemma").activation == "gelu_tanh"
 
 
-def test_opt_350m_projects_its_embeddings_and_norms_behind_the_sublayers():
+def test_opt_350m_projects_its_embeddings_and_norms_after_the_sublayers():
     config = read("opt", word_embed_proj_dim=20, do_layer_norm_before=False)
     assert (config.embedding_width, config.order, config.final_norm) == (20, "post", False)
     config = read("opt", word_embed_proj_dim=32)

@@ -43,9 +43,9 @@ def plain(printed: str) -> str:
 def test_what_is_printed_bit_by_bit_is_the_text(config, tmp_path, capsys, kind):
     config.drafter.kind, config.colours, config.blocks_at_once = kind, "always", 1
     row = generate.run(config, tmp_path)["rows"][0]
-    printed, said = capsys.readouterr()
+    printed, message = capsys.readouterr()
     assert plain(printed) == "".join(piece for piece, _ in row["tokens"]) + "\n"
-    assert f"{row['emitted_tokens']} tokens in {row['target_calls']} target calls" in said
+    assert f"{row['emitted_tokens']} tokens in {row['target_calls']} target calls" in message
     assert row == json.loads((tmp_path / "results.json").read_text())["rows"][0]
     colours = set(re.findall("\033\\[(3[0-9])m", printed))
     assert colours <= {"31", "32", "34"} and bool(colours) == (kind != "none")
@@ -67,7 +67,7 @@ def test_stopping_after_every_block_changes_nothing(home):
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "said"),
+    ("key", "value", "message"),
     [
         ("target", "", "config.target is empty"),
         ("prompt", "", "config.prompt is empty"),
@@ -78,8 +78,8 @@ def test_stopping_after_every_block_changes_nothing(home):
         ("chat", True, "a chat prompt for a model without a template"),
     ],
 )
-def test_what_is_missing_or_wrong_is_named(config, tmp_path, key, value, said):
+def test_what_is_missing_or_wrong_is_named(config, tmp_path, key, value, message):
     config.update_from_flattened_dict({key: value})
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         generate.run(config, tmp_path)
     assert not (tmp_path / "results.json").exists()

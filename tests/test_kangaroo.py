@@ -438,7 +438,7 @@ def test_an_adapter_of_another_target_is_refused(home):
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (lambda folder: (folder / "adapter.safetensors").unlink(), "there is no .*adapter.safetensors"),
         (lambda folder: (folder / "adapter.safetensors").write_bytes(b"x" * 20), "is damaged or cut short"),
@@ -451,10 +451,10 @@ def test_an_adapter_of_another_target_is_refused(home):
         (lambda folder: edit(folder, lambda fields: fields.update(exit_layer=9)), r"in 1 \.\. 2 .* not 9"),
     ],
 )
-def test_a_damaged_adapter_is_named(home, tmp_path, damage, said):
+def test_a_damaged_adapter_is_named(home, tmp_path, damage, message):
     folder = shutil.copytree(home / "adapter", tmp_path / "copy")
     damage(folder)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         api.load_adapter(folder, api.load(home / "target"))
 
 

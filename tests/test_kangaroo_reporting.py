@@ -128,7 +128,7 @@ def test_the_main_table_has_each_drafters_parameters_ctar_and_timed_parts():
     assert text.endswith("commit 0123456789ab")
 
 
-def test_ablations_are_told_by_what_was_varied():
+def test_ablations_are_grouped_by_what_was_varied():
     text = kangaroo_tables.ablations(ablation_record())
     assert "| 2 | 1.90 | 0.60 | 1.40 ± 0.10 | 1.90 | 0.60 | 1.40 ± 0.10 |" in text
     assert "| 0.5 | 1.40x (1.90) | 1.40x (1.90) |" in text
@@ -152,7 +152,7 @@ def test_gains_of_recipes_are_paired_by_seed():
     assert "| paper | 0 | 10 | 5 | 0.500 | 2.100 ± 0.248 | – | 3 |" in text
 
 
-def test_spec_bench_is_told_by_subtask_and_whole():
+def test_spec_bench_is_reported_by_subtask_and_in_total():
     text = kangaroo_tables.spec_bench(spec_bench_record())
     assert "| kangaroo, gamma 2, T 0 | 1.90 / 1.20x | 1.90 / 2.20x | 1.90 / 3.20x |" in text
     assert "| ngram | 0 | 2 | 0.6 | 4 | 1.90 | 60 30 | 0.60 | 320 | 3.20 ± 0.10 | 4/4 |" in text
@@ -177,9 +177,9 @@ def test_verdicts_follow_the_records():
         "kangaroo_ablations": ablation_record(rates=(1.5, 1.4, 2.2), strict=2.0),
         "kangaroo_recipes": recipe_record(gain=0.9),
     }
-    found = verdicts(**against)
+    result = verdicts(**against)
     refuted = ("not reproduced", "does not hold")
-    assert [place for place, verdict in enumerate(found) if verdict in refuted] == [1, 3, 4, 5, 9]
+    assert [place for place, verdict in enumerate(result) if verdict in refuted] == [1, 3, 4, 5, 9]
     some = ablation_record()
     some["rows"] = [row for row in some["rows"] if row["stage"] == "exits"]  # as far as a run has come
     told = verdicts(kangaroo_ablations=some)

@@ -117,7 +117,7 @@ def test_it_asks_waits_copies_installs_runs_fetches_and_gives_back_in_this_order
     assert list(cloud.root.glob("specjax*.tar.gz")) == [], "the archive is removed here"
 
 
-def test_every_host_joins_the_run_and_gets_the_overrides_as_they_were_given(cloud):
+def test_every_host_joins_the_run_and_gets_the_overrides_unchanged(cloud):
     override = "--config.data.path=it's a file; rm -rf $HOME"
     cloud.launch(*LOCAL, "--", override)
     [run] = [call[-1] for call in cloud.calls() if "specjax.main" in call[-1]]
@@ -299,7 +299,7 @@ def test_pods_need_a_workdir_that_outlives_them(tools):
 
 
 @pytest.mark.parametrize(("code", "verbs"), [(75, ["srun", "scontrol"]), (0, ["srun"]), (2, ["srun"])])
-def test_a_slurm_job_that_was_told_to_stop_is_queued_again(tools, code, verbs):
+def test_a_slurm_job_that_receives_sigterm_is_queued_again(tools, code, verbs):
     done = tools.launch("slurm.sbatch", *SBATCH, RUN_CODE=str(code))
     assert done.returncode == code
     assert tools.verbs() == verbs
@@ -338,9 +338,9 @@ def locally(stand_in, fails):
 
 def test_a_process_that_fails_takes_the_others_with_it(stand_in):
     done = locally(stand_in, "yes")
-    said = done.communicate(timeout=20)[1]
+    message = done.communicate(timeout=20)[1]
     assert done.returncode == 3
-    pids = [int(line.split()[-1]) for line in said.splitlines() if line.startswith("process ")]
+    pids = [int(line.split()[-1]) for line in message.splitlines() if line.startswith("process ")]
     assert len(pids) == 3
     for pid in pids:
         with pytest.raises(ProcessLookupError):

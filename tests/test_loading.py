@@ -77,7 +77,7 @@ def shardings(decoder, **sizes):
 
 
 @pytest.mark.parametrize("sizes", [dict(), dict(data=8, fsdp=1, tensor=1), dict(data=2, fsdp=2, tensor=2)])
-def test_a_device_is_given_just_its_slices_and_every_value_arrives(model, sharded, sizes):
+def test_a_device_reads_only_its_slices_and_every_value_arrives(model, sharded, sizes):
     decoder, params = model
     placed = shardings(decoder, **sizes)
     _, arriving = hub_load.stream(sharded, param_dtype="float32", compute_dtype="float32", shardings=placed)
@@ -138,7 +138,7 @@ def large(tokenizer, tmp_path_factory):
 
 
 @pytest.mark.parametrize("spread", [False, True])
-def test_while_loading_the_host_holds_about_one_tensor_beside_the_arrays(large, spread, monkeypatch):
+def test_while_loading_the_host_holds_about_one_tensor_more_than_the_arrays(large, spread, monkeypatch):
     directory, decoder, params = large
     monkeypatch.setattr(hub_load, "_PIECE_BYTES", 1 << 14)
     placed = (
@@ -224,7 +224,7 @@ def test_pytorch_files_alone_are_answered_with_how_to_convert_them(copy, name):
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-def test_an_adapter_is_refused_with_or_without_a_model_beside_it(copy, tmp_path, name):
+def test_an_adapter_is_refused_with_or_without_a_model_next_to_it(copy, tmp_path, name):
     (copy / name).write_text("{}")
     with pytest.raises(UserError, match=rf"holds an adapter \({name}\).*merge_and_unload"):
         load(copy)
@@ -254,11 +254,11 @@ def test_quantised_tensors_are_refused_by_their_name(copy, ending):
         load(copy)
 
 
-@pytest.mark.parametrize("dtype, said", [(np.int8, "I8"), (ml_dtypes.float8_e4m3fn, "F8_E4M3")])
-def test_eight_bit_tensors_are_refused(copy, dtype, said):
+@pytest.mark.parametrize("dtype, message", [(np.int8, "I8"), (ml_dtypes.float8_e4m3fn, "F8_E4M3")])
+def test_eight_bit_tensors_are_refused(copy, dtype, message):
     name = "model.layers.0.mlp.up_proj.weight"
     change_tensors(copy, lambda tensors: {**tensors, name: tensors[name].astype(dtype)})
-    with pytest.raises(UserError, match=rf"up_proj\.weight is stored as {said}; quantised"):
+    with pytest.raises(UserError, match=rf"up_proj\.weight is stored as {message}; quantised"):
         load(copy)
 
 

@@ -378,7 +378,7 @@ def config(home):
 
 
 @pytest.mark.slow
-def test_an_evaluation_runs_lossy_rules_beside_the_exact_and_labels_them(config, tmp_path):
+def test_an_evaluation_runs_lossy_rules_next_to_exact_ones_and_labels_them(config, tmp_path):
     results = evaluate.run(config, tmp_path)
     rows = results["rows"]
     by = {(row["drafter"], row["rule"], row["lenience"], row["gamma"]): row for row in rows}
@@ -397,7 +397,7 @@ def test_an_evaluation_runs_lossy_rules_beside_the_exact_and_labels_them(config,
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"leniences": (0.5, 0.0)}, r"lenience must lie in \(0, 1\], not 0\.0"),
         ({"leniences": (1.5,)}, r"lenience must lie in \(0, 1\], not 1\.5"),
@@ -408,12 +408,12 @@ def test_an_evaluation_runs_lossy_rules_beside_the_exact_and_labels_them(config,
         ),
     ],
 )
-def test_an_evaluation_of_a_rule_or_lenience_that_is_none_is_refused(config, tmp_path, monkeypatch, changes, said):
+def test_an_evaluation_of_a_rule_or_lenience_that_is_none_is_refused(config, tmp_path, monkeypatch, changes, message):
     monkeypatch.setattr(evaluate, "_decode_all", lambda *_: pytest.fail("decoded"))
     for key, value in changes.items():
         if key == "drafters.draft.rules":
             config.drafters.draft.rules.update(value)
         else:
             config[key] = value
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         evaluate.run(config, tmp_path)

@@ -96,7 +96,7 @@ def test_values_are_written_plainly(text, like, value):
     assert cli._value(text, like) == value
 
 
-def test_one_parse_leaves_nothing_behind_for_the_next(config_file):
+def test_one_parse_leaves_no_state_for_the_next(config_file):
     assert parse(f"--config={config_file}", "--config.seed=7").seed == 7
     assert parse(f"--config={config_file}").seed == 0
 
@@ -118,18 +118,18 @@ BAD_ARGUMENTS = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "said"), BAD_ARGUMENTS)
-def test_a_wrong_argument_gets_one_sentence_and_exit_code_2(config_file, tmp_path, capsys, arguments, said):
+@pytest.mark.parametrize(("arguments", "message"), BAD_ARGUMENTS)
+def test_a_wrong_argument_gets_one_sentence_and_exit_code_2(config_file, tmp_path, capsys, arguments, message):
     argv = [f"--config={config_file}", f"--workdir={tmp_path / 'work'}", *arguments]
     assert cli.launch(lambda config, workdir: pytest.fail("ran"), "specjax.main", argv) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
-    assert said in error
+    assert message in error
     assert not (tmp_path / "work").exists()
 
 
 @pytest.mark.parametrize(
-    ("argument", "said"),
+    ("argument", "message"),
     [
         ("{}/some_confg.py", "there is no config file .*did you mean .*some_config.py"),
         ("{}/configs/evaluate/pair.py:smoke", "is an old name; it is now configs/evaluate.py"),
@@ -141,14 +141,14 @@ def test_a_wrong_argument_gets_one_sentence_and_exit_code_2(config_file, tmp_pat
         ("{}/text.txt", "is not a Python file"),
     ],
 )
-def test_a_wrong_config_file_is_named(config_file, stages_file, tmp_path, argument, said):
+def test_a_wrong_config_file_is_named(config_file, stages_file, tmp_path, argument, message):
     written(tmp_path / "broken.py", "def get_config(:")
     written(tmp_path / "empty.py", "")
     written(tmp_path / "text.txt", "seed: 3")
-    if said is None:
+    if message is None:
         assert configs.load(argument.format(tmp_path)).train.steps == 300
         return
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         configs.load(argument.format(tmp_path))
 
 
@@ -202,7 +202,7 @@ def test_the_mesh_may_change_from_one_sitting_to_the_next(config_file, tmp_path)
         configs.assert_same_run(config, tmp_path)
 
 
-def test_a_run_that_is_told_to_stop_ends_with_a_code_of_its_own(config_file, tmp_path, capsys):
+def test_a_run_that_receives_sigterm_exits_with_its_own_code(config_file, tmp_path, capsys):
     def told(config, workdir):
         os.kill(os.getpid(), signal.SIGTERM)
         pytest.fail("it goes on")
@@ -223,7 +223,7 @@ def test_a_run_that_is_told_to_stop_ends_with_a_code_of_its_own(config_file, tmp
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (["--coordinator=h:1", "--processes=2"], "--process_id is missing"),
         (["--processes=2", "--process_id=0"], "--coordinator is missing"),
@@ -233,8 +233,8 @@ def test_a_run_that_is_told_to_stop_ends_with_a_code_of_its_own(config_file, tmp
         (["--coordinator"], "--coordinator has no value"),
     ],
 )
-def test_flags_of_several_processes_that_make_no_sense_are_refused(flags, said):
-    with pytest.raises(UserError, match=said):
+def test_flags_of_several_processes_that_make_no_sense_are_refused(flags, message):
+    with pytest.raises(UserError, match=message):
         processes.parse(flags)
 
 
@@ -313,7 +313,7 @@ def test_a_stage_that_fails_leaves_the_finished_ones_and_no_result_for_the_whole
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ("--config.draft.binary=destill", 'there is no binary "destill"; did you mean "distill"'),
         (
@@ -324,11 +324,11 @@ def test_a_stage_that_fails_leaves_the_finished_ones_and_no_result_for_the_whole
     ],
 )
 def test_a_stage_that_cannot_run_is_found_before_the_first_one_starts(
-    stages_file, tmp_path, calls, capsys, change, said
+    stages_file, tmp_path, calls, capsys, change, message
 ):
     argv = [f"--config={stages_file}", f"--workdir={tmp_path / 'w'}", change]
     assert cli.launch(main.run, "specjax.main", argv) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert calls == []
 
 

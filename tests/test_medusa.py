@@ -90,7 +90,7 @@ def test_each_head_learns_its_own_token_with_a_weight_that_falls(models, diverge
     draft, texts = AttachedDraft.of(heads), jax.random.randint(jax.random.key(0), (3, 9), 0, VOCAB)
     lengths, starts = jnp.asarray([9, 7, 4], jnp.int32), jnp.asarray([1, 3, 4], jnp.int32)
     batch = {"tokens": texts, "lengths": lengths, "loss_start": starts}
-    said = jax.nn.log_softmax(guesses(target, params, heads_params, texts), axis=-1)
+    guessed = jax.nn.log_softmax(guesses(target, params, heads_params, texts), axis=-1)
     taught = jax.nn.log_softmax(tiny.full_logits(target, params, texts), axis=-1)
     loss, tokens = 0.0, 0.0
     for row in range(3):
@@ -98,7 +98,7 @@ def test_each_head_learns_its_own_token_with_a_weight_that_falls(models, diverge
             for place in range(int(starts[row]), int(lengths[row])):  # of the token that is guessed
                 if (at := place - 1 - head) < 0:
                     continue
-                law, guess = taught[row, place - 1], said[row, at, head - 1]
+                law, guess = taught[row, place - 1], guessed[row, at, head - 1]
                 hard = -guess[texts[row, place]]
                 tokens += 0.8**head
                 loss += 0.8**head * float(

@@ -97,10 +97,10 @@ def assert_same_tokens(alone, spread, way):
     """Token for token, but where the two best candidates are a tie; and then the same counts."""
     plan, rows = plan_of(way), len(spread.tokens)
     settings = dict(slots=plan.capacity, seed=SEED, sampling=WAYS[way][2])
-    found = identity.compare(plan, models()[0][1], texts()[:rows], alone.tokens[:rows], spread.tokens, **settings)
-    assert identity.only_ties(found), found
-    assert found["equal"] > 0 and any(len(row) > GAMMA + 1 for row in alone.tokens)
-    if found["equal"] == found["of"]:
+    result = identity.compare(plan, models()[0][1], texts()[:rows], alone.tokens[:rows], spread.tokens, **settings)
+    assert identity.only_ties(result), result
+    assert result["equal"] > 0 and any(len(row) > GAMMA + 1 for row in alone.tokens)
+    if result["equal"] == result["of"]:
         for name, counts in alone.counts(rows).items():
             np.testing.assert_array_equal(spread.counts(rows)[name], counts)
 
@@ -151,12 +151,12 @@ def decode_step(sizes, way, replicate=False):
 
 def gathered(text):
     """The shapes of what a compiled program's all-gathers give (and all-to-alls, which exchange as much)."""
-    found = []
+    result = []
     for line in text.splitlines():
         made = re.search(r"= (.*?) (?:all-gather|all-to-all)(?:-start)?\(", line)
         if made:
-            found += [tuple(map(int, filter(None, dims.split(",")))) for dims in re.findall(r"\[([\d,]*)\]", made[1])]
-    return found
+            result += [tuple(map(int, filter(None, dims.split(",")))) for dims in re.findall(r"\[([\d,]*)\]", made[1])]
+    return result
 
 
 @pytest.mark.slow
@@ -238,16 +238,16 @@ def test_a_mesh_that_does_not_match_the_devices_is_refused_with_their_number(siz
 
 
 @pytest.mark.parametrize(
-    ("shape", "said"),
+    ("shape", "message"),
     [
         ({"kv_heads": 2}, r"does not divide key/value heads 2 of this model; let it be one of 1, 2$"),
         ({"heads": 4, "kv_heads": 4}, r"does not divide heads 4 and key/value heads 4 .* one of 1, 2, 4$"),
         ({"vocab_size": 100}, r"does not divide vocabulary 100 of this model; let it be one of 1, 2, 4$"),
     ],
 )
-def test_what_does_not_divide_over_the_tensor_axis_is_named_with_what_would(shape, said):
+def test_what_does_not_divide_over_the_tensor_axis_is_named_with_what_would(shape, message):
     model = tiny.decoder(0, **{**SHAPE, **shape})[0]
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         model.check_split(mesh_of((1, 1, 8)))
     model.check_split(mesh_of((8, 1, 1)))
 

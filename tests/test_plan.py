@@ -72,7 +72,7 @@ def pair(target, draft, mesh, *, exit_layer=0):
 
 
 @pytest.mark.parametrize(
-    "name, size, said",
+    "name, size, message",
     [
         ("v5x", 8, 'there is no chip "v5x" to plan for; did you mean "v5'),
         ("h1000", 8, 'did you mean "h100"'),
@@ -81,8 +81,8 @@ def pair(target, draft, mesh, *, exit_layer=0):
         ("v5p", 6, "v5p has none of 6"),
     ],
 )
-def test_a_slice_that_is_not_to_be_had_is_refused_with_those_that_are(name, size, said):
-    with pytest.raises(UserError, match=said):
+def test_a_slice_that_is_not_to_be_had_is_refused_with_those_that_are(name, size, message):
+    with pytest.raises(UserError, match=message):
         chips.slice_named(name, size)
 
 
@@ -129,12 +129,12 @@ def test_the_command_line_tells_a_mistake_in_one_line(capsys):
 
 def held(tree):
     """Bytes on each device: the same on all of them."""
-    found = {}
+    result = {}
     for x in jax.tree.leaves(tree):
         for shard in x.addressable_shards:
-            found[shard.device] = found.get(shard.device, 0) + shard.data.nbytes
-    assert len(set(found.values())) == 1, found
-    return next(iter(found.values()))
+            result[shard.device] = result.get(shard.device, 0) + shard.data.nbytes
+    assert len(set(result.values())) == 1, result
+    return next(iter(result.values()))
 
 
 def begun(decoding, target, draft, mesh):
@@ -172,12 +172,12 @@ def compare(config, mesh):
 
 
 @pytest.mark.standard_promotion
-@pytest.mark.parametrize("encoder_decoder", [False, True])
+@pytest.mark.parametrize("encoder_decoder", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_more_devices_with_as_many_rows_each_hold_and_send_no_more(tmp_path, encoder_decoder):
     """Over `fsdp` the weights go to the rows: of a step, rows that went to the weights would be all rows of all."""
     write = t5_directory if encoder_decoder else directory
     target, draft = write(tmp_path / "target", width=64), write(tmp_path / "draft", layers=1)
-    found = []
+    result = []
     for ways in (2, 8):
         types = (jax.sharding.AxisType.Auto,) * len(meshes.AXES)
         mesh = jax.make_mesh((1, ways, 1), meshes.AXES, axis_types=types, devices=jax.devices()[:ways])
@@ -187,8 +187,8 @@ def test_more_devices_with_as_many_rows_each_hold_and_send_no_more(tmp_path, enc
         with meshes.use(mesh):
             compiled = step.lower().compile()
         traffic = account.program_of(compiled).work().traffic
-        found.append((account.Memory.of(compiled).temporary, sum(of.sent for of in traffic.values())))
-    (held_by_two, sent_by_two), (held_by_eight, sent_by_eight) = found
+        result.append((account.Memory.of(compiled).temporary, sum(of.sent for of in traffic.values())))
+    (held_by_two, sent_by_two), (held_by_eight, sent_by_eight) = result
     assert held_by_eight < 1.3 * held_by_two
     assert sent_by_eight < 2 * sent_by_two  # of a whole copy 7/8 come from others, in place of 1/2
 
@@ -267,8 +267,8 @@ def test_what_does_not_divide_is_passed_over():
 
     row = {"resident_bytes": {"parameters": 1}, "peak_bytes": 1, "fits": True}
     part, sizes = chips.slice_named("v5e:2x2", 4), {"data": 1, "fsdp": 1, "tensor": 4}
-    found = smallest.summary("s", ConfigDict({"binary": "evaluate"}), needs, [row], part, sizes)["smallest"]
-    assert found == {"slice": "v5e:1x1", "mesh": {"data": 1, "fsdp": 1, "tensor": 1}}
+    result = smallest.summary("s", ConfigDict({"binary": "evaluate"}), needs, [row], part, sizes)["smallest"]
+    assert result == {"slice": "v5e:1x1", "mesh": {"data": 1, "fsdp": 1, "tensor": 1}}
 
 
 # --- compiled text

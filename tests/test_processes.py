@@ -87,7 +87,7 @@ class Run:
             )
 
     @property
-    def said(self):
+    def log_text(self):
         return self._log.read_text(errors="replace")
 
     def wait_for(self, path):
@@ -96,12 +96,12 @@ class Run:
         while not path.exists():
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.end()
-                pytest.fail(f"{path} never came:\n{self.said}")
+                pytest.fail(f"{path} never came:\n{self.log_text}")
             time.sleep(0.02)
 
     def send(self, number, process=None):
         """A signal to one of the processes, or to the launcher."""
-        pids = dict(re.findall(r"process (\d+) is (\d+)", self.said))
+        pids = dict(re.findall(r"process (\d+) is (\d+)", self.log_text))
         os.kill(self._process.pid if process is None else int(pids[str(process)]), number)
 
     def end(self):
@@ -131,7 +131,7 @@ def quick(home):
 def alone(home):
     """The workdir of one process that was never disturbed, on the mesh of the others."""
     run = Run(home, home / "alone", 1, 4)
-    assert run.end() == 0, run.said
+    assert run.end() == 0, run.log_text
     return home / "alone"
 
 
@@ -177,10 +177,10 @@ def test_a_process_killed_mid_run_and_all_started_again_end_as_one_process_does(
     run = Run(home, workdir, 2, 2)
     run.wait_for(workdir / "draft" / "checkpoints" / "2")
     run.send(signal.SIGKILL, process=1)
-    assert run.end() not in (0, "too long"), run.said
+    assert run.end() not in (0, "too long"), run.log_text
     assert not (workdir / "draft" / "results.json").exists(), "it was killed before its end"
     again = Run(home, workdir, 2, 2)
-    assert again.end() == 0, again.said
+    assert again.end() == 0, again.log_text
     assert_same_end(workdir, alone)
 
 
@@ -191,30 +191,30 @@ def stopped(home):
     run = Run(home, workdir, 4, 1)
     run.wait_for(workdir / "draft" / "checkpoints" / "2")
     run.send(signal.SIGTERM)
-    assert run.end() == 75, run.said
+    assert run.end() == 75, run.log_text
     assert not (workdir / "draft" / "results.json").exists()
-    assert run.said.count("stopped by SIGTERM") == 4
+    assert run.log_text.count("stopped by SIGTERM") == 4
     return workdir
 
 
 @pytest.mark.slow
-def test_four_processes_that_were_told_to_stop_go_on_and_end_as_one_process_does(home, alone, stopped):
+def test_four_stopped_processes_resume_and_end_as_one_process_does(home, alone, stopped):
     workdir = home / "continued"
     shutil.copytree(stopped, workdir)
     again = Run(home, workdir, 4, 1)
-    assert again.end() == 0, again.said
+    assert again.end() == 0, again.log_text
     assert_same_end(workdir, alone)
     records_of = {path.name for path in workdir.glob("*")}
     assert records_of == {"config.json", "results.json", "report.html", "figures", "draft", "evaluation"}
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_four_processes_goes_on_in_one_on_another_mesh(home, alone, stopped):
+def test_a_checkpoint_of_four_processes_resumes_in_one_on_another_mesh(home, alone, stopped):
     workdir = home / "elsewhere"
     shutil.copytree(stopped, workdir)
     meshes = [f"--config.{stage}.mesh.{axis}={n}" for stage in ("draft", "evaluation") for axis, n in NARROW.items()]
     again = Run(home, workdir, 1, 2, *meshes)
-    assert again.end() == 0, again.said
+    assert again.end() == 0, again.log_text
     assert_same_end(workdir, alone)
     assert json.loads((workdir / "config.json").read_text())["draft"]["mesh"] == NARROW
 
@@ -229,17 +229,17 @@ def start(home, *arguments, cwd=ROOT):
 
 
 def endings(started):
-    """Exit codes and what was said at the end, of processes that are to end within a minute."""
-    found = []
+    """Exit codes and the last message of each process; all have to end within a minute."""
+    result = []
     for process in started:
         try:
-            said = process.communicate(timeout=60)[1]
+            message = process.communicate(timeout=60)[1]
         except subprocess.TimeoutExpired:
             process.kill()
-            said = "too long: " + process.communicate()[1]
-        lines = [line for line in said.splitlines() if line.startswith("error: ")]
-        found.append((process.returncode, lines[-1] if lines else said))
-    return found
+            message = "too long: " + process.communicate()[1]
+        lines = [line for line in message.splitlines() if line.startswith("error: ")]
+        result.append((process.returncode, lines[-1] if lines else message))
+    return result
 
 
 def pair(home, port, *arguments):
@@ -248,11 +248,11 @@ def pair(home, port, *arguments):
 
 
 @pytest.mark.slow
-def test_processes_that_were_started_with_different_configs_are_named(home, tmp_path):
+def test_processes_started_with_different_configs_are_named(home, tmp_path):
     one, other = pair(home, 20711, f"--workdir={tmp_path / 'w'}")
-    for code, said in endings([start(home, *one), start(home, *other, "--config.draft.seed=7")]):
+    for code, message in endings([start(home, *one), start(home, *other, "--config.draft.seed=7")]):
         assert code == 2
-        assert "process 1 (config.draft.seed: 0 there, 7 here) differ from process 0" in said
+        assert "process 1 (config.draft.seed: 0 there, 7 here) differ from process 0" in message
     assert not (tmp_path / "w").exists()
 
 
@@ -266,26 +266,26 @@ def test_a_workdir_that_the_hosts_do_not_share_is_refused(home, tmp_path):
     (tmp_path / "config.py").write_text((home / "config.py").read_text() + hurry)
     arguments = pair(home, 20721, "--workdir=w", f"--config={tmp_path / 'config.py'}")
     started = [start(home, *each, cwd=folder) for each, folder in zip(arguments, folders, strict=True)]
-    for code, said in endings(started):
+    for code, message in endings(started):
         assert code == 2
-        assert "process 0: " in said and "does not see what process 1 wrote to w" in said
-        assert "let --workdir be a folder that all hosts share" in said
+        assert "process 0: " in message and "does not see what process 1 wrote to w" in message
+        assert "let --workdir be a folder that all hosts share" in message
 
 
 @pytest.mark.slow
 def test_a_workdir_that_cannot_be_written_is_refused_by_all(home, tmp_path):
     (tmp_path / "file").touch()
     started = [start(home, *each) for each in pair(home, 20731, f"--workdir={tmp_path / 'file' / 'w'}")]
-    for code, said in endings(started):
+    for code, message in endings(started):
         assert code == 2
-        assert "process 0: " in said and "cannot be written" in said
+        assert "process 0: " in message and "cannot be written" in message
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_process_that_finds_no_others_says_what_to_check(home, tmp_path, number):
     given = pair(home, 20741 + number, f"--workdir={tmp_path / 'w'}")[number]
-    [(code, said)] = endings([start(home, *given, "--join_seconds=2")])
+    [(code, message)] = endings([start(home, *given, "--join_seconds=2")])
     assert code == 2
-    assert f"process {number} of 2 did not find the others within 2 s" in said
-    assert f"process 0 listens at 127.0.0.1:{20741 + number}" in said and "port" in said
+    assert f"process {number} of 2 did not find the others within 2 s" in message
+    assert f"process 0 listens at 127.0.0.1:{20741 + number}" in message and "port" in message

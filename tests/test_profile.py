@@ -32,7 +32,7 @@ def clock(monkeypatch):
     return timed
 
 
-def test_a_measured_case_is_kept_on_disk_and_not_measured_again(tmp_path, clock):
+def test_a_measured_case_is_stored_and_not_measured_again(tmp_path, clock):
     cases = [Case(tiny.config(layers=layers)) for layers in (1, 2)]
     points = Profile(tmp_path / "p.json").measure(cases, 3)
     assert [point.seconds for point in points] == [1e-3, 2e-3]
@@ -57,7 +57,7 @@ def test_an_estimate_is_what_is_read_or_computed_whichever_takes_longer():
     assert profile.estimated_seconds(many, RATES) == pytest.approx(computed)
 
 
-def test_shapes_that_do_not_fit_together_are_measured_apart(tmp_path, clock):
+def test_shapes_that_do_not_fit_together_are_measured_separately(tmp_path, clock):
     cases = [Case(tiny.config(layers=layers)) for layers in (1, 2, 3)]
     Profile(tmp_path / "p.json", memory=int(1.26 * cases[2].bytes)).measure(cases, 3)
     assert clock == [[1], [2], [3]]
@@ -92,11 +92,11 @@ def test_the_clock_runs_real_steps(tmp_path):
 
 
 def test_the_line_through_points_is_the_one_worked_by_hand():
-    found = profile.line((1, 2, 3), (3.0, 5.0, 7.0))
-    assert found == pytest.approx({"slope": 2.0, "intercept": 1.0, "r_squared": 1.0})
+    result = profile.line((1, 2, 3), (3.0, 5.0, 7.0))
+    assert result == pytest.approx({"slope": 2.0, "intercept": 1.0, "r_squared": 1.0})
     # Slope 1/2 through the mean (2, 5/3) leaves 1/6 of the 2/3 that there is.
-    found = profile.line((1, 2, 3), (1.0, 2.0, 2.0))
-    assert found == pytest.approx({"slope": 0.5, "intercept": 2 / 3, "r_squared": 0.75})
+    result = profile.line((1, 2, 3), (1.0, 2.0, 2.0))
+    assert result == pytest.approx({"slope": 0.5, "intercept": 2 / 3, "r_squared": 0.75})
 
 
 @pytest.mark.slow

@@ -58,7 +58,7 @@ def test_without_a_recipe_the_parts_stay_as_they_are():
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"recipe": "sekqd"}, 'unknown recipe "sekqd"; did you mean "seqkd"?'),
         ({"loss.divergence": "reverse_kl"}, "means loss.divergence 'jsd' and the config says 'reverse_kl'"),
@@ -67,10 +67,10 @@ def test_without_a_recipe_the_parts_stay_as_they_are():
         ({"data.draft": 0.5}, "means data.draft 1.0 and the config says 0.5"),
     ],
 )
-def test_an_unknown_recipe_and_parts_that_contradict_one_are_refused(changes, said):
+def test_an_unknown_recipe_and_parts_that_contradict_one_are_refused(changes, message):
     config = left_open("gkd")
     config.update_from_flattened_dict(changes)
-    with pytest.raises(UserError, match=re.escape(said)):
+    with pytest.raises(UserError, match=re.escape(message)):
         recipes.expand(config)
 
 
@@ -144,7 +144,7 @@ def test_text_on_disk_is_what_plain_sampling_with_the_same_keys_writes(home, tmp
 
 
 @pytest.mark.slow
-def test_interrupted_writing_goes_on_and_ends_with_the_same_text(home, written, tmp_path):
+def test_interrupted_writing_resumes_and_ends_with_the_same_text(home, written, tmp_path):
     whole = cached_text.load(written[0] / "export")
     first = cached_text.rows_file(tmp_path / "export", 0)
     target_text.run(writing(home), tmp_path)
@@ -177,7 +177,7 @@ def test_every_pass_over_the_text_meets_each_row_once_and_a_step_is_the_same_aga
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"target": "{home}/other"}, "is of another target than this run's; write it again"),
         ({"data.generation.temperature": 0.5}, "with other settings than this run's: temperature 1.0 there, 0.5 here"),
@@ -187,9 +187,9 @@ def test_every_pass_over_the_text_meets_each_row_once_and_a_step_is_the_same_aga
         ({"data.target_path": "{home}"}, "there is no .*about.json; name a folder that the binary target_text wrote"),
     ],
 )
-def test_text_of_another_origin_is_refused(home, written, tmp_path, changes, said):
+def test_text_of_another_origin_is_refused(home, written, tmp_path, changes, message):
     changes = {key: value.format(home=home) if isinstance(value, str) else value for key, value in changes.items()}
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         distill.run(learning(home, written[0] / "export", **changes), tmp_path)
 
 
@@ -200,15 +200,15 @@ def test_text_of_another_tokenizer_is_refused(written):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"drafter.rule": "lenient_exp"}, "lenient_exp is lossy and would change the text"),
         ({"count": 0}, "count is 0; it must be 1 or more"),
         ({"seed": 7}, "contains text written with other settings; choose another --workdir"),
     ],
 )
-def test_writing_that_makes_no_sense_is_refused(home, written, changes, said):
-    with pytest.raises(UserError, match=said):
+def test_writing_that_makes_no_sense_is_refused(home, written, changes, message):
+    with pytest.raises(UserError, match=message):
         target_text.run(writing(home, **changes), written[0])
 
 
@@ -243,16 +243,16 @@ def stages_of(**names):
     return ConfigDict({"seed": 0, "stages": tuple(names), **sections})
 
 
-def test_a_run_of_stages_may_grow_but_what_stands_may_not_change(tmp_path):
+def test_a_run_of_stages_may_grow_but_finished_stages_may_not_change(tmp_path):
     configs.assert_same_run(stages_of(target=1, draft=2), tmp_path)
     configs.assert_same_run(stages_of(target=1, between=5, draft=2, last=3), tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["stages"] == ["target", "between", "draft", "last"]
     before = (tmp_path / "config.json").read_bytes()
-    for changed, said in [
+    for changed, message in [
         (stages_of(target=1, between=5, draft=3, last=3, more=1), "draft.steps: 2 -> 3"),
         (stages_of(target=1, draft=2), 'between.binary: "distill" -> absent'),
     ]:
-        with pytest.raises(UserError, match=re.escape(said)):
+        with pytest.raises(UserError, match=re.escape(message)):
             configs.assert_same_run(changed, tmp_path)
     assert (tmp_path / "config.json").read_bytes() == before
 

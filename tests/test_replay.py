@@ -47,9 +47,9 @@ def recorded(models, prompts):
     # What some text emits early on ends texts from here on, so that ends inside blocks are among them.
     free = replay.record(target, prompts, max_new_tokens=NEW, batch_size=2)
     target.tokenizer.eos_ids = (free.emitted[1][3],)
-    found = replay.record(target, prompts, max_new_tokens=NEW, batch_size=2, top_k=3)
-    assert len({len(text) for text in found.emitted}) > 1
-    return found
+    outcome = replay.record(target, prompts, max_new_tokens=NEW, batch_size=2, top_k=3)
+    assert len({len(text) for text in outcome.emitted}) > 1
+    return outcome
 
 
 def live_counts(models, prompts, kind, gamma, options, size):

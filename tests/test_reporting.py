@@ -194,13 +194,13 @@ def test_a_paired_difference_sees_what_two_intervals_would_hide():
 
 
 def test_the_environment_has_exactly_the_keys_of_the_schema():
-    found = records.environment(7)
-    assert list(found) == [
+    outcome = records.environment(7)
+    assert list(outcome) == [
         *("git_commit", "specjax", "jax", "flax", "python", "platform"),
         *("device_kind", "device_count", "process_count", "seed"),
     ]
-    assert found["seed"] == 7 and found["device_count"] >= 1
-    assert re.fullmatch(r"unknown|[0-9a-f]{40}(-dirty)?", found["git_commit"])
+    assert outcome["seed"] == 7 and outcome["device_count"] >= 1
+    assert re.fullmatch(r"unknown|[0-9a-f]{40}(-dirty)?", outcome["git_commit"])
 
 
 def test_results_come_back_as_they_were_written(tmp_path):
@@ -332,7 +332,7 @@ def test_a_lossy_comparison_says_so():
     assert "| lenient_linear 0.5, lossy |" in benchmark_page.quickstart(record)
 
 
-def test_ties_are_shown_beside_what_is_identical():
+def test_ties_are_shown_next_to_the_number_of_identical_texts():
     ties = [{"prompt": 3, "position": 7, "top2_gap": 1e-7}]
     row = result_row(identical_to_baseline={"equal": 7, "of": 8, "differences": ties})
     assert tables.cell(row, "identical_to_baseline") == "7/8 (1 tie)"
@@ -480,7 +480,7 @@ def test_lines_beyond_the_colours_differ_in_their_markers():
     assert len({look(panels.LIGHT, name) for name in names}) == 20
 
 
-def test_the_legend_tells_lines_apart_and_no_more():
+def test_the_legend_names_only_what_differs_between_lines():
     rows = [result_row("a", threshold=0.4), result_row("b", threshold=0.6), result_row("b", threshold=0.0)]
     assert plots._grouped(rows)[1] == ["a", "b (threshold 0.6)", "b (threshold 0.0)"]
 
@@ -507,7 +507,7 @@ def test_no_entry_of_a_legend_is_cut_off(drawn, tmp_path, longest):
     assert top <= legend.y0, "the legend is above the panels"
 
 
-def test_lines_that_are_alone_at_a_gamma_stand_at_it(drawn, tmp_path):
+def test_a_line_that_is_alone_at_a_gamma_is_drawn_at_it(drawn, tmp_path):
     rows = [result_row("a", 2), result_row("a", 4), result_row("b", 4), result_row("c", 3)]
     plots.speedup_figure(rows, tmp_path / "x.png")
     lines = {line.get_label(): line.get_xdata() for line in drawn[0].axes[0].lines}

@@ -35,7 +35,7 @@ def test_lossless_emits_exactly_the_targets_joint_distribution(vocab, gamma, mix
 
 
 @pytest.mark.parametrize("one_hot", [False, True], ids=["sampled", "one_hot"])
-def test_lossless_emits_exactly_the_targets_joint_distribution_three_drafted(one_hot):
+def test_lossless_emits_exactly_the_targets_joint_distribution_with_three_drafted_tokens(one_hot):
     for mixed in (False, True):
         assert error_of(Lossless(), Tables(7, 3, 3, mixed), one_hot) < 1e-6
 

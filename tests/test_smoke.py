@@ -68,14 +68,14 @@ def models(tmp_path_factory):
 
 
 def run(config, workdir, *overrides):
-    """(exit code, what was said) as from the command line, on one device."""
+    """(exit code, what was message) as from the command line, on one device."""
     log = workdir.with_suffix(".log")
     code = forked.run(arguments(config, workdir, *overrides), log, {"XLA_FLAGS": flags.QUICK})
     return code, log.read_text()
 
 
 def run_again(capsys, config, workdir, *overrides):
-    """(exit code, what was said) of the same command in this process, which spares it the start."""
+    """(exit code, what was message) of the same command in this process, which spares it the start."""
     capsys.readouterr()
     code = cli.launch(main.run, "specjax.main", arguments(config, workdir, *overrides))
     return code, capsys.readouterr().err
@@ -107,15 +107,15 @@ def test_a_smoke_run_leaves_its_results_is_skipped_when_finished_and_keeps_its_c
         assert (workdir / "report.html").stat().st_size > 0
 
     if "stages" in config:
-        code, said = run_again(capsys, path, workdir, *named)
-        assert code == 0, said
+        code, message = run_again(capsys, path, workdir, *named)
+        assert code == 0, message
         count = len(config.stages)
         assert [f"[{i + 1}/{count}]" in first for i in range(count)] == [True] * count
-        assert not any(f"[{i + 1}/{count}]" in said for i in range(count))
+        assert not any(f"[{i + 1}/{count}]" in message for i in range(count))
         assert {file: file.read_bytes() for file in left} == left
 
-    code, said = run_again(capsys, path, workdir, *named, f"--config.seed={config.seed + 1}")
+    code, message = run_again(capsys, path, workdir, *named, f"--config.seed={config.seed + 1}")
     assert code == 2
-    assert f"seed: {config.seed} -> {config.seed + 1}" in said
-    assert "choose another --workdir" in said
+    assert f"seed: {config.seed} -> {config.seed + 1}" in message
+    assert "choose another --workdir" in message
     assert {file: file.read_bytes() for file in left} == left

@@ -124,7 +124,7 @@ def test_questions_are_read_from_the_file_or_its_folder(home):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"turns": ["only one"]}, 'line 1: question 1 of category "writing" has 1 turn with text, not 2'),
         ({"turns": ["one", " "]}, 'line 1: question 1 of category "writing" has 1 turn'),
@@ -133,9 +133,9 @@ def test_questions_are_read_from_the_file_or_its_folder(home):
         ({"category": "qa"}, 'line 3: question q of category "qa" has 1 turn with text, not 2'),
     ],
 )
-def test_a_question_with_missing_turns_is_named(tmp_path, changes, said):
+def test_a_question_with_missing_turns_is_named(tmp_path, changes, message):
     path = written(tmp_path, [{**QUESTIONS[0], **changes}, *QUESTIONS[1:]])
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         read_questions(path)
 
 

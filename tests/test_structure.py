@@ -132,14 +132,14 @@ def tracked_files():
 
 def test_no_file_names_a_path_of_one_machine():
     pattern = re.compile("|".join((r"(?<![\w.])/" + root) for root in ("work/", "root/", r"home/\w", r"Users/\w")))
-    found = []
+    result = []
     for path in tracked_files():
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             continue
-        found += [f"{path}: {match.group()}" for match in pattern.finditer(text)]
-    assert found == []
+        result += [f"{path}: {match.group()}" for match in pattern.finditer(text)]
+    assert result == []
 
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.py"))

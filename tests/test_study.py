@@ -83,11 +83,11 @@ def config_of(folders):
 
 def test_a_configuration_is_predicted_from_its_parts():
     draft = dict.fromkeys(("recipe", "seed", "layers", "width", "heads", "parameters", "steps", "divergence"), 1)
-    found = study.configuration(row("d"), draft)
+    result = study.configuration(row("d"), draft)
     # 1000 tokens in 0.5 s of prefill and 400 blocks of 20 ms.
-    assert found["predicted_tokens_per_second"] == pytest.approx(1000 / 8.5)
-    assert found["off_by"] == pytest.approx(1000 / 8.5 / 125 - 1)
-    assert found["off_by_with_expected_blocks"] == pytest.approx(1000 / 8.7 / 125 - 1)
+    assert result["predicted_tokens_per_second"] == pytest.approx(1000 / 8.5)
+    assert result["off_by"] == pytest.approx(1000 / 8.5 / 125 - 1)
+    assert result["off_by_with_expected_blocks"] == pytest.approx(1000 / 8.7 / 125 - 1)
     # Of a batch, the expected blocks: 200 of 20 ms in place of those that it happened to take.
     batched = study.configuration(row("d", batch_size=2, expected_iterations=200.0), draft)
     assert batched["predicted_tokens_per_second"] == pytest.approx(1000 / 4.5)
@@ -108,21 +108,21 @@ def drafted(speeds, steps):
 
 
 def contest_of(rows):
-    (found,) = contest.contests(rows, DRAFTS, [0])
-    return found
+    (result,) = contest.contests(rows, DRAFTS, [0])
+    return result
 
 
 def test_the_model_advises_by_parts_and_the_fastest_is_by_what_was_measured():
     # The parts speak for b; a was lucky. c is of another seed.
-    found = contest_of(drafted((130.0, 125.0, 900.0), (3e-3, 2e-3, 1e-9)))
-    assert [str(entry) for entry in found.entries] == ["b, gamma 4", "a, gamma 4"]
-    assert (found.configurations, found.seed, found.batch_size) == (3, 0, 1)
+    result = contest_of(drafted((130.0, 125.0, 900.0), (3e-3, 2e-3, 1e-9)))
+    assert [str(entry) for entry in result.entries] == ["b, gamma 4", "a, gamma 4"]
+    assert (result.configurations, result.seed, result.batch_size) == (3, 0, 1)
     # Drafts so slow that plain decoding is the advice, whatever was measured of them.
     assert str(contest_of(drafted((130.0, 90.0), (2e-2, 3e-2))).advised) == "plain decoding"
     assert contest.contests(drafted((130.0, 90.0), (None, None)), DRAFTS, [0]) == []
 
 
-def test_the_advice_knows_that_batches_took_longer_than_rows_that_are_alike():
+def test_the_advice_knows_that_batches_took_longer_than_equal_rows():
     rows = [row("none", gamma=0, batch_size=2), row("a", batch_size=2, verify_seconds=7e-3, expected_iterations=390.0)]
     assert str(contest_of(rows).advised) == "a, gamma 4"
     rows[1]["expected_iterations"] = 200.0
@@ -130,9 +130,9 @@ def test_the_advice_knows_that_batches_took_longer_than_rows_that_are_alike():
 
 
 def test_advised_and_fastest_are_compared_by_what_they_did_when_both_ran_again():
-    found = contest_of(drafted((130.0, 125.0), (3e-3, 2e-3)))
+    result = contest_of(drafted((130.0, 125.0), (3e-3, 2e-3)))
     again = [drafted(speeds, (None, None)) for speeds in ((120.0, 126.0), (120.0, 120.0))]
-    checked = found.row("e", again)
+    checked = result.row("e", again)
     assert checked["advised_over_fastest"] == pytest.approx(1.025) and checked["repeats"] == 2
     assert (checked["tokens_per_second_of_advised"], checked["tokens_per_second_of_fastest"]) == (123.0, 120.0)
     # Student's t of one degree of freedom: 12.7 * 0.05 / 2.
@@ -197,7 +197,7 @@ def test_what_was_checked_is_one_table_with_its_summary(folders, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_contest_runs_on_other_prompts_and_goes_on_where_it_stopped(folders, tmp_path, monkeypatch):
+def test_the_contest_runs_on_other_prompts_and_resumes_where_it_stopped(folders, tmp_path, monkeypatch):
     """Evaluate is stood in for: what it is asked for is looked at; a contest that has its results is not run again."""
     names = [f"supervised_t_{layers}_1" for layers in (1, 2)]
     drafters = {name: {"kind": "model", "path": name, "rules": {"lossless": [4]}} for name in names}
@@ -219,15 +219,15 @@ def test_the_contest_runs_on_other_prompts_and_goes_on_where_it_stopped(folders,
     monkeypatch.setattr(contest.evaluate, "run", evaluated)
     config = ConfigDict({"evaluation": str(tmp_path / "first"), "seeds": (1,), "repeats": 2, "count": 16})
     config.trained = config_of(folders).trained
-    (found,) = contest.check_advice(config, tmp_path / "checked")
-    assert (found["advised"], found["fastest"]) == (f"{names[1]}, gamma 4", f"{names[0]}, gamma 4")
-    assert found["advised_over_fastest"] == pytest.approx(120 / 130) and found["repeats"] == 2
+    (result,) = contest.check_advice(config, tmp_path / "checked")
+    assert (result["advised"], result["fastest"]) == (f"{names[1]}, gamma 4", f"{names[0]}, gamma 4")
+    assert result["advised_over_fastest"] == pytest.approx(120 / 130) and result["repeats"] == 2
     assert [(each.seed, each.task.seed, each.selection.count) for each in asked] == [(6, 1, 16), (7, 2, 16)]
     for each in asked:
         assert (list(each.batch_sizes), list(each.temperatures), each.measure_parts) == ([1], [0.0], False)
         assert set(each.drafters) == set(names)
     (tmp_path / "checked/seed1_T0_batch1_1/results.json").unlink()
-    assert contest.check_advice(config, tmp_path / "checked") == [found]
+    assert contest.check_advice(config, tmp_path / "checked") == [result]
     assert [each.seed for each in asked] == [6, 7, 7]
 
 

@@ -149,7 +149,7 @@ def test_a_data_set_that_is_not_prepared_names_the_place_and_the_command(tmp_pat
         assert command in str(raised.value)
 
 
-def test_a_data_set_of_another_format_is_told_how_to_convert(tmp_path):
+def test_a_data_set_of_another_format_is_refused_with_how_to_convert_it(tmp_path):
     prepare(tmp_path, "xsum", {"train": [LAYOUTS["xsum"][2](0)]})
     folder = tmp_path / "xsum" / "1.0.0"
     info = json.loads((folder / "dataset_info.json").read_text())
@@ -309,10 +309,10 @@ def test_this_machines_library_holds_thousands_of_docstrings_that_a_copy_of_the_
 
 def test_rouge_is_worked_by_hand():
     predictions, references = ["The cat sat", "a dog", ""], ["the cat sat down", "no match here", "x"]
-    found = qualities.rouge(predictions, references).values()
+    result = qualities.rouge(predictions, references).values()
     # 3 of 3 and 3 of 4 unigrams; 2 of 2 and 2 of 3 bigrams; a common subsequence of 3.
     one = [2 * 1 * 0.75 / 1.75, 2 * 1 * (2 / 3) / (5 / 3), 2 * 1 * 0.75 / 1.75]
-    np.testing.assert_allclose([found[name] for name in ("rouge1", "rouge2", "rougeL")], np.asarray(one) / 3)
+    np.testing.assert_allclose([result[name] for name in ("rouge1", "rouge2", "rougeL")], np.asarray(one) / 3)
 
 
 def random_texts(seed, count):
@@ -324,13 +324,13 @@ def test_bleu_is_that_of_the_whole_set_as_sacrebleu_has_it():
     import sacrebleu
 
     predictions, references = ["", *random_texts(0, 30)], ["a b", *random_texts(1, 30)]
-    found = qualities.bleu(predictions, references).values()["bleu"]
-    assert found == pytest.approx(sacrebleu.corpus_bleu(predictions, [references]).score / 100)
+    result = qualities.bleu(predictions, references).values()["bleu"]
+    assert result == pytest.approx(sacrebleu.corpus_bleu(predictions, [references]).score / 100)
     alone = [
         qualities.bleu([prediction], [reference]).values()["bleu"]
         for prediction, reference in zip(predictions, references, strict=True)
     ]
-    assert abs(np.mean(alone) - found) > 0.01
+    assert abs(np.mean(alone) - result) > 0.01
     # Smoothed where an order has no match.
     some = sacrebleu.corpus_bleu(["a b c d e"], [["a b x c y"]]).score / 100
     assert 0 < qualities.bleu(["a b c d e"], ["a b x c y"]).values()["bleu"] == pytest.approx(some)

@@ -65,14 +65,14 @@ def test_expected_rounds_are_those_of_enumerated_blocks():
     chances = [[0.4, 0.3, 0.3], [0.1, 0.7, 0.2]]  # of 1, 2, 3 tokens a block
 
     def rounds_of(law):
-        found = [0.0] * (tokens + 1)
+        result = [0.0] * (tokens + 1)
         for blocks in itertools.product(range(3), repeat=tokens):
             totals = list(itertools.accumulate(block + 1 for block in blocks))
             chance = 1.0
             for block in blocks:
                 chance *= law[block]
-            found[next(i for i, total in enumerate(totals) if total >= tokens) + 1] += chance
-        return found
+            result[next(i for i, total in enumerate(totals) if total >= tokens) + 1] += chance
+        return result
 
     laws = [rounds_of(law) for law in chances]
     pairs = itertools.product(enumerate(laws[0]), enumerate(laws[1]))
@@ -108,10 +108,10 @@ def test_parity_is_the_latency_at_which_a_draft_is_as_fast_as_another():
 
 
 def test_sensitivity_says_what_a_better_draft_brings():
-    found = model.sensitivity((0.5, 0.25), COSTS, 2)
+    result = model.sensitivity((0.5, 0.25), COSTS, 2)
     # By position 0.5 becomes 0.55: 1 + 0.55 + 0.3025 for 1.75; blocks of 13.8 for 14.
-    assert found["acceptance"] == pytest.approx(1.8525 / 1.75)
-    assert found["latency"] == pytest.approx(14 / 13.8)
+    assert result["acceptance"] == pytest.approx(1.8525 / 1.75)
+    assert result["latency"] == pytest.approx(14 / 13.8)
     # No acceptance beyond 1.
     assert model.sensitivity((0.95, 0.95), COSTS, 2)["acceptance"] == pytest.approx(3 / 2.9)
 

@@ -210,12 +210,12 @@ def train_report(name: str, mesh) -> dict:
 
 def report(part: str, names: list[str]) -> dict:
     chips.compile_only()
-    mesh, found = chips.make_mesh(chips.slice_named(part, 4), MESH), {}
+    mesh, result = chips.make_mesh(chips.slice_named(part, 4), MESH), {}
     for name in names:
         jax.config.update("jax_optimization_level", "UNKNOWN" if name in THOROUGHLY else "O0")
-        found[name] = (train_report if name in TRAINED else decode_report)(name, mesh)
-        print(name, found[name]["seconds"], file=sys.stderr, flush=True)
-    return found
+        result[name] = (train_report if name in TRAINED else decode_report)(name, mesh)
+        print(name, result[name]["seconds"], file=sys.stderr, flush=True)
+    return result
 
 
 def run_apart(*command: str, flags: str = "") -> str:
@@ -233,9 +233,9 @@ def run_apart(*command: str, flags: str = "") -> str:
 @functools.cache
 def in_a_process_of_its_own(part: str, *names: str, flags: str = "") -> dict:
     """The reports of these cases."""
-    found = json.loads(run_apart(__file__, part, *names, flags=flags).splitlines()[-1])
-    print(json.dumps(found, indent=1))
-    return found
+    result = json.loads(run_apart(__file__, part, *names, flags=flags).splitlines()[-1])
+    print(json.dumps(result, indent=1))
+    return result
 
 
 def compiled_for(part: str) -> dict:
@@ -246,27 +246,27 @@ def compiled_for(part: str) -> dict:
 @pytest.mark.parametrize("name", DRAFTERS)
 @pytest.mark.parametrize("part", SLICES)
 def test_a_drafter_decodes_on_a_slice_without_copying_a_cache_or_gathering_logits(part, name):
-    found = compiled_for(part)[name]
-    assert found["copies"] == []
-    assert found["aliased"] >= found["cache_bytes"] > 0  # donated: there is one cache, not two
-    assert found["planned_cache_bytes"] == found["cache_bytes"]
-    assert found["vocabulary"] == found["weights"] == []  # nothing whole is put together, turn by turn
-    assert all(seconds > 0 for seconds in found["seconds"])
+    result = compiled_for(part)[name]
+    assert result["copies"] == []
+    assert result["aliased"] >= result["cache_bytes"] > 0  # donated: there is one cache, not two
+    assert result["planned_cache_bytes"] == result["cache_bytes"]
+    assert result["vocabulary"] == result["weights"] == []  # nothing whole is put together, turn by turn
+    assert all(seconds > 0 for seconds in result["seconds"])
 
 
 @pytest.mark.parametrize("name", TRAINED)
 @pytest.mark.parametrize("part", SLICES)
 def test_a_draft_is_trained_on_a_slice_in_place_without_gathering_logits(part, name):
-    found = compiled_for(part)[name]
-    assert found["aliased"] >= found["state_bytes"]
-    assert found["vocabulary"] == []
-    assert set(found["seconds"]) == ({"update"} if name == "supervised" else {"draft text", "update"})
+    result = compiled_for(part)[name]
+    assert result["aliased"] >= result["state_bytes"]
+    assert result["vocabulary"] == []
+    assert set(result["seconds"]) == ({"update"} if name == "supervised" else {"draft text", "update"})
 
 
 def test_machine_code_that_equal_parts_share_changes_nothing_that_a_plan_tells():
     flags = {"shared": "", "apart": "--xla_tpu_enable_deduplicated_calls=false"}
-    found = {name: in_a_process_of_its_own("v5e:2x2", "ngram", flags=of)["ngram"] for name, of in flags.items()}
-    apart, shared = found["apart"], found["shared"]
+    result = {name: in_a_process_of_its_own("v5e:2x2", "ngram", flags=of)["ngram"] for name, of in flags.items()}
+    apart, shared = result["apart"], result["shared"]
     assert {**apart, "seconds": shared["seconds"]} == shared
 
 
@@ -274,15 +274,15 @@ def test_stages_are_planned_each_for_the_slice_of_its_mesh_one_chip_or_four():
     # As in the README.
     arguments = ["--config=configs/quickstart.py:smoke", "--plan=v5e", "--config.distilled.mesh.data=2"]
     arguments += ["--config.distilled.mesh.fsdp=2", "--config.distilled.data.batch_size=4"]
-    said = run_apart("-m", "specjax.main", *arguments)
-    assert "distilled fits v5e:2x2" in said and "evaluation fits v5e:1x1" in said
+    message = run_apart("-m", "specjax.main", *arguments)
+    assert "distilled fits v5e:2x2" in message and "evaluation fits v5e:1x1" in message
 
 
 def test_a_loop_that_keeps_the_old_cache_is_seen_to_copy_it():
     assert in_a_process_of_its_own("v5e:2x2", "planted")["planted"]["copies"]
 
 
-def test_copies_are_told_from_prefetches_and_from_what_is_outside_loops():
+def test_copies_are_distinguished_from_prefetches_and_from_what_is_outside_loops():
     text = """
 %body (p: bf16[2,4]) -> bf16[2,4] {
   %a = bf16[2,4]{1,0} copy(%p)

@@ -37,8 +37,8 @@ ENVIRONMENT = {"jax": "0.1", "python": "3.12", "device_kind": "cpu", "git_commit
     ],
 )
 def test_the_operating_point_is_the_cheapest_within_the_loss(points, least, best):
-    found = operating_point([Point(*point) for point in points], least)
-    assert (found and found.name) == best
+    result = operating_point([Point(*point) for point in points], least)
+    assert (result and result.name) == best
 
 
 def test_the_front_is_what_no_other_beats_and_ties_stay():
@@ -153,7 +153,7 @@ def test_a_garden_without_latencies_says_so():
 
 
 @pytest.mark.slow
-def test_a_drafters_own_target_is_decoded_beside_the_baseline_and_judged_on_the_same_prompts(tmp_path, monkeypatch):
+def test_a_drafters_own_target_is_decoded_with_the_baseline_and_judged_on_the_same_prompts(tmp_path, monkeypatch):
     """In two settings, between which the programs of the first are let go of, as where the process is crowded."""
     cleared, clear = [], jax.clear_caches
     monkeypatch.setattr(process_memory, "crowded", lambda: True)
@@ -205,7 +205,7 @@ PAGES = sorted((ROOT / "configs").glob("*/README.md"))
 
 
 @pytest.mark.parametrize("name", sync.FIGURES)
-def test_the_figure_of_a_committed_record_lies_beside_its_page(name):
+def test_the_figure_of_a_committed_record_lies_next_to_its_page(name):
     page = next(page for page in PAGES if f"<!-- table:{name} -->" in page.read_text(encoding="utf-8"))
     committed = (ROOT / "configs" / "records" / f"{name}.json").is_file()
     assert (f'src="{name}.png"' in page.read_text(encoding="utf-8")) == committed
@@ -213,7 +213,7 @@ def test_the_figure_of_a_committed_record_lies_beside_its_page(name):
         assert (page.parent / file).is_file() == committed, "run `make tables`"
 
 
-def test_claims_name_records_that_have_tables_and_stand_without_them():
+def test_claims_name_records_that_have_tables_and_work_without_them():
     table = claims.claims_table(distillspec_claims.CLAIMS, {})
     assert table.count(claims.NOT_MEASURED) == len(distillspec_claims.CLAIMS)
     assert {claim.record for listed in sync.CLAIMS.values() for claim in listed} <= set(sync.TABLES)

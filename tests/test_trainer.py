@@ -423,7 +423,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_last_checkpoint(t
     assert_same_bits(restored.params, params)
 
 
-def test_training_goes_on_at_the_final_rate_until_the_time_is_reached(tmp_path):
+def test_training_continues_at_the_final_rate_until_the_time_is_reached(tmp_path):
     outcome = make_trainer(make_config(**{"train.steps": 4}), tmp_path, min_seconds=0.5).run()
     assert outcome.train_seconds >= 0.5 and outcome.steps > 4
     assert outcome.validation[-1]["step"] == outcome.steps
@@ -434,7 +434,7 @@ def test_training_goes_on_at_the_final_rate_until_the_time_is_reached(tmp_path):
     assert again.steps == outcome.steps
 
 
-def test_the_clock_stands_still_while_paused():
+def test_the_clock_stops_while_paused():
     clock = meter.Clock(10.0)
     with clock.running():
         with clock.paused():
@@ -512,7 +512,7 @@ def test_without_a_target_what_needs_one_is_refused(tmp_path):
 
 
 @pytest.mark.standard_promotion
-def test_a_run_that_is_told_to_stop_saves_where_it_stands_and_goes_on_to_the_same_end(tmp_path, monkeypatch):
+def test_a_stopped_run_saves_its_step_and_resumes_to_the_same_end(tmp_path, monkeypatch):
     config = make_config()
     straight = make_trainer(config, tmp_path / "straight").run()
     answers = iter([False] * 6 + [True])

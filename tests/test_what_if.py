@@ -18,7 +18,7 @@ def asked(**changes):
     return config
 
 
-def test_every_draft_is_shown_at_its_best_gamma_and_where_it_would_be_level(tmp_path):
+def test_every_draft_has_its_best_gamma_and_its_break_even_point(tmp_path):
     rows = what_if.run(asked(), tmp_path)
     first, second = (row for row in rows if row["table"] == "best")
     # 1.75 tokens in 2 + 12 ms beat 1.5 in 12 and 1.875 in 16; of the other draft 1.5 in 15 are level with plain.
@@ -31,7 +31,7 @@ def test_every_draft_is_shown_at_its_best_gamma_and_where_it_would_be_level(tmp_
     assert len([row for row in rows if row["table"] == "by_gamma"]) == 6
 
 
-def test_a_slower_draft_is_told_how_fast_it_would_have_to_be(tmp_path):
+def test_a_slower_draft_has_the_speed_that_it_would_need(tmp_path):
     rows = what_if.run(asked(drafts=("a:0.5:1", "b:0.8:4")), tmp_path)
     best = {row["draft"]: row for row in rows if row["table"] == "best"}
     winner, other = sorted(best.values(), key=lambda row: -row["tokens_per_second"])
@@ -50,7 +50,7 @@ def test_layers_that_the_target_shares_are_paid_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"drafts": ()}, "drafts is empty; give --config.drafts=name:acceptance:milliseconds, one or more"),
         ({"drafts": ("a:1.5:1",)}, 'drafts has "a:1.5:1"; write name:acceptance:milliseconds'),
@@ -59,6 +59,6 @@ def test_layers_that_the_target_shares_are_paid_once(tmp_path):
         ({"longest": 0}, "longest is 0; set the largest gamma"),
     ],
 )
-def test_numbers_that_say_nothing_are_refused(tmp_path, changes, said):
-    with pytest.raises(UserError, match=said):
+def test_numbers_that_say_nothing_are_refused(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
         what_if.run(asked(**changes), tmp_path)

@@ -156,7 +156,7 @@ class Ours:
 
     def differences(self, prompts, reference, texts):
         """The first difference of each prompt's text from the reference, and how near a tie it was."""
-        found = []
+        result = []
         for index, (prompt, expected, text) in enumerate(zip(prompts, reference, texts, strict=True)):
             if text == expected:
                 continue
@@ -164,8 +164,8 @@ class Ours:
             position = next((i for i in range(shared) if text[i] != expected[i]), shared)
             logits = np.asarray(self.target.logits(np.array([[*prompt, *expected[:position]]], np.int32)))[0, -1]
             second, best = np.sort(logits)[-2:]
-            found.append({"prompt": index, "position": position, "top2_gap": float(best - second)})
-        return found
+            result.append({"prompt": index, "position": position, "top2_gap": float(best - second)})
+        return result
 
 
 def tokens_per_second(generate, setting, prompts, new_tokens):

@@ -178,7 +178,7 @@ def test_the_exported_tokenizer_reads_and_writes_as_ours(export, tokenizer):
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("shard_size", ["50GB", "50KB"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_model_that_transformers_saved_loads_and_computes_alike(tmp_path, tied, shard_size, dtype):
+def test_a_model_saved_by_transformers_loads_and_computes_the_same(tmp_path, tied, shard_size, dtype):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
