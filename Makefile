@@ -20,7 +20,7 @@ CORE := $(addprefix tests/test_,rules.py sampling.py divergences.py loop.py exac
 quickstart: $(VENV)/.installed
 	$(RUN) -m specjax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
-# 45 seconds on 2 cores.
+# Under a minute on 2 cores.
 smoke: $(VENV)/.installed-dev
 	$(PYTEST) -n $(WORKERS) -m "not slow and not peers" $(CORE)
 

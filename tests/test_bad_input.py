@@ -264,7 +264,7 @@ def test_a_comparison_of_a_drafter_that_is_not_there_is_refused(home, tmp_path, 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("loss.divergence=forward_lk", 'unknown divergence "forward_lk"; did you mean "forward_kl"'),
+        ("loss.divergence=forward_lk", 'there is no divergence "forward_lk"; did you mean "forward_kl"'),
         ("task.name=txt", 'there is no task "txt"; did you mean "text"'),
         ("target={home}/foreign", "another tokenizer"),
         ("target={home}/nowhere", "there is no {home}/nowhere/"),

@@ -68,14 +68,14 @@ def models(tmp_path_factory):
 
 
 def run(config, workdir, *overrides):
-    """(exit code, what was message) as from the command line, on one device."""
+    """(exit code, what was printed) as from the command line, on one device."""
     log = workdir.with_suffix(".log")
     code = forked.run(arguments(config, workdir, *overrides), log, {"XLA_FLAGS": flags.QUICK})
     return code, log.read_text()
 
 
 def run_again(capsys, config, workdir, *overrides):
-    """(exit code, what was message) of the same command in this process, which spares it the start."""
+    """(exit code, what was printed) of the same command in this process, which spares it the start."""
     capsys.readouterr()
     code = cli.launch(main.run, "specjax.main", arguments(config, workdir, *overrides))
     return code, capsys.readouterr().err
