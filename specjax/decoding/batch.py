@@ -1,4 +1,4 @@
-"""From lists of token ids to the loop and back: checks, padding, timing of one batch."""
+"""Decodes lists of token ids with the loop: checks and pads prompts, times batches, and returns lists of token ids."""
 
 import dataclasses
 import time
@@ -21,16 +21,16 @@ from specjax.runtime.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class BatchResult:
-    """What one batch emitted.
+    """The result of decoding one batch.
 
     Attributes:
-      tokens: emitted ids of each row, the prompt not repeated.
-      origins: where each came from (indices into `loop.ORIGINS`).
+      tokens: emitted ids of each row, without the prompt.
+      origins: the origin of each emitted token, as an index into `loop.ORIGINS`.
       statistics: counts as numpy arrays.
-      executions: `kv_cache.Meter`s of the target's layers and of the draft's own, as numpy arrays, prefill left out.
-      prefill_seconds: prompts through target and drafter.
-      decode_seconds: everything after.
-      iterations: blocks run.
+      executions: layer meters (`kv_cache.Meter`) of "target" and "draft", as numpy arrays, without prefill.
+      prefill_seconds: wall-clock seconds of the target's and the drafter's prefill.
+      decode_seconds: wall-clock seconds of all blocks.
+      iterations: number of blocks that the batch ran.
     """
 
     tokens: list[list[int]]
@@ -46,7 +46,7 @@ class BatchResult:
         return self.prefill_seconds + self.decode_seconds
 
     def counts(self, rows: int) -> dict[str, np.ndarray]:
-        """The statistics of the first `rows` rows by the names that reports use (the others are padding)."""
+        """Counts of the first `rows` rows (the others are padding), as the fields of `reporting.metrics.Counts`."""
         statistics = self.statistics
         return {
             "emitted": np.asarray([len(row) for row in self.tokens[:rows]], np.int32),
@@ -60,14 +60,14 @@ class BatchResult:
 
 
 def prompt_slots(prompts: Sequence[Sequence[int]]) -> int:
-    """The padded length that holds all of these prompts."""
+    """The padded length of a batch of these prompts."""
     return padded_length(max(map(len, prompts)))
 
 
 def check_prompts(
     prompts: Sequence[Sequence[int]], *, vocab_size: int, max_new_tokens: int, max_positions: int
 ) -> None:
-    """Raises UserError for an empty prompt, an id outside the vocabulary, or a text longer than the positions."""
+    """Raises UserError for an empty prompt, an id outside the vocabulary, or a text that may exceed `max_positions`."""
     if not prompts:
         raise UserError("There are no prompts to continue; give at least one.")
     if max_new_tokens < 1:
@@ -90,7 +90,7 @@ def check_prompts(
 
 
 def pad(prompts: Sequence[Sequence[int]], slots: int) -> tuple[np.ndarray, np.ndarray]:
-    """Right-padded ids `[B, slots]` and lengths `[B]`."""
+    """Token ids `[B, slots]`, right-padded with 0, and lengths `[B]`."""
     tokens = np.zeros((len(prompts), slots), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
@@ -99,10 +99,10 @@ def pad(prompts: Sequence[Sequence[int]], slots: int) -> tuple[np.ndarray, np.nd
 
 @dataclasses.dataclass(frozen=True)
 class Placer:
-    """Places host arrays `[rows, ...]`, the same in every process, over the batch axes of a mesh.
+    """Shards host arrays `[rows, ...]`, which are the same in every process, by rows over the batch axes of a mesh.
 
     Attributes:
-      mesh: None is the default device.
+      mesh: the mesh; None is the default device.
     """
 
     mesh: jax.sharding.Mesh | None = None
@@ -112,7 +112,7 @@ class Placer:
         return 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
     def rows(self, count: int) -> int:
-        """How many rows a batch of `count` is run with: so many that they divide over the devices."""
+        """The smallest number of rows, at least `count`, that divides evenly over the devices."""
         return -(-count // self._ways) * self._ways
 
     def __call__(self, array: np.ndarray) -> jax.Array:
@@ -122,7 +122,7 @@ class Placer:
         return meshes.place(array, jax.NamedSharding(self.mesh, meshes.spec(axes)))
 
 
-# The default device.
+# Places arrays on the default device.
 HERE = Placer()
 
 
@@ -142,14 +142,14 @@ def decode(
     blocks: int | None = None,
     on_blocks: Callable[[BatchResult], None] | None = None,
 ) -> BatchResult:
-    """Continues one batch of prompts. Every process of a run makes the same call and gets the whole result.
+    """Continues one batch of prompts. Every process of a run must make the same call, and gets the complete result.
 
     Args:
-      indices: index of each prompt in the whole run; with `seed` it determines the row's randomness.
-      put: places the batch on devices (by default on the default device).
-      size: rows of the compiled batch, where there are fewer prompts; more are added if the devices need them. Rows
-        without a prompt of their own end before they begin, and are in no count.
-      blocks: return to the host after every so many blocks, to call `on_blocks` with what there is by then.
+      indices: index of each prompt in the whole run; with `seed` it determines the row's random numbers.
+      put: places arrays on devices.
+      size: minimum number of rows of the compiled batch. Padding rows, also those added to divide evenly over devices,
+        emit nothing and are not in the result's tokens.
+      blocks: number of blocks between calls of `on_blocks` with the result so far; None runs all blocks at once.
     """
     count = len(prompts)
     rows = put.rows(max(size or 0, count))
@@ -181,7 +181,7 @@ def decode(
 def _result(
     state: loop.DecodeState, count: int, prefill_seconds: float, decode_seconds: float
 ) -> tuple[BatchResult, bool]:
-    """The result of the first `count` rows so far, and whether all rows have ended."""
+    """The result so far, with the tokens of the first `count` rows, and whether all rows have ended."""
     meters = {"target": kv_cache.meters(state.target_cache), "draft": kv_cache.meters(state.drafter_state)}
     spans = (state.prompt_lengths, state.lengths)
     wanted = (state.tokens, state.origins, *spans, state.statistics, meters, state.iterations, state.done)
@@ -202,10 +202,10 @@ def _result(
 def decode_batch_of(
     plan: Plan, params: Any, draft_params: Any, prompts, *, first: int, batch_size: int, **settings
 ) -> tuple[int, BatchResult]:
-    """`decode` of the prompts from number `first`; the last batch is filled up to keep the compiled shape.
+    """Decodes the batch of prompts `first .. first + batch_size - 1`; a shorter last batch is padded to the same shape.
 
     Returns:
-      how many rows are prompts of their own, and the result.
+      the number of rows that are not padding, and the result.
     """
     part = list(prompts[first : first + batch_size])
     indices = range(first, first + len(part))
@@ -223,24 +223,24 @@ def decode_all(
 
 
 def join_counts(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Counts of several batches as one, prompts in order."""
+    """Concatenates the counts of several batches; prompts keep their order."""
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def layers_per_token(results: Sequence[tuple[int, BatchResult]], layers: int) -> dict[str, float]:
-    """Layer executions for each emitted token, as the meters of the caches counted them, and the least possible.
+    """Layer executions per emitted token, without prefill, as counted by the meters of the caches.
 
-    A layer that runs on one token of one row is an execution; prefill is left out.
+    One execution is one layer running on one token of one row.
 
     Args:
-      results: (rows that count, result) of each batch.
-      layers: of the target.
+      results: (number of rows that are not padding, result) of each batch.
+      layers: number of layers of the target.
 
     Returns:
-      `target_layers_per_token`: of the target's layers, drafting included, on the rows' own tokens;
-      `target_layers_per_token_padded`: on all columns of all rows of the batch: what the machine did;
-      `draft_layers_per_token`, `draft_layers_per_token_padded`: the same of layers that are the draft's own;
-      `target_layers_per_token_once`: what it would be if each layer ran once on every pending and every drafted token:
+      `target_layers_per_token`: executions of target layers, drafting included, on pending and drafted tokens;
+      `target_layers_per_token_padded`: the same on all columns of all rows, padding included: the work of the device;
+      `draft_layers_per_token`, `draft_layers_per_token_padded`: the same for the layers of the draft model or adapter;
+      `target_layers_per_token_once`: target executions if each layer ran once on every pending and drafted token:
       layers * (target calls + drafted) / emitted (arXiv 2404.18911: a self-draft's first layers are not run again).
     """
     emitted = sum(len(row) for rows, result in results for row in result.tokens[:rows])

@@ -1,7 +1,7 @@
-"""Is speculative output token for token the plain one? Where not, how close was the call?
+"""Compares speculative output with plain decoding token by token, and measures how close each differing choice was.
 
-Two correct programs may differ where the two best candidates are nearly equal. A difference is a tie when the
-reference's top-2 gap there is below `TIE` (float32); anything else is a bug.
+Two correct programs may choose differently if the two best candidates are nearly equal. A difference is a tie if the
+gap between the reference's two best scores is below `TIE` (in float32); any other difference is a bug.
 """
 
 import functools
@@ -21,7 +21,7 @@ TIE = 1e-5
 
 @functools.partial(jax.jit, static_argnums=0)
 def _gap(plan: Plan, params: Any, prompt, length, text, keys, position, sampling: Sampling):
-    """Top-2 gap of what the reference chose by, for the token at `position` of one row."""
+    """The gap between the two best scores (logits, or log-probabilities plus noise) for the token at `position`."""
     start = plan.target.start(params, prompt, length, 0)
     hidden, _ = plan.target.extend(params, start, text, consecutive(text))
     logits = plan.target.head(params, jax.lax.dynamic_slice_in_dim(hidden, position - 1, 1, axis=1))
@@ -46,11 +46,11 @@ def compare(
     seed: int,
     sampling: Sampling,
 ) -> dict:
-    """Compares emitted tokens with those of plain decoding, prompt by prompt.
+    """Compares emitted tokens with those of plain decoding (`reference`), prompt by prompt.
 
     Returns:
-      {"equal", "of", "differences": [{"prompt", "position", "top2_gap"}]}: position counts emitted tokens; of each
-      differing prompt the first difference is listed.
+      {"equal": number of prompts with equal tokens, "of": number of prompts, "differences": [{"prompt", "position",
+      "top2_gap"}]}, with the first difference of each other prompt; `position` is an index into the emitted tokens.
     """
     differences = []
     for index, (prompt, plain, speculative) in enumerate(zip(prompts, reference, output, strict=True)):

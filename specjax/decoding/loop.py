@@ -1,4 +1,4 @@
-"""The one decoding loop: propose, verify, apply the rule, commit, until every row is done.
+"""The decoding loop: blocks of propose, verify, accept and commit, until every row is done.
 
 Walk-through of one block with gamma = 2 (numbers are positions, `*` is the pending token, which is in no cache yet):
 
@@ -8,7 +8,7 @@ Walk-through of one block with gamma = 2 (numbers are positions, `*` is the pend
   rule        d3 is accepted, d4 is rejected, r4 is recovered from the residual of row 4
   commit      0 1 2 3 4*        two tokens emitted; slot 4 of the caches is stale and is rewritten in the next block
 
-gamma = 0 is plain decoding through the same code. Every target call emits 1 .. gamma + 1 tokens.
+gamma = 0 is plain decoding with the same code. Every target call emits 1 .. gamma + 1 tokens per row.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from specjax.models.language_model import LanguageModel, consecutive
 from specjax.runtime import mesh as meshes
 from specjax.runtime.mesh import axes, constrain
 
-# Where an emitted token came from; reports colour tokens by it.
+# How a token came into the text; reports colour tokens by it.
 PROMPT, ACCEPTED, RECOVERED, BONUS, PLAIN = range(5)
 ORIGINS = ("prompt", "accepted", "recovered", "bonus", "plain")
 
@@ -39,12 +39,12 @@ ORIGINS = ("prompt", "accepted", "recovered", "bonus", "plain")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Where rows end. Traced.
+    """When rows end, and when `run` returns. All values are traced.
 
     Attributes:
-      max_new_tokens: most tokens a row may emit.
-      eos_ids: ids that end a row; -1 is padding. The EOS itself is emitted and counted, nothing after it is.
-      iterations: `run` returns after so many blocks in all; calling it again continues.
+      max_new_tokens: maximum number of tokens that each row emits.
+      eos_ids: ids that end a row; -1 is padding. The EOS itself is emitted and counted, tokens after it are not.
+      iterations: `run` returns once this many blocks ran since the prefill; a larger value then continues.
     """
 
     max_new_tokens: Int[Array, "B"]
@@ -55,18 +55,18 @@ class Limits:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-    """What the loop carries.
+    """The state of decoding between blocks.
 
     Attributes:
-      tokens: prompt and emitted tokens of row b up to `lengths[b]`; the rest is scratch.
-      origins: for each token slot where its token came from (`ORIGINS`).
-      lengths: committed tokens, the pending one included.
-      prompt_lengths: tokens with which the text began: its prompt, or a start token.
-      done: rows that have ended.
-      row_keys: one random key a row.
-      target_cache: the target's keys and values, valid below `lengths - 1`, and the meter of its layers.
-      statistics: counts.
-      iterations: blocks run for the batch.
+      tokens: prompt and emitted tokens, `tokens[b, :lengths[b]]`; later slots are undefined.
+      origins: index into `ORIGINS` for each slot of `tokens`.
+      lengths: number of committed tokens, including the pending one.
+      prompt_lengths: number of tokens before the first emitted one: the prompt's, or 1 for a start token.
+      done: whether the row has ended.
+      row_keys: one random key per row.
+      target_cache: the target's keys and values, valid below position `lengths - 1`, and its layer meter.
+      statistics: counts for each row.
+      iterations: number of blocks that the batch has run.
       drafter_state: the drafter's own state.
     """
 
@@ -99,12 +99,12 @@ def prefill(
     lengths: Int[Array, "B"],
     row_keys: Key[Array, "B"],
 ) -> DecodeState:
-    """Fills the caches with `prompt[:-1]`, leaves the last token pending, emits nothing.
+    """Fills the caches with all tokens of each text but the last, which stays pending; emits nothing.
 
-    Prompts are right-padded and have at least one token. All columns of the texts are run; the slots that the last
-    token and the padding write are stale, and are rewritten before a query can see them.
+    Prompts are right-padded and have at least one token. The models run on all columns, padding included; slots written
+    for the last token and for padding are rewritten before a query reads them.
     """
-    # Neither the rule nor the temperature matters yet: plans that differ in nothing else share the executable.
+    # Prefill does not depend on the rule or the temperature, so plans that differ only in these share an executable.
     plan = dataclasses.replace(plan, rule=None, greedy=True)
     return compiled_prefill(plan, params, draft_params, prompts, lengths, row_keys)
 
@@ -136,13 +136,13 @@ def compiled_prefill(plan: Plan, params, draft_params, prompts, lengths, row_key
         statistics=Statistics.zeros(lengths.shape[0], plan.gamma),
         iterations=jnp.zeros((), jnp.int32),
     )
-    # The layout of every array is fixed here. Otherwise the compiler keeps a cache that is only written so far whole on
-    # every device of the tensor axis, and its rows whole along `fsdp`, as weights are.
+    # Constrain the sharding of every array. Otherwise the compiler replicates a cache that is only written so far over
+    # the tensor axis, and its rows over `fsdp`.
     return _constrained(state, state_axes(plan, state))
 
 
 def _constrained(tree: Any, tree_axes: list[tuple[str | None, ...]] | None = None) -> Any:
-    """The tree with its arrays laid out by these axes, or by those that its dataclasses declare."""
+    """Constrains the arrays of a tree to these logical axes, or to those that its dataclasses declare."""
     arrays, structure = jax.tree.flatten(tree)
     return jax.tree.unflatten(structure, map(constrain, arrays, tree_axes or meshes.declared_axes(tree)))
 
@@ -151,13 +151,13 @@ def state_axes(plan: Plan, state: DecodeState, ways: int | None = None) -> list[
     """The logical axes of every array of the state, in the order of `jax.tree.leaves`.
 
     Args:
-      ways: devices along the tensor axis; those of the current mesh without it.
+      ways: number of devices along the tensor axis; None is that of the current mesh.
     """
     ways = meshes.num_shards("kv_heads") if ways is None else ways
-    # A draft may have too few heads to split.
+    # The draft's heads are replicated if the plan says so, or if they do not divide over the devices.
     whole = lambda name, size: name == "kv_heads" and (plan.replicate_draft or size % ways > 0)
     declared, arrays = meshes.declared_axes(state), jax.tree.leaves(state.drafter_state)
-    first = len(declared) - len(arrays)  # they come last
+    first = len(declared) - len(arrays)  # the drafter's arrays come last
     of_draft = [
         tuple(None if whole(*axis) else axis[0] for axis in zip(names, x.shape, strict=True))
         for names, x in zip(declared[first:], arrays, strict=True)
@@ -166,7 +166,7 @@ def state_axes(plan: Plan, state: DecodeState, ways: int | None = None) -> list[
 
 
 def _through_target(plan: Plan, params, cache, inputs, positions, first_layer: int):
-    """Runs the target from `first_layer` to its end. Returns hidden states, cache, and the states after each tap."""
+    """Runs the target's layers from `first_layer` on. Returns last hidden states, cache, and the states at each tap."""
     tap_states = []
     for tap in sorted(tap for tap in (plan.drafter.taps if plan.drafter else ()) if tap > first_layer):
         inputs, cache = plan.target.extend(params, cache, inputs, positions, layers=(first_layer, tap))
@@ -178,14 +178,14 @@ def _through_target(plan: Plan, params, cache, inputs, positions, first_layer: i
 
 
 def propose(plan: Plan, params, draft_params, state: DecodeState, noise: Noise, sampling: Sampling):
-    """The drafter's proposal (an empty one when gamma is 0), and the state after it."""
+    """Runs the drafter. Returns its proposal (empty if gamma is 0) and the state with the new caches."""
     batch = state.lengths.shape[0]
     if plan.gamma == 0:
         return Proposal(jnp.zeros((batch, 0), jnp.int32), None, jnp.zeros((batch,), jnp.int32)), state
     recent = jnp.maximum(state.lengths[:, None] + jnp.arange(-2, 0)[None], 0)
     last_two = jnp.take_along_axis(state.tokens, recent, axis=1)
     context = Context(last_two, state.lengths, ~state.done, noise, sampling, tokens=state.tokens)
-    # The meters count the pending token of each live row; a drafter that feeds more tokens says so.
+    # Layer meters count one token, the pending one, in each live row; drafters change this for calls with more tokens.
     states = kv_cache.counting((state.drafter_state, state.target_cache), (~state.done).astype(jnp.int32))
     with jax.named_scope("propose"):
         proposal, drafter_state, cache = plan.drafter.propose(draft_params, params, *states, context)
@@ -193,13 +193,13 @@ def propose(plan: Plan, params, draft_params, state: DecodeState, noise: Noise, 
 
 
 def verify(plan: Plan, params, cache, pending: Int[Array, "B"], lengths: Int[Array, "B"], proposal: Proposal):
-    """One target call on `[pending, d_1 .. d_gamma]`.
+    """Runs the target once on `[pending, d_1 .. d_gamma]`, or from the hidden states that the proposal has for them.
 
-    If the drafter stops early, only as many columns are run as the longest draft of the batch needs, rounded up to one
-    of `_widths`. In the columns that were not run, logits and states are 0 and the cache is unchanged.
+    If the drafter can stop early, the call has only as many columns as the longest draft of the batch needs, rounded up
+    to one of `_widths`. For the other columns, logits and states are 0 and the cache is unchanged.
 
     Returns:
-      gamma + 1 rows of logits, the cache, and the hidden states after each tap.
+      logits `[B, gamma + 1, V]`, the cache, and the hidden states `[B, gamma + 1, D]` after each tapped layer.
     """
     columns = proposal.tokens.shape[1] + 1
     positions = lengths[:, None] - 1 + jnp.arange(columns, dtype=jnp.int32)[None]
@@ -223,17 +223,17 @@ def verify(plan: Plan, params, cache, pending: Int[Array, "B"], lengths: Int[Arr
 
 
 def _widths(plan: Plan) -> list[int]:
-    """Columns that a verification may run if drafts can be short: for (0,) 1, 2, 4, ... and gamma drafted tokens."""
+    """The widths that verification is compiled for: k + 1 with k = 1, 2, 4, .., gamma, and k = 0 if `drafter.idles`."""
     powers = itertools.takewhile(lambda count: count < plan.gamma, (2**i for i in itertools.count()))
     drafted = (*([0] if plan.drafter.idles else []), *powers, plan.gamma)
     return [count + 1 for count in drafted]
 
 
 def _call_narrowest(call: Callable, widths: list[int], needed: Int[Array, ""], cache: Any) -> tuple[Any, Any]:
-    """`call(width, cache)` at the smallest width that has the needed columns; its results are padded to the largest.
+    """Calls `call(width, cache)` at the smallest width of at least `needed`; pads its results to the largest width.
 
-    Every width is a `while_loop` that takes one turn or none. A loop updates the cache in place; `lax.switch`, which
-    would say the same, copies it.
+    It is a `lax.switch` over the widths, written as one `while_loop` of zero or one iterations for each width, because
+    a loop updates the cache in place and `lax.switch` copies it.
     """
     widest = widths[-1]
     if len(widths) == 1:
@@ -246,7 +246,7 @@ def _call_narrowest(call: Callable, widths: list[int], needed: Int[Array, ""], c
             needed, cache, _ = carry
             cache, results = call(width, cache)
             results = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, widest - width), (0, 0))), results)
-            return jnp.full_like(needed, widest + 1), cache, results  # more than any width: no later loop turns
+            return jnp.full_like(needed, widest + 1), cache, results  # above every width, so no later loop runs
 
         fits = lambda carry, width=width: carry[0] <= width
         needed, cache, results = jax.lax.while_loop(fits, turn, (needed, cache, results))
@@ -264,7 +264,7 @@ def accept_and_commit(
     sampling: Sampling,
     limits: Limits,
 ) -> DecodeState:
-    """What follows the target call: the rule accepts, the block is cut at EOS and at the row's limit, and committed."""
+    """Accepts drafted tokens by the rule, cuts the block at EOS and the row's limit, and appends it to the text."""
     with jax.named_scope("rule"):
         target_probs = probabilities(logits, sampling, greedy=plan.greedy)
         lossy_inputs = None
@@ -278,7 +278,7 @@ def accept_and_commit(
             proposal, num_accepted, next_token, room, ~state.done, limits.eos_ids
         )
         drafter_state, origins = state.drafter_state, state.origins
-        if plan.gamma:  # plain decoding keeps the origins that `prefill` wrote
+        if plan.gamma:  # in plain decoding `prefill` has set the origins
             outcome = Outcome(tokens, num_emitted, jnp.minimum(num_accepted, num_emitted), state.lengths, tap_states)
             drafter_state = plan.drafter.commit(draft_params, drafter_state, outcome)
             new_origins = _origins(proposal, num_accepted)
@@ -296,11 +296,11 @@ def accept_and_commit(
 
 
 def _emission(proposal: Proposal, num_accepted, next_token, room, live, eos_ids):
-    """Cuts a block at EOS and at the row's limit.
+    """Cuts a block at EOS and at the row's limit; `room` `[B]` is the number of tokens left until the limit.
 
     Returns:
-      tokens `[B, gamma + 1]`, how many of them are emitted, how many drafted tokens count, and whether EOS is among
-      the emitted ones.
+      tokens `[B, gamma + 1]`, how many of them are emitted, how many drafted tokens the statistics count, and whether
+      EOS is emitted; 0 and False in rows that have ended.
     """
     gamma = proposal.tokens.shape[1]
     index = jnp.arange(gamma + 1, dtype=jnp.int32)[None]
@@ -316,7 +316,7 @@ def _emission(proposal: Proposal, num_accepted, next_token, room, live, eos_ids)
 
 
 def _origins(proposal: Proposal, num_accepted) -> Int[Array, "B gamma_plus_1"]:
-    """The origin of each token that the block may emit."""
+    """The origin of each token of the block, emitted or not, as an index into `ORIGINS`."""
     index = jnp.arange(proposal.tokens.shape[1] + 1, dtype=jnp.int32)[None]
     last = jnp.where(num_accepted < proposal.num_drafted, RECOVERED, BONUS)[:, None]
     return jnp.where(index < num_accepted[:, None], ACCEPTED, last).astype(jnp.int32)
@@ -325,7 +325,7 @@ def _origins(proposal: Proposal, num_accepted) -> Int[Array, "B gamma_plus_1"]:
 def block(
     plan: Plan, params: Any, draft_params: Any, state: DecodeState, sampling: Sampling, limits: Limits
 ) -> DecodeState:
-    """One round: propose, one target call, the rule, commit. Finished rows run along and change nothing."""
+    """Runs one block: propose, verify, accept and commit. Rows that have ended are computed too but do not change."""
     noise = Noise(state.row_keys, state.lengths, plan.greedy, plan.rule.shared_noise)
     proposal, state = propose(plan, params, draft_params, state, noise, sampling)
     cache = kv_cache.counting(state.target_cache, jnp.where(state.done, 0, proposal.num_drafted + 1))
@@ -339,7 +339,7 @@ def block(
 def run(
     plan: Plan, params: Any, draft_params: Any, state: DecodeState, sampling: Sampling, limits: Limits
 ) -> DecodeState:
-    """Runs blocks until all rows have ended, or up to `limits.iterations`, in one `while_loop` on the device."""
+    """Runs blocks in one `while_loop` until all rows have ended or `limits.iterations` is reached. Donates `state`."""
     state = dataclasses.replace(state, done=state.done | (limits.max_new_tokens <= 0))
     return jax.lax.while_loop(
         lambda state: ~jnp.all(state.done) & (state.iterations < limits.iterations),
@@ -360,10 +360,10 @@ def sample(
     max_new_tokens: int,
     eos_ids: tuple[int, ...],
 ) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
-    """Plain sampling through the loop (gamma = 0): each row continues right after its own prompt or start token.
+    """Samples from a model without a draft; new tokens follow each row's prompt (or start token) without a gap.
 
     Returns:
-      tokens `[B, text_slots + max_new_tokens]`, zero beyond each row's end, and the rows' lengths.
+      tokens `[B, text_slots + max_new_tokens]`, 0 after each row's end, and the rows' lengths `[B]`, prompt included.
     """
     batch, slots = prompts.shape
     plan = Plan.for_prompts(model, slots, max_new_tokens=max_new_tokens, greedy=greedy, round_up=False)

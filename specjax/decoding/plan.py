@@ -1,4 +1,4 @@
-"""What is fixed about a decode before it is compiled, and how many slots prompts and limits need."""
+"""The static settings of decoding, which determine the compiled program, and the sizes of its padded arrays."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,25 +7,25 @@ from specjax.decoding.drafters.base import Drafter
 from specjax.decoding.rules import Lossless, Rule
 from specjax.models.language_model import LanguageModel
 
-# Prompt slots and capacities are multiples of these, so that neighbouring lengths share an executable.
+# Padded prompt lengths and capacities are multiples of these, so that similar lengths share an executable.
 PROMPT_MULTIPLE = 32
 CAPACITY_MULTIPLE = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Everything static about a decode; together with array shapes this is the compile key. `for_prompts` makes one.
+    """All static settings of decoding; with the array shapes they determine the executable. See `for_prompts`.
 
     Attributes:
-      target: the model whose law the text follows.
-      drafter: what proposes tokens; None for plain decoding (gamma = 0).
-      rule: which drafted tokens are accepted.
-      gamma: most tokens drafted a block.
-      capacity: cache slots and token slots of a row; see `capacity_for`.
-      greedy: temperature 0.
-      replicate_draft: every device of the tensor axis holds all of the draft, and so all heads of its caches.
-      prompt_slots: padded length of the prompts; 0 pads each batch to its own longest prompt. It is no part of the
-        compile key, because the padded prompts have that shape themselves.
+      target: the target model.
+      drafter: proposes tokens; None for plain decoding (gamma = 0).
+      rule: decides which drafted tokens are accepted; None only in prefill.
+      gamma: maximum number of drafted tokens per block.
+      capacity: number of cache slots and token slots of each row; see `capacity_for`.
+      greedy: whether the temperature is 0.
+      replicate_draft: every device of the tensor axis holds all of the draft, including all heads of its caches.
+      prompt_slots: padded length of the prompts; 0 pads each batch to its own longest prompt. It is not compared,
+        because the shape of the padded prompts determines the executable anyway.
     """
 
     target: LanguageModel
@@ -51,11 +51,11 @@ class Plan:
         replicate_draft: bool = False,
         round_up: bool = True,
     ) -> "Plan":
-        """The plan of a run whose longest prompt and limit are known; drafter and rule default to plain decoding.
+        """The plan that decodes these prompts; plain decoding by default.
 
         Args:
-          prompts: token ids of all prompts, or the number of tokens of the longest.
-          round_up: pad prompts and capacity to the multiples above. False is for callers whose shapes never change.
+          prompts: token ids of all prompts, or the number of tokens of the longest one.
+          round_up: whether to round prompt slots and capacity up to the multiples above.
         """
         longest = prompts if isinstance(prompts, int) else max(len(prompt) for prompt in prompts)
         slots = padded_length(longest) if round_up else longest
@@ -66,12 +66,12 @@ class Plan:
 
 
 def capacity_for(text_slots: int, max_new_tokens: int, gamma: int) -> int:
-    """The slots that a row can use: one token before its limit it still writes gamma + 1 of them."""
+    """The slots that a row needs: with one token left until its limit, a block still writes gamma + 1 slots."""
     return text_slots + max_new_tokens + gamma + 1
 
 
 def padded_length(tokens: int) -> int:
-    """The padded length of a prompt, or batch of prompts, of so many tokens."""
+    """The padded length of prompts of at most this many tokens."""
     return _round_up(tokens, PROMPT_MULTIPLE)
 
 

@@ -1,7 +1,7 @@
 """Verification rules: which drafted tokens are accepted, and which token follows them.
 
-Rows of a proposal from `num_drafted` on count as drafts of probability 0. Then the recovered token and the bonus token
-come from one formula, max(target - draft, 0), and an empty proposal is ordinary decoding.
+Positions from `num_drafted` on have draft probability 0 for every token. Then one formula, max(target - draft, 0),
+gives the distribution of the recovered token and of the bonus token, and an empty proposal is plain decoding.
 """
 
 import dataclasses
@@ -24,8 +24,8 @@ class LossyInputs:
 
     Attributes:
       lenience: epsilon in (0, 1]; smaller accepts more. Traced.
-      raw_target_probs: with greedy decoding the target's softmax at temperature 1, not cut; None otherwise. Greedy
-        target probabilities are one-hot, and no lenience raises a probability of 0.
+      raw_target_probs: in greedy decoding the target's probabilities at temperature 1 without top-k and top-p, because
+        the adjusted ones are one-hot; None otherwise.
     """
 
     lenience: Float[Array, ""]
@@ -33,11 +33,11 @@ class LossyInputs:
 
 
 class Rule:
-    """What the decoding loop asks of a rule. Subclasses are frozen dataclasses, so that they can be compile keys.
+    """Base class of rules. Subclasses are frozen dataclasses, because they are static arguments of compiled code.
 
     Attributes:
-      shared_noise: draft and target draw a position's token by the same noise; plain decoding does too.
-      lossy: the rule departs from the target's law, and takes a lenience.
+      shared_noise: whether draft and target use the same random numbers for a position, as plain decoding then does.
+      lossy: whether the output distribution can differ from the target's; such a rule uses a lenience.
     """
 
     shared_noise: bool = False
@@ -50,7 +50,7 @@ class Rule:
         target_probs: Float[Array, "B gamma_plus_1 V"],
         inputs: LossyInputs | None,
     ) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
-        """The number of accepted tokens of each row, and the token after them. `inputs` is None for an exact rule."""
+        """The number of accepted tokens `[B]`, and the token `[B]` after them. `inputs` is None for an exact rule."""
         raise NotImplementedError
 
 
@@ -72,7 +72,7 @@ def _draft_row(proposal: Proposal, index: Int[Array, "B"], vocab: int) -> Float[
 
 
 def _at_tokens(rows: Float[Array, "B R V"], proposal: Proposal) -> Float[Array, "B gamma"]:
-    """The entry of each row for the token drafted there."""
+    """The probability in `rows` of each drafted token at its position."""
     gamma = proposal.tokens.shape[1]
     return jnp.take_along_axis(rows[:, :gamma], proposal.tokens[..., None], axis=2)[..., 0]
 
@@ -85,7 +85,7 @@ def _draft_at_tokens(proposal: Proposal) -> Float[Array, "B gamma"]:
 
 
 def _num_accepted(accepted: Bool[Array, "B gamma"], proposal: Proposal) -> Int[Array, "B"]:
-    """The number of drafted tokens before the first that is not accepted, or was not drafted."""
+    """The number of accepted tokens in each row before the first that is not accepted or was not drafted."""
     gamma = accepted.shape[1]
     index = jnp.arange(gamma, dtype=jnp.int32)[None]
     accepted &= index < proposal.num_drafted[:, None]
@@ -95,11 +95,11 @@ def _num_accepted(accepted: Bool[Array, "B gamma"], proposal: Proposal) -> Int[A
 def _from_residual(
     noise: Noise, proposal: Proposal, target_probs: Float[Array, "B gamma_plus_1 V"], num_accepted: Int[Array, "B"]
 ) -> Int[Array, "B"]:
-    """Draws the token after the accepted ones in proportion to max(target - draft, 0)."""
+    """Draws the token after the accepted ones from the normalised max(target - draft, 0)."""
     target_row = _row_at(target_probs, num_accepted)
     residual = jnp.maximum(target_row - _draft_row(proposal, num_accepted, target_probs.shape[-1]), 0)
-    # A rejection means target < draft for some token, so another has target > draft, except by rounding where the two
-    # distributions agree to the last bit; then the target itself is the limit of the residual.
+    # After a rejection target < draft for some token, so target > draft for another one. Only rounding can make the
+    # residual empty, if both distributions are equal except for the last bit; then draw from the target.
     empty = jnp.max(residual, axis=-1, keepdims=True) <= 0
     residual = jnp.where(empty, target_row, residual)
     return noise.choose(residual, num_accepted, Stream.RECOVER)
@@ -109,9 +109,9 @@ def _from_residual(
 class Lossless(Rule):
     """Speculative sampling (arXiv 2211.17192, algorithm 1): accept y iff r * draft(y) < target(y).
 
-    Output law: exactly the adjusted target's, at any temperature; at temperature 0 both are one-hot and this is
-    greedy decoding. The comparison is strict because uniforms include 0, and `<=` would then accept a token that the
-    target gives probability 0.
+    The output distribution is exactly the adjusted target's. At temperature 0 both distributions are one-hot, and the
+    output is that of greedy decoding. The comparison is strict because r can be 0, and `<=` would then accept a token
+    with target probability 0.
     """
 
     def __call__(self, noise, proposal, target_probs, inputs):
@@ -123,10 +123,10 @@ class Lossless(Rule):
 
 @dataclasses.dataclass(frozen=True)
 class Coupled(Rule):
-    """Draft and target take the argmax of log-probability plus the same position-keyed Gumbel noise (arXiv 2408.07978).
+    """Draft and target take the argmax of log-probability plus the same Gumbel noise per position (arXiv 2408.07978).
 
-    Output law: exactly the adjusted target's. Moreover the output is token for token what plain decoding with that
-    noise emits, for any drafter and gamma, because a draft is accepted only where it equals the target's own choice.
+    A drafted token is accepted if it equals the target's choice, so for any drafter and gamma the tokens are those of
+    plain decoding with the same noise, and their distribution is exactly the adjusted target's.
     """
 
     shared_noise = True
@@ -143,20 +143,20 @@ class Coupled(Rule):
 
 @dataclasses.dataclass(frozen=True)
 class Lenient(Rule):
-    """Speculative sampling in which the target's probability p of a drafted token counts as f(p, epsilon) >= p.
+    """Speculative sampling that accepts with f(p, epsilon) >= p in place of the target's probability p.
 
-    Accept y iff r * draft(y) < f(p(y), epsilon), strictly; after a rejection recover from max(p - draft, 0), with both
-    distributions unmodified (DistillSpec, arXiv 2310.08461). A drafted position then emits
+    Accept y iff r * q(y) < f(p(y), epsilon), with q the draft's distribution and r uniform; after a rejection draw from
+    max(p - q, 0), without f (DistillSpec, arXiv 2310.08461). A drafted position then emits
 
-      P(x) = min(q(x), f(p(x))) + D * max(p(x) - q(x), 0),   D = sum(q - min(q, f(p))) / sum(p - min(p, q)),
+      P(x) = min(q(x), f(p(x))) + D * max(p(x) - q(x), 0),   D = sum(q - min(q, f(p))) / sum(p - min(p, q))
 
-    with q the draft's law (arXiv 2607.26627, equations 10 and 11, where f is p / epsilon); a bonus token follows p. No
-    token is likelier than f(p), and f(0) is 0: what the target excludes (by top-k, by top-p, as an id that it lacks) is
-    never accepted. Lossy; `lossless` bit for bit at epsilon 1.
+    (arXiv 2607.26627, equations 10 and 11, where f is p / epsilon); a bonus token is drawn from p. P(x) <= f(p(x)), and
+    f(0) is 0, so tokens with target probability 0 (by top-k, top-p, or a smaller vocabulary) are never accepted. The
+    rule is lossy; at epsilon 1 it equals `lossless` bit for bit.
 
-    At temperature 0 p and q are one-hot, and f is applied to the target's probabilities at temperature 1: a drafted
-    token is accepted iff it is the target's most probable one, or f of its probability is above the largest. The token
-    after the accepted ones is the target's most probable one.
+    At temperature 0, where p and q are one-hot, f is applied to the target's probabilities at temperature 1: a drafted
+    token is accepted iff it is the target's most probable one, or f of its probability exceeds the largest one. The
+    token after the accepted ones is the target's most probable one.
 
     Attributes:
       f: (p, epsilon) -> f(p, epsilon).
@@ -184,26 +184,26 @@ def linear(probs: Array, lenience: Array) -> Array:
 
 def square(probs: Array, lenience: Array) -> Array:
     """p / epsilon ** 2."""
-    return probs / lenience / lenience  # the square of a small epsilon would be 0, and 0 / 0 no number
+    return probs / lenience / lenience  # epsilon ** 2 can underflow to 0, and 0 / 0 is NaN
 
 
 def exponential(probs: Array, lenience: Array) -> Array:
-    """p ** epsilon: as epsilon goes to 0 the output becomes the draft's own law, less what the target excludes."""
-    return jnp.where(lenience == 1, probs, probs**lenience)  # a power of 1 may round
+    """p ** epsilon: as epsilon goes to 0, every drafted token with positive target probability is accepted."""
+    return jnp.where(lenience == 1, probs, probs**lenience)  # probs ** 1 may be rounded
 
 
 @dataclasses.dataclass(frozen=True)
 class Typical(Rule):
-    """Typical acceptance (Medusa, arXiv 2401.10774): a reference point that does not use the draft's law.
+    """Typical acceptance (Medusa, arXiv 2401.10774), which does not use the draft's probabilities.
 
-    Accept y iff p(y) > min(epsilon, sqrt(epsilon) * exp(-H(p))), H the entropy of the target's law p; the token after
-    the accepted ones is drawn from p itself. Output law of a drafted position:
+    Accept y iff p(y) > min(epsilon, sqrt(epsilon) * exp(-H(p))), with p the target's distribution and H its entropy;
+    the token after the accepted ones is drawn from p. A drafted position emits
 
-      P(x) = q(x) * [x is accepted] + p(x) * (1 - sum of q over what is accepted),
+      P(x) = q(x) * [x is accepted] + p(x) * (1 - sum of q over accepted tokens),
 
-    with q the draft's law; a bonus token follows p. Lossy at every epsilon, 1 included. At temperature 0 the threshold
-    uses the target's probabilities at temperature 1, its most probable token is always accepted, and the token after
-    the accepted ones is the most probable one.
+    with q the draft's distribution; a bonus token is drawn from p. The rule is lossy at every epsilon, including 1. At
+    temperature 0 the threshold uses the target's probabilities at temperature 1, the target's most probable token is
+    always accepted, and the token after the accepted ones is that one.
     """
 
     lossy = True
@@ -231,10 +231,10 @@ RULES: dict[str, Rule] = {
 
 
 def rule_named(name: str) -> Rule:
-    """The rule called `name`: a key of `RULES`, or "path/to/file.py:Name" of a user's own, the class or an instance.
+    """The rule called `name`: a key of `RULES`, or "path/to/file.py:Name" of a user's own subclass or instance of Rule.
 
     Raises:
-      UserError: for an unknown name, and for what is no Rule.
+      UserError: for an unknown name, and for an object that is not a Rule.
     """
     rule = named(name, RULES, "rule")
     rule = rule() if isinstance(rule, type) and issubclass(rule, Rule) else rule

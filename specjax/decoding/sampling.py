@@ -1,4 +1,4 @@
-"""From logits to adjusted probabilities, and from probabilities to tokens by noise keyed to prompt and position."""
+"""Converts logits to adjusted probabilities, and draws tokens with random numbers keyed by prompt and position."""
 
 import dataclasses
 import enum
@@ -14,7 +14,7 @@ from specjax.runtime.errors import UserError
 
 
 class Stream(enum.IntEnum):
-    """What a draw is for. Draws of different streams at one position are independent."""
+    """The purpose of a random draw. Draws with different purposes at one position are independent."""
 
     DRAFT = 0
     ACCEPT = 1
@@ -25,17 +25,17 @@ class Stream(enum.IntEnum):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How logits become probabilities, how much a lossy rule accepts, and where a draft stops.
+    """Numeric settings of sampling, of lossy rules and of when drafting stops.
 
-    Traced: changing a value never recompiles.
+    All are traced, so changing a value does not recompile.
 
     Attributes:
-      temperature: divides the logits; 0 is greedy (a program of its own, see `Plan.greedy`).
+      temperature: divides the logits; 0 is greedy, which is compiled separately (`Plan.greedy`).
       top_k: keep the k most probable tokens; 0 keeps all.
-      top_p: then keep the smallest set whose mass reaches p; 1 keeps all.
+      top_p: then keep the most probable tokens whose total probability reaches p; 1 keeps all.
       lenience: epsilon of a lossy rule; smaller accepts more. Exact rules do not use it.
-      threshold: a drafter that stops ends a block where its largest probability at temperature 1 is below this.
-      costs: of a block that drafts 0 .. gamma tokens, in any unit, for an adaptive draft length; None without one.
+      threshold: drafting stops after a token whose distribution at temperature 1 has a largest probability below this.
+      costs: cost of a block that drafts 0 .. gamma tokens, in any unit; None unless the draft length is adaptive.
     """
 
     temperature: Float[Array, ""]
@@ -56,8 +56,8 @@ class Sampling:
         threshold: float = 0.0,
         costs: Sequence[float] | None = None,
     ) -> "Sampling":
-        """Checks the values and makes arrays of them. Raises UserError for values outside their range."""
-        tiny = float(jnp.finfo(jnp.float32).tiny)  # what is smaller would be 0 on the device
+        """Converts values to arrays. Raises UserError for a value out of range."""
+        tiny = float(jnp.finfo(jnp.float32).tiny)  # devices flush smaller numbers to 0
         if temperature != 0 and not tiny <= temperature < float("inf"):
             raise UserError(f"temperature must be 0 (greedy) or a positive number, not {temperature}.")
         if top_k < 0:
@@ -76,14 +76,14 @@ class Sampling:
 
 
 def _truncate(probs: Float[Array, "B T V"], sampling: Sampling) -> Float[Array, "B T V"]:
-    """Keeps the top k, then the top p of the rest, renormalised. Ties at either edge are all included."""
+    """Keeps the top-k tokens, then the top-p of these, and renormalises. All tokens tied at a cut-off are kept."""
     find_edge = _edge_by_bisection if meshes.splits("vocab") else _edge_by_sorting
     cut = jnp.where(probs >= find_edge(probs, sampling), probs, 0)
     return cut / jnp.sum(cut, axis=-1, keepdims=True)
 
 
 def _edge_by_sorting(probs: Float[Array, "B T V"], sampling: Sampling) -> Float[Array, "B T 1"]:
-    """The smallest probability that is not cut."""
+    """The smallest probability that top-k and top-p keep."""
     vocab = probs.shape[-1]
     descending = -jnp.sort(-probs, axis=-1)
     k = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, vocab), vocab)
@@ -91,15 +91,15 @@ def _edge_by_sorting(probs: Float[Array, "B T V"], sampling: Sampling) -> Float[
     descending = jnp.where(descending >= kth, descending, 0)
     before = jnp.cumsum(descending, axis=-1) - descending
     wanted = sampling.top_p * jnp.sum(descending, axis=-1, keepdims=True)
-    inside = (before < wanted) | (sampling.top_p >= 1)  # rounding must not drop a tail that nobody asked to drop
+    inside = (before < wanted) | (sampling.top_p >= 1)  # at top_p 1, rounding must not drop any token
     return jnp.min(jnp.where(inside & (descending > 0), descending, jnp.inf), axis=-1, keepdims=True)
 
 
 def _edge_by_bisection(probs: Float[Array, "B T V"], sampling: Sampling) -> Float[Array, "B T 1"]:
-    """The same, by sums alone: sorting would gather a vocabulary that is spread over devices.
+    """As `_edge_by_sorting`, but with sums only, because sorting would gather a vocabulary sharded over devices.
 
-    The edge is the largest value such that enough lies at or above it: k tokens, then a share of p of their mass.
-    Values that are not negative are ordered as their bits are, so halving the bits' range 31 times finds it exactly.
+    The edge is the largest value such that the values at or above it are at least k, and then have a share p of the
+    mass. Non-negative floats have the order of their bit patterns, so 31 bisections over these find it exactly.
     """
     bits = jax.lax.bitcast_convert_type(probs, jnp.int32)
 
@@ -132,7 +132,7 @@ def probabilities(logits: Float[Array, "B T V"], sampling: Sampling, *, greedy: 
             jnp.argmax(meshes.pin_last(logits, "vocab"), axis=-1), logits.shape[-1], dtype=jnp.float32
         )
     logits = meshes.pin_last(logits.astype(jnp.float32), "vocab")
-    # The maximum goes first: a small temperature must not make two infinities of the two best logits.
+    # Subtract the maximum before dividing; otherwise a small temperature could overflow several logits to infinity.
     logits = logits - jnp.max(logits, axis=-1, keepdims=True)
     probs = jax.nn.softmax(logits / sampling.temperature, axis=-1)
     cuts = (sampling.top_k > 0) | (sampling.top_p < 1)
@@ -142,15 +142,15 @@ def probabilities(logits: Float[Array, "B T V"], sampling: Sampling, *, greedy: 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Noise:
-    """Random numbers of one block, a pure function of (row key, emitted position, stream).
+    """Random numbers of one block, a pure function of (row key, position of the token, stream).
 
-    Nothing of the batch enters, so a row's text does not depend on its neighbours, its slot or the mesh.
+    So a row's text does not depend on the other rows, its place in the batch or the mesh.
 
     Attributes:
-      row_keys: one key a row, folded from the run's seed and the prompt's index.
-      lengths: position of the first token that this block may emit (the committed length).
-      greedy: draw nothing, take the most probable token.
-      shared: draft and target draw from one stream (the `coupled` rule).
+      row_keys: one key per row, folded from the run's seed and the prompt's index.
+      lengths: position of the first token that this block can emit (the number of committed tokens).
+      greedy: take the most probable token without random numbers.
+      shared: draft and target use the same stream (the rule `coupled`).
     """
 
     row_keys: Key[Array, "B"]
@@ -163,7 +163,7 @@ class Noise:
         return fold(self.row_keys, self.lengths + offsets)
 
     def uniforms(self, count: int) -> Float[Array, "B count"]:
-        """Uniforms in [0, 1) for the acceptance of the block's drafted positions."""
+        """Uniform numbers in [0, 1) for accepting the first `count` drafted tokens of the block."""
         draws = [
             jax.vmap(lambda key: jax.random.uniform(key, ()))(
                 self._keys(jnp.full_like(self.lengths, offset), Stream.ACCEPT)
@@ -181,9 +181,9 @@ class Noise:
         return jnp.log(weights) + gumbel
 
     def choose(self, weights: Float[Array, "B V"], offsets: Int[Array, "B"], stream: Stream) -> Int[Array, "B"]:
-        """Draws a token in proportion to `weights` for position `lengths + offsets`.
+        """Draws a token for position `lengths + offsets` with probability proportional to `weights`.
 
-        Needs no normalisation and no gather over a sharded vocabulary; a weight of 0 is never drawn.
+        Weights need not be normalised; a token of weight 0 is never drawn. A sharded vocabulary is not gathered.
         """
         if self.greedy:
             return jnp.argmax(weights, axis=-1).astype(jnp.int32)

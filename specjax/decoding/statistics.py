@@ -1,4 +1,4 @@
-"""What a decode counts, on the device: nothing that lies beyond a row's end."""
+"""Counts of decoding, kept on the device."""
 
 import dataclasses
 
@@ -13,16 +13,16 @@ from specjax.runtime.mesh import axes
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """Counts for each row, over its live blocks only; what lies beyond EOS or the limit counts nowhere.
+    """Counts of each row up to its end; tokens after EOS or the limit are not counted.
 
-    Device arrays while decoding, numpy arrays once fetched.
+    Arrays are on the device during decoding, and numpy arrays once fetched.
 
     Attributes:
-      target_calls: verification passes.
-      drafted: tokens drafted.
-      drafted_at: how often position i of a block was drafted and reached (all before it accepted).
-      accepted_at: how often it was accepted and emitted.
-      emitted_more_than: target calls that emitted more than w tokens, w = 1 .. gamma.
+      target_calls: number of verifications.
+      drafted: number of drafted tokens.
+      drafted_at: number of blocks that drafted position i and accepted all positions before it.
+      accepted_at: number of blocks that accepted and emitted the token at position i.
+      emitted_more_than: at index w - 1 the number of blocks that emitted more than w tokens, w = 1 .. gamma.
     """
 
     target_calls: Int[Array | np.ndarray, "B"] = axes("batch")
@@ -39,7 +39,7 @@ class Statistics:
     def after(
         self, num_accepted: Int[Array, "B"], num_emitted: Int[Array, "B"], num_drafted: Int[Array, "B"]
     ) -> "Statistics":
-        """The counts after a block with so many tokens accepted by the rule, emitted and drafted within the limits."""
+        """The counts after a block; `num_accepted` may include tokens that were then cut, the other numbers do not."""
         index = jnp.arange(self.drafted_at.shape[1], dtype=jnp.int32)[None]
         accepted = jnp.minimum(num_accepted, num_emitted)[:, None]
         ones = lambda happened: happened.astype(jnp.int32)

@@ -1,4 +1,4 @@
-"""A draft length that each row picks block by block, from what was accepted so far and from what blocks cost."""
+"""An adaptive draft length: in every block each row chooses its own from past acceptance and the cost of blocks."""
 
 import dataclasses
 from typing import Any
@@ -11,24 +11,24 @@ from specjax.decoding.drafters.base import Context, Drafter, Outcome, Prefill
 from specjax.runtime.errors import UserError
 from specjax.runtime.mesh import axes
 
-# How much weight earlier blocks retain after each block: about the last twenty decide.
+# Factor on the counts after each block, so that about the last 20 blocks matter.
 _MEMORY = 0.95
-# Tokens that count as drafted and accepted before any were: lengths without evidence look good, and so are tried.
+# Pseudo-count: as many accepted tokens are assumed before any were drafted, so that untried lengths are tried.
 _HOPE = 2.0
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-    """What each row has observed.
+    """State of an adaptive drafter: exponentially weighted counts of each row, and the inner drafter's state.
 
     Attributes:
-      inner: the state of the drafter whose length is picked.
-      reached: how often position i of a block was drafted and all before it were accepted, fading.
-      accepted: how often it was then accepted, fading.
-      drafted: tokens of the block that is being verified.
-      first_missing: position of the row's first token that the inner drafter may not have been run on.
-      ran: whether it ran in the last block: for some row of the batch.
+      inner: state of the inner drafter.
+      reached: weighted number of blocks that drafted position i and accepted all positions before it.
+      accepted: weighted number of these blocks that also accepted position i.
+      drafted: number of drafted tokens in the block that is being verified.
+      first_missing: position of the row's first token on which the inner drafter may not have run.
+      ran: whether the inner drafter ran in the last block, which it does if any row of the batch drafts.
     """
 
     inner: Any
@@ -42,14 +42,14 @@ class Evidence:
 def best_lengths(
     reached: Float[Array, "B gamma"], accepted: Float[Array, "B gamma"], costs: Float[Array, "gamma_plus_1"]
 ) -> Int[Array, "B"]:
-    """For each row the number of drafted tokens, 0 .. gamma, with the most expected tokens for the cost of the block.
+    """The draft length g in 0 .. gamma of each row that maximises expected emitted tokens / cost of the block.
 
-    The acceptance rate of position i is estimated from its own counts and, as far as these are few, from the row's rate
-    over all positions; a row without any counts is taken to accept everything:
+    The acceptance rate share_i of position i is its observed rate, shrunk towards the row's rate over all positions,
+    which is shrunk towards 1 (h is the pseudo-count `_HOPE`):
 
         row = (sum accepted + h) / (sum reached + h),   share_i = (accepted_i + h * row) / (reached_i + h)
 
-    A block of g tokens emits 1 + share_1 + share_1 share_2 + .. tokens (positions are taken to be independent).
+    With independent positions, a block that drafts g tokens emits 1 + share_1 + .. + share_1 * .. * share_g on average.
     """
     row = (jnp.sum(accepted, axis=1, keepdims=True) + _HOPE) / (jnp.sum(reached, axis=1, keepdims=True) + _HOPE)
     shares = (accepted + _HOPE * row) / (reached + _HOPE)
@@ -59,11 +59,11 @@ def best_lengths(
 
 
 def block_costs(draft: float, column: float, gamma: int) -> tuple[float, ...]:
-    """Costs of blocks that draft 0 .. gamma tokens, relative to a plain step, where each token costs the same.
+    """Costs of blocks that draft 0 .. gamma tokens, relative to a plain decoding step; linear in the draft length.
 
     Args:
-      draft: a drafted token.
-      column: one more column of verification.
+      draft: cost of drafting one token.
+      column: cost of verifying one more token.
 
     Raises:
       UserError: for costs that are not positive.
@@ -78,20 +78,19 @@ def block_costs(draft: float, column: float, gamma: int) -> tuple[float, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class AdaptiveDrafter(Drafter):
-    """Lets another drafter draft as many tokens as have paid off so far, or none.
+    """Wraps another drafter and lets each row draft the number of tokens, 0 .. gamma, that `best_lengths` computes.
 
-    Evidence fades, so a row that has stopped drafting tries again after a while, rarely enough to cost little.
-    Where drafting does not pay even if everything is accepted, it never does. Where no row of the batch drafts, the
-    inner drafter does not run; `Context.first_missing` then says from which token on its cache has to be filled.
+    Counts decay, so a row that has stopped drafting occasionally tries again; it never drafts if that would be slower
+    even with all tokens accepted. If no row of the batch drafts, the inner drafter does not run, and in a later block
+    `Context.first_missing` tells it from which token on to fill its cache.
 
-    Law: the number is fixed before the block, by what the row emitted and how much of it was accepted, so a block is an
-    exact one of that length. Positions after a rejection never count as evidence: their noise is drawn again in the
-    next block, whose tokens must not depend on it. Each row picks by itself, and its text depends on no other row; a
-    batch pays for its longest block. Sampled text depends on the costs (its law does not), and measured costs differ
-    from run to run.
+    The output distribution is unchanged, because the length is fixed before the block by the row's own emitted tokens
+    and acceptance. Positions after a rejection are not counted: the next block draws new tokens there with the same
+    random numbers, so they must not influence its length. No row depends on other rows, but a batch takes as long as
+    its longest block. At a fixed seed the sampled text depends on the costs, and measured costs differ between runs.
 
     Attributes:
-      inner: the drafter whose length is picked.
+      inner: the drafter that is wrapped.
     """
 
     inner: Drafter
@@ -113,7 +112,7 @@ class AdaptiveDrafter(Drafter):
         if context.sampling.costs is None:
             raise ValueError("An adaptive draft length needs the costs of blocks: Sampling.of(..., costs=...).")
         lengths = best_lengths(state.reached, state.accepted, context.sampling.costs)
-        # After a block in which it ran, its cache lacks only the tokens that the first step of the next block feeds.
+        # If the inner drafter ran in the last block, its cache lacks at most the last two tokens, which `first` feeds.
         first_missing = jnp.where(state.ran, context.lengths - 2, state.first_missing)
         context = dataclasses.replace(context, max_drafted=lengths, first_missing=first_missing)
         proposal, inner, target_cache = self.inner.propose(params, target_params, state.inner, target_cache, context)

@@ -1,11 +1,11 @@
-"""The contract between the decoding loop and whatever proposes tokens.
+"""The interface between the decoding loop and drafters, which propose tokens.
 
-A drafter is a hashable static object; its parameters and state are pytrees. It may read and advance the target's cache,
-which is how self-drafts share the target's first layers. Its state is best a dataclass whose fields declare the logical
-axes of their arrays (`runtime.mesh.axes`); arrays without declared axes are whole on every device of a mesh.
+A drafter is a hashable static object; its parameters and state are pytrees. It may read and write the target's cache,
+so that a self-draft shares the target's first layers. Its state should be a dataclass whose fields declare the logical
+axes of their arrays (`runtime.mesh.axes`); arrays without declared axes are replicated on every device of a mesh.
 
-A drafter may stop early (`num_drafted < gamma`), judging by distributions and earlier tokens, never by the value of the
-token that it drops: that would change the output law.
+A drafter may stop early (`num_drafted < gamma`). The decision may depend on distributions and on earlier tokens, but
+not on the value of a token that is then dropped, because that would change the output distribution.
 """
 
 import dataclasses
@@ -24,15 +24,15 @@ from specjax.runtime.errors import UserError
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prefill:
-    """The prompts, and what the target computed from them.
+    """The input of `Drafter.init`: the prompts, and what the target computed from them.
 
     Attributes:
       prompts: right-padded token ids.
-      lengths: tokens of each prompt.
+      lengths: number of tokens of each prompt.
       texts: the tokens to continue: the prompts themselves, or start tokens if the target is an encoder-decoder.
-      text_lengths: tokens of each text, the last of which is pending (in no cache yet).
-      tap_states: hidden states `[B, T, D]` of the texts after each of the drafter's `taps`.
-      capacity: cache slots a row may need.
+      text_lengths: number of tokens of each text; the last one is pending (in no cache yet).
+      tap_states: the target's hidden states of the texts after each layer in the drafter's `taps`.
+      capacity: number of slots per row that a cache of the drafter needs.
     """
 
     prompts: Int[Array, "B P"]
@@ -46,17 +46,17 @@ class Prefill:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """The state of the rows at the start of a block.
+    """The input of `Drafter.propose`: the rows at the start of a block.
 
     Attributes:
       last_two_tokens: the last two committed tokens; a row with one token has it twice.
-      lengths: committed tokens a row, the pending one included.
-      live: rows that have not ended; drafts of the others are dropped.
+      lengths: number of committed tokens, including the pending one (the last, which is in no cache yet).
+      live: rows that have not ended; the proposals of other rows are ignored.
       noise: the block's random numbers.
-      sampling: how logits become probabilities, and the confidence below which drafting stops.
-      max_drafted: most tokens that each row may draft, with an adaptive draft length; None means gamma.
-      first_missing: with `max_drafted`, the position of each row's first token that may be missing in a cache of the
-        drafter's own, because no row drafted at that time.
+      sampling: temperature, top-k, top-p, and the threshold below which drafting stops.
+      max_drafted: with an adaptive draft length, the maximum number of tokens each row drafts; None means gamma.
+      first_missing: with `max_drafted`, the position of each row's first token that may be missing in the drafter's own
+        cache, because the drafter did not run in blocks in which no row drafted.
       tokens: the committed text, `tokens[b, :lengths[b]]`.
     """
 
@@ -72,7 +72,7 @@ class Context:
     def draw(
         self, logits: Float[Array, "B V"], offset: Int[Array, ""] | int
     ) -> tuple[Int[Array, "B"], Float[Array, "B V"] | None]:
-        """Draws the token at `lengths + offset` from the draft's logits; probs are None if that is the argmax."""
+        """Draws the tokens at position `lengths + offset`. Returns them and their distributions (None if greedy)."""
         probs = probabilities(logits[:, None], self.sampling, greedy=self.noise.greedy)[:, 0]
         offsets = jax.numpy.full_like(self.lengths, offset)
         tokens = self.noise.choose(probs, offsets, Stream.DRAFT)
@@ -82,15 +82,15 @@ class Context:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Proposal:
-    """Drafted tokens of one block.
+    """The drafted tokens of one block.
 
     Attributes:
-      tokens: the draft; entries from `num_drafted[b]` on are ignored.
-      probs: the distribution each was drawn from, or None where the draft is deterministic (one-hot).
-      num_drafted: how many tokens of each row count.
-      resume_hidden: hidden states of the pending and every drafted token after layer `resume_layer - 1` of the
-        target, or None to verify from the tokens.
-      resume_layer: the target layer at which verification resumes.
+      tokens: drafted tokens; `tokens[b, num_drafted[b]:]` are ignored.
+      probs: the distribution that each was drawn from; None if the draft is deterministic (one-hot).
+      num_drafted: number of drafted tokens of each row, 0 .. gamma.
+      resume_hidden: the target's hidden states after its first `resume_layer` layers, of the pending and the drafted
+        tokens; None if verification starts from the tokens.
+      resume_layer: index of the target layer at which verification resumes.
     """
 
     tokens: Int[Array, "B gamma"]
@@ -103,14 +103,14 @@ class Proposal:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """The result of a block.
+    """The input of `Drafter.commit`: the result of a block.
 
     Attributes:
-      tokens: emitted tokens; entries from `num_emitted[b]` on are ignored.
-      num_emitted: 1 .. gamma + 1 for a live row, 0 for a finished one.
-      num_accepted: drafted tokens among them.
-      lengths: committed length before the block.
-      tap_states: hidden states `[B, gamma + 1, D]` of the verified tokens after each tapped layer.
+      tokens: emitted tokens; `tokens[b, num_emitted[b]:]` are ignored.
+      num_emitted: 1 .. gamma + 1 in a live row, 0 in a row that has ended.
+      num_accepted: number of drafted tokens among the emitted ones.
+      lengths: number of committed tokens before the block.
+      tap_states: hidden states `[B, gamma + 1, D]` of the pending and drafted tokens after each tapped layer.
     """
 
     tokens: Int[Array, "B gamma_plus_1"]
@@ -121,14 +121,14 @@ class Outcome:
 
 
 class Drafter:
-    """What the decoding loop asks of a drafter. Subclasses are frozen dataclasses, so that they can be compile keys.
+    """Base class of drafters. Subclasses are frozen dataclasses, because they are static arguments of compiled code.
 
     Attributes:
-      gamma: most tokens drafted a block.
-      taps: target layers whose hidden states the drafter wants to see.
-      stops: whether a row may draft fewer than gamma tokens often. Verification then runs about as many columns as were
-        drafted; each of these widths is compiled.
-      idles: whether no row of a batch may draft at all in a block: verification then also has the width of one column.
+      gamma: maximum number of drafted tokens per block.
+      taps: the drafter reads the target's hidden states after this many layers, for each entry.
+      stops: whether rows often draft fewer than gamma tokens. Verification is then compiled for several widths and runs
+        the narrowest that has a column for every drafted token.
+      idles: whether a block may have no drafted token in any row. Verification is then also compiled for one column.
       scores: whether `score` is defined.
     """
 
@@ -139,17 +139,17 @@ class Drafter:
     scores: bool = False
 
     def init(self, params: Any, target_params: Any, prefill: Prefill, row_keys: Any) -> Any:
-        """The state after prefill; a drafter without any keeps `()`."""
+        """The drafter's state after prefill; `()` for a drafter without state."""
         return ()
 
     def propose(
         self, params: Any, target_params: Any, state: Any, target_cache: Any, context: Context
     ) -> tuple[Proposal, Any, Any]:
-        """Drafts the tokens of one block. Returns the proposal, the state and the target's cache."""
+        """Drafts the tokens of one block. Returns the proposal, the drafter's new state and the target's new cache."""
         raise NotImplementedError
 
     def commit(self, params: Any, state: Any, outcome: Outcome) -> Any:
-        """The state after a block was verified; rolling a cache back needs nothing (see `kv_cache`)."""
+        """The drafter's state after a block was verified; caches need no change for rejected tokens, see `kv_cache`."""
         return state
 
     def score(self, params: Any, target_params: Any, texts: Int[Array, "B T"]) -> Float[Array, "B T V"]:
@@ -159,14 +159,14 @@ class Drafter:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DrafterOptions:
-    """What a user chooses about a drafter; each drafter has a subclass, whose fields are the keys of a config.
+    """Base class of the options of a drafter; the fields of a subclass are the keys of a drafter's config section.
 
     Attributes:
-      adaptive: each row drafts as many tokens, up to gamma, as have paid so far (see `AdaptiveDrafter`).
-      costs: for `adaptive`, the costs of a drafted token and of verifying it, relative to a plain step; an evaluation
-        measures them where there are none.
+      adaptive: whether each row chooses its draft length, 0 .. gamma, in every block (see `AdaptiveDrafter`).
+      costs: for `adaptive`, the seconds of drafting one token and of verifying it, relative to a plain decoding step;
+        if empty, an evaluation measures them.
       loads: what the drafter's `path` names: "model", "attachment" (an adapter or heads), or "" for nothing.
-      threshold: confidence below which a row stops drafting; 0 never stops.
+      threshold: drafting stops after a token whose distribution has a largest probability below this; 0 never stops.
     """
 
     adaptive: bool = False
@@ -191,26 +191,26 @@ class DrafterOptions:
         """The drafter for this target and gamma >= 1.
 
         Args:
-          loaded: the model (a LanguageModel) or attachment that `loads` announces, without its parameters.
+          loaded: the LanguageModel or Attachment read from `path`, without its parameters; None if `loads` is "".
 
         Raises:
-          UserError: for values that do not fit the target, gamma or what is loaded.
+          UserError: for values that are invalid for this target, gamma or loaded network.
         """
         raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoppingOptions(DrafterOptions):
-    """Options of a drafter with probabilities, which may stop where it is unsure.
+    """Options of a drafter with a distribution for each token, which can stop drafting at a low probability.
 
     Attributes:
-      threshold: a row's block ends after the first token from whose distribution the draft was less sure than this (its
-        largest probability at temperature 1); 0 always drafts gamma.
+      threshold: a row's draft ends after the first token whose distribution at temperature 1 has a largest probability
+        below this; 0 always drafts gamma tokens.
     """
 
     threshold: float = 0.0
 
     @property
     def stops(self) -> bool:
-        """Whether confidence is computed at all; the threshold itself is traced, see `Sampling`."""
+        """Whether the threshold is used, which is static; its value is traced, see `Sampling`."""
         return self.threshold > 0

@@ -1,4 +1,4 @@
-"""Drafting token by token until a row is unsure: what drafters with probabilities have in common."""
+"""The token-by-token drafting loop, shared by all drafters that have a distribution for each drafted token."""
 
 import dataclasses
 import functools
@@ -13,14 +13,14 @@ from specjax.decoding.drafters.base import Context, Proposal
 from specjax.models import kv_cache
 from specjax.runtime.mesh import pin_last
 
-# first(carry) -> (logits [B, V], carry): the draft's logits after the pending token.
+# first(carry) -> (logits [B, V], carry): the draft's logits after the pending (last committed) token.
 First = Callable[[Any], tuple[Float[Array, "B V"], Any]]
 
-# step(tokens [B], offset, carry) -> (logits [B, V], carry): the draft's logits after these tokens, whose positions are
-# `lengths + offset - 1`.
+# step(tokens [B], offset, carry) -> (logits [B, V], carry): the draft's logits after these tokens, the last ones drawn;
+# their positions are `lengths + offset - 1`.
 Step = Callable[[Int[Array, "B"], Any, Any], tuple[Float[Array, "B V"], Any]]
 
-# after_draw(tokens [B], offset, carry) -> carry: called with the tokens just drawn, at `lengths + offset - 1`.
+# after_draw(tokens [B], offset, carry) -> carry: called with the tokens just drawn, at position `lengths + offset - 1`.
 AfterDraw = Callable[[Int[Array, "B"], Any, Any], Any]
 
 
@@ -30,13 +30,13 @@ class _Draft:
     """A draft in progress.
 
     Attributes:
-      offset: tokens drawn so far in every row, those that do not count included.
-      token: the last one drawn.
-      counts: tokens of each row that count.
-      done: rows whose draft is complete.
+      offset: number of tokens drawn so far, the same for every row.
+      token: the last token drawn in each row.
+      counts: number of tokens in each row's proposal, which are the first ones drawn.
+      done: whether the row's proposal is complete.
       tokens: all drawn tokens.
-      probs: the distributions they were drawn from; None where drafting is greedy.
-      carry: the drafter's caches.
+      probs: the distributions they were drawn from; None if drafting is greedy.
+      carry: the drafter's own state, such as its caches.
     """
 
     offset: Int[Array, ""]
@@ -59,25 +59,25 @@ def draft(
     stops: bool,
     adjusted: bool = False,
 ) -> tuple[Proposal, Any]:
-    """Draws a first token from the logits of `first`, and each later one from those of `step`, until all rows are done.
+    """Draws each row's first token from the logits of `first`, the later ones from `step`, until all rows are done.
 
-    A row is done when it has gamma tokens, or `context.max_drafted`, or after a token from whose distribution it was
-    unsure. That token is still proposed and verified, and the stop does not depend on its value, so the output law is
-    the target's whatever the threshold (`Sampling.threshold`, traced). Rows that are done or have ended run along, and
-    their further tokens do not count. If no row may draft, not even `first` runs.
+    A row is done after gamma tokens, after `context.max_drafted` tokens, or after a token whose distribution has a
+    largest probability below `Sampling.threshold`. That token is still proposed, and stopping does not depend on its
+    value, so the output distribution is the target's at any threshold. The loop runs for the whole batch until all rows
+    are done; tokens drawn in rows that are done are ignored. If no row may draft, not even `first` runs.
 
     Args:
-      stops: whether rows stop where they are unsure; if not, confidence is not computed.
-      adjusted: judge by the probabilities that tokens are drawn from, after temperature, top-k and top-p, in place of
-        those at temperature 1 (arXiv 2404.18911 measures both). Greedy drafting is then never unsure.
+      stops: whether the threshold is used.
+      adjusted: compare the threshold with the probabilities after temperature, top-k and top-p instead of those at
+        temperature 1 (arXiv 2404.18911 measures both). Greedy drafting then never stops early.
 
     Returns:
-      the proposal and the carry.
+      the proposal and the final carry.
     """
     limit = context.max_drafted
 
     def draw_next(read, draft: _Draft) -> _Draft:
-        """Draws one token of every row from the logits of `read`."""
+        """Draws one token in every row; `read(token, offset, carry)` computes the logits."""
         logits, carry = read(draft.token, draft.offset, _counting(context, ~draft.done, draft.carry))
         token, probs = context.draw(logits, draft.offset)
         counts = draft.counts + jnp.where(draft.done, 0, 1)
@@ -102,8 +102,8 @@ def draft(
     if limit is None:
         progress = draw_first(progress)
     else:
-        # Where no row may draft, nothing runs. A loop of at most one turn updates the caches in place; `lax.cond` would
-        # copy them.
+        # Skips `first` if no row may draft. This is a conditional, written as a loop of at most one iteration because
+        # a loop updates the caches in place and `lax.cond` copies them.
         progress = dataclasses.replace(progress, done=progress.done | (limit <= 0))
         may_draft = lambda draft: (draft.offset == 0) & ~jnp.all(draft.done)
         progress = jax.lax.while_loop(may_draft, draw_first, progress)
@@ -113,39 +113,39 @@ def draft(
 
 
 def _empty(context: Context, gamma: int, first: First, carry: Any, *, may_end_early: bool) -> _Draft:
-    """A draft without tokens. Rows that have ended are done, unless the draft has gamma tokens in any case."""
+    """A draft without tokens. Rows that have ended are done from the start if drafting can end before gamma tokens."""
     batch, none = context.lengths.shape[0], jnp.zeros_like(context.lengths)
     probs = None
     if not context.noise.greedy:
         vocab = jax.eval_shape(lambda carry: first(carry)[0], carry).shape[-1]
-        # Split as the draft's probabilities are; the loop would otherwise gather each before it stores it.
+        # Sharded like the draft's probabilities; otherwise the loop would gather each of them before storing it.
         probs = pin_last(jnp.zeros((gamma, batch, vocab), jnp.float32), "vocab")
     done = ~context.live if may_end_early else jnp.zeros((batch,), bool)
     return _Draft(jnp.int32(0), none, none, done, jnp.zeros((gamma, batch), jnp.int32), probs, carry)
 
 
 def _counting(context: Context, rows: Bool[Array, "B"], carry: Any) -> Any:
-    """The carry with meters that count one token of each of these rows that is live."""
+    """Sets the layer meters in the carry to count one token for each of these rows, except rows that have ended."""
     return kv_cache.counting(carry, (rows & context.live).astype(jnp.int32))
 
 
 def unsure(logits: Float[Array, "B V"], threshold: Float[Array, ""]) -> Bool[Array, "B"]:
     """Whether the largest probability at temperature 1 is below the threshold (arXiv 2404.18911, section 3.2).
 
-    The temperature of sampling does not enter: a distribution that is cut to its best tokens would always look sure.
+    The sampling temperature, top-k and top-p are ignored; after them the largest probability is often near 1.
     """
     logits = logits.astype(jnp.float32)
     return jnp.exp(jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1)) < threshold
 
 
 def catch_up(context: Context, width: int, feed: Callable[[Array, Array, Any], Any], carry: Any) -> Any:
-    """Feeds the committed tokens from `context.first_missing` on, except the last two: the next step feeds those.
+    """Runs the draft on committed tokens that its cache lacks, from `context.first_missing` to the third-last one.
 
-    A draft with a cache of its own lacks tokens after blocks in which no row drafted. Rows that lack none feed their
-    last tokens again, and what is fed beyond a row's end is rewritten before a query sees it.
+    Tokens are missing after blocks in which no row drafted. The last two are left to the next drafting step. Rows that
+    lack none recompute some of their last tokens; slots written past a row's end are rewritten before they are read.
 
     Args:
-      width: tokens fed at a time, at most gamma + 1, for which the caches have room.
+      width: tokens per call of `feed`; at most gamma + 1, because the caches have room for that many past the end.
       feed: (tokens [B, width], positions [B, width], carry) -> carry.
     """
     if context.first_missing is None:

@@ -1,4 +1,4 @@
-"""The target's own first layers with its own head as the draft: no parameters, no second cache."""
+"""Early exit: the target's first layers, followed by its own head, as the draft; no parameters and no second cache."""
 
 import dataclasses
 from typing import Any
@@ -15,10 +15,10 @@ from specjax.runtime.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EarlyExit(StoppingOptions):
-    """The target's first layers as the draft.
+    """Options of early exit.
 
     Attributes:
-      exit_layer: how many of them.
+      exit_layer: number of the target's layers that the draft consists of.
       adjusted: compare the threshold with the probabilities after temperature, top-k and top-p, not at temperature 1.
     """
 
@@ -34,12 +34,12 @@ class EarlyExit(StoppingOptions):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Carry:
-    """What one block of drafting carries.
+    """The state of drafting within one block.
 
     Attributes:
-      state: the drafter's.
-      cache: the target's, whose first layers are written.
-      exits: hidden states at the exit, of the pending token and of every token drafted so far.
+      state: the drafter's state.
+      cache: the target's cache, of which drafting writes the first layers.
+      exits: hidden states after layer `exit_layer`, of the pending token and of every token drafted so far.
     """
 
     state: Any
@@ -51,15 +51,15 @@ class _Carry:
 class EarlyExitDrafter(Drafter):
     """Drafts from the hidden state after layer `exit_layer`, through the target's final norm and head.
 
-    The first layers write their keys and values into the target's own cache, and verification resumes from the hidden
-    states at the exit, so no layer runs twice for a token. The last drafted token passes the first layers too, so
-    nothing is missing after full acceptance.
+    The first layers write their keys and values into the target's own cache, and verification resumes from their hidden
+    states, so no layer runs twice on a token. The first layers also run on the last drafted token, so the cache is
+    complete even if all tokens are accepted.
 
-    A subclass may put a network of its own between the exit and the head: it overrides the methods below `propose`.
+    A subclass can put a network between the first layers and the head by overriding the methods below `propose`.
 
     Attributes:
-      stops: whether a row stops drafting where it is unsure.
-      adjusted: whether confidence is taken after temperature, see `draft`.
+      stops: whether drafting stops at a low probability, see `draft`.
+      adjusted: whether that probability is the one after temperature, top-k and top-p, see `draft`.
     """
 
     target: LanguageModel
@@ -73,7 +73,7 @@ class EarlyExitDrafter(Drafter):
         pending_position = context.lengths[:, None] - 1
 
         def to_exit(tokens, offset, cache):
-            """Runs the target's first layers on one token of each row."""
+            """Runs the target's first layers on one token per row; returns hidden states `[B, 1, D]` and the cache."""
             positions = pending_position + offset
             return self.target.extend(target_params, cache, tokens[:, None], positions, layers=(0, self.exit_layer))
 
@@ -100,25 +100,25 @@ class EarlyExitDrafter(Drafter):
         return proposal, self.with_exits(carry.state, carry.exits), carry.cache
 
     def catch_up(self, params, target_params, state, target_cache, context: Context):
-        """State and cache with the tokens that the drafter missed while no row drafted; it has no cache to fill."""
+        """Adds tokens committed while no row drafted to the draft's own cache; here there is none to update."""
         return state, target_cache
 
     def first_logits(self, params, target_params, state, hidden: Float[Array, "B 1 D"], context: Context):
-        """Logits `[B, V]` after the pending token, whose state at the exit is `hidden`, and the drafter's state."""
+        """Logits `[B, V]` after the pending token, from its state after the first layers, and the drafter's state."""
         return self.logits(params, target_params, state, hidden, context.lengths[:, None] - 1)
 
     def logits(self, params, target_params, state: Any, hidden: Float[Array, "B 1 D"], positions):
-        """Logits `[B, V]` after the tokens at `positions` [B, 1], and the drafter's state."""
+        """Logits `[B, V]` after the tokens at `positions` [B, 1], from their states, and the drafter's state."""
         return self.target.head(target_params, hidden)[:, 0], state
 
     def with_exits(self, state: Any, exits: Float[Array, "B gamma_plus_1 D"]) -> Any:
-        """The drafter's state after a proposal with these states at the exit."""
+        """The drafter's state after a proposal; `exits` are the target's states after its first layers."""
         return state
 
     def score(self, params, target_params, texts: Int[Array, "B T"]) -> Float[Array, "B T V"]:
         return self.target.head(target_params, self.exits_of(target_params, texts))
 
     def exits_of(self, target_params, texts: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """The target's states at the exit, for whole texts and without a cache."""
+        """The target's hidden states after layer `exit_layer`, of whole texts and without a cache."""
         span = (0, self.exit_layer)
         return self.target.extend(target_params, None, texts, consecutive(texts), layers=span)[0]

@@ -1,4 +1,4 @@
-"""The target's first layers and a light adapter as the draft (Kangaroo, arXiv 2404.18911)."""
+"""Kangaroo (arXiv 2404.18911): the target's first layers followed by a small trained adapter as the draft."""
 
 import dataclasses
 from typing import Any
@@ -18,7 +18,7 @@ from specjax.runtime.mesh import axes
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kangaroo(StoppingOptions):
-    """The target's first layers and a trained adapter as the draft.
+    """Options of Kangaroo.
 
     Attributes:
       adjusted: compare the threshold with the probabilities after temperature, top-k and top-p, not at temperature 1.
@@ -35,13 +35,13 @@ class Kangaroo(StoppingOptions):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KangarooState:
-    """What the drafter carries from block to block.
+    """The drafter's state between blocks.
 
     Attributes:
-      cache: the adapter's keys and values; None for an adapter without attention.
-      exits: the target's states at the exit for the tokens of the last block, the pending one first. Their rows are not
-        split over devices: the compiler would gather whole weights for them.
-      second_last: index into `exits` of the second-last committed token.
+      cache: the adapter's cache; it holds no keys and values if the adapter has no attention.
+      exits: the target's hidden states after `exit_layer` layers, of the last block's pending token and drafted tokens.
+        Rows are not sharded, because the compiler would gather complete weights to compute them.
+      second_last: index along the second axis of `exits` of the second-last committed token.
     """
 
     cache: Any
@@ -51,11 +51,11 @@ class KangarooState:
 
 @dataclasses.dataclass(frozen=True)
 class KangarooDrafter(EarlyExitDrafter):
-    """Early exit with an adapter between the exit and the head.
+    """Early exit with an adapter between the target's first layers and the head.
 
-    The first step of a block feeds the adapter the states of the last two committed tokens. Rewriting the older one's
-    keys and values changes nothing, except after full acceptance: the adapter has not seen the last drafted token yet,
-    and this fills its slot. Its state is stored from the block before, so the target's layers run once for each token.
+    In the first step of a block the adapter runs on the last two committed tokens. The older one is usually in the
+    adapter's cache already; but if all drafted tokens were accepted, the last of them is not, and this step adds it.
+    Its hidden state is stored from the last block, so the target's layers run once on each token.
     """
 
     adapter: Adapter = dataclasses.field(kw_only=True)
@@ -76,8 +76,8 @@ class KangarooDrafter(EarlyExitDrafter):
         if state.cache is None or not state.cache.keys:
             return state, target_cache
 
-        # States at the exit of earlier tokens are not stored: the target's first layers run on them once more, and
-        # write the same keys and values again.
+        # Hidden states of earlier tokens are not stored, so the target's first layers run on them again and write the
+        # same keys and values.
         def feed(tokens, positions, caches):
             adapter_cache, cache = caches
             span = (0, self.exit_layer)
@@ -89,7 +89,7 @@ class KangarooDrafter(EarlyExitDrafter):
         return dataclasses.replace(state, cache=adapter_cache), target_cache
 
     def first_logits(self, params, target_params, state: KangarooState, hidden, context: Context):
-        # A text of one token has no second-last one: feed slots 0 and 1, use slot 0; slot 1 is rewritten later.
+        # If the text has one token, run on positions 0 and 1 and read position 0; slot 1 is rewritten later.
         lengths = context.lengths
         before = jnp.take_along_axis(state.exits, state.second_last[:, None, None], axis=1)
         before = jnp.where((lengths > 1)[:, None, None], before, hidden)
@@ -114,5 +114,5 @@ class KangarooDrafter(EarlyExitDrafter):
         return dataclasses.replace(state, exits=exits)
 
     def commit(self, params, state: KangarooState, outcome: Outcome):
-        # `exits` begins with the old pending token, and the emitted tokens follow it; the last of these is pending now.
+        # `exits` holds the old pending token and the tokens after it. The last emitted token is pending now.
         return dataclasses.replace(state, second_last=jnp.maximum(outcome.num_emitted - 1, 0))

@@ -1,4 +1,4 @@
-"""Heads on the target's last hidden state as the draft (Medusa-1 without a tree, arXiv 2401.10774)."""
+"""Medusa-1 without a tree (arXiv 2401.10774): heads on the target's last hidden state as the draft."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ from specjax.runtime.mesh import axes
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Medusa(StoppingOptions):
-    """Trained heads on the target's last hidden state as the draft."""
+    """Options of Medusa."""
 
     loads = "attachment"
 
@@ -35,7 +35,7 @@ class LastHidden:
     """The target's last hidden state of the token before the pending one.
 
     Attributes:
-      hidden: with its rows split, the compiler would gather whole weights for it.
+      hidden: the state. Its rows are not sharded, because the compiler would gather complete weights to compute it.
     """
 
     hidden: Float[Array, "B 1 D"] = axes(None, None, "embed")
@@ -43,16 +43,15 @@ class LastHidden:
 
 @dataclasses.dataclass(frozen=True)
 class MedusaDrafter(Drafter):
-    """Drafts the k-th token of a block from head k, all heads on one hidden state.
+    """Drafts the k-th token of a block with head k; all heads read one hidden state.
 
-    The pending token is in no cache yet, so the state is that of the committed token before it, which verification has
-    just computed: from it the target's own head made the pending token, and head k guesses the k-th token after that.
-    The guesses are independent given the state, so each is drawn from the distribution that the rule sees. A text of
-    one token has no token before the pending one: its first block reads the pending token's own state, from prefill,
-    and guesses poorly.
+    The target has not run on the pending token yet, so the state is that of the token before it, from the last
+    verification. The target's own head predicts the pending token from this state, and head k the k-th token after it.
+    Given the state the drafted tokens are independent. If the text has one token, the first block uses the pending
+    token's own state, from prefill; its drafts are then poor.
 
     Attributes:
-      stops: whether a row stops drafting where it is unsure.
+      stops: whether drafting stops at a low probability, see `draft`.
     """
 
     target: LanguageModel
@@ -82,7 +81,7 @@ class MedusaDrafter(Drafter):
         return proposal, state, target_cache
 
     def commit(self, params, state, outcome: Outcome):
-        # Of the token before the one that is pending now.
+        # The state of the token before the one that is pending now.
         return _at(outcome.tap_states[0], outcome.num_emitted - 1)
 
 

@@ -12,12 +12,12 @@ from specjax.models.language_model import LanguageModel, consecutive
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelDraft(StoppingOptions):
-    """A draft model of its own, with the target's tokenizer."""
+    """Options of a separate draft model, which has the target's tokenizer."""
 
     loads = "model"
 
     def build(self, target: LanguageModel, gamma: int, loaded: LanguageModel) -> "ModelDrafter":
-        # Padded to other sizes, models of one tokenizer still make a pair: the draft speaks of the target's ids.
+        # Draft and target may pad the vocabulary of their tokenizer to different sizes; the draft gets the target's.
         return ModelDrafter(loaded.with_vocab_size(target.vocab_size), gamma, self.stops)
 
 
@@ -25,11 +25,11 @@ class ModelDraft(StoppingOptions):
 class ModelDrafter(Drafter):
     """Drafts at most gamma tokens with a separate language model (arXiv 2211.17192).
 
-    The first step of a block feeds the last two committed tokens. Re-writing the older one's keys and values changes
-    nothing, except after full acceptance: the last drafted token was never fed, and this fills its slot.
+    In the first step of a block the draft runs on the last two committed tokens. The older one is usually in its cache
+    already; but if all drafted tokens were accepted, the last of them is not, and this step adds it.
 
     Attributes:
-      stops: whether a row stops drafting where it is unsure.
+      stops: whether drafting stops at a low probability, see `draft`.
     """
 
     model: LanguageModel
@@ -49,7 +49,7 @@ class ModelDrafter(Drafter):
         def first(cache):
             cache = catch_up(context, self.gamma + 1, feed, cache)
             cache = kv_cache.counting(cache, context.live.astype(jnp.int32))
-            # A one-token prompt has no second-last token: feed slots 0 and 1, read slot 0; slot 1 is rewritten later.
+            # If the text has one token, run on positions 0 and 1 and read position 0; slot 1 is rewritten later.
             start = jnp.maximum(context.lengths - 2, 0)
             positions = start[:, None] + jnp.arange(2)[None]
             hidden, cache = model.extend(params, cache, context.last_two_tokens, positions)

@@ -1,4 +1,4 @@
-"""Prompt lookup: what followed the last occurrence of the current n-gram, in the row's own text."""
+"""Prompt lookup: drafts the tokens that followed an earlier occurrence of the last n-gram in the row's own text."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ class History:
 
     Attributes:
       tokens: the committed text; for an encoder-decoder the encoder's prompt comes first.
-      lengths: tokens of each row.
+      lengths: number of these tokens in each row.
     """
 
     tokens: Int[Array, "B S"] = axes("batch", None)
@@ -29,11 +29,11 @@ class History:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NGram(DrafterOptions):
-    """Prompt lookup; it has no probabilities, and so no threshold.
+    """Options of prompt lookup. Its drafts have no probabilities, so there is no threshold.
 
     Attributes:
-      shortest: fewest tokens that a match must have.
-      longest: most tokens that are compared.
+      shortest: minimum number of matching tokens.
+      longest: maximum number of tokens that are compared.
     """
 
     shortest: int = 2
@@ -49,10 +49,10 @@ class NGram(DrafterOptions):
 
 @dataclasses.dataclass(frozen=True)
 class NGramDrafter(Drafter):
-    """Copies the continuation of the longest, then latest, earlier match of the row's last tokens.
+    """Copies the tokens after the longest earlier match of the row's last tokens, the latest one of equally long ones.
 
-    A match has at least `shortest` and at most `longest` tokens; without one nothing is drafted. The proposal is
-    deterministic, so its distribution is one-hot.
+    A match has `shortest` to `longest` tokens; without a match nothing is drafted. The proposal is deterministic, so
+    its distribution is one-hot.
     """
 
     gamma: int

@@ -1,4 +1,4 @@
-"""The target with some of its layers left out as the draft: nothing to train, nothing to keep (arXiv 2309.08168)."""
+"""The target without some of its layers as the draft (arXiv 2309.08168); no training and no second cache."""
 
 import dataclasses
 import itertools
@@ -12,10 +12,10 @@ from specjax.runtime.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SkipLayers(StoppingOptions):
-    """The target without some of its layers as the draft.
+    """Options of drafting with skipped layers.
 
     Attributes:
-      skipped: numbers of the layers left out, 0 being the first.
+      skipped: indices of the skipped layers, from 0.
     """
 
     skipped: Sequence[int]
@@ -33,13 +33,13 @@ class SkipLayers(StoppingOptions):
 class SkipLayersDrafter(Drafter):
     """Drafts with the target's layers except `skipped`, followed by the target's own norm and head.
 
-    The draft reads the target's cache, where every committed token has the keys and values of a whole forward, and
-    writes those of the pending and the drafted tokens there. Verification runs all layers on the same tokens and
-    rewrites the same slots, so a second cache with its own prefill is not needed.
+    The draft reads the target's cache, in which committed tokens have the keys and values of the complete target, and
+    writes keys and values of the pending and drafted tokens there. Verification runs all layers on these tokens and
+    overwrites the same slots, so no second cache is needed.
 
     Attributes:
-      skipped: numbers of the layers left out, ascending.
-      stops: whether a row stops drafting where it is unsure.
+      skipped: indices of the skipped layers, ascending.
+      stops: whether drafting stops at a low probability, see `draft`.
     """
 
     target: LanguageModel
@@ -49,7 +49,7 @@ class SkipLayersDrafter(Drafter):
 
     @property
     def spans(self) -> tuple[tuple[int, int], ...]:
-        """The layers that run, as ranges (lo, hi)."""
+        """The layers that run, as ranges (lo, hi) of layers lo .. hi - 1."""
         edges = (-1, *self.skipped, self.target.layers)
         return tuple((lo + 1, hi) for lo, hi in itertools.pairwise(edges) if lo + 1 < hi)
 

@@ -1,4 +1,4 @@
-"""Drafters by name: the one table that a new drafter joins."""
+"""The table of drafters by name, and how their options and drafters are made. A new drafter needs an entry here."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -28,10 +28,10 @@ DRAFTERS: dict[str, type[DrafterOptions]] = {
 
 
 def options_class(kind: str | type) -> type[DrafterOptions]:
-    """The options of a drafter: a name of `DRAFTERS`, "path/to/file.py:Name" of a user's own class, or that class.
+    """The options class of a drafter: by a key of `DRAFTERS`, by "path/to/file.py:Name", or the class itself.
 
     Raises:
-      UserError: for an unknown name, and for what is no subclass of DrafterOptions.
+      UserError: for an unknown name, and for an object that is not a subclass of DrafterOptions.
     """
     options = named(kind, DRAFTERS, "drafter") if isinstance(kind, str) else kind
     if not (isinstance(options, type) and issubclass(options, DrafterOptions)):
@@ -40,14 +40,14 @@ def options_class(kind: str | type) -> type[DrafterOptions]:
 
 
 def make_options(kind: str | type, values: Mapping[str, Any], where: str = "") -> DrafterOptions:
-    """The options of one drafter from a config's keys.
+    """Makes the options of one drafter from the keys of a config section.
 
     Args:
-      values: by name.
-      where: the key of the section that they are in, with a dot; it begins the names in errors.
+      values: option values by name.
+      where: prefix of option names in error messages: the section's key and a dot.
 
     Raises:
-      UserError: for a name that this drafter does not have, one that is missing, or a value of another type.
+      UserError: for an option that this drafter does not have, a missing option, or a value of the wrong type.
     """
     options = options_class(kind)
     fields = dataclasses.fields(options)
@@ -65,13 +65,13 @@ def make_options(kind: str | type, values: Mapping[str, Any], where: str = "") -
 
 
 def build_drafter(options: DrafterOptions, target: LanguageModel, gamma: int, loaded: Any = None) -> Drafter | None:
-    """The drafter with these options, wrapped where its draft length adapts; None when gamma is 0 (plain decoding).
+    """The drafter with these options, in an AdaptiveDrafter if they are `adaptive`; None if gamma is 0.
 
     Args:
-      loaded: the model or attachment, without its parameters, that `options.loads` announces.
+      loaded: the LanguageModel or Attachment read from the drafter's `path`, without parameters; None if there is none.
 
     Raises:
-      UserError: for a gamma that is no number of tokens, or options that do not fit the target.
+      UserError: for a gamma that is not an int >= 0, or options that are invalid for this target.
     """
     checks.instance("gamma", gamma, int)
     if gamma < 0:
