@@ -29,7 +29,7 @@ def fractions_of(config: Any) -> dict[str, float]:
 
 
 def check_fractions(fractions: Mapping[str, float], *, has_target: bool) -> None:
-    """Raises UserError unless the fractions are a mixture, and there is a target if it is to write text."""
+    """Raises UserError unless the fractions are >= 0 and sum to 1, and there is a target if its fraction is not 0."""
     stated = ", ".join(f"data.{name} {fractions[name]}" for name in SOURCES)
     if not all(fractions[name] >= 0 for name in SOURCES):
         raise UserError(f"the fractions of the data sources ({stated}) must not be negative")
@@ -43,13 +43,13 @@ def source_of_step(fractions: Mapping[str, float], seed: int, step: int) -> str:
     """The source of this step's text, drawn with the probabilities `fractions` from (seed, step)."""
     weights = np.asarray([fractions[name] for name in SOURCES], np.float64)
     draw = np.random.default_rng([seed, _STREAM, step]).random()
-    # A source of fraction 0 is never drawn: its edge equals the preceding one.
+    # A source of fraction 0 is never drawn, because its cumulative sum equals the preceding one.
     index = int(np.searchsorted(np.cumsum(weights) / weights.sum(), draw, side="right"))
     return SOURCES[index]
 
 
 def prompt_width(prompt_lengths: Int[np.ndarray, "B"], narrow: int, wide: int) -> int:
-    """Columns for a batch of prompts: `narrow` doubled until all fit, at most `wide`; so few shapes are compiled."""
+    """The padded width of a batch of prompts: `narrow` times a power of 2, at most `wide`, so that few are compiled."""
     width = narrow
     while width < int(prompt_lengths.max()):
         width *= 2
@@ -58,15 +58,15 @@ def prompt_width(prompt_lengths: Int[np.ndarray, "B"], narrow: int, wide: int) -
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """How a model continues prompts to write training text.
+    """Generates training text by continuing prompts with a model.
 
     Attributes:
-      temperature: of sampling, not of the loss; 0 is greedy.
-      top_k: 0 is off.
-      top_p: 1 is off.
-      max_new_tokens: maximum number of tokens added to a prompt.
+      temperature: sampling temperature, unrelated to that of the loss; 0 is greedy.
+      top_k: sample from the k most probable tokens; 0 is off.
+      top_p: sample from the most probable tokens with this total probability; 1 is off.
+      max_new_tokens: maximum number of new tokens per prompt.
       eos_ids: ids that end a row.
-      seed: folded with the step and the row into the row's key.
+      seed: determines, with the step and the row, the row's random numbers.
     """
 
     temperature: float
@@ -89,7 +89,7 @@ class Generation:
         lengths: Int[Array, "B"],
         step: Int[Array, ""],
     ) -> dict[str, Int[Array, "..."]]:
-        """Continues each prompt. Returns a batch in which only the new tokens are trained on."""
+        """Continues each prompt. Returns a batch (see `data.batches`) whose loss covers only the new tokens."""
         step_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), _STREAM), step)
         row_keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, jnp.arange(prompts.shape[0]))
         tokens, ends = loop.sample(

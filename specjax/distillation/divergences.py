@@ -93,9 +93,9 @@ def acceptance(target_logits: Logits, draft_logits: Logits) -> Float[Array, "B T
 
 
 def negative_log_acceptance(target_logits: Logits, draft_logits: Logits) -> Float[Array, "B T"]:
-    """-log sum_v min(P, Q); its gradient, total variation's over the acceptance, does not vanish far away.
+    """-log sum_v min(P, Q). Its gradient is that of total variation / acceptance, so it stays large if P and Q differ.
 
-    If the target gives all probability to one token, it is the cross-entropy.
+    If the target gives all probability to one token, it equals the cross-entropy.
     """
     target_log_probs, draft_log_probs = _log_probs(target_logits), _log_probs(draft_logits)
     return -jax.nn.logsumexp(jnp.minimum(target_log_probs, draft_log_probs), axis=-1)
@@ -104,8 +104,8 @@ def negative_log_acceptance(target_logits: Logits, draft_logits: Logits) -> Floa
 def lk_hybrid(target_logits: Logits, draft_logits: Logits) -> Float[Array, "B T"]:
     """w KL(P || Q) + (1 - w) TV(P, Q) with w = exp(-3 sum_v min(P, Q)) at each position.
 
-    Far from the target it is nearly the KL, near it mostly total variation. No gradient flows through w. The factor 3
-    is the paper's best setting.
+    It is nearly the KL at low acceptance, and mostly total variation at high acceptance. No gradient flows through w.
+    The factor 3 is the paper's best setting.
     """
     weight = jnp.exp(-_ETA * jax.lax.stop_gradient(acceptance(target_logits, draft_logits)))
     kl, distance = forward_kl(target_logits, draft_logits), total_variation(target_logits, draft_logits)
@@ -155,7 +155,7 @@ def divergence(name: str | Callable, **parameters: Any) -> Divergence | None:
 def of_config(loss: Any) -> Divergence | None:
     """The divergence that a config's `loss` section names, with the section's other keys as its parameters.
 
-    `beta`, which every config has, may be unused.
+    `beta`, which every config has, is ignored if the divergence does not have this parameter.
 
     Raises:
       UserError: as `divergence` does.

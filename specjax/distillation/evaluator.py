@@ -1,4 +1,4 @@
-"""Speculative decoding during training: the draft's block efficiency (tokens per target call) so far."""
+"""Measures the draft's block efficiency (emitted tokens per target call) by speculative decoding during training."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,10 +25,10 @@ def _drafter(inputs: Any, gamma: int) -> Drafter | None:
 def make_evaluator(
     config: Any, inputs: Any, task: tasks.Task, tokenizer: Tokenizer, mesh: jax.sharding.Mesh
 ) -> Callable:
-    """The trainer's `evaluator`: a function (draft's parameters, step) -> {"block_efficiency": ...}.
+    """Makes the trainer's `evaluator`, a function (draft's parameters, step) -> {"block_efficiency": ...}.
 
     Args:
-      config: of a training stage.
+      config: config of a training stage.
       inputs: a `trainer.TrainingInputs` with a target.
     """
     section = config.speculative_eval

@@ -1,4 +1,4 @@
-"""Measurements of a training run: its clock, and averages between two lines of the log."""
+"""Measurements of a training run: its clock, and averages over the steps between two log lines."""
 
 import contextlib
 import dataclasses
@@ -39,13 +39,13 @@ class Clock:
 
 @dataclasses.dataclass
 class Interval:
-    """Sums since the last line of the log; `dataclasses.asdict` makes a copy of JSON types for a checkpoint.
+    """Sums of metrics since the last log line; `dataclasses.asdict` makes a copy of JSON types for a checkpoint.
 
     Attributes:
-      since: the training clock at that line.
-      steps: number of steps since.
-      learning_rate: of the last step.
-      sums: of each metric.
+      since: seconds on the training clock at that line.
+      steps: number of steps since then.
+      learning_rate: learning rate of the last step.
+      sums: sum of each metric over these steps.
     """
 
     since: float
@@ -63,7 +63,7 @@ class Interval:
             self.sums[name] = self.sums.get(name, 0.0) + value
 
     def line(self, seconds: float, has_target: bool) -> dict[str, float]:
-        """Averages over counted positions, the gradient norm's over steps, the last learning rate, and the speed."""
+        """The next log line: means per position, mean gradient norm per step, last learning rate, tokens per second."""
         tokens = max(self.sums["tokens"], 1.0)
         line = {
             "loss": self.sums["loss"] / tokens,

@@ -1,16 +1,16 @@
 """The loss of distillation and of plain training: sums over the counted positions, with heads applied in chunks.
 
-The hidden state at position t - 1 predicts the token at position t, which counts iff `loss_start <= t < lengths`:
-prompts and padding are not learned. The trunks run once over the whole batch. The heads run over `chunk` positions at a
-time, and again in the backward pass, so that logits `[B, T, V]` never exist for a whole batch.
+The hidden state at position t - 1 predicts the token at position t, which is counted iff `loss_start <= t < lengths`:
+prompts and padding are not learned. All layers but the head ("trunk") run once over the whole batch. The heads run over
+`chunk` positions at a time, and again in the backward pass, so logits `[B, T, V]` never exist for a whole batch.
 
 A draft may make several predictions at each position (`LanguageModel.predicts`). A prediction at position t with an
-offset is compared with the target's distribution at position t + offset, and counts if that position counts. All sums
-are weighted, so that their means are means over predictions too.
+offset is compared with the target's distribution at position t + offset, and is counted if that position is. All sums
+are weighted by `Prediction.weight`, and means are weighted means over positions and predictions.
 
 Draft and target may pad the vocabulary of one tokenizer to different sizes. The loss compares them on the ids that both
-have, each distribution renormalised there, so that every divergence is finite. In the acceptance, as in decoding, an id
-that the draft lacks has draft probability 0.
+have, after renormalising each distribution, so that every divergence is finite. For the acceptance, as in decoding, an
+id that the draft lacks has draft probability 0.
 """
 
 import dataclasses
@@ -36,9 +36,9 @@ class Sums:
     """Weighted sums over counted positions, float32 scalars; unlike means, they add up across chunks and batches.
 
     Attributes:
-      loss: of the divergence or of the cross-entropy.
-      acceptance: of sum_v min(P, Q) at temperature 1; 0 without a target.
-      tokens: of the weights, which is the number of counted positions for a draft with one prediction.
+      loss: sum of the divergence or the cross-entropy.
+      acceptance: sum of sum_v min(P, Q) at temperature 1; 0 without a target.
+      tokens: sum of the weights; for a draft with one prediction this is the number of counted positions.
     """
 
     loss: Any
@@ -59,7 +59,7 @@ def mean(total: Array, tokens: Float[Array, ""]) -> Array:
 
 
 def counted(lengths: Int[Array, "B"], loss_start: Int[Array, "B"], positions: int) -> Float[Array, "B positions"]:
-    """1 at the positions whose next token is to be predicted, 0 elsewhere."""
+    """1 at positions whose next token is in the loss, 0 elsewhere."""
     following = jnp.arange(1, positions + 1)[None]
     return ((following >= loss_start[:, None]) & (following < lengths[:, None])).astype(jnp.float32)
 
@@ -71,13 +71,13 @@ class Loss:
     It is differentiable in the first argument; no gradient flows to the target.
 
     Attributes:
-      draft: the model that learns.
-      target: None for hard labels without a measured acceptance.
-      divergence: None for hard labels.
-      temperature: divides both logits in the loss, but not in the acceptance; the loss is not rescaled by it.
-      chunk: predictions, over all rows and heads on one device, whose logits are in memory at one time (at least one
-        for each row and head). Each chunk sums the heads' gradients over devices, so more rows must not mean more
-        chunks.
+      draft: the model that is trained.
+      target: the target; None for hard labels without measuring the acceptance.
+      divergence: the divergence; None for hard labels (cross-entropy).
+      temperature: divides both models' logits in the loss, but not in the acceptance; the loss is not rescaled by it.
+      chunk: number of predictions per device, over its rows and the draft's heads, whose logits are in memory at one
+        time (at least one per row and head). Each chunk sums the heads' gradients over devices, so the number of chunks
+        must not grow with the number of devices.
 
     Raises:
       UserError: for values out of range, and for a divergence without a target.
@@ -128,7 +128,7 @@ class Loss:
             with jax.named_scope("target_trunk"):
                 parts["target"] = _ahead(jax.lax.stop_gradient(_trunk(target, target_params, prompts, tokens)), draft)
 
-        # prevent_cse: inside a scan nothing can be merged across the checkpoint, so its barriers would only cost time.
+        # prevent_cse is not needed inside a scan, and its barriers would only cost time.
         chunk_sums = jax.checkpoint(self._chunk_sums, prevent_cse=False)
         rows, columns = tokens.shape
         width = min(max(self.chunk * meshes.num_shards("batch") // (rows * len(draft.predicts)), 1), columns)
@@ -138,7 +138,7 @@ class Loss:
             return jax.lax.scan(add, Sums.zeros(), chunks)[0]
 
     def _chunk_sums(self, params: Params, target_params: Params | None, part: dict[str, Array]) -> Sums:
-        """Sums over one chunk of positions, for which alone logits are computed."""
+        """Computes the logits of one chunk of positions, and the sums over it."""
         part = {name: x if name == "draft" else x.reshape(x.shape[0], -1, *x.shape[3:]) for name, x in part.items()}
         draft_logits, target_logits = self.draft.head(params, part["draft"]), None
         weights, overlap = part["weights"], jnp.zeros_like(part["weights"])
@@ -148,7 +148,7 @@ class Loss:
             padded = fit_logits(jax.lax.stop_gradient(draft_logits), target_logits.shape[-1])
             overlap = divergences.acceptance(target_logits, padded)
             target_logits = target_logits[..., : draft_logits.shape[-1]]
-        if self.divergence is None:  # a label that the draft's vocabulary lacks teaches nothing
+        if self.divergence is None:  # labels that the draft's vocabulary lacks are left out
             weights = weights * (part["labels"] < draft_logits.shape[-1]).astype(weights.dtype)
         losses = self._losses(target_logits, draft_logits.astype(jnp.float32) / self.temperature, part["labels"])
         return Sums(jnp.sum(weights * losses), jnp.sum(weights * overlap), jnp.sum(weights))
@@ -156,20 +156,20 @@ class Loss:
     def _losses(self, target_logits, draft_logits, labels) -> Float[Array, "B C"]:
         if self.divergence is not None:
             return self.divergence(target_logits / self.temperature, draft_logits)
-        # A comparison, not a gather: its gradient is no scatter, and a sharded vocabulary stays sharded.
+        # A comparison instead of a gather: its gradient is not a scatter, and a sharded vocabulary stays sharded.
         chosen = jnp.arange(draft_logits.shape[-1], dtype=labels.dtype)[None, None] == labels[..., None]
         label_logits = jnp.sum(jnp.where(chosen, draft_logits, 0.0), axis=-1)
         return jax.nn.logsumexp(draft_logits, axis=-1) - label_logits
 
 
 def _ahead(array: Array, draft) -> Array:
-    """[B, T, ...] -> [B, T, predictions, ...]: for each prediction, the array shifted by its offset; 0 past the end."""
+    """[B, T, ...] -> [B, T, predictions, ...]: entry t of a prediction is `array[:, t + offset]`, 0 past the end."""
     shifted = lambda offset: jnp.pad(array[:, offset:], [(0, 0), (0, offset)] + [(0, 0)] * (array.ndim - 2))
     return jnp.stack([shifted(offset) for offset, _ in draft.predicts], axis=2)
 
 
 def _trunk(model, params, prompts, tokens) -> Float[Array, "B T D"]:
-    """The last hidden states of the plain forward."""
+    """The hidden states that `head` takes, for whole texts and without a cache."""
     start = None if prompts is None else model.start(params, *prompts, 0)
     return model.extend(params, start, tokens, consecutive(tokens))[0]
 

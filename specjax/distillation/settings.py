@@ -1,4 +1,4 @@
-"""Checks of a training config, before anything is compiled."""
+"""Checks a training config before anything is compiled."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The functions that training runs on devices, ready to be compiled for arrays or for shapes alone."""
+"""The jitted functions of training, which can be called with arrays or lowered with shapes."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,15 +15,15 @@ from specjax.runtime import mesh as meshes
 
 @dataclasses.dataclass(frozen=True)
 class TrainingFunctions:
-    """What training runs on devices.
+    """The jitted functions of training, and the model that generates the draft's text.
 
     Attributes:
       update: (state, target's parameters or None, batch) -> (state, metrics); the state is donated.
       validation_loss: (parameters, target's parameters, batch) -> Sums.
       generate: (model, parameters, prompts, lengths, step) -> batch; the model is static.
-      author: the draft with the target's vocabulary size: the model that writes the draft's text.
-      has_teacher: whether the update compares draft and target.
-      needs_teacher: whether the update takes the target's parameters.
+      author: the draft with logits of the target's vocabulary size, which generates on-policy text.
+      has_teacher: whether the training loss compares draft and target.
+      needs_teacher: whether `update` needs the target's parameters, for the loss or because an attachment is trained.
     """
 
     update: Callable
@@ -51,7 +51,7 @@ def make_functions(
     """
     loss = objective.Loss.of_config(config.loss, draft, target)
     has_teacher = loss.divergence is not None
-    # With hard labels the target's forward pass would only cost time in training; validation measures the acceptance.
+    # With hard labels training skips the target's forward pass; the validation loss still measures the acceptance.
     training_loss = loss if has_teacher else dataclasses.replace(loss, target=None)
     rate = update.learning_rate(config.optimizer, config.train.steps)
     step = update.make_step(training_loss, optimizer, rate, config.optimizer.accumulation)

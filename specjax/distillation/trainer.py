@@ -1,6 +1,6 @@
 """The training loop, for plain training and every kind of distillation.
 
-The loop never waits for the device: while step k + 1 runs, the host reads the metrics of step k and checks that its
+The device does not wait for the host: while step k + 1 runs, the host reads the metrics of step k and checks that its
 loss is finite. A checkpoint is written only after that check.
 """
 
@@ -32,15 +32,15 @@ Evaluator = Callable[[Params, int], Mapping[str, float]]
 
 @dataclasses.dataclass(frozen=True)
 class TrainingResult:
-    """The result of a run.
+    """The result of a training run.
 
     Attributes:
-      params: after the last step.
+      params: parameters after the last step.
       steps: number of updates.
-      train_seconds: of the training clock, including the time before interruptions.
+      train_seconds: seconds on the training clock, including the time before interruptions.
       tokens: number of positions trained on.
-      loss: training loss in the last line of the log.
-      validation: one dict for each evaluation, with its `step`.
+      loss: training loss in the last log line.
+      validation: metrics of each validation, with its `step`.
     """
 
     params: Params
@@ -67,16 +67,16 @@ class TrainingInputs:
     """The models and data of a training run.
 
     Attributes:
-      draft: the model that learns; for an `AttachedDraft`, the attachment learns.
-      params: its parameters at step 0.
-      target: the model to learn from; None for plain training. With the divergence "cross_entropy" it only measures the
-        acceptance on validation data.
+      draft: the model that is trained; of an `AttachedDraft`, only the attachment is trained.
+      params: the trained parameters at step 0.
+      target: the model to learn from; None for plain training. With the divergence "cross_entropy" it is only used to
+        measure the acceptance on validation data.
       target_params: the target's parameters, sharded over the mesh.
       batches: an endless iterator with `get_state` and `set_state`, see `data.batches`.
       validation: batches of the same layout.
       eos_ids: ids that end a generated row.
       longest_prompt: maximum number of prompt tokens in a row of `batches`.
-      target_text: text that the target wrote earlier; None generates it during training.
+      target_text: text that the target generated earlier; None generates it during training.
       replicate: every device of the mesh's tensor axis holds the whole draft and its optimiser state.
     """
 
@@ -191,7 +191,7 @@ class Trainer:
             return False
         finished = self.clock.seconds >= self.min_seconds
         if self.min_seconds and jax.process_count() > 1:
-            # Clocks differ, and processes that disagree about one more step would deadlock.
+            # Clocks differ between processes, and they would deadlock if only some of them ran another step.
             finished = bool(processes.from_first(finished))
         return finished
 
@@ -207,7 +207,7 @@ class Trainer:
         self._read(previous)
 
     def _text(self, source: str, batch: Mapping[str, np.ndarray]) -> Mapping[str, jax.Array]:
-        """The rows of this step: the batch, its prompts continued by draft or target, or stored text of the target."""
+        """The rows of this step: the corpus batch, its prompts continued by a model, or stored text of the target."""
         if source == data_sources.FIXED:
             return update.shard(batch, self.mesh)
         inputs = self.inputs
@@ -235,7 +235,7 @@ class Trainer:
         )
 
     def _call(self, name: str, function: Any, static: tuple, *arguments: Any) -> Any:
-        """Calls the function, compiled under this name; a new name is compiled first, with the clock paused."""
+        """Calls the executable cached under `name`; compiles it first if there is none, with the clock paused."""
         if name not in self._executables:
             self._read_pending()
             with self.clock.paused():

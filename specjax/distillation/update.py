@@ -1,4 +1,4 @@
-"""The optimiser step on a mesh, with gradient accumulation, and the state that it updates."""
+"""The training state, its shardings, and the optimiser step with gradient accumulation."""
 
 import dataclasses
 import functools
@@ -31,11 +31,11 @@ SOURCE_AXES = {"sources": ("batch", None)}
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What a step reads and replaces. Trees of shardings and of shapes use this class too.
+    """The state of training. Trees of its shardings or shapes use this class too.
 
     Attributes:
-      params: of the model that is trained.
-      optimizer_state: optax's.
+      params: parameters of the trained model.
+      optimizer_state: state of the optax optimiser.
       step: number of updates so far, int32.
     """
 
@@ -51,10 +51,10 @@ def shard(batch: Mapping, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
 
 
 def learning_rate(config: Any, steps: int) -> Callable[[Int[Array, ""]], Float[Array, ""]]:
-    """Linear warm-up to the peak at step `warmup_steps - 1`, then a cosine to `final_fraction` of it.
+    """Linear warm-up to the peak at step `warmup_steps - 1`, then a cosine decay to `final_fraction` of the peak.
 
-    The final rate is held for the last `hold_fraction` of the steps and after them. A validation loss that is flat
-    while the rate is held shows a plateau; under a falling rate it would not.
+    The final rate is held for the last `hold_fraction` of the steps and after them, because a flat validation loss
+    shows convergence only if the rate is constant.
 
     Args:
       config: a config's `optimizer` section.
@@ -103,7 +103,7 @@ def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
 def make_step(
     loss: objective.Loss, optimizer: optax.GradientTransformation, rate: Callable, accumulation: int
 ) -> Callable:
-    """The update `(state, target_params, batch) -> (state, metrics)`, in `accumulation` microbatches.
+    """Makes the update `(state, target_params, batch) -> (state, metrics)`, which uses `accumulation` microbatches.
 
     The gradient is that of the mean over all counted positions of the batch, for any number of microbatches.
     """
@@ -111,7 +111,7 @@ def make_step(
     def step(state: TrainState, target_params: Params | None, batch: Mapping):
         sums, gradient = _gradient_of_sum(loss, state.params, target_params, batch, accumulation)
         gradient = jax.tree.map(lambda total: objective.mean(total, sums.tokens), gradient)
-        # optax mixes dtypes; our modules must not.
+        # optax needs implicit dtype promotion; our own modules also run with strict promotion.
         with jax.numpy_dtype_promotion("standard"), jax.named_scope("optimizer"):
             updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.params)
             params = optax.apply_updates(state.params, updates)
@@ -151,7 +151,7 @@ def _gradient_of_sum(loss, params, target_params, batch, accumulation):
 def state_shardings(
     params: Params, axes: Params, optimizer: optax.GradientTransformation, mesh: meshes.AnyMesh
 ) -> TrainState:
-    """Shardings of a state; the optimiser's statistics of a parameter are sharded as the parameter is.
+    """Shardings of a state; the optimiser's statistics of a parameter have the parameter's sharding.
 
     Args:
       params: the parameters, or their shapes.

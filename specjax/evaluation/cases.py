@@ -1,4 +1,4 @@
-"""What an evaluation runs: targets, drafters and prompts, settings, and the cases of each setting."""
+"""Reads an evaluation's config and loads its models: prompts, settings, and the cases to decode in each setting."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -23,20 +23,20 @@ from specjax.runtime.errors import UserError, nearest, prefixed
 
 BASELINE = "none"
 
-# Keys of a drafter's section that are not options of its kind.
+# Keys of a drafter's section that are not fields of its options class.
 _SECTION_KEYS = ("kind", "path", "target", "replicate", "rules")
 
 
 @dataclasses.dataclass(frozen=True)
 class DrafterSection:
-    """A drafter's section of a config, read and checked.
+    """A drafter's section of a config, parsed and checked.
 
     Attributes:
-      options: of its kind.
-      path: directory of what the kind loads; "" where it loads nothing.
-      target: directory of the model that it drafts for.
-      replicate: every device of the tensor axis holds all of the draft model.
-      rules: for each rule its name in the results, the rule, and the gammas at which it is run.
+      options: the options of the drafter.
+      path: directory of its draft model or attachment; "" if it has none.
+      target: directory of the target that it drafts for.
+      replicate: whether every device of the tensor axis holds all of the draft model.
+      rules: (name in the results, rule, gammas) of each rule to evaluate.
     """
 
     options: DrafterOptions
@@ -86,13 +86,13 @@ def _read_section(config: Any, where: str, section: Any) -> DrafterSection:
 
 
 def _old_layout(where: str, values: Mapping[str, Any]) -> str:
-    """What to write in place of gammas outside of `rules`, or ""."""
+    """The error message for a section that has gammas outside of `rules`, as in earlier versions; "" for any other."""
     key = next((rule for rule in RULES if rule in values), "")
     return key and f"{where}{key} is now {where}rules.{key}; move the gammas of every rule there"
 
 
 def _read_rules(config: Any, where: str, section: Any) -> tuple[tuple[str, Rule, tuple[int, ...]], ...]:
-    """Those of `RULES` in the table's order, then a user's own: {"NAME": {"rule": "file.py:Name", "gammas": (2,)}}."""
+    """Parses a `rules` section: rules of `RULES` first, then a user's own, {"NAME": {"rule": PLACE, "gammas": (2,)}}."""
     if not isinstance(section, Mapping):
         raise UserError(f'{where} must hold gammas by rule, such as {{"lossless": (2, 4)}}, not {section!r}')
     rules = []
@@ -115,16 +115,16 @@ def _read_rules(config: Any, where: str, section: Any) -> tuple[tuple[str, Rule,
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One drafter under one rule at one gamma; `BASELINE` at gamma 0 is plain decoding.
+    """One drafter with one rule at one gamma; plain decoding has the name `BASELINE` and gamma 0.
 
     Attributes:
-      target: whose text it is: the job's, or the drafter's own, whose plain decoding is its gamma 0.
-      section: the drafter's, of the config.
-      loaded: the draft model or attachment, or None.
-      rule: its name in the results.
-      lenience: None under an exact rule.
+      target: the target that verifies: the job's, or another one that the drafter's section names.
+      section: the drafter's section of the config.
+      loaded: the draft model or attachment; None if there is none.
+      rule: name of the rule in the results.
+      lenience: epsilon of a lossy rule; None for an exact rule.
       plan_rule: the rule itself.
-      sampling: the setting's, with the rule's lenience, the drafter's threshold, and the costs of its blocks.
+      sampling: the setting's sampling with the case's lenience, threshold and block costs.
     """
 
     name: str
@@ -143,23 +143,23 @@ class Case:
 
     @property
     def params(self) -> Any:
-        """Parameters of the draft model or attachment; None where there is none."""
+        """Parameters of the draft model or attachment; None if there is none."""
         return None if self.loaded is None else self.loaded.params
 
     @property
     def num_params(self) -> int:
-        """Parameters of a draft model; 0 where there is no ratio of parameters to speak of."""
+        """Number of parameters of a separate draft model; 0 for every other drafter."""
         return self.loaded.decoder.num_params if isinstance(self.loaded, hub_model.Model) else 0
 
     @property
     def network(self) -> Any:
-        """What is loaded, without its parameters."""
+        """The draft model or attachment without its parameters; None if there is none."""
         return None if self.loaded is None else self.loaded.network
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What all cases of a group share; `rule` is the exact one, under which its plain decoding runs."""
+    """Settings that a group of cases shares; `rule` is the exact rule whose random numbers plain decoding uses."""
 
     rule: str
     temperature: float
@@ -168,7 +168,7 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What all groups share."""
+    """The config, models, task and prompts of an evaluation, shared by all settings."""
 
     config: Any
     targets: dict[str, hub_model.Model]
@@ -178,7 +178,7 @@ class Job:
 
     @property
     def target(self) -> hub_model.Model:
-        """The one whose plain decoding is the baseline of all."""
+        """The config's target, whose plain decoding is the baseline of all cases."""
         return self.targets[self.config.target]
 
     @property
@@ -187,10 +187,10 @@ class Job:
 
 
 def load_job(config: Any) -> Job:
-    """Targets, drafters and task of a config, without prompts yet.
+    """Loads the targets, drafters and task of a config, without prompts.
 
     Raises:
-      UserError: for directories that do not hold what they should, models that do not fit, rules without leniences.
+      UserError: for missing or damaged models, incompatible models, and lossy rules without leniences.
     """
     mesh = meshes.make_mesh(config.mesh)
     load = lambda path, **how: hub_model.load(
@@ -201,14 +201,14 @@ def load_job(config: Any) -> Job:
 
 
 def load_models(config: Any, load: Callable, load_adapter: Callable) -> tuple[dict, dict]:
-    """Targets by their paths and drafters by their names.
+    """Loads the targets, by path, and what the drafters load, by drafter name.
 
     Args:
-      load: (path) -> Model.
+      load: (path) -> Model; for a draft model also takes `replicate`.
       load_adapter: (path, target) -> LoadedAdapter.
 
     Raises:
-      UserError: for models that do not fit each other, and rules without leniences.
+      UserError: for incompatible models, and lossy rules without leniences.
     """
     sections, target = read_drafters(config), load(config.target)
     targets, drafters = {config.target: target}, {}
@@ -225,7 +225,7 @@ def load_models(config: Any, load: Callable, load_adapter: Callable) -> tuple[di
 
 
 def make_job(config: Any) -> Job:
-    """`load_job` with the prompts of the config's selection; refuses those that do not fit (UserError)."""
+    """`load_job` with the prompts that the config selects. Raises UserError for prompts and settings that do not fit."""
     job = load_job(config)
     prompts = batches.evaluation_prompts(
         job.task,
@@ -251,7 +251,7 @@ def make_job(config: Any) -> Job:
 
 
 def make_settings(config: Any) -> list[Setting]:
-    """Groups in order: every batch size and temperature under `lossless`, then under `coupled` where sampled."""
+    """Every batch size and temperature with `lossless`, and above temperature 0 also with `coupled` if a rule needs it."""
     shared = any(
         rule.shared_noise and gammas for section in read_drafters(config).values() for _, rule, gammas in section.rules
     )
@@ -265,10 +265,10 @@ def make_settings(config: Any) -> list[Setting]:
 
 
 def make_cases(job: Job, setting: Setting) -> list[Case]:
-    """Plain decoding, then every drafter at its gammas under the rules that share its noise.
+    """Plain decoding, then every drafter with the rules that use the setting's random numbers, at each gamma.
 
     Raises:
-      UserError: for what does not fit.
+      UserError: for options that are invalid for a target or gamma.
     """
     plain = DrafterSection(ModelDraft(), "", job.config.target, False, ())
     exact = RULES[setting.rule]
@@ -303,12 +303,12 @@ def _sampling(
 
 
 def needs_costs(case: Case) -> bool:
-    """Whether its draft length adapts to costs of blocks that have to be measured first."""
+    """Whether the case has an adaptive draft length and its block costs must be measured first."""
     return case.gamma > 0 and case.options.adaptive and case.sampling.costs is None
 
 
 def make_plan(job: Job, setting: Setting, case: Case, prompts: Sequence[Sequence[int]] | int) -> Plan:
-    """How a case decodes these prompts, or prompts of at most so many tokens."""
+    """The plan of a case for these prompts, or for prompts of at most this many tokens."""
     decoder = case.target.decoder
     return Plan.for_prompts(
         decoder,
@@ -325,10 +325,10 @@ def make_plan(job: Job, setting: Setting, case: Case, prompts: Sequence[Sequence
 def make_methods(
     job: Job, setting: Setting, cases: Sequence[Case], prompts: Sequence[Sequence[int]], longest: int | None = None
 ) -> list[Method]:
-    """How each case decodes these prompts; measures the costs of blocks that the config does not state.
+    """The method of each case for these prompts; measures block costs where they are needed and not in the config.
 
     Args:
-      longest: tokens of the longest prompt to plan for; by default that of `prompts`.
+      longest: number of prompt tokens to plan for; by default those of the longest of `prompts`.
     """
     put, methods = batch.Placer(job.target.mesh), []
     for case in cases:

@@ -1,4 +1,4 @@
-"""How confident a self-draft was in its tokens, by whether they were accepted."""
+"""Histograms of a self-draft's confidence in accepted and in rejected tokens."""
 
 import functools
 from collections.abc import Sequence
@@ -18,17 +18,17 @@ BINS = 20
 
 @functools.partial(jax.jit, static_argnums=0)
 def _confidence(drafter: Any, params: Any, draft_params: Any, texts: Int[Array, "B T"]) -> Float[Array, "B T"]:
-    """The draft's largest probability at temperature 1 of the token after each position."""
+    """The draft's largest probability of the next token after each position, at temperature 1."""
     logits = drafter.score(draft_params, params, texts).astype(jnp.float32)
     return jnp.exp(jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1))
 
 
 def histogram(method: Method, prompts: Sequence[Sequence[int]], output: Output) -> dict[str, list[int]] | None:
-    """Accepted tokens, and first rejected tokens of a block, by the draft's confidence (arXiv 2404.18911, figure 4).
+    """Counts accepted tokens, and the first rejected token of each block, by confidence (arXiv 2404.18911, figure 4).
 
-    This needs no data from the decoding loop. An emitted token's origin says whether a drafted token was accepted there
-    or rejected and replaced (recovered); one forward pass of the draft over the emitted text gives its confidence at
-    these positions. Drafted tokens after a rejected one are not counted.
+    An emitted token's origin tells whether a drafted token was accepted at its position, or rejected and replaced
+    (recovered). One forward pass of the draft over the emitted text gives its confidence at these positions. Drafted
+    tokens after a rejected one are not counted.
 
     Returns:
       {"accepted", "rejected"}: counts in `BINS` equal bins of [0, 1]; None for drafters that do not
@@ -41,7 +41,7 @@ def histogram(method: Method, prompts: Sequence[Sequence[int]], output: Output) 
     for prompt, emitted, origins in zip(prompts, output.tokens, output.origins, strict=True):
         text, _ = batch.pad([[*prompt, *emitted]], plan.capacity)
         confidence = processes.fetch(_confidence(plan.drafter, method.params, method.draft_params, text))[0]
-        # The value at a token's position is about the next token.
+        # The confidence at index t is that in the token at t + 1.
         confidence = confidence[len(prompt) - 1 : len(prompt) - 1 + len(emitted)]
         for origin, bins in counts.items():
             places = np.minimum((confidence[np.asarray(origins, int) == origin] * BINS).astype(int), BINS - 1)

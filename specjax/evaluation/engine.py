@@ -1,4 +1,4 @@
-"""The loop of every evaluation: decodes prompts batch by batch, each batch with several methods in turn."""
+"""Decodes prompts batch by batch, each batch with several methods in turn, so that their times are comparable."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -17,13 +17,13 @@ from specjax.runtime.timing import progress
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """One way to decode.
+    """A plan with parameters and sampling settings: all that decoding needs besides prompts.
 
     Attributes:
-      plan: models, drafter, rule, gamma and capacity.
-      params: of the target.
-      draft_params: of the drafter; None if it has none.
-      sampling: temperature, thresholds and the costs of blocks.
+      plan: static settings: models, drafter, rule, gamma and capacity.
+      params: the target's parameters.
+      draft_params: the drafter's parameters; None if it has none.
+      sampling: temperature, top-k, top-p, lenience, threshold and block costs.
     """
 
     plan: Plan
@@ -34,10 +34,10 @@ class Method:
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """What one method emitted.
+    """The results of one method.
 
     Attributes:
-      batches: (number of prompts, result) of each batch; rows of a result beyond that number are padding.
+      batches: (number of prompts, result) of each batch; further rows of a result are padding.
     """
 
     batches: list[tuple[int, batch.BatchResult]] = dataclasses.field(default_factory=list)
@@ -49,7 +49,7 @@ class Output:
 
     @property
     def origins(self) -> list[list[int]]:
-        """Where each emitted token came from, as indices into `loop.ORIGINS`."""
+        """The origin of each emitted token of each prompt, as an index into `loop.ORIGINS`."""
         return [row for rows, result in self.batches for row in result.origins[:rows]]
 
     @property
@@ -58,7 +58,7 @@ class Output:
 
     @property
     def iterations(self) -> int:
-        """Blocks that all batches ran."""
+        """Total number of blocks over all batches."""
         return sum(result.iterations for _, result in self.batches)
 
     @property
@@ -88,16 +88,16 @@ def decode_in_turns(
     numbers: Sequence[int] | None = None,
     indices: Sequence[int] | None = None,
 ) -> Iterator[tuple[int, list[tuple[int, batch.BatchResult]]]]:
-    """Decodes each batch of prompts with every method, then yields the batch so that the caller can use it at once.
+    """Decodes each batch of prompts with every method, and yields the results of a batch as soon as it is decoded.
 
-    Before that every method decodes one batch that does not count, so no batch's seconds include compilation. Each
-    batch starts with another method, so none always follows the same one.
+    First every method decodes one batch whose result is dropped, so that no batch's seconds include compilation. The
+    order of the methods rotates from batch to batch, so that none always follows the same one.
 
     Args:
-      label: of the progress bar.
-      numbers: of the batches to decode; all of them by default.
-      indices: index of each prompt in the whole run, which with `seed` determines its random numbers; its place in
-        `prompts` by default.
+      label: label of the progress bar.
+      numbers: indices of the batches to decode; all of them by default.
+      indices: index of each prompt in the whole run, which with `seed` determines its random numbers; by default its
+        index in `prompts`.
 
     Yields:
       (batch number, for each method (number of prompts, result)).
@@ -145,9 +145,9 @@ def decode_in_turns(
 def compare_with_plain(
     method: Method, prompts: Sequence[Sequence[int]], plain: Output | None, output: Output, seed: int
 ) -> dict[str, Any] | None:
-    """`identity.compare` with the target's plain decoding; None if there is none, or if equality is not claimed.
+    """`identity.compare` with plain decoding; None if there is none, or if equal tokens are not guaranteed.
 
-    Exact rules claim it if they are greedy or share their noise with plain decoding (`coupled`).
+    They are guaranteed for exact rules that are greedy or use plain decoding's random numbers (`coupled`).
     """
     plan = method.plan
     if plain is None or not plan.gamma or plan.rule.lossy or not (plan.greedy or plan.rule.shared_noise):

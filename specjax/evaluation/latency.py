@@ -1,7 +1,7 @@
-"""Times each part of a block, and single steps of a model, on this device and at a given context.
+"""Times the parts of a block, and single steps of a model, on this device at a given context length.
 
-What is timed runs many times in one compiled loop, because a single dispatch takes longer than a step. Each iteration
-depends on the result of the previous one; otherwise the compiler would hoist or drop it.
+The timed code runs many times in one compiled loop, because a single dispatch can take longer than a step. Each
+iteration depends on the result of the previous one; otherwise the compiler would hoist or remove it.
 """
 
 import dataclasses
@@ -36,17 +36,17 @@ def _noise(plan: Plan, state: loop.DecodeState) -> Noise:
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
 def _draft_and_verify_loop(plan, params, draft_params, state, sampling):
-    """Proposals, each followed by a target call, from the same committed text.
+    """Repeats a proposal followed by a target call, always from the same committed text.
 
-    A draft timed alone would keep its weights in the processor's cache; after a target call, as in a real block, it
-    has to fetch them again. Its seconds are those of the pair minus those of the target call.
+    Timed alone, a draft would keep its weights in the processor's cache; in a real block the target call evicts them.
+    The draft's seconds are those of the pair minus those of the target call.
     """
 
     def step(_, state):
         proposal, state = loop.propose(plan, params, draft_params, state, _noise(plan, state), sampling)
         pending = jnp.take_along_axis(state.tokens, state.lengths[:, None] - 1, axis=1)[:, 0]
         logits, cache, taps = loop.verify(plan, params, state.target_cache, pending, state.lengths, proposal)
-        if plan.drafter.taps:  # otherwise a draft from tapped states would be the same in every iteration, and hoisted
+        if plan.drafter.taps:  # commit new tapped states, otherwise the draft would be constant and hoisted
             one = jnp.ones_like(state.lengths)
             outcome = Outcome(jnp.pad(proposal.tokens, ((0, 0), (0, 1))), one, 0 * one, state.lengths, taps)
             drafter_state = plan.drafter.commit(draft_params, state.drafter_state, outcome)
@@ -62,7 +62,7 @@ def _draft_and_verify_loop(plan, params, draft_params, state, sampling):
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _verify_loop(plan, params, state, proposal):
-    """Target calls, each with the most probable token of the previous one as its pending token."""
+    """Repeats the target call; the pending token is the most probable token of the previous call."""
 
     def step(_, carry):
         cache, pending, total = carry
@@ -81,7 +81,7 @@ def _verify_loop(plan, params, state, proposal):
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _rule_loop(plan, draft_params, state, proposal, logits, taps, sampling, limits):
-    """Rule and commit on the same logits, shifted slightly by the tokens that the previous iteration emitted."""
+    """Repeats rule and commit on the same logits, shifted slightly by the number of tokens emitted so far."""
 
     def step(_, state):
         moved = logits + 1e-6 * jnp.sum(state.lengths).astype(jnp.float32)
@@ -94,15 +94,15 @@ def _rule_loop(plan, draft_params, state, proposal, logits, taps, sampling, limi
 
 @dataclasses.dataclass(frozen=True)
 class TimedStep:
-    """A model on `tokens` tokens per row, `steps` times in one dispatch.
+    """Settings for timing a model: `steps` calls on `tokens` tokens per row in one dispatch.
 
     Attributes:
-      model: its weights may be random, because the time does not depend on its predictions.
-      tokens: per row and call: 1 is a step of decoding, gamma + 1 a verification.
-      batch: rows.
-      context: tokens of a row, including the first one of the call.
-      capacity: slots of the cache.
-      steps: per dispatch; 1 returns to the host after every step.
+      model: the model; its weights may be random, because the time does not depend on its predictions.
+      tokens: number of tokens per row and call: 1 for plain decoding, gamma + 1 for verification.
+      batch: number of rows.
+      context: number of tokens in a row, up to and including the first one of the call.
+      capacity: number of cache slots per row.
+      steps: number of calls per dispatch; 1 returns to the host after every call.
     """
 
     model: LanguageModel
@@ -115,7 +115,7 @@ class TimedStep:
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _steps(step: TimedStep, params, cache, tokens, start):
-    """Repeats the same positions; each step's tokens are the most probable ones of the previous step."""
+    """Runs the model `steps` times at the same positions, on the most probable tokens of the previous call."""
     positions = start[:, None] + jnp.arange(step.tokens, dtype=jnp.int32)[None]
 
     def once(_, carry):
@@ -127,9 +127,9 @@ def _steps(step: TimedStep, params, cache, tokens, start):
 
 
 def step_case(step: TimedStep, params: Any) -> tuple[Callable, Callable]:
-    """(make the inputs, run) for `timing.in_turns`, which times `step.steps` steps.
+    """Functions (make the inputs, run) for `timing.in_turns`; one run is `step.steps` calls of the model.
 
-    The cache is empty, because its content does not change the time; the context must fit its capacity.
+    The cache is filled with zeros, because its content does not affect the time; `context` must fit its capacity.
     """
     tokens = jnp.zeros((step.batch, step.tokens), jnp.int32)
     start = jnp.full((step.batch,), step.context - 1, jnp.int32)
@@ -141,7 +141,7 @@ Timer = Callable[[], float]
 
 
 def _timer(fresh: Callable[[], Any], run: Callable[[Any], Any]) -> Timer:
-    """Times `run` on fresh inputs, in seconds per step."""
+    """A function that times `run` on fresh inputs and returns seconds per iteration of its loop."""
 
     def seconds() -> float:
         inputs = jax.block_until_ready(fresh())
@@ -156,13 +156,13 @@ def timers(method: Method, tokens, lengths, row_keys, *, decoded: int = 0) -> di
     """Timers of the parts of a block, in seconds per block.
 
     Args:
-      tokens: `[B, P]` rows of the mean context: the prompt, and for decoder-only models half of the emitted tokens.
-      lengths: `[B]` tokens of each row.
+      tokens: `[B, P]` rows as long as the mean context: prompt and, for decoder-only models, half the emitted tokens.
+      lengths: `[B]` number of tokens of each row.
       row_keys: `[B]` random keys.
-      decoded: further tokens in the decoder's cache (for an encoder-decoder half of the emitted tokens).
+      decoded: number of further tokens in the cache; for an encoder-decoder half the emitted tokens.
 
     Returns:
-      "verify", "rule" and, with a draft, "propose_and_verify".
+      timers by name: "verify", "rule" and, with a draft, "propose_and_verify".
     """
     plan, params, draft_params, sampling = method.plan, method.params, method.draft_params, method.sampling
     limits = loop.Limits(jnp.full_like(lengths, 2**30), jnp.full((1,), -1, jnp.int32))
@@ -173,7 +173,7 @@ def timers(method: Method, tokens, lengths, row_keys, *, decoded: int = 0) -> di
 
     proposal, logits, taps = _example(plan, params, draft_params, fresh(), sampling)
     rule = lambda state: _rule_loop(plan, draft_params, state, proposal, logits, taps, sampling, limits)
-    # A target call does not depend on rule and temperature, so one compiled loop serves all of them.
+    # A target call does not depend on rule or temperature, so one compiled loop is used for all of them.
     any_rule = dataclasses.replace(plan, rule=rules.rule_named("lossless"), greedy=True)
     parts = {
         "verify": _timer(fresh, lambda state: _verify_loop(any_rule, params, state, proposal)),
@@ -186,34 +186,34 @@ def timers(method: Method, tokens, lengths, row_keys, *, decoded: int = 0) -> di
 
 
 class PartsMeter:
-    """Times the parts of plain decoding and of several speculative plans, round by round.
+    """Times the parts of plain decoding and of several speculative plans in rounds.
 
-    Every round times all of them one after another, so a slow second of the machine spoils one round of a few parts and
-    a slow minute one round of all. Rounds can be spread over the run whose speed the parts predict.
+    Every round times all parts of all plans once, so that a slow phase of the machine affects few rounds, of which
+    `parts` takes the median. Rounds can be spread over the run whose speed is predicted from the parts.
 
     Attributes:
-      rounds: seconds of each part of each plan, round by round.
+      rounds: for each round, for each plan, seconds by part.
     """
 
     def __init__(self, plain: dict[str, Timer], speculative: Sequence[dict[str, Timer]], gammas: Sequence[int]) -> None:
-        """Compiles the parts.
+        """Compiles the parts by running each once.
 
         Args:
           plain: `timers` of plain decoding.
-          speculative: `timers` of each other plan.
-          gammas: draft length of each other plan, 1 or more.
+          speculative: `timers` of each speculative plan.
+          gammas: gamma of each speculative plan, at least 1.
         """
         self._timed, self._gammas, self.rounds = (plain, *speculative), gammas, []
         for timers in progress(self._timed, description="parts: compile", unit="case"):
             _once(timers)
 
     def keep_up(self, share: float) -> None:
-        """Runs rounds until this share of all rounds is done."""
+        """Runs rounds until this fraction of all rounds is done."""
         while len(self.rounds) < round(share * _ROUNDS):
             self.rounds.append([_once(timers) for timers in self._timed])
 
     def parts(self) -> list[PartSeconds]:
-        """The parts of each speculative plan: medians over the rounds."""
+        """The seconds of the parts of each speculative plan, as medians over the rounds."""
         median = lambda index, of: statistics.median(of(times[index]) for times in self.rounds)
         draft = lambda times: times["propose_and_verify"] - times["verify"]
         return [
@@ -233,9 +233,9 @@ def _once(timers: dict[str, Timer]) -> dict[str, float]:
 
 
 def block_seconds(method: Method, tokens, lengths, row_keys, *, decoded: int = 0) -> list[float]:
-    """Seconds of blocks in which every row drafts 0 .. gamma tokens, for a drafter with an adaptive draft length.
+    """Seconds of a block in which every row drafts k tokens, k = 0 .. gamma, for an adaptive drafter.
 
-    Infinite costs of all other lengths force one length, so a single executable runs all of them. Arguments as for
+    A length is forced by infinite costs of all others, so one executable runs all of them. Arguments are as in
     `timers`.
     """
     gamma = method.plan.gamma
@@ -251,10 +251,10 @@ def block_seconds(method: Method, tokens, lengths, row_keys, *, decoded: int = 0
 
 
 def _example(plan, params, draft_params, state, sampling) -> tuple[Proposal, jax.Array, tuple[jax.Array, ...]]:
-    """A full proposal, the target's logits for it and its tapped states, all random.
+    """A proposal of gamma tokens, logits and tapped states with random values.
 
-    The time of a target call and of a rule does not depend on these values, and compiling a draft to get real ones took
-    longer than timing it.
+    The seconds of a target call and a rule do not depend on the values, and compiling a draft to compute real ones took
+    longer than the timing.
     """
     structures = []
 

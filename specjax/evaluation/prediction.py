@@ -26,11 +26,11 @@ def parts_meter(
     seed: int,
     put: batch.Placer,
 ) -> latency.PartsMeter:
-    """A meter of each speculative method and of plain decoding, on rows as long as the run's mean context.
+    """Makes a PartsMeter of plain decoding and the speculative methods, with rows as long as the run's mean context.
 
     Args:
-      prompts: of the run.
-      emitted: tokens that plain decoding emitted for the first of them; on average half of them are in the context.
+      prompts: the prompts of the run.
+      emitted: tokens that plain decoding emitted for the first prompts; half of them are in the mean context.
     """
     half = int(np.mean([len(tokens) // 2 for tokens in emitted]))
     texts = [(*prompt, *tokens) for prompt, tokens in zip(prompts, emitted, strict=False)]
@@ -49,22 +49,22 @@ def measure_block_costs(
     seed: int,
     put: batch.Placer,
 ) -> Float[Array, "gamma_plus_1"]:
-    """Seconds of blocks with 0 .. gamma drafted tokens, for `Sampling.costs`, at the context half-way through the run.
+    """Seconds of a block with 0 .. gamma drafted tokens, for `Sampling.costs`, with half of the new tokens decoded.
 
     Args:
-      method: one with an `AdaptiveDrafter`.
-      prompts: of the run.
+      method: a method whose drafter is an `AdaptiveDrafter`.
+      prompts: the prompts of the run.
     """
     rows = _example_rows(method.plan, prompts, prompts, max_new_tokens // 2, batch_size, seed, put)
     seconds = np.asarray(latency.block_seconds(method, **rows), np.float32)
-    return jnp.asarray(processes.from_first(seconds))  # every process drafts by the same clock
+    return jnp.asarray(processes.from_first(seconds))  # all processes must use the same costs
 
 
 def _example_rows(plan: Plan, prompts, texts, half: int, batch_size: int, seed: int, put: batch.Placer) -> dict:
-    """Arguments of `latency.timers`: the longest texts, each repeated or cut to the mean context.
+    """Arguments of `latency.timers`: the longest texts, each repeated or cut to the mean context length.
 
-    The context is a prompt and `half` emitted tokens. An encoder-decoder reads the prompt separately: its rows are
-    prompts, and the emitted tokens are in the decoder's cache.
+    The context is a prompt and `half` emitted tokens. For an encoder-decoder the rows are prompts, and the emitted
+    tokens are in the decoder's cache.
     """
     separate = plan.target.is_encoder_decoder
     length = int(np.mean([len(prompt) for prompt in prompts])) + (0 if separate else half)
@@ -77,17 +77,17 @@ def _example_rows(plan: Plan, prompts, texts, half: int, batch_size: int, seed: 
 
 
 def uncut_ctar(counts: metrics.Counts, weights: Float[np.ndarray, "N"]) -> Float[np.ndarray, "gamma"]:
-    """`ctar` of blocks that are not cut short by the end of a text.
+    """`ctar` (see `throughput`) as if no block were cut short by the end of a text.
 
-    The throughput model needs these because it cuts the last block itself. If every block drafts gamma tokens, `ctar`
-    is the cumulative product of acceptance by position, where cut positions count neither as tried nor as accepted. For
-    drafters that stop early it is the plain share of blocks, cut ones included.
+    The throughput model cuts the last block itself. If every block drafts gamma tokens, `ctar` is the cumulative
+    product of acceptance by position, in which positions after a cut are not counted. For drafters that stop early, it
+    is the observed share of blocks, including blocks that were cut.
 
     Args:
-      weights: how often each row counts.
+      weights: how often to count each row.
     """
     gamma, texts = counts.drafted_at.shape[1], len(counts.emitted)
-    # A drafter that always drafts gamma tokens has room for at least gamma - 1, gamma - 2, .. in the last blocks of a
+    # If a drafter always drafts gamma tokens, at least gamma - 1, gamma - 2, .. are counted in the last blocks of a
     # text, and one more block may be cut at an EOS.
     cut_at_most = texts * gamma * (gamma + 1) // 2
     if counts.drafted.sum() < gamma * counts.target_calls.sum() - cut_at_most:
@@ -96,10 +96,10 @@ def uncut_ctar(counts: metrics.Counts, weights: Float[np.ndarray, "N"]) -> Float
 
 
 def expected_iterations(counts: metrics.Counts, batch_size: int) -> float:
-    """Expected blocks over all batches of these rows: for each batch the expected maximum over its rows.
+    """Expected number of blocks, summed over batches: a batch runs the maximum over its rows.
 
     Args:
-      counts: of all rows, in the order in which they are put into batches.
+      counts: counts of all rows, in the order in which they were batched.
     """
     emitted = counts.emitted
     ctar = uncut_ctar(counts, np.ones(len(emitted))).tolist()
@@ -114,11 +114,11 @@ def predict(
     output: Output,
     baseline: Output,
 ) -> dict[str, Any]:
-    """The fields of an `EvaluationRow` about parts and the speed-up predicted from them.
+    """The fields of an `EvaluationRow` for part times and the speed-up predicted from them.
 
     Args:
-      parts: None if they were not timed; then every field is None.
-      draft_size: parameters of the draft; 0 for self-drafts, which leaves `mbsu` undefined.
+      parts: seconds of the parts; None if they were not timed, and then every field is None.
+      draft_size: number of parameters of the draft; 0 for self-drafts, for which `mbsu` is None.
     """
     predicted = mbsu = None
     if parts is not None:

@@ -1,4 +1,4 @@
-"""The rows of results.json that evaluations write, and the table that documents their fields."""
+"""The fields of the rows that evaluations write to results.json, and a table that documents them."""
 
 import dataclasses
 from typing import Annotated, Any, get_type_hints
@@ -12,7 +12,7 @@ from specjax.reporting import tables
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One drafter under one rule at one gamma and setting. None stands for a value that is not defined here."""
+    """The results of one drafter with one rule, gamma and setting. None means that a value is undefined."""
 
     task: Annotated[str, "name of the task that the prompts come from"]
     prompts: Annotated[int, "number of prompts; in Spec-Bench of turns"]
@@ -84,13 +84,13 @@ class Row:
     ]
 
     def to_dict(self) -> dict[str, Any]:
-        """The row as results.json holds it."""
+        """The row as a dict of JSON types, as in results.json."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationRow(Row):
-    """A row of `specjax.evaluate`: more about quality, and about the speed-up predicted from parts."""
+    """A row of `specjax.evaluate`, with the quality of the text and the speed-up predicted from part times."""
 
     expected_iterations: Annotated[
         float,
@@ -130,7 +130,7 @@ class SpecBenchRow(Row):
 
 
 def settings_of(config: Any, setting: Setting, case: Case, sampling: Sampling, prompts: int) -> dict[str, Any]:
-    """The fields of a row that say what was run."""
+    """The fields of a row that describe the case and its settings."""
     return {
         "task": config.task.name,
         "prompts": prompts,

@@ -1,11 +1,11 @@
-"""Throughput model: speed from part times and acceptance ("Decoding Speculative Decoding", arXiv 2402.01528).
+"""Throughput model: predicts speed from part times and acceptance ("Decoding Speculative Decoding", arXiv 2402.01528).
 
     throughput(gamma) = emitted(gamma) / (gamma * draft step + target(gamma + 1 tokens) + rule)
 
-Acceptance always has the form `ctar`: index w - 1 holds the probability that w drafted tokens in a row are accepted,
-w = 1 .. gamma (Kangaroo's CTAR, arXiv 2404.18911), so a block emits 1 + sum(ctar) tokens on average. `iid` and
-`by_position` compute it from rates. Its first g entries serve a smaller gamma g, as if blocks could begin anywhere in
-the text: nearly true, and exact if all positions have the same acceptance.
+Acceptance always has the form `ctar` (cumulative token acceptance rate, arXiv 2404.18911): entry w - 1 is the
+probability that a block accepts at least w drafted tokens, w = 1 .. gamma, so a block emits 1 + sum(ctar) tokens on
+average. `iid` and `by_position` compute it from acceptance rates. For a smaller gamma g the first g entries are used,
+which is approximate, and exact if all positions have the same acceptance.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-# Halvings of [0, 1] until the rest is below the resolution of a float32.
+# Number of bisections of [0, 1]; the remaining interval is below float32 resolution.
 _BISECTIONS = 40
 
 
@@ -23,9 +23,9 @@ def iid(acceptance: float, gamma: int) -> tuple[float, ...]:
 
 
 def by_position(rates: Sequence[float | None]) -> tuple[float, ...]:
-    """`ctar` from the probability that position i is accepted once all earlier ones are (`acceptance_by_position`).
+    """`ctar` from the probabilities that position i is accepted if all earlier ones are (`acceptance_by_position`).
 
-    None stands for a position that no block reached.
+    None means that no block reached the position.
     """
     return tuple(float(x) for x in np.cumprod([rate or 0.0 for rate in rates]))
 
@@ -37,7 +37,7 @@ def rates_of(ctar: Sequence[float]) -> tuple[float, ...]:
 
 
 def emitted(ctar: Sequence[float], gamma: int) -> float:
-    """Expected tokens per block, including the recovered or bonus token: TAR, block efficiency, compression rate."""
+    """Expected emitted tokens per block, recovered or bonus token included (block efficiency, also called TAR)."""
     return 1.0 + float(sum(_upto(ctar, gamma)))
 
 
@@ -52,9 +52,9 @@ class Costs:
     """Seconds of the parts of a block with an independent draft.
 
     Attributes:
-      draft_step: one drafted token.
-      verify: index k: the target on k + 1 tokens per row; index 0 is its plain step.
-      rule: rule and bookkeeping of a block.
+      draft_step: seconds per drafted token.
+      verify: at index k, seconds of the target on k + 1 tokens per row; index 0 is a plain decoding step.
+      rule: seconds of rule and bookkeeping per block.
     """
 
     draft_step: float
@@ -62,7 +62,7 @@ class Costs:
     rule: float = 0.0
 
     def block(self, gamma: int) -> float:
-        """Seconds of a block with gamma drafted tokens; gamma 0 is a step of plain decoding."""
+        """Seconds of a block with gamma drafted tokens; gamma 0 is a plain decoding step."""
         return gamma * self.draft_step + _at(self.verify, gamma) + self.rule
 
     def with_draft(self, factor: float) -> "Costs":
@@ -74,16 +74,15 @@ class Costs:
 class SharedCosts:
     """Seconds of the parts of a block whose draft uses the target's first layers (Kangaroo, arXiv 2404.18911).
 
-    These layers run once per token, for draft and verification together: on the pending token and on every drafted one,
-    including the last:
+    These layers run once on the pending token and once on every drafted token, for draft and verification together:
 
         block(k drafted) = (k + 1) * shallow + k * adapter + deep(k + 1 tokens) + rule
 
     Attributes:
-      shallow: the first layers on one token.
-      adapter: everything else per drafted token: adapter, norm and head.
-      deep: index k: the other layers and the head on k + 1 tokens per row.
-      rule: rule and bookkeeping of a block.
+      shallow: seconds of the first layers on one token.
+      adapter: seconds of the rest of a draft step: adapter, norm and head.
+      deep: at index k, seconds of the other layers and the head on k + 1 tokens per row.
+      rule: seconds of rule and bookkeeping per block.
     """
 
     shallow: float
@@ -110,7 +109,7 @@ def _at(seconds: Sequence[float], drafted: int) -> float:
 
 
 def interpolated(measured: Mapping[int, float], longest: int) -> tuple[float, ...]:
-    """Seconds at 0 .. longest drafted tokens, interpolated from some; extrapolated linearly beyond the last one."""
+    """Seconds at 0 .. longest drafted tokens, interpolated linearly, or extrapolated beyond the last measured one."""
     at = sorted(measured)
     if at[0] != 0 or len(at) < 2:
         raise ValueError(f"seconds are needed at 0 drafted tokens and at one more number, not at {at}")
@@ -126,19 +125,19 @@ def throughput(ctar: Sequence[float], costs: BlockCosts, gamma: int) -> float:
 
 
 def speedup(ctar: Sequence[float], costs: BlockCosts, gamma: int) -> float:
-    """Throughput over that of plain decoding."""
+    """Throughput divided by that of plain decoding."""
     return throughput(ctar, costs, gamma) * costs.block(0)
 
 
 def expected_rounds(ctars: Sequence[Sequence[float]], tokens: int | Sequence[int]) -> float:
-    """Expected blocks until every row of a batch has emitted its tokens: the maximum over rows.
+    """Expected number of blocks until every row of a batch has emitted its tokens.
 
-    Exact if the blocks of a row are independent and identically distributed: P(all rows done after r blocks) is the
-    product over rows of P(r blocks emit enough).
+    Exact if blocks are independent, and identically distributed in a row: P(all rows done after r blocks) is the
+    product over rows of P(r blocks emit enough tokens).
 
     Args:
-      ctars: of each row.
-      tokens: emitted by each row; one number for all rows, or one per row.
+      ctars: `ctar` of each row.
+      tokens: number of tokens that each row emits; one number for all rows, or one per row.
     """
     wanted = [tokens] * len(ctars) if isinstance(tokens, int) else list(tokens)
     running = np.zeros((len(ctars), max(wanted, default=0)))
@@ -148,7 +147,7 @@ def expected_rounds(ctars: Sequence[Sequence[float]], tokens: int | Sequence[int
 
 
 def _still_running(ctar: Sequence[float], tokens: int) -> np.ndarray:
-    """Probability that r blocks have emitted fewer than `tokens`, r = 0 .. tokens - 1 (each emits at least one)."""
+    """For r = 0 .. tokens - 1, the probability that r blocks emit fewer than `tokens` tokens; a block emits >= 1."""
     block = -np.diff((1.0, *ctar, 0.0))  # probability that a block emits 1, 2, .. gamma + 1 tokens
     total = np.zeros(tokens)  # probability of each total so far below `tokens`
     total[:1] = 1.0
@@ -163,21 +162,21 @@ def batch_throughput(ctars: Sequence[Sequence[float]], costs: BlockCosts, gamma:
     """Tokens per second of a batch whose rows emit `tokens` each; the batch runs as long as its slowest row.
 
     Args:
-      ctars: of each row.
-      costs: of a block of the whole batch.
+      ctars: `ctar` of each row.
+      costs: costs of a block of the whole batch.
     """
     rounds = expected_rounds([_upto(ctar, gamma) for ctar in ctars], tokens)
     return len(ctars) * tokens / (rounds * costs.block(gamma))
 
 
 def best_gamma(ctar: Sequence[float], costs: BlockCosts, longest: int | None = None) -> int:
-    """The gamma in 0 .. longest with the highest throughput; 0 if speculation does not pay."""
+    """The gamma in 0 .. longest with the highest throughput; 0 if plain decoding is fastest."""
     longest = len(ctar) if longest is None else longest
     return max(range(longest + 1), key=lambda gamma: throughput(ctar, costs, gamma))
 
 
 def break_even_emitted(costs: BlockCosts, gamma: int) -> float:
-    """Tokens that a block must emit to be as fast as plain decoding; above gamma + 1 it never is."""
+    """Tokens that a block must emit to be as fast as plain decoding; if above gamma + 1, it never is."""
     return costs.block(gamma) / costs.block(0)
 
 
@@ -194,25 +193,25 @@ def break_even_acceptance(costs: BlockCosts, gamma: int) -> float | None:
 
 
 def parity_draft_step(block_efficiency: float, gamma: int, throughput: float, target_seconds: float) -> float | None:
-    """Seconds of a draft step at which this draft reaches the throughput of another draft.
+    """Seconds per draft step at which a draft A reaches the throughput of another draft B.
 
-    `(TAR_A / throughput_B - t_target) / gamma`; None if even a draft that takes no time is slower.
+    `(TAR_A / throughput_B - t_target) / gamma`; None if A is slower even with draft steps of 0 seconds.
 
     Args:
-      block_efficiency: of this draft.
-      throughput: of the other draft, in tokens per second.
-      target_seconds: of a verification, rule included.
+      block_efficiency: TAR_A, tokens per block with draft A.
+      throughput: throughput with draft B, in tokens per second.
+      target_seconds: t_target, seconds of a verification with its rule.
     """
     seconds = (block_efficiency / throughput - target_seconds) / gamma
     return seconds if seconds > 0 else None
 
 
 def sensitivity(ctar: Sequence[float], costs: BlockCosts, gamma: int, change: float = 0.1) -> dict[str, float]:
-    """Throughput with a better draft at this gamma, relative to today's.
+    """Throughput with a better draft at this gamma, relative to that with the given draft.
 
     Returns:
-      "acceptance": if the acceptance of every position is higher by the share `change` (at most 1);
-      "latency": if a draft step takes less time by the share `change`.
+      "acceptance": with every position's acceptance rate multiplied by 1 + `change` (at most 1);
+      "latency": with the seconds of a draft step multiplied by 1 - `change`.
     """
     better = by_position([min(1.0, (1 + change) * rate) for rate in rates_of(ctar)])
     now = throughput(ctar, costs, gamma)
@@ -224,14 +223,14 @@ def sensitivity(ctar: Sequence[float], costs: BlockCosts, gamma: int, change: fl
 
 @dataclasses.dataclass(frozen=True)
 class PartSeconds:
-    """Seconds of the parts of a block, each timed separately from the run whose speed they predict.
+    """Seconds of the parts of a block, timed separately from the run whose speed they predict.
 
     Attributes:
-      draft_step: one drafted token (the proposal's seconds divided by gamma).
-      target_step: the target on one token per row.
-      verify: the target on gamma + 1 tokens per row.
-      rule: rule and bookkeeping of a block.
-      baseline_rule: the same at gamma = 0.
+      draft_step: seconds per drafted token (seconds of a proposal divided by gamma).
+      target_step: seconds of the target on one token per row.
+      verify: seconds of the target on gamma + 1 tokens per row.
+      rule: seconds of rule and bookkeeping per block.
+      baseline_rule: the same in plain decoding (gamma = 0).
     """
 
     draft_step: float
@@ -246,11 +245,11 @@ class PartSeconds:
 
     @property
     def baseline(self) -> float:
-        """Seconds of one plain token per row."""
+        """Seconds of a plain decoding step, which emits one token per row."""
         return self.target_step + self.baseline_rule
 
     def cost_ratio(self) -> float:
-        """c of DistillSpec: draft step over target step."""
+        """DistillSpec's cost ratio c: draft step divided by target step."""
         return self.draft_step / self.target_step
 
 
@@ -265,13 +264,13 @@ def predicted_speedup(
     baseline_iterations: int,
     baseline_prefill_seconds: float,
 ) -> float:
-    """Tokens per second with speculation over tokens per second without, prefill included on both sides."""
+    """Predicted tokens per second with speculation divided by those of plain decoding; both include prefill."""
     seconds = prefill_seconds + iterations * parts.block(gamma)
     baseline_seconds = baseline_prefill_seconds + baseline_iterations * parts.baseline
     return (emitted / seconds) / (baseline_emitted / baseline_seconds)
 
 
 def memory_bound_speedup(block_efficiency: float, gamma: int, target_params: int, draft_params: int) -> float:
-    """MBSU of arXiv 2403.00858: rho * tau / (gamma + rho), rho = target parameters / draft parameters."""
+    """MBSU (arXiv 2403.00858): rho * tau / (gamma + rho), rho = target / draft parameters, tau = block efficiency."""
     ratio = target_params / draft_params
     return ratio * block_efficiency / (gamma + ratio)

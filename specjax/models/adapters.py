@@ -1,4 +1,4 @@
-"""Kangaroo's adapter (arXiv 2404.18911): a light network on the target's hidden states after its first layers."""
+"""Kangaroo's adapter (arXiv 2404.18911): a small network on the target's hidden states after its first layers."""
 
 import dataclasses
 import functools
@@ -29,10 +29,10 @@ class AdapterConfig(AttachmentConfig):
     """Options of an adapter.
 
     Attributes:
-      exit_layer: the adapter reads the states after this many of the target's layers.
-      kind: "attention" is the paper's. Its ablations: "layer" (attention and MLP), "mlp" (two projections of width D),
-        "none" (only the norm before the head).
-      own_head: whether it trains a head; otherwise it uses the target's frozen head.
+      exit_layer: the adapter reads the hidden states after this many of the target's layers.
+      kind: "attention" is the paper's adapter. Its ablations are "layer" (attention and MLP), "mlp" (an MLP of width D
+        without a gate) and "none" (only the norm before the head).
+      own_head: whether the adapter trains a head; otherwise it uses the target's frozen head.
     """
 
     exit_layer: int
@@ -127,20 +127,20 @@ class Adapter(Attachment):
         inner = self.config.inner
         if self.config.kind == "none":
             return None
-        if self.config.kind not in _ATTENDING:  # no keys and values; the meter counts how often it ran
+        if self.config.kind not in _ATTENDING:  # no keys and values; the meter still counts executions
             return kv_cache.Cache((), (), kv_cache.Meter.zeros(batch))
         return kv_cache.zeros(inner, batch, capacity, dtype_named(inner.compute_dtype))
 
     def extend(
         self, params: Params, cache: Any, states: States, positions: Int[Array, "B T"]
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """Returns the hidden states before the adapter's final norm, and the cache."""
+        """Returns the hidden states before the adapter's final norm, and the cache; `states` has one entry."""
         return self.bind(params).extend(cache, *states, positions)
 
     def head(
         self, params: Params, target: LanguageModel, target_params: Params, hidden: Float[Array, "B T D"]
     ) -> Float[Array, "B T V"]:
-        """The adapter's final norm, then the target's projection or the adapter's: float32 logits."""
+        """Float32 logits: the adapter's final norm, then the adapter's own output projection or the target's."""
         module = self.bind(params)
         hidden = module.norm(hidden)
         if module.unembedding is None:

@@ -1,4 +1,4 @@
-"""Attachments: networks trained on the hidden states of a frozen target, such as Kangaroo's adapter and Medusa's heads.
+"""Attachments: networks trained on a frozen target's hidden states, such as Kangaroo's adapter and Medusa's heads.
 
 To add one, write a subclass of `Attachment` with its config class in `models`, a drafter in `decoding/drafters`, and a
 line in `models.table.ATTACHMENTS`. A user's own class needs no line: `model.init` is then "path/to/file.py:Name".
@@ -20,10 +20,10 @@ States = tuple[Float[Array, "B T D"], ...]
 
 @dataclasses.dataclass(frozen=True)
 class AttachmentConfig:
-    """Base of the config of an attachment: the fields of a subclass are the keys of its section in a run's config.
+    """Base class of an attachment's config; the fields of a subclass are the keys of its section in a run's config.
 
     Attributes:
-      target: the decoder to which it is attached; sizes and dtypes follow from it.
+      target: config of the target; sizes and dtypes of the attachment follow from it.
 
     Raises:
       UserError: for an encoder-decoder.
@@ -45,17 +45,17 @@ class AttachmentConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Attachment(Network):
-    """A network that reads hidden states of a frozen target and predicts tokens; it alone is trained.
+    """A trained network that predicts tokens from hidden states of a frozen target.
 
     Subclasses set `module` (see `Network`), and the attributes below.
 
     Attributes:
       config: an instance of `config_class`.
       config_class: subclass of AttachmentConfig.
-      drafter: what drafts with it: a name of `decoding.drafters.table.DRAFTERS`, or a user's own options class.
-      taps: after which of the target's layers it reads states (1 is after the first), in rising order.
-      predicts: what `head` predicts at each position, in order. Only an attachment that predicts the next token alone
-        can write text in training.
+      drafter: the drafter that uses it: a key of `decoding.drafters.table.DRAFTERS`, or a user's own options class.
+      taps: it reads the target's hidden states after this many layers, for each entry; in ascending order.
+      predicts: the predictions of `head` at each position, in order. Text for on-policy training can be generated only
+        with an attachment whose single prediction is the next token.
     """
 
     config: AttachmentConfig
@@ -68,12 +68,12 @@ class Attachment(Network):
         raise NotImplementedError
 
     def init_on(self, key: Key[Array, ""], target: Decoder, target_params: Params) -> Params:
-        """Parameters at step 0 of training; here random ones, without regard to the target's."""
+        """Parameters at step 0 of training; random by default, independent of the target's parameters."""
         del target, target_params
         return self.init(key)
 
     def start(self, batch: int, capacity: int) -> Any:
-        """An empty cache of this many slots; None if the attachment has no memory."""
+        """An empty cache with `capacity` slots for `batch` rows; None if the attachment needs no cache."""
         del batch, capacity
         return None
 
@@ -83,21 +83,21 @@ class Attachment(Network):
         """Runs the attachment in decoding; positions are consecutive in each row.
 
         Args:
-          cache: of `start`; None for whole texts, without a cache.
-          states: the target's hidden states after each of `taps`.
+          cache: as `start` returns it; None for whole texts without a cache.
+          states: for each of `taps` the target's hidden states `[B, T, D]`.
 
         Returns:
-          what `head` takes; the cache with the slots of this call written.
+          the input of `head`; the cache with the slots of this call written.
         """
         raise NotImplementedError
 
     def training_states(
         self, params: Params, target: Decoder, target_params: Params, states: States, tokens: Int[Array, "B T"]
     ) -> Float[Array, "B T E"]:
-        """What `head` takes in training, on whole texts: here `extend` once, without a cache.
+        """The input of `head` in training, on whole texts; by default one `extend` without a cache.
 
-        An attachment that drafts from its own outputs overrides this to unroll its steps, each with its own mask, and
-        returns the states of all steps joined along the last axis; `predicts` then has one entry for each step.
+        An attachment that drafts from its own outputs overrides this to unroll its steps, each with its own mask. It
+        concatenates the states of all steps along the last axis, and `predicts` has one entry per step.
         """
         del target, target_params
         return self.extend(params, None, states, consecutive(tokens))[0]
@@ -105,24 +105,24 @@ class Attachment(Network):
     def head(
         self, params: Params, target: Decoder, target_params: Params, hidden: Float[Array, "B T E"]
     ) -> Float[Array, "B T_times_predictions V"]:
-        """Float32 logits; those of one position's predictions are adjacent. Here: the target's norm and head."""
+        """Float32 logits, with the predictions of a position adjacent; by default the target's final norm and head."""
         del params
         return target.head(target_params, hidden)
 
 
 @dataclasses.dataclass(frozen=True)
 class AttachedDraft(LanguageModel):
-    """The target's layers up to the last tap with an attachment, as one language model: what training needs.
+    """The target's layers up to the last tap and an attachment, as one language model for training.
 
-    `init`, `abstract_params`, `axes` and `num_params` are the attachment's. Methods that take parameters take those of
-    `runtime_params`, which include the target's.
+    `init`, `abstract_params`, `axes` and `num_params` are the attachment's. Methods with a `params` argument take the
+    result of `runtime_params`, which includes the target's parameters.
     """
 
     attachment: Attachment = dataclasses.field(kw_only=True)
 
     @classmethod
     def of(cls, attachment: Attachment) -> "AttachedDraft":
-        """The draft that an attachment makes with its target."""
+        """The draft that consists of an attachment and its target's first layers."""
         return cls(attachment.config.target, attachment=attachment)
 
     @property
@@ -181,5 +181,5 @@ class AttachedDraft(LanguageModel):
 
 
 def runtime_params(model: LanguageModel, params: Params, target_params: Params | None) -> Params:
-    """The parameters that a model's `start`, `extend` and `head` take: its own, with the target's for an attachment."""
+    """The `params` of `start`, `extend` and `head`: the model's own, and for an AttachedDraft also the target's."""
     return {"attachment": params, "target": target_params} if isinstance(model, AttachedDraft) else params

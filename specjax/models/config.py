@@ -1,4 +1,4 @@
-"""The config of a decoder-only model: exactly the differences between the supported families."""
+"""The config of a decoder-only model, with a field for every difference between the supported families."""
 
 import dataclasses
 
@@ -28,17 +28,17 @@ class DecoderConfig:
       tied_head: whether the output head is the transposed embedding.
       param_dtype: dtype of the parameters.
       compute_dtype: dtype of activations and caches; logits are always float32.
-      family: key of `hub.families`; an export has its `config.json` and tensor names.
+      family: `model_type` of the family in `hub.families` in whose format the model is exported.
       norm: "rms", "rms_plus_one" (Gemma: the gain is 1 + weight) or "layer" (with mean and bias).
-      activation: of the MLP.
+      activation: activation function of the MLP: "silu", "gelu", "gelu_tanh" or "relu".
       gated_mlp: whether the MLP has a gate.
       order: "pre" norms each sublayer's input, "post" the sum with the residual (OPT-350M), "both" its input and its
         output (Gemma 2 and 3), "parallel" runs attention and MLP on the same residual (GPT-NeoX).
       final_norm: whether the head is preceded by a norm.
-      attention_bias: biases of query, key and value.
-      output_bias: bias of the attention's output projection.
-      mlp_bias: biases of the MLP.
-      qk_norm: norms of each query and key head (Qwen3, Gemma 3).
+      attention_bias: whether the query, key and value projections have biases.
+      output_bias: whether the attention's output projection has a bias.
+      mlp_bias: whether the MLP's projections have biases.
+      qk_norm: whether each query and key head is normalised (Qwen3, Gemma 3).
       learned_positions: number of rows of a learned position table; 0 for none.
       position_offset: row of position 0 in that table (2 in OPT).
       local_rotary: rotary embedding of the layers with a window, if it differs (Gemma 3).

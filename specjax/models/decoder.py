@@ -1,4 +1,4 @@
-"""The decoder-only language model of all families; their differences are in its config."""
+"""The decoder-only language model; one implementation serves all families, which differ in their config."""
 
 import dataclasses
 import functools
@@ -54,7 +54,7 @@ class DecoderModule(nnx.Module):
         capacity = inputs.shape[1] if cache is None else cache.capacity
         cosine_sine = lambda rotary: None if rotary is None else angles(rotary, positions, capacity)
         everywhere, local = cosine_sine(config.rotary), cosine_sine(config.local_rotary)
-        # For whole texts, weights move to the rows; for the few tokens of a decoding step, rows move to the weights.
+        # For whole texts, each device keeps its rows and gathers weights; in decoding, the few tokens are sent instead.
         pin = meshes.pin_rows if cache is None else lambda x: x
         hidden = pin(hidden)
         for layer in range(lo, hi):

@@ -17,7 +17,7 @@ from specjax.models.language_model import LanguageModel, Params, consecutive, lo
 from specjax.runtime import mesh as meshes
 from specjax.runtime.dtypes import dtype_named
 
-# `max_positions` of a model with relative positions, which has no maximum.
+# `max_positions` of a model with relative positions, whose text length is not limited.
 UNLIMITED = 1 << 30
 
 
@@ -27,9 +27,9 @@ class EncoderDecoderConfig(DecoderConfig):
 
     Attributes:
       encoder_layers: number of blocks of the encoder (`layers` are the decoder's).
-      relative_buckets: number of biases of each head, for ranges of distances between tokens.
-      relative_distance: distances from this one on share the last bucket.
-      head_scale: factor on the last hidden states before the head.
+      relative_buckets: number of relative-position biases per head, each for a range of distances between tokens.
+      relative_distance: all distances of at least this many tokens share the last bucket.
+      head_scale: factor on the normalised last hidden states before the head.
       start_token: the id that every text starts with.
     """
 
@@ -73,12 +73,12 @@ class EncoderDecoderConfig(DecoderConfig):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class CrossCache:
-    """The decoder's cache: of its text, and of the encoded prompt.
+    """The decoder's keys and values, for self-attention to the text and cross-attention to the encoded prompt.
 
     Attributes:
-      own: keys and values of the text; None without a cache.
-      cross_keys: of the prompt, one `[B, N, P, H]` array for each layer, computed once.
-      cross_values: the same for values.
+      own: self-attention cache of the text; None on whole texts without a cache.
+      cross_keys: cross-attention keys of the prompt, one array per layer, computed once.
+      cross_values: the values, likewise.
       lengths: number of tokens of each prompt.
     """
 
@@ -89,7 +89,7 @@ class CrossCache:
 
 
 def bucket_table(buckets: int, distance: int, *, both_ways: bool) -> np.ndarray:
-    """The bucket of each distance 0 .. `distance` backwards, then (with `both_ways`) of each 1 .. `distance` forwards.
+    """Buckets of the distances 0 .. `distance` to earlier tokens, then with `both_ways` 1 .. `distance` to later ones.
 
     Half of the buckets hold one distance each, the others ranges that grow geometrically.
     """
@@ -102,7 +102,7 @@ def bucket_table(buckets: int, distance: int, *, both_ways: bool) -> np.ndarray:
 
 
 class RelativeBias(nnx.Module):
-    """A learned bias for each head and bucket of distances, shared by all layers of a stack."""
+    """Learned attention biases by head and distance bucket, shared by all layers of the encoder or of the decoder."""
 
     def __init__(self, config: EncoderDecoderConfig, both_ways: bool, rngs: nnx.Rngs):
         shape = (config.relative_buckets, config.heads)

@@ -1,8 +1,8 @@
 """Fixed-shape padded key/value caches with a write position per row.
 
-Layout `[B, K, S, H]` per layer: the slots of one head are contiguous, which on CPU made decoding at batch 8
-twice as fast as `[B, S, K, H]`. A slot at or after a query's position is never visible, so rolling a row back
-means nothing more than continuing from an earlier position: the stale slots are overwritten before they are seen.
+The layout is `[B, K, S, H]` per layer (K heads, S slots), with the slots of a head contiguous: on CPU, decoding a batch
+of 8 was twice as fast as with `[B, S, K, H]`. A query attends only to slots up to its own position, so to roll a row
+back, decoding just continues from an earlier position: stale slots are overwritten before a query can attend to them.
 """
 
 import dataclasses
@@ -18,22 +18,22 @@ from specjax.runtime.mesh import axes
 # Logical axes of each cache array; the mesh rules map them to devices.
 AXES = ("batch", "kv_heads", "slots", "head")
 
-# Attention reads a prefix of the cache; the shortest prefix worth its own branch.
+# Attention reads a prefix of the cache; shorter prefixes than this are not worth a compiled branch.
 _SHORTEST_PREFIX = 128
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Meter:
-    """Layer executions: how often a layer ran on a token. `extend`, which calls the layers, counts them.
+    """Counts layer executions, where one execution is one layer running on one token. `extend` updates it.
 
     Attributes:
-      counted: how many columns of the next calls are the row's own tokens; the others are padding, or belong to rows
-        that have ended or that wait for the rest of their batch.
-      own: executions on the row's own tokens.
-      columns: executions on all columns of a row, the same number in every row.
+      counted: in each row, the number of columns of the next calls that hold real tokens. Other columns are padding, or
+        the row has ended or is waiting for other rows.
+      own: executions on real tokens, per row.
+      columns: executions on all columns, per row; the same in every row.
 
-    Device arrays while decoding, numpy arrays once fetched.
+    Arrays are on the device during decoding, and numpy arrays once fetched.
     """
 
     counted: Int[Array | np.ndarray, "B"] = axes("batch")
@@ -42,11 +42,11 @@ class Meter:
 
     @classmethod
     def zeros(cls, batch: int) -> "Meter":
-        row = lambda: jnp.zeros((batch,), jnp.int32)  # an array each: a cache that is donated may hold none twice
+        row = lambda: jnp.zeros((batch,), jnp.int32)  # separate arrays, because donated buffers must be distinct
         return cls(row(), row(), jnp.zeros((), jnp.int32))
 
     def after(self, layers: int, columns: int) -> "Meter":
-        """The meter after a call of so many layers on so many columns."""
+        """The meter after a call that ran `layers` layers on `columns` columns per row."""
         own = self.own + layers * jnp.minimum(self.counted, columns)
         return Meter(self.counted, own, self.columns + layers * columns)
 
@@ -54,12 +54,12 @@ class Meter:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Keys and values of every layer, and how much was computed with them.
+    """Keys and values of every layer, and a count of layer executions.
 
     Attributes:
-      keys: one `[B, K, S, H]` array a layer.
-      values: the same for values.
-      meter: layer executions so far.
+      keys: one array per layer.
+      values: one array per layer.
+      meter: counts layer executions.
     """
 
     keys: tuple[Float[Array, "B K S H"], ...] = axes(*AXES)
@@ -79,12 +79,12 @@ class Cache:
         )
 
     def metered(self, layers: int, columns: int) -> "Cache":
-        """The cache after a call of so many layers on so many columns."""
+        """The cache with its meter increased for a call of `layers` layers on `columns` columns per row."""
         return dataclasses.replace(self, meter=self.meter.after(layers, columns))
 
 
 def zeros(config, batch: int, capacity: int, dtype) -> Cache:
-    """An empty cache. Zeros, not `jnp.empty`: a masked slot still enters a product, and 0 * nan is nan."""
+    """An empty cache, filled with zeros: masked slots are multiplied by weight 0, and 0 * NaN would be NaN."""
     shape = (batch, config.kv_heads, capacity, config.head_size)
     return Cache(
         tuple(jnp.zeros(shape, dtype) for _ in range(config.layers)),
@@ -98,45 +98,45 @@ def _is_meter(node: Any) -> bool:
 
 
 def counting(tree: Any, counted: Int[Array, "B"]) -> Any:
-    """The tree with `counted` columns of each row, from now on, in every meter of it."""
+    """Sets `Meter.counted` in every meter of a tree, for the calls that follow."""
     change = lambda node: dataclasses.replace(node, counted=counted) if _is_meter(node) else node
     return jax.tree.map(change, tree, is_leaf=_is_meter)
 
 
 def unmetered(tree: Any) -> Any:
-    """The tree with every meter of it at 0."""
+    """Resets every meter of a tree to 0."""
     return jax.tree.map(lambda x: jax.tree.map(jnp.zeros_like, x) if _is_meter(x) else x, tree, is_leaf=_is_meter)
 
 
 def meters(tree: Any) -> list[Meter]:
-    """Every meter of the tree."""
+    """Returns every meter of a tree."""
     return [node for node in jax.tree.leaves(tree, is_leaf=_is_meter) if _is_meter(node)]
 
 
 def write(
     slots: Float[Array, "B K S H"], new: Float[Array, "B K T H"], start: Int[Array, "B"]
 ) -> Float[Array, "B K S H"]:
-    """Writes T consecutive slots of each row from `start[b]`.
+    """Writes `new` to T consecutive slots of each row, from slot `start[b]` on.
 
-    The caller keeps `start + T <= S`: past the end `dynamic_update_slice` would clamp and silently overwrite
-    earlier slots (the loop's capacity has the room, see `decoding.loop.capacity_for`).
+    The caller guarantees `start + T <= S` (see `decoding.plan.capacity_for`); otherwise `dynamic_update_slice` would
+    clamp `start` and silently overwrite earlier slots.
     """
     return write_rows(slots, new, start, axis=2)
 
 
 def write_rows(array: jax.Array, new: jax.Array, start: Int[Array, "B"], *, axis: int) -> jax.Array:
-    """Writes `new` into `array`, each row at its own place along `axis`; the first axis counts rows."""
+    """Writes `new` into `array`, row b from index `start[b]` of `axis` on; axis 0 holds the rows."""
     new = new.astype(array.dtype)
-    if array.shape[0] == 1:  # the batched form becomes a scatter, which costs more than the slice it updates
+    if array.shape[0] == 1:  # the batched form compiles to a scatter, which is slower
         return jax.lax.dynamic_update_slice_in_dim(array, new, start[0], axis)
     write_row = lambda row, update, at: jax.lax.dynamic_update_slice_in_dim(row, update, at, axis - 1)
     return jax.vmap(write_row)(array, new, start)
 
 
 def prefixes(capacity: int) -> list[int]:
-    """Lengths of cache prefixes that attention may be asked to read: powers of two, and the whole.
+    """The lengths of cache prefixes that attention is compiled for: powers of two, and the full capacity.
 
-    A prefix of three quarters of the whole or more is none: each is compiled in every layer, and spares little.
+    Prefixes of three quarters of the capacity or more are left out: each is compiled in every layer and saves little.
     """
     lengths = []
     length = _SHORTEST_PREFIX

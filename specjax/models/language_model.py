@@ -1,7 +1,7 @@
 """The interface of every language model: init, start, extend, head.
 
-Models are Flax NNX modules inside. Outside, parameters are a plain nested dict of arrays, so that `jax.jit`, `jax.grad`
-and shardings apply to them directly.
+Models are implemented as Flax NNX modules. Callers see parameters as a nested dict of arrays, so that `jax.jit`,
+`jax.grad` and shardings apply to them directly.
 """
 
 import dataclasses
@@ -21,18 +21,18 @@ Params = dict
 
 
 class Prediction(NamedTuple):
-    """What a head predicts at each position.
+    """One of the tokens that a head predicts at each position.
 
     Attributes:
-      offset: how many places after the next token the predicted token is; 0 is the next token.
-      weight: of this prediction in the loss.
+      offset: position of the predicted token relative to the next token; 0 is the next token.
+      weight: weight of this prediction in the loss.
     """
 
     offset: int
     weight: float
 
 
-# What a language model predicts.
+# The prediction of an ordinary language model: the next token.
 NEXT = (Prediction(0, 1.0),)
 
 
@@ -41,7 +41,7 @@ def _abstract(module: type, config: Any):
     def shaped():
         rngs = nnx.Rngs(params=0)
         key = rngs.params()
-        rngs.params = lambda: key  # shapes do not depend on the key, and splitting it is most of the tracing time
+        rngs.params = lambda: key  # shapes do not depend on the key, and splitting it takes most of the tracing time
         return module(config, rngs)
 
     return nnx.split(nnx.eval_shape(shaped))
@@ -54,7 +54,7 @@ def _init(module: type, config: Any, key: jax.Array) -> Params:
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A network without its parameters, hashable and static. Their values, shapes and axes follow from its NNX module.
+    """A network without parameters, hashable and static. Initial values, shapes and axes come from its NNX module.
 
     Attributes:
       config: sizes and options, hashable.
@@ -107,10 +107,10 @@ class LanguageModel(Network):
 
     Attributes:
       config: sizes and options.
-      logits_size: V of the logits if it differs from the config's vocabulary, see `with_vocab_size`.
+      logits_size: V of the logits; None for the config's vocabulary size. See `with_vocab_size`.
       is_encoder_decoder: whether prompts are encoded separately.
-      predicts: what `head` predicts from each hidden state, in order. Only a model that predicts the next token alone
-        can write text.
+      predicts: the predictions of `head` at each position, in order. Only a model whose single prediction is the next
+        token can generate text.
     """
 
     logits_size: int | None = dataclasses.field(default=None, kw_only=True)
@@ -127,10 +127,10 @@ class LanguageModel(Network):
         return self.logits_size or self.config.vocab_size
 
     def with_vocab_size(self, vocab_size: int) -> "LanguageModel":
-        """This model, with the same parameters, as a distribution over the first `vocab_size` ids.
+        """This model, with the same parameters, with logits for `vocab_size` ids.
 
-        Models with one tokenizer may pad their embeddings to different sizes. A draft needs the target's size: ids
-        beyond it are dropped, and ids that the draft lacks get probability 0.
+        Models with the same tokenizer may pad their embeddings to different sizes, and a draft's logits need the
+        target's size: further ids are dropped, and ids that the draft lacks get probability 0.
         """
         return dataclasses.replace(self, logits_size=None if vocab_size == self.config.vocab_size else vocab_size)
 
@@ -149,7 +149,7 @@ class LanguageModel(Network):
         meshes.check_split({**sizes, "MLP width": config.mlp_width}, mesh)
 
     def start_text(self, prompt: Sequence[int]) -> list[int]:
-        """The tokens that the text of this prompt starts with."""
+        """The tokens with which the text of this prompt starts: the prompt itself, or a start token."""
         return list(prompt)
 
     def text_slots(self, prompt_slots: int) -> int:
@@ -163,11 +163,11 @@ class LanguageModel(Network):
         return prompts, lengths
 
     def start(self, params: Params, prompts: Int[Array, "B P"], lengths: Int[Array, "B"], capacity: int) -> Any:
-        """The cache that `extend` starts from. An encoder-decoder encodes the prompts here.
+        """The empty cache that the first `extend` takes. An encoder-decoder encodes the prompts here.
 
         Args:
-          capacity: slots of the cache; 0 for the forward pass of training without a cache, where a decoder-only model
-            returns None.
+          capacity: number of cache slots per row; 0 if whole texts are computed without a cache, as in training. A
+            decoder-only model then returns None.
 
         Raises:
           ValueError: if the texts do not fit the capacity.
@@ -187,11 +187,11 @@ class LanguageModel(Network):
         """Runs layers `lo..hi-1` on tokens, or on the hidden states after layer `lo - 1`.
 
         Args:
-          cache: of `start`; keys and values of this call are written at `positions`. Without a cache, the T tokens
-            attend causally to each other alone.
+          cache: as `start` or `extend` returns it; keys and values of this call are written at `positions`. Without a
+            cache, the T tokens attend causally to each other only.
           inputs: token ids, which are embedded first, or hidden states to resume from.
           positions: absolute, consecutive in each row.
-          mask: True where a query may see a slot, in addition to causality.
+          mask: False where a query must not attend to a slot, in addition to causality.
           layers: the range (lo, hi); None for all layers.
 
         Returns:

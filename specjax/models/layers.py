@@ -23,10 +23,10 @@ _ACTIVATIONS = {
 
 @jax.custom_vjp
 def _product(inputs, kernel):
-    """`inputs @ kernel`; its gradient materialises both factors before multiplying.
+    """`inputs @ kernel` with a gradient that materialises both factors before multiplying them.
 
     Otherwise the CPU compiler fuses a strided transpose into the preceding operation, such as the activation's
-    gradient, and a training step took a tenth longer.
+    gradient, which made a training step 10% slower.
     """
     return inputs @ kernel
 
@@ -100,7 +100,7 @@ class LayerNorm(nnx.Module):
 
 
 def make_norm(config: DecoderConfig, width: int) -> RMSNorm | LayerNorm:
-    """The config's kind of norm over `width` channels."""
+    """A norm over `width` channels, of the kind in the config."""
     if config.norm == "layer":
         return LayerNorm(width, config.norm_epsilon, config.param_dtype)
     return RMSNorm(width, config.norm_epsilon, config.param_dtype, 1.0 if config.norm == "rms_plus_one" else 0.0)
@@ -116,10 +116,10 @@ def attend(
     softcap: float = 0.0,
     bias: Float[Array, "_ N T S"] | None = None,
 ) -> Float[Array, "B N T H"]:
-    """Softmax attention of grouped queries over the slots where `visible` [B, T, S] is true; weights in float32.
+    """Grouped-query softmax attention to the slots where `visible` [B, T, S] is true; weights in float32.
 
     Args:
-      scale: factor on the scores.
+      scale: factor on the dot products of queries and keys.
       softcap: scores become softcap * tanh(scores / softcap), arXiv 2408.00118; 0 is off.
       bias: added to the scores; its batch axis may be 1.
     """
@@ -155,10 +155,10 @@ def visible_slots(positions, slots, mask, window: int, causal: bool = True):
 def attend_to_prefix(queries, keys, values, positions, mask, *, window=0, bias=None, **how):
     """`attend` over the shortest of `kv_cache.prefixes` that contains every visible slot.
 
-    So the cost of attention follows the length of the text, not the size of the cache. The switch is around attention
-    alone and only reads the cache; around the whole forward pass it would copy the cache every step.
+    So the cost of attention depends on the length of the text, not on the cache's capacity. The switch contains only
+    attention, which reads the cache; a switch around the forward pass would copy the cache in every step.
     """
-    # T tokens occupy at least T slots: shorter prefixes need no branch, and each branch is compiled in every layer.
+    # T tokens occupy at least T slots, so shorter prefixes need no branch; each branch is compiled in every layer.
     lengths = [length for length in kv_cache.prefixes(keys.shape[2]) if length >= queries.shape[2]]
 
     def branch(length):
@@ -178,16 +178,16 @@ def attend_to_prefix(queries, keys, values, positions, mask, *, window=0, bias=N
 
 
 def query_scale(config: DecoderConfig) -> float:
-    """The factor on the attention scores."""
+    """The factor on the dot products of queries and keys."""
     return config.head_size**-0.5 if config.query_scale is None else config.query_scale
 
 
 def projections(config: DecoderConfig, rngs: nnx.Rngs) -> tuple[Linear, Linear, Linear, Linear]:
-    """Query, key, value and output projections of an attention."""
+    """The query, key, value and output projections of an attention layer."""
     make = functools.partial(Linear, dtype=config.param_dtype, rngs=rngs)
     scale, bias = config.width**-0.5, config.attention_bias
     inner, kv_inner = config.heads * config.head_size, config.kv_heads * config.head_size
-    # Without a scale on the scores, the initial queries are smaller by the same factor.
+    # If the scores are not scaled by head_size ** -0.5, the initial query kernel is, so initial scores are the same.
     query = make(
         config.width, inner, ("embed", "heads"), scale * config.head_size**-0.5 / query_scale(config), bias=bias
     )
@@ -220,12 +220,12 @@ class Attention(nnx.Module):
         self.window = config.window(layer)
 
     def __call__(self, inputs, angles, positions, mask, keys, values, *, bias=None, causal=True):
-        """Returns the output and the updated cache arrays (None, None without a cache).
+        """Returns the output `[B, T, D]` and the updated cache arrays (None, None without a cache).
 
         Args:
-          angles: cosine and sine of the rotary angles, or None.
+          angles: cosine and sine of the rotary angles; None rotates nothing.
           bias: [B or 1, N, T, S], added to the scores.
-          causal: False attends in both directions, which needs no cache.
+          causal: False attends in both directions; only without a cache.
         """
         split = functools.partial(split_heads, size=self.head_size)
         queries, new_keys, new_values = split(self.query(inputs)), split(self.key(inputs)), split(self.value(inputs))

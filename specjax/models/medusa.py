@@ -24,9 +24,9 @@ class MedusaConfig(AttachmentConfig):
     """Options of Medusa heads.
 
     Attributes:
-      heads: how many; a block drafts at most as many tokens.
-      own_head: whether each trains a projection to the vocabulary, as in the paper; otherwise they use the target's
-        frozen one.
+      heads: number of heads, which is the maximum number of drafted tokens per block.
+      own_head: whether each head trains its own projection to the vocabulary, as in the paper; otherwise all use the
+        target's frozen projection.
     """
 
     heads: int
@@ -44,7 +44,7 @@ class MedusaHead(nnx.Module):
     def __init__(self, config: MedusaConfig, rngs: nnx.Rngs):
         target = config.target
         make = functools.partial(layers.Linear, dtype=target.param_dtype, rngs=rngs)
-        # W starts at 0: the head is the identity, and predicts the target's own distribution of the next token.
+        # W starts at 0, so the head starts as the identity and predicts the target's next-token distribution.
         self.block = make(target.width, target.width, ("embed", None), 0.0)
         sizes, axes = (target.width, target.vocab_size), ("embed", "vocab")
         self.unembedding = make(*sizes, axes, target.width**-0.5) if config.own_head else None

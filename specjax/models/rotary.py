@@ -19,12 +19,12 @@ class Rotary:
       size: number of channels of each head that are rotated, even; the others are unchanged.
       kind: "default"; "linear" (positions / factor, arXiv 2306.15595); "dynamic" (a base that grows with the length);
         "llama3" (low frequencies / factor); "yarn" (arXiv 2309.00071); "longrope" (arXiv 2402.13753).
-      factor: of the extension: maximum length over original maximum length.
+      factor: extension factor: maximum length / original maximum length.
       original_positions: maximum length before the extension (all kinds but "default" and "linear").
-      low_frequency: of "llama3": wavelengths above original_positions / this are scaled by the whole factor.
+      low_frequency: of "llama3": wavelengths above original_positions / this are scaled by the full factor.
       high_frequency: of "llama3": wavelengths below original_positions / this are unchanged.
       beta_fast: of "yarn": channels with more rotations than this over the original length are unchanged.
-      beta_slow: of "yarn": channels with fewer rotations than this are scaled by the whole factor.
+      beta_slow: of "yarn": channels with fewer rotations than this are scaled by the full factor.
       truncate: of "yarn": whether the bounds between the two are rounded to whole channels.
       magnitude: factor on cosine and sine; None for the kind's default.
       short_factors: of "longrope", one for each pair of channels, for lengths up to original_positions.
@@ -92,7 +92,7 @@ class Rotary:
         return ((1 - share) * plain / self.factor + share * plain).astype(np.float32)
 
     def _yarn(self, plain):
-        # The channel (not rounded) with this many rotations over the original length.
+        # The (fractional) channel index with this many rotations over the original length.
         channel = lambda turns: (
             self.size * math.log(self.original_positions / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
         )
@@ -117,7 +117,7 @@ class Rotary:
 def angles(
     rotary: Rotary, positions: Int[Array, "B T"], capacity: int
 ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
-    """Cosine and sine of the rotary angles, float32. `capacity` is that of `Rotary.frequencies`."""
+    """Cosine and sine of the rotary angles of each pair of channels, float32. `capacity`: see `Rotary.frequencies`."""
     frequencies, magnitude = rotary.frequencies(capacity)
     radians = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies)[None, None]
     if magnitude == 1:
@@ -126,7 +126,7 @@ def angles(
 
 
 def rotate(heads: Float[Array, "B X T H"], angles) -> Float[Array, "B X T H"]:
-    """Rotates the pairs (h, h + half) of the leading channels, the half-split order of Hugging Face checkpoints."""
+    """Rotates the leading channels in pairs (h, h + half), the order of Hugging Face checkpoints."""
     cosine, sine = (a[:, None].astype(heads.dtype) for a in angles)
     half = cosine.shape[-1]
     first, second, rest = jnp.split(heads, [half, 2 * half], axis=-1)

@@ -1,4 +1,4 @@
-"""Models by what their configs say: language models by the config's class, attachments by name."""
+"""Makes language models from their configs, and attachments by name."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -46,7 +46,7 @@ def make_attachment(name: str, target: DecoderConfig, options: Mapping[str, Any]
 
 
 def is_attachment(name: str) -> bool:
-    """Whether `model.init` names an attachment, and not "random", a directory or an earlier stage."""
+    """Whether the value of `model.init` names an attachment, rather than "random", a directory or an earlier stage."""
     place, _, attribute = name.rpartition(":")
     of_user = place.endswith(".py") or (place != "stage" and all(part.isidentifier() for part in place.split(".")))
     return name in ATTACHMENTS or (of_user and attribute.isidentifier())
