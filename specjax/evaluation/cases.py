@@ -92,7 +92,7 @@ def _old_layout(where: str, values: Mapping[str, Any]) -> str:
 
 
 def _read_rules(config: Any, where: str, section: Any) -> tuple[tuple[str, Rule, tuple[int, ...]], ...]:
-    """Parses a `rules` section: rules of `RULES` first, then a user's own, {"NAME": {"rule": PLACE, "gammas": (2,)}}."""
+    """Parses a `rules` section: those of `RULES` first, then a user's own, {NAME: {"rule": PLACE, "gammas": (2,)}}."""
     if not isinstance(section, Mapping):
         raise UserError(f'{where} must hold gammas by rule, such as {{"lossless": (2, 4)}}, not {section!r}')
     rules = []
@@ -225,7 +225,7 @@ def load_models(config: Any, load: Callable, load_adapter: Callable) -> tuple[di
 
 
 def make_job(config: Any) -> Job:
-    """`load_job` with the prompts that the config selects. Raises UserError for prompts and settings that do not fit."""
+    """`load_job` with the prompts that the config selects. Raises UserError for invalid prompts or batch sizes."""
     job = load_job(config)
     prompts = batches.evaluation_prompts(
         job.task,
@@ -251,7 +251,7 @@ def make_job(config: Any) -> Job:
 
 
 def make_settings(config: Any) -> list[Setting]:
-    """Every batch size and temperature with `lossless`, and above temperature 0 also with `coupled` if a rule needs it."""
+    """Every batch size and temperature with `lossless`; above temperature 0 also with `coupled` if a rule needs it."""
     shared = any(
         rule.shared_noise and gammas for section in read_drafters(config).values() for _, rule, gammas in section.rules
     )
