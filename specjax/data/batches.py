@@ -1,19 +1,19 @@
-"""Examples to arrays: packed and padded rows in batches, and the prompts of an evaluation.
+"""Converts examples to arrays: batches of packed or padded rows for training, and prompts for evaluation.
 
 A batch is a dict of int32 arrays:
 
   tokens          [B, T]  right-padded with the tokenizer's pad id
-  lengths         [B]     how many of them are real
-  loss_start      [B]     position of the first token that is a prediction target
-  prompt_lengths  [B]     how many leading tokens are the prompt when a model is to continue the row
+  lengths         [B]     number of tokens that are not padding
+  loss_start      [B]     position of the first token that the loss includes
+  prompt_lengths  [B]     number of leading tokens that are the prompt if a model continues the row
 
-An encoder-decoder reads the prompt separately. Its `tokens` are the start token and the text after the prompt, its
-`prompt_lengths` count the prompt's tokens, and there is one array more:
+For an encoder-decoder, `tokens` are the start token and the text after the prompt, `prompt_lengths` count the prompt's
+tokens, and there is another array:
 
   sources         [B, T]  the prompts, right-padded
 
-In a run of several processes each may make only its own rows of every training batch. Then `tokens` and `sources` hold
-these rows alone; the arrays `[B]` are those of the whole batch in every process.
+In a run of several processes, each process can make only the rows of a training batch on its own devices. `tokens` and
+`sources` then have only these rows; the arrays `[B]` have all rows of the batch in every process.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -28,10 +28,10 @@ from specjax.data.tasks import Example, Task
 from specjax.hub.tokenizer import Tokenizer
 from specjax.runtime.errors import UserError
 
-# Texts are tokenised this many characters at a time, to bound the memory that the tokenizer needs.
+# Number of characters that are tokenised at a time, to bound the tokenizer's memory.
 _CHARACTERS_AT_ONCE = 1_000_000
 
-# A window of n tokens is cut from n times this many characters. Code has about 4 per token.
+# To get a prompt of n tokens, n times this many characters are tokenised. Code has about 4 per token.
 _CHARACTERS_PER_TOKEN = 16
 
 
@@ -40,11 +40,11 @@ class Prompt:
     """One prompt of an evaluation.
 
     Attributes:
-      index: its place in the evaluation; with a prompt task, also the example's place in `task.validation`.
-      tokens: its ids, never empty.
-      text: the text of the ids.
-      reference: the text that should follow; "" if there is none.
-      category: the kind of prompt, if the task has kinds.
+      index: its index in the evaluation; for tasks with prompts, also the example's index in `task.validation`.
+      tokens: its token ids, never empty.
+      text: the text of these ids.
+      reference: the expected continuation; "" if there is none.
+      category: the category of the example; "" if the task has none.
     """
 
     index: int
@@ -67,23 +67,23 @@ def training_batches(
 ) -> Batches:
     """Returns an endless iterator over batches of the training split.
 
-    Every epoch visits every row once, in its own order; a batch may straddle two epochs. Equal arguments give equal
-    batches. `get_state()` is a small JSON-compatible value, and `set_state()` returns to it exactly and at once, in any
+    Every epoch visits every row once, in a different order; a batch may have rows of two epochs. Equal arguments give
+    equal batches. `get_state()` returns a small JSON-compatible value, from which `set_state()` resumes exactly, in any
     process.
 
-    Language modelling packs: documents, each ended by EOS, are concatenated and cut into full rows (less than one row
-    is left over); `prompt_lengths` are drawn from `prompt_length`, bounds included, by row and seed. With prompts and
-    completions a row is one example ended by EOS and cut at `sequence_length`; examples whose prompt leaves no room are
-    dropped and counted in the log. If the task cuts prompts, a prompt is first cut at its end so that the completion
-    fits, but to no less than half the row.
+    In language modelling, documents, each followed by EOS, are concatenated and cut into full rows (an incomplete last
+    row is dropped); `prompt_lengths` are random in `prompt_length`, bounds included, by row and seed. With prompts and
+    completions, a row is one example followed by EOS and cut at `sequence_length`; examples whose prompt fills the row
+    are dropped and counted in the log. If the task cuts prompts, a prompt is first cut at its end to make room for the
+    completion, but not to less than half the row.
 
     Args:
-      prompt_length: least and most tokens of a prompt, in language modelling.
-      start_token: that of an encoder-decoder, whose rows are split into prompt and text; None for a decoder-only model.
-      own_rows: places in a batch of the rows that this process makes; None is all of them.
+      prompt_length: minimum and maximum number of prompt tokens in language modelling.
+      start_token: start token of an encoder-decoder, whose rows are split into prompt and text; None for decoder-only.
+      own_rows: indices in a batch of the rows that this process makes; None is all of them.
 
     Raises:
-      UserError: for a task without training data, and for sizes that do not fit each other or the data.
+      UserError: for a task without training data, and for sizes that contradict each other or the data.
     """
     if not task.train:
         raise UserError(f'task "{task.name}" is for evaluation only; train on another task')
@@ -104,9 +104,9 @@ def validation_batches(
 ) -> list[Batch]:
     """Returns `count` batches of the validation split, its rows in an order drawn from `seed`.
 
-    A split with fewer rows than `count * batch_size` is repeated from its start, as in training. `start_token` is as in
-    `training_batches`, and so is `prompt_length` for an encoder-decoder. A decoder-only model's `prompt_lengths` are 1
-    in language modelling: these rows are for a loss over all tokens, not for generation.
+    If the split has fewer than `count * batch_size` rows, it is repeated. `start_token` is as in `training_batches`,
+    and so is `prompt_length` for an encoder-decoder. In language modelling with a decoder-only model, `prompt_lengths`
+    are 1, because these rows are for a loss over all tokens, not for generation.
 
     Raises:
       UserError: as `training_batches`, and for a task without completions.
@@ -127,13 +127,13 @@ def evaluation_prompts(
 ) -> list[Prompt]:
     """Returns `count` prompts of the validation split (0: all); a larger `count` begins with the same prompts.
 
-    Language modelling: windows of the documents, from the start of a line, without a reference. Places and lengths in
-    tokens, within `prompt_length` (bounds included), are drawn from `seed`. Otherwise: the first examples, as they are,
-    or with `chat` each as a user's turn in the tokenizer's chat template.
+    In language modelling a prompt is a piece of a document that starts at a line, and has no reference. Positions and
+    numbers of tokens, within `prompt_length` (bounds included), are random by `seed`. In other tasks they are the
+    prompts of the first examples; with `chat` each is a user's turn in the tokenizer's chat template.
 
     Raises:
-      UserError: if there are fewer than `count`, or if an example's prompt has more than `prompt_length[1]` tokens and
-        may not be cut, because the task does not cut prompts or they are turns of a chat.
+      UserError: if there are fewer than `count`, or a prompt has more than `prompt_length[1]` tokens and cannot be cut,
+        because the task does not cut prompts or `chat` is set.
     """
     _check_prompt_length(prompt_length)
     _check_seed(seed)
@@ -167,7 +167,7 @@ def _log_cut(task: Task, cut: int, count: int, bound: str) -> None:
 
 
 def _cut(tokens: np.ndarray, limit: int, tokenizer: Tokenizer) -> np.ndarray:
-    """The first `limit` tokens; an EOS that ends every prompt of the model, as T5's, is preserved."""
+    """The first `limit` tokens; if the prompt ends with EOS, as T5's do, the EOS is kept as the last one."""
     if len(tokens) <= limit:
         return tokens
     tail = int(tokens[-1] in tokenizer.eos_ids)
@@ -182,7 +182,7 @@ def _prompt_tokens(tokenizer: Tokenizer, prompts: Sequence[str], chat: bool) -> 
 
 @dataclass(frozen=True)
 class _Rows:
-    """The rows of a split by index; `stream.Batches` makes batches of them."""
+    """The rows of a split by index, from which `stream.Batches` makes batches."""
 
     rows: Int32[np.ndarray, "rows T"] | list[np.ndarray]
     loss_start: Int32[np.ndarray, " rows"]
@@ -203,7 +203,7 @@ class _Rows:
         return {"tokens": self._padded(text), **numbers, "sources": self._padded(row[:prompt])}
 
     def numbers(self, indices: Sequence[int]) -> Batch:
-        """The arrays `[B]` of these rows, without their tokens."""
+        """The arrays `[B]` of these rows: lengths, loss_start and prompt_lengths."""
         lengths = np.asarray([len(self.rows[index]) for index in indices], np.int32)
         starts, prompts = self.loss_start[indices], self.prompt_lengths[indices]
         if self.start_token is not None:
@@ -268,7 +268,7 @@ def _packed_rows(
 
 def _paired_rows(task: Task, examples: Sequence[Example], tokenizer: Tokenizer, sequence_length: int) -> _Rows:
     end = np.asarray(tokenizer.eos_ids[:1], np.int32)
-    # Prompt and completion are tokenised separately: a prompt has the same tokens here as when a model continues it.
+    # Prompt and completion are tokenised separately, so that a prompt has the same tokens as in generation.
     prompts = _tokenise(tokenizer.encode_prompt_batch, [example.prompt for example in examples])
     completions = _tokenise(tokenizer.encode_batch, [example.completion for example in examples])
     if task.cuts_prompts:
@@ -304,7 +304,7 @@ def _windows(task: Task, tokenizer: Tokenizer, count: int, prompt_length: tuple[
         length = int(draw.integers(prompt_length[0], prompt_length[1] + 1))
         text = documents[document][start : start + length * _CHARACTERS_PER_TOKEN]
         tokens = tuple(tokenizer.encode_prompt(text)[:length])
-        if len(tokens) < length:  # too close to the document's end, or one long ruler that is a single token
+        if len(tokens) < length:  # too close to the document's end, or a long run of characters is one token
             continue
         prompts.append(Prompt(len(prompts), tokens, tokenizer.decode(tokens), "", ""))
         if len(prompts) == count:

@@ -1,6 +1,6 @@
-"""Plain text to learn from: the Python standard library's sources, and text files by path.
+"""Plain-text corpora for language modelling: the Python standard library's sources, and text files by path.
 
-A corpus is two tuples of (name, text), training and validation, split by whole files if there are several.
+A corpus is two tuples of (name, text), for training and validation. With several files, each is in one of the splits.
 """
 
 import functools
@@ -17,20 +17,20 @@ from specjax.runtime.errors import UserError
 Files = tuple[tuple[str, str], ...]
 Item = TypeVar("Item")
 
-# Folders in the standard library's folder that do not belong to it: tests and installed packages.
+# Folders inside the standard library's folder that are skipped: tests and installed packages.
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-# Character maps, help texts and grammar tables: a sixth of the bytes, near-copies of each other or no code.
+# Files that match are skipped: character maps, help texts and grammar tables, which are a sixth of the bytes.
 _GENERATED = re.compile(r"generated (by|from|and)", re.IGNORECASE)
 
 
 def stdlib_files() -> tuple[Files, Files]:
     """Returns the standard library's sources, (training, validation), each sorted by path.
 
-    About one file in ten is for validation, chosen by a hash of its path: a file is in the same split on every
-    machine and Python version. Excluded are tests, installed packages, files whose first 300 characters
-    say that a program generated them, and files that cannot be opened, are not UTF-8 or are empty.
+    About one file in ten is for validation, chosen by a hash of its path, so a file is in the same split on every
+    machine and Python version. Tests, installed packages, files whose first 300 characters say that they are
+    generated, and files that cannot be opened, are not UTF-8 or are empty are skipped.
 
-    Raises UserError if this Python comes without its sources.
+    Raises UserError if this Python is installed without its sources.
     """
     root = Path(sysconfig.get_path("stdlib"))
     files = _library(root)
@@ -39,7 +39,7 @@ def stdlib_files() -> tuple[Files, Files]:
     return _split_by_name(files)
 
 
-@functools.cache  # a run of many stages asks for it in each
+@functools.cache  # a run with several stages calls it in each
 def _library(root: Path) -> Files:
     files = []
     for name in sorted(_sources(root)):
@@ -53,7 +53,7 @@ def _library(root: Path) -> Files:
 
 
 def _sources(root: Path) -> Iterator[str]:
-    """Paths of the Python files below the root, relative to it; folders of installed packages are not entered."""
+    """Paths of the Python files below the root, relative to it, without those in `_NOT_LIBRARY` folders."""
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in _NOT_LIBRARY]
         yield from ((Path(folder) / name).relative_to(root).as_posix() for name in names if name.endswith(".py"))
@@ -62,8 +62,8 @@ def _sources(root: Path) -> Iterator[str]:
 def text_files(path: str) -> tuple[Files, Files]:
     """Returns the text of a file, or of all files below a directory, as (training, validation).
 
-    A directory is split by file, without hidden files and folders. Of a single file the last tenth, from the start
-    of a line, is for validation. Raises UserError for what is missing, empty, unreadable or not UTF-8.
+    A directory is split by file; hidden files and folders are skipped. Of a single file, the last tenth, from the
+    start of a line, is for validation. Raises UserError if a path is missing, empty, unreadable or not UTF-8.
     """
     root = Path(path)
     if not root.is_dir():
@@ -82,7 +82,7 @@ def text_files(path: str) -> tuple[Files, Files]:
 
 
 def read_text(path: Path) -> str:
-    """Returns a file's text, line ends untouched.
+    """Returns a file's text, with its line ends unchanged.
 
     Raises UserError if it is missing, unreadable, not UTF-8 or empty.
     """
@@ -102,8 +102,8 @@ def read_text(path: Path) -> str:
 def validation_mask(keys: Sequence[str]) -> list[bool]:
     """Returns for each key whether it belongs to validation: about one in ten, by a hash of the key alone.
 
-    So a key's split does not depend on the other keys, and equal keys are in the same split. Only if one split would be
-    empty, the key with the smallest (largest) hash moves there. Raises UserError if all keys are equal.
+    So a key's split does not depend on other keys, and equal keys are in the same split. But if a split would be empty,
+    the key with the smallest or largest hash moves there. Raises UserError if all keys are equal.
     """
     hashes = [stable_hash(key) for key in keys]
     if len(set(hashes)) < 2:
@@ -119,9 +119,9 @@ def stable_hash(key: str) -> int:
 
 
 def limit_bytes(files: Files, size: int) -> Files:
-    """Returns `size` bytes of the files (0: all), chosen by their names' hashes; the last one is cut at a line end.
+    """Returns at most `size` bytes of the files (0: all), chosen by a hash of their names; cuts the last at a line end.
 
-    Raises UserError if that leaves nothing.
+    Raises UserError if nothing is left.
     """
     if size == 0:
         return files

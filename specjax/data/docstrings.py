@@ -1,4 +1,4 @@
-"""Functions of the Python standard library and their docstrings: a summarisation task that needs no download."""
+"""A summarisation task that needs no download: functions of the Python standard library and their docstrings."""
 
 import ast
 import collections
@@ -15,11 +15,11 @@ Pairs = tuple[tuple[str, str], ...]
 def stdlib_docstrings() -> tuple[Pairs, Pairs]:
     """Returns (source, first line of the docstring) of the standard library's functions, (training, validation).
 
-    The source is the text of the function from `def` on, without docstring and indentation. Functions are split by
-    file, as in `stdlib_files`, then ordered by a hash of their source. Each source occurs once; one in both splits is
-    for validation. Functions are left out if the docstring is their whole body, or shares a line with code.
+    The source is the function's text from `def` on, without docstring and indentation. Files are split as in
+    `stdlib_files`, and functions ordered by a hash of their source. Duplicate sources are removed, first from training.
+    Functions are skipped if the docstring is their whole body or shares a line with code.
 
-    Raises UserError if this Python comes without sources that have docstrings.
+    Raises UserError if this Python is installed without its sources, or without docstrings.
     """
     training, validation = (
         dict(pair for _, text in files for pair in _pairs(text)) for files in corpora.stdlib_files()
@@ -35,11 +35,11 @@ def _ordered(pairs: dict[str, str]) -> Pairs:
 
 
 def _pairs(text: str) -> Iterator[tuple[str, str]]:
-    """The functions of one file; none of a file that this Python cannot parse."""
-    # As the parser counts lines; splitlines() would also break at form feeds.
+    """The (source, first docstring line) of a file's functions; none if this Python cannot parse the file."""
+    # Split lines as the parser does; splitlines() would also split at form feeds.
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of escapes that are deprecated
+        warnings.simplefilter("ignore")  # deprecated escape sequences
         try:
             tree = ast.parse("\n".join(lines))
         except (SyntaxError, ValueError):
@@ -52,7 +52,7 @@ def _pairs(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _statements(tree: ast.Module) -> Iterator[ast.AST]:
-    """As ast.walk, without expressions: they contain no function definitions and are nine nodes of ten."""
+    """Like ast.walk without expressions, which contain no function definitions and are 90% of the nodes."""
     nodes = collections.deque([tree])
     while nodes:
         node = nodes.popleft()
@@ -62,7 +62,7 @@ def _statements(tree: ast.Module) -> Iterator[ast.AST]:
 
 
 def _has_own_lines(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> bool:
-    """Whether the docstring has its lines to itself, and code follows it."""
+    """Whether the docstring shares no line with code, and code follows it."""
     docstring = node.body[0]
     before = lines[docstring.lineno - 1].encode()[: docstring.col_offset]
     return len(node.body) > 1 and node.body[1].lineno > docstring.end_lineno and before.isspace()

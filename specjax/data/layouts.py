@@ -1,9 +1,9 @@
-"""Parsers from the records of known data sets to examples, and JSON lines of such records.
+"""Converts records of known data sets to examples, and reads files of such records in JSON lines.
 
-A parser takes a record and its place, with which error messages begin, and returns an example. Prompts of summaries and
+A parser takes a record and its location, for error messages, and returns an example. Prompts of summaries and
 translations are those of T5 (Raffel et al. 2020, arXiv 1910.10683, appendix D). The space or line break between prompt
-and answer belongs to the answer: a byte-level vocabulary joins a space to the word after it, and a decoder-only model
-still sees where a text ends that was cut to fit. T5's own vocabulary drops it.
+and answer is part of the answer, because byte-level vocabularies join a space to the next word, and because it shows
+decoder-only models where a prompt that was cut ends. T5's tokenizer ignores it.
 """
 
 import json
@@ -19,12 +19,12 @@ from specjax.runtime.errors import UserError
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and the text that should follow it; in language modelling no prompt and a whole document.
+    """A prompt and its expected continuation, or a document for language modelling.
 
     Attributes:
-      prompt: never empty, except in language modelling.
-      completion: the text that should follow; empty if there is no reference.
-      category: the kind of prompt, if the task has kinds.
+      prompt: the prompt; "" only in language modelling.
+      completion: the expected continuation ("" if there is no reference), or the document.
+      category: category of the example; "" if the task has none.
     """
 
     prompt: str
@@ -41,17 +41,17 @@ Read = TypeVar("Read")
 
 
 def question(text: str, answer: str) -> Example:
-    """A question and its worked answer."""
+    """The example of a question and its worked answer."""
     return Example(f"Question: {text}\nAnswer:", f" {answer}")
 
 
 def summary(text: str, reference: str) -> Example:
-    """A text and its summary, under T5's prefix."""
+    """The example of a text and its summary, with T5's prompt prefix."""
     return Example(f"summarize: {text}", f"\n{reference}")
 
 
 def parse_prompt_completion(record: Record, where: str) -> Example:
-    """{"prompt", "completion"}"""
+    """Parses {"prompt", "completion"}."""
     prompt, completion = (field(record, name, where) for name in ("prompt", "completion"))
     if not prompt:
         raise UserError(f'{where}: the field "prompt" is empty; give it text or use the task `text`')
@@ -59,7 +59,7 @@ def parse_prompt_completion(record: Record, where: str) -> Example:
 
 
 def parse_gsm8k(record: Record, where: str) -> Example:
-    """{"question", "answer"}; the answer ends in "#### <number>"."""
+    """Parses {"question", "answer"}; the answer must contain "#### <number>"."""
     text, answer = field(record, "question", where), _reference(record, "answer", where)
     if "####" not in answer or final_number(answer) is None:
         raise UserError(f'{where}: the field "answer" does not end in "#### <number>"; correct or remove the line')
@@ -67,28 +67,28 @@ def parse_gsm8k(record: Record, where: str) -> Example:
 
 
 def parse_xsum(record: Record, where: str) -> Example:
-    """{"document", "summary"}"""
+    """Parses {"document", "summary"}."""
     return summary(_filled(record, "document", where), _reference(record, "summary", where))
 
 
 def parse_cnn_dailymail(record: Record, where: str) -> Example:
-    """{"article", "highlights"}"""
+    """Parses {"article", "highlights"}."""
     return summary(_filled(record, "article", where), _reference(record, "highlights", where))
 
 
 def parse_wmt_en_de(record: Record, where: str) -> Example:
-    """{"en", "de"}"""
+    """Parses {"en", "de"}: English text and its German translation."""
     english, german = _filled(record, "en", where), _reference(record, "de", where)
     return Example(f"translate English to German: {english}", f"\n{german}")
 
 
 def parse_text(record: Record, where: str) -> Example:
-    """{"text"}, a document of language modelling."""
+    """Parses {"text"}: a document for language modelling."""
     return Example("", _filled(record, "text", where))
 
 
 def parse_spec_bench(record: Record, where: str) -> Example:
-    """{"question_id", "category", "turns"}; the first turn is the prompt."""
+    """Parses {"question_id", "category", "turns"}; the first turn is the prompt."""
     category = field(record, "category", where)
     if "question_id" not in record:
         raise UserError(f'{where} lacks the field "question_id"')
@@ -102,7 +102,7 @@ def parse_spec_bench(record: Record, where: str) -> Example:
 
 
 def parse_any(record: Record, where: str) -> Example:
-    """A record of prompts, in the layout that its fields indicate."""
+    """Parses a record of Spec-Bench, of GSM8K or with "prompt", depending on its fields."""
     if "turns" in record:
         return parse_spec_bench({"category": "", "question_id": 0, **record}, where)
     if "question" in record and "answer" in record:
@@ -111,7 +111,7 @@ def parse_any(record: Record, where: str) -> Example:
 
 
 def is_jsonl(path: Path) -> bool:
-    """Whether `path` is a file or folder of JSON lines that `read_splits` can read."""
+    """Whether `path` is a file, or a folder with train.jsonl or test.jsonl, rather than a folder of TFDS."""
     return path.suffix == ".jsonl" or path.is_file() or any((path / name).is_file() for name in SPLIT_FILES)
 
 
@@ -146,7 +146,7 @@ def read_jsonl(path: Path, parse: Callable[[Record, str], Read]) -> list[Read]:
 
 
 def _reference(record: Record, name: str, where: str) -> str:
-    """The text with which the task's metric compares."""
+    """The text of a field that holds the reference for the quality metric. Raises UserError if missing or empty."""
     if name not in record:
         raise UserError(
             f'{where} lacks the field "{name}", the reference that the quality metric needs; add it, or give the '

@@ -1,7 +1,7 @@
-"""How good predicted texts are: exact match, ROUGE, BLEU, over a whole set of predictions.
+"""Quality metrics of predicted texts over a set of predictions: exact match, ROUGE and BLEU.
 
-BLEU of a set is not the mean over its sentences. So every metric here counts something for each prediction, and its
-values are a function of the sums. That serves the whole set, any part of it, and the resamples of a bootstrap.
+BLEU of a set is not the mean of BLEU over its sentences. So every metric here has statistics for each prediction, and
+its values are a function of their sums, over the whole set, a part of it, or a resample of a bootstrap.
 """
 
 import re
@@ -17,46 +17,46 @@ _ROUGE = ("rouge1", "rouge2", "rougeL")
 
 @dataclass(frozen=True)
 class Quality:
-    """The counts of a metric, from which its values follow.
+    """The statistics of a metric on a set of predictions, from which its values are computed.
 
     Attributes:
-      statistics: a row per prediction, to be summed.
-      combine: from the sums to the metric's values, by name.
+      statistics: one row per prediction; rows are summed.
+      combine: function from the sums to the metric's values, by name.
     """
 
     statistics: Float[np.ndarray, "N K"]
     combine: Callable[[Float[np.ndarray, "K"]], dict[str, float]]
 
     def values(self, weights: Float[np.ndarray, "N"] | None = None) -> dict[str, float]:
-        """Returns the metric's values, each in 0..1.
+        """Returns the metric's values by name, each between 0 and 1.
 
-        `weights` are whole numbers: how often each prediction counts (None: once).
+        `weights` are integers: how often each prediction is counted (None: once).
         """
         sums = self.statistics.sum(0) if weights is None else weights @ self.statistics
         return self.combine(sums)
 
     def difference(self, other: "Quality", weights: Float[np.ndarray, "N"] | None = None) -> dict[str, float]:
-        """The metric's values less those of other predictions for the same references, with the same weights."""
+        """The metric's values minus those of `other` predictions for the same references, with the same weights."""
         others = other.values(weights)
         return {name: value - others[name] for name, value in self.values(weights).items()}
 
 
 def mean(scores: Mapping[str, Sequence[float | bool]]) -> Quality:
-    """The mean over the predictions of each score, in 0..1; the scores of a metric of your own, for example.
+    """A metric that is the mean over predictions of scores between 0 and 1, given by name; for metrics of your own.
 
-    Raises ValueError unless all scores have as many values.
+    Raises ValueError unless all scores have the same number of values.
     """
     statistics = np.asarray([[*values, 1.0] for values in zip(*scores.values(), strict=True)], float)
     return Quality(
-        statistics.reshape(-1, len(scores) + 1),  # also without predictions
+        statistics.reshape(-1, len(scores) + 1),  # the right shape also without predictions
         lambda sums: {name: float(value / sums[-1]) for name, value in zip(scores, sums, strict=False)},
     )
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[str]) -> Quality:
-    """`exact_match`: the share of predictions whose final number equals the reference's in value.
+    """`exact_match`: the share of predictions whose final number has the same value as the reference's.
 
-    "1,200" is 1200 is "1200.0".
+    So "1,200", "1200" and "1200.0" are equal.
     """
     hits = [
         answer is not None and answer == final_number(reference)
@@ -68,7 +68,7 @@ def exact_match(predictions: Sequence[str], references: Sequence[str]) -> Qualit
 def rouge(predictions: Sequence[str], references: Sequence[str]) -> Quality:
     """`rouge1`, `rouge2`, `rougeL`: mean F1 of unigrams, bigrams, longest common subsequence (Lin 2004).
 
-    As the rouge-score package computes them by default, without stemming; so does T5's evaluation.
+    Computed by the rouge-score package without stemming, its default, as in T5's evaluation.
     """
     from rouge_score import rouge_scorer
 
@@ -81,13 +81,13 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> Quality:
 
 
 def bleu(predictions: Sequence[str], references: Sequence[str]) -> Quality:
-    """`bleu`: BLEU of the whole set (Papineni et al. 2002), as sacrebleu computes it by default, over 100.
+    """`bleu`: corpus BLEU (Papineni et al. 2002) as sacrebleu computes it by default, divided by 100.
 
-    13a tokens, case kept, exponential smoothing of orders without a match (Post 2018).
+    The defaults are 13a tokenisation, case-sensitive, exponential smoothing of orders without a match (Post 2018).
     """
     from sacrebleu.metrics import BLEU
 
-    # sacrebleu asks for the effective order with single sentences; it changes none of the counts that are taken.
+    # sacrebleu warns about single sentences without effective_order; it does not change the counts that we use.
     scorer = BLEU(effective_order=True)
     scores = [
         scorer.sentence_score(prediction, [reference])
@@ -112,9 +112,9 @@ _NUMBER = re.compile(r"(?:(?<![\w.)])-)?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)")
 
 
 def final_number(text: str) -> Decimal | None:
-    """Returns the number after the first "####", or the last number where that mark is missing, or None.
+    """Returns the number after the first "####", or without "####" the last number in the text, or None.
 
-    The first mark counts because a model that does not stop continues with problems of its own.
+    The first "####" is used because a model that does not stop goes on to write further problems.
     """
     _, mark, answer = text.partition("####")
     numbers = _NUMBER.findall(answer if mark else text)

@@ -1,7 +1,7 @@
-"""Short sums in words, with worked answers: a small model learns them in a minute or two, a smaller one less well.
+"""Short sums in words, with worked answers, which a small model learns in one or two minutes.
 
-The numbers of an answer follow from its question; the words around them are drawn at random. So some tokens of an
-answer matter for its result and others do not.
+The numbers of an answer follow from its question, and the words around them are random. So some tokens of an answer
+matter for its result and others do not.
 """
 
 import random
@@ -16,7 +16,7 @@ _WORKING = (
     "So {sum} is {count}.",
     "Then {sum} = {count}.",
 )
-# The largest count, and the largest number added or taken away: about a hundred different sums.
+# The largest count, and the largest number added or subtracted; they give about 100 different sums.
 _MOST, _MOST_AT_ONCE = 15, 5
 
 

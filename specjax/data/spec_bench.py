@@ -1,4 +1,4 @@
-"""Spec-Bench (github.com/hemingkx/Spec-Bench): questions of one or two turns; a second prompt has the first answer."""
+"""Spec-Bench (github.com/hemingkx/Spec-Bench): its questions, which have one or two turns, and their prompts."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,20 +8,20 @@ from specjax.data import layouts
 from specjax.hub.tokenizer import Tokenizer
 from specjax.runtime.errors import UserError
 
-# MT-bench's categories, of two turns each, are one subtask; every other category is its own.
+# MT-bench's categories, which have two turns, form one subtask; every other category is a subtask.
 MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 
-# Between turns, without a chat template.
+# Separates turns if there is no chat template.
 _GAP = "\n\n"
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """One question of the file.
+    """One question of the benchmark.
 
     Attributes:
       number: its `question_id`.
-      category: of the file.
+      category: its category.
       turns: the user's texts, in order.
     """
 
@@ -35,11 +35,11 @@ class Question:
 
 
 def read_questions(path: str | Path) -> list[Question]:
-    """Reads `question.jsonl`, or the folder that holds it.
+    """Reads the questions in `question.jsonl`; `path` is the file or its folder.
 
     Raises:
-      UserError: with the line's number, for a record that is no question, or whose number of turns is not that of its
-        category (two in MT-bench's categories, in others that of the category's first question).
+      UserError: with the line number, for a record that is not a question, or whose number of turns differs from its
+        category's (two in MT-bench's categories, in others that of the category's first question).
     """
     path = Path(path)
     path = path / "question.jsonl" if path.is_dir() else path
@@ -62,9 +62,9 @@ def read_questions(path: str | Path) -> list[Question]:
 
 
 def prompt_ids(tokenizer: Tokenizer, turns: Sequence[str], answers: Sequence[str], *, chat: bool) -> tuple[int, ...]:
-    """The ids of a conversation up to the turn to answer, which is the one after the last answer.
+    """The token ids of a conversation up to the first turn without an answer.
 
-    With `chat` as the tokenizer's chat template writes it, otherwise as texts with an empty line between them.
+    With `chat` it has the format of the tokenizer's chat template, otherwise texts are separated by an empty line.
     """
     asked = turns[: len(answers) + 1]
     texts = [text for pair in zip(asked, answers, strict=False) for text in pair] + [asked[-1]]

@@ -1,4 +1,4 @@
-"""Endless shuffled batches. Each process of a run makes only its own rows of them."""
+"""Endless shuffled batches, of which each process of a run makes only its own rows."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,12 +10,12 @@ Batch = dict[str, Int32[np.ndarray, "..."]]
 
 
 def stack(rows: Sequence[dict[str, np.ndarray]]) -> Batch:
-    """The rows' arrays, stacked by name."""
+    """Stacks the arrays of several rows by name."""
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 class Batches:
-    """An endless iterator over batches of rows, shuffled anew in every epoch, whose place can be saved and restored."""
+    """An endless iterator over batches of rows, reshuffled in every epoch; its position can be saved and restored."""
 
     def __init__(self, rows: Any, batch_size: int, seed: int, own_rows: Sequence[int]):
         """Starts at the first batch.
@@ -24,7 +24,7 @@ class Batches:
           rows: `rows[index]` is a dict of one row's arrays; `rows.numbers(indices)` are the arrays `[B]` of several
             rows without their tokens.
           batch_size: rows of a batch over all processes.
-          own_rows: places in a batch of the rows that this process makes.
+          own_rows: indices in a batch of the rows that this process makes.
         """
         import grain
 
@@ -42,9 +42,9 @@ class Batches:
         return batch if len(self._own_rows) == self._size else {**batch, **self._rows.numbers(indices)}
 
     def get_state(self) -> dict[str, int]:
-        """How many rows the batches so far had, over all processes."""
+        """The position: the number of rows in the batches so far, over all processes."""
         return {"next_index": self._next}
 
     def set_state(self, state: dict[str, int]) -> None:
-        """Continues from a state of `get_state`, of whichever process."""
+        """Continues from a position that `get_state` returned, in any process."""
         self._next = state["next_index"]

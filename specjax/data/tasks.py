@@ -1,9 +1,9 @@
-"""Tasks to train and evaluate on: examples to learn from, examples to evaluate on, and a quality metric.
+"""Tasks: examples for training, examples for validation, and a quality metric.
 
 `load_task` makes a task from a config's `task` section. `task.name` is a key of the table at the end of this file, or
-the place of a task of your own: "path/to/file.py:Name" or "package.module:Name". There, `Name` is a `Task`, or a
-function from the config's `task` section to a `Task`. A metric of your own is a function from predictions and
-references to `quality.Quality`, most easily made by `quality.mean`.
+names a task of your own: "path/to/file.py:Name" or "package.module:Name", where `Name` is a `Task` or a function from
+the config's `task` section to a `Task`. A metric of your own is a function from predictions and references to
+`quality.Quality`, most easily made with `quality.mean`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,16 +27,16 @@ from specjax.runtime.errors import UserError, nearest
 
 @dataclass(frozen=True)
 class Task:
-    """Examples by split, and the quality metric.
+    """Examples by split, and a quality metric.
 
     Attributes:
-      name: appears in errors and logs.
-      train: empty where a task is for evaluation only.
-      validation: never empty. The tasks of specjax make sure that it shares no file and no prompt with `train`; data
-        sets that come split are used as they come.
-      metric: a key of `quality.METRICS`, a function like those there, or None if completions are not judged.
-      cuts_prompts: whether a prompt that is too long is cut at its end, as T5's texts to summarise are. If not, it is
-        dropped in training and an error in evaluation.
+      name: name for errors and logs.
+      train: training examples; empty if the task is for evaluation only.
+      validation: validation examples; never empty. If specjax splits the data, they share no file and no prompt with
+        `train`; data sets with splits of their own keep them.
+      metric: a key of `quality.METRICS`, a function like those there, or None if quality is not measured.
+      cuts_prompts: whether a prompt that is too long is cut at its end, as T5 does in summarisation. Otherwise it is
+        dropped in training, and an error in evaluation.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Task:
 
     @property
     def is_language_modelling(self) -> bool:
-        """Whether examples are documents rather than pairs of prompt and completion."""
+        """Whether examples are documents instead of pairs of prompt and completion."""
         return not self.validation[0].prompt
 
 
@@ -56,11 +56,11 @@ Splits = tuple[Sequence[Example], Sequence[Example]]
 
 @dataclass(frozen=True)
 class _Builtin:
-    """A task of the table: called with a config's `task` section it returns the `Task`.
+    """A task of specjax: called with a config's `task` section it returns the `Task`.
 
     Attributes:
-      load: from the section to (training, validation) examples.
-      path: what `task.path` must be: "none" (empty), "needed" or "optional".
+      load: function from the section to (training, validation) examples.
+      path: whether `task.path` must be empty ("none"), must be set ("needed") or may be set ("optional").
     """
 
     load: Callable[[Any], Splits]
@@ -82,14 +82,14 @@ class _Builtin:
 def load_task(config: Any) -> Task:
     """Loads the task that `config` describes.
 
-    Config keys: `name`; `path`, "" where the task reads no file, and for a data set of TFDS where TFDS keeps them by
-    default; `seed`, of generated tasks; `size`, the most training data to use, in bytes of text for language modelling
-    and in examples otherwise (0: all; generated tasks need a number). Validation data does not depend on `size`. A task
-    of your own may read these keys as it likes.
+    Config keys: `name`; `path`, the file or folder to read ("" if the task reads none, or for TFDS's default folder);
+    `seed` of generated tasks; `size`, the maximum amount of training data, in bytes of text for language modelling and
+    in examples otherwise (0: all; generated tasks need a number). Validation data does not depend on `size`. A task of
+    your own may use these keys in any way.
 
-    Raises UserError for an unknown task, for a file that is missing, empty or malformed (with its line number) or
-    lacks the references that the metric needs, for a data set that is not prepared (with the command that does it), and
-    for a task of your own that is no `Task`, or has no examples to validate on or an unknown metric.
+    Raises UserError for an unknown task, for a file that is missing, empty, malformed (with its line number) or without
+    the references that the metric needs, for a TFDS data set that is not prepared (with the command to prepare it), and
+    for a task of your own that is not a `Task`, has no validation examples or has an unknown metric.
     """
     task = extensions.named(config.name, _TASKS, "task")
     if not isinstance(task, Task) and callable(task):
@@ -107,7 +107,7 @@ def load_task(config: Any) -> Task:
 
 
 def quality(task: Task, predictions: Sequence[str], references: Sequence[str]) -> Quality:
-    """Returns how good predicted completions are by the task's metric; its values are {} where the task has none.
+    """Returns the task's metric on predicted completions; a metric without values if the task has none.
 
     Raises ValueError unless there are as many predictions as references.
     """
@@ -138,7 +138,7 @@ def _load_text(config: Any) -> Splits:
 
 @dataclass(frozen=True)
 class _Generated:
-    """Questions with worked answers, drawn from a seed without end by the module's `generate`."""
+    """Loads generated questions with worked answers; `module.generate` draws one from a random number generator."""
 
     module: ModuleType
 
@@ -169,12 +169,12 @@ def _load_prompts(config: Any) -> Splits:
 
 @dataclass(frozen=True)
 class _Dataset:
-    """A data set of TFDS, or JSON lines of the same layout.
+    """Loads a data set from TFDS, or from JSON lines with the same fields.
 
     Attributes:
-      name: as TFDS has it.
-      validation: the split that is evaluated on: "validation", or "test" where the data set has no other.
-      fields: those that `parse` reads.
+      name: its name in TFDS.
+      validation: the split used for validation: "validation", or "test" if the data set has no validation split.
+      fields: the fields that `parse` reads.
     """
 
     name: str
@@ -183,11 +183,11 @@ class _Dataset:
     parse: Parser
 
     def __call__(self, config: Any) -> Splits:
-        """Reads files of JSON lines where `task.path` names one or a folder of them, else what TFDS prepared."""
+        """Reads JSON lines if `task.path` is such a file or a folder of them, and otherwise the prepared TFDS data."""
         if config.path and layouts.is_jsonl(Path(config.path)):
             train, validation = layouts.read_splits(Path(config.path), self.parse)
         else:
-            # Both splits are opened before the first example is read, so that a missing one is reported at once.
+            # Open both splits before reading examples, so that a missing one is reported at once.
             train, validation = (
                 self._parsed(*read_split(self.name, split, config.path)) for split in ("train", self.validation)
             )
@@ -196,7 +196,7 @@ class _Dataset:
     def _parsed(self, where: str, records: Iterable[layouts.Record]) -> Iterator[Example]:
         skipped = 0
         for number, record in enumerate(records):
-            # XSum and CNN/DailyMail hold a few articles without text.
+            # XSum and CNN/DailyMail have a few articles without text.
             if all(str(record[name]).strip() for name in self.fields if name in record):
                 yield self.parse(record, f"{where}, example {number}")
             else:
@@ -210,7 +210,7 @@ def _dataset(name: str, validation: str, fields: tuple[str, ...], parse: Parser,
 
 
 def _first(examples: Iterable[Example], size: int) -> list[Example]:
-    """The first `size` examples, or the first whole documents of at most `size` bytes together; 0: all."""
+    """The first `size` examples, or the first documents with at most `size` bytes in total; 0: all."""
     first, left = [], size
     for example in examples:
         left -= 1 if example.prompt else len(example.completion.encode())
@@ -223,17 +223,17 @@ def _first(examples: Iterable[Example], size: int) -> list[Example]:
 
 
 _TASKS: dict[str, Callable[[Any], Task]] = {
-    # On every machine.
+    # Available on every machine.
     "stdlib_code": _Builtin(_load_stdlib_code),
     "stdlib_docstrings": _Builtin(_load_stdlib_docstrings, "rouge", cuts_prompts=True),
     "arithmetic": _Builtin(_Generated(word_problems), "exact_match"),
     "short_sums": _Builtin(_Generated(short_sums), "exact_match"),
-    # Files.
+    # Read from files.
     "text": _Builtin(_load_text, path="needed"),
     "prompt_completion": _Builtin(_load_prompt_completion, path="needed"),
     "spec_bench": _Builtin(_load_spec_bench, path="needed"),
     "prompts": _Builtin(_load_prompts, path="needed"),
-    # TFDS, or files.
+    # Read from TFDS or from files.
     "xsum": _dataset("xsum", "validation", ("document", "summary"), layouts.parse_xsum, "rouge"),
     "cnn_dailymail": _dataset(
         "cnn_dailymail", "validation", ("article", "highlights"), layouts.parse_cnn_dailymail, "rouge"

@@ -1,4 +1,4 @@
-"""Data sets of TensorFlow Datasets, read through its data sources: ArrayRecord files, without TensorFlow."""
+"""Reads data sets that TensorFlow Datasets prepared as ArrayRecord files, without TensorFlow."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -6,32 +6,32 @@ from typing import Any
 
 from specjax.runtime.errors import UserError
 
-# Records read at one time.
+# Number of records read at a time.
 _AT_ONCE = 1024
 
 
 def read_split(dataset: str, split: str, data_dir: str) -> tuple[str, Iterator[dict[str, Any]]]:
-    """Returns a description of a split, for messages, and its records in the order of the files, with texts as str.
+    """Returns a description of a split, for messages, and its records in file order, with texts as str.
 
-    The files are opened at once and read one by one as the records are consumed. TFDS shuffles a data set when it
-    prepares it, so the first records are a sample of it.
+    Missing files are reported at once, but records are read only as they are consumed. TFDS shuffles a data set when
+    preparing it, so the first records are a random sample.
 
     Args:
-      dataset: as TFDS names it, with its config ("wmt14_translate/de-en").
-      split: "train", "validation", "test".
-      data_dir: where TFDS keeps prepared data sets; "" is TFDS's own default.
+      dataset: name in TFDS, with the config ("wmt14_translate/de-en").
+      split: "train", "validation" or "test".
+      data_dir: folder of TFDS's prepared data sets; "" is TFDS's default.
 
     Raises:
-      UserError: for a data set that is not prepared there, or not as ArrayRecord, with the command that does it; for
-        a split that does not exist.
+      UserError: for a data set that is not prepared there as ArrayRecord, with the command to prepare it; for a split
+        that does not exist.
     """
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import read_only_builder
 
     folder = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
     try:
-        # From the files alone: `tfds.data_source` would first look for the code that prepares them, which may be of
-        # another version, or need TensorFlow.
+        # Use only the files: `tfds.data_source` would first load the code that prepares them, which may be of another
+        # version or need TensorFlow.
         builder = read_only_builder.builder_from_files(dataset, data_dir=folder)
         sources = builder.as_data_source()
     except tfds.core.DatasetNotFoundError:

@@ -1,4 +1,4 @@
-"""Multi-step arithmetic word problems with worked answers, generated from a seed in any number."""
+"""Generates any number of multi-step arithmetic word problems with worked answers from a seed."""
 
 import random
 from collections.abc import Callable
@@ -21,11 +21,11 @@ Splits = tuple[list[Problem], list[Problem]]
 def generate_split(seed: int, size: int, generate: Callable[[random.Random], Problem]) -> Splits:
     """Returns `size` training and VALIDATION_PROBLEMS validation problems, as (question, answer), without duplicates.
 
-    A hash of the question decides its split, so no seed's training problems are another seed's validation problems. The
-    validation problems do not depend on `size`.
+    A hash of the question determines its split, so a training problem of one seed is never a validation problem of
+    another. Validation problems do not depend on `size`.
 
     Args:
-      generate: draws one problem.
+      generate: function that draws one problem.
     """
     draw = random.Random(f"word problems {seed}")
     train, validation, seen = [], [], set()
@@ -61,7 +61,7 @@ def generate(draw: random.Random) -> Problem:
     return " ".join(story), "\n".join([*working, f"#### {count}"])
 
 
-# Each step returns (sentence of the story, sentence of the working, new count); counts stay positive.
+# A step is (sentence of the question, sentence of the worked answer, new count); counts stay positive.
 _Step = tuple[str, str, int]
 
 

@@ -24,15 +24,15 @@ CONFIG_FILE = "adapter_config.json"
 _FORMAT = "specjax-adapter-1"
 # Fields of the file that are not options of the attachment.
 _FIELDS = ("format", "type", "param_dtype", "target")
-# How many values of each parameter enter the fingerprint.
+# Number of values of each parameter that are hashed for the fingerprint.
 _SAMPLE = 64
 
 
 def fingerprint(decoder: LanguageModel, params: Params) -> str:
-    """A hash that identifies a target, of its config and of some values of each parameter.
+    """A hash of a model's config and of some values of each parameter, by which an attachment identifies its target.
 
-    Values are rounded to bfloat16 first, so that a checkpoint has the same fingerprint in float32 and in bfloat16. In
-    float16 it may have another.
+    Values are rounded to bfloat16 first, so that a checkpoint has the same fingerprint in float32 and bfloat16. Its
+    fingerprint in float16 may differ.
     """
     fields = dataclasses.asdict(decoder.config)
     for name in ("param_dtype", "compute_dtype"):
@@ -53,12 +53,12 @@ def _samples(params: Params) -> Params:
 
 @dataclasses.dataclass(frozen=True)
 class LoadedAdapter:
-    """An attachment with its parameters.
+    """An attachment (an adapter or heads) with its parameters.
 
     Attributes:
-      adapter: the network.
+      adapter: the attachment without parameters.
       params: its parameters.
-      target: fingerprint of the model that it was trained with.
+      target: fingerprint of the target that it was trained with.
     """
 
     adapter: Attachment
@@ -67,11 +67,11 @@ class LoadedAdapter:
 
     @property
     def network(self) -> Attachment:
-        """What is computed with the parameters, as of `hub.model.Model`."""
+        """The attachment without its parameters; `hub.model.Model` has this attribute too."""
         return self.adapter
 
     def check(self, target: str) -> None:
-        """Raises UserError unless `target` is the fingerprint of the model that it was trained with."""
+        """Raises UserError unless `target` is the fingerprint of the target that it was trained with."""
         if target != self.target:
             raise UserError(
                 f"this adapter belongs to another target (fingerprint {self.target[:8]}, this model's is "
@@ -117,10 +117,10 @@ def holds_one(directory: str | Path) -> bool:
 
 
 def load(directory: str | Path, target: LanguageModel, *, shardings=None) -> LoadedAdapter:
-    """Reads an adapter for a target of the right sizes; the caller checks the fingerprint.
+    """Reads an adapter and checks that its sizes match the target's; the caller checks the fingerprint.
 
     Args:
-      shardings: a function from the adapter to its tree of shardings; None puts it on the default device.
+      shardings: a function from the attachment to a tree of shardings; None puts it on the default device.
 
     Raises:
       UserError: for a missing or damaged file, and for an adapter whose sizes differ from the target's.
@@ -154,12 +154,12 @@ def load(directory: str | Path, target: LanguageModel, *, shardings=None) -> Loa
 
 
 def describe(directory: Path, target: LanguageModel) -> tuple[Attachment, str]:
-    """The adapter in a directory without its parameters, for this target, and the fingerprint of the target it is for.
+    """Reads `adapter_config.json`: the attachment for this target, and the fingerprint of the target it belongs to.
 
-    The file's `type` is a key of `ATTACHMENTS`, or the place of a user's own class; without one it is "adapter".
+    The file's `type` is a key of `ATTACHMENTS`, or "path/to/file.py:Name" of a user's own class; default: "adapter".
 
     Raises:
-      UserError: for a file that is missing, damaged or not ours, or whose class cannot be found.
+      UserError: for a file that is missing, damaged or not from specjax, or whose class cannot be found.
     """
     path, fields = directory / CONFIG_FILE, weights.read_json(directory / CONFIG_FILE)
     if fields.get("format") != _FORMAT:

@@ -1,4 +1,4 @@
-"""Conversations as text, by the Jinja template of an instruct model, rendered in a sandbox."""
+"""Renders conversations as text with the Jinja chat template of an instruct model, in a sandbox."""
 
 import datetime
 import functools
@@ -14,9 +14,9 @@ def render(
 ) -> str:
     """Returns the text of a conversation.
 
-    The environment is that for which templates are written (Hugging Face, "Chat templates"): blocks trimmed, loop
-    controls, `raise_exception`, `strftime_now`, a `tojson` that does not escape HTML, `{% generation %}` blocks.
-    `tools` and `documents` are None. Reasoning is read only under the template's own names for it.
+    The Jinja environment is that of transformers (Hugging Face, "Chat templates"): trimmed blocks, loop controls,
+    `raise_exception`, `strftime_now`, a `tojson` that does not escape HTML, and `{% generation %}` blocks. `tools` and
+    `documents` are None. Reasoning text is used only if a message has it under the key that the template reads.
 
     Raises:
       UserError: if the template is invalid or refuses these messages, or there is no message.
@@ -25,7 +25,7 @@ def render(
 
     if not messages:
         raise UserError("the conversation has no message; give at least one")
-    # A template is a program of unknown origin: it gets plain JSON values, which give no way out of the sandbox.
+    # A template is untrusted code, so it gets only plain JSON values, through which it cannot leave the sandbox.
     try:
         plain = json.loads(json.dumps(list(messages)))
     except TypeError as error:
@@ -47,7 +47,7 @@ def _compiled(template: str) -> Any:
     import jinja2.sandbox
 
     class Generation(jinja2.ext.Extension):
-        """`{% generation %}` marks the assistant's text, for training; its text is its body."""
+        """`{% generation %}`, which marks the assistant's text for training; it renders as its body."""
 
         tags = frozenset({"generation"})
 

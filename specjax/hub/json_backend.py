@@ -1,4 +1,4 @@
-"""Tokenizers of the `tokenizers` library: a `tokenizer.json`, or GPT-2's `vocab.json` and `merges.txt`."""
+"""Tokenizers that use the `tokenizers` library, read from `tokenizer.json` or GPT-2's `vocab.json` and `merges.txt`."""
 
 import json
 from collections.abc import Sequence
@@ -11,22 +11,22 @@ from specjax.runtime.errors import UserError
 
 
 class JsonBackend:
-    """A `tokenizers.Tokenizer` with the added tokens that its directory states.
+    """A `tokenizers.Tokenizer` with the added tokens listed in its directory.
 
-    The rules are those of `tokenizer.json`. Transformers 5 rebuilds the rules of the class `LlamaTokenizer` from the
-    vocabulary instead. This differs if the file of a Llama, as that of Llama 2, puts a space before every stretch of
-    text: transformers 5 puts none before a text that begins with a space, nor (unless `legacy`) after a special token.
-    As in transformers, `add_bos_token` and `add_eos_token` are ignored if there is a `tokenizer.json`.
+    Text is split as `tokenizer.json` specifies. Transformers 5 instead rebuilds the rules of `LlamaTokenizer` from the
+    vocabulary, with another result if the file (as Llama 2's) adds a space before every piece of text between special
+    tokens: transformers 5 adds none if the text begins with a space, nor (unless `legacy`) after a special token. As in
+    transformers, `add_bos_token` and `add_eos_token` are ignored if there is a `tokenizer.json`.
 
     Attributes:
       vocab_size: one more than the largest id.
-      special: the ids that decoding leaves out.
-      is_bpe: whether the model of the vocabulary is a BPE.
+      special: ids that decoding skips.
+      is_bpe: whether the vocabulary's algorithm is BPE.
     """
 
     def __init__(self, library: Any, files: TokenizerFiles):
-        """Wraps and changes a `tokenizers.Tokenizer`. Raises UserError if the ids of added tokens differ."""
-        # Settings of a use, not of the vocabulary; they would silently cut or fill texts.
+        """Wraps a `tokenizers.Tokenizer`, which it modifies. Raises UserError if added tokens have conflicting ids."""
+        # Files may store truncation and padding, which would silently change the ids of texts.
         library.no_truncation()
         library.no_padding()
         library.encode_special_tokens = bool(files.settings.get("split_special_tokens", False))
@@ -60,7 +60,7 @@ class JsonBackend:
         return self._library.token_to_id(content)
 
     def encode_batch(self, texts: Sequence[str], *, surrounded: bool) -> list[list[int]]:
-        """Returns the ids of each text, computed in parallel; with the special tokens of a prompt if `surrounded`."""
+        """Returns the ids of each text; with `surrounded`, also the special tokens before and after a prompt."""
         return [item.ids for item in self._library.encode_batch_fast(list(texts), add_special_tokens=surrounded)]
 
     def decode_batch(self, rows: Sequence[Sequence[int]]) -> list[str]:
@@ -82,7 +82,7 @@ def from_json(files: TokenizerFiles) -> JsonBackend:
     content = text(name, files.contents[tokenizer_files.JSON_FILE])
     try:
         library = tokenizers.Tokenizer.from_str(content)
-    except Exception as error:  # the library raises bare Exception for whatever is wrong with the content
+    except Exception as error:  # the library raises Exception itself for any invalid content
         raise UserError(f"{name} is not a valid tokenizer file ({error}); save it again") from None
     return JsonBackend(library, files)
 
@@ -102,7 +102,7 @@ def from_merges(files: TokenizerFiles) -> JsonBackend:
         lines = files.contents[tokenizer_files.MERGES_FILE].decode("utf-8").split("\n")
         merges = [tuple(line.split(" ")) for line in lines if line.strip() and not line.startswith("#version")]
         library = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    except Exception as error:  # the library's own errors are bare
+    except Exception as error:  # the library raises Exception itself
         raise UserError(f"the vocabulary in {files.origin} cannot be read ({error}); copy it again") from None
     space = bool(files.settings.get("add_prefix_space", False))
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)

@@ -1,4 +1,4 @@
-"""Text and JSON of a checkpoint's files, with errors that name the file."""
+"""Reads text and JSON files of a checkpoint, with errors that name the file."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from specjax.runtime.errors import UserError
 
 
 def text(name: str, data: bytes) -> str:
-    """The text of a UTF-8 file. Raises UserError, naming the file, for other bytes."""
+    """Decodes the bytes of a UTF-8 file. Raises UserError, naming the file, for invalid UTF-8."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -16,7 +16,7 @@ def text(name: str, data: bytes) -> str:
 
 
 def parse_json(name: str, data: bytes) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError, naming the file, for other content."""
+    """Parses the bytes of a file that holds a JSON object. Raises UserError, naming the file, for other content."""
     try:
         content = json.loads(text(name, data))
     except ValueError as error:
@@ -27,7 +27,7 @@ def parse_json(name: str, data: bytes) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a checkpoint. Raises UserError, naming the file, if there is none."""
+    """Reads a file that holds a JSON object. Raises UserError, naming the file, if it is missing or not an object."""
     try:
         return parse_json(str(path), path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):

@@ -1,4 +1,4 @@
-"""Reads a Hugging Face directory: `config.json` and safetensors, tensor by tensor."""
+"""Loads a model from a Hugging Face directory: `config.json`, and safetensors tensor by tensor."""
 
 import math
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from specjax.runtime.errors import UserError
 
 CONFIG_FILE = "config.json"
 
-# By `model_type`. A new family is one `base.Family` in a file, and one entry here.
+# All families. A new family needs a file with a `base.Family`, and an entry here.
 _ALL = (
     *(llama.FAMILY, mistral.FAMILY, qwen.QWEN2, qwen.QWEN3, phi3.FAMILY, smollm3.FAMILY),
     *(gemma.GEMMA, gemma.GEMMA2, gemma.GEMMA3, opt.FAMILY, gpt2.FAMILY, gpt_neox.FAMILY, t5.FAMILY),
@@ -33,18 +33,18 @@ _QUANTISED = (
     *(".qweight", ".qzeros", ".g_idx", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".input_scale"),
     *(".SCB", ".absmax", ".quant_map", ".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4"),
 )
-# Bytes read and converted at a time: few compared with a tensor, and within a processor's cache when transposed.
+# Bytes read and converted at a time: much less than a tensor, and small enough for the processor's cache.
 _PIECE_BYTES = 1 << 20
 
 
 class Loaded(NamedTuple):
-    """A parameter that was loaded.
+    """A loaded parameter.
 
     Attributes:
-      path: in the tree of parameters.
-      array: on its devices.
-      file_bytes: bytes read from the file for the part on each of this process's devices. A part that several devices
-        share is read once and counts for each of them.
+      path: its path in the parameter tree.
+      array: the parameter, on its devices.
+      file_bytes: for each of this process's devices, bytes read from the file for its part. A part that several devices
+        hold is read once and counted for each of them.
     """
 
     path: tuple[str | int, ...]
@@ -69,8 +69,8 @@ def load(
         own part of each tensor. None puts everything on the default device.
 
     Raises:
-      UserError: if a file is missing or damaged, the config asks for an unsupported feature, or the tensors are not
-        those that the config describes.
+      UserError: if a file is missing or damaged, the config has an unsupported feature, or the tensors do not match the
+        config.
     """
     decoder, arriving = stream(directory, param_dtype=param_dtype, compute_dtype=compute_dtype, shardings=shardings)
     return decoder, traverse_util.unflatten_dict({loaded.path: loaded.array for loaded in arriving})
@@ -79,7 +79,7 @@ def load(
 def stream(
     directory: str | Path, *, param_dtype: str, compute_dtype: str, shardings: Params | None
 ) -> tuple[LanguageModel, Iterator[Loaded]]:
-    """As `load`, but yields one parameter after another: the host holds one device's part of one parameter at a time.
+    """Like `load`, but yields the parameters one by one; the host holds one device's part of one parameter at a time.
 
     Wrong names, shapes and dtypes raise UserError before any value is read.
     """
@@ -107,7 +107,7 @@ def stream(
 
 
 def read_config(directory: Path, *, param_dtype: str, compute_dtype: str):
-    """The family of a directory and the DecoderConfig of its `config.json`. Raises UserError, naming the file."""
+    """The family and the DecoderConfig of a directory's `config.json`. Raises UserError if it is not supported."""
     weights.refuse_adapter(directory)
     path = directory / CONFIG_FILE
     fields = json_files.read_json(path)
@@ -132,7 +132,7 @@ def read_config(directory: Path, *, param_dtype: str, compute_dtype: str):
 
 
 def describe(directory: str | Path, *, param_dtype: str, compute_dtype: str) -> LanguageModel:
-    """The model of a directory's `config.json`; no weights are read. Raises UserError, naming the file."""
+    """The model that a directory's `config.json` describes, without weights. Raises UserError if not supported."""
     return model_of(read_config(Path(directory), param_dtype=param_dtype, compute_dtype=compute_dtype)[1])
 
 
@@ -144,7 +144,7 @@ def at(tree: Params, path: tuple[str | int, ...]) -> Any:
 
 
 def _full_names(stored: dict[str, Stored], family: base.Family) -> dict[str, Stored]:
-    """The tensors by their full names; some files, such as GPT-2's own, omit the leading "transformer."."""
+    """The tensors by full names; adds the leading "transformer." that some files, such as GPT-2's, omit."""
     inner, _, rest = family.embedding.partition(".")
     if family.embedding in stored or rest not in stored:
         return stored
@@ -152,7 +152,7 @@ def _full_names(stored: dict[str, Stored], family: base.Family) -> dict[str, Sto
 
 
 def _check_names(directory, family, config, wanted: set[str], stored: dict[str, Stored]) -> None:
-    """Raises UserError unless the stored tensors are the wanted ones."""
+    """Raises UserError unless the file has exactly the wanted tensors, apart from those that are ignored."""
     quantised = sorted(name for name in set(stored) - wanted if name.endswith(_QUANTISED))
     if quantised:
         raise UserError(
@@ -221,7 +221,7 @@ def _check_sharding(sharding: jax.sharding.Sharding, shape: tuple[int, ...], nam
 
 
 def _read(stored: Stored, tensor: base.Tensor, shape: tuple[int, ...], dtype: np.dtype, sharding) -> Loaded:
-    """Loads one parameter onto its devices; reads only the parts that this process holds, each of them once."""
+    """Loads one parameter onto its devices; reads only the parts on this process's devices, each once."""
     if sharding is None:
         part, count = _part(stored, tensor, tuple(slice(0, size) for size in shape), dtype)
         array = jnp.asarray(part)
@@ -234,14 +234,14 @@ def _read(stored: Stored, tensor: base.Tensor, shape: tuple[int, ...], dtype: np
     for bounds, devices in holders.items():
         part, count = _part(stored, tensor, tuple(slice(*b) for b in bounds), dtype)
         file_bytes.update(dict.fromkeys(devices, count))
-        # Wait; otherwise the host would hold parts that are not yet on their devices.
+        # Wait for the copy, so that the host does not hold several parts at a time.
         shards += jax.block_until_ready([jax.device_put(part, device) for device in devices])
     array = jax.make_array_from_single_device_arrays(shape, sharding, shards)
     return Loaded(tensor.path, array, file_bytes)
 
 
 def _part(stored: Stored, tensor: base.Tensor, index: tuple[slice, ...], dtype) -> tuple[np.ndarray, int]:
-    """The part of a parameter at `index`, transposed and converted, and the number of bytes read for it."""
+    """The part of a parameter at `index` in our layout and dtype, and the number of bytes read from the file."""
     part = np.empty([i.stop - i.start for i in index], dtype)
     axis = base.output_axis(tensor, part.ndim)
     in_file = part.T if tensor.transposed else part
@@ -258,7 +258,7 @@ def _part(stored: Stored, tensor: base.Tensor, index: tuple[slice, ...], dtype) 
 
 
 def _copy(stored: Stored, read: np.ndarray, into: np.ndarray) -> int:
-    """Converts values into an array and returns the number of bytes read; UserError for a float16 overflow."""
+    """Copies and converts values into an array. Returns the bytes read; raises UserError for a float16 overflow."""
     with np.errstate(over="ignore"):  # checked below
         into[...] = read
     if not np.can_cast(read.dtype, into.dtype) and not np.array_equal(np.isfinite(into), np.isfinite(read)):
@@ -269,7 +269,7 @@ def _copy(stored: Stored, read: np.ndarray, into: np.ndarray) -> int:
 
 
 def _pieces(index: tuple[slice, ...]) -> Iterator[tuple[slice, ...]]:
-    """The rows of a slice in pieces of about `_PIECE_BYTES`."""
+    """Splits a slice of an array by rows into pieces of about `_PIECE_BYTES`."""
     rows, *rest = index
     row_bytes = 4 * math.prod(i.stop - i.start for i in rest)
     step = max(_PIECE_BYTES // max(row_bytes, 1), 1)

@@ -1,4 +1,4 @@
-"""A model as users have it: decoder, parameters and tokenizer together."""
+"""A model with its parameters and tokenizer, as users load and save it."""
 
 import dataclasses
 import functools
@@ -31,9 +31,9 @@ def _logits(
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A language model with its parameters and tokenizer; on one device if there is no mesh.
+    """A language model with its parameters and tokenizer; it is on one device if `mesh` is None.
 
-    In hardware planning the parameters are abstract shapes and there is no tokenizer.
+    In planning (`specjax.planning`) the parameters are ShapeDtypeStructs and `tokenizer` is None.
     """
 
     decoder: LanguageModel
@@ -43,25 +43,25 @@ class Model:
 
     @property
     def network(self) -> LanguageModel:
-        """What is computed with the parameters, as of `LoadedAdapter`."""
+        """The model without its parameters; `LoadedAdapter` has this attribute too."""
         return self.decoder
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash of the parameters, by which an adapter recognises its target."""
+        """A hash of config and parameters, by which an adapter identifies its target."""
         return hub_adapter.fingerprint(self.decoder, self.params)
 
     def logits(
         self, tokens: Sequence[Sequence[int]] | Any, decoder_tokens: Sequence[Sequence[int]] | Any = None
     ) -> Float[Array, "B T V"]:
-        """Teacher-forced logits of `[B, T]` ids: row t predicts the token after the t-th of its text.
+        """Logits for texts of `[B, T]` ids: entry `[b, t]` predicts token t + 1 from tokens 0 .. t (teacher forcing).
 
         Args:
-          tokens: the texts; for an encoder-decoder the prompts, all of one length.
-          decoder_tokens: for an encoder-decoder the texts, start token included.
+          tokens: the texts; for an encoder-decoder the prompts, all of the same length.
+          decoder_tokens: for an encoder-decoder the texts, including the start token; otherwise None.
 
         Raises:
-          UserError: for ids outside the vocabulary, and for `decoder_tokens` that are missing or superfluous.
+          UserError: for ids outside the vocabulary, and if `decoder_tokens` are missing or not allowed.
         """
         is_pair = self.decoder.is_encoder_decoder
         if is_pair != (decoder_tokens is not None):
@@ -128,9 +128,9 @@ def load_adapter(directory: str | Path, target: Model) -> hub_adapter.LoadedAdap
 
 
 def check_pair(target: Model, draft: Model) -> None:
-    """Raises UserError unless draft and target are of one kind and have the same tokenizer, by its content.
+    """Raises UserError unless both are decoder-only or both encoder-decoders, and their tokenizers have equal content.
 
-    Their vocabularies may be padded to different sizes: ids beyond the tokenizer's have no meaning.
+    Their vocabularies may be padded to different sizes, because ids beyond the tokenizer's have no meaning.
     """
     if target.decoder.is_encoder_decoder != draft.decoder.is_encoder_decoder:
         raise UserError("an encoder-decoder and a decoder-only model cannot draft for each other; take two of a kind")

@@ -22,9 +22,9 @@ from specjax.runtime.errors import UserError
 
 _GENERATION_FILE = "generation_config.json"
 FILES = (hub_load.CONFIG_FILE, weights.FILE, _GENERATION_FILE, *tokenizer_files.FILES)
-# The names of the weights files of a model that is larger than a shard.
+# File names of the weights of a model with several shards.
 _SHARDED = re.compile(re.escape(weights.INDEX_FILE) + r"|model-\d{5}-of-\d{5}\.safetensors")
-# For long the limit of Hugging Face; common file systems and hubs accept such files.
+# The usual limit of Hugging Face; common file systems and hubs accept such files.
 MAX_SHARD_BYTES = 5 * 10**9
 
 
@@ -36,14 +36,14 @@ def save(
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes the model and its tokenizer, the parameters bit for bit in the dtype of `decoder.config`.
+    """Writes the model and its tokenizer; parameters are stored exactly, in the dtype of `decoder.config`.
 
-    Everything is written to a temporary folder next to `directory`, read back and compared, and only then moved; an
-    earlier export there is replaced as a whole. The host holds one shard at a time, however the parameters are sharded.
+    Everything is written to a temporary folder next to `directory`, read back and compared, and only then moved there
+    in place of an earlier export. The host holds one shard at a time, however the parameters are sharded.
 
     Args:
-      max_shard_bytes: most bytes of a weights file. A larger model is split over several files with an index in Hugging
-        Face's format; a single tensor that is larger has a file to itself.
+      max_shard_bytes: maximum size of a weights file. A larger model is split over several files with an index in
+        Hugging Face's format; a single tensor that is larger gets its own file.
 
     Raises:
       UserError: if the directory holds other files or cannot be written, the tokenizer has more ids than the model, or
@@ -121,7 +121,7 @@ def _write_weights(directory: Path, decoder: LanguageModel, params: Params, max_
 
 
 def _write_shard(path: Path, listed: Sequence[base.Tensor], params: Params) -> None:
-    # A separate function, so that its tensors are freed before those of the next shard are fetched.
+    # A separate function, so that its tensors are freed before the next shard's are fetched.
     from safetensors.numpy import save_file
 
     tensors = _tensors(listed, params)
@@ -130,7 +130,7 @@ def _write_shard(path: Path, listed: Sequence[base.Tensor], params: Params) -> N
 
 
 def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
-    """The names in their order; a new shard begins before each tensor that would exceed the limit."""
+    """Splits tensor names, in order, into shards; a shard ends before the tensor that would exceed `limit` bytes."""
     shards: list[list[str]] = []
     filled = 0
     for name, size in sizes.items():
@@ -143,13 +143,13 @@ def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
 
 
 def _tensors(listed: Sequence[base.Tensor], params: Params) -> dict[str, np.ndarray]:
-    """The arrays on the host, by their names in the file and in its layout."""
+    """The tensors as numpy arrays in the file's layout, by their names in the file."""
     outputs = base.fused_outputs(listed)
     tensors: dict[str, np.ndarray] = {}
     for tensor in listed:
         values = _on_host(hub_load.at(params, tensor.path))
         shape = base.shape_in_file(tensor, values.shape, outputs)
-        # The writer takes the bytes in the order of memory, so a transposed view would be stored untransposed.
+        # safetensors writes bytes in memory order, so a transposed view must be made contiguous first.
         laid_out = np.ascontiguousarray(values.T if tensor.transposed else values)
         if tensor.part is None:
             tensors[tensor.name] = laid_out
@@ -164,7 +164,7 @@ def _tensors(listed: Sequence[base.Tensor], params: Params) -> dict[str, np.ndar
 
 
 def _on_host(array: jax.Array | np.ndarray) -> np.ndarray:
-    """The values, joined from the devices of this process. Raises ValueError if they do not hold all of them."""
+    """The array as numpy, joined from this process's devices. Raises ValueError if these do not hold all of it."""
     if isinstance(array, np.ndarray):
         return array
     if not (array.is_fully_addressable or array.is_fully_replicated):
@@ -173,7 +173,7 @@ def _on_host(array: jax.Array | np.ndarray) -> np.ndarray:
     for shard in array.addressable_shards:
         bounds = tuple(i.indices(size) for i, size in zip(shard.index, array.shape, strict=True))
         if bounds not in done:
-            # A copy is fetched, because JAX keeps the fetched values of an array on the host until it is deleted.
+            # Fetch a copy, because JAX caches the fetched values of an array on the host until it is deleted.
             values[shard.index] = np.asarray(jnp.copy(shard.data))
             done.add(bounds)
     return values

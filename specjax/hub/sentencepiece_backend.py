@@ -1,4 +1,4 @@
-"""Tokenizers of the `sentencepiece` library: the `.model` files of Llama 1 and 2, and of T5."""
+"""Tokenizers that use the `sentencepiece` library: from the `.model` files of Llama 1 and 2, and of T5."""
 
 import dataclasses
 import re
@@ -9,24 +9,24 @@ from specjax.hub import tokenizer_files
 from specjax.hub.tokenizer_files import Token, TokenizerFiles
 from specjax.runtime.errors import UserError
 
-_SPACE = "▁"  # how pieces spell a space
+_SPACE = "▁"  # the character that represents a space in pieces
 _UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # ModelProto.SentencePiece.Type
 _T5_SENTINELS = 100
-# Unicode's White_Space, as in transformers; Python's \\s also has four control characters.
+# Unicode's White_Space, as in transformers; Python's \\s also matches four control characters.
 _WHITESPACE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
 
 
 @dataclasses.dataclass(frozen=True)
 class _Rules:
-    """How a class of transformers uses the pieces of its model.
+    """How a tokenizer class of transformers applies its SentencePiece model.
 
     Attributes:
       model_type: the segmentation algorithm of the class.
-      strips: whether whitespace is removed at the ends and collapsed elsewhere, which the `.model` must say too.
-      prefix: "always" puts a space before every stretch of text between added tokens, "first" only before one at the
-        start of the text, "never" before none; a stretch that begins with a space gets no second one.
-      bos, eos: whether a prompt has the token before or after it.
+      strips: whether whitespace is stripped at the ends and collapsed elsewhere; the `.model` must agree.
+      prefix: "always" adds a space before each segment of text between added tokens, "first" only before a segment at
+        the start of the text, "never" before none; a segment that begins with a space gets no second one.
+      bos, eos: whether a prompt starts with BOS, and ends with EOS.
     """
 
     model_type: int
@@ -56,21 +56,21 @@ def _rules(files: TokenizerFiles) -> _Rules:
 
 
 class SentencePieceBackend:
-    """A SentencePiece model with the added tokens and the treatment of spaces of transformers' classes.
+    """A SentencePiece model with the added tokens and the handling of spaces of transformers' classes.
 
-    Ids and texts are those of transformers 5, which differ from the bare SentencePiece library: added tokens in a text
-    are parsed; a Llama's text that begins with a space gets no second one; and a T5's characters with combining marks
-    are normalised by the `tokenizers` library. One thing differs from transformers: a Llama whose config lacks
-    `add_bos_token` gets the BOS with which it was trained.
+    Ids and texts equal those of transformers 5, which differ from the SentencePiece library alone: added tokens in a
+    text are parsed, a Llama text that begins with a space gets no second one, and the `tokenizers` library normalises
+    T5 text with combining marks. The only difference from transformers: if a Llama's config lacks `add_bos_token`,
+    prompts get the BOS with which the model was trained.
 
     Attributes:
       vocab_size: one more than the largest id.
-      special: the ids that decoding leaves out.
-      is_bpe: whether the model is a BPE.
+      special: ids that decoding skips.
+      is_bpe: whether the model's algorithm is BPE.
     """
 
     def __init__(self, proto: Any, files: TokenizerFiles):
-        """Wraps a `ModelProto`. Raises UserError if the model or the added tokens are of an unsupported kind."""
+        """Wraps a `ModelProto`. Raises UserError if the model or the added tokens are not supported."""
         import sentencepiece
 
         self._rules = _rules(files)
@@ -80,7 +80,7 @@ class SentencePieceBackend:
         bare = type(proto)()
         bare.CopyFrom(proto)
         bare.normalizer_spec.precompiled_charsmap = b""
-        # A Llama's space before a stretch of text depends on the preceding token, which the library does not see.
+        # For Llama we add the space before a segment ourselves, because it depends on the preceding token.
         bare.normalizer_spec.add_dummy_prefix = self._rules.strips
         self._library = sentencepiece.SentencePieceProcessor(model_proto=bare.SerializeToString())
         self._pieces = [piece.piece for piece in proto.pieces]
@@ -107,7 +107,7 @@ class SentencePieceBackend:
         return self._ids.get(content)
 
     def encode_batch(self, texts: Sequence[str], *, surrounded: bool) -> list[list[int]]:
-        """Returns the ids of each text; with the special tokens of a prompt if `surrounded`."""
+        """Returns the ids of each text; with `surrounded`, also the special tokens before and after a prompt."""
         rows = [list(self._encode(text)) for text in texts]
         return [[*self._before, *row, *self._after] for row in rows] if surrounded else rows
 
@@ -147,7 +147,7 @@ def from_model(files: TokenizerFiles) -> SentencePieceBackend:
     name = next(name for name in tokenizer_files.SENTENCEPIECE_FILES if name in files.contents)
     try:
         proto = sentencepiece_model_pb2.ModelProto.FromString(files.contents[name])
-    except Exception as error:  # DecodeError of protobuf, which is no direct dependency
+    except Exception as error:  # protobuf's DecodeError; protobuf is not a direct dependency
         raise UserError(f"{files.origin}/{name} is not a SentencePiece model ({error}); copy it again") from None
     if not proto.pieces:
         raise UserError(f"{files.origin}/{name} is not a SentencePiece model (it has no pieces); copy it again")
@@ -155,7 +155,7 @@ def from_model(files: TokenizerFiles) -> SentencePieceBackend:
 
 
 def _check(proto: Any, rules: _Rules, files: TokenizerFiles) -> None:
-    """Raises UserError unless the model has the features of its class."""
+    """Raises UserError if the model has a feature that its tokenizer class does not support."""
     spec, trained = proto.normalizer_spec, proto.trainer_spec
     unsupported = {
         "another segmentation than its class": trained.model_type != rules.model_type,
@@ -175,7 +175,7 @@ def _check(proto: Any, rules: _Rules, files: TokenizerFiles) -> None:
 
 
 def _added_tokens(proto: Any, ids: dict[str, int], files: TokenizerFiles) -> list[Token]:
-    """The tokens that are matched in a text before its pieces, each with its id; the first statement of one counts."""
+    """The added tokens, which are matched before text is split into pieces; of duplicates the first one is used."""
     ids = dict(ids)
     if files.tokenizer_class == "T5Tokenizer":
         count = int(files.settings.get("extra_ids", files.model.get("extra_ids", _T5_SENTINELS)))
@@ -207,7 +207,7 @@ def _added_tokens(proto: Any, ids: dict[str, int], files: TokenizerFiles) -> lis
 
 
 def _pattern(tokens: list[Token]) -> re.Pattern | None:
-    """A pattern of the added tokens, the longest first; the group that matched is the token's content."""
+    """A pattern that matches any added token, longer ones first; the matching group is the token's content."""
     parts = []
     for token in sorted(tokens, key=lambda token: -len(token.content)):
         core = f"({re.escape(token.content)})"
@@ -225,7 +225,7 @@ def _normalizer(charsmap: bytes) -> Callable[[str], str]:
 
 
 def _decoder(rules: _Rules) -> Callable[[list[str]], str]:
-    """A function from pieces to their text; bytes become characters, an incomplete one U+FFFD."""
+    """A function that joins pieces to text; byte pieces become characters, an incomplete character U+FFFD."""
     from tokenizers import decoders
 
     if rules.strips:

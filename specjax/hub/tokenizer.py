@@ -1,4 +1,4 @@
-"""Text to token ids and back, for `tokenizer.json` and SentencePiece models, and training of a byte-level BPE."""
+"""Converts text to token ids and back with a model's tokenizer, and trains byte-level BPE tokenizers."""
 
 import hashlib
 import json
@@ -15,24 +15,24 @@ END = "<|end|>"
 # Spaces that transformers removes from decoded texts if `clean_up_tokenization_spaces` is set.
 _SPACES = (*(f" {mark}" for mark in ".?!,"), " ' ", " n't", " 'm", " 's", " 've", " 're")
 
-_LONGEST_WAIT = 32  # tokens; far more than one character has
+_LONGEST_WAIT = 32  # maximum number of tokens of an incomplete character; real characters have far fewer
 
 
 class Tokenizer:
     """The tokenizer of a model directory: its vocabulary, special tokens and chat template.
 
-    Special tokens that are spelled out in a text are parsed, as in transformers, unless `tokenizer_config.json` says
-    `split_special_tokens`: there, as with tokenizers trained here, they are text.
+    If a text contains the content of a special token, it becomes that token, as in transformers. With
+    `split_special_tokens` in `tokenizer_config.json`, as in tokenizers trained here, it stays ordinary text.
 
     Attributes:
-      vocab_size: one more than the largest token id, special tokens included; a model's may be padded beyond it.
-      eos_ids: the ids that end a sequence; the first is put after texts in training.
-      bos_id: the id that begins a sequence, None if there is none.
-      pad_id: fills the right of a row: the pad token, else the first EOS. It is never read, as rows have lengths.
+      vocab_size: one more than the largest token id, special tokens included; a model may pad its vocabulary further.
+      eos_ids: the ids that end a sequence; the first one is appended to texts in training.
+      bos_id: the id that begins a sequence; None if there is none.
+      pad_id: pads rows on the right: the pad token, else the first EOS. Its value has no effect, as rows have lengths.
     """
 
     def __init__(self, backend: Any, files: TokenizerFiles):
-        """Wraps a backend of this package. Raises UserError if the files state no end of a sequence."""
+        """Wraps a JsonBackend or SentencePieceBackend. Raises UserError if the files define no EOS token."""
         self._backend = backend
         self._files = files
         self.vocab_size: int = backend.vocab_size
@@ -40,11 +40,11 @@ class Tokenizer:
         self.bos_id: int | None = files.role("bos_token", backend.token_id)
         pad = files.role("pad_token", backend.token_id)
         self.pad_id: int = self.eos_ids[0] if pad is None else pad
-        # Ignored for a BPE, as in transformers: it would corrupt its texts.
+        # Ignored for BPE, as in transformers, because it would corrupt decoded texts.
         self._cleans = bool(files.settings.get("clean_up_tokenization_spaces")) and not backend.is_bpe
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of `text` alone, without special tokens before or after it, as in training rows."""
+        """Returns the ids of `text` without special tokens before or after it, as in training rows."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -63,14 +63,14 @@ class Tokenizer:
         return self._backend.encode_batch(texts, surrounded=True)
 
     def apply_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
-        """Returns the ids of a conversation, written as the model's chat template says.
+        """Returns the ids of a conversation in the format of the model's chat template.
 
         Args:
-          messages: in order, each with "role" and "content".
-          add_generation_prompt: whether to end where the assistant's turn begins.
+          messages: the messages in order, each with "role" and "content".
+          add_generation_prompt: whether to append the beginning of an assistant's turn.
 
         Raises:
-          UserError: for a model without a template, or messages that it refuses.
+          UserError: if there is no template, or the template rejects the messages.
         """
         template = self._files.chat_template()
         if template is None:
@@ -87,23 +87,23 @@ class Tokenizer:
         return self.encode(text)  # the template writes the special tokens itself
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text of `ids`; special tokens have none. An incomplete character reads as U+FFFD."""
+        """Returns the text of `ids` without special tokens. An incomplete character becomes U+FFFD."""
         (text,) = self._backend.decode_batch([[int(token) for token in ids]])
         for spaced in _SPACES if self._cleans else ():
             text = text.replace(spaced, spaced.strip())
         return text
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
-        """Returns the text that each id adds at its position; special tokens add none.
+        """Returns the text that each id adds to the decoded text; special tokens add none.
 
-        A character of several tokens belongs to the last of them. Joined, the pieces are `decode(ids)`, unless decoding
-        cleans up spaces or some bytes form no character.
+        A character of several tokens is added by the last of them. The joined pieces equal `decode(ids)`, unless
+        decoding cleans up spaces or some bytes are not valid UTF-8.
         """
         all_ids = [int(token) for token in ids]
         ids = [token for token in all_ids if token not in self._backend.special]
         added: list[str] = []
-        # Each step decodes from the last ids that added text: a token's space depends on whether it opens the text.
-        # `old` is the part of the decoded text that was added before. An incomplete character waits for its rest.
+        # Each step also decodes the last ids that added text, because a token at the start of a text loses its space.
+        # `old` is the decoded text that was added already. An incomplete character is added once it is complete.
         start, end_of_old, old = 0, 0, ""
         for end in range(1, len(ids) + 1):
             (text,) = self._backend.decode_batch([ids[start:end]])
@@ -120,16 +120,16 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """Returns a hash of all that determines the ids of a text: vocabulary, merges, added tokens, normalisation.
 
-        File names, padding, truncation, templates and the tokens around a prompt do not count. The same vocabulary as
-        `tokenizer.json` and as a SentencePiece model has two fingerprints: their rules are not proven equal.
+        It does not depend on file names, padding, truncation, templates or the special tokens around a prompt. A
+        `tokenizer.json` and a SentencePiece model of the same vocabulary have different fingerprints.
         """
         content = json.dumps(self._backend.content(), sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
     def save(self, directory: str | Path) -> None:
-        """Writes the tokenizer's files as they were loaded, creating the directory.
+        """Writes the tokenizer's files as they were loaded; creates the directory.
 
-        EOS ids that come from a model's configs are not written here; `hub.save` writes them with the model.
+        EOS ids from a model's config files are not written here; `hub.save` writes them with the model.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -140,12 +140,12 @@ class Tokenizer:
     def load(cls, directory: str | Path) -> "Tokenizer":
         """Reads the tokenizer of a Hugging Face directory.
 
-        In this order: `tokenizer.json`, a SentencePiece `tokenizer.model` or `spiece.model` (Llama 1 and 2, T5),
-        `vocab.json` with `merges.txt` (GPT-2, OPT). EOS ids: `generation_config.json`, else `config.json`, else
-        "eos_token" of `tokenizer_config.json`.
+        It uses the first that exists of `tokenizer.json`, a SentencePiece `tokenizer.model` or `spiece.model` (Llama 1
+        and 2, T5), and `vocab.json` with `merges.txt` (GPT-2, OPT). EOS ids come from `generation_config.json`, else
+        `config.json`, else "eos_token" of `tokenizer_config.json`.
 
         Raises:
-          UserError: if there is none of them, it is damaged or not supported, or no id ends a sequence.
+          UserError: if none of these files exists, a file is damaged or not supported, or there is no EOS id.
         """
         return _tokenizer(tokenizer_files.read(directory))
 
@@ -166,11 +166,11 @@ def _tokenizer(files: TokenizerFiles) -> Tokenizer:
 
 
 def train_byte_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Trains a byte-level BPE: every text round-trips exactly.
+    """Trains a byte-level BPE tokenizer, with which every text round-trips exactly.
 
-    Source: Sennrich et al. 2016 (arXiv 1508.07909), with bytes as the first symbols.
-    All 256 bytes are in the vocabulary, so there is no unknown token. The same texts give the same tokenizer.
-    It has fewer than `vocab_size` ids if the texts offer no more merges.
+    Source: Sennrich et al. 2016 (arXiv 1508.07909), with the 256 bytes as initial symbols.
+    So there is no unknown token. Training is deterministic.
+    The vocabulary is smaller than `vocab_size` if the texts have too few distinct pairs to merge.
 
     Raises UserError if `vocab_size` is too small for the bytes and `<|end|>`, or if there is no text.
     """
@@ -196,7 +196,7 @@ def train_byte_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         "eos_token": END,
         "pad_token": END,
         "clean_up_tokenization_spaces": False,
-        # The end token spelled out in a text is text, also for transformers.
+        # If a text contains the content of the end token, it stays ordinary text, also in transformers.
         "split_special_tokens": True,
     }
     contents = {

@@ -1,4 +1,4 @@
-"""The files of a tokenizer, and what they state: special tokens, ends of a sequence, the chat template."""
+"""Reads the files of a tokenizer and what they define: special tokens, EOS ids and the chat template."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +16,7 @@ CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 ADDED_TOKENS_FILE = "added_tokens.json"
 TEMPLATE_FILE = "chat_template.jinja"
-# All files that may belong to a tokenizer; an export has copies of those that exist.
+# All files that may belong to a tokenizer; those that exist are copied to an export.
 FILES = (
     *(JSON_FILE, *SENTENCEPIECE_FILES, VOCABULARY_FILE, MERGES_FILE),
     *(CONFIG_FILE, SPECIAL_TOKENS_FILE, ADDED_TOKENS_FILE, TEMPLATE_FILE),
@@ -26,7 +26,7 @@ _GENERATION_FILE = "generation_config.json"
 
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
-# Special tokens of transformers' classes, for directories that state none.
+# Default special tokens of transformers' classes, for directories that define none.
 _CLASS_TOKENS = {
     "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
     "T5Tokenizer": {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
@@ -38,15 +38,15 @@ _CLASS_OF_FILE = {"tokenizer.model": "LlamaTokenizer", "spiece.model": "T5Tokeni
 
 @dataclasses.dataclass(frozen=True)
 class Token:
-    """An added token: text that is matched before the model of the vocabulary tokenises the rest.
+    """An added token: text that is matched before the rest of a text is tokenised.
 
     Attributes:
       content: its text.
-      id: its id, or None if it gets the next free one.
-      lstrip, rstrip: whether it includes the whitespace to its left or right.
+      id: its id; None if it gets the next free one.
+      lstrip, rstrip: whether a match includes whitespace to the left or right.
       single_word: whether it matches only if no letter, digit or underscore is next to it.
-      normalized: whether it is matched after normalisation.
-      special: whether decoding leaves it out.
+      normalized: whether it is matched in the normalised text.
+      special: whether decoding skips it.
     """
 
     content: str
@@ -60,12 +60,12 @@ class Token:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerFiles:
-    """The contents of the tokenizer's files, and the statements in them and in the model's configs.
+    """The contents of a tokenizer's files, and what these and the model's config files define.
 
     Attributes:
-      origin: the directory, for messages.
-      contents: the tokenizer's files by name, byte for byte.
-      settings: `tokenizer_config.json`, with the entries of `special_tokens_map.json` that take precedence.
+      origin: the directory, for error messages.
+      contents: the tokenizer's files as bytes, by name.
+      settings: `tokenizer_config.json`, updated with the entries of `special_tokens_map.json` that take precedence.
       model: `config.json`; empty if there is none.
       generation: `generation_config.json`; empty if there is none.
     """
@@ -78,7 +78,7 @@ class TokenizerFiles:
 
     @property
     def tokenizer_class(self) -> str:
-        """The class in transformers, without the ending "Fast"; "" if neither a config nor a file name states it."""
+        """The class in transformers, without the ending "Fast"; "" if neither a config nor a file name implies it."""
         stated = self.settings.get("tokenizer_class") or self.model.get("tokenizer_class")
         if stated:
             return str(stated).removesuffix("Fast")
@@ -88,17 +88,17 @@ class TokenizerFiles:
         return "" if JSON_FILE in self.contents else next(present, "")
 
     def named(self) -> dict[str, Token]:
-        """The special tokens that the files state, by role ("eos_token", ...)."""
+        """The special tokens that the files define, by role ("eos_token", ...)."""
         tokens = {name: _token(self.settings.get(name), f"{self.origin}: {name}") for name in NAMES}
         return {name: token for name, token in tokens.items() if token is not None}
 
     def assumed(self) -> dict[str, str]:
-        """The texts of special tokens, by role, that the class has if the files state none."""
+        """The contents of the class's default special tokens, by role, for roles that the files do not define."""
         defaults = _CLASS_TOKENS.get(self.tokenizer_class, {})
         return {name: content for name, content in defaults.items() if name not in self.settings}
 
     def added(self) -> Iterator[Token]:
-        """Every added token that the configs state; first those with an id, in the order of ids."""
+        """Every added token in the config files; first those with an id, ordered by id."""
         listed = self.settings.get("added_tokens_decoder")
         if listed:
             where = f"{self.origin}/{CONFIG_FILE}: added_tokens_decoder"
@@ -129,7 +129,7 @@ class TokenizerFiles:
         padded = self.model.get("vocab_size")
         largest = max(vocab_size, padded if isinstance(padded, int) else 0)
         for name, fields in ((_GENERATION_FILE, self.generation), (_MODEL_FILE, self.model)):
-            text = fields.get("text_config")  # with the decoder of a model of text and images
+            text = fields.get("text_config")  # the decoder's config in a multimodal model
             value = fields.get("eos_token_id", text.get("eos_token_id") if isinstance(text, dict) else None)
             ids = value if isinstance(value, list) else [] if value is None else [value]
             if any(isinstance(item, bool) or not isinstance(item, int) or not 0 <= item < largest for item in ids):
@@ -154,7 +154,7 @@ class TokenizerFiles:
         return None if content is None else token_id(content)
 
     def chat_template(self) -> str | None:
-        """The Jinja template of a conversation: the file, else the config's (of several, "default"), or None."""
+        """The chat template (Jinja): from its own file, else from the config (of several, "default"); None without."""
         if TEMPLATE_FILE in self.contents:
             return self.contents[TEMPLATE_FILE].decode("utf-8")
         template = self.settings.get("chat_template")
@@ -164,12 +164,12 @@ class TokenizerFiles:
         return template if isinstance(template, str) else None
 
     def template_variables(self) -> dict[str, str]:
-        """The variables of a chat template besides the messages: the texts of the special tokens, by role."""
+        """The variables of a chat template besides the messages: the contents of the special tokens, by role."""
         return {**self.assumed(), **{name: token.content for name, token in self.named().items()}}
 
 
 def read(directory: str | Path) -> TokenizerFiles:
-    """Reads whichever files of a tokenizer there are. Raises UserError if one is damaged."""
+    """Reads those files of a tokenizer that exist. Raises UserError if one is damaged."""
     directory, contents = Path(directory), {}
     for name in (*FILES, _MODEL_FILE, _GENERATION_FILE):
         try:
@@ -182,14 +182,14 @@ def read(directory: str | Path) -> TokenizerFiles:
 
 
 def from_contents(contents: Mapping[str, bytes], *, origin: str) -> TokenizerFiles:
-    """Parses files of a tokenizer and the configs of its model, by name. Raises UserError if one is damaged."""
+    """Parses the files of a tokenizer and its model's configs, given by name. Raises UserError if one is damaged."""
     names = (CONFIG_FILE, SPECIAL_TOKENS_FILE, _MODEL_FILE, _GENERATION_FILE)
     parsed = {name: parse_json(f"{origin}/{name}", contents[name]) if name in contents else {} for name in names}
     if TEMPLATE_FILE in contents:
         text(f"{origin}/{TEMPLATE_FILE}", contents[TEMPLATE_FILE])
     settings = dict(parsed[CONFIG_FILE])
     for key, value in parsed[SPECIAL_TOKENS_FILE].items():
-        # As in transformers: a config with a list of added tokens is complete, otherwise the map takes precedence.
+        # As in transformers, the map takes precedence unless the config has a list of added tokens.
         if "added_tokens_decoder" not in settings or settings.get(key) is None:
             settings[key] = value
     tokenizer = {name: data for name, data in contents.items() if name in FILES}
@@ -197,7 +197,7 @@ def from_contents(contents: Mapping[str, bytes], *, origin: str) -> TokenizerFil
 
 
 def _by_id(table: Any, where: str, *, keyed: bool) -> list[str]:
-    """The keys of a table of added tokens in the order of their ids, which are its keys (`keyed`) or its values."""
+    """The keys of a table of added tokens, ordered by id; ids are its keys if `keyed`, otherwise its values."""
     try:
         return sorted(table.keys(), key=lambda key: int(key if keyed else table[key]))
     except (AttributeError, TypeError, ValueError):

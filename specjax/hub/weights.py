@@ -1,4 +1,4 @@
-"""The tensors in a directory's safetensors files: their descriptions, and any slice of their values."""
+"""Lists the tensors in a directory's safetensors files, and reads slices of their values."""
 
 import contextlib
 from collections.abc import Iterator
@@ -18,13 +18,13 @@ _PICKLES = ("*.bin", "*.pt", "*.pth")
 
 
 class Stored(NamedTuple):
-    """A tensor in a file.
+    """A tensor in a safetensors file.
 
     Attributes:
-      name: in the file.
-      file: its file.
-      shape: in the file.
-      dtype: as the format calls it, such as "BF16".
+      name: name of the tensor in the file.
+      file: path of the file.
+      shape: shape in the file.
+      dtype: name of the dtype in the format, such as "BF16".
     """
 
     name: str
@@ -34,10 +34,10 @@ class Stored(NamedTuple):
 
     @contextlib.contextmanager
     def open(self) -> Iterator[Any]:
-        """A context with an object that returns any slice of the values as a numpy array.
+        """A context with an object whose slices are numpy arrays of the values.
 
-        Within it the file is mapped into memory. The pages that were read count as memory of the process, though the
-        system may reclaim them at any time.
+        Within it the file is mapped into memory. Pages that were read count as memory of the process, although the
+        system can reclaim them at any time.
         """
         from safetensors import safe_open
 
@@ -88,7 +88,7 @@ def refuse_adapter(directory: Path) -> None:
 
 
 def _files(directory: Path) -> list[Path]:
-    """The one weights file, or the shards that the index names."""
+    """The paths of the single weights file, or of the shards in the index."""
     if (directory / FILE).exists():
         return [directory / FILE]
     index = directory / INDEX_FILE

@@ -1,4 +1,4 @@
-"""The description of a family of checkpoints and of its tensors, and the reading of `config.json` fields."""
+"""Describes a family of checkpoints: its `config.json` fields and its tensors. Also reads and checks such fields."""
 
 import dataclasses
 import itertools
@@ -13,9 +13,9 @@ from specjax.runtime.errors import UserError
 
 
 class Part(NamedTuple):
-    """Where an array lies in a fused tensor of the file, along the axis of its outputs.
+    """The location of one of our arrays in a fused tensor of the file, along the tensor's output axis.
 
-    That axis has `groups` runs of equal length. In each run this array has the `size` entries from `start`.
+    The axis consists of `groups` runs of equal length; this array is entries `start .. start + size - 1` of each run.
     """
 
     start: int
@@ -24,13 +24,13 @@ class Part(NamedTuple):
 
 
 class Tensor(NamedTuple):
-    """One learned array: its name in the file, its path in our tree, and its layout in the file.
+    """One of our parameter arrays, and where and how the file stores it.
 
     Attributes:
-      name: several arrays share a name if the file fuses them.
-      path: in the tree of parameters.
+      name: name of the tensor in the file; arrays that the file fuses share a name.
+      path: path of the array in our parameter tree.
       transposed: whether the file holds the transpose (our kernels are [in, out], most files have [out, in]).
-      part: of a fused tensor; None if the tensor in the file is this array alone.
+      part: location in a fused tensor; None if the tensor in the file holds only this array.
     """
 
     name: str
@@ -40,14 +40,14 @@ class Tensor(NamedTuple):
 
 
 class Field(NamedTuple):
-    """A value of our config and the field of `config.json` that holds it.
+    """An attribute of our config and the field of `config.json` that holds its value.
 
     Attributes:
-      attribute: of our config.
-      name: the field; one field may hold several of our values.
-      kind: int and float are positive numbers, bool is true or false, str the name of an activation.
-      absent: the value where the field is missing or null, or a function from the values of the preceding fields to it;
-        None if the field is required.
+      attribute: name of the attribute of our config.
+      name: name of the field; several attributes may have the same field.
+      kind: int and float stand for positive numbers, bool for true or false, str for the name of an activation.
+      absent: the value if the field is missing or null, or a function that computes it from the values of the preceding
+        fields; None if the field is required.
     """
 
     attribute: str
@@ -58,24 +58,24 @@ class Field(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A family of checkpoints: how `config.json` describes its models, and what their tensors are called.
+    """A family of checkpoints: how its `config.json` maps to our config, and its tensors to our parameter tree.
 
     Attributes:
-      model_type: its name in `config.json`.
+      model_type: `model_type` in `config.json`.
       architecture: the only entry that "architectures" may have.
-      fields: in the order in which they are written.
-      names: path of each array, layer number {}, -> its name in the file. Names of arrays that a model lacks (biases,
-        an untied head) are ignored.
-      parts: from a config to the parts of the fused tensors, by path as in `names`.
+      fields: fields that map to one attribute each, in the order in which they are written.
+      names: path of each array, with {} for the layer number -> tensor name in the file. Entries for arrays that a
+        model lacks (biases, an untied head) are ignored.
+      parts: function from a config to the `Part` of each array in a fused tensor, by path as in `names`.
       transposed: whether the file has kernels as [out, in].
-      ignored: endings of the names of tensors in old checkpoints that are no parameters, such as causal masks.
-      only: field -> the values for which our arithmetic is right.
-      absent: the values of missing fields, where they are not those of `fields`. Null is not replaced.
-      always: values of our config that are the same for all models of the family.
-      written: fields that are the same in all its files.
-      prepare: changes the fields before anything is checked.
-      read: from the fields and the values of `fields` to further values of our config.
-      write: the inverse of `read`, from a config to further fields.
+      ignored: name endings of tensors in old checkpoints that are not parameters, such as causal masks.
+      only: field -> its supported values; any other value is an error.
+      absent: values for missing fields, if they differ from those in `fields`. Null values are kept.
+      always: attributes of our config that are the same for all models of the family.
+      written: fields that are written with the same value for all models of the family.
+      prepare: function that changes the fields before they are checked.
+      read: function from the fields, and the attributes read by `fields`, to further attributes of our config.
+      write: the inverse of `read`: function from our config to further fields.
       config_type: the class of our config.
     """
 
@@ -97,7 +97,7 @@ class Family:
 
     @property
     def embedding(self) -> str:
-        """The name of the embedding in the file; it may hold the same array as `head`."""
+        """The name of the embedding in the file; in some files `head` is a copy of it."""
         return self.names["embedding"]
 
     @property
@@ -106,14 +106,14 @@ class Family:
         return self.names["unembedding.kernel"]
 
     def tensors(self, config: DecoderConfig) -> list[Tensor]:
-        """Every learned array of such a model, in the order of computation; without the head where it is tied."""
+        """Every parameter array of a model with this config, in the order of computation; no head if it is tied."""
         return list_tensors(config, self.names, transposed=self.transposed, parts=self.parts(config))
 
     def read_config(self, fields: dict[str, Any], *, param_dtype: str, compute_dtype: str) -> DecoderConfig:
-        """The model that a `config.json` describes.
+        """Converts the fields of a `config.json` to our config.
 
         Raises:
-          UserError: for a field that is missing or of the wrong type, or that asks for arithmetic we do not have.
+          UserError: for a field that is missing, of the wrong type, or has an unsupported value.
         """
         fields = self.prepare(fields)
         _refuse_other_arithmetic(fields, self.architecture, self.only)
@@ -148,7 +148,7 @@ def list_tensors(
     transposed: bool = True,
     parts: Mapping[str, Part] | None = None,
 ) -> list[Tensor]:
-    """The tensors of a model from a table like `Family.names`, layer by layer.
+    """The tensors of a model with this config, from a table like `Family.names`, layer by layer.
 
     Raises:
       ValueError: if the table lacks a parameter that the config describes.
@@ -158,7 +158,7 @@ def list_tensors(
         tuple(getattr(key, "key", None) for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(params)
     }
     tensors = []
-    # Entries of the same root that follow each other are the arrays of one layer.
+    # Consecutive entries whose paths have the same first component are the arrays of one layer.
     for root, entries in itertools.groupby(names.items(), lambda entry: entry[0].partition(".")[0]):
         layered = list(entries)
         count = len(params.get(root, ())) if "{}" in layered[0][0] else 1
@@ -177,8 +177,8 @@ def fused(sizes: Mapping[str, int], groups: int = 1) -> dict[str, Part]:
     """The parts of a fused tensor that holds these arrays of a layer in this order.
 
     Args:
-      sizes: path below "blocks.{}", without "kernel" or "bias" -> outputs in each group.
-      groups: how often the sequence is repeated.
+      sizes: path below "blocks.{}", without "kernel" or "bias" -> number of outputs in each group.
+      groups: number of times that the sequence is repeated.
     """
     starts = itertools.accumulate(sizes.values(), initial=0)
     return {
@@ -192,9 +192,9 @@ def weight_and_bias(prefix: str, names: Sequence[tuple[str, str]], weight: str) 
     """Entries of `Family.names` for modules of a layer that have a weight and a bias.
 
     Args:
-      prefix: of the names in the file, without the number of the layer.
-      names: name in the file, path below "blocks.{}".
-      weight: what we call the weight: "kernel" or "scale".
+      prefix: start of the names in the file, before the layer number.
+      names: (name in the file, path below "blocks.{}") of each module.
+      weight: our name of the weight: "kernel" or "scale".
     """
     return {
         f"blocks.{{}}.{path}.{ours}": f"{prefix}.{{}}.{name}.{kind}"
@@ -204,7 +204,7 @@ def weight_and_bias(prefix: str, names: Sequence[tuple[str, str]], weight: str) 
 
 
 def fused_outputs(tensors: Sequence[Tensor]) -> dict[str, int]:
-    """How many outputs each fused tensor of the file has, by its name."""
+    """The number of outputs of each fused tensor of the file, by its name."""
     outputs: dict[str, int] = {}
     for tensor in tensors:
         if tensor.part is not None:
@@ -213,12 +213,12 @@ def fused_outputs(tensors: Sequence[Tensor]) -> dict[str, int]:
 
 
 def output_axis(tensor: Tensor, dimensions: int) -> int:
-    """The axis of the file's tensor along which it is fused: that of the outputs."""
+    """The index of the output axis, along which tensors are fused, in the file's layout."""
     return 0 if tensor.transposed else dimensions - 1
 
 
 def shape_in_file(tensor: Tensor, shape: tuple[int, ...], outputs: Mapping[str, int]) -> tuple[int, ...]:
-    """The shape of the file's tensor that holds our array of this shape; `outputs` is that of `fused_outputs`."""
+    """The shape of the file's tensor that holds our array of shape `shape`; `outputs` comes from `fused_outputs`."""
     lengths = tuple(reversed(shape)) if tensor.transposed else shape
     if tensor.part is None:
         return lengths
@@ -227,7 +227,7 @@ def shape_in_file(tensor: Tensor, shape: tuple[int, ...], outputs: Mapping[str, 
 
 
 def runs_in_file(tensor: Tensor, wanted: slice, outputs: int) -> list[slice]:
-    """The slices of the file's outputs that hold the slice `wanted` of ours; one unless the parts are interleaved."""
+    """The slices of the file's output axis that hold slice `wanted` of our outputs; several if there are groups."""
     if tensor.part is None:
         return [wanted]
     start, size, groups = tensor.part
@@ -242,7 +242,7 @@ def runs_in_file(tensor: Tensor, wanted: slice, outputs: int) -> list[slice]:
 
 
 def number(fields: Mapping[str, Any], name: str, kind: type, *, absent: Any = None) -> Any:
-    """`fields[name]` as a positive int or float; `absent` where it is missing or null, UserError if that is None."""
+    """`fields[name]` as a positive int or float; if missing or null, `absent`, or a UserError if `absent` is None."""
     value = fields.get(name)
     if value is None:
         if absent is None:
@@ -255,7 +255,7 @@ def number(fields: Mapping[str, Any], name: str, kind: type, *, absent: Any = No
 
 
 def flag(fields: Mapping[str, Any], name: str, *, absent: bool) -> bool:
-    """`fields[name]` as a bool; `absent` where it is missing or null."""
+    """`fields[name]` as a bool; `absent` if it is missing or null."""
     value = fields.get(name)
     if value is None:
         return absent
@@ -264,7 +264,7 @@ def flag(fields: Mapping[str, Any], name: str, *, absent: bool) -> bool:
     return value
 
 
-# Names of activations in config.json that mean the same function.
+# Names of activations in config.json -> our names.
 _ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -278,7 +278,7 @@ _WRITTEN_ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh"}
 
 
 def activation(fields: Mapping[str, Any], name: str, *, absent: str) -> str:
-    """Our name for the activation that a field names; null is an error, `absent` is for a missing field."""
+    """Our name of the activation in a field; `absent` is the value of a missing field, and null is an error."""
     value = fields.get(name, absent)
     if value not in _ACTIVATIONS:
         raise UserError(f'"{name}" is {value!r}, which is not supported; only {", ".join(_ACTIVATIONS)} can be loaded')
@@ -292,8 +292,8 @@ _READERS: dict[type, Callable[[Mapping[str, Any], str, Any], Any]] = {
     str: lambda fields, name, absent: activation(fields, name, absent=absent),
 }
 
-# Fields that change what any model computes, with the values for which our arithmetic is the right one. Each may be
-# absent. Dropout rates and initialiser scales are recipes of training, not of the model, and are not looked at.
+# Fields that change what a model of any family computes, and their supported values. Each may be absent. Dropout rates
+# and initialiser scales are ignored, because they matter only in training.
 _ONLY_EVERYWHERE = {
     "is_encoder_decoder": (False, None),
     "add_cross_attention": (False, None),
@@ -307,7 +307,7 @@ _ONLY_EVERYWHERE = {
 
 
 def _refuse_other_arithmetic(fields: Mapping[str, Any], architecture: str, only: Mapping[str, tuple[Any, ...]]) -> None:
-    """Raises UserError, naming the field, for a value that asks for arithmetic that the family does not have here."""
+    """Raises UserError, naming the field, for a value that is not supported."""
     architectures = fields.get("architectures")
     if architectures is not None and architectures != [architecture]:
         raise UserError(f'"architectures" is {architectures!r}, but only ["{architecture}"] is supported')
@@ -318,7 +318,7 @@ def _refuse_other_arithmetic(fields: Mapping[str, Any], architecture: str, only:
 
 
 def head_size(values: dict[str, Any], width: str, heads: str, remedy: str = "correct either") -> int:
-    """H as the width over the heads; `width` and `heads` are the names of their fields, for the error."""
+    """The head size, which is width / heads; `width` and `heads` are field names for the error message."""
     if values["width"] % values["heads"]:
         raise UserError(f'"{width}" {values["width"]} is no multiple of "{heads}" {values["heads"]}; {remedy}')
     return values["width"] // values["heads"]

@@ -1,8 +1,8 @@
-"""The Gemma families: Llama's layout with gains of 1 + weight, scaled embeddings, a gated GELU and a head size field.
+"""The Gemma families: Llama's layout with norm gains 1 + weight, scaled embeddings, a gated GELU and a head size field.
 
-Gemma 2 (arXiv 2408.00118) has norms around each sublayer, soft caps, and a window in every other layer. Gemma 3, of
-which only the text model is read (arXiv 2503.19786), has norms of query and key heads in place of the soft caps, and a
-second rotary base in the layers with a window.
+Gemma 2 (arXiv 2408.00118) has norms before and after each sublayer, soft caps, and a window in every other layer. Gemma
+3 (arXiv 2503.19786; only its text model is supported) has norms of query and key heads instead of attention soft caps,
+and another rotary base in layers with a window.
 """
 
 import dataclasses
@@ -23,14 +23,14 @@ _NORMS = {
 _NAMES_WITH_OUTPUT_NORMS = {**llama.FIRST, **_NORMS, **llama.NAMES, **_NORMS}
 _FIELDS = (*llama.TIED_FIELDS, *llama.ATTENTION_BIAS)
 _ONLY = {
-    # Files of Gemma 1 say "gelu" and mean the tanh approximation. Later, "hidden_activation" is the one that counts.
+    # In Gemma 1 files "gelu" means the tanh approximation. Later files use "hidden_activation" instead.
     "hidden_act": ("gelu_pytorch_tanh", "gelu", None),
     "hidden_activation": ("gelu_pytorch_tanh", None),
     "partial_rotary_factor": (1, None),
     "use_bidirectional_attention": (False, None),
 }
 _ALWAYS = {"norm": "rms_plus_one", "activation": "gelu_tanh"}
-# Some readers look at the one, some at the other.
+# Some readers use the first field, others the second.
 _WRITTEN = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
 
 
@@ -41,7 +41,7 @@ def _fill(kv_heads: int, max_positions: int) -> Callable[[dict[str, Any]], dict[
 
 
 def _windows(fields: dict[str, Any], layers: int, pattern: int) -> tuple[int, ...]:
-    """The window of each layer; if there is no "layer_types", all layers but each `pattern`-th have one."""
+    """The window of each layer; without "layer_types", every layer has one except each `pattern`-th."""
     kinds = fields.get("layer_types")
     if kinds is None:
         kinds = [qwen.SLIDING if (layer + 1) % pattern else qwen.FULL for layer in range(layers)]
@@ -50,7 +50,7 @@ def _windows(fields: dict[str, Any], layers: int, pattern: int) -> tuple[int, ..
 
 
 def _softcap(fields: dict[str, Any], name: str, absent: float) -> float:
-    """A soft cap: 0 if the field is null, `absent` if there is none."""
+    """The soft cap in a field: 0 if the field is null, `absent` if it is missing."""
     return 0.0 if fields.get(name, absent) is None else base.number(fields, name, float, absent=absent)
 
 
@@ -87,7 +87,7 @@ def _write_2(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _rotary_fields(fields: dict[str, Any], layer_type: str, **older: Any) -> dict[str, Any]:
-    """The rotary fields of one type of Gemma 3's layers, as other families have them."""
+    """The rotary fields of one of Gemma 3's layer types, renamed as in other families."""
     nested = fields.get("rope_parameters")
     if nested is None:
         return older

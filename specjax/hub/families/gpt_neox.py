@@ -1,4 +1,4 @@
-"""GPT-NeoX and Pythia (arXiv 2204.06745, 2304.01373): parallel residual, partly rotated heads, fused by heads."""
+"""GPT-NeoX, Pythia (arXiv 2204.06745, 2304.01373): parallel residual, partly rotated heads, QKV fused head by head."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def _parts(config: DecoderConfig) -> dict[str, base.Part]:
 
 
 def _rotary_fields(fields: dict[str, Any]) -> dict[str, Any]:
-    """The rotary fields under their usual names; without a factor, a quarter of each head is rotated."""
+    """The rotary fields under the names of other families; by default a quarter of each head is rotated."""
     usual = {name: fields.get(name) for name in ("rope_parameters", "rope_scaling")}
     for name, older in _OLDER.items():
         values = {fields[key] for key in (name, older) if fields.get(key) is not None}

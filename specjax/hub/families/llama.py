@@ -1,6 +1,6 @@
 """The Llama family (Llama 1 to 3, Vicuna, SmolLM): `config.json` and tensor names as `LlamaForCausalLM` has them.
 
-Families with similar files are changed copies of this one.
+Families with similar files are defined as modified copies of this one.
 """
 
 from typing import Any
@@ -33,7 +33,7 @@ NAMES = {
     "norm.scale": "model.norm.weight",
     "unembedding.kernel": "lm_head.weight",
 }
-# Optional fields have the values of `LlamaConfig` if they are absent.
+# Missing optional fields get the defaults of `LlamaConfig`.
 FIELDS = (
     Field("vocab_size", "vocab_size"),
     Field("width", "hidden_size"),
@@ -58,7 +58,7 @@ ATTENTION_BIAS = (
 MLP_BIAS = Field("mlp_bias", "mlp_bias", bool, False)
 NO_BIAS = {"attention_bias": (False, None), "mlp_bias": (False, None)}
 
-# The arithmetic of all families of this kind.
+# Supported values of fields, shared by the families derived from Llama.
 ONLY = {
     "hidden_act": ("silu", "swish", None),
     "attn_logit_softcapping": (None,),
@@ -69,14 +69,14 @@ ONLY = {
 def rotary(
     fields: dict[str, Any], values: dict[str, Any], *, theta: float = 10000.0, partial: bool = False
 ) -> dict[str, Any]:
-    """The rotary positions, as `Family.read` returns them.
+    """The config attribute for rotary positions, in the form of `Family.read`.
 
     Args:
-      theta: the family's own rotary base where the file states none.
-      partial: whether the family may leave some channels of each head unrotated.
+      theta: default rotary base of the family.
+      partial: whether "partial_rotary_factor" may leave channels of each head unrotated.
 
     Raises:
-      UserError: for a field that is wrong, or a partial rotary factor where the family has none.
+      UserError: for an invalid field, or a partial rotary factor that is not allowed.
     """
     size = values["head_size"]
     positions = rotary_fields.rotary_of(fields, size, values["max_positions"], theta=theta)

@@ -8,7 +8,7 @@ from specjax.models.config import DecoderConfig
 
 
 def window(fields: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """The window of all layers, as `Family.read` returns it; a null field means no window."""
+    """The config attribute for windows, equal in all layers, in the form of `Family.read`; null means no window."""
     size = base.number(fields, "sliding_window", int, absent=0)
     return {"windows": (size,) * values["layers"] if size else ()}
 

@@ -68,14 +68,14 @@ FAMILY = base.Family(
     },
     only={
         "layer_norm_elementwise_affine": (True, None),
-        # Of Galactica's files.
+        # Fields of Galactica's files.
         "learned_embeddings": (True, None),
         "scale_embeddings": (False, None),
     },
     always={
         "rotary": None,
         "position_offset": _OFFSET,
-        "norm_epsilon": 1e-5,  # no field of the format
+        "norm_epsilon": 1e-5,  # the format has no field for it
         "norm": "layer",
         "gated_mlp": False,
     },

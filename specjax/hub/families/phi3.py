@@ -16,7 +16,7 @@ _FUSED = {
     "blocks.{}.mlp.up.kernel": _GATE_UP,
 }
 _ORIGINAL = "original_max_position_embeddings"
-# Checkpoints older than the family's support in transformers name this code, which computes the same.
+# Checkpoints from before transformers supported Phi-3 refer to this code, which computes the same.
 _OWN_CODE = {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
 
 
@@ -46,7 +46,7 @@ def _read(fields: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
 def _write(config: DecoderConfig) -> dict[str, Any]:
     fields, rotary = llama.written_rotary(config), config.rotary
     if rotary.kind == "longrope" and rotary.factor == config.max_positions / rotary.original_positions:
-        # Readers before transformers 5 take exactly these, and the rest from the top level.
+        # transformers before 5 expects exactly these fields here, and the others at the top level.
         scaling = {key: fields["rope_scaling"][key] for key in ("short_factor", "long_factor")}
         magnitude = {} if rotary.magnitude is None else {"attention_factor": rotary.magnitude}
         fields["rope_scaling"] = {"type": "longrope", **scaling, **magnitude}

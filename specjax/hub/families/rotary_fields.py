@@ -1,4 +1,4 @@
-"""The fields of a `config.json` about rotary positions, read and written."""
+"""Reads and writes the fields of a `config.json` for rotary positions."""
 
 import math
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ _NAMES = {
     "long_factors": "long_factor",
     "magnitude": "attention_factor",
 }
-# Which of them each kind of scaling has.
+# The attributes that each kind of scaling has.
 _KINDS = {
     "default": (),
     "linear": ("factor",),
@@ -30,7 +30,7 @@ _KINDS = {
     "yarn": ("factor", "original_positions", "beta_fast", "beta_slow", "truncate", "magnitude"),
     "longrope": ("factor", "original_positions", "short_factors", "long_factors", "magnitude"),
 }
-# Those that may be absent; `Rotary` has the values that they then have.
+# Attributes whose field may be missing; they then keep the defaults of `Rotary`.
 _OPTIONAL = ("beta_fast", "beta_slow", "magnitude")
 
 
@@ -41,9 +41,9 @@ def rotary_of(fields: Mapping[str, Any], size: int, max_positions: int, *, theta
     all of it inside "rope_parameters".
 
     Args:
-      size: H, channels of a head; "partial_rotary_factor" is applied here.
-      max_positions: the original length of "dynamic", "llama3", "yarn" and "longrope" where the file states none.
-      theta: the family's own base where the file states none.
+      size: H, the head size; "partial_rotary_factor" is applied here.
+      max_positions: default for the original length of "dynamic", "llama3", "yarn" and "longrope".
+      theta: default rotary base of the family.
 
     Raises:
       UserError: naming the field, for one that is unknown or contradicts another.
@@ -72,7 +72,7 @@ def rotary_of(fields: Mapping[str, Any], size: int, max_positions: int, *, theta
 
 
 def _single(places, name, absent, kind=float) -> int | float:
-    """A number that several places may state, but only with one value."""
+    """A number that may be in several dicts. Raises UserError if they have different values."""
     values = [number(place, name, kind) for place in places if place.get(name) is not None]
     if len(set(values)) > 1:
         raise UserError(f'"{name}" is given twice and differently, {values[0]:g} and {values[1]:g}; keep the right one')
@@ -80,11 +80,11 @@ def _single(places, name, absent, kind=float) -> int | float:
 
 
 def _read_scaling(kind: str, scaling: dict[str, Any], fields: Mapping[str, Any], max_positions: int) -> dict[str, Any]:
-    """The values of a scaling. Takes their fields out of `scaling`; raises UserError if any are left."""
+    """The `Rotary` attributes of a scaling. Removes their fields from `scaling`; raises UserError if any remain."""
     values: dict[str, Any] = {}
     name = _NAMES["original_positions"]
     if kind not in ("default", "linear"):
-        # Newer readers prefer the field at the top level (Phi-3), older ones the nested field. "dynamic" has only that.
+        # Newer files (Phi-3) have the field at the top level, older ones nested; for "dynamic" it is always nested.
         places = [{} if kind == "dynamic" else fields, {name: scaling.pop(name, None)}]
         values["original_positions"] = original = int(_single(places, name, max_positions, int))
         if kind == "dynamic" and original != max_positions:
@@ -125,7 +125,7 @@ def _read_scaling(kind: str, scaling: dict[str, Any], fields: Mapping[str, Any],
 def written_rotary(rotary: Rotary, head_size: int) -> dict[str, Any]:
     """The fields of `config.json` for these rotary positions; the inverse of `rotary_of`.
 
-    Readers before transformers 5 look for "rope_theta" and "rope_scaling", later ones for "rope_parameters".
+    transformers before 5 reads "rope_theta" and "rope_scaling", later versions read "rope_parameters".
     """
     scaling: dict[str, Any] = {"rope_type": rotary.kind}
     for attribute, name in _NAMES.items():

@@ -1,4 +1,4 @@
-"""The SmolLM3 family (arXiv 2501.18795): Llama's layout, with some layers that do not rotate queries and keys."""
+"""The SmolLM3 family (arXiv 2501.18795): Llama's layout, but some layers do not rotate queries and keys."""
 
 import dataclasses
 from typing import Any
@@ -9,7 +9,7 @@ from specjax.runtime.errors import UserError
 
 
 def _rotary_layers(fields: dict[str, Any], layers: int) -> tuple[bool, ...]:
-    """Which layers rotate queries and keys. The field's name is misleading: 1 is a layer that does."""
+    """For each layer, whether it rotates queries and keys. In the field "no_rope_layers", 1 means that it does."""
     rotates = fields.get("no_rope_layers")
     if rotates is None:
         interval = base.number(fields, "no_rope_layer_interval", int)

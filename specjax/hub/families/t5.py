@@ -16,7 +16,7 @@ _MLP = (("wi_0", "gate"), ("wi_1", "up"), ("wo", "down"))
 
 
 def _layer(stack: str, blocks: str, attentions: tuple[tuple[str, str], ...]) -> dict[str, str]:
-    """Names of one layer: its attentions in order, then its MLP, each after its norm."""
+    """Entries of `Family.names` for a layer: its attentions in order, then its MLP, each preceded by its norm."""
     names = {}
     for index, (module, path) in enumerate(attentions):
         prefix = f"{stack}.block.{{}}.layer.{index}"
@@ -35,7 +35,7 @@ _BIAS = "{}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
 
 class _T5(base.Family):
     def tensors(self, config: EncoderDecoderConfig) -> list[base.Tensor]:
-        """Every learned array, in the order of computation; without a gate, the projection has another name."""
+        """Every parameter array, in the order of computation; the MLP's up projection is called "wi" without a gate."""
         up = "wi_1" if config.gated_mlp else "wi"
         return base.list_tensors(config, {path: name.replace("wi_1", up) for path, name in self.names.items()})
 
@@ -44,7 +44,7 @@ def _feed_forward(fields: dict[str, Any]) -> tuple[bool, str]:
     """Whether the MLP has a gate, and its activation: "relu", "gated-gelu", ..."""
     kind = fields.get("feed_forward_proj", "relu")
     gated, _, name = str(kind).rpartition("-")
-    # The paper's "gated-gelu" is the approximation by tanh, and is written without saying so.
+    # "gated-gelu" means the tanh approximation of GELU, although the name does not say so.
     name = "gelu_new" if kind == "gated-gelu" else name
     if gated not in ("", "gated"):
         raise UserError(f'"feed_forward_proj" is {kind!r}, which is not supported')
@@ -112,7 +112,7 @@ FAMILY = _T5(
     ),
     only={"is_decoder": (False, None), "layer_norm_epsilon_type": (None,)},
     always={
-        "max_positions": UNLIMITED,  # "n_positions" is the length that the checkpoint was trained with
+        "max_positions": UNLIMITED,  # "n_positions" is only the training length
         "rotary": None,
         "query_scale": 1.0,
     },
