@@ -1,4 +1,4 @@
-"""The notebook's door: load, generate, save.
+"""The interface for notebooks and scripts: load, generate, save.
 
 from specjax import api
 target = api.load("path/to/target")
@@ -41,18 +41,18 @@ from specjax.runtime.errors import UserError, nearest
 
 
 class Draft:
-    """A loaded draft model, adapter or heads with options: `Draft(model, threshold=0.6)`.
+    """A loaded draft model, adapter or heads with drafter options: `Draft(model, threshold=0.6)`.
 
     Attributes:
-      loaded: what `load` or `load_adapter` returned.
-      options: those of its drafter, made of the values.
+      loaded: the result of `load` or `load_adapter`.
+      options: the options of its drafter.
     """
 
     def __init__(self, loaded: Model | LoadedAdapter, options: DrafterOptions | None = None, **values: Any):
-        """Takes single values for the drafter that the loaded thing belongs to, or the options of a class of your own.
+        """Takes options by name for the drafter of `loaded`, or an `options` object, such as one of your own class.
 
         Raises:
-          UserError: for what is not loaded, and values that its drafter does not have.
+          UserError: if `loaded` is not a loaded model or adapter, and for options that its drafter does not have.
         """
         if not isinstance(loaded, Model | LoadedAdapter):
             raise UserError(f"api.Draft takes what api.load or api.load_adapter returned, not {loaded!r}")
@@ -62,11 +62,11 @@ class Draft:
 
 @dataclasses.dataclass(frozen=True)
 class Lossy:
-    """A lossy rule and how much it accepts: `Lossy("typical", 0.3)`.
+    """A lossy rule with its lenience: `Lossy("typical", 0.3)`.
 
     Attributes:
-      rule: its name, or a rule of your own.
-      lenience: in (0, 1]; smaller accepts more.
+      rule: name of the rule, or a rule of your own.
+      lenience: epsilon in (0, 1]; smaller accepts more.
     """
 
     rule: str | Rule
@@ -78,7 +78,7 @@ class Lossy:
 
 @dataclasses.dataclass(frozen=True)
 class Stats:
-    """Counts of a generation, summed over prompts, and its seconds."""
+    """Counts of each prompt, wall-clock seconds, and number of blocks of a generation, with totals as properties."""
 
     counts: metrics.Counts
     seconds: float
@@ -94,26 +94,26 @@ class Stats:
 
     @property
     def block_efficiency(self) -> float:
-        """Emitted tokens a target call, 1 .. gamma + 1."""
+        """Emitted tokens per target call, between 1 and gamma + 1."""
         return self.emitted_tokens / self.target_calls
 
     @property
     def acceptance_rate(self) -> float | None:
-        """Accepted over drafted tokens; None where nothing was drafted."""
+        """Accepted tokens / drafted tokens; None if nothing was drafted."""
         drafted = int(self.counts.drafted.sum())
         return int(self.counts.accepted.sum()) / drafted if drafted else None
 
     @property
     def tokens_per_second(self) -> float:
-        """Prefill included; the first call of a shape also compiles."""
+        """Emitted tokens per second, including prefill, and compilation in the first call with a shape."""
         return self.emitted_tokens / self.seconds
 
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """What `generate` returns: per prompt the text, the emitted ids (prompt not repeated) and their origins.
+    """The result of `generate`: for each prompt the new text, the emitted ids (without the prompt) and their origins.
 
-    `lossy` says that the rule was one: then the texts do not follow the target's law.
+    If `lossy`, a lossy rule was used, and the texts do not follow the target's distribution.
     """
 
     texts: list[str]
@@ -141,22 +141,22 @@ def generate(
     on_text: Callable[[Generation], None] | None = None,
     **removed: Any,
 ) -> Generation:
-    """Continues prompts, speculatively where there is a drafter; repeated calls of the same shapes do not recompile.
+    """Continues prompts, speculatively if there is a drafter; further calls with the same shapes do not recompile.
 
     Args:
       prompts: strings, or lists of token ids.
       drafter: a loaded draft model; an adapter or Medusa heads of the target (`load_adapter`); either of them with
         options, `Draft(model, threshold=0.6)`; a drafter that loads nothing, "ngram" or `NGram(longest=3)`,
         "early_exit" or `EarlyExit(exit_layer=2)`, `SkipLayers(skipped=(1, 3))`; or None for plain decoding.
-      gamma: most tokens drafted a block.
+      gamma: maximum number of drafted tokens per block.
       rule: "lossless", "coupled", `Lossy("lenient_linear", 0.5)` (or "lenient_square", "lenient_exp", "typical"), or an
         exact rule of your own.
-      eos_ids: ids that end a row; the tokenizer's when None, () for none.
-      on_text: called with the text of the current batch so far, after every `blocks_at_once` blocks, and at its end.
+      eos_ids: ids that end a text; None uses the tokenizer's, () uses none.
+      on_text: called with the result of the current batch so far, after every `blocks_at_once` blocks and at its end.
 
     Raises:
       UserError: for values of the wrong type or out of range, empty or too long prompts, ids outside the vocabulary,
-        different vocabularies or tokenizers, and arguments that earlier versions had (it says what to write now).
+        different vocabularies or tokenizers, and arguments of earlier versions (with what to write instead).
     """
     _refuse(removed)
     whole = {"gamma": gamma, "top_k": top_k, "max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed}
@@ -188,7 +188,7 @@ def generate(
     return _generation(target, plan, results)
 
 
-# Arguments of earlier versions, and what takes their place.
+# Arguments of earlier versions, and what to write instead.
 _REMOVED = {
     "threshold": "drafter=api.Draft(draft, threshold=0.6) or api.EarlyExit(threshold=0.6)",
     "adaptive": "drafter=api.Draft(draft, adaptive=True, costs=(0.1, 0.02))",
@@ -216,7 +216,7 @@ def _refuse(removed: dict[str, Any]) -> None:
 
 
 def _drafter(target: Model, drafter: Any) -> tuple[Model | LoadedAdapter | None, DrafterOptions | None]:
-    """What is loaded for the drafter, checked against the target, and the drafter's options."""
+    """The drafter's loaded model or adapter (or None), checked against the target, and the drafter's options."""
     if drafter is None:
         return None, None
     if isinstance(drafter, Model | LoadedAdapter):
@@ -268,7 +268,7 @@ def _rule(rule: Any) -> tuple[Rule, float]:
 
 
 def _ids(target: Model, prompts: Any, max_new_tokens: int) -> list[list[int]]:
-    """Token ids of the prompts, checked."""
+    """Converts prompts to token ids and checks them."""
     if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
         raise UserError(f"prompts must be a list of strings or of lists of token ids, not {prompts!r}; write [prompt]")
     ids = [_prompt_ids(target, number, prompt) for number, prompt in enumerate(prompts)]
@@ -308,7 +308,7 @@ def _eos_ids(target: Model, eos_ids: Any) -> list[int]:
 
 
 def _listener(target: Model, plan: Plan, blocks_at_once: int | None, on_text) -> dict[str, Any]:
-    """What `batch.decode` needs to tell of a text that grows."""
+    """The arguments of `batch.decode` that make it call `on_text` after every `blocks_at_once` blocks."""
     if on_text is None:
         return {}
     if blocks_at_once is not None:
@@ -320,7 +320,7 @@ def _listener(target: Model, plan: Plan, blocks_at_once: int | None, on_text) ->
 
 
 def _generation(target: Model, plan: Plan, results: Sequence[tuple[int, batch.BatchResult]]) -> Generation:
-    """Joins batches of (rows that count, result)."""
+    """Joins the batches, given as (number of rows that are not padding, result), to one Generation."""
     tokens = [row for count, result in results for row in result.tokens[:count]]
     origins = [row for count, result in results for row in result.origins[:count]]
     return Generation(

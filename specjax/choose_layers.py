@@ -1,9 +1,9 @@
-"""Chooses the layers of a target that the drafter "skip_layers" leaves out.
+"""Chooses the layers of a target that the drafter "skip_layers" skips.
 
     python -m specjax.choose_layers --config=FILE --workdir=DIR [--config.section.key=value ...]
 
-The target continues a few prompts plainly, and `draft_design.layer_search` judges by that text. A drafter's section
-with `skipped: "workdir:STAGE"` takes the choice of an earlier stage.
+The target continues a few prompts by plain decoding, and `draft_design.layer_search` scores drafts on that text. A
+drafter's section with `skipped: "workdir:STAGE"` uses the choice of an earlier stage.
 """
 
 import dataclasses
@@ -26,10 +26,10 @@ from specjax.runtime.timing import progress
 
 
 def run(config: Any, workdir: str | Path) -> dict:
-    """Writes `workdir/results.json`: a row for each number of layers left out, one of which is `chosen`.
+    """Writes `workdir/results.json`: a row for each number of skipped layers, one of which is marked `chosen`.
 
     Raises:
-      UserError: for models, prompts and settings that do not fit.
+      UserError: for invalid models, prompts or settings.
     """
     mesh = meshes.make_mesh(config.mesh)
     target = hub_model.load(
@@ -61,7 +61,7 @@ def run(config: Any, workdir: str | Path) -> dict:
 
 
 def _texts(config: Any, target: hub_model.Model, sampling: Sampling):
-    """The prompts as the target continues them: padded tokens, lengths, and where each continuation starts."""
+    """Prompts with the target's continuations: padded tokens `[B, T]`, lengths `[B]`, prompt lengths `[B]`."""
     selection = config.selection
     prompts = batches.evaluation_prompts(
         tasks.load_task(config.task),

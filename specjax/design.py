@@ -1,8 +1,8 @@
-"""Draft design: the throughput model, pruning, replays and advice, each an action of this binary.
+"""Runs an action of draft design: the throughput model, pruning, replays or advice.
 
     python -m specjax.main --config=configs/advise.py --workdir=runs/advice --config.target=DIR
 
-`config.action` names the action. Its rows are written to results.json, and its tables printed.
+`config.action` names the action. Its rows are written to results.json, and its tables are printed.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ def run(config: Any, workdir: str | Path) -> dict:
     """Runs the config's `action` and returns the content of results.json.
 
     Raises:
-      UserError: for an unknown action, and for bad input of an action.
+      UserError: for an unknown action, and for invalid input of an action.
     """
     if config.action not in ACTIONS:
         raise UserError(f'there is no action "{config.action}"{nearest(config.action, ACTIONS)}')
@@ -46,7 +46,7 @@ def finish(config: Any, workdir: str | Path, rows: list[dict]) -> dict:
 
 
 def prune(config: Any, workdir: Path) -> list[dict]:
-    """Prunes a checkpoint to a shape by importance on calibration text; writes `workdir/export`."""
+    """Prunes a checkpoint to a shape by importance on calibration text; writes it to `workdir/export`."""
     source = hub_model.load(config.source, param_dtype=config.param_dtype, compute_dtype=config.compute_dtype)
     calibration = config.calibration
     rows = batches.training_batches(
@@ -133,14 +133,14 @@ def _load(config: Any, path: str) -> hub_model.Model:
 
 
 def _recorded(config: Any) -> replay.Replay:
-    """The target's text. The target is freed on return, before a draft is loaded."""
+    """Records the target's greedy text. The target is freed on return, before a draft is loaded."""
     target = _load(config, config.target)
     lengths = {"max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size, "top_k": config.top_k}
     return replay.record(target, _prompts(config, target), **lengths)
 
 
 def _prompts(config: Any, target: hub_model.Model) -> tuple[tuple[int, ...], ...]:
-    """Prompts of the validation split of the config's task, as token ids."""
+    """The token ids of prompts from the validation split of the config's task."""
     prompts = batches.evaluation_prompts(
         tasks.load_task(config.task),
         target.tokenizer,
@@ -152,9 +152,9 @@ def _prompts(config: Any, target: hub_model.Model) -> tuple[tuple[int, ...], ...
 
 
 def advise(config: Any, workdir: Path) -> list[dict]:
-    """Recommends a draft, gamma and threshold, or plain decoding: times the target and every candidate draft.
+    """Times the target and every candidate draft, and recommends a draft, gamma and threshold, or plain decoding.
 
-    The acceptance of drafts that exist is measured; that of other shapes is the range in the config.
+    The acceptance of existing drafts is measured; for other shapes it is the range in the config.
     """
     low, high = _check_advise(config)
     target = _load(config, config.target)
@@ -228,7 +228,7 @@ def _replay(config: Any, target: hub_model.Model) -> replay.Replay:
 
 
 def _acceptance(config: Any, target, draft, work: advice.Workload, gamma: int, threshold: float) -> advice.Acceptance:
-    """Measured on the replay if the config names one, and otherwise by decoding with the draft."""
+    """Measures a draft's acceptance, on the replay if the config names one, and otherwise by decoding."""
     if config.replay:
         stored, options = _replay(config, target), ModelDraft(threshold=threshold)
         counts = replay.score(stored, options, gamma, draft=draft, batch_size=work.batch_size)

@@ -2,8 +2,8 @@
 
     python -m specjax.distill --config=FILE --workdir=DIR [--config.section.key=value ...]
 
-One trainer does all of it. `loss.divergence` "cross_entropy" without a `target` is plain training. The fractions under
-`data` choose who writes the training text: the corpus, the draft or the target. A `recipe` sets both by a paper's name.
+`loss.divergence` "cross_entropy" without a `target` is plain training. Fractions under `data` are the shares of steps
+on text of the corpus, of the draft and of the target. A `recipe` sets divergence and fractions to those of a paper.
 """
 
 from pathlib import Path
@@ -34,10 +34,10 @@ from specjax.runtime.errors import UserError
 
 # `model.init` for a new model with random parameters.
 RANDOM = "random"
-# The section of a user's own attachment; the others have sections with their names in `ATTACHMENTS`.
+# The config section of a user's own attachment; others have sections with their names in `ATTACHMENTS`.
 _ATTACHMENT = "attachment"
 
-# Keys of `config.model` that are fields of the model's config: of all models, decoders alone, encoder-decoders alone.
+# Keys of `config.model` that are fields of the config of any model, of decoders only, and of encoder-decoders only.
 _SHAPE = ("width", "layers", "heads", "kv_heads", "head_size", "mlp_width", "norm_epsilon", "tied_head")
 _DECODER = ("rope_theta", "max_positions")
 _ENCODER_DECODER = ("encoder_layers",)
@@ -47,8 +47,8 @@ def run(config: Any, workdir: str | Path) -> dict:
     """Trains, writes `workdir/export` and `workdir/results.json`, and returns the record in the latter.
 
     Args:
-      config: with every key that `configs/quickstart.py` writes for a training stage.
-      workdir: an interrupted run there is resumed.
+      config: the section of a training stage, with every key of `training` in `configs/common.py`.
+      workdir: folder of the stage; an interrupted run in it is resumed.
 
     Raises:
       UserError: for settings, files and vocabularies that are invalid or incompatible, and for a loss that is not
@@ -75,7 +75,7 @@ def run(config: Any, workdir: str | Path) -> dict:
 
 
 def _export(directory: Path, inputs: TrainingInputs, params: Params, tokenizer: Tokenizer) -> None:
-    """Writes the trained model or attachment; only the first process has all parameters, and writes."""
+    """Writes the trained model or attachment; only process 0 has all parameters, and writes."""
     if isinstance(inputs.draft, AttachedDraft):
         target = hub_adapter.fingerprint(inputs.target, inputs.target_params)  # collective: every process calls this
         if processes.first():
@@ -106,7 +106,7 @@ def _row(config: Any, draft: LanguageModel, result: TrainingResult) -> dict:
 
 
 def _min_seconds(stage: str) -> float:
-    """The training time of the stage with this workdir; 0 for ""."""
+    """The training seconds of the finished stage in this workdir; 0 for ""."""
     if not stage:
         return 0.0
     path = Path(stage) / "results.json"
@@ -155,7 +155,7 @@ def _inputs(config: Any, task: tasks.Task, tokenizer: Tokenizer, mesh: jax.shard
 
 
 def _target_text(config: Any, target: LanguageModel | None, params: Params | None, tokenizer: Tokenizer):
-    """The text in `data.target_path`, checked to be this target's on this task, written with these settings."""
+    """Loads the text in `data.target_path`; checks that it comes from this target, task and generation settings."""
     if target is None:
         raise UserError('data.target_path names text of a target, and there is none: set `target`, or the path to ""')
     text = cached_text.load(config.data.target_path)
@@ -171,7 +171,7 @@ def _draft(
     target_params: Params | None,
     mesh: jax.sharding.Mesh,
 ) -> tuple[LanguageModel, Params]:
-    """The model or attachment to train with its parameters at step 0: from an export, or new."""
+    """The model or attachment to train, with its parameters at step 0, which are loaded from an export or new."""
     model, init = config.model, config.model.init
     shardings = lambda network: meshes.shardings(network.axes(replicate=model.replicate), mesh)
     if hub_adapter.holds_one(init):
@@ -192,9 +192,9 @@ def _draft(
 
 
 def new_attached_draft(config: Any, target: LanguageModel | None) -> AttachedDraft:
-    """The target with the attachment that `model.init` names; its options are in a section of the config.
+    """The draft that consists of the target's first layers and the attachment named by `model.init`.
 
-    The section has the attachment's name in `ATTACHMENTS`, or is called `attachment` for a user's own class.
+    Its options are in the config section with its name in `ATTACHMENTS`, or `attachment` for a user's own class.
     """
     init = config.model.init
     section = init if init in ATTACHMENTS else _ATTACHMENT
@@ -210,7 +210,7 @@ def _required(target: LanguageModel | None, init: str) -> LanguageModel:
 
 
 def random_model(model: Any, vocab_size: int, pad_id: int) -> LanguageModel:
-    """A Llama with the sizes of a config's `model` section; with `encoder_layers` above 0, a T5 v1.1.
+    """A Llama with the sizes in a config's `model` section; if `encoder_layers` is above 0, a T5 v1.1.
 
     Raises:
       UserError: for inconsistent sizes.
@@ -233,10 +233,10 @@ def random_model(model: Any, vocab_size: int, pad_id: int) -> LanguageModel:
 def _load(
     directory: str, model: Any, tokenizer: Tokenizer, mesh: jax.sharding.Mesh, *, replicate: bool = False
 ) -> tuple[LanguageModel, Params]:
-    """Reads an export onto the mesh, in the dtypes of the section `model`.
+    """Loads an export onto the mesh, in the dtypes of the section `model`.
 
     Raises:
-      UserError: if its tokenizer is another, or its vocabulary smaller than the tokenizer's.
+      UserError: if it has another tokenizer, or a vocabulary smaller than the tokenizer's.
     """
     if Tokenizer.load(directory).fingerprint() != tokenizer.fingerprint():
         raise UserError(

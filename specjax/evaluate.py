@@ -2,8 +2,8 @@
 
     python -m specjax.evaluate --config=FILE --workdir=DIR [--config.section.key=value ...]
 
-Plain decoding (gamma = 0, the same loop) runs in the same process and takes turns with every drafter, batch by batch,
-so a slow moment of the machine affects all of them.
+Plain decoding (gamma = 0, the same loop) and every drafter decode each batch in turn, in the same process, so that a
+slow phase of the machine affects all of them.
 """
 
 import functools
@@ -29,14 +29,14 @@ def run(config: Any, workdir: str | Path) -> dict:
     """Runs every case of the config; writes results.json, figures and report.html; returns the results.
 
     Raises:
-      UserError: for unknown names, settings out of range, and models or prompts that do not fit each other.
+      UserError: for unknown names, settings out of range, and incompatible models or prompts.
     """
     workdir = Path(workdir)
     job = make_job(config)
     lines, counts, samples = [], {}, []
     settings = make_settings(config)
     for setting in settings:
-        make_cases(job, setting)  # raises for every setting before the first one takes its minutes
+        make_cases(job, setting)  # raises errors of all settings before decoding starts
     for setting in settings:
         if process_memory.crowded():  # with the programs of earlier settings
             jax.clear_caches()
@@ -90,13 +90,13 @@ def _run_setting(job: Job, setting: Setting) -> tuple[list[dict], dict[tuple, me
 def _decode_all(
     job: Job, setting: Setting, cases: list[Case], methods: list[Method]
 ) -> tuple[list[Output], list[PartSeconds | None]]:
-    """The output of each case and the seconds of its parts, None where they are not timed.
+    """Decodes with every case. Returns their outputs, and the seconds of their parts (None if not timed).
 
-    Parts are timed between the batches, starting after a quarter of them, when the length of texts is known. A machine
-    that becomes slower or faster during the run then changes the parts as it changes the run.
+    Parts are timed between batches, from a quarter of them on, when the length of texts is known. So if the machine
+    gets slower or faster during the run, the parts change as the run does.
     """
     put, size = batch.Placer(job.target.mesh), setting.batch_size
-    # Parts belong to plans that draft gamma tokens in every block. Drafts of one shape share a plan, timed once.
+    # Only plans that draft gamma tokens in every block are timed. Drafts of one shape have equal plans, timed once.
     constant = lambda case: case.gamma and not (case.options.threshold or case.options.adaptive)
     timed = [
         method.plan if job.config.measure_parts and constant(case) and case.target is job.target else None
@@ -130,7 +130,7 @@ def _decode_all(
 
 
 def _measured(job: Job, setting: Setting, method: Method, counts: metrics.Counts, output: Output, baseline: Output):
-    """The fields of a row that come from counts and seconds."""
+    """The fields of a row that are computed from counts and seconds."""
     timing = metrics.Timing(
         seconds=output.seconds,
         baseline_seconds=baseline.seconds,
@@ -147,7 +147,7 @@ def _measured(job: Job, setting: Setting, method: Method, counts: metrics.Counts
 
 
 def _quality(job: Job, output: Output, baseline: Output) -> dict[str, dict]:
-    """The task's metrics over all prompts, and their difference to plain decoding's, with intervals."""
+    """The task's quality metrics over all prompts, and their difference from plain decoding's, with intervals."""
     references = [prompt.reference for prompt in job.prompts]
     quality, plain = (
         tasks.quality(job.task, [job.target.tokenizer.decode(row) for row in texts.tokens], references)
@@ -159,7 +159,7 @@ def _quality(job: Job, output: Output, baseline: Output) -> dict[str, dict]:
 
 
 def _samples(job: Job, setting: Setting, case: Case, output: Output) -> list[dict]:
-    """The first texts for the report, each token with its origin."""
+    """The first generated texts for the report's `Samples`, each token with its origin."""
     rule = tables.rule_label({"rule": case.rule, "lenience": case.lenience})
     return [
         {

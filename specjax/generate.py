@@ -1,4 +1,4 @@
-"""Continues one prompt in the terminal while it is decoded, each token coloured by where it came from.
+"""Continues one prompt and prints the text as it is decoded, each token in the colour of its origin.
 
 python -m specjax.generate --config=configs/generate.py --workdir=DIR [--config.section.key=value ...]
 """
@@ -22,10 +22,10 @@ _COLOURS = {"accepted": "32", "recovered": "31", "bonus": "34"}
 
 
 def run(config: Any, workdir: str | Path) -> dict:
-    """Prints the text to stdout as it comes and its statistics to stderr; returns what `results.json` holds.
+    """Prints the text to stdout as it is decoded, and statistics to stderr; returns the content of results.json.
 
     Raises:
-      UserError: for models, settings and prompts that do not fit.
+      UserError: for invalid models, settings or prompts.
     """
     mesh = meshes.make_mesh(config.mesh)
     dtypes = {"param_dtype": config.param_dtype, "compute_dtype": config.compute_dtype}
@@ -73,7 +73,7 @@ def run(config: Any, workdir: str | Path) -> dict:
 
 
 def _drafter(section: Any, target: Model, load: Callable[[str], Model]) -> Any:
-    """The section's drafter for `api.generate`; options at 0 or () are left at their defaults."""
+    """The `drafter` argument of `api.generate` for a config section; options with value 0 or () are not passed."""
     if section.kind == "none":
         return None
     values = {key: value for key, value in section.items() if key not in ("kind", "path") and value}
@@ -87,7 +87,7 @@ def _drafter(section: Any, target: Model, load: Callable[[str], Model]) -> Any:
 
 
 class _Printer:
-    """Prints what has come since the last call."""
+    """Prints the tokens that were emitted since the last call."""
 
     def __init__(self, target: Model, colours: str):
         if colours not in ("auto", "always", "never"):
@@ -99,13 +99,13 @@ class _Printer:
     def __call__(self, text: api.Generation) -> None:
         pieces = self._target.tokenizer.pieces(text.tokens[0])
         settled = len(pieces)
-        # What ends in the middle of a character waits for the rest of it.
+        # Hold back tokens of a character that is not complete yet.
         while settled > self._printed and (not pieces[settled - 1] or pieces[settled - 1].endswith("\ufffd")):
             settled -= 1
         self._print(pieces[:settled], text.origins[0])
 
     def end(self, text: api.Generation) -> None:
-        """Whatever waits still, and the end of the line."""
+        """Prints the tokens that were held back, and ends the line."""
         self._print(self._target.tokenizer.pieces(text.tokens[0]), text.origins[0])
         sys.stdout.write("\n")
         sys.stdout.flush()

@@ -1,8 +1,8 @@
-"""Runs a config: one binary, or several stages in order, skipping the finished ones.
+"""Runs a config: one binary, or several stages in order, skipping finished stages.
 
     python -m specjax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
-A config has a `binary`, or `stages`, the names of sections that have a binary each.
+A config has either a `binary`, or `stages`: names of its sections, which have a `binary` each.
 """
 
 import importlib
@@ -22,7 +22,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict:
     """Runs the config and returns the content of `workdir/results.json`.
 
     Raises:
-      UserError: for an unknown binary or stage, and for bad input of a binary.
+      UserError: for an unknown binary or stage, and for invalid input of a binary.
     """
     if "stages" not in config:
         return binary(config)(config, workdir)
@@ -35,7 +35,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict:
     for number, name in enumerate(config.stages):
         finished = workdir / name / "results.json"
         stopping.stop_if_asked()
-        # Process 0 decides for all: the others may check later, and shared file systems have delays.
+        # Process 0 decides for all, because on shared file systems others may see the file later.
         if not processes.from_first(finished.exists()):
             if processes.first():
                 print(f"[{number + 1}/{len(config.stages)}] {name}", file=sys.stderr, flush=True)
@@ -75,7 +75,7 @@ def binary(config: ConfigDict) -> Callable[[ConfigDict, str | Path], Any]:
 
 
 def _check_stages(config: ConfigDict) -> None:
-    """Checks every stage before the first one runs for hours."""
+    """Checks the binary and references of every stage before the first one runs. Raises UserError."""
     for number, name in enumerate(config.stages):
         if name not in config:
             raise UserError(f'stage "{name}" has no section in the config{nearest(name, config.keys())}')

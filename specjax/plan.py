@@ -1,11 +1,11 @@
-"""The cost of a config on chips that need not be there: memory, whether it fits, work and least time of each step.
+"""The cost of a config on chips that need not be present: memory, whether it fits, work and least time of each step.
 
     python -m specjax.main --config=configs/plan/pairs.py:llama_65b --plan
     python -m specjax.main --config=configs/quickstart.py --plan=v5e --config.distilled.mesh.data=4
 
-`--plan` without a value uses the config's `chip`. The steps are those that a run compiles, traced from shapes: no
-weights are read, and a checkpoint needs only its `config.json`. For TPUs the TPU compiler itself decides what fits; for
-GPUs the CPU compiler is used, whose temporary memory is an estimate.
+`--plan` without a value uses the config's `chip`. Steps are the functions that a run compiles, traced with shapes: no
+weights are read, and a checkpoint needs only its `config.json`. For TPUs the TPU compiler decides what fits; for GPUs
+the CPU compiler is used, whose temporary memory is only an estimate.
 """
 
 import dataclasses
@@ -90,8 +90,8 @@ class _Stage:
     """A stage to compile.
 
     Attributes:
-      executables: each with further fields for its row.
-      resident_on: bytes on one chip of another mesh, by what they hold.
+      executables: pairs of an executable and further fields for its row.
+      resident_on: function from a mesh to resident bytes on one chip, by what they are.
     """
 
     name: str
@@ -123,10 +123,10 @@ def _stage(name: str, section: ConfigDict, catalog: ModelCatalog, part: chips.Sl
 
 
 def _compile_all(stages: Sequence[_Stage]) -> list[list[dict]]:
-    """The rows of each stage, compiled in parallel: the compiler releases Python's lock."""
+    """Compiles all executables in parallel threads (the compiler releases the GIL). Returns the rows of each stage."""
     jobs = [(stage, *step) for stage in stages for step in stage.executables]
     longest_first = sorted(range(len(jobs)), key=lambda i: executables.LONGEST_FIRST.index(jobs[i][1].name))
-    # One job per core; more at a time would only slow each other down.
+    # One job per core; more would not be faster.
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         futures = {i: pool.submit(_row, *jobs[i]) for i in longest_first}
     rows = (futures[i].result() for i in range(len(jobs)))

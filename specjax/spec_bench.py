@@ -1,10 +1,10 @@
-"""Spec-Bench: every drafter on every question, turn by turn, reported by subtask and overall.
+"""Runs Spec-Bench: every drafter on every question, turn by turn, with results by subtask and overall.
 
     python -m specjax.spec_bench --config=FILE --workdir=DIR [--config.section.key=value ...]
 
-Questions are decoded one at a time, as the benchmark prescribes; plain decoding and all drafters take turns on every
-prompt. The prompt of a second turn contains plain decoding's answer to the first, for all drafters, so all of them
-continue the same text (at temperature 0 it is the answer of each of them, too).
+Questions are decoded one at a time, as the benchmark prescribes; plain decoding and all drafters decode each prompt in
+turn. The prompt of a second turn contains plain decoding's answer to the first, so that all drafters continue the same
+text (at temperature 0 it is also their own answer).
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from specjax.runtime import config as configs
 from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError
 
-# Prompts are padded to powers of two from here on, so that long prompts do not slow down short ones.
+# Prompts are padded to a power of two, at least this, so that long prompts do not slow down short ones.
 _SHORTEST = 64
 
 
@@ -36,7 +36,7 @@ class Answers:
     """The answers of one case to one question.
 
     Attributes:
-      output: a batch of one prompt for each turn.
+      output: results with one batch, of one prompt, for each turn.
       identical: result of `engine.compare_with_plain` for each turn.
     """
 
@@ -48,7 +48,7 @@ def run(config: Any, workdir: str | Path) -> dict:
     """Runs every case of the config; writes results.json, figures and report.html; returns the results.
 
     Raises:
-      UserError: for a file with missing turns, and for everything that an evaluation rejects.
+      UserError: for a file with missing turns, and for every error of an evaluation.
     """
     workdir = Path(workdir)
     if tuple(config.batch_sizes) != (1,):
@@ -82,7 +82,7 @@ def _selected(questions: Sequence[Question], per_category: int) -> list[Question
 
 
 def _answers(job: Job, setting: Setting, cases: list[Case], questions: Sequence[Question]) -> list[list[Answers]]:
-    """For each question the answers of each case; turn by turn, and within a turn by the padded length of prompts."""
+    """Decodes all questions turn by turn, grouped by padded prompt length. Returns by question and case the answers."""
     answers = [[Answers() for _ in cases] for _ in questions]
     for turn in range(max(len(question.turns) for question in questions)):
         groups: dict[int, dict[int, tuple[int, ...]]] = {}
@@ -125,7 +125,7 @@ def _answer_group(
     turn: int,
     answers: list[list[Answers]],
 ) -> None:
-    """Decodes the prompts of one padded length, by the number of their question, and adds to `answers`."""
+    """Decodes prompts of one padded length, given by question number, and appends the results to `answers`."""
     config, numbers, ids = job.config, list(prompts), list(prompts.values())
     methods = make_methods(job, setting, cases, ids, slots)
     with meshes.use(job.target.mesh):
@@ -150,7 +150,7 @@ def _answer_group(
 def _rows(
     job: Job, setting: Setting, cases: list[Case], questions: Sequence[Question], answers: list[list[Answers]]
 ) -> list[dict]:
-    """A row for every subtask and case, and for all questions together."""
+    """Result rows for every case: one per subtask, and one for all questions."""
     subtasks = list(dict.fromkeys(question.subtask for question in questions))
     lines = []
     for subtask in (*subtasks, OVERALL):
@@ -172,7 +172,7 @@ def _rows(
 
 
 def _measured(outputs: list[Output], plain: list[Output], seed: int) -> dict:
-    """The fields of a row that come from counts and seconds; intervals resample questions with all their turns."""
+    """The fields of a row computed from counts and seconds; intervals resample questions with all their turns."""
     counts = [output.counts() for output in outputs]
     fields = [field.name for field in dataclasses.fields(metrics.Counts)]
     summed = {name: np.stack([getattr(of, name).sum(0, dtype=np.int32) for of in counts]) for name in fields}

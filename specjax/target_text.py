@@ -1,9 +1,9 @@
-"""Writes the target's continuations of a task's training prompts to a folder, for drafts to learn on.
+"""Generates the target's continuations of a task's training prompts, as training text for drafts.
 
     python -m specjax.target_text --config=FILE --workdir=DIR [--config.section.key=value ...]
 
-With a draft the text is decoded speculatively under an exact rule. The rule `coupled` writes the same tokens as the
-target alone, so the text does not depend on the draft. An interrupted run resumes after its last batch.
+With a draft the text is decoded speculatively with an exact rule. The rule `coupled` emits the same tokens as plain
+decoding, so the text does not depend on the draft. An interrupted run resumes after its last batch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,7 +33,7 @@ def run(config: Any, workdir: str | Path) -> dict:
     """Writes the text to `workdir/export` (for `data.target_path`) and `workdir/results.json`; returns the results.
 
     Raises:
-      UserError: for settings, models or prompts that do not fit each other, and for a folder with other text.
+      UserError: for incompatible settings, models or prompts, and for a folder with other text.
     """
     workdir = Path(workdir)
     writer = _Writer(config)
@@ -75,7 +75,7 @@ def _written(text: cached_text.CachedText) -> dict:
 
 
 class _Writer:
-    """The models, the prompts, and how to continue a batch of them."""
+    """Loads the models and prompts of a config, and continues batches of the prompts."""
 
     def __init__(self, config: Any):
         mesh, data = meshes.make_mesh(config.mesh), config.data
@@ -123,7 +123,7 @@ class _Writer:
         return Method(plan, self.target.params, self.draft.params if gamma else None, sampling)
 
     def decode(self, methods: Sequence[Method], numbers: Sequence[int], label: str) -> Iterator:
-        """Continues these batches of the prompts, see `engine.decode_in_turns`."""
+        """Continues the batches `numbers` of the prompts with each method, see `engine.decode_in_turns`."""
         return engine.decode_in_turns(
             methods,
             self.prompts,
@@ -137,7 +137,7 @@ class _Writer:
         )
 
     def rows(self, number: int, count: int, result: batch.BatchResult) -> dict[str, np.ndarray]:
-        """A batch in the layout of `data.batches`, and the seconds that it took."""
+        """The arrays to store for a batch: those of `data.batches`, and the seconds that it took."""
         first, decoder = number * self.config.data.batch_size, self.target.decoder
         prompts = self.prompts[first : first + count]
         openings = [decoder.start_text(prompt) for prompt in prompts]
@@ -156,7 +156,7 @@ class _Writer:
         return rows
 
     def measure(self) -> dict:
-        """Tokens per second with and without the draft on the first batches, and whether the texts are equal."""
+        """Measures tokens per second with and without the draft on the first batches, and whether texts are equal."""
         if not self.method.plan.gamma:
             return {}
         count = min(self.config.measure_batches, -(-len(self.prompts) // self.config.data.batch_size))
@@ -177,7 +177,7 @@ class _Writer:
 
 
 def _prompts(config: Any, task: tasks.Task, target: hub_model.Model) -> list[list[int]]:
-    """The prompts of the first `count` rows of training data, in the order of training with this seed."""
+    """The prompts of the first `count` training rows, in the order in which training with this seed visits them."""
     data, decoder = config.data, target.decoder
     rows = batches.training_batches(
         task,

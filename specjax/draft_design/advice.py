@@ -1,7 +1,7 @@
 """Recommends a draft, gamma and confidence threshold for a target on this device, with an interval and reasons.
 
-The seconds of each part of a block are measured for every candidate. Acceptance is measured by decoding with drafts
-that exist, and is a range stated by the user for shapes that are not trained yet. The throughput model combines both.
+The seconds of a block's parts are measured for every candidate. Acceptance is measured by decoding if a draft exists;
+for shapes that are not trained yet the user gives a range. The throughput model predicts the speed from both.
 """
 
 import dataclasses
@@ -31,14 +31,14 @@ from specjax.reporting import metrics, page, plots, records, row_tables
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """The decoding for which a draft is chosen.
+    """The prompts and settings of decoding for which a draft is chosen.
 
     Attributes:
-      prompts: token ids.
-      max_new_tokens: for each prompt.
-      batch_size: prompts that are decoded together.
-      temperature: of the target.
-      seed: for sampling.
+      prompts: token ids of each prompt.
+      max_new_tokens: maximum number of new tokens per prompt.
+      batch_size: number of prompts that are decoded together.
+      temperature: sampling temperature.
+      seed: seed of sampling.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -63,12 +63,12 @@ class Acceptance:
     """How often a draft's tokens are accepted.
 
     Attributes:
-      ctar: cumulative token acceptance rate at each drafted position, the best estimate.
-      low: the lower end of its 95% interval, or of the stated range.
-      high: the upper end.
-      drafted: mean drafted tokens per block; gamma without early stops.
-      uneven: blocks that batches took, relative to the number expected if all rows were drafted equally well. A batch
-        runs as long as its slowest row, so this is at least 1. It is measured at the largest gamma.
+      ctar: estimated cumulative token acceptance rate (see `evaluation.throughput`) at each drafted position.
+      low: lower end of its 95% interval, or of the range that the user gave.
+      high: upper end of the interval or range.
+      drafted: mean number of drafted tokens per block; gamma without early stops.
+      uneven: number of blocks that batches ran / number expected if all rows had the same acceptance; at least 1, as a
+        batch runs as long as its slowest row. It is measured at the largest gamma.
     """
 
     ctar: tuple[float, ...]
@@ -79,13 +79,13 @@ class Acceptance:
 
 
 def stated(low: float, high: float, gamma: int) -> Acceptance:
-    """An acceptance between `low` and `high`, independent at each position; the estimate is the middle."""
+    """Acceptance from a rate between `low` and `high` at all positions, independently; the estimate is the middle."""
     middle = throughput.iid((low + high) / 2, gamma)
     return Acceptance(middle, throughput.iid(low, gamma), throughput.iid(high, gamma), float(gamma))
 
 
 def measured(counts: metrics.Counts, *, seed: int, batch_size: int = 1) -> Acceptance:
-    """The acceptance in the counts of a run at the largest gamma; the interval is a bootstrap over prompts."""
+    """The acceptance in the counts of a run at the largest gamma, with a bootstrap interval over prompts."""
     ctar = tuple(prediction.uncut_ctar(counts, np.ones(len(counts.emitted))).tolist())
     ratios = lambda weights: {str(w): chance for w, chance in enumerate(prediction.uncut_ctar(counts, weights))}
     intervals = metrics.intervals(ratios, len(counts.emitted), seed=seed)
@@ -99,12 +99,12 @@ def measured(counts: metrics.Counts, *, seed: int, batch_size: int = 1) -> Accep
 
 
 def unevenness(taken: int, expected: float, batch_size: int) -> float:
-    """`Acceptance.uneven` from the numbers of blocks that were taken and that were expected."""
+    """`Acceptance.uneven` from the numbers of blocks that were run and that were expected."""
     return max(1.0, taken / expected) if batch_size > 1 else 1.0
 
 
 def decode(target: Model, draft: Model, work: Workload, gamma: int, threshold: float) -> metrics.Counts:
-    """The counts of speculative decoding of the workload."""
+    """Decodes the workload speculatively and returns the counts."""
     results = batch.decode_all(
         work.plan(target.decoder, draft.decoder, gamma, threshold),
         target.params,
@@ -126,7 +126,7 @@ def time_parts(
     work: Workload,
     gammas: Sequence[int],
 ) -> list[dict[int, throughput.PartSeconds]]:
-    """The seconds of each part of a block, for each draft by gamma, at the workload's mean context length.
+    """Times the parts of a block at the workload's mean context length; returns seconds by gamma for each draft.
 
     All drafts and gammas are timed in alternation.
     """
@@ -151,14 +151,14 @@ def time_parts(
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A draft that could be used.
+    """A draft model that could be recommended.
 
     Attributes:
       name: its directory, or the name of its shape.
-      decoder: its shape.
-      acceptance: by confidence threshold; 0 means no early stop.
+      decoder: the model, without parameters.
+      acceptance: its acceptance by confidence threshold; 0 means no early stop.
       parts: seconds of a block's parts, by gamma.
-      trained: whether it exists already.
+      trained: whether the draft exists already.
     """
 
     name: str
@@ -168,10 +168,10 @@ class Candidate:
     trained: bool
 
     def options(self, work: Workload) -> list[dict]:
-        """A row for each timed gamma, and at the largest gamma one for each threshold.
+        """A row of predictions for each timed gamma, and for each threshold at the largest gamma.
 
-        The cost with a threshold is computed from the mean number of drafted tokens. That is right for one row only: in
-        a batch a block takes as long as the row that drafts most.
+        The cost with a threshold is computed from the mean number of drafted tokens. This is right only at batch size
+        1, because in a batch a block takes as long as the row that drafts most.
         """
         return [
             self._option(work, gamma, threshold, acceptance)
@@ -222,7 +222,7 @@ class Candidate:
 
 
 def recommend(rows: Sequence[dict]) -> dict:
-    """The fastest row as advice, with gamma 0 if plain decoding is faster."""
+    """The advice row, which is the fastest of the candidate rows, with gamma 0 if plain decoding is faster."""
     best = max(rows, key=lambda row: row["tokens_per_second"])
     plain = best["plain_tokens_per_second"]
     pays = best["tokens_per_second"] > plain
@@ -234,7 +234,7 @@ def recommend(rows: Sequence[dict]) -> dict:
 
 
 def reasons(rows: Sequence[dict]) -> list[str]:
-    """Sentences on why the fastest row is recommended, or why speculation is not."""
+    """Sentences that explain why the fastest row is recommended, or why plain decoding is."""
     best = max(rows, key=lambda row: row["tokens_per_second"])
     plain, low = best["plain_tokens_per_second"], best["tokens_per_second_low"]
     speedup, enough = best["tokens_per_second"] / plain, best["break_even_acceptance"]
@@ -265,12 +265,12 @@ def reasons(rows: Sequence[dict]) -> list[str]:
 def untrained(
     target: DecoderConfig, layers: Sequence[int], share: float, acceptance: Acceptance, seed: int
 ) -> list[tuple[Candidate, Params]]:
-    """Llama candidates with random weights, one for each depth, with this share of the target's parameters.
+    """Candidates with random weights, one for each number of layers, with `share` of the target's parameters.
 
-    Their proportions are the target's; `configs/draft_design/train.py` trains such a model.
+    They are Llamas in the target's proportions; `configs/draft_design/train.py` trains such a model.
 
     Raises:
-      UserError: if no shape of some depth has about this number of parameters.
+      UserError: if for some number of layers no shape has about this number of parameters.
     """
     budget = round(share * shapes.parameters(target))
     candidates = []

@@ -1,9 +1,9 @@
 """Greedy search for the layers that a target can skip when it drafts for itself.
 
-A simpler form of the search in Draft & Verify (arXiv 2309.08168, section 3.3): whole layers, added one at a time,
-instead of Bayesian optimisation over attention and MLP parts. Candidates are judged without decoding. Acceptance is the
-overlap of the two distributions on the target's own text, cost is the number of parameters that a step reads, and the
-score is the predicted speed-up at the best gamma.
+It simplifies the search of Draft & Verify (arXiv 2309.08168, section 3.3): layers are skipped one more at a time,
+without Bayesian optimisation over attention and MLP parts. Candidates are scored without decoding, by the predicted
+speed-up at the best gamma. Acceptance is the overlap of the two distributions on the target's own text, and cost is the
+number of parameters that a step reads.
 """
 
 import dataclasses
@@ -28,8 +28,8 @@ class Choice:
 
     Attributes:
       skipped: the skipped layers, ascending.
-      acceptance: mean overlap sum_v min(target, draft) over the text.
-      cost_ratio: parameters that a draft step reads, relative to a target step.
+      acceptance: mean over the text of the overlap sum_v min(target, draft).
+      cost_ratio: number of parameters that a draft step reads / number that a target step reads.
       gamma: the gamma with the largest predicted speed-up.
       predicted_speedup: over plain decoding, at that gamma.
     """
@@ -54,7 +54,7 @@ def _acceptance(
 ) -> Float[Array, ""]:
     """Mean overlap over the counted positions. `included` is traced, so all candidates share one executable.
 
-    The result is slightly low: here the draft computes all of the text with the included layers, while in decoding the
+    The result is slightly low, because here the whole text is computed with the included layers only, while in decoding
     committed tokens have keys and values of the complete target.
     """
     positions = consecutive(tokens)
@@ -69,7 +69,7 @@ def _acceptance(
 
 
 def cost_ratio(target: LanguageModel, skipped: tuple[int, ...]) -> float:
-    """Parameters that a step of the draft reads, relative to a step of the target."""
+    """The number of parameters that a draft step reads / the number that a target step reads."""
     blocks = target.abstract_params()["blocks"]
     unread = sum(math.prod(x.shape) for layer in skipped for x in jax.tree.leaves(blocks[layer]))
     return 1 - unread / target.num_step_params

@@ -1,10 +1,10 @@
-"""Structured pruning: a smaller model of the same family, of the parts that matter most on calibration text.
+"""Structured pruning: makes a smaller model of the same family from the most important parts of a model.
 
-It removes whole layers, query and key/value heads, inner units of the MLPs and channels of the residual stream. The
-result is an ordinary model of its family, to be distilled before it is a useful draft.
+It removes layers, query and key/value heads, inner units of the MLPs and channels of the residual stream. The result is
+an ordinary model of its family, which must be distilled to be a useful draft.
 
-Importance takes one forward pass over the text, without gradients or a search (formulas of arXiv 2403.03853 for layers
-and arXiv 2407.14679 for the rest).
+Importance is measured on calibration text in one forward pass, without gradients or a search (with the formulas of
+arXiv 2403.03853 for layers and of arXiv 2407.14679 for the rest).
 """
 
 import dataclasses
@@ -30,13 +30,13 @@ _HEAD_NORMS = ("query_norm", "key_norm")
 
 @dataclasses.dataclass(frozen=True)
 class Importance:
-    """The importance of each part of a model; larger is more important.
+    """The importance of each part of a model; larger is more important. All are means over tokens.
 
     Attributes:
-      layers: 1 - cosine between a layer's input and output, mean over tokens.
-      heads: L2 norm of each query head's output before the output projection, mean over tokens.
-      mlp: absolute value of each inner unit, mean over tokens.
-      width: absolute value of each channel after the norms, mean over tokens, summed over norms.
+      layers: 1 - cosine similarity of a layer's input and output.
+      heads: L2 norm of each query head's output before the output projection.
+      mlp: absolute value of each inner unit of the MLP.
+      width: absolute value of each channel after a norm, summed over norms.
     """
 
     layers: Float[np.ndarray, "L"]
@@ -80,7 +80,7 @@ def importance(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _sums(model: Decoder, params: Params, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]):
-    """Sums over tokens of the quantities whose means are in `Importance`."""
+    """Sums over tokens of the quantities whose means `Importance` contains."""
     config, module = model.config, model.bind(params)
     counted = (jnp.arange(tokens.shape[1])[None] < lengths[:, None]).astype(jnp.float32)
     mixed, inner, normed = [], [], []
@@ -110,13 +110,13 @@ def _cosine(a: Float[Array, "B T D"], b: Float[Array, "B T D"]) -> Float[Array, 
 
 
 def prune(model: LanguageModel, params: Params, shape: DecoderConfig, importance: Importance) -> tuple[Decoder, Params]:
-    """Reduces the model to `shape`: keeps the most important parts, in their order.
+    """Reduces the model to `shape` by keeping the most important parts, in their original order.
 
-    A key/value head is kept with all its query heads or removed with them. If the shape has smaller groups, the best
-    query heads of each group are kept.
+    A key/value head is kept or removed together with its query heads. If the shape has fewer query heads per key/value
+    head, the most important ones of each group are kept.
 
     Raises:
-      UserError: if the shape is larger in some size, or differs in something that cannot be pruned.
+      UserError: if the shape is larger in some size, or differs in an attribute that cannot be pruned.
     """
     config = model.config
     for name in _SIZES:
@@ -162,7 +162,7 @@ def prune(model: LanguageModel, params: Params, shape: DecoderConfig, importance
 
 
 def _kept_of_layer(config: DecoderConfig, shape: DecoderConfig, importance: Importance, layer: int) -> dict:
-    """The channels of heads, key/value heads and MLP to keep in one layer."""
+    """The indices of the channels of heads, key/value heads and MLP to keep in one layer."""
     grouped = importance.heads[layer].reshape(config.kv_heads, -1)
     size = shape.heads // shape.kv_heads
     groups = _best(grouped.sum(1), shape.kv_heads)
@@ -176,5 +176,5 @@ def _kept_of_layer(config: DecoderConfig, shape: DecoderConfig, importance: Impo
 
 
 def _best(scores: Float[np.ndarray, "X"], count: int) -> np.ndarray:
-    """Indices of the `count` largest scores, ascending; among equal scores the first."""
+    """Indices of the `count` largest scores, ascending; among equal scores the first ones are taken."""
     return np.sort(np.argsort(-scores, kind="stable")[:count])

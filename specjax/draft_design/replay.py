@@ -1,8 +1,8 @@
-"""Replays: greedy text of a target, stored once, with which any draft is scored without loading the target.
+"""Replays: a target's greedy text, stored once, on which drafts are scored without loading the target.
 
-Greedy speculative decoding emits the text of plain decoding, whatever the draft. So the usual decoding loop runs, with
-the stored text in place of the target; blocks and counts are those of a live run, up to ties of logits. Drafters that
-read the target's layers or cache cannot be scored, because those are not stored.
+Greedy speculative decoding emits the text of plain decoding with any draft. So the usual decoding loop runs with the
+stored text in place of the target; blocks and counts are those of real decoding, except for ties of logits. Drafters
+that read the target's layers or cache cannot be scored, because those are not stored.
 """
 
 import dataclasses
@@ -39,16 +39,16 @@ class Replay:
     """A target's greedy continuations of some prompts.
 
     Attributes:
-      target: fingerprint of the model.
+      target: fingerprint of the target.
       tokenizer: fingerprint of its tokenizer.
-      vocab_size: size of the target's logits.
-      max_new_tokens: the longest continuation.
-      eos_ids: token ids that end a continuation early.
+      vocab_size: number of logits of the target.
+      max_new_tokens: maximum number of tokens of a continuation.
+      eos_ids: token ids that end a continuation.
       prompts: token ids of each prompt.
       emitted: token ids of each continuation.
-      top_ids: `[P, T, k]` the target's k most probable tokens at each emitted position, undefined after the end of a
-        text; k = 0 stores none.
-      top_probs: their probabilities at temperature 1.
+      top_ids: the target's k most probable tokens at each emitted position, undefined after the end of a text; k = 0
+        stores none.
+      top_probs: the probabilities of these tokens at temperature 1.
     """
 
     target: str
@@ -62,7 +62,7 @@ class Replay:
     top_probs: Float[np.ndarray, "P T k"]
 
     def check_target(self, target: Model) -> None:
-        """Raises UserError if this is the replay of another target."""
+        """Raises UserError if this replay was recorded with another target."""
         self.check_tokenizer(target)
         if target.fingerprint != self.target:
             raise UserError(
@@ -71,7 +71,7 @@ class Replay:
             )
 
     def check_tokenizer(self, model: Model) -> None:
-        """Raises UserError if the model has another tokenizer than the replay."""
+        """Raises UserError if this replay was recorded with another tokenizer than the model's."""
         if model.tokenizer.fingerprint() != self.tokenizer:
             raise UserError(
                 "this replay was recorded with another tokenizer than this model's; use a draft with the target's "
@@ -151,8 +151,8 @@ def score(
     """The counts of greedy speculative decoding with this drafter, one row for each prompt.
 
     Args:
-      options: `ModelDraft` or `NGram`.
-      draft: the model of a `ModelDraft`.
+      options: options of the drafter, `ModelDraft` or `NGram`.
+      draft: the draft model of a `ModelDraft`.
 
     Raises:
       UserError: for a drafter that reads the target's states, and a draft with another tokenizer.
@@ -179,9 +179,9 @@ def score(
 
 @dataclasses.dataclass(frozen=True)
 class Stored(LanguageModel):
-    """A target that predicts stored texts: its parameters are texts `[B, S]`; at position i it predicts token i + 1.
+    """A model that repeats stored texts: its parameters are texts `[B, S]`; at position i it predicts token i + 1.
 
-    Its predictions are right only after a prefix of the stored text, which is all that greedy verification uses.
+    Predictions are those of the target only after a prefix of the stored text; greedy verification uses no others.
     """
 
     @property
@@ -203,11 +203,11 @@ class Stored(LanguageModel):
 
 
 def agreement(replay: Replay, draft: Model, *, batch_size: int = 8) -> dict[str, Float[np.ndarray, "N"]]:
-    """How well the draft predicts each emitted token from the true text before it.
+    """How well the draft predicts each emitted token from the stored text before it.
 
-    Returns, flat over prompts and positions:
-      "agrees": 1 where the draft's most probable token is the target's;
-      "surprise": the negative log-probability of the target's token; its mean is the log-perplexity;
+    Returns arrays over all emitted tokens of all prompts:
+      "agrees": 1 if the draft's most probable token is the emitted one, else 0;
+      "surprise": the draft's negative log-probability of the emitted token; its mean is the log-perplexity;
       "overlap": sum of min(target, draft) over the stored top tokens, empty if none are stored. It is a lower bound of
         the acceptance at temperature 1 (DistillSpec's token-level acceptance, arXiv 2310.08461).
 
@@ -267,7 +267,7 @@ def _plan(target: LanguageModel, drafter: Any, gamma: int, prompts, max_new_toke
 
 
 def _decode(plan, params_from, draft_params, prompts, batch_size: int, threshold: float, max_new_tokens: int, eos_ids):
-    """Like `batch.decode_all`, with parameters of the target that depend on the batch."""
+    """Like `batch.decode_all`, with target parameters `params_from(first)` for the batch from prompt `first` on."""
     return [
         batch.decode_batch_of(
             plan,

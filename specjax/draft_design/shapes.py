@@ -1,4 +1,4 @@
-"""Shapes of drafts: their parameters and memory, and shapes that meet a budget of parameters or seconds."""
+"""Computes parameters and memory of draft shapes (configs), and finds shapes for a budget of parameters or seconds."""
 
 import dataclasses
 import math
@@ -17,10 +17,10 @@ _STEP = 8
 
 
 def reshaped(like: DecoderConfig, **changes: int) -> DecoderConfig:
-    """Returns `like` with other numbers of layers, heads, ..., keeping per-layer values of the first layers.
+    """Returns `like` with the sizes in `changes`; per-layer settings are those of the first layers.
 
     Raises:
-      UserError: if the heads do not divide, a size is below 1, or per-layer values are missing for more layers.
+      UserError: if heads do not divide evenly, a size is below 1, or there are more layers than per-layer settings.
     """
     layers = changes.get("layers", like.layers)
     heads, kv_heads = changes.get("heads", like.heads), changes.get("kv_heads", like.kv_heads)
@@ -41,7 +41,7 @@ def reshaped(like: DecoderConfig, **changes: int) -> DecoderConfig:
 
 
 def plain_llama(like: DecoderConfig) -> DecoderConfig:
-    """A Llama with the sizes of a model of any family; the trainer creates random models as Llamas."""
+    """A Llama with the sizes of a model of any family, because new models for training are always Llamas."""
     names = ("vocab_size", "width", "layers", "heads", "kv_heads", "head_size", "mlp_width", "max_positions")
     names += ("norm_epsilon", "tied_head", "param_dtype", "compute_dtype")
     theta = like.rotary.theta if like.rotary is not None else 10000.0
@@ -49,14 +49,14 @@ def plain_llama(like: DecoderConfig) -> DecoderConfig:
 
 
 def heads_of(width: int, head_size: int) -> int:
-    """The number of heads of a model. Raises UserError if the head size does not divide the width."""
+    """The number of heads, width / head_size. Raises UserError if the head size does not divide the width."""
     if head_size < 1 or width % head_size:
         raise UserError(f"a width of {width} does not divide into heads of {head_size}; use a multiple of head_size")
     return width // head_size
 
 
 def parameters(config: DecoderConfig) -> int:
-    """The number of parameters; a tied head counts once. All layers have equally many, so it suffices to build two."""
+    """The number of parameters; a tied head is counted once. Layers have equal sizes, so only two are built."""
     one, two = (Decoder(reshaped(config, layers=min(layers, config.layers))).num_params for layers in (1, 2))
     return one + max(config.layers - 1, 0) * (two - one)
 
@@ -73,7 +73,7 @@ def step_bytes(config: DecoderConfig, context: int, batch: int = 1) -> int:
 
 
 def kv_bytes(config: DecoderConfig, tokens: int, batch: int = 1) -> int:
-    """Bytes of the key/value cache that decoding would create for this many tokens per row; allocates nothing."""
+    """Bytes of the key/value cache of decoding with this many tokens per row; computed without allocating it."""
     prompts, lengths = jnp.zeros((batch, 1), jnp.int32), jnp.ones((batch,), jnp.int32)
 
     def arrays():
@@ -86,8 +86,8 @@ def kv_bytes(config: DecoderConfig, tokens: int, batch: int = 1) -> int:
 def at_parameters(like: DecoderConfig, layers: int, wanted: int, tolerance: float = 0.03) -> DecoderConfig:
     """The shape with `layers` layers and about `wanted` parameters, in the proportions of `like`.
 
-    It keeps the head size and the query heads per key head. The number of heads is the one that comes nearest, the
-    width is heads times head size, and the MLP width makes up the difference.
+    It keeps the head size and the query heads per key/value head. It chooses the number of heads that comes closest;
+    the width is heads times head size, and the MLP width is adjusted to make up the difference.
 
     Args:
       tolerance: the largest relative difference from `wanted`.

@@ -1,4 +1,4 @@
-"""The throughput model on numbers from the config, without a model or a device."""
+"""Applies the throughput model to numbers in the config, without a model or a device."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from specjax.runtime.errors import UserError
 
 
 def run(config: Any, workdir: Path) -> list[dict]:
-    """Rows with each draft's throughput by gamma, its best gamma, and the draft step at which it would equal the best.
+    """Rows with each draft's throughput by gamma, its best gamma, and the draft step that would match the best draft.
 
     Raises:
       UserError: if there is no draft, an acceptance is outside 0 .. 1, or a duration is not positive.
@@ -57,7 +57,7 @@ def _check(config: Any) -> None:
 
 
 def _costs(config: Any, step: float) -> throughput.BlockCosts:
-    """Costs in seconds; more tokens than the config has costs for are extrapolated from its last two."""
+    """Costs in seconds; for more tokens than the config has costs, they are extrapolated from its last two."""
     timed = dict(enumerate(each / 1e3 for each in config.target_milliseconds))
     timed = timed if len(timed) > 1 else {0: timed[0], 1: timed[0]}
     target = throughput.interpolated(timed, config.longest)

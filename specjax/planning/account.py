@@ -1,4 +1,4 @@
-"""The cost of an executable on one chip: memory as the compiler reports it, work, and the least time for that work."""
+"""The cost of an executable on one chip: memory reported by the compiler, work, and a lower bound of its time."""
 
 import dataclasses
 import re
@@ -23,11 +23,11 @@ class Memory:
     """Bytes that an executable needs on one chip.
 
     Attributes:
-      arguments: its inputs.
-      results: its outputs.
-      aliased: outputs that reuse the memory of inputs.
-      temporary: intermediate arrays; an estimate if the compiler is for another kind of device.
-      peak: the most at any time.
+      arguments: bytes of its inputs.
+      results: bytes of its outputs.
+      aliased: bytes of outputs that reuse the memory of inputs.
+      temporary: bytes of intermediate arrays; an estimate if the compiler is for another kind of device.
+      peak: maximum bytes in use at any time.
     """
 
     arguments: int
@@ -41,12 +41,12 @@ class Memory:
         stats = compiled.memory_analysis()
         sizes = [getattr(stats, f"{part}_size_in_bytes") for part in ("argument", "output", "alias", "temp")]
         arguments, results, aliased, temporary = sizes
-        # A compiler that reports no peak is taken to hold everything at the same time.
+        # If the compiler reports no peak, assume that everything is in memory at the same time.
         return cls(*sizes, stats.peak_memory_in_bytes or arguments + results - aliased + temporary)
 
 
 def compiled_on(mesh: Any, executable: Executable) -> tuple[Compiled | None, float, str]:
-    """Compiles for a mesh: (the result, or None if it does not fit; seconds; the compiler's reason if it does not)."""
+    """Compiles for a mesh. Returns (executable or None if it does not fit, seconds, the compiler's reason or "")."""
     with meshes.use(mesh):
         started = time.perf_counter()
         try:
@@ -76,10 +76,10 @@ def program_of(compiled: Compiled) -> hlo.Program:
 
 
 def work_of(compiled: Compiled, executable: Executable, program: hlo.Program) -> hlo.Work:
-    """Work of one call on one chip.
+    """The work of one call on one chip.
 
-    Operations and bytes come from `cost_analysis`, which counts each loop's body once; further iterations and the
-    collectives come from the text.
+    Operations and bytes come from `cost_analysis`, which counts each loop's body once; further iterations and
+    collectives are computed from the HLO text.
     """
     full, once = program.work(executable.trip_counts), program.work(loops=False)
     reported = compiled.cost_analysis() or {}
@@ -95,7 +95,7 @@ def gathered_weights(program: hlo.Program, executable: Executable) -> list[tuple
 
 
 def roofline(work: hlo.Work, chip: Chip) -> dict[str, float]:
-    """The least seconds for this work: operations, memory and links at their peaks, all at the same time."""
+    """A lower bound of the seconds for this work, with compute, memory and links at their peaks and overlapping."""
     parts = {
         "compute": work.flops / chip.flops,
         "memory": work.bytes / chip.bandwidth,
@@ -107,7 +107,7 @@ def roofline(work: hlo.Work, chip: Chip) -> dict[str, float]:
 def row(
     stage: str, executable: Executable, part: Slice, mesh: Any, compiled: Compiled | None, seconds: float, reason: str
 ) -> dict:
-    """The row of a record for an executable; bytes are those on one chip."""
+    """The row of a cost report for an executable; bytes are those on one chip."""
     common = {
         "stage": stage,
         "step": executable.name,
@@ -125,7 +125,7 @@ def row(
     memory, program = Memory.of(compiled), program_of(compiled)
     work = work_of(compiled, executable, program)
     before = sum(size for name, size in executable.resident.items() if name not in executable.creates)
-    unused = max(before - memory.arguments, 0)  # resident, and no argument of this executable
+    unused = max(before - memory.arguments, 0)  # resident arrays that are not arguments of this executable
     peak = memory.peak + unused
     return common | {
         "unused_resident_bytes": unused,

@@ -1,7 +1,7 @@
-"""Accelerators and the slices in which they are available, with the peaks from which least times are computed.
+"""Accelerators, their peak rates, and the slices in which they are available.
 
-Peaks are those of the vendors' data sheets, for dense bfloat16. `interconnect` is the rate at which a chip sends over
-all of its links together, half of a figure that counts both directions. One mesh axis may use fewer links, so times of
+Peak rates are those of the vendors' data sheets, for dense bfloat16. `interconnect` is the rate at which a chip sends
+over all of its links together (half of a figure for both directions). One mesh axis may use fewer links, so times of
 communication are lower bounds.
 """
 
@@ -33,10 +33,10 @@ class Chip:
       name: the name used in `--plan`.
       flops: bfloat16 operations per second.
       memory: bytes of high-bandwidth memory.
-      bandwidth: bytes per second to and from it.
-      interconnect: bytes per second to other chips of the slice.
-      slices: topologies of TPU slices, or numbers of GPUs, that are available, smallest first.
-      source: where the figures are published.
+      bandwidth: bytes per second to and from this memory.
+      interconnect: bytes per second sent to other chips of the slice.
+      slices: available topologies of TPU slices, or numbers of GPUs; smallest first.
+      source: URL of the data sheet.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Chip:
 
     @property
     def is_tpu(self) -> bool:
-        """Whether it is a TPU; their compiler runs without the chip."""
+        """Whether it is a TPU, whose compiler runs without the chip."""
         return self.name.startswith("v")
 
 
@@ -65,7 +65,7 @@ _ALL = (
 )
 CHIPS = {chip.name: chip for chip in _ALL}
 
-# Compiler options that make the two cores of a chip one device.
+# Compiler options by chip that make its two cores one device.
 _ONE_DEVICE_PER_CHIP = {"v4": {"chip_config_name": "megacore"}}
 
 
@@ -74,7 +74,7 @@ class Slice:
     """A group of connected chips.
 
     Attributes:
-      topology: their arrangement, such as "4x4"; for GPUs their number.
+      topology: arrangement of the chips, such as "4x4"; for GPUs their number.
     """
 
     chip: Chip
@@ -130,16 +130,16 @@ def make_mesh(part: Slice, sizes: dict[str, int]) -> jax.sharding.Mesh:
     return jax.make_mesh(shape, meshes.AXES, axis_types=types, devices=devices)
 
 
-# Generates machine code once for identical parts of a program, such as layers. It saves a quarter of the compile time
-# and does not change memory, work or text, which the compiler determines earlier.
+# Makes the compiler generate machine code once for identical parts of a program, such as layers. It saves a quarter of
+# the compile time and does not change memory, work or HLO text, which the compiler determines earlier.
 _SHARED_CODE = "--xla_tpu_enable_deduplicated_calls=true --xla_tpu_deduplicated_hlo_min_bundle_count=0"
 
 
 def compile_only() -> None:
-    """Configures this process for planning.
+    """Configures JAX in this process for planning.
 
-    JAX ignores accelerators and creates as many virtual devices as the largest slice has; the TPU compiler skips its
-    search for faster code, four fifths of its time. Nothing changes if JAX is initialised already or XLA_FLAGS sets the
+    JAX then ignores accelerators and creates as many virtual CPU devices as the largest GPU slice has. The TPU compiler
+    skips its search for faster code, 80% of its time. Does nothing if JAX is initialised already or XLA_FLAGS sets the
     number of devices.
     """
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):

@@ -21,23 +21,23 @@ from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError
 from specjax.runtime.mesh import AnyMesh
 
-# Token ids that end a row; which ids does not change the cost.
+# EOS ids for planning; their values do not change the cost.
 _EOS = (0,)
-# Names of executables, in the usual order of their compile time.
+# Names of executables, usually in descending order of compile time.
 LONGEST_FIRST = ("decode block", "update", "prefill", "draft text")
 
 
 @dataclasses.dataclass(frozen=True)
 class Executable:
-    """A function to compile.
+    """A function to compile for planning.
 
     Attributes:
-      name: what it does, one of LONGEST_FIRST.
-      lower: traces it; call it under the mesh.
-      resident: bytes on one chip that exist while it runs, by what they hold.
-      weights: unsharded shapes of the weight matrices that are split over the mesh.
-      trip_counts: of its loops, if the compiler does not know them.
-      creates: names in `resident` that do not exist before it runs.
+      name: its name, one of LONGEST_FIRST.
+      lower: traces and lowers it; must be called under the mesh.
+      resident: bytes on one chip of arrays that exist while it runs, by what they are.
+      weights: unsharded shapes of the weight matrices that are sharded over the mesh.
+      trip_counts: trip counts of its loops that the compiler does not know.
+      creates: keys of `resident` whose arrays do not exist before it runs.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Executable:
 
 
 def matrices(*trees: Any) -> frozenset[tuple[int, ...]]:
-    """Unsharded shapes of the matrices in these trees that are split over the mesh."""
+    """Unsharded shapes of the matrices in these trees that are sharded over the mesh."""
     leaves = [x for x in jax.tree.leaves(trees) if x.ndim > 1]
     return frozenset(x.shape for x in leaves if x.sharding.shard_shape(x.shape) != x.shape)
 
@@ -59,11 +59,11 @@ def matrices(*trees: Any) -> frozenset[tuple[int, ...]]:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingStage:
-    """A training stage without arrays.
+    """A training stage with shapes in place of arrays.
 
     Attributes:
-      state: shapes of parameters and optimiser state.
-      teacher: shapes of the target's parameters, or None.
+      state: shapes of parameters and optimiser state, with shardings.
+      teacher: shapes of the target's parameters, with shardings; None without a target.
     """
 
     config: Any
@@ -76,7 +76,7 @@ class TrainingStage:
 
     @property
     def prompt_slots(self) -> int:
-        """The longest prompt that the config allows, in tokens, of those that training continues."""
+        """Maximum number of tokens of a prompt from which training generates text."""
         data = self.config.data
         return data.sequence_length - 1 if self.draft.is_encoder_decoder else data.prompt_length_max
 
@@ -114,7 +114,7 @@ def training(config: Any, catalog: ModelCatalog, mesh: AnyMesh) -> TrainingStage
 
 
 def training_executables(stage: TrainingStage) -> Iterator[Executable]:
-    """What generates text, if a model does, and then the update on the longest text."""
+    """Text generation, if a model generates training text, and then the update on texts of maximum length."""
     data, mesh, batch_size = stage.config.data, stage.mesh, stage.config.data.batch_size
     shared = dict(resident=stage.resident, weights=matrices(stage.state.params, stage.teacher))
     fractions, width = data_sources.fractions_of(data), data.sequence_length
@@ -142,11 +142,11 @@ def training_executables(stage: TrainingStage) -> Iterator[Executable]:
 
 @dataclasses.dataclass(frozen=True)
 class DecodingStage:
-    """One drafter of an evaluation at one batch size, without arrays.
+    """One drafter of an evaluation at one batch size, with shapes in place of arrays.
 
     Attributes:
       name: the drafter's name in the config.
-      draft: the model, adapter or heads that the drafter has parameters for, or None.
+      draft: the drafter's model or attachment; None if the drafter has no parameters.
       slots: padded length of a prompt.
     """
 
@@ -176,7 +176,7 @@ class DecodingStage:
         return self.params, self.draft_params, *prompts, keys
 
     def lower_prefill(self) -> Lowered:
-        """What `loop.prefill` compiles."""
+        """Lowers the prefill, as `loop.prefill` compiles it."""
         return loop.compiled_prefill.lower(dataclasses.replace(self.plan, rule=None, greedy=True), *self._arguments)
 
     @functools.cached_property
@@ -184,7 +184,7 @@ class DecodingStage:
         return {}
 
     def _layout(self, mesh: AnyMesh) -> tuple[list[jax.ShapeDtypeStruct], list[tuple[str | None, ...]]]:
-        """Shapes with shardings, and logical axes, of all arrays of the loop's state as the prefill leaves it."""
+        """Shapes with shardings, and logical axes, of all arrays of the DecodeState that the prefill returns."""
         ways = mesh.shape["tensor"]
         if ways not in self._layouts:
             bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._arguments)
@@ -206,12 +206,12 @@ class DecodingStage:
 
     @property
     def _state(self) -> loop.DecodeState:
-        """Shapes of the loop's state, laid out as after the prefill."""
+        """The DecodeState that the prefill returns, as shapes with shardings."""
         shapes, _ = self._layout(self.mesh)
         return jax.tree.unflatten(self._layouts[self.mesh.shape["tensor"]][2], shapes)
 
     def lower_loop(self) -> Lowered:
-        """What `loop.run` compiles."""
+        """Lowers the decoding loop, as `loop.run` compiles it."""
         limits = loop.Limits(rows(self.mesh, self.batch), replicated(jax.ShapeDtypeStruct((1,), jnp.int32), self.mesh))
         sampling = replicated(jax.eval_shape(lambda: self.sampling), self.mesh)
         return loop.run.lower(self.plan, self.params, self.draft_params, self._state, sampling, limits)
@@ -233,9 +233,9 @@ class DecodingStage:
 
 
 def decodings(config: Any, catalog: ModelCatalog, mesh: AnyMesh) -> Iterator[DecodingStage]:
-    """Each drafter of an evaluation at its largest gamma and every batch size, at the highest temperature.
+    """Describes each drafter of an evaluation at its largest gamma, at every batch size and the highest temperature.
 
-    Prompts have the length `selection.length_max`, or the longest that the models' positions allow.
+    Prompts have `selection.length_max` tokens, or as many as the models' positions allow.
 
     Raises:
       UserError: for incompatible models, and if something does not divide over the mesh.
@@ -263,12 +263,12 @@ def decodings(config: Any, catalog: ModelCatalog, mesh: AnyMesh) -> Iterator[Dec
 
 
 def decoding_executables(decoding: DecodingStage) -> Iterator[Executable]:
-    """The prefill, and the loop, whose cost is that of one block: gamma tokens drafted and verified."""
+    """The prefill, and the decoding loop, whose cost is that of one block with gamma drafted tokens."""
     shared = dict(resident=decoding.resident, weights=matrices(decoding.params, decoding.draft_params))
     yield Executable("prefill", decoding.lower_prefill, creates=("cache",), **shared)
 
     def trip_counts(source: str) -> int | None:
-        """Of the loops in one block: all gamma tokens are drafted, and a single width of verification runs."""
+        """Trip counts of the loops in one block: all gamma tokens are drafted, and one width of verification runs."""
         if source.endswith("/propose/while"):
             return decoding.plan.gamma - 1  # the first token is drafted before the loop
         return hlo.ONE_OF_THEM if source.endswith("/verify/while") else None

@@ -1,7 +1,7 @@
-"""What an executable does, from its compiled text (HLO): operations, bytes, collectives and trip counts of loops.
+"""Computes the work of an executable from its compiled text (HLO): operations, bytes and collectives.
 
-XLA's `cost_analysis` counts the body of each loop once, whatever its trip count, and does not report traffic between
-chips. Here every instruction counts as often as it runs.
+XLA's `cost_analysis` counts the body of each loop once, regardless of its trip count, and does not report traffic
+between chips. Here every instruction is counted as often as it runs.
 """
 
 import dataclasses
@@ -25,22 +25,22 @@ _FREE = {
 }
 _SLICES = ("dynamic-slice", "slice", "gather")
 
-# Maps the operation that a loop came from (its op_name) to the loop's trip count; None: derive it from the text.
+# Function from the op_name of a loop to its trip count; None means that it is derived from the text.
 TripCounts = Callable[[str], int | None]
-# A trip count for loops that came from one operation and of which a single one runs, once.
+# The trip count for loops with the same op_name of which exactly one runs, once.
 ONE_OF_THEM = -1
 
 
 def unknown(source: str) -> None:
-    """Trip counts for programs in which the text says enough."""
+    """A TripCounts function that derives all trip counts from the text."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """An array type in the text.
+    """An array type in HLO.
 
     Attributes:
-      kind: the dtype, as HLO writes it.
+      kind: the dtype's name in HLO.
       on_chip: whether it is in on-chip memory, so that accessing it costs no bandwidth of the main memory.
     """
 
@@ -60,11 +60,11 @@ def _bits(kind: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a computation.
+    """One instruction of a computation.
 
     Attributes:
       type: type of the result, as text.
-      value: text between the parentheses: a constant's value.
+      value: text between the parentheses; for a constant, its value.
       rest: text after the parentheses: attributes and metadata.
     """
 
@@ -77,7 +77,7 @@ class Instruction:
 
     @functools.cached_property
     def arrays(self) -> list[Array]:
-        """The result: one array, or those of a tuple."""
+        """The array types of the result: one, or those of a tuple."""
         sides = lambda dims: tuple(int(side) for side in dims.split(",") if side)
         return [Array(kind, sides(dims), "S(1)" in layout) for kind, dims, layout in _ARRAY.findall(self.type)]
 
@@ -93,28 +93,28 @@ class Instruction:
 
     @functools.cached_property
     def called(self) -> list[str]:
-        """Names of the computations that it runs."""
+        """Names of the computations that it calls."""
         return [name for group in _CALLED.findall(self.rest) for name in re.findall(r"[\w.\-]+", group)]
 
     @property
     def source(self) -> str:
-        """The operation of the traced program that it came from."""
+        """Its op_name: the path of the traced operation that it was compiled from."""
         match = re.search(r'op_name="([^"]*)"', self.rest)
         return match.group(1) if match else ""
 
 
-# Instructions of a computation by name.
+# A computation: its instructions by name.
 Computation = Mapping[str, Instruction]
 
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Collectives of one kind.
+    """The collectives of one kind.
 
     Attributes:
-      count: how many run.
-      bytes: size of the gathered or reduced arrays on one chip.
-      sent: bytes that a chip sends at least, in a ring.
+      count: number of executions.
+      bytes: total bytes of the gathered or reduced arrays on one chip.
+      sent: minimum bytes that a chip sends, with a ring algorithm.
     """
 
     count: int = 0
@@ -124,12 +124,12 @@ class Traffic:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Work of one chip.
+    """The work of one chip.
 
     Attributes:
-      flops: of matrix products.
-      bytes: read and written.
-      traffic: by kind of collective.
+      flops: floating-point operations of matrix products.
+      bytes: bytes of main memory read and written.
+      traffic: collectives by kind.
     """
 
     flops: float = 0.0
@@ -138,7 +138,7 @@ class Work:
 
     @classmethod
     def total(cls, parts: Iterable[tuple[int, "Work"]]) -> "Work":
-        """The sum of works, each as often as it runs."""
+        """The sum of (number of executions, work) pairs."""
         flops, moved, traffic = 0.0, 0.0, {}
         for times, work in parts:
             flops += times * work.flops
@@ -155,11 +155,11 @@ def _costliest(works: Iterable[Work]) -> Work:
 
 
 class Program:
-    """The parsed text of an executable.
+    """The parsed HLO text of an executable.
 
     Attributes:
-      computations: by name.
-      entry: name of the computation that runs first.
+      computations: its computations by name.
+      entry: name of the entry computation.
     """
 
     def __init__(self, text: str):
@@ -180,13 +180,13 @@ class Program:
         """The work of one call.
 
         Args:
-          trip_counts: for loops whose trip count the text does not say.
-          loops: whether trip counts apply; otherwise each loop's body counts once, as in `cost_analysis`.
+          trip_counts: gives trip counts that cannot be derived from the text.
+          loops: whether to multiply by trip counts; otherwise each loop's body is counted once, as in `cost_analysis`.
         """
         return self._work(self.entry, trip_counts, loops, {})
 
     def inside_loops(self) -> Iterator[Instruction]:
-        """Instructions of every loop's body, and of the computations called from one."""
+        """Instructions in the bodies of all loops, and in the computations called from them."""
         loops = [line for part in self.computations.values() for line in part.values() if line.op == "while"]
         pending = [name for line in loops for name in re.findall(r"\bbody=%?([\w.\-]+)", line.rest)]
         reached = set()
@@ -217,7 +217,7 @@ class Program:
             elif line.op == "call":
                 parts += [(1, work) for work in inner]
             elif line.op in ("fusion", "async-start") or line.op.startswith("custom"):
-                # What is inside a fusion reads and writes no main memory.
+                # Instructions inside a fusion do not access main memory.
                 parts += [(1, dataclasses.replace(work, bytes=0.0)) for work in inner]
             parts.append((1, Work(_flops(line, part), self._bytes(line, part), _traffic(line, part))))
         parts += [(1, _costliest(bodies)) for bodies in choices.values()]
@@ -225,7 +225,7 @@ class Program:
         return done[name]
 
     def _trip_count(self, line: Instruction, trip_counts: TripCounts) -> int:
-        """From `trip_counts`, or the compiler's annotation, or the loop's condition; 1 if none of them says."""
+        """A loop's trip count from `trip_counts`, the compiler's annotation or the loop's condition; 1 if unknown."""
         if (count := trip_counts(line.source)) is not None:
             return count
         if match := _KNOWN_TRIP_COUNT.search(line.rest):
@@ -234,7 +234,7 @@ class Program:
         return self._bound(condition.group(1), body.group(1)) if condition and body else 1
 
     def _bound(self, condition: str, body: str) -> int:
-        """The trip count of a loop whose condition is only `counter < constant`, as in a scan; 1 for any other."""
+        """The trip count of a loop whose condition is `counter < constant`, as in a scan; 1 for any other loop."""
         part = self.computations.get(condition, {})
         compared = [line for line in part.values() if line.op not in ("parameter", "get-tuple-element", "constant")]
         constants = [line for line in part.values() if line.op == "constant" and line.type[:5] in ("s32[]", "u32[]")]
@@ -246,7 +246,7 @@ class Program:
         return -(-int(constants[0].value) // (self._stride(body, int(index.group(1))) if index else 1))
 
     def _stride(self, body: str, index: int) -> int:
-        """What a loop's body adds to the counter, element `index` of its result; 1 if unknown."""
+        """The number that a loop's body adds to the counter (element `index` of its result); 1 if unknown."""
         part = self.computations.get(body, {})
         results = list(part.values())[-1].operands[index : index + 1] if part else ()
         added = [part[name] for name in results if name in part and part[name].op == "add"]
@@ -261,7 +261,7 @@ class Program:
         read = lambda lines: float(sum(x.main_bytes for x in lines))
         if line.op in _SLICES:
             return 2.0 * line.main_bytes
-        if line.op in ("dynamic-update-slice", "scatter"):  # in place: only the update is read and written
+        if line.op in ("dynamic-update-slice", "scatter"):  # in place, so only the update is read and written
             index = 1 if line.op == "dynamic-update-slice" else 2
             return 2.0 * read(operands[index : index + 1])
         if line.op == "copy-start":
@@ -271,7 +271,7 @@ class Program:
         return read(operands) + line.main_bytes
 
     def _fusion_bytes(self, line: Instruction, operands: list[Instruction]) -> float:
-        """Bytes of a fusion; an operand that is only sliced, or only updated in place, counts by the slices."""
+        """Bytes that a fusion reads and writes; operands that are only sliced or updated in place count by slice."""
         inner = self.computations[line.called[0]]
         parameters = [x.name for x in inner.values() if x.op == "parameter"]
         total, replaced = 0.0, 0.0
@@ -289,7 +289,7 @@ class Program:
 
 
 def _split_at_close(text: str) -> tuple[str, str]:
-    """Splits at the parenthesis that closes one that was opened before `text`."""
+    """Splits at the parenthesis that closes one opened before the start of `text`."""
     depth = 1
     for index, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")
@@ -335,7 +335,7 @@ def _traffic(line: Instruction, part: Computation) -> dict[str, Traffic]:
 
 
 def _group_size(rest: str) -> int:
-    """How many chips take part in a collective, for any of the three notations of replica groups."""
+    """The number of chips in a group of a collective, for any of the three notations of replica groups."""
     if match := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
         return len(match.group(1).split(","))
     if match := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
@@ -348,7 +348,7 @@ def _group_size(rest: str) -> int:
 
 
 def gathered(lines: Iterable[Instruction]) -> Iterator[tuple[int, ...]]:
-    """Shapes of the results of all-gathers."""
+    """The shapes of the results of all all-gathers."""
     for line in lines:
         if line.op in ("all-gather", "all-gather-start"):
             yield max((array.shape for array in line.arrays), key=math.prod)

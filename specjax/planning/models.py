@@ -1,4 +1,4 @@
-"""The models of a config as shapes with shardings, from `config.json` or from the description of an earlier stage."""
+"""The models of a config as shapes with shardings, from `config.json` files or from earlier stages of the plan."""
 
 import dataclasses
 from pathlib import Path
@@ -21,7 +21,7 @@ _STAGE = "stage:"
 
 
 def placed(model: Network, mesh: AnyMesh, *, replicate: bool = False) -> Params:
-    """The parameters as shapes with their shardings on the mesh.
+    """A model's parameters as ShapeDtypeStructs with their shardings on the mesh.
 
     Args:
       replicate: every device of the tensor axis holds all parameters.
@@ -35,10 +35,10 @@ def placed(model: Network, mesh: AnyMesh, *, replicate: bool = False) -> Params:
 
 @dataclasses.dataclass
 class ModelCatalog:
-    """Models by the names that a config gives them: directories, and "stage:NAME" for a stage described before.
+    """Finds models by their names in a config: a directory, or "stage:NAME" for the export of an earlier stage.
 
     Attributes:
-      made: what each stage so far would export, by stage.
+      made: the model that each earlier stage would export, by stage.
     """
 
     made: dict[str, LanguageModel] = dataclasses.field(default_factory=dict)
@@ -89,25 +89,25 @@ class ModelCatalog:
         return self.made[stage]
 
     def loaded(self, name: str, config: Any, mesh: AnyMesh, *, replicate: bool = False) -> hub_model.Model:
-        """A model as an evaluation loads it, with shapes as parameters."""
+        """A model as an evaluation loads it, with shapes in place of parameters."""
         model = self.model(name, config.param_dtype, config.compute_dtype)
         if not replicate:
             model.check_split(mesh)
         return hub_model.Model(model, placed(model, mesh, replicate=replicate), None, mesh)
 
     def attached(self, name: str, target: hub_model.Model) -> hub_adapter.LoadedAdapter:
-        """An adapter as an evaluation loads it, with shapes as parameters."""
+        """An adapter as an evaluation loads it, with shapes in place of parameters."""
         attachment = self.attachment(name, target.decoder)
         return hub_adapter.LoadedAdapter(attachment, placed(attachment, target.mesh), "")
 
 
 def replicated(tree: Any, mesh: AnyMesh) -> Any:
-    """The tree's shapes, replicated on every device."""
+    """The shapes of a tree with a sharding that replicates each on every device."""
     replicated_sharding = jax.NamedSharding(mesh, jax.P())
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated_sharding), tree)
 
 
 def rows(mesh: AnyMesh, *shape: int) -> jax.ShapeDtypeStruct:
-    """An int32 shape with rows sharded over the mesh's batch axes. Raises UserError if they do not divide."""
+    """An int32 ShapeDtypeStruct, sharded by rows over the mesh's batch axes. Raises UserError if they do not divide."""
     x = jax.ShapeDtypeStruct(shape, jax.numpy.int32)
     return meshes.abstract(x, meshes.shardings(("batch", *[None] * (len(shape) - 1)), mesh, shapes=x))

@@ -1,4 +1,4 @@
-"""The smallest listed slice that holds a stage."""
+"""Finds the smallest listed slice in whose memory a stage fits."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,7 +10,7 @@ from specjax.planning.chips import Slice, slices_of
 from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError
 
-# The share of a chip's memory that the compiler leaves to programs.
+# The fraction of a chip's memory that programs can use.
 _USABLE = 0.97
 
 
@@ -24,12 +24,12 @@ def summary(
 ) -> dict:
     """Whether a stage fits its slice, and the smallest slice of the same chip that it fits.
 
-    Nothing is compiled for the other slices: resident memory is exact, and temporary memory is scaled from the compiled
-    one in proportion to the batch rows per chip.
+    Nothing is compiled for other slices: their resident memory is computed exactly, and their temporary memory is
+    estimated in proportion to the batch rows per chip.
 
     Args:
-      needs: resident bytes on one chip of another mesh; raises UserError if something does not divide over it.
-      rows: the rows of the stage's executables.
+      needs: function from a mesh to resident bytes on one chip; raises UserError if an axis does not divide evenly.
+      rows: the rows of the stage's executables, see `account.row`.
       part: the slice that they were compiled for.
       sizes: the sizes of the mesh that they were compiled for.
     """
@@ -47,7 +47,7 @@ def summary(
 
 
 def _smallest(needs, temporary: int | None, part: Slice, sizes: Mapping[str, int], *, trains: bool) -> dict | None:
-    """The slice and its mesh; None if no listed slice fits the stage, or it did not compile here."""
+    """The smallest slice and its mesh; None if the stage fits no listed slice, or did not compile here."""
     if temporary is None:
         return None
     row_shards = sizes["data"] * sizes["fsdp"]
@@ -62,9 +62,9 @@ def _smallest(needs, temporary: int | None, part: Slice, sizes: Mapping[str, int
 
 
 def _meshes(chips: int, like: Mapping[str, int], *, trains: bool) -> Iterator[dict[str, int]]:
-    """Meshes of this many chips: first with the tensor axis of the config, then with others.
+    """Sizes of meshes with this many chips: first with the config's `tensor` size, then with others.
 
-    The other factor goes to `fsdp` in training if the config uses that axis, and to `data` otherwise.
+    The other chips are on the `fsdp` axis in training if the config uses it, and otherwise on `data`.
     """
     widths = [like["tensor"], *(2**power for power in range(9) if 2**power != like["tensor"])]
     for tensor in (width for width in widths if chips % width == 0):

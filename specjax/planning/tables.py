@@ -1,4 +1,4 @@
-"""Tables of a cost report: memory, work and time of each step on a chip."""
+"""Makes the tables of a cost report: memory, work and least time of each step on a chip."""
 
 from collections.abc import Callable, Iterable, Mapping
 
@@ -8,28 +8,28 @@ _GIB = 2**30
 
 
 def gib(size: int | float | None) -> str | None:
-    """Bytes in GiB."""
+    """A number of bytes as text in GiB; None for None."""
     return None if size is None else f"{size / _GIB:.2f}"
 
 
 def seconds(x: int | float) -> str:
-    """Milliseconds below one second."""
+    """A duration as text, in milliseconds if it is below one second."""
     return f"{1e3 * x:.3g} ms" if x < 1 else f"{x:.3g} s"
 
 
 def _named(row: Mapping) -> str:
-    """The step, with its drafter in an evaluation."""
+    """The name of a row's step, with its drafter, gamma and batch size in an evaluation."""
     drafter = f" ({row['drafter']}, gamma {row['gamma']}, batch {row['batch_size']})" if "drafter" in row else ""
     return row["step"] + drafter
 
 
 def mesh_text(row: Mapping) -> str:
-    """The mesh, such as "1x2x8"."""
+    """The sizes of a row's mesh as text, such as "1x2x8"."""
     return "x".join(str(row["mesh"][axis]) for axis in ("data", "fsdp", "tensor"))
 
 
 def step_line(row: Mapping) -> dict:
-    """The line of a step: GiB on one chip, work of one call, and the least time on the chip of the report."""
+    """The table line of a step: GiB on one chip, work of one call, and the least time on the report's chip."""
     resident, memory = row["resident_bytes"], row.get("memory")
     line = {
         "stage": row["stage"],
@@ -56,7 +56,7 @@ def step_line(row: Mapping) -> dict:
 
 
 def collective_lines(row: Mapping) -> list[dict]:
-    """The lines of a step's collectives, one for each kind."""
+    """The table lines of a step's collectives, one for each kind."""
     return [
         {
             "stage": row["stage"],
@@ -71,13 +71,13 @@ def collective_lines(row: Mapping) -> list[dict]:
 
 
 def roofline_line(row: Mapping) -> dict:
-    """The line of a step with its least time on every listed chip, for the same work per chip."""
+    """The table line of a step with its least time on every listed chip, for the same work per chip."""
     times = {name: seconds(of["seconds"]) for name, of in row["roofline"].items()}
     return {"stage": row["stage"], "step": _named(row), **times}
 
 
 def stage_line(summary: Mapping) -> str:
-    """Whether a stage fits its slice, and the smallest slice that it fits."""
+    """A sentence on whether a stage fits its slice, and on the smallest slice that it fits."""
     stage, peak, smallest = summary["stage"] or "the run", summary["peak_bytes"], summary["smallest"]
     text = f"{stage} fits {summary['slice']}" if summary["fits"] else f"{stage} does not fit {summary['slice']}"
     if peak is not None:
@@ -108,7 +108,7 @@ def terminal(record: Mapping) -> str:
 
 
 def table(lines: Iterable[Mapping], write: Callable = tables.aligned_table) -> str:
-    """Writes lines that may have different columns."""
+    """Makes a table with `write` from lines that may have different columns."""
     lines = list(lines)
     columns = list(dict.fromkeys(key for line in lines for key in line))
     return write([{key: line.get(key) for key in columns} for line in lines], columns)

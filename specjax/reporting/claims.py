@@ -1,4 +1,4 @@
-"""Claims as data: what a source says, what a record measures of it, and the verdict that follows from the intervals."""
+"""Claims of papers (or our own), the measurements that test them, and the verdicts that follow from the intervals."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ from specjax.reporting.estimates import Estimate
 
 REPRODUCED, NOT_REPRODUCED, NOT_DECIDED = "reproduced", "not reproduced", "not decided"
 NOT_MEASURED, NOT_TESTABLE = "not measured yet", "not testable here"
-# The verdicts on a claim of our own, which no source makes.
+# The verdicts on our own claims, which are not in a paper.
 OURS = ("holds", "does not hold")
 
 
@@ -20,9 +20,9 @@ class Measured:
 
     Attributes:
       value: the number.
-      low: the lower end of its interval. Both ends of an exact number, such as a count, are the number itself; an
-        estimate from a single sample has the ends -inf and inf, so that it decides nothing.
-      high: the upper end.
+      low: lower end of the interval. For an exact number, such as a count, both ends equal the number; for an estimate
+        from a single sample they are -inf and inf, so that no comparison is decided.
+      high: upper end of the interval.
       form: format specification of the three numbers, such as "+.1f".
       unit: printed after the number, such as "%".
       note: printed last, in parentheses.
@@ -42,7 +42,7 @@ class Measured:
 
     @classmethod
     def over_seeds(cls, values: Sequence[float], form: str = ".3f", **printed: str) -> "Measured":
-        """The mean of one value per seed, with Student's interval."""
+        """The mean of one value per seed, with Student's t interval."""
         mean = Estimate.of(values)
         half = math.inf if mean.half is None else mean.half
         alone = {"note": "1 seed"} if mean.half is None else {}
@@ -55,12 +55,12 @@ class Measured:
         return cls(row[key], low, high, **printed)
 
     def above(self, bound: "float | int | Measured") -> bool | None:
-        """Whether this is larger than the bound: None if the intervals leave it open."""
+        """Whether this is larger than the bound; None if the intervals do not decide it."""
         other = bound if isinstance(bound, Measured) else Measured.exact(bound)
         return True if self.low > other.high else False if self.high <= other.low else None
 
     def below(self, bound: "float | int | Measured") -> bool | None:
-        """Whether this is smaller than the bound: None if the intervals leave it open."""
+        """Whether this is smaller than the bound; None if the intervals do not decide it."""
         other = bound if isinstance(bound, Measured) else Measured.exact(bound)
         return other.above(self)
 
@@ -70,53 +70,53 @@ class Measured:
         return f"{self.value:{self.form}}{self.unit}{interval}" + (f" ({self.note})" if self.note else "")
 
 
-# What a record measures of a claim, by label. A text is printed and decides nothing.
+# Measurements for a claim, by label. A text is only printed; it does not affect the verdict.
 Measures = Mapping[str, Measured | str]
 
 
 def every(outcomes: Iterable[bool | None]) -> bool | None:
-    """False if any outcome is False, else None if any is not decided, else True."""
+    """False if any outcome is False, else None if any is None (not decided), else True."""
     outcomes = list(outcomes)
     return False if False in outcomes else None if None in outcomes else True
 
 
 def some(outcomes: Iterable[bool | None]) -> bool | None:
-    """True if any outcome is True, else None if any is not decided, else False."""
+    """True if any outcome is True, else None if any is None (not decided), else False."""
     outcomes = list(outcomes)
     return True if True in outcomes else None if None in outcomes else False
 
 
 def numbers(measures: Measures) -> list[Measured]:
-    """The measured numbers, in order, without the texts."""
+    """The numbers among the measurements, in order."""
     return [value for value in measures.values() if isinstance(value, Measured)]
 
 
 def all_above(bound: float | int) -> Callable[[Measures], bool | None]:
-    """The claim that every number is above the bound."""
+    """A predicate for `Claim.holds`: every number is above the bound."""
     return lambda measures: every(number.above(bound) for number in numbers(measures))
 
 
 def all_below(bound: float | int) -> Callable[[Measures], bool | None]:
-    """The claim that every number is below the bound."""
+    """A predicate for `Claim.holds`: every number is below the bound."""
     return lambda measures: every(number.below(bound) for number in numbers(measures))
 
 
 def descending(measures: Measures) -> bool | None:
-    """The claim that every number is above the one after it."""
+    """A predicate for `Claim.holds`: every number is above the next one."""
     return every(first.above(second) for first, second in zip(numbers(measures), numbers(measures)[1:], strict=False))
 
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """One claim and how a record judges it.
+    """One claim and how a record tests it.
 
     Attributes:
-      says: the claim, with its numbers.
-      where: its place in the source.
-      record: name of the record that judges it.
-      measure: what the record measures, by label; nothing if the record has no such rows yet.
-      holds: whether that bears the claim out, None if the intervals do not decide it. A claim without this predicate
-        cannot be tested here; `measure` then gives the reason.
+      says: the claim in words, with its numbers.
+      where: its location in the paper.
+      record: name of the record that tests it.
+      measure: function from the record to measurements; empty if the record does not have the needed rows yet.
+      holds: function from the measurements to whether the claim holds; None if the intervals do not decide it. Without
+        this function the claim cannot be tested here, and `measure` returns the reason.
       words: the verdicts if the claim holds and if it does not.
     """
 
@@ -128,7 +128,7 @@ class Claim:
     words: tuple[str, str] = (REPRODUCED, NOT_REPRODUCED)
 
     def judged(self, record: Mapping | None) -> tuple[str | None, str]:
-        """What the record measures, as text, and the verdict; without a record or its rows, NOT_MEASURED."""
+        """The measurements as text, and the verdict, which is NOT_MEASURED without a record or its rows."""
         measures = {} if record is None else self.measure(record)
         if not measures:
             return None, NOT_MEASURED
@@ -140,7 +140,7 @@ class Claim:
 
 
 def claims_table(claims: Sequence[Claim], records: Mapping[str, Mapping]) -> str:
-    """A Markdown table with one line per claim, judged by the records that exist, by name."""
+    """A Markdown table with a line per claim and its verdict; `records` has the existing records by name."""
     lines = []
     for claim in claims:
         text, verdict = claim.judged(records.get(claim.record))

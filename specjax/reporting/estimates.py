@@ -5,13 +5,13 @@ import math
 import statistics
 from collections.abc import Sequence
 
-# Student's t at 97.5% for 2, 3, ... values.
+# 97.5% quantiles of Student's t distribution for 2, 3, .. values.
 _STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds and half of its 95% interval by Student's t, None for a single seed."""
+    """A mean over seeds, and half the width of its 95% Student's t interval (None for a single seed)."""
 
     mean: float
     half: float | None

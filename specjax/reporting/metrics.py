@@ -1,7 +1,7 @@
-"""Metrics of an evaluation from counts and seconds: ratios of sums with bootstrap intervals.
+"""Computes the metrics of an evaluation, with bootstrap intervals, from counts and seconds.
 
-Every metric is a ratio of sums over prompts, never a mean of ratios, so prompts weigh by the work that they cause.
-Intervals are 95% percentile intervals of the bootstrap (Efron and Tibshirani 1993, chapter 13).
+Every metric is a ratio of sums over prompts, not a mean of ratios, so longer texts have more weight. Intervals are 95%
+percentile intervals of the bootstrap (Efron and Tibshirani 1993, chapter 13).
 """
 
 import dataclasses
@@ -18,23 +18,23 @@ LEVEL = 0.95
 class Counts:
     """Counts of decoding for each prompt, up to EOS or the length limit.
 
-    Raises ValueError if the counts contradict each other, because then every ratio of them would be wrong, too.
+    Raises ValueError if the counts contradict each other.
     """
 
     emitted: Int[np.ndarray, "N"]
-    """Tokens handed to the user."""
+    """Number of tokens that the user receives."""
     target_calls: Int[np.ndarray, "N"]
-    """Verifications by the target; the prefill is none."""
+    """Number of verifications by the target; prefill is not counted."""
     drafted: Int[np.ndarray, "N"]
-    """Drafted tokens, whether reached by the rule or not."""
+    """Number of drafted tokens, including those after a rejected one."""
     accepted: Int[np.ndarray, "N"]
-    """Emitted tokens that were drafted."""
+    """Number of emitted tokens that were drafted."""
     drafted_at: Int[np.ndarray, "N gamma"]
-    """How often position i of a block was drafted and reached (all earlier positions accepted)."""
+    """Number of blocks that drafted position i and accepted all earlier positions."""
     accepted_at: Int[np.ndarray, "N gamma"]
-    """How often position i of a block was accepted."""
+    """Number of blocks that accepted position i."""
     emitted_more_than: Int[np.ndarray, "N gamma"]
-    """Target calls that emitted more than w tokens; column w - 1, for w = 1..gamma."""
+    """In column w - 1 the number of target calls that emitted more than w tokens, w = 1 .. gamma."""
 
     def __post_init__(self):
         claims = {
@@ -52,26 +52,26 @@ class Counts:
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Seconds per timed unit (a batch; at batch size 1 a prompt), method and baseline on the same prompts."""
+    """Seconds of a method and of the baseline on the same units; a unit is a batch of prompts, or a question."""
 
     seconds: Float[np.ndarray, "U"]
-    """Wall-clock of the method, prefill included, compilation excluded."""
+    """Wall-clock seconds of the method per unit, with prefill and without compilation."""
     baseline_seconds: Float[np.ndarray, "U"]
-    """Wall-clock of plain decoding of the same unit, measured in turn with the method."""
+    """Wall-clock seconds of plain decoding of the same units, measured in alternation with the method."""
     unit_of_prompt: Int[np.ndarray, "N"]
-    """The unit that each prompt was in, 0..U-1."""
+    """The index of each prompt's unit, 0 .. U - 1."""
     baseline_emitted: Int[np.ndarray, "N"]
-    """Tokens that plain decoding emitted for each prompt."""
+    """Number of tokens that plain decoding emitted for each prompt."""
     prefill_seconds: float
-    """Seconds of `seconds` spent in prefill, all units together."""
+    """The part of `seconds` spent in prefill, summed over all units."""
 
 
 def evaluate_row(counts: Counts, timing: Timing, *, seed: int) -> dict:
     """The measured fields of an evaluation row: sums, ratios, speed, and their intervals (None where undefined).
 
-    `block_efficiency = 1 + sum(ctar)` holds exactly in integers, by the check in `Counts`. The interval of `speedup`
-    resamples units for method and baseline together, so a unit that is slow for both does not widen it. An interval
-    over fewer than two prompts (or units) is None.
+    `block_efficiency = 1 + sum(ctar)` holds exactly, because `Counts` checks it in integers. For the interval of
+    `speedup`, method and baseline are resampled with the same units, so a unit that is slow for both does not widen it.
+    An interval over fewer than two prompts (or units) is None.
     """
     emitted, calls, drafted, accepted = (
         int(array.sum()) for array in (counts.emitted, counts.target_calls, counts.drafted, counts.accepted)
@@ -110,10 +110,10 @@ def evaluate_row(counts: Counts, timing: Timing, *, seed: int) -> dict:
 
 
 def paired_difference(counts_a: Counts, counts_b: Counts, seed: int) -> dict:
-    """Block efficiency of `a` compared with `b` on the same prompts: difference a - b and ratio a / b.
+    """Difference a - b and ratio a / b of two block efficiencies on the same prompts, with paired bootstrap intervals.
 
-    Each resample draws the same prompts for both, so the difficulty of a prompt cancels. Raises ValueError if the
-    numbers of prompts differ.
+    Each resample has the same prompts for both, so differences between prompts cancel. Raises ValueError if the numbers
+    of prompts differ.
     """
     prompts = len(counts_a.emitted)
     if len(counts_b.emitted) != prompts:
@@ -131,10 +131,10 @@ def paired_difference(counts_a: Counts, counts_b: Counts, seed: int) -> dict:
 
 
 def comparisons(pairs: Sequence[tuple[str, str]], counts: Mapping[tuple, Counts], seed: int) -> list[dict]:
-    """The paired difference of each pair of drafters, for each rule, gamma and setting that both ran.
+    """Rows with the `paired_difference` of each pair of drafters, for each rule, gamma and setting that both have.
 
     Args:
-      counts: by (setting, drafter, rule, lenience, gamma); a setting has a temperature and a batch_size.
+      counts: counts by (setting, drafter, rule, lenience, gamma); a setting has a temperature and a batch_size.
     """
     rows = []
     for first, second in pairs:
@@ -151,9 +151,9 @@ def comparisons(pairs: Sequence[tuple[str, str]], counts: Mapping[tuple, Counts]
 def intervals(
     values: Callable[[Float[np.ndarray, "N"]], dict[str, float]], size: int, *, seed: int
 ) -> dict[str, list[float] | None]:
-    """The interval of each value of a set of `size` items, None where there are fewer than two items.
+    """Bootstrap intervals, by name, of statistics of a set of `size` items; None if there are fewer than two items.
 
-    `values` takes the weight of each item.
+    `values` computes the statistics from the weight of each item (how often it was drawn).
     """
     resampled = [values(weights) for weights in _resampling_weights(size, seed)]
     names = resampled[0] if resampled else values(np.ones(size))
@@ -161,14 +161,14 @@ def intervals(
 
 
 def _resampling_weights(size: int, seed: int) -> Float[np.ndarray, "R N"]:
-    """How often each of `size` items is drawn in each resample; no resamples of fewer than two items."""
+    """How often each of `size` items is drawn in each resample; no resamples if `size` is below 2."""
     if size < 2:
         return np.zeros((0, size))
     return np.random.default_rng(seed).multinomial(size, np.full(size, 1 / size), size=RESAMPLES).astype(float)
 
 
 def _ratios(weights: np.ndarray, numerator: np.ndarray, denominator: np.ndarray) -> Float[np.ndarray, "R"]:
-    """Ratio of weighted sums per resample, NaN where the denominator is 0."""
+    """The ratio of the weighted sums in each resample; NaN if the denominator is 0."""
     below = weights @ denominator
     return np.divide(weights @ numerator, below, out=np.full(len(weights), np.nan), where=below > 0)
 

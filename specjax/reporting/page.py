@@ -1,7 +1,7 @@
-"""report.html: one self-contained page without network requests, for wide and narrow, light and dark screens.
+"""Writes report.html: a self-contained page without network requests, for wide and narrow, light and dark screens.
 
-A page has sections, and a section has blocks (`Cards`, `Table`, `Figures`, `Samples`, `Details`); page.html renders
-each kind of block. `write_report` takes any sections; `run_sections` makes the usual ones from the records of a run.
+A page has sections, and a section has blocks (`Cards`, `Table`, `Figures`, `Samples`, `Details`), each rendered by the
+template page.html. `run_sections` makes the usual sections from the records of a run.
 """
 
 import base64
@@ -24,7 +24,7 @@ ORIGINS = {
     "bonus": "sampled by the target after a whole block was accepted",
     "plain": "decoded without a draft",
 }
-# Figures with more lines than this are unreadable and left out; the table has the numbers.
+# Figures that would have more lines than this are left out, because they would be unreadable.
 MOST_LINES = 24
 
 
@@ -47,7 +47,7 @@ class Cards:
 class Column:
     heading: str
     text: bool
-    """Aligned left (words) and not right (numbers)."""
+    """Whether cells are words, aligned left, instead of numbers, aligned right."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,14 +56,14 @@ class Table:
     columns: Sequence[Column]
     lines: Sequence[Sequence[str]]
     best: frozenset[int] = frozenset()
-    """Numbers of the lines to highlight."""
+    """Indices of the lines to highlight."""
     caption: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
     path: Path
-    """A PNG; its dark twin (see `panels.dark_twin`) is shown on dark screens where there is one."""
+    """A PNG file; on dark screens its dark version (see `panels.dark_twin`) is shown if it exists."""
     caption: str
 
 
@@ -75,10 +75,10 @@ class Figures:
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """Generated text, each token in the colour of its origin (a key of `ORIGINS`).
+    """Generated texts in which each token has the colour of its origin.
 
-    A sample is `{"prompt": str, "title": str, "tokens": [(text, origin), ...]}`. Raises ValueError on another
-    origin.
+    A sample is `{"prompt": str, "title": str, "tokens": [(text, origin), ...]}`. Raises ValueError for an origin that
+    is not a key of `ORIGINS`.
     """
 
     kind: ClassVar[str] = "samples"
@@ -91,14 +91,14 @@ class Samples:
 
     @property
     def legend(self) -> dict[str, str]:
-        """The origins that occur, in the order of ORIGINS, with what each means."""
+        """The origins that occur in the samples, in the order of `ORIGINS`, with their meanings."""
         present = {origin for sample in self.samples for _, origin in sample["tokens"]}
         return {origin: meaning for origin, meaning in ORIGINS.items() if origin in present}
 
 
 @dataclasses.dataclass(frozen=True)
 class Details:
-    """A mapping as JSON, folded until the reader opens it."""
+    """A mapping shown as JSON, collapsed until the reader opens it."""
 
     kind: ClassVar[str] = "details"
     title: str
@@ -115,7 +115,7 @@ class Section:
 def write_report(
     path: str | Path, *, title: str, subtitle: str, environment: Mapping, sections: Sequence[Section]
 ) -> None:
-    """Writes the page atomically."""
+    """Renders the sections with page.html and writes the page atomically."""
     import jinja2
 
     engine = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -143,9 +143,9 @@ def run_sections(
     """The usual sections of a run: headline, results, training, samples, config; those without data are left out.
 
     Args:
-      figures: folder for speedup.png, acceptance.png and training_*.png.
-      rows: of an evaluation.
-      stages: lines of metrics.jsonl of each training stage.
+      figures: folder in which speedup.png, acceptance.png and training_*.png are written.
+      rows: rows of an evaluation.
+      stages: lines of metrics.jsonl by training stage.
       samples: as in `Samples`.
     """
     figures, stages = Path(figures), stages or {}
@@ -183,10 +183,10 @@ def run_sections(
 def write_run(
     workdir: Path, results: Mapping, stages: Mapping[str, Sequence[Mapping]], more: Sequence[Section] = ()
 ) -> Path:
-    """Writes report.html and figures/ of a run from its results and its training stages' metrics; prints the path.
+    """Writes report.html and figures/ from a run's results and the metrics of its training stages; prints the path.
 
     Args:
-      more: sections to show after the headline.
+      more: further sections, shown after the headline.
     """
     sections = run_sections(
         figures=workdir / "figures",
@@ -212,24 +212,24 @@ def write_run(
 
 
 def write_run_report(workdir: Path, config: Any) -> None:
-    """The report of a run of several stages: the last evaluation, with the training curves of every stage."""
+    """Writes the report of a run with several stages: its results, and the training curves of every stage."""
     write_run(workdir, run_results(workdir, config), training_curves(workdir, config))
 
 
 def run_results(workdir: Path, config: Any) -> dict:
-    """The results of all stages, with what only the last one has, such as samples."""
+    """The run's results.json, with keys that only the last stage's file has, such as samples, added."""
     last = records.read_results(workdir / config.stages[-1] / "results.json")
     return last | records.read_results(workdir / "results.json")
 
 
 def training_curves(workdir: Path, config: Any) -> dict[str, list[dict]]:
-    """The lines of metrics.jsonl of every stage that has them."""
+    """The lines of metrics.jsonl by stage, for stages that have this file."""
     paths = {name: workdir / name / "metrics.jsonl" for name in config.stages}
     return {name: records.read_metrics(path) for name, path in paths.items() if path.exists()}
 
 
 def comparison_table(comparisons: Sequence[Mapping]) -> Table:
-    """Paired differences and ratios of block efficiency, one line per pair and setting."""
+    """A table of `metrics.comparisons`: paired differences and ratios of block efficiency."""
     columns = [
         Column("drafter", True),
         Column("against", True),
@@ -255,7 +255,7 @@ def comparison_table(comparisons: Sequence[Mapping]) -> Table:
 
 
 def headline(rows: Sequence[Mapping]) -> list[Card]:
-    """Best speed-up per temperature (lossy rules separately), accuracy of the prediction, and equality of outputs."""
+    """Cards with the best speed-up per temperature (lossy rules apart), the prediction error, and equal outputs."""
     timed = [row for row in rows if row["gamma"] > 0 and row["speedup"] is not None]
     cards = []
     for lossy, temperature in sorted({(tables.is_lossy(row), row["temperature"]) for row in timed}):
@@ -283,7 +283,7 @@ def headline(rows: Sequence[Mapping]) -> list[Card]:
 
 
 def results_table(rows: Sequence[Mapping]) -> Table:
-    """All rows, with the fastest lossless one at each temperature highlighted."""
+    """A table of all rows, in which the fastest lossless row at each temperature is highlighted."""
     keys = tables.summary_columns(rows)
     best = {}
     for number, row in enumerate(rows):
@@ -297,7 +297,7 @@ def results_table(rows: Sequence[Mapping]) -> Table:
 
 
 def rows_table(rows: Sequence[Mapping], keys: Sequence[str], **more: Any) -> Table:
-    """A line for each row with these keys of it; `more` are further fields of the Table."""
+    """A table with a line for each row and a column for each key; `more` are further fields of `Table`."""
     columns = [Column(tables.heading(key), tables.is_text(rows, key)) for key in keys]
     return Table(columns, [[tables.cell(row, key) for key in keys] for row in rows], **more)
 
@@ -311,6 +311,6 @@ def _pretty(content: Mapping) -> str:
 
 
 def _tally(sample: Mapping) -> str:
-    """Number of tokens by origin, such as "72 accepted, 9 bonus"."""
+    """The number of tokens by origin as text, such as "72 accepted, 9 bonus"."""
     counts = collections.Counter(origin for _, origin in sample["tokens"])
     return ", ".join(f"{counts[origin]} {origin}" for origin in ORIGINS if counts[origin] and origin != "prompt")

@@ -1,8 +1,8 @@
-"""Shared parts of all figures: two themes, the look of a line, panels under one legend.
+"""Shared parts of all figures: two themes, colours and markers of lines, and stacked panels under one legend.
 
 Each figure is saved twice, as NAME.png for light pages and NAME.dark.png for dark ones. Panels are stacked,
-so that a figure stays as wide as a phone and its text is readable there. A name keeps its colour in all
-figures with the same `palette`, the list of all names.
+so that a figure is readable on the screen of a phone. A name has the same colour in all figures with the
+same `palette`, which is the list of all names.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ class Theme:
     series: tuple[str, ...]
 
 
-# Hues that remain distinct with red-green blindness; each line also has its own marker.
+# Colours that are distinct with red-green colour blindness; lines also differ by marker.
 LIGHT = Theme(
     ink="#33312d",
     faint="#d9d5cc",
@@ -41,17 +41,17 @@ DARK = Theme(
 
 
 def dark_twin(path: str | Path) -> Path:
-    """Where the dark version of a figure lies."""
+    """The path of the dark version of a figure."""
     path = Path(path)
     return path.with_name(f"{path.stem}.dark.png")
 
 
 def looks_of(palette: Sequence[str], names: Sequence[str]) -> Callable[[Theme, str], tuple[str, str]]:
-    """Colour and marker of a line by its place in the palette; names that are not in it follow."""
+    """Makes a function from (theme, name) to a line's colour and marker, by the name's index in palette, then names."""
     places = {name: place for place, name in enumerate(dict.fromkeys([*palette, *names]))}
 
     def look(theme: Theme, name: str) -> tuple[str, str]:
-        again, place = divmod(places[name], len(theme.series))  # a colour comes again with another marker
+        again, place = divmod(places[name], len(theme.series))  # a colour is reused with another marker
         return theme.series[place], MARKERS[(place + again) % len(MARKERS)]
 
     return look
@@ -66,7 +66,7 @@ def save_panels(
     share_y: bool = False,
     dashed: str | None = None,
 ) -> None:
-    """Draws every panel in both themes, under one legend."""
+    """Saves a figure in both themes; `draw(axes, theme, panel)` draws each of `panels`, and `names` are the legend."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -102,7 +102,7 @@ def _columns(entries: Sequence[str]) -> int:
     """The number of legend columns that fit the figure's width, at least one."""
     from matplotlib.textpath import TextPath
 
-    # An entry is its text, a sample of its line, and space on both sides.
+    # The width of an entry is that of its text, plus 0.65 inches for the sample line and margins.
     widths = [TextPath((0, 0), name, size=10).get_extents().width / 72 + 0.65 for name in entries]
     fits = lambda columns: sum(max(part, default=0.0) for part in np.array_split(widths, columns)) <= WIDTH
     return next((columns for columns in (3, 2) if fits(columns)), 1)
@@ -110,7 +110,7 @@ def _columns(entries: Sequence[str]) -> int:
 
 @contextlib.contextmanager
 def style(theme: Theme):
-    """Quiet axes: no box, a faint horizontal grid, text in the ink of the page."""
+    """A matplotlib context for a theme: axes without a box, a faint horizontal grid, text in the page's colour."""
     import matplotlib
 
     settings = {

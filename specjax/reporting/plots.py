@@ -1,4 +1,4 @@
-"""Figures as functions of the records: speed-up against gamma, acceptance by position, training curves."""
+"""Draws figures from records: speed-up against gamma, acceptance by position, and training curves."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,9 +10,9 @@ from specjax.reporting.tables import SETTINGS, is_lossy, rule_label, varying
 
 
 def speedup_figure(rows: Sequence[Mapping], path: str | Path, *, palette: Sequence[str] = ()) -> None:
-    """Measured speed-up (solid, 95% intervals) and predicted (dashed) against gamma; a panel per temperature.
+    """Draws measured (solid, with 95% intervals) and predicted speed-up (dashed) by gamma; a panel per temperature.
 
-    Raises ValueError where no row has both a drafter and a speed-up.
+    Raises ValueError if no row has both a drafter and a speed-up.
     """
     rows = [row for row in rows if row["gamma"] > 0 and row["speedup"] is not None]
     panels, names = _grouped(rows)
@@ -41,9 +41,9 @@ def speedup_figure(rows: Sequence[Mapping], path: str | Path, *, palette: Sequen
 
 
 def acceptance_figure(rows: Sequence[Mapping], path: str | Path, *, palette: Sequence[str] = ()) -> None:
-    """Acceptance of a position that was reached, at each drafter's largest gamma; a panel per temperature.
+    """Draws acceptance of reached positions by position, at each drafter's largest gamma; a panel per temperature.
 
-    Raises ValueError where no row drafted anything.
+    Raises ValueError if no row has drafted tokens.
     """
     rows = [row for row in rows if row["gamma"] > 0 and any(p is not None for p in row["acceptance_by_position"])]
     panels, names = _grouped(rows)
@@ -74,7 +74,7 @@ def training_figures(
 ) -> list[Path]:
     """Draws training_KEY.png for each key that a stage logged in its metrics.jsonl, and returns the paths.
 
-    The solid line is the running mean over the faint raw values; the dashed line with markers is `validation_KEY`.
+    Raw values are faint, and the solid line is their running mean; the dashed line with markers is `validation_KEY`.
     """
     looks, paths = looks_of(palette, list(stages)), []
     for key in keys:
@@ -115,11 +115,11 @@ def lines_figure(
     joined: bool = True,
     guides: Sequence[Sequence[tuple[float, float]]] = (),
 ) -> None:
-    """Points (x, y) with a vertical axis from 0: {panel title: {line name: points}}. Raises ValueError without panels.
+    """Draws {panel title: {line name: points (x, y)}} on a vertical axis from 0. Raises ValueError without panels.
 
     Args:
-      joined: draw lines between the points.
-      guides: dashed lines in every panel.
+      joined: whether to connect the points of a line.
+      guides: points of dashed lines to draw in every panel.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -144,7 +144,7 @@ def lines_figure(
 
 
 def _grouped(rows: Sequence[Mapping]) -> tuple[dict[str, dict[str, list]], list[str]]:
-    """{panel title: {line name: rows}} and all line names; a name has the rule and the settings that vary."""
+    """Groups rows as {panel title: {line name: rows}}; also returns all line names, which include varying settings."""
     panels: dict[str, dict[str, list]] = {}
     vary = varying(rows, SETTINGS)
     others = [key for key in vary if key not in ("task", "rule", "lenience")]
@@ -168,7 +168,7 @@ def _offset(series: Mapping[str, Sequence[Mapping]], name: str, gamma: int) -> f
 
 
 def _logarithmic(axes) -> None:
-    """A logarithmic axis with plain numbers; stages train on losses of different size."""
+    """Makes the vertical axis logarithmic, with plain numbers, because losses of stages differ in magnitude."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set_yscale("log")
@@ -178,13 +178,13 @@ def _logarithmic(axes) -> None:
 
 
 def _points(lines: Sequence[Mapping], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of the lines that logged `key`."""
+    """Arrays of the steps and values of those lines that have `key`."""
     logged = [line for line in lines if line.get(key) is not None]
     return tuple(np.array([line[name] for line in logged], float) for name in ("step", key))
 
 
 def _running_mean(values: np.ndarray) -> np.ndarray:
-    """Mean over a centred window of a fortieth of the curve, cut at its ends; a short curve stays itself."""
+    """The mean over a centred window of 1/40 of the curve, smaller at its ends; a short curve is not changed."""
     half = len(values) // 80
     sums = np.concatenate([[0.0], np.cumsum(values)])
     low = np.maximum(np.arange(len(values)) - half, 0)

@@ -1,4 +1,4 @@
-"""The JSON files of a run: results.json with its environment, and metrics.jsonl."""
+"""Reads and writes the JSON files of a run: results.json with its environment, and metrics.jsonl."""
 
 import json
 import math
@@ -22,7 +22,7 @@ REQUIRED_KEYS = ("schema", "binary", "config", "environment", "rows")
 
 
 def provenance(record: Mapping) -> str:
-    """Versions, device and commit of a record in one line, for below its table."""
+    """One line with the versions, device and commit of a record, to be printed below its table."""
     made = record["environment"]
     return f"jax {made['jax']}, Python {made['python']}, {made['device_kind']}, commit {made['git_commit'][:12]}"
 
@@ -47,13 +47,13 @@ def environment(seed: int) -> dict:
 
 
 def write_results(path: str | Path, *, binary: str, config: Mapping, rows: Sequence[Mapping], **extra: Any) -> dict:
-    """Writes results.json atomically and returns the record in JSON's types, as `read_results` would.
+    """Writes results.json atomically and returns the record in JSON types, as `read_results` would.
 
-    With several processes all call this: the first writes and the others wait for it. Each returns its own record,
-    which differs from the file only in seconds measured by its own clock.
+    All processes of a run must call this: process 0 writes, and the others wait for it. Each returns its own record,
+    which can differ from the file in seconds measured by its own clock.
 
     Args:
-      extra: more top-level keys; "environment" replaces that of this process with the config's seed.
+      extra: further top-level keys; "environment" replaces the default, `environment(config's seed)`.
     """
     if "environment" not in extra:
         extra["environment"] = environment(config["seed"])
@@ -65,7 +65,7 @@ def write_results(path: str | Path, *, binary: str, config: Mapping, rows: Seque
 
 
 def read_results(path: str | Path) -> dict:
-    """Reads a results.json. Raises UserError where it is missing, damaged, or of another schema."""
+    """Reads a results.json. Raises UserError if it is missing, damaged, or has another schema."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist; run the stage that writes it first")
@@ -92,11 +92,11 @@ def chosen(workdir: str | Path) -> dict:
 
 
 class MetricsLog:
-    """metrics.jsonl, one line per logged step, and a TensorBoard event file next to it.
+    """Writes metrics.jsonl, with one line per logged step, and a TensorBoard event file next to it.
 
-    `resume_step=None` begins a run and drops the lines of an earlier attempt. `resume_step=s`, after a resume from the
-    checkpoint of step s, keeps the lines up to s and drops later ones, which the run will write again. In a run of
-    several processes only the first opens a log.
+    With `resume_step=None` a run starts, and lines of an earlier attempt are removed. With `resume_step=s` a run
+    resumes from the checkpoint of step s, and lines after s are removed, because they will be written again. In a run
+    of several processes only process 0 may open a log.
     """
 
     def __init__(self, workdir: str | Path, *, resume_step: int | None = None):
@@ -110,13 +110,13 @@ class MetricsLog:
             lines = [line for line in read_metrics(path) if line["step"] <= resume_step]
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
         self._lines = path.open("a", encoding="utf-8")
-        # Event files are named by the second; without a unique suffix a quick restart would overwrite the last one.
+        # The names of event files contain the second; without a suffix a quick restart would overwrite the last one.
         suffix = f".{os.getpid()}.{sum(1 for _ in workdir.glob('events.out.tfevents.*'))}"
         purge_step = 0 if resume_step is None else resume_step + 1
         self._board = SummaryWriter(str(workdir), purge_step=purge_step, filename_suffix=suffix)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Appends one line. Numbers (or 0-d arrays) go to TensorBoard too; the non-finite become null."""
+        """Appends one line, and numbers (or 0-d arrays) to TensorBoard. Numbers that are not finite become null."""
         if "step" in values:
             raise ValueError("the step is a separate argument, not one of the values")
         step, values = int(step), json_clean(values)
@@ -138,9 +138,9 @@ class MetricsLog:
 
 
 def read_metrics(path: str | Path) -> list[dict]:
-    """The lines of a metrics.jsonl; without a torn last line, where the run was killed while writing.
+    """Reads the lines of a metrics.jsonl; skips an incomplete last line, which a killed run leaves.
 
-    Raises UserError where the file is missing or another line is damaged, with its number.
+    Raises UserError if the file is missing or another line is damaged, with its number.
     """
     path = Path(path)
     if not path.is_file():
@@ -160,7 +160,7 @@ def read_metrics(path: str | Path) -> list[dict]:
 
 
 def write_atomically(path: str | Path, text: str) -> None:
-    """Replaces the file in one step, so that a crash leaves the old one or the new one, never a part."""
+    """Replaces the file in one step, so that after a crash it is either the old or the complete new file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(
@@ -178,7 +178,7 @@ def write_atomically(path: str | Path, text: str) -> None:
 
 
 def json_clean(value: Any) -> Any:
-    """The same value in JSON types: arrays as lists, 0-d as numbers, NaN and infinity as None."""
+    """Converts a value to JSON types: arrays to lists, 0-d arrays to numbers, NaN and infinity to None."""
     if isinstance(value, Mapping):
         return {str(key): json_clean(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -191,13 +191,13 @@ def json_clean(value: Any) -> Any:
         return str(value)
     if hasattr(value, "dtype"):
         array = np.asarray(value)
-        # bfloat16 is no subtype of numpy's floating, but knows how to become one.
+        # bfloat16 is not a subtype of np.floating, but can be converted to one.
         return json_clean(array.tolist() if array.dtype.kind in "biuf" else array.astype(np.float64).tolist())
     raise TypeError(f"{type(value).__name__} has no place in a JSON record: {value!r}")
 
 
 def _git_commit() -> str:
-    """The commit of this checkout; "unknown" where the package is installed or git is not at hand."""
+    """The git commit of this checkout; "unknown" if the package is installed elsewhere or git is not available."""
     root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
@@ -205,8 +205,8 @@ def _git_commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
-        # An installed package may lie inside somebody else's checkout, whose commit says nothing about this
-        # code.
+        # An installed package may be inside another repository's checkout, whose commit is not the one of
+        # this code.
         if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
             return "unknown"
         changed = git("status", "--porcelain", "--untracked-files=no")
@@ -216,7 +216,7 @@ def _git_commit() -> str:
 
 
 def _own_version() -> str:
-    """The version that pyproject.toml next to the package states, else that of the installed distribution."""
+    """The version in the pyproject.toml next to the package, else that of the installed distribution."""
     pyproject = Path(__file__).resolve().parents[2] / "pyproject.toml"
     if pyproject.is_file():
         project = tomllib.loads(pyproject.read_text(encoding="utf-8")).get("project", {})

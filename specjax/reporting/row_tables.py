@@ -1,10 +1,10 @@
-"""Rows with a key `table` that names their table: printed in the terminal, and as sections of a report."""
+"""Prints rows that have a key `table`, which names their table, in the terminal and as sections of a report."""
 
 from collections.abc import Mapping, Sequence
 
 from specjax.reporting import page, tables
 
-# Columns that need another format than three digits.
+# Formats of columns that are not printed with three digits.
 _FORMATS = {
     "published_tokens_per_second": "{:.2f}",
     "computed_tokens_per_second": "{:.2f}",
@@ -21,7 +21,7 @@ _FORMATS = {
 
 
 def by_table(rows: Sequence[Mapping]) -> dict[str, list[dict]]:
-    """The printed form of the rows of each table, in order."""
+    """The rows of each table, by its name, with the columns of `_FORMATS` formatted as text."""
     members: dict[str, list[dict]] = {}
     for row in rows:
         if "table" in row:
@@ -31,7 +31,7 @@ def by_table(rows: Sequence[Mapping]) -> dict[str, list[dict]]:
 
 
 def terminal(rows: Sequence[Mapping]) -> str:
-    """Every table of the rows, aligned."""
+    """All tables of the rows as aligned text."""
     parts = by_table(rows).items()
     return "\n".join(
         f"\n{tables.heading(name)}\n{tables.aligned_table(members, columns_of(members))}" for name, members in parts
@@ -39,7 +39,7 @@ def terminal(rows: Sequence[Mapping]) -> str:
 
 
 def page_tables(rows: Sequence[Mapping]) -> list[tuple[str, list[page.Table]]]:
-    """(title, [table]) for each table of the rows, as sections of a report."""
+    """The title and blocks of a report section for each table of the rows."""
     return [
         (tables.heading(name).capitalize(), [page.rows_table(members, columns_of(members))])
         for name, members in by_table(rows).items()
@@ -47,5 +47,5 @@ def page_tables(rows: Sequence[Mapping]) -> list[tuple[str, list[page.Table]]]:
 
 
 def columns_of(rows: Sequence[Mapping]) -> list[str]:
-    """The keys of rows that are printed: neither the stage nor nested values."""
+    """The keys of rows that are printed: all but `stage` and those with nested values."""
     return [key for key, value in rows[0].items() if key != "stage" and not isinstance(value, (Mapping, list))]

@@ -1,4 +1,4 @@
-"""The report and the figure of a run of Spec-Bench."""
+"""Writes the report and draws the figure of a Spec-Bench run."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ OVERALL = "overall"
 
 
 def figure(record: Mapping, path: Path) -> None:
-    """Speed-up by subtask and drafter, with intervals; chances of w accepted guesses in a row (CTAR), all questions."""
+    """Draws speed-up by subtask and drafter, with intervals, and CTAR (share of blocks with > w tokens) overall."""
     rows = [row for row in record["rows"] if "subtask" in row and row["gamma"]]
     name = lambda row: f"{row['drafter']}, gamma {row['gamma']}, T {row['temperature']:g}"
     names = list(dict.fromkeys(map(name, rows)))

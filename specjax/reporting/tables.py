@@ -1,4 +1,4 @@
-"""Tables as pure functions of result rows: for the terminal, for Markdown, into the README."""
+"""Makes tables from result rows, for the terminal, for Markdown and for the README, without side effects."""
 
 import os
 import re
@@ -7,7 +7,7 @@ from typing import Any
 
 from specjax.runtime.errors import UserError, nearest
 
-# The mark in a page before a record's table.
+# The marker before a generated table in a Markdown page.
 OPENING = "<!-- table:{name} -->"
 NOTHING = "–"
 SETTINGS = ("task", "target", "rule", "lenience", "threshold", "top_k", "top_p", "batch_size", "max_new_tokens", "seed")
@@ -34,7 +34,7 @@ HEADINGS = {
 
 
 def summary_table(rows: Sequence[Mapping]) -> str:
-    """A short aligned table for the terminal, with a column for each setting in which the rows differ."""
+    """A table of main metrics for the terminal, with a column for each setting in which the rows differ."""
     return aligned_table(rows, summary_columns(rows))
 
 
@@ -53,7 +53,7 @@ def aligned_table(rows: Sequence[Mapping], columns: Sequence[str]) -> str:
 
 
 def markdown_table(rows: Sequence[Mapping], columns: Sequence[str] | Mapping[str, str]) -> str:
-    """A Markdown table. `columns` names keys of the rows; a mapping also gives their headings.
+    """A Markdown table. `columns` are keys of the rows, or a mapping from keys to headings.
 
     Raises UserError for a column that no row has.
     """
@@ -69,9 +69,9 @@ def markdown_table(rows: Sequence[Mapping], columns: Sequence[str] | Mapping[str
 
 
 def sync_readme(readme_text: str, tables: Mapping[str, str]) -> str:
-    """The text with each table put between `<!-- table:NAME -->` and `<!-- /table -->`, the rest untouched.
+    """Replaces what is between `<!-- table:NAME -->` and `<!-- /table -->` in a text with the table of this name.
 
-    Raises UserError where a table's markers are missing or not closed before the next table.
+    Raises UserError if a table's markers are missing or not closed before the next table.
     """
     for name, table in tables.items():
         opening, closing = OPENING.format(name=name), "<!-- /table -->"
@@ -86,14 +86,14 @@ def sync_readme(readme_text: str, tables: Mapping[str, str]) -> str:
 
 
 def summary_columns(rows: Sequence[Mapping]) -> list[str]:
-    """The columns of settings in which these rows differ, and of their main metrics."""
+    """Keys of the settings in which these rows differ, and of their main metrics."""
     settings = {*varying(rows, SETTINGS), *(["rule"] if any(map(is_lossy, rows)) else [])}
     scored = ["quality"] if any(row.get("quality") for row in rows) else []
     return [*(key for key in SETTINGS if key in settings and key != "lenience"), *SUMMARY, *scored]
 
 
 def rule_label(row: Mapping) -> str:
-    """The row's rule; a lossy rule with its lenience and the word "lossy"."""
+    """The name of the row's rule; for a lossy rule with its lenience and the word "lossy"."""
     return f"{row['rule']} {row['lenience']:g}, lossy" if is_lossy(row) else row["rule"]
 
 
@@ -103,13 +103,13 @@ def is_lossy(row: Mapping) -> bool:
 
 
 def varying(rows: Iterable[Mapping], keys: Iterable[str]) -> list[str]:
-    """Those of `keys` for which the rows do not all have the same value."""
+    """The keys for which the rows do not all have the same value."""
     rows = list(rows)
     return [key for key in keys if len({repr(row.get(key)) for row in rows}) > 1]
 
 
 def short_targets(rows: Sequence[Mapping]) -> list[Mapping]:
-    """The rows with the paths of their targets relative to the folder that contains all of them."""
+    """The rows with `target` replaced by its path relative to the folder that contains all targets."""
     targets = {row["target"] for row in rows if row.get("target")}
     if len(targets) < 2 or len(set(map(os.path.isabs, targets))) > 1:
         return list(rows)
@@ -124,12 +124,12 @@ def heading(key: str) -> str:
 
 
 def is_text(rows: Sequence[Mapping], key: str) -> bool:
-    """Whether a column has words and is aligned left."""
+    """Whether a column contains words, which are aligned left, instead of numbers."""
     return any(isinstance(row.get(key), str) for row in rows)
 
 
 def cell(row: Mapping, key: str) -> str:
-    """One value as text: with half its 95% interval if the row has one; a dash for None."""
+    """A value of a row as text, with half the width of its 95% interval if the row has one; a dash for None."""
     value = row.get(key)
     if value is None:
         return NOTHING

@@ -1,8 +1,8 @@
-"""Checkpoints, stored by Orbax; no other file uses Orbax for them.
+"""Saves and restores checkpoints with Orbax, which no other module uses for this.
 
-A checkpoint is a folder `directory/STEP/`. It gets this name only when it is complete, so a killed process never leaves
-one that is half-written. It holds the arrays by their paths in the state, and host values as JSON. Orbax stores no
-checksums, so we store a digest of each array and check it when we restore.
+A checkpoint is a folder `directory/STEP/`. It gets this name only once it is complete, so a killed process never leaves
+an incomplete one. It contains the arrays, by their paths in the state, and host values as JSON. Orbax stores no
+checksums, so we store a digest of each array and check it on restoring.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ _FORMAT = "specjax checkpoint 1"
 
 
 class Checkpointer:
-    """Saves in the background; keeps the latest checkpoints and the best one by a metric. A context manager."""
+    """Saves checkpoints in the background; keeps the latest ones, and the best one by a metric. A context manager."""
 
     def __init__(self, directory: str | Path, *, keep_last: int, best_metric: str | None, best_mode: str):
         """Opens or creates the folder, and removes unfinished checkpoints of a killed run.
@@ -25,8 +25,8 @@ class Checkpointer:
         Args:
           directory: the folder for the checkpoints of one run.
           keep_last: how many of the latest checkpoints to keep; at least 1.
-          best_metric: a key of `metrics`; the checkpoint with its best value is kept too. None keeps no such one.
-          best_mode: "min" or "max", the better end of the metric.
+          best_metric: a key of `metrics`; the checkpoint with its best value is kept too. None disables this.
+          best_mode: "min" or "max": whether lower or higher values are better.
 
         Raises:
           UserError: if an argument is out of range, or Orbax cannot read the folder.
@@ -66,11 +66,11 @@ class Checkpointer:
         """Starts to save; the caller may replace or donate the state as soon as this returns.
 
         Args:
-          step: a step later than all saved ones.
+          step: the step, larger than all saved ones.
           state: a tree of arrays.
           host: any JSON value.
-          metrics: measurements at this step, including the best metric; empty if there are none, and then the
-            checkpoint can only be kept as one of the latest.
+          metrics: metrics at this step, including `best_metric`; if empty, the checkpoint cannot be the best one and is
+            kept only while it is among the latest.
 
         Raises:
           UserError: if `metrics` lacks the best metric.
@@ -145,7 +145,7 @@ class Checkpointer:
 
 
 def _named(tree: Any) -> dict[str, Any]:
-    """The leaves by their path, such as "params.blocks.0.kernel", in the order of the tree."""
+    """The leaves of a tree by path, such as "params.blocks.0.kernel", in tree order."""
     leaves = jax.tree.leaves_with_path(tree)
     named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
     if len(named) != len(leaves):
@@ -182,7 +182,7 @@ def _digest(x: jax.Array) -> int:
 
 @jax.jit
 def _sum_of_bits(x: jax.Array) -> jax.Array:
-    """The sum of an array's words modulo 2**32, which does not depend on the mesh: integer addition has no order."""
+    """The sum of an array's words modulo 2**32; integer addition is exact, so the mesh does not affect it."""
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     if x.dtype == jnp.bool_:

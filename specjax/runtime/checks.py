@@ -1,4 +1,4 @@
-"""Checks of single values that a user gave."""
+"""Checks the types of single values that a user gave."""
 
 import numbers
 from typing import Any
@@ -10,7 +10,7 @@ _ACCEPTED = {bool: bool, int: numbers.Integral, float: numbers.Real}
 
 
 def instance(name: str, value: Any, kind: type) -> None:
-    """Raises UserError unless the value is a bool, an int or a float, whichever `kind` is; an int is a float too."""
+    """Raises UserError unless the value is of type `kind` (bool, int or float); an int is accepted as a float."""
     numpy_scalar = getattr(value, "ndim", None) == 0 and hasattr(value, "item")
     plain = value.item() if numpy_scalar else value
     if not isinstance(plain, _ACCEPTED[kind]) or (kind is not bool and isinstance(plain, bool)):

@@ -1,4 +1,4 @@
-"""The command line of every binary: --config, --workdir and overrides, and one error sentence for a mistake."""
+"""The command line of every binary: --config, --workdir and overrides; prints one error line for a UserError."""
 
 import contextlib
 import os
@@ -42,15 +42,15 @@ def asks_for_plan(argument: str) -> bool:
 
 
 def launch(run: Callable[[ConfigDict, str], Any], module: str, argv: Sequence[str] | None = None) -> int:
-    """Runs a binary and returns its exit code, one of those in `--help`.
+    """Parses a command line, runs a binary and returns its exit code, one of those in `--help`.
 
     Args:
-      run: the binary, `run(config, workdir)`.
-      module: its module name, for `--help`.
+      run: the binary's function `run(config, workdir)`.
+      module: name of the binary's module, for `--help`.
       argv: arguments without the program's name; `sys.argv[1:]` by default.
 
     Raises:
-      Exception: a bug in a run of one process. With several, the traceback is printed and the process exits.
+      Exception: for a bug, in a run of one process. With several processes, this one prints the traceback and exits.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if any(argument in ("-h", "-help", "--help") for argument in argv):
@@ -91,14 +91,14 @@ def launch(run: Callable[[ConfigDict, str], Any], module: str, argv: Sequence[st
 
 
 def _begin(config: ConfigDict, workdir: str) -> None:
-    """Checks that must pass in every process before any of them begins. Raises UserError in all processes."""
+    """Checks that processes agree and that `workdir` is usable. Raises UserError in all processes if one fails."""
     processes.check_same_command(configs.to_plain(config), workdir)
     processes.check_shared(workdir)
     configs.assert_same_run(config, workdir)
 
 
 def parse(argv: Sequence[str], *, needs_workdir: bool = True) -> tuple[ConfigDict, str]:
-    """Returns the locked config with its overrides, and the workdir ("" if it is absent and not needed).
+    """Returns the locked config with the overrides applied, and the workdir ("" if it is missing and not needed).
 
     Raises:
       UserError: for an argument that is missing, unknown or of the wrong type.
@@ -147,7 +147,7 @@ def _override(config: ConfigDict, key: str, text: str) -> None:
 
 
 def _value(text: str, like: Any) -> Any:
-    """Parses `text` as a value of the type of `like`. Raises ValueError if it is none."""
+    """Parses `text` as a value of the type of `like`. Raises ValueError if that is not possible."""
     if like is None:
         return None if text in ("", "None") else text
     if isinstance(like, bool):

@@ -1,4 +1,4 @@
-"""Configs: loads the file, resolves references to earlier stages, and ties a workdir to one config."""
+"""Loads config files, resolves references to earlier stages, and makes sure that a workdir is used with one config."""
 
 import importlib.util
 import json
@@ -13,18 +13,18 @@ from ml_collections import ConfigDict
 
 from specjax.runtime.errors import UserError, nearest
 
-# A folder of this name is importable as a package while one of its configs is loaded.
+# A folder of this name is made importable as a package when one of its configs is loaded.
 _PACKAGE = "configs"
 # The value "stage:NAME" is the folder that stage NAME exported to, "workdir:NAME" the folder it ran in.
 _REFERENCES = {"stage": "export", "workdir": ""}
 # The value "required:KEY:WHAT" of a config must be replaced on the command line, by --config.KEY=...
 _REQUIRED = "required:"
-# Keys of earlier versions -> what replaces them. A pattern matches the end of a key's path; "*" is any one name.
+# Keys of earlier versions -> what replaces them. A pattern matches the end of a key's path; "*" matches one name.
 RENAMED = {
     "model.whole": "model.replicate",
     "drafters.*.whole": "drafters.*.replicate",
 }
-# Config files of earlier versions -> where they are now, by the end of the path.
+# Ends of the paths of config files of earlier versions -> where these files are now.
 MOVED = {
     "configs/evaluate/pair.py": "configs/evaluate.py",
     "configs/draft_design/advise.py": "configs/advise.py",
@@ -75,8 +75,8 @@ def refuse_renamed(key: str) -> None:
 def _executed(path: Path) -> types.ModuleType:
     """Executes a config file and returns its module.
 
-    A file inside a folder `configs` can import its neighbours as `from configs.kangaroo import parts`, from any working
-    directory. Any other file can import its neighbours by their bare names.
+    A file inside a folder `configs` can import files of this folder as `from configs.kangaroo import parts`, in any
+    working directory. Any other file can import files of its own folder by their names.
     """
     root = next((folder for folder in path.parents if folder.name == _PACKAGE), None)
     if root is None:
@@ -97,7 +97,7 @@ def _executed(path: Path) -> types.ModuleType:
 
 
 def _make_importable(root: Path) -> None:
-    """Makes `root` the package `configs`, and forgets another folder of that name that was imported earlier."""
+    """Makes `root` importable as the package `configs`; removes another folder that was imported by this name."""
     package = sys.modules.get(_PACKAGE)
     if package is not None and str(root) in map(str, package.__path__):
         return
@@ -117,7 +117,7 @@ def check_required(config: ConfigDict) -> None:
 
 
 def to_plain(config: Mapping | ConfigDict) -> dict:
-    """The config in JSON's types: dicts, lists, strings, numbers, booleans and None."""
+    """Converts a config to JSON types: dicts, lists, strings, numbers, booleans and None."""
     return json.loads(json.dumps(config.to_dict() if isinstance(config, ConfigDict) else config))
 
 
@@ -154,9 +154,9 @@ def resolve(config: ConfigDict, workdir: str | Path, earlier: Collection[str]) -
 
 
 def assert_same_run(config: ConfigDict, workdir: str | Path) -> None:
-    """Writes `workdir/config.json`; if there is one already, checks that it has the same content.
+    """Writes `workdir/config.json`; if the file exists, checks that it has the same content.
 
-    Two changes are allowed, and rewrite the file: new stages, and another mesh (a run can resume on other devices).
+    Two changes are allowed and update the file: new stages, and another mesh (a run can resume on other devices).
     References to earlier stages are stored unresolved, so that a workdir can be moved.
 
     Raises:
@@ -204,7 +204,7 @@ def _without_new_stages(config: dict, old: Any) -> dict:
 
 
 def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Pairs of a dotted key and its value."""
+    """Yields (dotted key, value) for every leaf of nested dicts."""
     if isinstance(tree, dict) and tree:
         for key, value in tree.items():
             yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))

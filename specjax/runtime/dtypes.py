@@ -1,4 +1,4 @@
-"""Names of array dtypes in configs."""
+"""Converts names of dtypes in configs to JAX dtypes."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The exception for mistakes of the user, as opposed to bugs."""
+"""The exception for mistakes of a user, as opposed to bugs, and helpers for error messages."""
 
 import contextlib
 import difflib
@@ -14,7 +14,7 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def prefixed(where: str) -> Iterator[None]:
-    """Begins the message of any UserError inside with `where`."""
+    """A context that puts `where` before the message of any UserError raised inside it."""
     try:
         yield
     except UserError as error:
@@ -22,7 +22,7 @@ def prefixed(where: str) -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message, shortened, to quote it in another one."""
+    """The first line of an error's message, cut to 160 characters, to quote it in another message."""
     return (str(error).strip().splitlines() or [""])[0][:160]
 
 

@@ -1,4 +1,4 @@
-"""Extensions: objects of a user's own code, which configs name by file or module."""
+"""Imports objects of a user's own code (extensions), which configs name by file or module."""
 
 import importlib
 import importlib.util
@@ -9,7 +9,7 @@ from typing import Any
 
 from specjax.runtime.errors import UserError, nearest
 
-# Starts the names of modules that were executed from a path.
+# Prefix of the names of modules that are imported from a path.
 _PREFIX = "specjax_extension_"
 
 
@@ -18,11 +18,11 @@ def named(name: str, table: Mapping[str, Any], what: str) -> Any:
 
     Args:
       name: a key of `table`, or a file or module with the name of an object in it.
-      table: the objects that specjax itself provides.
+      table: the objects that specjax provides, by name.
       what: the kind of object, such as "drafter", for error messages.
 
     Raises:
-      UserError: if the name is neither, or the file, module or object does not exist.
+      UserError: for an unknown name, and if the file, module or object does not exist.
     """
     place, colon, attribute = name.rpartition(":")
     if not colon:
@@ -36,7 +36,7 @@ def named(name: str, table: Mapping[str, Any], what: str) -> Any:
 
 
 def place_of(thing: Any) -> str:
-    """The name by which `named` finds a class or function in a later process: that of its file, or of its module."""
+    """The name with which `named` finds a class or function in a later process: "FILE:NAME" or "MODULE:NAME"."""
     module = sys.modules[thing.__module__]
     imported_from_path = module.__name__ == "__main__" or module.__name__.startswith(_PREFIX)
     place = str(Path(module.__file__).resolve()) if imported_from_path else module.__name__

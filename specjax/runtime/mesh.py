@@ -1,6 +1,6 @@
-"""Meshes of devices, and the one table that maps logical axes to mesh axes.
+"""Makes device meshes, and shards arrays by one table that maps logical axes to mesh axes.
 
-Every parameter, cache and batch names its axes ("batch", "embed", ...). One device is a mesh on which no axis is split.
+The axes of every parameter, cache and batch have names, the logical axes ("batch", "embed", ...).
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from specjax.runtime.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
 
-# A mesh with devices, or only the sizes of one; shapes can be laid out on either.
+# A mesh with devices, or an abstract one with sizes only; shapes can be sharded over either.
 AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
 # Logical axis -> the mesh axes that split it; None keeps a complete copy on every device.
@@ -49,7 +49,7 @@ def _text(sizes: tuple[int, int, int]) -> str:
 def make_mesh(config: Any) -> jax.sharding.Mesh:
     """A mesh of `data` x `fsdp` x `tensor` devices; 1 x 1 x 1 uses the first device.
 
-    The network between TPU slices is slow. With several slices `data` spans them, and `fsdp` too if `data` is too
+    The network between TPU slices is slow, so with several slices `data` spans them, and `fsdp` too if `data` is too
     small; `tensor` stays within one slice.
 
     Raises:
@@ -65,7 +65,7 @@ def make_mesh(config: Any) -> jax.sharding.Mesh:
             f"a mesh of {_text(sizes)} needs {wanted} devices and there are {len(devices)}{several}; "
             f"let mesh.data * mesh.fsdp * mesh.tensor be {len(devices)}"
         )
-    # Auto: the compiler propagates shardings from parameters, caches and batches to everything else.
+    # Auto: the compiler propagates shardings from parameters, caches and batches to all other arrays.
     types = (jax.sharding.AxisType.Auto,) * len(AXES)
     devices = devices[:wanted]
     slices = len({getattr(device, "slice_index", 0) for device in devices})
@@ -95,7 +95,7 @@ def over_slices(sizes: tuple[int, int, int], slices: int) -> tuple[int, int, int
 
 
 def use(mesh: jax.sharding.Mesh):
-    """A context that sets the mesh for `constrain`, `pin_last`, `pin_rows` and `num_shards`."""
+    """A context that sets the current mesh, which `constrain`, `pin_last`, `pin_rows` and `num_shards` use."""
     return jax.set_mesh(mesh)
 
 
@@ -139,28 +139,28 @@ def local_bytes(tree: Any) -> int:
 
 
 def platform() -> str:
-    """ "cpu", "gpu" or "tpu": of the mesh in use, whose devices may be abstract, or else of the default device."""
+    """ "cpu", "gpu" or "tpu": the platform of the current mesh, or of the default device if there is none."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
 def shard(tree: Any, axes_tree: Any, mesh: jax.sharding.Mesh) -> Any:
-    """Lays the arrays out on the mesh. Raises UserError if a dimension does not divide evenly."""
+    """Shards arrays over the mesh by their logical axes. Raises UserError if a dimension does not divide evenly."""
     return jax.device_put(tree, shardings(axes_tree, mesh, shapes=tree))
 
 
 def pin_last(x: jax.Array, name: str) -> jax.Array:
-    """Constrains the layout of the last axis if it divides evenly; the compiler chooses that of the others."""
+    """Shards the last axis as logical axis `name`, if it divides evenly; the compiler shards the other axes."""
     if not splits(name) or x.shape[-1] % num_shards(name):
         return x
     return jax.lax.with_sharding_constraint(x, jax.P(*[jax.P.UNCONSTRAINED] * (x.ndim - 1), MESH_AXES[name]))
 
 
 def pin_rows(x: jax.Array) -> jax.Array:
-    """Constrains activations to be split by rows only, as a batch is, if the rows divide evenly.
+    """Shards activations by rows only, like a batch, if the rows divide evenly.
 
-    Otherwise the compiler keeps weights that are split over `fsdp` in place and sends every row to all chips, so memory
-    and traffic of a chip would grow with the number of chips.
+    Otherwise the compiler would not gather weights that are sharded over `fsdp`, but send every row to all chips, so
+    that memory and traffic of a chip would grow with the number of chips.
     """
     if not splits("batch") or x.shape[0] % num_shards("batch"):
         return x
@@ -168,18 +168,18 @@ def pin_rows(x: jax.Array) -> jax.Array:
 
 
 def splits(name: str) -> bool:
-    """Whether the mesh in use splits this logical axis."""
+    """Whether the current mesh splits this logical axis."""
     return num_shards(name) > 1
 
 
 def num_shards(name: str) -> int:
-    """Into how many parts the mesh in use splits this logical axis; 1 without a mesh."""
+    """The number of parts into which the current mesh splits this logical axis; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in MESH_AXES[name] or ())
 
 
 def place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-    """Lays out a host array that every process has completely; each process copies its part to its devices."""
+    """Shards a host array that every process has completely; each process copies its part to its devices."""
     if sharding.is_fully_addressable:
         return jax.device_put(array, sharding)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
@@ -198,7 +198,7 @@ def own_rows(mesh: jax.sharding.Mesh, count: int) -> tuple[int, ...]:
 
 
 def place_rows(array: np.ndarray, count: int, mesh: jax.sharding.Mesh) -> jax.Array:
-    """Lays out a batch of `count` rows on the mesh; `array` holds all of them or only this process's `own_rows`."""
+    """Shards a batch of `count` rows over the mesh; `array` has all rows or only this process's `own_rows`."""
     axes = ("batch", *[None] * (array.ndim - 1))
     shape = (count, *array.shape[1:])
     check_divisible(shape, axes, mesh.shape)
@@ -216,7 +216,7 @@ def place_rows(array: np.ndarray, count: int, mesh: jax.sharding.Mesh) -> jax.Ar
 
 
 def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    """Inside jit, under `use`: constrains the layout of `x`. Returns `x` without a mesh or on one device."""
+    """Inside jit: constrains the sharding of `x` by logical axes. Returns `x` without a mesh or on one device."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
@@ -225,7 +225,7 @@ def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
 
 
 def replicated_over_tensor(axes_tree: Any) -> Any:
-    """Replaces the logical axes that the tensor axis would split with None."""
+    """Replaces logical axes that the tensor axis splits with None, so that arrays are replicated over it."""
     replicated = lambda name: None if name is not None and "tensor" in (MESH_AXES[name] or ()) else name
     return jax.tree.map(lambda axes: tuple(map(replicated, axes)), axes_tree, is_leaf=_is_axes)
 
@@ -271,14 +271,14 @@ def check_split(sizes: Mapping[str, int], mesh: jax.sharding.Mesh) -> None:
 
 
 def axes(*names: str | None) -> Any:
-    """A dataclass field whose arrays have these logical axes, for `declared_axes`."""
+    """A dataclass field that declares the logical axes of its arrays, for `declared_axes`."""
     return dataclasses.field(metadata={"axes": names})
 
 
 def declared_axes(tree: Any) -> list[tuple[str | None, ...]]:
-    """The logical axes of every array of a tree, in the order of `jax.tree.leaves`: those that its dataclasses declare.
+    """The logical axes that a tree's dataclasses declare for each of its arrays, in the order of `jax.tree.leaves`.
 
-    Arrays that nothing is declared for have axes without names: every device holds all of them.
+    Arrays without declared axes get None for each axis, so they are replicated on every device.
     """
     return [names or (None,) * leaf.ndim for leaf, names in _with_axes(tree, None)]
 

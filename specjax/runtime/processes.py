@@ -1,7 +1,7 @@
-"""Runs of several processes: connecting them, checking that they agree, and exchanging small host values.
+"""Supports runs of several processes: connects them, checks that they agree, and exchanges small host values.
 
-All processes run the same program on the same config, so every collective here must be reached by all of them. Only
-process 0 (`first()`) writes records. With one process every function here is trivial.
+All processes run the same program on the same config, and every collective function here must be called by all of them.
+Only process 0 (`first()`) writes records. With a single process, no function communicates.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ FLAGS = {
     "--join_seconds=SECONDS": "how long to wait for the other processes (300)",
 }
 _HELP = {flag.partition("=")[0]: f"{flag} ({what})" for flag, what in FLAGS.items()}
-# How long a process waits at a barrier: process 0 may be writing a large file.
+# How long a process waits at a barrier, where process 0 may be writing a large file.
 _BARRIER_SECONDS = 3600
 # How long a file written by one host may take to appear on another.
 _VISIBLE_SECONDS = 20
@@ -47,10 +47,10 @@ class Joining:
     """How this process connects to the others.
 
     Attributes:
-      coordinator: "HOST:PORT" of process 0; None for one process, or to let JAX detect the cluster.
+      coordinator: "HOST:PORT" of process 0; None for one process, or if JAX should detect the cluster.
       processes: number of processes.
-      process_id: number of this process.
-      seconds: how long to wait for the others.
+      process_id: index of this process.
+      seconds: how many seconds to wait for the others.
     """
 
     coordinator: str | None = None
@@ -99,7 +99,7 @@ def _number(name: str, text: str) -> int:
 
 
 def several(environment: Mapping[str, str]) -> bool:
-    """Whether environment variables say that this is one of several processes.
+    """Whether environment variables show that this is one of several processes.
 
     A Slurm allocation outside `srun` counts as one process. Launchers on other machines set SPECJAX_MULTIPROCESS=1.
     """
@@ -116,8 +116,8 @@ def several(environment: Mapping[str, str]) -> bool:
 def start(joining: Joining, environment: Mapping[str, str]) -> None:
     """Connects to the other processes, if flags or the environment say that there are any.
 
-    JAX detects the cluster on Cloud TPU, GKE, Slurm and Open MPI. If the others do not appear in time, this process
-    prints what to check and exits with code 2, before the runtime would abort it.
+    JAX detects the cluster on Cloud TPU, GKE, Slurm and Open MPI. If the others do not connect in time, this process
+    prints what to check and exits with code 2, before the JAX runtime aborts it.
 
     Raises:
       UserError: if JAX cannot detect the cluster.
@@ -152,7 +152,7 @@ def start(joining: Joining, environment: Mapping[str, str]) -> None:
 
 
 def _give_up(joining: Joining) -> None:
-    """Ends this process because the others did not appear."""
+    """Prints what to check and exits this process, because the others did not connect in time."""
     by_flags = joining.coordinator is not None
     address = joining.coordinator or "the coordinator that the environment names"
     this = f"process {joining.process_id} of {joining.processes}" if by_flags else "this process"
@@ -173,7 +173,7 @@ def lost_another(error: Exception) -> bool:
 
 
 def first() -> bool:
-    """Whether this process writes the records."""
+    """Whether this is process 0, which writes the records."""
     return jax.process_index() == 0
 
 
@@ -186,7 +186,7 @@ def refuse_several(what: str) -> None:
 def meet(name: str) -> None:
     """A barrier: waits until every process calls this. `name` must be the same in all of them.
 
-    It uses no device: device collectives may time out after seconds, and process 0 may write for minutes.
+    It uses no devices, because device collectives may time out after seconds and process 0 may write for minutes.
     """
     if jax.process_count() > 1:
         from orbax.checkpoint import multihost
@@ -201,7 +201,7 @@ def from_first(array: Any) -> np.ndarray:
 
 
 def gathered(text: str) -> list[str]:
-    """The texts of all processes, in order."""
+    """The texts of all processes, in the order of processes."""
     if jax.process_count() == 1:
         return [text]
     data = np.frombuffer(text.encode(), np.uint8)
@@ -213,7 +213,7 @@ def gathered(text: str) -> list[str]:
 
 
 def fetch(tree: Any) -> Any:
-    """Complete numpy arrays in every process, however the arrays are sharded."""
+    """Converts the arrays of a tree, however sharded, to complete numpy arrays in every process."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
 
@@ -228,9 +228,9 @@ def fetch(tree: Any) -> Any:
 
 
 def fetch_to_first(tree: Any) -> Any:
-    """Complete numpy arrays in process 0 and None in the others, fetched one at a time to bound memory.
+    """Like `fetch`, but other processes than 0 get None for each array; fetches one at a time to bound memory.
 
-    A run of one process gets its tree back unchanged.
+    In a run of one process, the tree is returned unchanged.
     """
     if jax.process_count() == 1:
         return tree
@@ -243,7 +243,7 @@ def fetch_to_first(tree: Any) -> Any:
 
 
 def fail_together(problem: str) -> None:
-    """Raises UserError in every process if any of them has a problem; "" means none."""
+    """Raises UserError in every process if any process has a `problem`; "" means none."""
     texts = gathered(problem)
     problems = [f"process {i}: {text}" if len(texts) > 1 else text for i, text in enumerate(texts) if text]
     if problems:
@@ -255,7 +255,7 @@ def _and_more(count: int, comma: str = " ") -> str:
 
 
 def check_same_command(config: Mapping[str, Any], workdir: str) -> None:
-    """Checks that all processes have the same config, in JSON's types, and the same workdir.
+    """Checks that all processes have the same config, in JSON types, and the same workdir.
 
     Raises:
       UserError: in every process, naming the processes and keys that differ from process 0.
@@ -304,7 +304,7 @@ def check_shared(workdir: str | Path) -> None:
 
 
 def _invisible(paths: Sequence[Path]) -> list[Path]:
-    """The files that do not appear in time; network file systems show another host's files with a delay."""
+    """The files that do not become visible in time; network file systems show files of other hosts with a delay."""
     deadline = time.monotonic() + _VISIBLE_SECONDS
     while True:
         missing = [path for path in paths if not path.exists()]
@@ -314,7 +314,7 @@ def _invisible(paths: Sequence[Path]) -> list[Path]:
 
 
 def leave(code: int) -> None:
-    """Exits if there are several processes; a normal exit would wait for the others, which may wait for this one."""
+    """Exits at once if there are several processes; a normal exit would wait for the others, possibly forever."""
     if jax.process_count() > 1:
         time.sleep(1)  # lets processes that fail the same way print their error first
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Stopping on SIGTERM, which spot and preemptible machines receive shortly before they are taken away.
+"""Stops a run on SIGTERM, which processes on spot and preemptible machines receive shortly before these end.
 
 A stopped run saves its state and exits with code `STOPPED`. The same command resumes it.
 """
@@ -21,7 +21,7 @@ class Stopped(Exception):
 
 
 class _Request:
-    """Whether this process was asked to stop, and what it does then."""
+    """The state of stopping in this process."""
 
     received = False
     deferred = False  # inside `holding`: do not raise in the signal handler
@@ -38,10 +38,10 @@ def _on_sigterm(number: int, frame: Any) -> None:
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Within this context SIGTERM (spot preemption) raises `Stopped`.
+    """A context in which SIGTERM (spot preemption) raises `Stopped`.
 
-    A single process raises at once, or inside `holding` at the next `stop_if_asked`. With several processes JAX
-    catches the signal in each of them and makes all stop at the same call of `stop_asked`.
+    A single process raises at once, or inside `holding` at the next `stop_if_asked`. With several processes, JAX
+    catches the signal, and `stop_asked` returns True in all of them at the same call.
     """
     if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
         yield
@@ -56,7 +56,7 @@ def stoppable() -> Iterator[None]:
 
 @contextlib.contextmanager
 def holding() -> Iterator[None]:
-    """Within this context SIGTERM raises nothing; the caller asks `stop_asked`, and saves before it stops."""
+    """A context in which SIGTERM raises nothing; the caller checks `stop_asked` and saves its state before stopping."""
     _Request.deferred = True
     try:
         yield
@@ -65,7 +65,7 @@ def holding() -> Iterator[None]:
 
 
 def stop_asked() -> bool:
-    """Whether the run should stop now. All processes must call this equally often; they get the same answer."""
+    """Whether the run should stop now. All processes must call this equally often, and get the same result."""
     if jax.process_count() == 1:
         return _Request.received
     _Request.checks += 1
@@ -73,6 +73,6 @@ def stop_asked() -> bool:
 
 
 def stop_if_asked() -> None:
-    """Raises `Stopped` if the run should stop now; for places with nothing to save."""
+    """Raises `Stopped` if the run should stop now; for callers that have no state to save."""
     if stop_asked():
         raise Stopped

@@ -1,4 +1,4 @@
-"""Timing of device work, and progress bars."""
+"""Times work on devices, and shows progress bars."""
 
 import sys
 import time
@@ -11,16 +11,16 @@ def in_turns(cases: Sequence[tuple[Callable, Callable]], repeats: int) -> list[l
     """Times several cases in alternation, so that a slow phase of the machine affects all of them.
 
     Args:
-      cases: (fresh, call); `call(fresh())` is one run, of which only `call` is timed.
-      repeats: timed rounds; one more round warms up.
+      cases: pairs (fresh, call); `call(fresh())` is one run, of which only `call` is timed.
+      repeats: number of timed rounds, after one more round to warm up.
 
     Returns:
-      For each case the seconds of its runs.
+      For each case the seconds of its timed runs.
     """
     seconds: list[list[float]] = [[] for _ in cases]
     for repeat in range(repeats + 1):
         for turn in range(len(cases)):
-            # Each round begins with another case, so that none always follows the same neighbour.
+            # The order of the cases rotates from round to round.
             index = (turn + repeat) % len(cases)
             fresh, call = cases[index]
             inputs = jax.block_until_ready(fresh())
@@ -53,7 +53,7 @@ def progress(iterable: Iterable | None = None, *, total: int | None = None, desc
 
 
 class _Lines:
-    """A stream that prints each state of a bar to stderr as a line of its own, so that log files stay readable."""
+    """A stream that prints each update of a progress bar on a separate line of stderr, for readable log files."""
 
     def write(self, text: str) -> None:
         if text := text.strip("\r\n "):
