@@ -1,4 +1,4 @@
-"""What speed costs in quality: each way to decode over the seeds of a record, operating points, the Pareto front.
+"""Trade-off of quality and speed: decoding settings over the seeds of a record, operating points, Pareto front.
 
 A record is several runs of one config, joined by `configs.records.condense`. Quality and block efficiency come from the
 stage "quality", latency from the stage "latency", which is short, so that it can run on an otherwise idle machine.
@@ -10,15 +10,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from specjax.reporting import tables
 from specjax.reporting.estimates import Estimate
 
-# The share of plain decoding's quality that an operating point may lose.
+# Maximum relative loss of quality, compared with plain decoding, of an operating point.
 LOSS = 0.01
-# The metrics that papers quote. A task with none of them is judged by its first metric.
+# The metrics that papers report. For a task without these, its first metric is used.
 MAIN_METRICS = ("exact_match", "rouge2", "bleu")
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One way to decode: its cost (less is better) and the quality of its texts (more is better)."""
+    """A decoding setting with its cost (lower is better) and the quality of its texts (higher is better)."""
 
     name: str
     cost: float
@@ -26,13 +26,13 @@ class Point:
 
 
 def operating_point(points: Iterable[Point], least_quality: float) -> Point | None:
-    """The cheapest point of at least this quality, the better one of equally cheap ones; None if there is none."""
+    """The point with the lowest cost among those of at least this quality, ties by quality; None if there is none."""
     good = [point for point in points if point.quality >= least_quality]
     return min(good, key=lambda point: (point.cost, -point.quality), default=None)
 
 
 def pareto_front(points: Sequence[Point]) -> list[Point]:
-    """The points, by cost, that no other point dominates: at most as costly, at least as good, and not equal to it."""
+    """The points, ordered by cost, for which no other point has lower or equal cost and higher or equal quality."""
 
     def dominated(point: Point) -> bool:
         return any(
@@ -46,17 +46,17 @@ def pareto_front(points: Sequence[Point]) -> list[Point]:
 
 
 def main_metric(rows: Sequence[Mapping]) -> str:
-    """The metric that the rows are judged by."""
+    """The name of the quality metric to use for these rows."""
     quality = next(row["quality"] for row in rows if row.get("quality"))
     return next((name for name in MAIN_METRICS if name in quality), next(iter(quality)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One way to decode, over the seeds of its record.
+    """A decoding setting with its results over the seeds of a record.
 
     Attributes:
-      quality: of its texts.
+      quality: quality of its texts.
       lost: plain decoding's quality on the same prompts minus its own.
       efficiencies: block efficiency by seed.
       latency: seconds per token divided by those of the run's plain decoding; None if it was not measured.
@@ -85,7 +85,7 @@ _SETTINGS = ("drafter", "rule", "lenience", "gamma", "temperature")
 
 
 def cells(record: Mapping) -> list[Cell]:
-    """Each way to decode in a record's stage "quality", in the order of its rows, with its latency if measured."""
+    """A Cell for each decoding setting of a record's stage "quality", in the order of rows, with measured latency."""
     metric = main_metric(record["rows"])
     stages: dict[str, dict[tuple, list[Mapping]]] = {"quality": {}, "latency": {}}
     for row in record["rows"]:
@@ -107,6 +107,6 @@ def cells(record: Mapping) -> list[Cell]:
 
 
 def least_quality(ways: Sequence[Cell], temperature: float) -> float:
-    """The least quality of an operating point at this temperature."""
+    """The minimum quality of an operating point at this temperature."""
     plain = next(way for way in ways if (way.gamma, way.drafter, way.temperature) == (0, "none", temperature))
     return (1 - LOSS) * plain.quality.mean

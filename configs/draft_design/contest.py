@@ -64,14 +64,14 @@ def drafts_of(trained: Sequence[str]) -> dict[str, dict]:
 
 
 def check_drafters(rows: Sequence[Mapping], drafts: Mapping[str, Mapping]) -> None:
-    """Raises UserError if a drafter of these evaluate rows is none of the drafts."""
+    """Raises UserError if a drafter in these evaluation rows is not one of the drafts."""
     for name in (row["drafter"] for row in rows if row["gamma"]):
         if name not in drafts:
             raise UserError(f'no training of this study made the drafter "{name}"; list its stage')
 
 
 class Entry(NamedTuple):
-    """One way to decode: a drafter at a gamma; plain decoding at gamma 0."""
+    """A decoding setting: a drafter with a gamma; gamma 0 is plain decoding."""
 
     drafter: str
     gamma: int
@@ -171,7 +171,7 @@ def _advised(group: Sequence[Mapping], drafts: Mapping[str, Mapping]) -> Entry:
 
 
 def parts_of(row: Mapping) -> throughput.PartSeconds:
-    """The parts of a block that an evaluate row holds."""
+    """The seconds of a block's parts in an evaluation row."""
     keys = ("draft_step_seconds", "target_step_seconds", "verify_seconds", "rule_seconds", "baseline_rule_seconds")
     return throughput.PartSeconds(*(row[key] for key in keys))
 

@@ -31,7 +31,7 @@ _FILL = 0.8
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is timed, as `latency.TimedStep`; `steps` run in one dispatch on the device."""
+    """A step to time; fields are as in `latency.TimedStep`, with a model of this shape."""
 
     shape: DecoderConfig
     tokens: int = 1
@@ -41,7 +41,7 @@ class Case:
 
     @property
     def key(self) -> str:
-        """The case as text, for the file."""
+        """The case as text, which is its key in the file."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
 
     @property
@@ -58,7 +58,7 @@ class Case:
         return -(-(self.context + self.tokens) // _SLOTS) * _SLOTS
 
     def step(self) -> latency.TimedStep:
-        """The case as `latency.step_case` takes it."""
+        """The case as a `latency.TimedStep`."""
         return latency.TimedStep(Decoder(self.shape), self.tokens, self.batch, self.context, self._capacity, self.steps)
 
 
@@ -78,13 +78,13 @@ class Point:
 
 
 def shape_columns(shape: DecoderConfig) -> dict[str, int]:
-    """A shape's columns in the tables."""
+    """The table columns that describe a shape."""
     sizes = {key: getattr(shape, key) for key in ("layers", "width", "heads", "mlp_width")}
     return {**sizes, "parameters": shapes.parameters(shape)}
 
 
 def columns(case: Case, point: Point) -> dict[str, Any]:
-    """A timed shape's columns in the tables."""
+    """The table columns of a timed shape."""
     return {
         **shape_columns(case.shape),
         "milliseconds": 1e3 * point.seconds,
@@ -96,7 +96,7 @@ def columns(case: Case, point: Point) -> dict[str, Any]:
 
 
 def device() -> dict[str, Any]:
-    """What distinguishes the device of a profile from others, including the compiler of its programs."""
+    """A description that identifies the device of a profile and the version of JAX."""
     first = jax.devices()[0]
     described = {"platform": first.platform, "device_kind": first.device_kind, "device_count": jax.device_count()}
     described["jax"] = jax.__version__
@@ -108,7 +108,7 @@ def device() -> dict[str, Any]:
 
 
 def memory_bytes() -> int | None:
-    """Bytes that the device has for arrays; None if it does not say."""
+    """Bytes of device memory available for arrays; None if the device does not report it."""
     stats = jax.devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"])
@@ -204,7 +204,7 @@ class Profile:
         return self._rates
 
     def _add(self, points: dict[str, Point]) -> None:
-        """Adds points and writes the file."""
+        """Adds measured points and writes the file."""
         self._points |= points
         stored = {key: dataclasses.asdict(point) for key, point in self._points.items()}
         content = {"schema": SCHEMA, "device": self.device, "rates": self._rates, "points": stored}

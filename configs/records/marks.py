@@ -10,7 +10,7 @@ from specjax.reporting.panels import DASHES, Theme, looks_of, save_panels
 
 @dataclasses.dataclass(frozen=True)
 class Mark:
-    """A point with its intervals, None where there is none; hollow or full."""
+    """A point with its intervals in both directions (None if there is none), drawn hollow or filled."""
 
     x: float | int
     x_edges: tuple[float, float] | None

@@ -1,4 +1,4 @@
-"""What the tables of all records have in common: tables of all columns, rows and gains by seed."""
+"""Helpers for the tables of all records: tables with all columns, and rows and gains by seed."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -31,10 +31,10 @@ def by_recipe(rows: Iterable[Mapping]) -> Cells:
 
 
 def gains(values: Mapping[int, float], others: Mapping[int, float]) -> list[float]:
-    """By how many percent `values` exceed `others`, for each seed that both have."""
+    """The percentage by which `values` exceed `others`, for each seed that both have."""
     return [100 * (values[seed] / others[seed] - 1) for seed in sorted(values) if seed in others]
 
 
 def percent(values: Sequence[float]) -> Measured | None:
-    """The mean of one gain in percent per seed, with its interval; None without any."""
+    """The mean over seeds of gains in percent, with its interval; None without gains."""
     return Measured.over_seeds(values, "+.1f", unit="%") if values else None

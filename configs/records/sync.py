@@ -31,7 +31,7 @@ GENERATED: dict[str, Callable[[], str]] = {"metrics": metrics_table}
 
 
 def synced(text: str, directory: str | Path) -> str:
-    """A page's text with every table that it has a place for and that the records in `directory` give.
+    """A page's text with its tables updated from the records in `directory`.
 
     Raises:
       UserError: for a damaged record, a record without the values of its table, and marks that are not closed.
