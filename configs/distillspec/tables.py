@@ -38,7 +38,7 @@ def lossy_groups(record: Mapping) -> Iterator[tuple[Cell, list[Cell]]]:
 
 
 def operating_cell(record: Mapping, lossy_cells: list[Cell], by: str) -> Cell | None:
-    """The cheapest of these lossy ways to decode by this cost whose quality is within LOSS of plain decoding's."""
+    """The lossy setting with the lowest cost whose quality is within LOSS of plain decoding's."""
     by_label = {cell.label: cell for cell in lossy_cells}
     points = [Point(label, _COSTS[by](cell), cell.quality.mean) for label, cell in by_label.items()]
     best = operating_point(points, least_quality(cells(record), lossy_cells[0].temperature))
@@ -86,7 +86,7 @@ def _scores(cell: Cell) -> dict[str, str | None]:
 
 
 def lossy(record: Mapping) -> str:
-    """The operating points, then every setting."""
+    """Markdown tables of the operating points and of every decoding setting."""
     settings = lambda cell: {"temperature": cell.temperature, "draft": cell.drafter, "rule": cell.label}
     columns = lambda cell: settings(cell) | {"gamma": cell.gamma, "block efficiency": str(cell.block_efficiency)}
     lines = [columns(cell) | _scores(cell) for cell in cells(record)]
@@ -112,7 +112,7 @@ _DRAFTS = {"sd": "SD", "distillspec": "DistillSpec"}
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """A model of the garden and how it is decoded: "plain", "SD" or "DistillSpec"."""
+    """A model of the garden with its decoding method: "plain", "SD" or "DistillSpec"."""
 
     model: str
     decoded: str
@@ -137,7 +137,7 @@ def garden_members(record: Mapping) -> list[Member]:
 
 
 def garden_best(record: Mapping) -> Member | None:
-    """The member with the least latency within LOSS of the largest model's quality; None if none was timed."""
+    """The member with the lowest latency and a quality within LOSS of the largest model's; None if none was timed."""
     members = {member.name: member for member in garden_members(record)}
     ways = [member.cell for member in members.values()]
     points = [member.point for member in members.values() if member.cell.latency is not None]

@@ -89,7 +89,7 @@ def layers(variant: str, target: str) -> ConfigDict:
 
 
 def kangaroo(path: str, gammas: tuple[int, ...], threshold: float, *, adjusted: bool = False) -> dict:
-    """A drafter's section: a block ends after the first token of which the draft was less sure than the threshold.
+    """A drafter's section; drafting stops after a token whose largest probability is below the threshold.
 
     With `adjusted`, confidence is measured after temperature, not at temperature 1.
     """
@@ -122,7 +122,7 @@ def spec_bench(variant: str, target: str, questions: str, drafters: dict) -> Con
 
 
 def sample_questions() -> str:
-    """A few made-up questions in Spec-Bench's layout."""
+    """A few invented questions in Spec-Bench's format, for smoke runs."""
     return str(pathlib.Path(__file__).with_name("sample_questions.jsonl"))
 
 

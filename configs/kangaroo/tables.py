@@ -47,7 +47,7 @@ def setting_of(record: Mapping, stage: str, key: str) -> Any:
 
 
 def added_params(record: Mapping, stage: str, drafter: str) -> int | None:
-    """The parameters that a drafter adds to its target: 0 if it was not trained, None for plain decoding."""
+    """The number of parameters that a drafter adds to its target: 0 if untrained, None for plain decoding."""
     if setting_of(record, stage, f"drafters.{drafter}.kind") is None:
         return None
     path = setting_of(record, stage, f"drafters.{drafter}.path") or ""
@@ -167,7 +167,7 @@ def separation(histogram: Mapping[str, Sequence[int]]) -> float | None:
 
 
 def histogram_row(record: Mapping) -> Mapping | None:
-    """The greedy row without a threshold that drafted most, so that no stop hides its uncertain tokens."""
+    """The greedy row without a threshold that drafted most tokens, so that uncertain tokens are not left out."""
     rows = [row for row in drafted(record, "grid") if not row["threshold"] and row.get("confidence")]
     return max(rows, key=lambda row: row["gamma"], default=None)
 

@@ -1,4 +1,4 @@
-"""Joins several runs of one config in one small record, for `make tables`.
+"""Joins the results of several runs of one config into one small record, for `make tables`.
 
     python -m configs.records.condense configs/records/lossy.json runs/lossy_0 runs/lossy_1 runs/lossy_2
 
