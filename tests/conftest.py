@@ -27,7 +27,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 # The longest files run first, so that no worker is left alone with one at the end.
-LONGEST = ("test_smoke", "test_notebook", "test_exactness", "test_trainer", "test_plan", "test_loop")
+LONGEST = ("test_tpu", "test_smoke", "test_notebook", "test_exactness", "test_trainer", "test_plan", "test_loop")
 
 # Each test of these files is a run of its own, up to a minute and a half long: any free worker takes the next one. The
 # tests of every other file share fixtures, so they stay on one worker.
