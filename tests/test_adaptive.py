@@ -217,7 +217,8 @@ def test_the_chi_square_test_rejects_a_length_picked_by_a_dropped_token(small):
 
 def plan_and_params(models, pair, kind, threshold=0.0, *, gamma, rule="lossless", greedy=False):
     target, params, adapter, adapter_params = models
-    options = {"threshold": threshold, "adaptive": True, **({"adapter": adapter} if kind == "kangaroo" else {})}
+    options = {"adaptive": True, **({"adapter": adapter} if kind == "kangaroo" else {})}
+    options |= {} if kind == "ngram" else {"threshold": threshold}  # ngram has no probabilities
     plan = pair.plan(kind, gamma, rule, greedy, **options)
     if kind == "kangaroo":
         return plan, adapter_params

@@ -83,7 +83,7 @@ def test_heads_in_chunks_need_a_chunks_logits_and_all_at_once_those_of_all_posit
 def test_a_step_that_does_not_end_is_named_with_what_to_lower():
     config = configs.load(f"{CONFIG.with_name('distillation_memory.py')}:smoke")
     config.memory.divergence = "forward"
-    with pytest.raises(UserError, match="vocabulary of 4096 and chunks of 16 .*unknown divergence.*lower memory"):
+    with pytest.raises(UserError, match="vocabulary of 4096 and chunks of 16 .*there is no divergence.*lower memory"):
         benchmark.distillation_memory(config)
     config.memory.draft = "drafd"
     with pytest.raises(UserError, match='describes no model "drafd"; did you mean "draft"'):

@@ -51,12 +51,13 @@ def make_options(kind: str | type, values: Mapping[str, Any], where: str = "") -
     """
     options = options_class(kind)
     fields = dataclasses.fields(options)
+    names_of = lambda table: [field.name for field in dataclasses.fields(table)]
     for name in values:
-        if name not in [field.name for field in fields]:
-            owners = [f'"{other}"' for other, table in DRAFTERS.items() if name in table.__dataclass_fields__]
+        if name not in names_of(options):
+            owners = ", ".join(f'"{other}"' for other, table in DRAFTERS.items() if name in names_of(table))
             if owners:
-                raise UserError(f'{where}{name} is an option of {" and ".join(owners)}, not of "{kind}"; leave it out')
-            raise UserError(f"{where}{name} does not exist{nearest(name, [field.name for field in fields])}")
+                raise UserError(f'{where}{name} is an option of {owners}, not of "{kind}"; leave it out')
+            raise UserError(f"{where}{name} does not exist{nearest(name, names_of(options))}")
     for field in fields:
         if field.default is dataclasses.MISSING and field.name not in values:
             raise UserError(f'{where}{field.name} is missing, and drafter "{kind}" needs it; give it a value')
