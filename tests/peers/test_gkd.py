@@ -195,7 +195,7 @@ class Ours:
         with meshes.use(self.mesh):
             began = time.perf_counter()
             self.trainer._advance(next(self._batches))
-            self.trainer._settle()
+            self.trainer._read_pending()
             self.seconds.append(time.perf_counter() - began)
         assert self.trainer.tokens - learned == self.size * NEW
 
