@@ -129,7 +129,7 @@ def _summary(row: dict, colours: bool) -> str:
         parts.append(f"{row['acceptance_rate']:.0%} of the drafted tokens accepted")
     parts.append(f"{row['tokens_per_second']:.1f} tokens/s, compiling included")
     if row["lenience"] is not None:
-        parts.append(f"{tables.rule_label(row)}: not the target's law")
+        parts.append(f"{tables.rule_label(row)}: not the target's distribution")
     if colours:
         parts.append(", ".join(f"\033[{colour}m{origin}\033[0m" for origin, colour in _COLOURS.items()))
     return "; ".join(parts)

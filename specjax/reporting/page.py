@@ -291,7 +291,11 @@ def results_table(rows: Sequence[Mapping]) -> Table:
             leader = best.setdefault((row.get("task"), row["temperature"]), number)
             if row["speedup"] > rows[leader]["speedup"]:
                 best[row.get("task"), row["temperature"]] = number
-    note = " Lossy rows do not follow the target's law and are never marked." if any(map(tables.is_lossy, rows)) else ""
+    note = (
+        " Lossy rows do not follow the target's distribution and are never marked."
+        if any(map(tables.is_lossy, rows))
+        else ""
+    )
     caption = "± is half the 95% bootstrap interval. Marked: the fastest at each temperature." + note
     return rows_table(tables.short_targets(rows), keys, best=frozenset(best.values()), caption=caption)
 
