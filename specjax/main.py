@@ -26,11 +26,15 @@ def run(config: ConfigDict, workdir: str | Path) -> dict:
     """
     if "stages" not in config:
         return binary(config)(config, workdir)
+    _check_stages(config)
+    with configs.claimed(config, workdir):
+        return _run_stages(config, Path(workdir))
+
+
+def _run_stages(config: ConfigDict, workdir: Path) -> dict:
     from specjax.reporting import records
 
-    workdir, results = Path(workdir), Path(workdir) / "results.json"
-    _check_stages(config)
-    configs.assert_same_run(config, workdir)
+    results = workdir / "results.json"
     rows, comparisons = [], []
     for number, name in enumerate(config.stages):
         finished = workdir / name / "results.json"
@@ -40,9 +44,9 @@ def run(config: ConfigDict, workdir: str | Path) -> dict:
             if processes.first():
                 print(f"[{number + 1}/{len(config.stages)}] {name}", file=sys.stderr, flush=True)
                 results.unlink(missing_ok=True)
-            configs.assert_same_run(config[name], workdir / name)
-            section = configs.resolve(config[name], workdir, config.stages[:number])
-            binary(section)(section, workdir / name)
+            with configs.typed_keys(config, name), configs.claimed(config[name], workdir / name):
+                section = configs.resolve(config[name], workdir, config.stages[:number])
+                binary(section)(section, workdir / name)
         outcome = records.read_results(finished)
         rows += [{"stage": name, **row} for row in outcome["rows"]]
         comparisons += outcome.get("comparisons", [])

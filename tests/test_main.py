@@ -312,6 +312,75 @@ def test_a_stage_that_fails_leaves_the_finished_ones_and_no_result_for_the_whole
     assert not (tmp_path / "w" / "results.json").exists()
 
 
+def reads(config, workdir):
+    """A binary that reads the file in `task.path`."""
+    if not Path(config.task.path).is_file():
+        raise UserError(f"there is no {config.task.path}; set task.path, or config.target, to a file")
+    (Path(workdir) / "results.json").write_text("{}")
+
+
+def config_of(folder, prompts="", stages=False):
+    """A config whose sections refer to the key `prompts`; the first of two stages has data of its own."""
+    text = f"""
+from ml_collections import ConfigDict
+
+def get_config():
+    config = ConfigDict({{"prompts": "{prompts}", "target": "", "seed": 0}})
+    section = lambda: ConfigDict({{"binary": "", "task": {{"path": config.get_ref("prompts")}}, "steps": 5}})
+    if not {stages}:
+        config.task = section().task
+        return config
+    config.first, config.second, config.stages = section(), section(), ("first", "second")
+    config.first.task = ConfigDict({{"path": "{folder}/first.txt"}})
+    return config
+"""
+    return written(folder / "c.py", text)
+
+
+def test_a_wrong_path_does_not_block_the_corrected_command(tmp_path, capsys):
+    workdir, prompts = tmp_path / "w", written(tmp_path / "prompts.txt", "a")
+    command = [f"--config={config_of(tmp_path)}", f"--workdir={workdir}"]
+    assert cli.launch(reads, "specjax.evaluate", [*command, f"--config.prompts={tmp_path}/prompt.txt"]) == 2
+    assert "prompt.txt; set --config.prompts, or config.target, to a file" in capsys.readouterr().err
+    assert list(workdir.iterdir()) == []
+    assert cli.launch(reads, "specjax.evaluate", [*command, f"--config.prompts={prompts}"]) == 0
+    assert cli.launch(reads, "specjax.evaluate", [*command, f"--config.prompts={tmp_path}/prompt.txt"]) == 2
+    assert "belongs to a run with another config (prompts:" in capsys.readouterr().err
+    assert cli.launch(reads, "specjax.evaluate", [*command, f"--config.prompts={prompts}"]) == 0
+
+
+def test_a_wrong_path_of_a_later_stage_can_be_corrected(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(main, "binary", lambda section: reads)
+    monkeypatch.setattr(records, "read_results", lambda path: {"rows": []})
+    monkeypatch.setattr(records, "write_results", lambda *_, **__: {})
+    written(tmp_path / "first.txt", "a")
+    command = [f"--config={config_of(tmp_path, stages=True)}", f"--workdir={tmp_path / 'w'}"]
+    good = [*command, f"--config.prompts={written(tmp_path / 'prompts.txt', 'a')}"]
+    wrong = [*command, f"--config.prompts={tmp_path}/prompt.txt", "--config.second.steps=-1"]
+    assert cli.launch(main.run, "specjax.main", wrong) == 2
+    assert "set --config.prompts, or" in capsys.readouterr().err
+    assert cli.launch(main.run, "specjax.main", [*good, "--config.first.steps=6"]) == 2
+    assert "first.steps: 5 -> 6" in capsys.readouterr().err
+    assert cli.launch(main.run, "specjax.main", good) == 0
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_data_that_changed_since_the_run_began_is_refused(tmp_path, capsys, folder):
+    place = tmp_path / "data"
+    file = place / "a.txt" if folder else place
+    file.parent.mkdir(exist_ok=True)
+    written(file, "some text")
+    command = [f"--config={config_of(tmp_path, prompts=place)}", f"--workdir={tmp_path / 'w'}"]
+    run = lambda config, workdir: (Path(workdir) / "checkpoint").write_text("")
+    assert cli.launch(run, "specjax.distill", command) == cli.launch(run, "specjax.distill", command) == 0
+    for text, sizes in (("same size", "9 bytes then, 9 now"), ("longer text", "9 bytes then, 11 now")):
+        written(file, text)
+        assert cli.launch(run, "specjax.distill", command) == 2
+        assert f"{place} changed since the run in {tmp_path / 'w'} began ({sizes})" in capsys.readouterr().err
+    written(file, "some text")
+    assert cli.launch(run, "specjax.distill", command) == 0
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -61,9 +61,11 @@ def launch(run: Callable[[ConfigDict, str], Any], module: str, argv: Sequence[st
         joining, argv = processes.parse(argv)
         config, workdir = parse(argv)
         processes.start(joining, os.environ)
-        with stopping.stoppable():
-            _begin(config, workdir)
-            run(config, workdir)
+        with stopping.stoppable(), configs.typed_keys(config):
+            processes.check_same_command(configs.to_plain(config), workdir)
+            processes.check_shared(workdir)
+            with configs.claimed(config, workdir):
+                run(config, workdir)
         processes.meet("the end")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -88,13 +90,6 @@ def launch(run: Callable[[ConfigDict, str], Any], module: str, argv: Sequence[st
             )
         processes.leave(1)
     return 0
-
-
-def _begin(config: ConfigDict, workdir: str) -> None:
-    """Checks that processes agree and that `workdir` is usable. Raises UserError in all processes if one fails."""
-    processes.check_same_command(configs.to_plain(config), workdir)
-    processes.check_shared(workdir)
-    configs.assert_same_run(config, workdir)
 
 
 def parse(argv: Sequence[str], *, needs_workdir: bool = True) -> tuple[ConfigDict, str]:

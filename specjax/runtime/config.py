@@ -1,7 +1,10 @@
 """Loads config files, resolves references to earlier stages, and makes sure that a workdir is used with one config."""
 
+import contextlib
+import hashlib
 import importlib.util
 import json
+import re
 import sys
 import types
 from collections.abc import Collection, Iterator, Mapping
@@ -9,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from specjax.runtime.errors import UserError, nearest
 
@@ -19,6 +22,8 @@ _PACKAGE = "configs"
 _REFERENCES = {"stage": "export", "workdir": ""}
 # The value "required:KEY:WHAT" of a config must be replaced on the command line, by --config.KEY=...
 _REQUIRED = "required:"
+# Files of a workdir: the config of its run, and size and digest of the data that the run reads.
+_CONFIG_FILE, _DATA_FILE = "config.json", "data.json"
 # Keys of earlier versions -> what replaces them. A pattern matches the end of a key's path; "*" matches one name.
 RENAMED = {
     "model.whole": "model.replicate",
@@ -153,6 +158,38 @@ def resolve(config: ConfigDict, workdir: str | Path, earlier: Collection[str]) -
     return resolved
 
 
+@contextlib.contextmanager
+def claimed(config: ConfigDict, workdir: str | Path) -> Iterator[None]:
+    """A context that runs a config in `workdir`, which then belongs to it: see `assert_same_run` and `check_data`.
+
+    If it fails before it has written anything else, `config.json` is removed again, or the stages that have not begun
+    are removed from it, so that a corrected command can use the same folder.
+    """
+    path, before = Path(workdir) / _CONFIG_FILE, _files(workdir)
+    assert_same_run(config, workdir)
+    try:
+        check_data(config, workdir)
+        yield
+    except BaseException:
+        stages = config.stages if "stages" in config else ()
+        begun = [name for name in stages if (Path(workdir) / name / _CONFIG_FILE).exists()]
+        if jax.process_index():
+            pass
+        elif begun:
+            plain = to_plain(config)
+            idle = set(stages) - set(begun)
+            _write(path, {**{key: value for key, value in plain.items() if key not in idle}, "stages": begun})
+        elif path not in before and _files(workdir) <= before | {path, path.with_name(_DATA_FILE)}:
+            path.unlink(missing_ok=True)
+            path.with_name(_DATA_FILE).unlink(missing_ok=True)
+        raise
+
+
+def _files(folder: str | Path) -> set[Path]:
+    """All files in a folder, except those with which processes check that they share it."""
+    return {path for path in Path(folder).rglob("*") if path.is_file() and not path.name.startswith(".process-")}
+
+
 def assert_same_run(config: ConfigDict, workdir: str | Path) -> None:
     """Writes `workdir/config.json`; if the file exists, checks that it has the same content.
 
@@ -162,19 +199,20 @@ def assert_same_run(config: ConfigDict, workdir: str | Path) -> None:
     Raises:
       UserError: listing the keys that differ, as `key: old -> new`.
     """
-    path = Path(workdir) / "config.json"
+    path = Path(workdir) / _CONFIG_FILE
     new = to_plain(config)
     if not path.exists():
         _write(path, new)
         return
-    try:
-        old = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is damaged ({error}); choose another --workdir") from error
+    old = _read(path)
     comparable = _without_new_stages(new, old)
     before, after = ({key: json.dumps(value) for key, value in leaves(tree)} for tree in (old, comparable))
     changed = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
     forbidden = [key for key in changed if "mesh" not in key.split(".")]
+    if "stages" in comparable:  # other sections have an effect only on stages that refer to them
+        forbidden = [
+            key for key in forbidden if key.partition(".")[0] in ("stages", *comparable["stages"], *old["stages"])
+        ]
     if forbidden:
         changes = "; ".join(f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}" for key in forbidden)
         raise UserError(
@@ -185,22 +223,96 @@ def assert_same_run(config: ConfigDict, workdir: str | Path) -> None:
         _write(path, new)
 
 
+def _read(path: Path) -> dict:
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is damaged ({error}); choose another --workdir") from error
+    if not isinstance(fields, dict):
+        raise UserError(f"{path} is damaged (it is no JSON object); choose another --workdir")
+    return fields
+
+
 def _write(path: Path, config: dict) -> None:
     if jax.process_index():
         return  # process 0 writes it
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name("config.json.partial")
+    partial = path.with_name(f"{path.name}.partial")
     partial.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
 
 
-def _without_new_stages(config: dict, old: Any) -> dict:
+def _without_new_stages(config: dict, old: dict) -> dict:
     """`config` without the stages that are missing in `old`, the config that the workdir already has."""
-    if "stages" not in config or not isinstance(old, dict) or not isinstance(old.get("stages"), list):
+    if "stages" not in config or "stages" not in old:
         return config
     added = {name for name in config["stages"] if name not in old["stages"] and name not in old}
     remaining = {key: value for key, value in config.items() if key not in added}
     return {**remaining, "stages": [name for name in config["stages"] if name not in added]}
+
+
+def check_data(config: ConfigDict, workdir: str | Path) -> None:
+    """Records size and digest of the data in every `task.path` in `workdir/data.json`; checks those recorded before.
+
+    Raises:
+      UserError: for data that changed since the run began; data that is missing is left to its reader.
+    """
+    path = Path(workdir) / _DATA_FILE
+    recorded = _read(path) if path.is_file() else {}
+    places = {value for key, value in leaves(to_plain(config)) if f".{key}".endswith(".task.path")}
+    current = {place: digest for place in places if isinstance(place, str) and (digest := _digest_of(place))}
+    for place in current.keys() & recorded.keys():
+        if recorded[place] != current[place]:
+            sizes = f"{recorded[place]['bytes']} bytes then, {current[place]['bytes']} now"
+            raise UserError(
+                f"{place} changed since the run in {workdir} began ({sizes}); restore it, or choose another --workdir"
+            )
+    if current.keys() - recorded.keys():
+        _write(path, {**recorded, **current})
+
+
+def _digest_of(place: str) -> dict[str, Any] | None:
+    """The size of a file, or of the files in a folder, and a hash of their content; None if there is none."""
+    root = Path(place)
+    files = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file()) if place else []
+    whole, size = hashlib.sha256(), 0
+    for file in files:
+        with file.open("rb") as content:
+            whole.update(f"{file.relative_to(root)}\0{hashlib.file_digest(content, 'sha256').hexdigest()}".encode())
+        size += file.stat().st_size
+    return {"bytes": size, "sha256": whole.hexdigest()} if files else None
+
+
+@contextlib.contextmanager
+def typed_keys(config: ConfigDict, stage: str = "") -> Iterator[None]:
+    """A context in which a UserError names keys of the command line, where these differ from those a binary reads.
+
+    If a config has `prompts` and a section whose `task.path` refers to it, "task.path" becomes "--config.prompts". A
+    key without such a reference, as read by the binary of `stage`, gets the stage's name.
+    """
+    try:
+        yield
+    except UserError as error:
+        typed: dict[int, str] = {}  # reference -> its shortest key
+        fields = list(_fields(config))
+        for key, field in sorted(fields, key=lambda pair: (pair[0].count("."), pair[0])):
+            typed.setdefault(id(field), key)
+        text = str(error)
+        for key, field in fields:
+            inner = key.removeprefix(f"{stage}.") if stage else key
+            if inner != typed[id(field)] and (not stage or inner != key):
+                name = re.escape(inner) if "." in inner else f"config\\.{inner}"
+                text = re.sub(rf"(?<![\w.-])(--)?(config\.)?{name}(?![\w.])", f"--config.{typed[id(field)]}", text)
+        raise UserError(text) from error
+
+
+def _fields(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields (dotted key, reference or fresh object) for every leaf; keys that refer to one value share it."""
+    for key, value in config.items(preserve_field_references=True):
+        if isinstance(value, ConfigDict):
+            yield from _fields(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value if isinstance(value, FieldReference) else object()
 
 
 def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
