@@ -83,8 +83,9 @@ def test_a_users_task_trains_and_evaluates_a_model_from_a_config(task_file, tmp_
     config.stages = ("target", "evaluation")
     for section in (config.target, config.evaluation):
         section.task.update({"name": f"{task_file}:spelling", "size": 200})
-    config.evaluation.drafters = {"ngram": config.evaluation.drafters.ngram}
-    config.evaluation.compare = ()
+    config.target.train.update({"steps": 2, "eval_every": 2})
+    config.evaluation.drafters = {"ngram": {"kind": "ngram", "rules": {"lossless": (2,)}}}
+    config.evaluation.temperatures, config.evaluation.compare = (0.0,), ()
     main.run(config, tmp_path / "run")
     rows = json.loads((tmp_path / "run" / "evaluation" / "results.json").read_text())["rows"]
     assert rows and all(set(row["quality"]) == {"shorter"} for row in rows)
