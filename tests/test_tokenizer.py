@@ -97,7 +97,7 @@ def test_a_truncated_file_is_named(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     path = tmp_path / "tokenizer.json"
     path.write_text(path.read_text()[:-100])
-    with pytest.raises(UserError, match=r"tokenizer.json is not a valid tokenizer file"):
+    with pytest.raises(UserError, match=r"tokenizer.json cannot be read .*; copy it again"):
         Tokenizer.load(tmp_path)
 
 
@@ -172,6 +172,125 @@ def test_the_last_token_of_a_character_carries_it(made):
     assert "".join(loaded.pieces(cut)) == loaded.decode(cut) == "a \ufffd\ufffd\ufffd"
 
 
+PAIRS = [
+    ("def add(a, b):\n", "    return a + b"),
+    ("def add(a, b):", "\n    return a + b\n"),
+    ("Q: 1 + 1? A:", " 2"),
+    ("Q: 1 + 1? A: ", "it's 2"),
+    ("hello wor", "ld"),
+    ("naïve café 日", "本語 🙂"),
+    ("", "x hello"),
+    ("hello\n\n", "\nx"),
+]
+
+
+def json_variant(made, home, name):
+    """The `tokenizer.json` of a Llama with other rules for the space at the start of a text."""
+    directory = shutil.copytree(made["llama_as_json"], home / name)
+    fields = json.loads((directory / "tokenizer.json").read_text())
+    if name.startswith("metaspace"):
+        fields["normalizer"] = None
+        scheme = name.removeprefix("metaspace_")
+        fields["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
+    for token in fields["added_tokens"] if name == "normalized" else ():
+        token["normalized"] = True
+    (directory / "tokenizer.json").write_text(json.dumps(fields))
+    return directory
+
+
+VARIANTS = ("metaspace_first", "metaspace_always", "metaspace_never", "normalized")
+
+
+@pytest.fixture(scope="module")
+def every(made, tmp_path_factory):
+    """Tokenizers of every kind that encodes texts without loss, and of variants of `tokenizer.json`."""
+    home = tmp_path_factory.mktemp("variants")
+    directories = made | {name: json_variant(made, home, name) for name in VARIANTS}
+    lossy = ("t5", "t5_with_few_sentinels", "unigram")
+    return {name: Tokenizer.load(path) for name, path in directories.items() if name not in lossy}
+
+
+@pytest.mark.parametrize("kind", [*(set(toy_tokenizers.KINDS) - {"t5", "t5_with_few_sentinels", "unigram"}), *VARIANTS])
+def test_a_completion_continues_its_prompt_without_a_space_too_many(every, kind):
+    loaded = every[kind]
+    for prompt, completion in PAIRS:
+        ((head, ids),) = loaded.encode_pairs([prompt], [completion])
+        assert head == loaded.encode_prompt(prompt)
+        assert ids[-1] == loaded.end_id
+        assert loaded.decode(ids, after=head) == completion
+        assert "".join(loaded.pieces(ids, after=head)) == completion
+        written = loaded.decode([*(token for token in head if token not in loaded.eos_ids), *ids])
+        assert written.lstrip(" ") == (prompt + completion).lstrip(" ")
+
+
+def test_the_canonical_tokens_of_the_text_are_taken_where_they_begin_with_the_prompts(every):
+    loaded = every["llama"]
+    ((head, ids),) = loaded.encode_pairs(["hello"], [" world"])
+    assert [*head, *ids] == [*loaded.encode_prompt("hello world"), loaded.end_id]
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama_with_added_tokens", "llama_as_json", "byte_bpe", "normalized"])
+def test_a_text_that_begins_with_bos_gets_no_second_one(every, kind):
+    loaded = every[kind]
+    bos = loaded._backend.tokens[loaded.bos_id]
+    assert loaded.encode_prompt(f"{bos}hello").count(loaded.bos_id) == 1
+    assert loaded.encode_prompt("hello").count(loaded.bos_id) == 1
+    assert loaded.encode_pairs([f"{bos}hello"], ["x"])[0][0].count(loaded.bos_id) == 1
+
+
+@pytest.mark.parametrize("kind", ["normalized", "llama_as_json", "llama", "llama_with_added_tokens"])
+def test_special_tokens_are_parsed_and_have_no_text_whatever_their_flags(every, kind):
+    loaded = every[kind]
+    ids = [*loaded.encode("hello world"), 2]
+    assert loaded.decode(ids) == "".join(loaded.pieces(ids)) == "hello world"
+    assert 2 in loaded.encode("x</s>y")
+    assert loaded.encode("x </s>")[-1] == 2
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize("flags", [{}, {"lstrip": True}, {"rstrip": True}, {"single_word": True}])
+def test_added_tokens_of_an_old_file_are_found_inside_a_text_and_keep_their_flags(made, tmp_path, normalized, flags):
+    directory = json_variant(made, tmp_path, "normalized")
+    fields = json.loads((directory / "tokenizer.json").read_text())
+    token = dict(lstrip=False, rstrip=False, single_word=False, special=False, normalized=normalized) | flags
+    token |= {"id": len(fields["model"]["vocab"]), "content": "<think>"}
+    (directory / "tokenizer.json").write_text(json.dumps({**fields, "added_tokens": [*fields["added_tokens"], token]}))
+    loaded = Tokenizer.load(directory)
+    assert (token["id"] in loaded.encode("x<think>y")) == (not flags.get("single_word"))
+    assert token["id"] in loaded.encode("x <think> y")
+    bare = loaded.encode("x<think>y")
+    assert (loaded.encode("x<think> y") == bare) == flags.get("rstrip", False)
+    assert (loaded.encode("x <think>y") == bare) == flags.get("lstrip", False)
+
+
+def test_training_appends_the_token_that_ends_a_turn(made, tmp_path):
+    directory = changed(made["byte_bpe"], tmp_path / "a", tokenizer_config={"eos_token": "<|endoftext|>"})
+    chat = Tokenizer.load(directory)
+    assert chat.end_id == chat.encode("<|im_end|>")[0]  # in generation_config, and in the template after a turn
+    named = Tokenizer.load(changed(directory, tmp_path / "b", tokenizer_config={"chat_template": None}))
+    assert [named.end_id] == named.encode("<|endoftext|>") and named.eos_ids[0] != named.end_id
+    ends = {"eos_token": None, "chat_template": None}
+    unnamed = Tokenizer.load(changed(directory, tmp_path / "c", tokenizer_config=ends))
+    assert unnamed.end_id == unnamed.eos_ids[0]
+
+
+@pytest.mark.parametrize("template", [*toy_tokenizers.CHATS, "endings"])
+@pytest.mark.parametrize("kind", ["byte_bpe", "llama"])
+def test_a_reply_in_a_conversation_ends_where_its_turn_ends(made, tmp_path, kind, template):
+    own = "{% for m in messages %}<{{ m.role }}>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
+    own += "{% if add_generation_prompt %}<assistant>\n{% else %}{{ eos_token }}{% endif %}"
+    text = {**toy_tokenizers.CHATS, "endings": own}[template]
+    loaded = Tokenizer.load(changed(made[kind], tmp_path, tokenizer_config={"chat_template": text}))
+    asked = [{"role": "user", "content": "hi"}]
+    ((head, ids),) = loaded.encode_pairs([asked], ["    return <a>"])
+    assert head == loaded.apply_chat(asked)
+    assert ids[-1] == loaded.end_id and ids.count(loaded.end_id) == 1
+    whole = loaded.apply_chat([*asked, {"role": "assistant", "content": "    return <a>"}], add_generation_prompt=False)
+    assert "return <a>" in loaded.decode(ids, after=head)
+    if template in ("turns", "endings") and kind == "byte_bpe":
+        assert whole[: len(head) + len(ids)] == [*head, *ids]
+
+
 @pytest.mark.parametrize(
     ("kind", "before", "after"),
     [
@@ -200,7 +319,7 @@ def test_a_llama_begins_with_bos_unless_its_config_says_no(made, tmp_path):
 
 
 def test_where_a_llama_puts_its_space(made, tmp_path):
-    spelled = lambda loaded, text: [loaded._backend._texts[index] for index in loaded.encode(text)]
+    spelled = lambda loaded, text: [loaded._backend.tokens[index] for index in loaded.encode(text)]
     first = Tokenizer.load(made["llama"])
     assert spelled(first, "a</s>a </s>") == ["▁a", "</s>", "a", "▁", "</s>"]
     assert spelled(first, " a") == ["▁a"]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from specjax.hub import tokenizer_files
-from specjax.hub.json_files import text
+from specjax.hub.json_files import reading, text
 from specjax.hub.tokenizer_files import TokenizerFiles
 from specjax.runtime.errors import UserError
 
@@ -19,8 +19,9 @@ class JsonBackend:
     transformers, `add_bos_token` and `add_eos_token` are ignored if there is a `tokenizer.json`.
 
     Attributes:
-      vocab_size: one more than the largest id.
+      tokens: the content of each id, added tokens included.
       special: ids that decoding skips.
+      before, after: ids around a prompt.
       is_bpe: whether the vocabulary's algorithm is BPE.
     """
 
@@ -32,10 +33,13 @@ class JsonBackend:
         library.encode_special_tokens = bool(files.settings.get("split_special_tokens", False))
         self._library = library
         self._add(files)
-        self.vocab_size: int = 1 + max(library.get_vocab().values(), default=-1)
+        self.tokens: dict[int, str] = {index: content for content, index in library.get_vocab().items()}
         added = library.get_added_tokens_decoder()
         self.special: frozenset[int] = frozenset(index for index, token in added.items() if token.special)
         self.is_bpe: bool = type(library.model).__name__ == "BPE"
+        plain, prompt = (library.encode("a", add_special_tokens=around).ids for around in (False, True))
+        start = next((i for i in range(len(prompt)) if prompt[i : i + len(plain)] == plain), 0)
+        self.before, self.after = prompt[:start], prompt[start + len(plain) :]
 
     def _add(self, files: TokenizerFiles) -> None:
         from tokenizers import AddedToken
@@ -44,11 +48,11 @@ class JsonBackend:
         assumed = [content for content in files.assumed().values() if self.token_id(content) is not None]
         for token in (*files.added(), *map(tokenizer_files.Token, assumed)):
             if token.content not in present:
-                flags = dict(lstrip=token.lstrip, rstrip=token.rstrip, single_word=token.single_word)
-                added = AddedToken(token.content, normalized=token.normalized, special=token.special, **flags)
-                self._library.add_tokens([added])
+                flags = {name: value for name, value in token._asdict().items() if name not in ("content", "id")}
+                flags["normalized"] = token.normalized and not _is_never_found(self._library, token)
+                self._library.add_tokens([AddedToken(token.content, **flags)])
                 present.add(token.content)
-            actual = self._library.token_to_id(token.content)
+            actual = self.token_id(token.content)
             if token.id is not None and actual != token.id:
                 raise UserError(
                     f'{files.origin}: token "{token.content}" has the id {token.id} in the configs and {actual} in '
@@ -59,13 +63,13 @@ class JsonBackend:
         """Returns the id of a token by its content, or None."""
         return self._library.token_to_id(content)
 
-    def encode_batch(self, texts: Sequence[str], *, surrounded: bool) -> list[list[int]]:
-        """Returns the ids of each text; with `surrounded`, also the special tokens before and after a prompt."""
-        return [item.ids for item in self._library.encode_batch_fast(list(texts), add_special_tokens=surrounded)]
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Returns the ids of each text, without special tokens around it."""
+        return [item.ids for item in self._library.encode_batch_fast(list(texts), add_special_tokens=False)]
 
-    def decode_batch(self, rows: Sequence[Sequence[int]]) -> list[str]:
-        """Returns the text of each row of ids, without special tokens."""
-        return self._library.decode_batch([list(row) for row in rows], skip_special_tokens=True)
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of ids."""
+        return self._library.decode(list(ids), skip_special_tokens=False)
 
     def content(self) -> Any:
         """Everything that determines the ids of a text: vocabulary, merges, added tokens, normalisation, splitting."""
@@ -80,39 +84,50 @@ def from_json(files: TokenizerFiles) -> JsonBackend:
 
     name = f"{files.origin}/{tokenizer_files.JSON_FILE}"
     content = text(name, files.contents[tokenizer_files.JSON_FILE])
-    try:
+    with reading(name):
         library = tokenizers.Tokenizer.from_str(content)
-    except Exception as error:  # the library raises Exception itself for any invalid content
-        raise UserError(f"{name} is not a valid tokenizer file ({error}); save it again") from None
-    return JsonBackend(library, files)
+        added = library.get_added_tokens_decoder().values()
+        lost = [token.content for token in added if token.normalized and _is_never_found(library, token)]
+        if lost:
+            fields = json.loads(content)
+            for token in fields["added_tokens"]:
+                token["normalized"] = token["normalized"] and token["content"] not in lost
+            library = tokenizers.Tokenizer.from_str(json.dumps(fields))
+        return JsonBackend(library, files)
+
+
+def _is_never_found(library: Any, token: Any) -> bool:
+    """Whether a token with the flag "normalized" would stay ordinary text; it is then matched in the text as written.
+
+    The library normalises the token too. If the normaliser puts a space before every text, as in old files of Llama,
+    the result occurs only at the start of a text. Special tokens are always matched as written, as in transformers 5.
+    """
+    starts = {" ", "▁"} - {token.content[:1]}
+    return token.special or (
+        library.normalizer is not None and library.normalizer.normalize_str(token.content)[:1] in starts
+    )
 
 
 def from_merges(files: TokenizerFiles) -> JsonBackend:
     """Reads `vocab.json` and `merges.txt` of a GPT-2 or OPT. Raises UserError for other classes and damaged files."""
     import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers, processors
+    from tokenizers import decoders, models, pre_tokenizers
 
     if files.tokenizer_class != "GPT2Tokenizer":
         raise UserError(
             f"{files.origin} has {tokenizer_files.MERGES_FILE} of a {files.tokenizer_class or 'nameless tokenizer'}, "
             f"which is only complete for a GPT2Tokenizer; save it as {tokenizer_files.JSON_FILE} with transformers"
         )
-    try:
+    with reading(f"{files.origin}/{tokenizer_files.VOCABULARY_FILE} with {tokenizer_files.MERGES_FILE}"):
         vocabulary = json.loads(files.contents[tokenizer_files.VOCABULARY_FILE])
         lines = files.contents[tokenizer_files.MERGES_FILE].decode("utf-8").split("\n")
         merges = [tuple(line.split(" ")) for line in lines if line.strip() and not line.startswith("#version")]
         library = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    except Exception as error:  # the library raises Exception itself
-        raise UserError(f"the vocabulary in {files.origin} cannot be read ({error}); copy it again") from None
-    space = bool(files.settings.get("add_prefix_space", False))
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)
-    library.decoder = decoders.ByteLevel()
-    backend = JsonBackend(library, files)
+        space = bool(files.settings.get("add_prefix_space", False))
+        library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)
+        library.decoder = decoders.ByteLevel()
+        backend = JsonBackend(library, files)
     around = {"add_bos_token": "bos_token", "add_eos_token": "eos_token"}
     ids = [files.role(role, backend.token_id) if files.settings.get(key) else None for key, role in around.items()]
-    before, after = ([] if index is None else [library.id_to_token(index)] for index in ids)
-    library.post_processor = processors.TemplateProcessing(
-        single=[*before, "$A", *after],
-        special_tokens=[(library.id_to_token(index), index) for index in ids if index is not None],
-    )
+    backend.before, backend.after = ([] if index is None else [index] for index in ids)
     return backend

@@ -64,8 +64,9 @@ class SentencePieceBackend:
     prompts get the BOS with which the model was trained.
 
     Attributes:
-      vocab_size: one more than the largest id.
+      tokens: the content of each id, added tokens included.
       special: ids that decoding skips.
+      before, after: ids around a prompt.
       is_bpe: whether the model's algorithm is BPE.
     """
 
@@ -87,13 +88,12 @@ class SentencePieceBackend:
         self._ids = {piece: index for index, piece in enumerate(self._pieces)}
         self._added = _added_tokens(proto, self._ids, files)
         self._ids |= {token.content: token.id for token in self._added}
-        self._texts = dict(enumerate(self._pieces)) | {token.id: token.content for token in self._added}
+        self.tokens = dict(enumerate(self._pieces)) | {token.id: token.content for token in self._added}
         self.special = frozenset(token.id for token in self._added if token.special)
-        self.vocab_size: int = 1 + max(self._texts)
         self.is_bpe: bool = self._rules.model_type == _BPE
-        self._before = [files.role("bos_token", self.token_id)] if self._rules.bos else []
-        self._after = [files.role("eos_token", self.token_id)] if self._rules.eos else []
-        if None in (*self._before, *self._after):
+        self.before = [files.role("bos_token", self.token_id)] if self._rules.bos else []
+        self.after = [files.role("eos_token", self.token_id)] if self._rules.eos else []
+        if None in (*self.before, *self.after):
             raise UserError(
                 f"{files.origin}: the token to put around a prompt is not in the vocabulary; correct "
                 f"bos_token and eos_token in {tokenizer_files.CONFIG_FILE}"
@@ -106,10 +106,9 @@ class SentencePieceBackend:
         """Returns the id of a token by its content, or None."""
         return self._ids.get(content)
 
-    def encode_batch(self, texts: Sequence[str], *, surrounded: bool) -> list[list[int]]:
-        """Returns the ids of each text; with `surrounded`, also the special tokens before and after a prompt."""
-        rows = [list(self._encode(text)) for text in texts]
-        return [[*self._before, *row, *self._after] for row in rows] if surrounded else rows
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Returns the ids of each text, without special tokens around it."""
+        return [list(self._encode(text)) for text in texts]
 
     def _encode(self, text: str) -> Iterator[int]:
         end = 0
@@ -126,18 +125,17 @@ class SentencePieceBackend:
         wanted = self._rules.prefix == "always" or (self._rules.prefix == "first" and opens)
         return self._library.encode(_SPACE + text if text and wanted and text[0] != _SPACE else text)
 
-    def decode_batch(self, rows: Sequence[Sequence[int]]) -> list[str]:
-        """Returns the text of each row of ids, without special tokens."""
-        known = [[index for index in row if index in self._texts and index not in self.special] for row in rows]
-        return [self._decode([self._texts[index] for index in row]) for row in known]
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of ids; those outside the vocabulary have none."""
+        return self._decode([self.tokens[index] for index in ids if index in self.tokens])
 
     def content(self) -> Any:
         """Everything that determines the ids of a text: pieces, scores, added tokens, normalisation, splitting."""
         spec, trained = self._proto.normalizer_spec, self._proto.trainer_spec
         pieces = [[piece.piece, piece.score, piece.type] for piece in self._proto.pieces]
         flags = [spec.precompiled_charsmap.hex(), trained.byte_fallback, trained.model_type, self._rules.prefix]
-        added = [dataclasses.replace(token, special=True) for token in self._added]
-        return [pieces, flags, sorted((dataclasses.asdict(token) for token in added), key=lambda token: token["id"])]
+        added = [token._replace(special=True) for token in self._added]
+        return [pieces, flags, sorted((token._asdict() for token in added), key=lambda token: token["id"])]
 
 
 def from_model(files: TokenizerFiles) -> SentencePieceBackend:
@@ -190,7 +188,7 @@ def _added_tokens(proto: Any, ids: dict[str, int], files: TokenizerFiles) -> lis
         if token.content in tokens:
             continue
         if token.id is None:
-            token = dataclasses.replace(token, id=ids.get(token.content, 1 + max(owners)))
+            token = token._replace(id=ids.get(token.content, 1 + max(owners)))
         if owners.get(token.id, token.content) != token.content or ids.get(token.content, token.id) != token.id:
             raise UserError(
                 f'{files.origin}: token "{token.content}" has the id {token.id} in the configs and another in the '

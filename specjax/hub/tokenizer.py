@@ -1,5 +1,7 @@
 """Converts text to token ids and back with a model's tokenizer, and trains byte-level BPE tokenizers."""
 
+import contextlib
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +19,9 @@ _SPACES = (*(f" {mark}" for mark in ".?!,"), " ' ", " n't", " 'm", " 's", " 've"
 
 _LONGEST_WAIT = 32  # maximum number of tokens of an incomplete character; real characters have far fewer
 
+_PROBE = "specjax"  # a text that no tokenizer or template treats specially
+_CONTEXTS = ("\n", "x", ".")  # texts with whose last token the first token of another text rarely merges
+
 
 class Tokenizer:
     """The tokenizer of a model directory: its vocabulary, special tokens and chat template.
@@ -24,9 +29,12 @@ class Tokenizer:
     If a text contains the content of a special token, it becomes that token, as in transformers. With
     `split_special_tokens` in `tokenizer_config.json`, as in tokenizers trained here, it stays ordinary text.
 
+    `encode_prompt` gives a prompt's ids, `encode_pairs` a prompt's and its completion's (training text), and
+    `decode(ids, after=prompt_ids)` the text that ids add to a prompt.
+
     Attributes:
       vocab_size: one more than the largest token id, special tokens included; a model may pad its vocabulary further.
-      eos_ids: the ids that end a sequence; the first one is appended to texts in training.
+      eos_ids: the ids that end a sequence in generation.
       bos_id: the id that begins a sequence; None if there is none.
       pad_id: pads rows on the right: the pad token, else the first EOS. Its value has no effect, as rows have lengths.
     """
@@ -35,13 +43,29 @@ class Tokenizer:
         """Wraps a JsonBackend or SentencePieceBackend. Raises UserError if the files define no EOS token."""
         self._backend = backend
         self._files = files
-        self.vocab_size: int = backend.vocab_size
-        self.eos_ids: tuple[int, ...] = files.eos_ids(backend.token_id, backend.vocab_size)
+        self.vocab_size: int = 1 + max(backend.tokens, default=-1)
+        self.eos_ids: tuple[int, ...] = files.eos_ids(backend.token_id, self.vocab_size)
         self.bos_id: int | None = files.role("bos_token", backend.token_id)
         pad = files.role("pad_token", backend.token_id)
         self.pad_id: int = self.eos_ids[0] if pad is None else pad
         # Ignored for BPE, as in transformers, because it would corrupt decoded texts.
         self._cleans = bool(files.settings.get("clean_up_tokenization_spaces")) and not backend.is_bpe
+
+    @functools.cached_property
+    def end_id(self) -> int:
+        """The id that training appends to a text.
+
+        It is the token that ends an assistant's turn in the chat template if there is one, else the tokenizer's
+        EOS token, else the first of `eos_ids`.
+        """
+        end = self._files.role("eos_token", self._backend.token_id)
+        turn = [{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _PROBE}]
+        ends: list[int] = []
+        if self._files.chat_template() is not None:
+            with contextlib.suppress(UserError):  # templates of base models may refuse these messages
+                closing = self._render(turn, add_generation_prompt=False).rpartition(_PROBE)[2]
+                ends = [token for token in self.encode(closing) if token == end or token in self.eos_ids]
+        return [*ends, *([] if end is None else [end]), *self.eos_ids][0]
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text` without special tokens before or after it, as in training rows."""
@@ -49,18 +73,23 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns `encode` of each text."""
-        return self._backend.encode_batch(texts, surrounded=False)
+        return self._backend.encode_batch(texts)
 
     def encode_prompt(self, text: str) -> list[int]:
         """Returns the ids of a prompt: `text` with the special tokens around it that the model expects.
 
-        A Llama's prompt begins with BOS, a T5's ends with EOS; other models expect none.
+        A Llama's prompt begins with BOS, a T5's ends with EOS; other models expect none. A text that begins with BOS,
+        as many chat templates write it, gets no second one.
         """
         return self.encode_prompt_batch([text])[0]
 
     def encode_prompt_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns `encode_prompt` of each text."""
-        return self._backend.encode_batch(texts, surrounded=True)
+        return [self._surrounded(row) for row in self.encode_batch(texts)]
+
+    def _surrounded(self, row: list[int]) -> list[int]:
+        before, after = self._backend.before, self._backend.after
+        return [*([] if row[: len(before)] == before else before), *row, *after]
 
     def apply_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
         """Returns the ids of a conversation in the format of the model's chat template.
@@ -72,50 +101,127 @@ class Tokenizer:
         Raises:
           UserError: if there is no template, or the template rejects the messages.
         """
+        # The template writes the special tokens itself.
+        return self.encode(self._render(messages, add_generation_prompt=add_generation_prompt))
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
         template = self._files.chat_template()
         if template is None:
             raise UserError(
                 f"a chat prompt for a model without a template: {self._files.origin} has no chat template; "
                 "give the prompt as plain text"
             )
-        text = chat.render(
-            template,
-            messages,
-            add_generation_prompt=add_generation_prompt,
-            variables=self._files.template_variables(),
-        )
-        return self.encode(text)  # the template writes the special tokens itself
+        variables = self._files.template_variables()
+        return chat.render(template, messages, add_generation_prompt=add_generation_prompt, variables=variables)
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text of `ids` without special tokens. An incomplete character becomes U+FFFD."""
-        (text,) = self._backend.decode_batch([[int(token) for token in ids]])
+    def encode_pairs(
+        self, prompts: Sequence[str | Sequence[Mapping[str, Any]]], completions: Sequence[str]
+    ) -> list[tuple[list[int], list[int]]]:
+        """Returns the ids of each prompt, and of its completion as it continues that prompt, with an end token.
+
+        A completion is encoded in the context of its prompt: Llama 2's and Phi-3's tokenizers begin every text with a
+        space, which a continuation must not have. An encoder-decoder's completion is a text of its own, so it needs
+        `encode` instead.
+
+        Args:
+          prompts: texts, as for `encode_prompt`, or conversations, as for `apply_chat`; a conversation's completion
+            is the assistant's next message, in the format of the chat template.
+          completions: the text after each prompt; it ends with `end_id`.
+        """
+        heads, texts = [], []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            if isinstance(prompt, str):
+                head, text = prompt, completion
+            else:
+                head = self._render(prompt, add_generation_prompt=True)
+                reply = {"role": "assistant", "content": completion}
+                whole = self._render([*prompt, reply], add_generation_prompt=False)
+                text = whole.removeprefix(head)
+                if not whole.startswith(head) or completion.strip() not in text:  # a template that drops or cuts turns
+                    text = completion
+            heads.append(head)
+            texts.append(text)
+        alone = self.encode_batch(heads)
+        joined = self.encode_batch([head + text for head, text in zip(heads, texts, strict=True)])
+        pairs = []
+        for index, (prompt, row, whole) in enumerate(zip(prompts, alone, joined, strict=True)):
+            continued = whole[: len(row)] == row
+            ids = whole[len(row) :] if continued else self._continue(texts[index])
+            if not isinstance(prompt, str):  # what the template writes after the turn is no part of it
+                inside = self.encode(completions[index]).count(self.end_id)
+                ends = [place for place, token in enumerate(ids) if token == self.end_id][inside : inside + 1]
+                ids = ids[: ends[0]] if ends else ids
+            pairs.append((self._surrounded(row) if isinstance(prompt, str) else row, [*ids, self.end_id]))
+        return pairs
+
+    def _continue(self, text: str) -> list[int]:
+        """The ids of a text after one with which its first token would merge: without a space that begins a text."""
+        for context in _CONTEXTS:
+            row, whole = self.encode_batch([context, context + text])
+            if whole[: len(row)] == row:
+                return whole[len(row) :]
+        return self.encode(text)
+
+    def decode(self, ids: Iterable[int], *, after: Iterable[int] = ()) -> str:
+        """Returns the text of `ids` without special tokens. An incomplete character becomes U+FFFD.
+
+        Args:
+          ids: the token ids.
+          after: ids of the preceding text, which is not part of the result. Many tokenizers drop the space of the first
+            token of a text, which a continuation keeps.
+        """
+        ids, context = [int(token) for token in ids], self._context(after)
+        text, head = self._text([*context, *ids]), self._text(context)
+        if head.endswith("\ufffd") and not text.startswith(head):  # `ids` complete its last character
+            head = head.rstrip("\ufffd")
+        text = text.removeprefix(head)
         for spaced in _SPACES if self._cleans else ():
             text = text.replace(spaced, spaced.strip())
         return text
 
-    def pieces(self, ids: Iterable[int]) -> list[str]:
+    def _text(self, ids: Sequence[int]) -> str:
+        return self._backend.decode([token for token in ids if token not in self._backend.special])
+
+    def _context(self, after: Iterable[int]) -> list[int]:
+        """The last ids of the preceding text, as far as they affect how its continuation is decoded."""
+        context = [int(token) for token in after][-_LONGEST_WAIT:]
+        end = self._backend.after
+        if end and context[-len(end) :] == end:
+            context = context[: -len(end)]
+        if context and context[-1] in self._backend.special and self._starts_anew:
+            return []
+        return context
+
+    @functools.cached_property
+    def _starts_anew(self) -> bool:
+        """Whether text after a special token is encoded like text at the start."""
+        special = next((self._backend.tokens[token] for token in sorted(self._backend.special)), "")
+        return self.encode(special + _PROBE)[-len(self.encode(_PROBE)) :] == self.encode(_PROBE)
+
+    def pieces(self, ids: Iterable[int], *, after: Iterable[int] = ()) -> list[str]:
         """Returns the text that each id adds to the decoded text; special tokens add none.
 
-        A character of several tokens is added by the last of them. The joined pieces equal `decode(ids)`, unless
-        decoding cleans up spaces or some bytes are not valid UTF-8.
+        A character of several tokens is added by the last of them. The joined pieces equal `decode(ids, after=after)`,
+        unless decoding cleans up spaces or some bytes are not valid UTF-8.
         """
-        all_ids = [int(token) for token in ids]
+        context = self._context(after)
+        all_ids = [*context, *(int(token) for token in ids)]
         ids = [token for token in all_ids if token not in self._backend.special]
         added: list[str] = []
         # Each step also decodes the last ids that added text, because a token at the start of a text loses its space.
         # `old` is the decoded text that was added already. An incomplete character is added once it is complete.
         start, end_of_old, old = 0, 0, ""
         for end in range(1, len(ids) + 1):
-            (text,) = self._backend.decode_batch([ids[start:end]])
+            text = self._backend.decode(ids[start:end])
             waits = end < len(ids) and end - start < _LONGEST_WAIT
             complete = text.rstrip("\ufffd") if waits else text
             added.append(complete[len(old) :] if complete.startswith(old) else "")
             old += added[-1]
             if added[-1] and complete == text:
                 start, end_of_old = end_of_old, end
-                (old,) = self._backend.decode_batch([ids[start:end]])
+                old = self._backend.decode(ids[start:end])
         rest = iter(added)
-        return ["" if token in self._backend.special else next(rest) for token in all_ids]
+        return ["" if token in self._backend.special else next(rest) for token in all_ids][len(context) :]
 
     def fingerprint(self) -> str:
         """Returns a hash of all that determines the ids of a text: vocabulary, merges, added tokens, normalisation.

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from specjax.hub.json_files import parse_json, text
 from specjax.runtime.errors import UserError
@@ -36,8 +36,7 @@ _CLASS_OF_MODEL_TYPE = {"llama": "LlamaTokenizer", "t5": "T5Tokenizer", "gpt2": 
 _CLASS_OF_FILE = {"tokenizer.model": "LlamaTokenizer", "spiece.model": "T5Tokenizer", MERGES_FILE: "GPT2Tokenizer"}
 
 
-@dataclasses.dataclass(frozen=True)
-class Token:
+class Token(NamedTuple):
     """An added token: text that is matched before the rest of a text is tokenised.
 
     Attributes:
@@ -103,7 +102,7 @@ class TokenizerFiles:
         if listed:
             where = f"{self.origin}/{CONFIG_FILE}: added_tokens_decoder"
             for key in _by_id(listed, where, keyed=True):
-                yield dataclasses.replace(_token(listed[key], f"{self.origin}: token {key}"), id=int(key))
+                yield _token(listed[key], f"{self.origin}: token {key}")._replace(id=int(key))
         elif ADDED_TOKENS_FILE in self.contents:
             special = {token.content for token in (*self.named().values(), *self.extra())}
             table = parse_json(f"{self.origin}/{ADDED_TOKENS_FILE}", self.contents[ADDED_TOKENS_FILE])
@@ -209,7 +208,7 @@ def _token(value: Any, where: str) -> Token | None:
         return None
     if isinstance(value, str):
         return Token(value)
-    fields = {field.name for field in dataclasses.fields(Token)} - {"id"}
+    fields = set(Token._fields) - {"id"}
     if not isinstance(value, dict) or not isinstance(value.get("content"), str):
         raise UserError(f"{where} is neither a text nor a token with its content; correct {CONFIG_FILE}")
     return Token(**{key: item for key, item in value.items() if key in fields})

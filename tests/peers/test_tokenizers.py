@@ -41,8 +41,9 @@ def test_the_ids_of_a_text_alone_agree(ours, theirs):
     assert sum(map(len, expected)) > 5000
 
 
-def test_the_ids_of_a_prompt_agree(ours, theirs):
+def test_the_ids_of_a_prompt_agree_but_for_a_second_bos(ours, theirs):
     expected = [theirs(text)["input_ids"] for text in TEXTS]
+    expected = [ids[1:] if ours.bos_id is not None and ids[:2] == [ours.bos_id] * 2 else ids for ids in expected]
     assert differences(ours.encode_prompt_batch(TEXTS), expected) == []
 
 
