@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from specjax.data import tasks
 from specjax.decoding import batch, loop
@@ -72,7 +71,8 @@ def _run_setting(job: Job, setting: Setting) -> tuple[list[dict], dict[tuple, me
         counts[setting, case.name, case.rule, case.lenience, case.gamma] = joined
         row = rows.EvaluationRow(
             **rows.settings_of(job.config, setting, case, method.sampling, len(job.prompts)),
-            **_measured(job, setting, method, joined, output, baseline),
+            **rows.measured(output, baseline, method.plan.target.layers, job.config.seed),
+            expected_iterations=prediction.expected_iterations(joined, setting.batch_size),
             **_quality(job, output, baseline),
             **prediction.predict(seconds, method.plan, case.num_params, output, baseline),
             confidence=confidence.histogram(method, job.ids, output),
@@ -97,7 +97,7 @@ def _decode_all(
     """
     put, size = batch.Placer(job.target.mesh), setting.batch_size
     # Only plans that draft gamma tokens in every block are timed. Drafts of one shape have equal plans, timed once.
-    constant = lambda case: case.gamma and not (case.options.threshold or case.options.adaptive)
+    constant = lambda case: case.gamma and not (case.section.options.threshold or case.section.options.adaptive)
     timed = [
         method.plan if job.config.measure_parts and constant(case) and case.target is job.target else None
         for case, method in zip(cases, methods, strict=True)
@@ -127,23 +127,6 @@ def _decode_all(
             meter.keep_up((number - first + 1) / (total - first))
     parts = {} if meter is None else dict(zip(by_plan, meter.parts(), strict=True))
     return outputs, [parts.get(plan) for plan in timed]
-
-
-def _measured(job: Job, setting: Setting, method: Method, counts: metrics.Counts, output: Output, baseline: Output):
-    """The fields of a row that are computed from counts and seconds."""
-    timing = metrics.Timing(
-        seconds=output.seconds,
-        baseline_seconds=baseline.seconds,
-        unit_of_prompt=np.arange(len(job.prompts)) // setting.batch_size,
-        baseline_emitted=np.asarray([len(row) for row in baseline.tokens]),
-        prefill_seconds=output.prefill_seconds,
-    )
-    return {
-        **metrics.evaluate_row(counts, timing, seed=job.config.seed),
-        "iterations": output.iterations,
-        "expected_iterations": prediction.expected_iterations(counts, setting.batch_size),
-        **batch.layers_per_token(output.batches, method.plan.target.layers),
-    }
 
 
 def _quality(job: Job, output: Output, baseline: Output) -> dict[str, dict]:

@@ -12,20 +12,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from specjax.data import spec_bench
 from specjax.data.spec_bench import Question
 from specjax.decoding import batch
 from specjax.evaluation import engine, rows
 from specjax.evaluation.cases import Case, Job, Setting, load_job, make_cases, make_methods
 from specjax.evaluation.engine import Output
-from specjax.reporting import metrics, records, spec_bench_page, tables
+from specjax.reporting import records, spec_bench_page, tables
 from specjax.reporting.spec_bench_page import OVERALL
 from specjax.runtime import cli, processes
 from specjax.runtime import config as configs
 from specjax.runtime import mesh as meshes
-from specjax.runtime.errors import UserError
+from specjax.runtime.errors import UserError, prefixed
 
 # Prompts are padded to a power of two, at least this, so that long prompts do not slow down short ones.
 _SHORTEST = 64
@@ -33,15 +31,30 @@ _SHORTEST = 64
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """The answers of one case to one question.
+    """The answers of all cases to some turns of questions.
 
     Attributes:
-      output: results with one batch, of one prompt, for each turn.
-      identical: result of `engine.compare_with_plain` for each turn.
+      turns: (index of the question, index of the turn) of each answer.
+      outputs: for each case its answers, one batch each.
+      identical: for each case and answer the result of `engine.compare_with_plain`.
     """
 
-    output: Output = dataclasses.field(default_factory=Output)
-    identical: list[dict | None] = dataclasses.field(default_factory=list)
+    turns: list[tuple[int, int]]
+    outputs: list[Output]
+    identical: list[list[dict | None]]
+
+    @classmethod
+    def of(cls, cases: int) -> "Answers":
+        return cls([], [Output() for _ in range(cases)], [[] for _ in range(cases)])
+
+    def select(self, questions: Sequence[int]) -> "Answers":
+        """The answers to these questions, in their order."""
+        places = sorted(
+            (i for i, (question, _) in enumerate(self.turns) if question in questions), key=self.turns.__getitem__
+        )
+        take = lambda values: [values[place] for place in places]
+        outputs = [Output(take(output.batches)) for output in self.outputs]
+        return Answers(take(self.turns), outputs, list(map(take, self.identical)))
 
 
 def run(config: Any, workdir: str | Path) -> dict:
@@ -81,39 +94,28 @@ def _selected(questions: Sequence[Question], per_category: int) -> list[Question
     return selected
 
 
-def _answers(job: Job, setting: Setting, cases: list[Case], questions: Sequence[Question]) -> list[list[Answers]]:
-    """Decodes all questions turn by turn, grouped by padded prompt length. Returns by question and case the answers."""
-    answers = [[Answers() for _ in cases] for _ in questions]
+def _answers(job: Job, setting: Setting, cases: list[Case], questions: Sequence[Question]) -> Answers:
+    """Decodes all questions turn by turn, grouped by padded prompt length."""
+    answers = Answers.of(len(cases))
     for turn in range(max(len(question.turns) for question in questions)):
         groups: dict[int, dict[int, tuple[int, ...]]] = {}
         for number, question in enumerate(questions):
             if turn < len(question.turns):
-                prompt = _prompt(job, question, answers[number][0].output.tokens)
-                groups.setdefault(_slots(len(prompt)), {})[number] = prompt
+                prompt = _prompt(job, question, answers.select([number]).outputs[0].tokens)
+                slots = max(_SHORTEST, 1 << (len(prompt) - 1).bit_length())
+                groups.setdefault(slots, {})[number] = prompt
         for slots, prompts in sorted(groups.items()):
-            _answer_group(job, setting, cases, slots, prompts, turn, answers)
+            _answer_group(job, setting, cases, slots, prompts, turn, len(questions), answers)
     return answers
 
 
 def _prompt(job: Job, question: Question, answered: Sequence[Sequence[int]]) -> tuple[int, ...]:
     """The prompt of the turn after those in `answered`. Raises UserError if it is too long for the target."""
-    tokenizer, decoder = job.target.tokenizer, job.target.decoder
-    texts = [tokenizer.decode(tokens) for tokens in answered]
-    prompt = spec_bench.prompt_ids(tokenizer, question.turns, texts, chat=job.config.selection.chat)
-    try:
-        batch.check_prompts(
-            [prompt],
-            vocab_size=decoder.vocab_size,
-            max_new_tokens=job.config.max_new_tokens,
-            max_positions=decoder.config.max_positions,
-        )
-    except UserError as error:
-        raise UserError(f"question {question.number}, turn {len(texts) + 1}: {error}") from None
+    texts = [job.target.tokenizer.decode(tokens) for tokens in answered]
+    prompt = spec_bench.prompt_ids(job.target.tokenizer, question.turns, texts, chat=job.config.selection.chat)
+    with prefixed(f"question {question.number}, turn {len(texts) + 1}: "):
+        job.check([prompt])
     return prompt
-
-
-def _slots(length: int) -> int:
-    return max(_SHORTEST, 1 << (length - 1).bit_length())
 
 
 def _answer_group(
@@ -123,47 +125,46 @@ def _answer_group(
     slots: int,
     prompts: dict[int, tuple[int, ...]],
     turn: int,
-    answers: list[list[Answers]],
+    questions: int,
+    answers: Answers,
 ) -> None:
     """Decodes prompts of one padded length, given by question number, and appends the results to `answers`."""
-    config, numbers, ids = job.config, list(prompts), list(prompts.values())
+    numbers, ids = list(prompts), list(prompts.values())
     methods = make_methods(job, setting, cases, ids, slots)
+    turns = engine.decode_in_turns(
+        methods,
+        ids,
+        batch_size=1,
+        max_new_tokens=job.config.max_new_tokens,
+        eos_ids=job.target.tokenizer.eos_ids,
+        seed=job.config.seed,
+        put=batch.Placer(job.target.mesh),
+        label=f"T={setting.temperature:g} turn {turn + 1}, prompts up to {slots} tokens",
+        indices=[number + turn * questions for number in numbers],
+    )
     with meshes.use(job.target.mesh):
-        turns = engine.decode_in_turns(
-            methods,
-            ids,
-            batch_size=1,
-            max_new_tokens=config.max_new_tokens,
-            eos_ids=job.target.tokenizer.eos_ids,
-            seed=config.seed,
-            put=batch.Placer(job.target.mesh),
-            label=f"T={setting.temperature:g} turn {turn + 1}, prompts up to {slots} tokens",
-            indices=[number + turn * len(answers) for number in numbers],
-        )
         for place, results in turns:
-            for method, result, answer in zip(methods, results, answers[numbers[place]], strict=True):
-                answer.output.batches.append(result)
+            answers.turns.append((numbers[place], turn))
+            for case, (method, result) in enumerate(zip(methods, results, strict=True)):
+                answers.outputs[case].batches.append(result)
                 plain, output = Output([results[0]]), Output([result])
-                answer.identical.append(engine.compare_with_plain(method, [ids[place]], plain, output, config.seed))
+                same = engine.compare_with_plain(method, [ids[place]], plain, output, job.config.seed)
+                answers.identical[case].append(same)
 
 
-def _rows(
-    job: Job, setting: Setting, cases: list[Case], questions: Sequence[Question], answers: list[list[Answers]]
-) -> list[dict]:
+def _rows(job: Job, setting: Setting, cases: list[Case], questions: Sequence[Question], answers: Answers) -> list[dict]:
     """Result rows for every case: one per subtask, and one for all questions."""
-    subtasks = list(dict.fromkeys(question.subtask for question in questions))
     lines = []
-    for subtask in (*subtasks, OVERALL):
+    for subtask in (*dict.fromkeys(question.subtask for question in questions), OVERALL):
         chosen = [i for i, question in enumerate(questions) if subtask in (question.subtask, OVERALL)]
-        for index, case in enumerate(cases):
-            of_case, plain = ([answers[i][place] for i in chosen] for place in (index, 0))
-            joined = Output([result for answer in of_case for result in answer.output.batches])
+        part = answers.select(chosen)
+        units = [chosen.index(question) for question, _ in part.turns]
+        names = [(str(questions[question].number), turn + 1) for question, turn in part.turns]
+        for case, output, identical in zip(cases, part.outputs, part.identical, strict=True):
             row = rows.SpecBenchRow(
-                **rows.settings_of(job.config, setting, case, case.sampling, len(joined.batches)),
-                **_measured([a.output for a in of_case], [a.output for a in plain], job.config.seed),
-                **batch.layers_per_token(joined.batches, case.target.decoder.layers),
-                iterations=joined.iterations,
-                identical_to_baseline=_identical([questions[i] for i in chosen], of_case),
+                **rows.settings_of(job.config, setting, case, case.sampling, len(part.turns)),
+                **rows.measured(output, part.outputs[0], case.target.decoder.layers, job.config.seed, units),
+                identical_to_baseline=_identical(names, identical),
                 subtask=subtask,
                 questions=len(chosen),
             )
@@ -171,33 +172,13 @@ def _rows(
     return lines
 
 
-def _measured(outputs: list[Output], plain: list[Output], seed: int) -> dict:
-    """The fields of a row computed from counts and seconds; intervals resample questions with all their turns."""
-    counts = [output.counts() for output in outputs]
-    fields = [field.name for field in dataclasses.fields(metrics.Counts)]
-    summed = {name: np.stack([getattr(of, name).sum(0, dtype=np.int32) for of in counts]) for name in fields}
-    timing = metrics.Timing(
-        seconds=np.asarray([output.seconds.sum() for output in outputs]),
-        baseline_seconds=np.asarray([output.seconds.sum() for output in plain]),
-        unit_of_prompt=np.arange(len(outputs)),
-        baseline_emitted=np.asarray([output.emitted for output in plain]),
-        prefill_seconds=sum(output.prefill_seconds for output in outputs),
-    )
-    return metrics.evaluate_row(metrics.Counts(**summed), timing, seed=seed)
-
-
-def _identical(questions: Sequence[Question], answers: Sequence[Answers]) -> dict | None:
+def _identical(names: Sequence[tuple[str, int]], compared: Sequence[dict | None]) -> dict | None:
     """Number of turns whose tokens equal plain decoding's, and all differences with their question and turn."""
-    compared = [
-        (str(question.number), turn, identical)
-        for question, answer in zip(questions, answers, strict=True)
-        for turn, identical in enumerate(answer.identical, 1)
-    ]
-    if compared[0][2] is None:
+    if compared[0] is None:
         return None
     differences = [
-        difference | {"prompt": name, "turn": turn}
-        for name, turn, identical in compared
+        difference | {"prompt": question, "turn": turn}
+        for (question, turn), identical in zip(names, compared, strict=True)
         for difference in identical["differences"]
     ]
     return {"equal": len(compared) - len(differences), "of": len(compared), "differences": differences}

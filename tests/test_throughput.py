@@ -44,10 +44,9 @@ def test_the_published_rows_are_consistent_with_one_gamma_and_one_target():
 
 
 def test_shared_layers_run_once_on_every_token_of_a_block():
-    # Kangaroo: (k + 1) * shallow + k * adapter + deep(k + 1) + rule.
-    costs = model.SharedCosts(shallow=2.0, adapter=0.5, deep=(20.0, 21.0, 22.0), rule=0.25)
+    # Kangaroo: (k + 1) * shared layers + k * adapter + deep layers on k + 1 tokens + rule.
+    costs = model.Costs(draft_step=0.5, verify=(20.0, 21.0, 22.0), rule=0.25, shared=2.0)
     assert [costs.block(gamma) for gamma in range(3)] == [22.25, 25.75, 29.25]
-    assert costs.with_draft(0.5).block(2) == 28.75
 
 
 def test_a_batch_runs_as_long_as_its_slowest_row():
@@ -89,7 +88,6 @@ def test_the_best_gamma_is_found_and_is_0_where_speculation_does_not_pay():
 
 
 def test_break_even_is_where_both_are_equally_fast():
-    assert model.break_even_emitted(COSTS, 2) == 1.4
     # 1 + a = 1.2, and a + a^2 = 0.4.
     assert model.break_even_acceptance(COSTS, 1) == pytest.approx(0.2)
     assert model.break_even_acceptance(COSTS, 2) == pytest.approx((-1 + 2.6**0.5) / 2)

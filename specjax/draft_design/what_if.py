@@ -56,18 +56,16 @@ def _check(config: Any) -> None:
         raise UserError(f"longest is {config.longest}; set the largest gamma to consider, at least 1")
 
 
-def _costs(config: Any, step: float) -> throughput.BlockCosts:
+def _costs(config: Any, step: float) -> throughput.Costs:
     """Costs in seconds; for more tokens than the config has costs, they are extrapolated from its last two."""
     timed = dict(enumerate(each / 1e3 for each in config.target_milliseconds))
     timed = timed if len(timed) > 1 else {0: timed[0], 1: timed[0]}
     target = throughput.interpolated(timed, config.longest)
     rule, shared = config.rule_milliseconds / 1e3, config.shared_milliseconds / 1e3
-    if not shared:
-        return throughput.Costs(step / 1e3, target, rule)
-    return throughput.SharedCosts(shared, step / 1e3, tuple(seconds - shared for seconds in target), rule)
+    return throughput.Costs(step / 1e3, tuple(seconds - shared for seconds in target), rule, shared)
 
 
-def _at(ctar: Sequence[float], costs: throughput.BlockCosts, gamma: int) -> dict:
+def _at(ctar: Sequence[float], costs: throughput.Costs, gamma: int) -> dict:
     return {
         "gamma": gamma,
         "block_efficiency": throughput.emitted(ctar, gamma),
@@ -78,16 +76,14 @@ def _at(ctar: Sequence[float], costs: throughput.BlockCosts, gamma: int) -> dict
     }
 
 
-def _best(name: str, ctar: Sequence[float], costs: throughput.BlockCosts, gamma: int, fastest: float) -> dict:
+def _best(name: str, ctar: Sequence[float], costs: throughput.Costs, gamma: int, fastest: float) -> dict:
     """The row of a draft at its best gamma, which is 0 if plain decoding is faster."""
     row = {"table": "best", "draft": name, **_at(ctar, costs, gamma)}
     gains, parity = {"acceptance": None, "latency": None}, None
     if gamma:
         gains = throughput.sensitivity(ctar, costs, gamma)
-        step = costs.adapter if isinstance(costs, throughput.SharedCosts) else costs.draft_step
-        parity = throughput.parity_draft_step(
-            row["block_efficiency"], gamma, fastest, costs.block(gamma) - gamma * step
-        )
+        target_seconds = costs.block(gamma) - gamma * costs.draft_step
+        parity = throughput.parity_draft_step(row["block_efficiency"], gamma, fastest, target_seconds)
     return {
         **row,
         "level_with_the_best_at_milliseconds": None if parity is None else 1e3 * parity,

@@ -1,13 +1,15 @@
 """Reads an evaluation's config and loads its models: prompts, settings, and the cases to decode in each setting."""
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from specjax.data import batches, tasks
 from specjax.decoding import batch
 from specjax.decoding.drafters.adaptive import block_costs
-from specjax.decoding.drafters.base import DrafterOptions
+from specjax.decoding.drafters.base import Drafter, DrafterOptions
 from specjax.decoding.drafters.model import ModelDraft
 from specjax.decoding.drafters.table import build_drafter, make_options, options_class
 from specjax.decoding.plan import Plan
@@ -124,6 +126,7 @@ class Case:
       rule: name of the rule in the results.
       lenience: epsilon of a lossy rule; None for an exact rule.
       plan_rule: the rule itself.
+      drafter: the drafter at this gamma; None for plain decoding.
       sampling: the setting's sampling with the case's lenience, threshold and block costs.
     """
 
@@ -135,26 +138,13 @@ class Case:
     lenience: float | None
     plan_rule: Rule
     gamma: int
+    drafter: Drafter | None
     sampling: Sampling
-
-    @property
-    def options(self) -> DrafterOptions:
-        return self.section.options
-
-    @property
-    def params(self) -> Any:
-        """Parameters of the draft model or attachment; None if there is none."""
-        return None if self.loaded is None else self.loaded.params
 
     @property
     def num_params(self) -> int:
         """Number of parameters of a separate draft model; 0 for every other drafter."""
         return self.loaded.decoder.num_params if isinstance(self.loaded, hub_model.Model) else 0
-
-    @property
-    def network(self) -> Any:
-        """The draft model or attachment without its parameters; None if there is none."""
-        return None if self.loaded is None else self.loaded.network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +175,16 @@ class Job:
     def ids(self) -> list[tuple[int, ...]]:
         return [prompt.tokens for prompt in self.prompts]
 
+    def check(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Raises UserError for prompts that a target cannot continue, see `batch.check_prompts`."""
+        decoders = [model.decoder for model in self.targets.values()]
+        batch.check_prompts(
+            prompts,
+            vocab_size=min(decoder.vocab_size for decoder in decoders),
+            max_new_tokens=self.config.max_new_tokens,
+            max_positions=min(decoder.config.max_positions for decoder in decoders),
+        )
+
 
 def load_job(config: Any) -> Job:
     """Loads the targets, drafters and task of a config, without prompts.
@@ -192,12 +192,14 @@ def load_job(config: Any) -> Job:
     Raises:
       UserError: for missing or damaged models, incompatible models, and lossy rules without leniences.
     """
-    mesh = meshes.make_mesh(config.mesh)
-    load = lambda path, **how: hub_model.load(
-        path, param_dtype=config.param_dtype, compute_dtype=config.compute_dtype, mesh=mesh, **how
-    )
-    targets, drafters = load_models(config, load, hub_model.load_adapter)
+    targets, drafters = load_models(config, loader(config), hub_model.load_adapter)
     return Job(config, targets, tasks.load_task(config.task), [], drafters)
+
+
+def loader(config: Any) -> Callable[..., hub_model.Model]:
+    """`hub.model.load` with the mesh and dtypes of a config."""
+    dtypes = {"param_dtype": config.param_dtype, "compute_dtype": config.compute_dtype}
+    return functools.partial(hub_model.load, mesh=meshes.make_mesh(config.mesh), **dtypes)
 
 
 def load_models(config: Any, load: Callable, load_adapter: Callable) -> tuple[dict, dict]:
@@ -235,19 +237,15 @@ def make_job(config: Any) -> Job:
         chat=config.selection.chat,
         seed=config.seed,
     )
-    batch.check_prompts(
-        [prompt.tokens for prompt in prompts],
-        vocab_size=min(model.decoder.vocab_size for model in job.targets.values()),
-        max_new_tokens=config.max_new_tokens,
-        max_positions=min(model.decoder.config.max_positions for model in job.targets.values()),
-    )
+    job = dataclasses.replace(job, prompts=prompts)
+    job.check(job.ids)
     for name in (name for pair in config.compare for name in pair):
         if name not in config.drafters:
             raise UserError(f"compare names no drafter of this config: {name!r}{nearest(name, config.drafters)}.")
     for size in config.batch_sizes:
         if not 1 <= size <= len(prompts):
             raise UserError(f"A batch size must lie in 1 .. {len(prompts)}, the number of prompts, not {size}.")
-    return dataclasses.replace(job, prompts=prompts)
+    return job
 
 
 def make_settings(config: Any) -> list[Setting]:
@@ -272,50 +270,36 @@ def make_cases(job: Job, setting: Setting) -> list[Case]:
     """
     plain = DrafterSection(ModelDraft(), "", job.config.target, False, ())
     exact = RULES[setting.rule]
-    cases = [Case(BASELINE, job.target, plain, None, setting.rule, None, exact, 0, _sampling(job, setting, plain))]
+    sampling = functools.partial(Sampling.of, setting.temperature, job.config.top_k, job.config.top_p)
+    cases = [Case(BASELINE, job.target, plain, None, setting.rule, None, exact, 0, None, sampling())]
     for name, section in read_drafters(job.config).items():
-        target, loaded = job.targets[section.target], job.drafters.get(name)
-        for rule_name, rule, gammas in section.rules:
-            if rule.shared_noise != exact.shared_noise:
-                continue
-            for lenience in job.config.leniences if rule.lossy else (None,):
-                for gamma in gammas:
-                    with prefixed(f"drafters.{name}: "):
-                        sampling = _sampling(job, setting, section, lenience, gamma)
-                        case = Case(name, target, section, loaded, rule_name, lenience, rule, gamma, sampling)
-                        build_drafter(section.options, target.decoder, gamma, case.network)
-                    cases.append(case)
+        target, loaded, options = job.targets[section.target], job.drafters.get(name), section.options
+        chosen = [(key, rule, gammas) for key, rule, gammas in section.rules if rule.shared_noise == exact.shared_noise]
+        for key, rule, gammas in chosen:
+            for lenience, gamma in itertools.product(job.config.leniences if rule.lossy else (None,), gammas):
+                with prefixed(f"drafters.{name}: "):
+                    costs = block_costs(*options.costs, gamma) if options.adaptive and options.costs else None
+                    how = sampling(
+                        lenience=1.0 if lenience is None else lenience, threshold=options.threshold, costs=costs
+                    )
+                    drafter = build_drafter(options, target.decoder, gamma, loaded and loaded.network)
+                cases.append(Case(name, target, section, loaded, key, lenience, rule, gamma, drafter, how))
     return cases
-
-
-def _sampling(
-    job: Job, setting: Setting, section: DrafterSection, lenience: float | None = None, gamma: int = 0
-) -> Sampling:
-    options = section.options
-    return Sampling.of(
-        setting.temperature,
-        job.config.top_k,
-        job.config.top_p,
-        lenience=1.0 if lenience is None else lenience,
-        threshold=options.threshold,
-        costs=block_costs(*options.costs, gamma) if options.adaptive and options.costs else None,
-    )
 
 
 def needs_costs(case: Case) -> bool:
     """Whether the case has an adaptive draft length and its block costs must be measured first."""
-    return case.gamma > 0 and case.options.adaptive and case.sampling.costs is None
+    return case.gamma > 0 and case.section.options.adaptive and case.sampling.costs is None
 
 
 def make_plan(job: Job, setting: Setting, case: Case, prompts: Sequence[Sequence[int]] | int) -> Plan:
     """The plan of a case for these prompts, or for prompts of at most this many tokens."""
-    decoder = case.target.decoder
     return Plan.for_prompts(
-        decoder,
+        case.target.decoder,
         prompts,
         max_new_tokens=job.config.max_new_tokens,
         greedy=setting.temperature == 0,
-        drafter=build_drafter(case.options, decoder, case.gamma, case.network),
+        drafter=case.drafter,
         gamma=case.gamma,
         rule=case.plan_rule,
         replicate_draft=case.section.replicate,
@@ -332,9 +316,8 @@ def make_methods(
     """
     put, methods = batch.Placer(job.target.mesh), []
     for case in cases:
-        method = Method(
-            make_plan(job, setting, case, longest or prompts), case.target.params, case.params, case.sampling
-        )
+        plan = make_plan(job, setting, case, longest or prompts)
+        method = Method(plan, case.target.params, case.loaded and case.loaded.params, case.sampling)
         if needs_costs(case):
             sizes = dict(max_new_tokens=job.config.max_new_tokens, batch_size=setting.batch_size)
             with meshes.use(job.target.mesh):

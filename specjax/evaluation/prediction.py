@@ -1,5 +1,6 @@
 """Predicted speed-ups: times the parts of a block at a run's mean context and applies the throughput model to them."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -108,11 +109,7 @@ def expected_iterations(counts: metrics.Counts, batch_size: int) -> float:
 
 
 def predict(
-    parts: throughput.PartSeconds | None,
-    plan: Plan,
-    draft_size: int,
-    output: Output,
-    baseline: Output,
+    parts: throughput.PartSeconds | None, plan: Plan, draft_size: int, output: Output, baseline: Output
 ) -> dict[str, Any]:
     """The fields of an `EvaluationRow` for part times and the speed-up predicted from them.
 
@@ -120,28 +117,14 @@ def predict(
       parts: seconds of the parts; None if they were not timed, and then every field is None.
       draft_size: number of parameters of the draft; 0 for self-drafts, for which `mbsu` is None.
     """
-    predicted = mbsu = None
+    names = [field.name for field in dataclasses.fields(throughput.PartSeconds)]
+    fields = {f"{name}_seconds": parts and getattr(parts, name) for name in names}
+    cost_ratio = predicted = mbsu = None
     if parts is not None:
-        predicted = throughput.predicted_speedup(
-            parts,
-            plan.gamma,
-            emitted=output.emitted,
-            iterations=output.iterations,
-            prefill_seconds=output.prefill_seconds,
-            baseline_emitted=baseline.emitted,
-            baseline_iterations=baseline.iterations,
-            baseline_prefill_seconds=baseline.prefill_seconds,
-        )
+        cost_ratio = parts.cost_ratio()
+        speed = lambda result, block: result.emitted / (result.prefill_seconds + result.iterations * block)
+        predicted = speed(output, parts.block(plan.gamma)) / speed(baseline, parts.baseline)
         if draft_size:
             block_efficiency = output.emitted / int(output.counts().target_calls.sum())
             mbsu = throughput.memory_bound_speedup(block_efficiency, plan.gamma, plan.target.num_params, draft_size)
-    return {
-        "draft_step_seconds": parts and parts.draft_step,
-        "target_step_seconds": parts and parts.target_step,
-        "verify_seconds": parts and parts.verify,
-        "rule_seconds": parts and parts.rule,
-        "baseline_rule_seconds": parts and parts.baseline_rule,
-        "cost_ratio": parts and parts.cost_ratio(),
-        "predicted_speedup": predicted,
-        "mbsu": mbsu,
-    }
+    return {**fields, "cost_ratio": cost_ratio, "predicted_speedup": predicted, "mbsu": mbsu}

@@ -1,13 +1,16 @@
 """The fields of the rows that evaluations write to results.json, and a table that documents them."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Annotated, Any, get_type_hints
 
 import numpy as np
 
+from specjax.decoding import batch
 from specjax.decoding.sampling import Sampling
 from specjax.evaluation.cases import Case, Setting
-from specjax.reporting import tables
+from specjax.evaluation.engine import Output
+from specjax.reporting import metrics, tables
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,7 +142,7 @@ def settings_of(config: Any, setting: Setting, case: Case, sampling: Sampling, p
         "rule": case.rule,
         "lenience": case.lenience,
         "gamma": case.gamma,
-        "threshold": case.options.threshold,
+        "threshold": case.section.options.threshold,
         "block_costs": None if sampling.costs is None else np.asarray(sampling.costs).tolist(),
         "temperature": setting.temperature,
         "top_k": config.top_k,
@@ -148,6 +151,44 @@ def settings_of(config: Any, setting: Setting, case: Case, sampling: Sampling, p
         "max_new_tokens": config.max_new_tokens,
         "seed": config.seed,
     }
+
+
+def measured(
+    output: Output, plain: Output, layers: int, seed: int, units: Sequence[int] | None = None
+) -> dict[str, Any]:
+    """The fields of a row that are computed from counts and seconds.
+
+    Args:
+      output: the results of the case.
+      plain: plain decoding of the same batches.
+      layers: number of layers of the target.
+      units: for each batch the question that it belongs to, 0 .. N - 1, if intervals resample questions instead of
+        prompts and batches.
+    """
+    counts, of_batch = output.counts(), np.arange(len(output.batches)) if units is None else np.asarray(units)
+    of_prompt = np.repeat(of_batch, [rows for rows, _ in output.batches])
+    total = lambda seconds: np.bincount(of_batch, weights=seconds)
+    emitted = plain.counts().emitted
+    timing = metrics.Timing(
+        total(output.seconds), total(plain.seconds), of_prompt, emitted, prefill_seconds=output.prefill_seconds
+    )
+    if units is not None:
+        timing = dataclasses.replace(
+            timing, unit_of_prompt=np.arange(len(timing.seconds)), baseline_emitted=_sums(emitted, of_prompt)
+        )
+        counts = metrics.Counts(**{name: _sums(values, of_prompt) for name, values in vars(counts).items()})
+    return {
+        **metrics.evaluate_row(counts, timing, seed=seed),
+        "iterations": output.iterations,
+        **batch.layers_per_token(output.batches, layers),
+    }
+
+
+def _sums(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """The sums of the rows of each group, 0 .. N - 1."""
+    sums = np.zeros((groups.max() + 1, *values.shape[1:]), values.dtype)
+    np.add.at(sums, groups, values)
+    return sums
 
 
 def metrics_table() -> str:

@@ -49,63 +49,28 @@ def _upto(values: Sequence[float], gamma: int) -> Sequence[float]:
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """Seconds of the parts of a block with an independent draft.
+    """Seconds of the parts of a block.
+
+    The draft may use the target's first layers (Kangaroo, arXiv 2404.18911). These run once on the pending token and
+    once on every drafted token, for draft and verification together.
 
     Attributes:
-      draft_step: seconds per drafted token.
-      verify: at index k, seconds of the target on k + 1 tokens per row; index 0 is a plain decoding step.
+      draft_step: seconds per drafted token; with shared layers those of the adapter, norm and head.
+      verify: at index k, seconds of the target on k + 1 tokens per row, without shared layers; index 0 is a plain step.
       rule: seconds of rule and bookkeeping per block.
+      shared: seconds of the shared layers on one token; 0 for an independent draft.
     """
 
     draft_step: float
     verify: tuple[float, ...]
     rule: float = 0.0
+    shared: float = 0.0
 
     def block(self, gamma: int) -> float:
         """Seconds of a block with gamma drafted tokens; gamma 0 is a plain decoding step."""
-        return gamma * self.draft_step + _at(self.verify, gamma) + self.rule
-
-    def with_draft(self, factor: float) -> "Costs":
-        """The same costs with a draft that takes `factor` times as long."""
-        return dataclasses.replace(self, draft_step=factor * self.draft_step)
-
-
-@dataclasses.dataclass(frozen=True)
-class SharedCosts:
-    """Seconds of the parts of a block whose draft uses the target's first layers (Kangaroo, arXiv 2404.18911).
-
-    These layers run once on the pending token and once on every drafted token, for draft and verification together:
-
-        block(k drafted) = (k + 1) * shallow + k * adapter + deep(k + 1 tokens) + rule
-
-    Attributes:
-      shallow: seconds of the first layers on one token.
-      adapter: seconds of the rest of a draft step: adapter, norm and head.
-      deep: at index k, seconds of the other layers and the head on k + 1 tokens per row.
-      rule: seconds of rule and bookkeeping per block.
-    """
-
-    shallow: float
-    adapter: float
-    deep: tuple[float, ...]
-    rule: float = 0.0
-
-    def block(self, gamma: int) -> float:
-        """As `Costs.block`."""
-        return (gamma + 1) * self.shallow + gamma * self.adapter + _at(self.deep, gamma) + self.rule
-
-    def with_draft(self, factor: float) -> "SharedCosts":
-        """The same costs with an adapter that takes `factor` times as long; the shared layers belong to the target."""
-        return dataclasses.replace(self, adapter=factor * self.adapter)
-
-
-BlockCosts = Costs | SharedCosts
-
-
-def _at(seconds: Sequence[float], drafted: int) -> float:
-    if drafted >= len(seconds):
-        raise ValueError(f"there are target seconds for 1 .. {len(seconds)} tokens, not for {drafted + 1}")
-    return seconds[drafted]
+        if gamma >= len(self.verify):
+            raise ValueError(f"there are target seconds for 1 .. {len(self.verify)} tokens, not for {gamma + 1}")
+        return gamma * self.draft_step + self.verify[gamma] + self.rule + (gamma + 1) * self.shared
 
 
 def interpolated(measured: Mapping[int, float], longest: int) -> tuple[float, ...]:
@@ -119,12 +84,12 @@ def interpolated(measured: Mapping[int, float], longest: int) -> tuple[float, ..
     return tuple(float(x) + slope * max(k - at[-1], 0) for k, x in enumerate(inside))
 
 
-def throughput(ctar: Sequence[float], costs: BlockCosts, gamma: int) -> float:
+def throughput(ctar: Sequence[float], costs: Costs, gamma: int) -> float:
     """Tokens per second of one row."""
     return emitted(ctar, gamma) / costs.block(gamma)
 
 
-def speedup(ctar: Sequence[float], costs: BlockCosts, gamma: int) -> float:
+def speedup(ctar: Sequence[float], costs: Costs, gamma: int) -> float:
     """Throughput divided by that of plain decoding."""
     return throughput(ctar, costs, gamma) * costs.block(0)
 
@@ -158,7 +123,7 @@ def _still_running(ctar: Sequence[float], tokens: int) -> np.ndarray:
     return running
 
 
-def batch_throughput(ctars: Sequence[Sequence[float]], costs: BlockCosts, gamma: int, tokens: int) -> float:
+def batch_throughput(ctars: Sequence[Sequence[float]], costs: Costs, gamma: int, tokens: int) -> float:
     """Tokens per second of a batch whose rows emit `tokens` each; the batch runs as long as its slowest row.
 
     Args:
@@ -169,20 +134,15 @@ def batch_throughput(ctars: Sequence[Sequence[float]], costs: BlockCosts, gamma:
     return len(ctars) * tokens / (rounds * costs.block(gamma))
 
 
-def best_gamma(ctar: Sequence[float], costs: BlockCosts, longest: int | None = None) -> int:
+def best_gamma(ctar: Sequence[float], costs: Costs, longest: int | None = None) -> int:
     """The gamma in 0 .. longest with the highest throughput; 0 if plain decoding is fastest."""
     longest = len(ctar) if longest is None else longest
     return max(range(longest + 1), key=lambda gamma: throughput(ctar, costs, gamma))
 
 
-def break_even_emitted(costs: BlockCosts, gamma: int) -> float:
-    """Tokens that a block must emit to be as fast as plain decoding; if above gamma + 1, it never is."""
-    return costs.block(gamma) / costs.block(0)
-
-
-def break_even_acceptance(costs: BlockCosts, gamma: int) -> float | None:
+def break_even_acceptance(costs: Costs, gamma: int) -> float | None:
     """The i.i.d. acceptance at which speculation is as fast as plain decoding; None if no acceptance is enough."""
-    needed = break_even_emitted(costs, gamma)
+    needed = costs.block(gamma) / costs.block(0)  # tokens that a block must emit
     if needed > gamma + 1:
         return None
     low, high = 0.0, 1.0
@@ -206,7 +166,7 @@ def parity_draft_step(block_efficiency: float, gamma: int, throughput: float, ta
     return seconds if seconds > 0 else None
 
 
-def sensitivity(ctar: Sequence[float], costs: BlockCosts, gamma: int, change: float = 0.1) -> dict[str, float]:
+def sensitivity(ctar: Sequence[float], costs: Costs, gamma: int, change: float = 0.1) -> dict[str, float]:
     """Throughput with a better draft at this gamma, relative to that with the given draft.
 
     Returns:
@@ -217,7 +177,8 @@ def sensitivity(ctar: Sequence[float], costs: BlockCosts, gamma: int, change: fl
     now = throughput(ctar, costs, gamma)
     return {
         "acceptance": throughput(better, costs, gamma) / now,
-        "latency": throughput(ctar, costs.with_draft(1 - change), gamma) / now,
+        "latency": throughput(ctar, dataclasses.replace(costs, draft_step=(1 - change) * costs.draft_step), gamma)
+        / now,
     }
 
 
@@ -251,23 +212,6 @@ class PartSeconds:
     def cost_ratio(self) -> float:
         """DistillSpec's cost ratio c: draft step divided by target step."""
         return self.draft_step / self.target_step
-
-
-def predicted_speedup(
-    parts: PartSeconds,
-    gamma: int,
-    *,
-    emitted: int,
-    iterations: int,
-    prefill_seconds: float,
-    baseline_emitted: int,
-    baseline_iterations: int,
-    baseline_prefill_seconds: float,
-) -> float:
-    """Predicted tokens per second with speculation divided by those of plain decoding; both include prefill."""
-    seconds = prefill_seconds + iterations * parts.block(gamma)
-    baseline_seconds = baseline_prefill_seconds + baseline_iterations * parts.baseline
-    return (emitted / seconds) / (baseline_emitted / baseline_seconds)
 
 
 def memory_bound_speedup(block_efficiency: float, gamma: int, target_params: int, draft_params: int) -> float:

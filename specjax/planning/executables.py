@@ -257,7 +257,9 @@ def decodings(config: Any, catalog: ModelCatalog, mesh: AnyMesh) -> Iterator[Dec
             sampling = case.sampling
             if cases.needs_costs(case):
                 sampling = dataclasses.replace(sampling, costs=jnp.ones((case.gamma + 1,), jnp.float32))
-            yield DecodingStage(name, plan, case.network, sampling, mesh, size, plan.prompt_slots)
+            yield DecodingStage(
+                name, plan, case.loaded and case.loaded.network, sampling, mesh, size, plan.prompt_slots
+            )
     if not any(section.rules.get("lossless") for section in config.drafters.values()):
         raise UserError("no drafter of this evaluation is run under the lossless rule; name a gamma of it")
 
