@@ -61,12 +61,13 @@ def training(steps: int, learning_rate: float, *, seed: int = 0) -> ConfigDict:
             "rope_theta": 10000.0,
             "norm_epsilon": 1e-5,
             "tied_head": True,
-            "param_dtype": "float32",
-            "compute_dtype": "auto",  # float32 on CPU, bfloat16 on accelerators
+            "param_dtype": "float32",  # of the export; during training the trained parameters are always float32
+            "compute_dtype": "auto",  # of activations, the target's too: float32 on CPU, bfloat16 on accelerators
             "replicate": False,  # True: every device of the tensor axis holds all of the model (for a small draft)
         }
     )
     config.target = ""  # checkpoint of the model to learn from; "" trains on the text alone
+    config.target_param_dtype = ""  # dtype of the target's frozen parameters in memory; "" is model.param_dtype
     # A recipe of specjax/distillation/recipes.py by name; then fixed, draft and target below are 0, divergence is "".
     config.recipe = ""
     config.data = ConfigDict(

@@ -6,18 +6,20 @@
 on text of the corpus, of the draft and of the target. A `recipe` sets divergence and fractions to those of a paper.
 """
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from specjax.data import batches, tasks
-from specjax.distillation import cached_text, recipes
+from specjax.distillation import cached_text, recipes, update
 from specjax.distillation.data_sources import fractions_of
 from specjax.distillation.evaluator import make_evaluator
 from specjax.distillation.trainer import Trainer, TrainingInputs, TrainingResult
 from specjax.hub import adapter as hub_adapter
 from specjax.hub import load as hub_load
+from specjax.hub import model as hub_model
 from specjax.hub import save as hub_save
 from specjax.hub.tokenizer import Tokenizer, train_byte_bpe
 from specjax.models.attachment import AttachedDraft
@@ -25,7 +27,7 @@ from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
 from specjax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from specjax.models.language_model import LanguageModel, Params
-from specjax.models.table import ATTACHMENTS, is_attachment, make_attachment, model_of
+from specjax.models.table import ATTACHMENTS, is_attachment, make_attachment
 from specjax.reporting import records
 from specjax.runtime import cli, dtypes, processes
 from specjax.runtime import config as configs
@@ -68,7 +70,8 @@ def run(config: Any, workdir: str | Path) -> dict:
             )
         evaluator = make_evaluator(config, inputs, task, tokenizer, mesh)
     result = Trainer(config, workdir, inputs, mesh, min_seconds=min_seconds, evaluator=evaluator).run()
-    _export(workdir / "export", inputs, processes.fetch_to_first(result.params), tokenizer)
+    params = jax.jit(functools.partial(update.cast, dtype=config.model.param_dtype))(result.params)
+    _export(workdir / "export", inputs, processes.fetch_to_first(params), tokenizer)
     rows = [_row(config, inputs.draft, result)]
     path = workdir / "results.json"
     return records.write_results(path, binary="distill", config=configs.to_plain(config), rows=rows)
@@ -125,7 +128,10 @@ def _tokenizer(config: Any, task: tasks.Task) -> Tokenizer:
 
 def _inputs(config: Any, task: tasks.Task, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> TrainingInputs:
     data = config.data
-    target, target_params = _load(config.target, config.model, tokenizer, mesh) if config.target else (None, None)
+    target, target_params = None, None
+    if config.target:
+        dtype = config.target_param_dtype or config.model.param_dtype
+        target, target_params = _load(config.target, config.model, tokenizer, mesh, param_dtype=dtype)
     draft, params = _draft(config, tokenizer, target, target_params, mesh)
     if target is not None and target.is_encoder_decoder != draft.is_encoder_decoder:
         raise UserError(
@@ -187,7 +193,7 @@ def _draft(
             draft.check_split(mesh)
         start = lambda key, _: draft.init(key)
     else:
-        return _load(init, model, tokenizer, mesh, replicate=model.replicate)
+        return _load(init, model, tokenizer, mesh, param_dtype=model.param_dtype, replicate=model.replicate)
     return draft, jax.jit(start, out_shardings=shardings(draft))(jax.random.key(config.seed), target_params)
 
 
@@ -231,9 +237,15 @@ def random_model(model: Any, vocab_size: int, pad_id: int) -> LanguageModel:
 
 
 def _load(
-    directory: str, model: Any, tokenizer: Tokenizer, mesh: jax.sharding.Mesh, *, replicate: bool = False
+    directory: str,
+    model: Any,
+    tokenizer: Tokenizer,
+    mesh: jax.sharding.Mesh,
+    *,
+    param_dtype: str,
+    replicate: bool = False,
 ) -> tuple[LanguageModel, Params]:
-    """Loads an export onto the mesh, in the dtypes of the section `model`.
+    """Loads an export onto the mesh.
 
     Raises:
       UserError: if it has another tokenizer, or a vocabulary smaller than the tokenizer's.
@@ -242,18 +254,15 @@ def _load(
         raise UserError(
             f"the model in {directory} has another tokenizer than the one used here; set tokenizer.path to {directory}"
         )
-    dtypes_of = {"param_dtype": model.param_dtype, "compute_dtype": model.compute_dtype}
-    _, config = hub_load.read_config(Path(directory), **dtypes_of)
-    if config.vocab_size < tokenizer.vocab_size:
+    dtypes_of = {"param_dtype": param_dtype, "compute_dtype": model.compute_dtype}
+    vocab_size = hub_load.describe(directory, **dtypes_of).vocab_size
+    if vocab_size < tokenizer.vocab_size:
         raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} ids and the model in {directory} only {config.vocab_size}; "
+            f"the tokenizer has {tokenizer.vocab_size} ids and the model in {directory} only {vocab_size}; "
             "take the tokenizer that the model was trained with"
         )
-    described = model_of(config)
-    if not replicate:
-        described.check_split(mesh)
-    shardings = meshes.shardings(described.axes(replicate=replicate), mesh)
-    return hub_load.load(directory, shardings=shardings, **dtypes_of)
+    loaded = hub_model.load(directory, mesh=mesh, replicate=replicate, **dtypes_of)
+    return loaded.decoder, loaded.params
 
 
 if __name__ == "__main__":

@@ -27,8 +27,11 @@ from specjax import distill
 from specjax.distillation import data_sources, meter, objective, trainer, update
 from specjax.hub import load as hub_load
 from specjax.hub import save as hub_save
+from specjax.hub import weights
 from specjax.hub.tokenizer import Tokenizer
+from specjax.models.attachment import AttachedDraft
 from specjax.models.decoder import Decoder
+from specjax.models.table import make_attachment
 from specjax.reporting import records
 from specjax.runtime import mesh as meshes
 from specjax.runtime import stopping
@@ -412,6 +415,57 @@ def test_the_evaluator_is_asked_every_so_often_and_its_numbers_are_logged(tmp_pa
     assert [line["block_efficiency"] for line in lines if "block_efficiency" in line] == [1.5, 9.5]
 
 
+def narrow_inputs(config, dtype, options=None):
+    """The inputs in this dtype; with options of an adapter, the adapter is trained."""
+    inputs = make_inputs(config)
+    narrowed = lambda model: Decoder(dataclasses.replace(model.config, param_dtype=dtype, compute_dtype=dtype))
+    target, target_params = narrowed(inputs.target), update.cast(inputs.target_params, dtype=dtype)
+    draft, params = narrowed(inputs.draft), update.cast(inputs.params, dtype=dtype)
+    if options is not None:
+        draft = AttachedDraft.of(make_attachment("adapter", target.config, options))
+        params = draft.init(jax.random.key(0))
+    return dataclasses.replace(inputs, draft=draft, params=params, target=target, target_params=target_params)
+
+
+def test_training_in_bfloat16_reaches_the_loss_of_float32(tmp_path):
+    steps = {f"train.{name}": 100 for name in ("steps", "eval_every", "checkpoint_every")}
+    config = make_config(**steps, **{"optimizer.peak_learning_rate": 2e-3})
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        inputs = narrow_inputs(config, dtype, {"exit_layer": 1, "kind": "attention", "own_head": False})
+        outcome = make_trainer(config, tmp_path / dtype, inputs=inputs).run()
+        assert {leaf.dtype for leaf in jax.tree.leaves(outcome.params)} == {np.dtype("float32")}
+        losses[dtype] = [line["validation_loss"] for line in outcome.validation]
+    (before, wide), (_, narrow) = losses["float32"], losses["bfloat16"]
+    assert wide < 0.5 * before  # there is something to learn
+    assert narrow == pytest.approx(wide, rel=0.02)
+
+
+def test_what_is_trained_and_the_optimisers_moments_are_float32_whatever_the_model_is_stored_in():
+    config = make_config()
+    inputs, mesh = narrow_inputs(config, "bfloat16"), meshes.make_mesh(config.mesh)
+    optimizer = update.make_optimizer(config.optimizer, 12)
+    state = update.initial_state(inputs.params, inputs.draft.axes(), optimizer, mesh)
+    abstract = update.abstract_state(inputs.draft.abstract_params(), inputs.draft.axes(), optimizer, mesh)
+    dtypes = [leaf.dtype for leaf in jax.tree.leaves(state)]
+    assert {str(dtype) for dtype in dtypes} == {"float32", "int32"}  # counters are integers
+    assert dtypes == [leaf.dtype for leaf in jax.tree.leaves(abstract)]
+
+
+def test_a_model_that_computes_in_float16_is_refused(tmp_path):
+    config = make_config()
+    with pytest.raises(UserError, match="the model computes in float16.*bfloat16 or float32"):
+        make_trainer(config, tmp_path, inputs=narrow_inputs(config, "float16"))
+
+
+def test_a_loss_that_is_not_finite_before_the_first_step_is_not_the_learning_rates_fault(tmp_path):
+    config = make_config()
+    inputs = make_inputs(config)
+    inputs = dataclasses.replace(inputs, target_params=jax.tree.map(lambda x: x * np.nan, inputs.target_params))
+    with pytest.raises(UserError, match=r"not finite at step 0 in float32 .*check the weights of model.init"):
+        make_trainer(config, tmp_path, inputs=inputs).run()
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_last_checkpoint(tmp_path):
     good = make_config(**{"train.steps": 4})
     params = jax.tree.map(np.asarray, make_trainer(good, tmp_path).run().params)
@@ -611,7 +665,7 @@ def distill_config(**overrides):
         compute_dtype="auto",
         replicate=False,
     )
-    config.target, config.recipe = "", ""
+    config.target, config.target_param_dtype, config.recipe = "", "", ""
     config.update_from_flattened_dict(overrides)
     return config
 
@@ -652,6 +706,13 @@ def test_a_draft_is_distilled_on_its_own_text_for_at_least_the_time_of_another_s
     (row,) = distill.run(distill_config(**overrides), tmp_path)["rows"]
     assert row["train_seconds"] >= results["rows"][0]["train_seconds"]
     assert row["validation_acceptance"] > row["validation"][0]["validation_acceptance"]
+
+
+def test_an_export_has_the_dtype_that_was_asked_for(trained_target, tmp_path):
+    export = str(trained_target[0] / "export")
+    overrides = {"model.init": export, "target": export, "tokenizer.path": export, "model.param_dtype": "bfloat16"}
+    distill.run(distill_config(**overrides, target_param_dtype="float32"), tmp_path)
+    assert {tensor.dtype for tensor in weights.stored_in(tmp_path / "export").values()} == {"BF16"}
 
 
 def test_training_can_start_from_an_export(trained_target, tmp_path):

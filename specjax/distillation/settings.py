@@ -34,6 +34,12 @@ def check(config: Any, inputs: Any) -> None:
             f"data.draft is {data.draft}, but the model to train predicts further tokens and writes no text; "
             "set data.draft to 0, and data.target to have the target write"
         )
+    for role, model in (("model", inputs.draft), ("target", inputs.target)):
+        if model is not None and model.config.compute_dtype == "float16":
+            raise UserError(
+                f"the {role} computes in float16, in which gradients underflow to 0; set model.compute_dtype to "
+                "bfloat16 or float32"
+            )
     objective.Loss.of_config(loss, inputs.draft, inputs.target)
     data_sources.check_fractions(data_sources.fractions_of(data), has_target=has_target)
     for name in ("steps", "log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_last"):

@@ -270,11 +270,14 @@ class Trainer:
         if all(math.isfinite(value) for value in values):
             return
         last = "there is no checkpoint yet" if self.saved is None else f"the checkpoint of step {self.saved} remains"
-        raise UserError(
-            f"the {what} or its gradient is not finite at step {step} ({last}); run again in a new "
-            "workdir with a lower optimizer.peak_learning_rate or optimizer.clip_norm, or more "
+        remedy = (
+            "run again in a new workdir with a lower optimizer.peak_learning_rate or optimizer.clip_norm, or more "
             "optimizer.warmup_steps"
         )
+        if not step:  # nothing is trained yet
+            remedy = "check the weights of model.init and target, or compute in float32 (model.compute_dtype)"
+        dtype = self.inputs.draft.config.compute_dtype
+        raise UserError(f"the {what} or its gradient is not finite at step {step} in {dtype} ({last}); {remedy}")
 
     def _evaluate(self) -> None:
         """Measures validation loss and acceptance, and if due the evaluator's numbers, with the clock paused."""

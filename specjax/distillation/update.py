@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from specjax.distillation import objective
 from specjax.models.language_model import Params
 from specjax.runtime import mesh as meshes
+from specjax.runtime.dtypes import dtype_named
 from specjax.runtime.errors import UserError
 
 # Logical axes of the arrays of a batch, see `data.batches`.
@@ -34,7 +35,8 @@ class TrainState:
     """The state of training. Trees of its shardings or shapes use this class too.
 
     Attributes:
-      params: parameters of the trained model.
+      params: parameters of the trained model, float32 whatever dtype they are stored in: in bfloat16 most updates of a
+        step would be rounded away. The forward pass casts them to the model's compute dtype.
       optimizer_state: state of the optax optimiser.
       step: number of updates so far, int32.
     """
@@ -148,10 +150,15 @@ def _gradient_of_sum(loss, params, target_params, batch, accumulation):
     return jax.lax.scan(add, zeros, jax.tree.map(split, dict(batch)))[0]
 
 
+def cast(params: Params, *, dtype: str) -> Params:
+    """A copy of the parameters in this dtype: "float32" to train them, or the dtype to export them in."""
+    return jax.tree.map(lambda leaf: jnp.array(leaf, dtype_named(dtype)), params)
+
+
 def state_shardings(
     params: Params, axes: Params, optimizer: optax.GradientTransformation, mesh: meshes.AnyMesh
 ) -> TrainState:
-    """Shardings of a state; the optimiser's statistics of a parameter have the parameter's sharding.
+    """Shardings of a state; the optimiser's statistics have the sharding and dtype (float32) of their parameter.
 
     Args:
       params: the parameters, or their shapes.
@@ -173,7 +180,7 @@ def initial_state(
     """The state of step 0 on the mesh."""
     placed = state_shardings(params, axes, optimizer, mesh)
     # A copy, because every step donates the state; the caller's parameters stay valid.
-    params = jax.jit(functools.partial(jax.tree.map, jnp.copy), out_shardings=placed.params)(params)
+    params = jax.jit(functools.partial(cast, dtype="float32"), out_shardings=placed.params)(params)
     optimizer_state = jax.jit(optimizer.init, out_shardings=placed.optimizer_state)(params)
     return TrainState(params, optimizer_state, meshes.place(np.zeros((), np.int32), placed.step))
 
@@ -183,5 +190,6 @@ def abstract_state(
 ) -> TrainState:
     """`initial_state` as shapes with shardings, from the shapes of the parameters; nothing is allocated."""
     placed = state_shardings(params, axes, optimizer, mesh)
+    params = jax.eval_shape(functools.partial(cast, dtype="float32"), params)
     shapes = TrainState(params, jax.eval_shape(optimizer.init, params), jax.ShapeDtypeStruct((), jnp.int32))
     return meshes.abstract(shapes, placed)

@@ -100,7 +100,7 @@ def save(directory: str | Path, loaded: LoadedAdapter) -> None:
         "format": _FORMAT,
         "type": {network: name for name, network in ATTACHMENTS.items()}.get(network, "") or place_of(network),
         **{name: getattr(config, name) for name in config.options()},
-        "param_dtype": config.target.param_dtype,
+        "param_dtype": str(leaves[0][1].dtype),
         "target": {"fingerprint": loaded.target, "family": config.target.family, "layers": config.target.layers},
     }
     try:

@@ -67,7 +67,9 @@ class ModelCatalog:
     def trained(self, config: Any) -> tuple[LanguageModel, LanguageModel | None]:
         """The model that a training stage trains, and its target."""
         dtype_names = (config.model.param_dtype, config.model.compute_dtype)
-        target = self.model(config.target, *dtype_names) if config.target else None
+        target = None
+        if config.target:
+            target = self.model(config.target, config.target_param_dtype or dtype_names[0], dtype_names[1])
         init = config.model.init
         if distill.is_attachment(init):
             return distill.new_attached_draft(config, target), target
