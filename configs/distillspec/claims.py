@@ -81,7 +81,7 @@ def _calls_saved(record: Mapping) -> Measures:
     """The change in target calls at each operating point; the lossless rule's own where no lossy one qualifies."""
     measures = {}
     for exact, lossy_cells in written.lossy_groups(record):
-        best = written.operating_cell(record, lossy_cells, "target calls")
+        best = written.operating_cell(record, lossy_cells)
         label = f"target calls, T {exact.temperature:g}, {exact.drafter}"
         if best is None:
             measures[label] = Measured.exact(0.0, "+.1f", unit="%", note="no lossy setting within the loss")
@@ -93,7 +93,7 @@ def _calls_saved(record: Mapping) -> Measures:
 
 def _exponent(record: Mapping) -> Measures:
     """How many operating points are those of p^ε, and how many settings of each rule lie on the front."""
-    points = [written.operating_cell(record, group, "target calls") for _, group in written.lossy_groups(record)]
+    points = [written.operating_cell(record, group) for _, group in written.lossy_groups(record)]
     share = sum(best is not None and best.rule == "lenient_exp" for best in points) / len(points)
     fronts = ", ".join(f"{rule} {count}" for rule, count in written.lossy_fronts(record).items())
     return {
@@ -107,9 +107,10 @@ def _garden(record: Mapping) -> Measures:
     best = written.garden_best(record)
     if best is None:
         return {}
-    latency, half = best.cell.latency.mean, best.cell.latency.half or 0.0
-    note = f"{1 / latency:.1f}x lower; quality {best.cell.quality}"
-    label = f"relative latency of the best within the loss, {best.name}"
+    cell = written.garden_members(record)[best]
+    latency, half = cell.latency.mean, cell.latency.half or 0.0
+    note = f"{1 / latency:.1f}x lower; quality {cell.quality}"
+    label = f"relative latency of the best within the loss, {best}"
     return {label: Measured(latency, latency - half, latency + half, ".3f", note=note)}
 
 

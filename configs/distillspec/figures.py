@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from configs.distillspec.tables import garden_members, lossy_groups
+from configs.distillspec.tables import garden_members, garden_points, lossy_groups
 from configs.distillspec.tradeoffs import main_metric, pareto_front
 from configs.records.marks import Mark, tradeoff_figure
 
@@ -36,17 +36,18 @@ def garden(record: Mapping, path: Path) -> None:
     If latency was not measured, quality against block efficiency, without a front.
     """
     members = garden_members(record)
-    timed = all(member.cell.latency is not None for member in members)
+    timed = all(cell.latency is not None for cell in members.values())
     series: dict[str, list[Mark]] = {}
-    for member in members:
-        across = member.cell.latency if timed else member.cell.block_efficiency
-        series.setdefault(member.model, []).append(Mark.of(across, member.cell.quality, member.decoded == "plain"))
-    front = pareto_front([member.point for member in members]) if timed else []
-    name = "relative latency" if timed else "block efficiency"
+    for name, cell in members.items():
+        model, decoded = name.split(", ")
+        mark = Mark.of(cell.latency if timed else cell.block_efficiency, cell.quality, decoded == "plain")
+        series.setdefault(model, []).append(mark)
+    points = garden_points(members) if timed else {}
+    across = "relative latency" if timed else "block efficiency"
     tradeoff_figure(
         {"Model garden": series},
         path,
-        axes=[(f"{name} (hollow: decoded plainly)", main_metric(record["rows"]).replace("_", " "))],
+        axes=[(f"{across} (hollow: decoded plainly)", main_metric(record["rows"]).replace("_", " "))],
         joined=False,
-        front=[(point.cost, point.quality) for point in front],
+        front=[points[name] for name in pareto_front(points)],
     )

@@ -1,8 +1,7 @@
 """Tables of configs/distillspec/README.md: functions of the committed records, over their seeds."""
 
-import dataclasses
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 from configs.distillspec.tradeoffs import (
     LOSS,
@@ -18,12 +17,6 @@ from configs.records.rows import by_recipe, gains, markdown, trained
 from specjax.reporting import tables
 from specjax.reporting.records import provenance
 
-# The cost of a way to decode: target calls per token, which are the same on any machine, and relative latency.
-_COSTS: dict[str, Callable[[Cell], float | None]] = {
-    "target calls": lambda cell: 1 / cell.block_efficiency.mean,
-    "latency": lambda cell: None if cell.latency is None else cell.latency.mean,
-}
-
 
 def lossy_groups(record: Mapping) -> Iterator[tuple[Cell, list[Cell]]]:
     """The lossless way to decode and the lossy ones, for each temperature and draft."""
@@ -37,27 +30,28 @@ def lossy_groups(record: Mapping) -> Iterator[tuple[Cell, list[Cell]]]:
             yield next(cell for cell in group if cell.lenience is None), lossy_cells
 
 
-def operating_cell(record: Mapping, lossy_cells: list[Cell], by: str) -> Cell | None:
-    """The lossy setting with the lowest cost whose quality is within LOSS of plain decoding's."""
-    by_label = {cell.label: cell for cell in lossy_cells}
-    points = [Point(label, _COSTS[by](cell), cell.quality.mean) for label, cell in by_label.items()]
-    best = operating_point(points, least_quality(cells(record), lossy_cells[0].temperature))
-    return None if best is None else by_label[best.name]
+def operating_cell(record: Mapping, lossy_cells: list[Cell]) -> Cell | None:
+    """The lossy setting with the fewest target calls whose quality is within LOSS of plain decoding's."""
+    least = least_quality(cells(record), lossy_cells[0].temperature)
+    return operating_point({cell: cell.counted for cell in lossy_cells}, least)
 
 
 def lossy_points(record: Mapping) -> list[dict]:
     """The operating point for each temperature, draft and measured cost, compared with the lossless rule."""
     lines = []
     for exact, lossy_cells in lossy_groups(record):
-        for by, cost in _COSTS.items():
-            if any(cost(cell) is None for cell in (exact, *lossy_cells)):
-                continue
-            best = operating_cell(record, lossy_cells, by)
+        members = (exact, *lossy_cells)
+        costs = {"target calls": {cell: cell.counted for cell in members}}
+        if all(cell.latency is not None for cell in members):
+            costs["latency"] = {cell: cell.timed for cell in members}
+        for by, points in costs.items():
+            least = least_quality(cells(record), exact.temperature)
+            best = operating_point({cell: points[cell] for cell in lossy_cells}, least)
             line = {"temperature": exact.temperature, "draft": exact.drafter, "by": by}
             line["lossy rule"] = "none within the loss" if best is None else best.label
-            line |= {key: None if best is None else _scores(best)[key] for key in ("quality", "lost")}
-            line["against lossless"] = None if best is None else f"{100 * (cost(best) / cost(exact) - 1):+.1f}%"
-            lines.append(line)
+            line |= {key: None if best is None else best.scores[key] for key in ("quality", "lost")}
+            change = None if best is None else f"{100 * (points[best].cost / points[exact].cost - 1):+.1f}%"
+            lines.append(line | {"against lossless": change})
     return lines
 
 
@@ -68,28 +62,21 @@ def lossy_fronts(record: Mapping) -> dict[str, int]:
     """
     counts: dict[str, int] = {}
     for exact, lossy_cells in lossy_groups(record):
-        by_label = {cell.label: cell for cell in (exact, *lossy_cells)}
-        points = [Point(label, 1 / cell.block_efficiency.mean, cell.quality.mean) for label, cell in by_label.items()]
-        front = [by_label[point.name] for point in pareto_front(points)]
+        front = pareto_front({cell: cell.counted for cell in (exact, *lossy_cells)})
         for cell in lossy_cells:
             counts[cell.rule] = counts.get(cell.rule, 0) + (cell in front)
     return counts
 
 
-def _scores(cell: Cell) -> dict[str, str | None]:
-    return {
-        "quality": str(cell.quality),
-        "lost": str(cell.lost),
-        "block efficiency": str(cell.block_efficiency),
-        "relative latency": None if cell.latency is None else str(cell.latency),
-    }
-
-
 def lossy(record: Mapping) -> str:
     """Markdown tables of the operating points and of every decoding setting."""
-    settings = lambda cell: {"temperature": cell.temperature, "draft": cell.drafter, "rule": cell.label}
-    columns = lambda cell: settings(cell) | {"gamma": cell.gamma, "block efficiency": str(cell.block_efficiency)}
-    lines = [columns(cell) | _scores(cell) for cell in cells(record)]
+    # The block efficiency comes before the other scores.
+    lines = [
+        {"temperature": cell.temperature, "draft": cell.drafter, "rule": cell.label, "gamma": cell.gamma}
+        | {"block efficiency": None}
+        | cell.scores
+        for cell in cells(record)
+    ]
     head = f"Operating points within {100 * LOSS:g}% of plain decoding's quality:"
     return "\n\n".join([head, markdown(lossy_points(record)), "All settings:", markdown(lines), _source(record)])
 
@@ -110,64 +97,54 @@ def _source(record: Mapping) -> str:
 _DRAFTS = {"sd": "SD", "distillspec": "DistillSpec"}
 
 
-@dataclasses.dataclass(frozen=True)
-class Member:
-    """A model of the garden with its decoding method: "plain", "SD" or "DistillSpec"."""
+def garden_members(record: Mapping) -> dict[str, Cell]:
+    """Every way to decode, by "MODEL, plain", "MODEL, SD" or "MODEL, DistillSpec".
 
-    model: str
-    decoded: str
-    cell: Cell
-
-    @property
-    def name(self) -> str:
-        return f"{self.model}, {self.decoded}"
-
-    @property
-    def point(self) -> Point:
-        return Point(self.name, self.cell.latency.mean, self.cell.quality.mean)
-
-
-def garden_members(record: Mapping) -> list[Member]:
-    """Every model and way to decode it. The plainly decoded largest model, "large", is the baseline "none"."""
-    members = []
+    The plainly decoded largest model, "large", is the baseline "none".
+    """
+    members = {}
     for cell in cells(record):
         model, _, draft = ("large", "", "") if cell.drafter == "none" else cell.drafter.rpartition("_")
-        members.append(Member(model, _DRAFTS[draft] if cell.gamma else "plain", cell))
+        members[f"{model}, {_DRAFTS[draft] if cell.gamma else 'plain'}"] = cell
     return members
 
 
-def garden_best(record: Mapping) -> Member | None:
+def garden_best(record: Mapping) -> str | None:
     """The member with the lowest latency and a quality within LOSS of the largest model's; None if none was timed."""
-    members = {member.name: member for member in garden_members(record)}
-    ways = [member.cell for member in members.values()]
-    points = [member.point for member in members.values() if member.cell.latency is not None]
-    best = operating_point(points, least_quality(ways, ways[0].temperature))
-    return None if best is None else members[best.name]
+    members = garden_members(record)
+    least = least_quality(list(members.values()), next(iter(members.values())).temperature)
+    return operating_point(garden_points(members), least)
 
 
-def garden_parts(record: Mapping, best: Member) -> list[dict]:
+def garden_points(members: Mapping[str, Cell]) -> dict[str, Point]:
+    """Relative latency and quality of the members that were timed."""
+    return {name: cell.timed for name, cell in members.items() if cell.latency is not None}
+
+
+def garden_parts(record: Mapping, best: str) -> list[dict]:
     """What each part contributes on the way from the plainly decoded largest model to `best`, one after another.
 
     The factor is the latency with the part divided by the latency without it.
     """
-    size = best.model.removesuffix("_kd").removesuffix("_raw")
+    model, decoded = best.split(", ")
+    size = model.removesuffix("_kd").removesuffix("_raw")
     steps = {"the largest model, decoded plainly": "large, plain"}
     if size != "large":
         steps[f"smaller target ({size})"] = f"{size}_raw, plain"
-    if best.model.endswith("_kd"):
+    if model.endswith("_kd"):
         steps["distilled for the task (KD)"] = f"{size}_kd, plain"
-    if best.decoded != "plain":
-        steps["speculative decoding (SD)"] = f"{best.model}, SD"
-    if best.decoded == "DistillSpec":
-        steps["its draft distilled (DistillSpec)"] = best.name
-    members = {member.name: member.cell for member in garden_members(record)}
-    lines, before = [], None
+    if decoded != "plain":
+        steps["speculative decoding (SD)"] = f"{model}, SD"
+    if decoded == "DistillSpec":
+        steps["its draft distilled (DistillSpec)"] = best
+    members = garden_members(record)
+    lines, previous = [], None
     for part, cell in ((part, members[name]) for part, name in steps.items()):
         line = {"part": part, "quality": str(cell.quality), "relative latency": str(cell.latency)}
-        line["factor"] = None if before is None else cell.latency.mean / before.latency.mean
-        line["change in quality"] = None if before is None else cell.quality.mean - before.quality.mean
+        line["factor"] = None if previous is None else cell.latency.mean / previous.latency.mean
+        line["change in quality"] = None if previous is None else cell.quality.mean - previous.quality.mean
         lines.append(line)
-        before = cell
+        previous = cell
     return lines
 
 
@@ -175,20 +152,18 @@ def garden(record: Mapping) -> str:
     """The best member, the contribution of each of its parts, then every member."""
     members, best = garden_members(record), garden_best(record)
     parameters = {row["stage"]: row["params"] for row in record["rows"] if "params" in row}
-    front = {point.name for point in pareto_front([m.point for m in members if m.cell.latency is not None])}
-    lines = [
-        {"model": member.model, "decoded": member.decoded, "parameters": parameters[member.model]}
-        | _scores(member.cell)
-        | {"on the front": member.name in front if front else None}
-        for member in members
-    ]
+    front, lines = pareto_front(garden_points(members)), []
+    for name, cell in members.items():
+        model, decoded = name.split(", ")
+        line = {"model": model, "decoded": decoded, "parameters": parameters[model], **cell.scores}
+        lines.append(line | {"on the front": name in front if front else None})
     head = ["Latencies are not measured yet."]
     if best is not None:
-        plain = next(member.cell for member in members if member.name == "large, plain")
+        plain, fastest = members["large, plain"], members[best]
         line = (
-            f"Best within {100 * LOSS:g}% of the largest model's quality: {best.name}, relative latency 1 to "
-            f"{best.cell.latency} ({1 / best.cell.latency.mean:.1f}x lower), "
-            f"quality {plain.quality} to {best.cell.quality}."
+            f"Best within {100 * LOSS:g}% of the largest model's quality: {best}, relative latency 1 to "
+            f"{fastest.latency} ({1 / fastest.latency.mean:.1f}x lower), "
+            f"quality {plain.quality} to {fastest.quality}."
         )
         head = [line, markdown(garden_parts(record, best))]
     return "\n\n".join([*head, markdown(lines), _source(record)])

@@ -5,7 +5,8 @@ stage "quality", latency from the stage "latency", which is short, so that it ca
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 from specjax.reporting import tables
 from specjax.reporting.estimates import Estimate
@@ -15,34 +16,27 @@ LOSS = 0.01
 # The metrics that papers report. For a task without these, its first metric is used.
 MAIN_METRICS = ("exact_match", "rouge2", "bleu")
 
+Way = TypeVar("Way")
 
-@dataclasses.dataclass(frozen=True)
-class Point:
-    """A decoding setting with its cost (lower is better) and the quality of its texts (higher is better)."""
 
-    name: str
+class Point(NamedTuple):
+    """The cost (lower is better) and the quality (higher is better) of one way to decode."""
+
     cost: float
     quality: float
 
 
-def operating_point(points: Iterable[Point], least_quality: float) -> Point | None:
-    """The point with the lowest cost among those of at least this quality, ties by quality; None if there is none."""
-    good = [point for point in points if point.quality >= least_quality]
-    return min(good, key=lambda point: (point.cost, -point.quality), default=None)
+def operating_point(points: Mapping[Way, Point], least_quality: float) -> Way | None:
+    """The way with the lowest cost among those of at least this quality, ties by quality; None if there is none."""
+    good = [way for way, point in points.items() if point.quality >= least_quality]
+    return min(good, key=lambda way: (points[way].cost, -points[way].quality), default=None)
 
 
-def pareto_front(points: Sequence[Point]) -> list[Point]:
-    """The points, ordered by cost, for which no other point has lower or equal cost and higher or equal quality."""
-
-    def dominated(point: Point) -> bool:
-        return any(
-            other.cost <= point.cost
-            and other.quality >= point.quality
-            and (other.cost, other.quality) != (point.cost, point.quality)
-            for other in points
-        )
-
-    return sorted((point for point in points if not dominated(point)), key=lambda point: (point.cost, point.quality))
+def pareto_front(points: Mapping[Way, Point]) -> list[Way]:
+    """The ways, ordered by cost, for which no other has lower or equal cost and higher or equal quality."""
+    dominates = lambda other, point: other.cost <= point.cost and other.quality >= point.quality and other != point
+    front = [way for way, point in points.items() if not any(dominates(other, point) for other in points.values())]
+    return sorted(front, key=points.__getitem__)
 
 
 def main_metric(rows: Sequence[Mapping]) -> str:
@@ -51,7 +45,7 @@ def main_metric(rows: Sequence[Mapping]) -> str:
     return next((name for name in MAIN_METRICS if name in quality), next(iter(quality)))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Cell:
     """A decoding setting with its results over the seeds of a record.
 
@@ -79,6 +73,26 @@ class Cell:
     @property
     def block_efficiency(self) -> Estimate:
         return Estimate.of(list(self.efficiencies.values()))
+
+    @property
+    def timed(self) -> Point:
+        """Relative latency and quality."""
+        return Point(self.latency.mean, self.quality.mean)
+
+    @property
+    def counted(self) -> Point:
+        """Target calls per token, which are the same on any machine, and quality."""
+        return Point(1 / self.block_efficiency.mean, self.quality.mean)
+
+    @property
+    def scores(self) -> dict[str, str | None]:
+        """The columns of a table, as text."""
+        return {
+            "quality": str(self.quality),
+            "lost": str(self.lost),
+            "block efficiency": str(self.block_efficiency),
+            "relative latency": None if self.latency is None else str(self.latency),
+        }
 
 
 _SETTINGS = ("drafter", "rule", "lenience", "gamma", "temperature")
