@@ -517,7 +517,8 @@ def test_a_line_that_is_alone_at_a_gamma_is_drawn_at_it(drawn, tmp_path):
 
 
 def test_a_curve_has_room_above_it_and_whole_numbers_below(drawn, tmp_path):
-    plots.lines_figure({"batch": {"measured": [(1, 1.0), (2, 1.01)]}}, tmp_path / "x.png", x_label="x", y_label="y")
+    panels = {"batch": {"measured": [(1, 1.0), (2, 1.01)]}}
+    plots.lines_figure(panels, tmp_path / "x.png", labels=[("x", "y")], from_zero=True)
     axes = drawn[0].axes[0]
     drawn[0].canvas.draw()
     assert axes.get_ylim() == (0, pytest.approx(1.06 * 1.01))

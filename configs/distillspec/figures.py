@@ -5,7 +5,13 @@ from pathlib import Path
 
 from configs.distillspec.tables import garden_members, garden_points, lossy_groups
 from configs.distillspec.tradeoffs import main_metric, pareto_front
-from configs.records.marks import Mark, tradeoff_figure
+from specjax.reporting.estimates import Estimate
+from specjax.reporting.plots import Mark, lines_figure
+
+
+def _mark(x: Estimate, y: Estimate, hollow: bool = False) -> Mark:
+    edges = lambda at: None if at.half is None else (at.mean - at.half, at.mean + at.half)
+    return Mark(x.mean, y.mean, edges(x), edges(y), hollow)
 
 
 def lossy(record: Mapping, path: Path) -> None:
@@ -14,20 +20,20 @@ def lossy(record: Mapping, path: Path) -> None:
     A panel for each temperature and draft. Every line starts at the lossless rule.
     """
     metric = main_metric(record["rows"]).replace("_", " ")
-    panels, axes = {}, []
+    panels, labels = {}, []
     for measure, key in {"block efficiency": "block_efficiency", "relative latency": "latency"}.items():
         for exact, cells in lossy_groups(record):
             if any(getattr(cell, key) is None for cell in (exact, *cells)):
                 continue
             series: dict[str, list[Mark]] = {}
             for cell in sorted(cells, key=lambda cell: -cell.lenience):
-                line = series.setdefault(f"{cell.rule}, lossy", [Mark.of(getattr(exact, key), exact.quality)])
-                line.append(Mark.of(getattr(cell, key), cell.quality))
+                line = series.setdefault(f"{cell.rule}, lossy", [_mark(getattr(exact, key), exact.quality)])
+                line.append(_mark(getattr(cell, key), cell.quality))
             title = f"{exact.drafter}, temperature {exact.temperature:g}"
             # In the order of the record, so that every panel gives a rule the same colour.
             panels[f"{title[:60]}: {measure}"] = {f"{c.rule}, lossy": series[f"{c.rule}, lossy"] for c in cells}
-            axes.append((measure, metric))
-    tradeoff_figure(panels, path, axes=axes)
+            labels.append((measure, metric))
+    lines_figure(panels, path, labels=labels)
 
 
 def garden(record: Mapping, path: Path) -> None:
@@ -40,14 +46,15 @@ def garden(record: Mapping, path: Path) -> None:
     series: dict[str, list[Mark]] = {}
     for name, cell in members.items():
         model, decoded = name.split(", ")
-        mark = Mark.of(cell.latency if timed else cell.block_efficiency, cell.quality, decoded == "plain")
+        mark = _mark(cell.latency if timed else cell.block_efficiency, cell.quality, decoded == "plain")
         series.setdefault(model, []).append(mark)
     points = garden_points(members) if timed else {}
     across = "relative latency" if timed else "block efficiency"
-    tradeoff_figure(
+    lines_figure(
         {"Model garden": series},
         path,
-        axes=[(f"{across} (hollow: decoded plainly)", main_metric(record["rows"]).replace("_", " "))],
+        labels=[(f"{across} (hollow: decoded plainly)", main_metric(record["rows"]).replace("_", " "))],
         joined=False,
-        front=[points[name] for name in pareto_front(points)],
+        guides=[[points[name] for name in pareto_front(points)]] if points else (),
+        guides_name="Pareto front" if points else None,
     )

@@ -50,7 +50,8 @@ def measured(config: Any, workdir: Path) -> list[dict]:
         at = [(row[key], row["milliseconds"]) for row in rows if row["table"] == name]
         path, title = workdir / "figures" / f"{name}.png", name.replace("_", " ")
         if at:
-            plots.lines_figure({title: {"measured": at}}, path, x_label=key, y_label="milliseconds a step")
+            labels = [(key, "milliseconds per step")]
+            plots.lines_figure({title: {"measured": sorted(at)}}, path, labels=labels, from_zero=True)
             figures.append(page.Figure(path, f"Milliseconds of a decoding step: {title}."))
     page.write_report(
         workdir / "report.html",

@@ -196,7 +196,8 @@ def _figures(gamma: int, folder: Path, made: Sequence[Mapping]) -> list[page.Fig
                 panel.setdefault(f"{row['recipe']}, layers {row['layers']}", []).append((x(row), row[y]))
         if panels:
             path = folder / f"{name}.png"
-            plots.lines_figure(panels, path, x_label=x_label, y_label=y.replace("_", " "), **options)
+            labels = [(x_label, y.replace("_", " "))] * len(panels)
+            plots.lines_figure(panels, path, labels=labels, from_zero=True, **options)
             figures.append(page.Figure(path, caption))
 
     if timed:
@@ -210,7 +211,7 @@ def _figures(gamma: int, folder: Path, made: Sequence[Mapping]) -> list[page.Fig
         x_label = "draft step, milliseconds"
         draw("pareto", caption, timed, step, "block_efficiency", x_label, joined=False, guides=guides)
     caption = "Throughput against gamma, one seed."
-    first = [row for row in single if row["seed"] == made[0]["seed"]]
+    first = sorted((row for row in single if row["seed"] == made[0]["seed"]), key=lambda row: row["gamma"])
     draw("throughput", caption, first, lambda row: row["gamma"], "tokens_per_second", "gamma")
     caption = "Language modelling against acceptance, of drafts that were trained plainly."
     x_label = "perplexity of the draft"

@@ -308,7 +308,7 @@ def write_report(config: Any, workdir: Path, rows: Sequence[dict]) -> None:
             curve = curves.setdefault(row["draft"], [(0, row["plain_tokens_per_second"])])
             curve.append((row["gamma"], row["tokens_per_second"]))
     path = workdir / "figures" / "throughput.png"
-    plots.lines_figure({"expected": curves}, path, x_label="gamma", y_label="tokens per second")
+    plots.lines_figure({"expected": curves}, path, labels=[("gamma", "tokens per second")], from_zero=True)
     caption = "Expected tokens per second by gamma, without a confidence stop; 0 is plain decoding."
     figure = page.Section("Throughput", [page.Figures([page.Figure(path, caption)])])
     page.write_report(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -105,42 +106,66 @@ def training_figures(
     return paths
 
 
+class Mark(NamedTuple):
+    """A point, with its intervals (None if there are none), drawn filled or hollow."""
+
+    x: float | int
+    y: float | int
+    x_edges: Sequence[float] | None = None
+    y_edges: Sequence[float] | None = None
+    hollow: bool = False
+
+
 def lines_figure(
-    panels: Mapping[str, Mapping[str, Sequence[tuple[float | int, float]]]],
+    panels: Mapping[str, Mapping[str, Sequence[tuple]]],
     path: str | Path,
     *,
-    x_label: str,
-    y_label: str,
-    palette: Sequence[str] = (),
+    labels: Sequence[tuple[str, str]],
     joined: bool = True,
     guides: Sequence[Sequence[tuple[float, float]]] = (),
+    guides_name: str | None = None,
+    from_zero: bool = False,
 ) -> None:
-    """Draws {panel title: {line name: points (x, y)}} on a vertical axis from 0. Raises ValueError without panels.
+    """Draws {panel title: {line name: points (x, y) or `Mark`s}}. Raises ValueError without panels.
 
     Args:
-      joined: whether to connect the points of a line.
-      guides: points of dashed lines to draw in every panel.
+      labels: the labels of the horizontal and the vertical axis, for each panel.
+      joined: whether to connect the points of a line, in their order.
+      guides: points of dashed lines to draw in every panel; `guides_name` is their name in the legend.
+      from_zero: whether the vertical axis starts at 0.
     """
     from matplotlib.ticker import MaxNLocator
 
     names = list(dict.fromkeys(name for series in panels.values() for name in series))
-    looks = looks_of(palette, names)
+    looks = looks_of((), names)
+    drawn = {
+        title: {"series": series, "labels": pair} for (title, series), pair in zip(panels.items(), labels, strict=True)
+    }
 
-    def draw(axes, theme: Theme, series: Mapping) -> None:
-        for name, points in series.items():
+    def draw(axes, theme: Theme, panel: Mapping) -> None:
+        series = {name: [Mark(*point) for point in points] for name, points in panel["series"].items()}
+        for name, marks in series.items():
             color, marker = looks(theme, name)
-            line = "-" if joined else ""
-            axes.plot(*zip(*sorted(points), strict=True), color=color, marker=marker, linestyle=line, label=name)
+            if joined:
+                axes.plot([mark.x for mark in marks], [mark.y for mark in marks], color=color, linewidth=1.2)
+            for mark in marks:
+                if mark.x_edges:
+                    axes.hlines(mark.y, *mark.x_edges, color=color, linewidth=0.7, alpha=0.6)
+                if mark.y_edges:
+                    axes.vlines(mark.x, *mark.y_edges, color=color, linewidth=0.7, alpha=0.6)
+                face = theme.paper if mark.hollow else color
+                axes.plot(mark.x, mark.y, color=color, marker=marker, markerfacecolor=face, label=name, zorder=3, ls="")
         for guide in guides:
             axes.plot(*zip(*guide, strict=True), color=theme.ink, linestyle=DASHES, linewidth=1)
-        points = [point for line in (*series.values(), *guides) for point in line]
-        axes.set_ylim(0, 1.06 * max(y for _, y in points) or None)
-        if all(float(x).is_integer() for x, _ in points):
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
+        if from_zero:
+            points = [point for line in (*series.values(), *guides) for point in line]
+            axes.set_ylim(0, 1.06 * max(point[1] for point in points) or None)
+            if all(float(point[0]).is_integer() for point in points):
+                axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel(panel["labels"][0])
+        axes.set_ylabel(panel["labels"][1])
 
-    save_panels(path, panels, names, draw)
+    save_panels(path, drawn, names, draw, dashed=guides_name)
 
 
 def _grouped(rows: Sequence[Mapping]) -> tuple[dict[str, dict[str, list]], list[str]]:
