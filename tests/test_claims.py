@@ -2,8 +2,8 @@
 
 import pytest
 
-from specjax.reporting import claims
-from specjax.reporting.claims import Claim, Measured
+from configs.records import claims
+from configs.records.claims import Claim, Measured
 
 RECORD = {"values": [2.0, 2.1, 1.9]}
 

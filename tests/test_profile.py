@@ -8,7 +8,7 @@ import tiny
 
 from configs.draft_design import profiling as profile
 from configs.draft_design import series
-from configs.draft_design.profiling import Case, Point, Profile
+from configs.draft_design.profiling import Point, Profile, StepCase
 from specjax.draft_design import shapes
 from specjax.runtime import config as configs
 from specjax.runtime.errors import UserError
@@ -33,24 +33,24 @@ def clock(monkeypatch):
 
 
 def test_a_measured_case_is_stored_and_not_measured_again(tmp_path, clock):
-    cases = [Case(tiny.config(layers=layers)) for layers in (1, 2)]
+    cases = [StepCase(tiny.config(layers=layers)) for layers in (1, 2)]
     points = Profile(tmp_path / "p.json").measure(cases, 3)
     assert [point.seconds for point in points] == [1e-3, 2e-3]
-    more = [*cases, Case(tiny.config(layers=2), tokens=4)]
+    more = [*cases, StepCase(tiny.config(layers=2), tokens=4)]
     assert Profile(tmp_path / "p.json").measure(more, 3) == [*points, Point(8e-3, 0.1)]
     assert clock == [[1, 2], [2]]
 
 
 def test_what_does_not_fit_the_memory_is_estimated_and_says_so(tmp_path, clock):
-    small, large = Case(tiny.config(layers=1)), Case(tiny.config(layers=8))
-    points = Profile(tmp_path / "p.json", memory=(small.bytes + large.bytes) // 2).measure([large, small], 3)
+    small, large = StepCase(tiny.config(layers=1)), StepCase(tiny.config(layers=8))
+    points = Profile(tmp_path / "p.json", memory=profile.bytes_of([small, large]) // 2).measure([large, small], 3)
     read = shapes.step_bytes(large.shape, large.context)
     assert points == [Point(read / 1e9, 0.0, estimate=True), Point(1e-3, 0.1)]
     assert clock == [[1]]
 
 
 def test_an_estimate_is_what_is_read_or_computed_whichever_takes_longer():
-    one, many = Case(tiny.config()), Case(tiny.config(), tokens=9)
+    one, many = StepCase(tiny.config()), StepCase(tiny.config(), tokens=9)
     read = shapes.step_bytes(one.shape, one.context)
     assert profile.estimated_seconds(one, RATES) == read / 1e9
     computed = 2 * 9 * (read - shapes.kv_bytes(one.shape, one.context)) / 4 / 1e9
@@ -58,23 +58,22 @@ def test_an_estimate_is_what_is_read_or_computed_whichever_takes_longer():
 
 
 def test_shapes_that_do_not_fit_together_are_measured_separately(tmp_path, clock):
-    cases = [Case(tiny.config(layers=layers)) for layers in (1, 2, 3)]
-    Profile(tmp_path / "p.json", memory=int(1.26 * cases[2].bytes)).measure(cases, 3)
+    cases = [StepCase(tiny.config(layers=layers)) for layers in (1, 2, 3)]
+    Profile(tmp_path / "p.json", memory=int(1.26 * profile.bytes_of(cases[2:]))).measure(cases, 3)
     assert clock == [[1], [2], [3]]
 
 
 def test_cases_of_one_shape_share_its_weights_and_are_measured_together(tmp_path, clock):
-    cases = [Case(tiny.config(layers=1), tokens=tokens) for tokens in (1, 2, 3)]
+    cases = [StepCase(tiny.config(layers=1), tokens=tokens) for tokens in (1, 2, 3)]
     # Room for the weights once and every cache, but not for the weights twice.
-    caches = sum(case.bytes - shapes.weight_bytes(case.shape) for case in cases)
-    memory = int((shapes.weight_bytes(cases[0].shape) * 1.5 + caches) / 0.8)
+    memory = int((profile.bytes_of(cases) + shapes.weight_bytes(cases[0].shape) / 2) / 0.8)
     Profile(tmp_path / "p.json", memory=memory).measure(cases, 3)
     assert clock == [[1, 1, 1]]
 
 
 def test_a_profile_of_another_device_is_refused(tmp_path, clock):
     path = tmp_path / "p.json"
-    Profile(path).measure([Case(tiny.config())], 3)
+    Profile(path).measure([StepCase(tiny.config())], 3)
     stored = json.loads(path.read_text())
     stored["device"]["device_kind"] = "NVIDIA H100"
     path.write_text(json.dumps(stored))
@@ -87,16 +86,23 @@ def test_a_profile_of_another_device_is_refused(tmp_path, clock):
 
 @pytest.mark.slow
 def test_the_clock_runs_real_steps(tmp_path):
-    (point,) = Profile(tmp_path / "p.json").measure([Case(tiny.config(layers=1), context=8, steps=2)], 2)
+    (point,) = Profile(tmp_path / "p.json").measure([StepCase(tiny.config(layers=1), context=8, steps=2)], 2)
     assert point.seconds > 0 and not point.estimate
 
 
-def test_the_line_through_points_is_the_one_worked_by_hand():
-    result = profile.line((1, 2, 3), (3.0, 5.0, 7.0))
-    assert result == pytest.approx({"slope": 2.0, "intercept": 1.0, "r_squared": 1.0})
-    # Slope 1/2 through the mean (2, 5/3) leaves 1/6 of the 2/3 that there is.
-    result = profile.line((1, 2, 3), (1.0, 2.0, 2.0))
-    assert result == pytest.approx({"slope": 0.5, "intercept": 2 / 3, "r_squared": 0.75})
+@pytest.mark.parametrize(
+    ("milliseconds", "slope", "r_squared"),
+    [
+        ((3.0, 5.0, 7.0), 2.0, 1.0),
+        ((1.0, 2.0, 2.0), 0.5, 0.75),  # through the mean (2, 5/3) it leaves 1/6 of the variation of 2/3
+    ],
+)
+def test_the_line_through_points_is_the_one_worked_by_hand(milliseconds, slope, r_squared):
+    points = zip((1, 2, 3), milliseconds, strict=True)
+    rows = [{"table": "batch", "estimate": False, "batch": x, "milliseconds": y} for x, y in points]
+    result = series._line(rows, "batch", "batch")
+    assert result["milliseconds_for_one_more"] == pytest.approx(slope)
+    assert result["r_squared"] == pytest.approx(r_squared)
 
 
 @pytest.mark.slow
@@ -125,5 +131,5 @@ def test_heads_that_do_not_divide_are_refused(tmp_path, clock):
 
 
 def test_the_spread_is_the_interquartile_range_over_the_median():
-    assert profile.median_and_spread((1.0, 2.0, 3.0)) == (2.0, 0.5)
-    assert profile.median_and_spread((4.0,)) == (4.0, 0.0)
+    assert Point.of((1.0, 2.0, 3.0)) == Point(2.0, 0.5)
+    assert Point.of((4.0,)) == Point(4.0, 0.0)

@@ -455,10 +455,9 @@ def test_a_run_without_training_or_samples_has_a_shorter_page(tmp_path):
 
 def test_the_legend_of_a_figure_names_lossy_rules():
     lossy = result_row(rule="lenient_exp", lenience=0.25)
-    _, names = plots._grouped([lossy])
-    assert names == ["distilled (lenient_exp 0.25, lossy)"]
-    _, names = plots._grouped([result_row(lenience=None), lossy])
-    assert names == ["distilled (lossless)", "distilled (lenient_exp 0.25, lossy)"]
+    names = lambda rows: plots._names(plots._grouped(rows))
+    assert names([lossy]) == ["distilled (lenient_exp 0.25, lossy)"]
+    assert names([result_row(lenience=None), lossy]) == ["distilled (lossless)", "distilled (lenient_exp 0.25, lossy)"]
 
 
 def test_figures_without_data_say_so(tmp_path):
@@ -482,7 +481,7 @@ def test_lines_beyond_the_colours_differ_in_their_markers():
 
 def test_the_legend_names_only_what_differs_between_lines():
     rows = [result_row("a", threshold=0.4), result_row("b", threshold=0.6), result_row("b", threshold=0.0)]
-    assert plots._grouped(rows)[1] == ["a", "b (threshold 0.6)", "b (threshold 0.0)"]
+    assert plots._names(plots._grouped(rows)) == ["a", "b (threshold 0.6)", "b (threshold 0.0)"]
 
 
 @pytest.fixture

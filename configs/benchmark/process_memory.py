@@ -2,19 +2,24 @@
 
 import ctypes
 import gc
+import re
 from pathlib import Path
 
 from specjax.runtime.errors import UserError
 
 
-def resident() -> int:
+def resident(field: str = "VmRSS") -> int:
     """Bytes in use now. Raises UserError on systems other than Linux."""
-    return _field("VmRSS")
+    status = Path("/proc/self/status")
+    kibibytes = re.search(rf"^{field}:\s+(\d+)", status.read_text() if status.exists() else "", re.MULTILINE)
+    if not kibibytes:
+        raise UserError(f"the memory of a process cannot be measured here (no {field} in {status}); run on Linux")
+    return int(kibibytes[1]) * 1024
 
 
 def peak() -> int:
     """The most bytes in use at any time since `reset_peak`, or since the process began."""
-    return _field("VmHWM")
+    return resident("VmHWM")
 
 
 def reset_peak() -> None:
@@ -29,12 +34,3 @@ def settled() -> int:
         trim(0)
     reset_peak()
     return resident()
-
-
-def _field(name: str) -> int:
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    for line in lines:
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise UserError(f"the memory of a process cannot be measured here (no {name} in {status}); run on Linux")

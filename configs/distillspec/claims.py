@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping
 
 from configs.distillspec import recipe_sweep
 from configs.distillspec import tables as written
+from configs.records.claims import Claim, Measured, Measures, all_above, all_below, numbers
 from configs.records.rows import gains
 from specjax.reporting import tables
-from specjax.reporting.claims import Claim, Measured, Measures, all_above, all_below, numbers
 
 
 def _best_gains(record: Mapping) -> Measures:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from configs.distillspec.tables import garden_members, garden_points, lossy_groups
 from configs.distillspec.tradeoffs import main_metric, pareto_front
-from specjax.reporting.estimates import Estimate
+from configs.records.claims import Estimate
 from specjax.reporting.plots import Mark, lines_figure
 
 

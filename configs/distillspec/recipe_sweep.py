@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from configs.records.claims import Measured
 from configs.records.rows import by_recipe, gains, markdown, percent, trained
 from specjax.reporting import page, panels, tables
-from specjax.reporting.claims import Measured
 from specjax.reporting.records import provenance
 
 TEXTS = ("fixed", "draft", "target", "mixed")

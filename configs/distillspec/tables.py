@@ -191,25 +191,22 @@ def study(record: Mapping) -> str:
     """
     training, lines = trained(record), []
     evaluated = [row for row in record["rows"] if row.get("drafter") in training]
-    groups = [
-        (gamma, temperature, recipes)
-        for gamma in sorted({row["gamma"] for row in evaluated})
-        for temperature, recipes in by_recipe(row for row in evaluated if row["gamma"] == gamma).items()
-    ]
-    for gamma, temperature, recipes in groups:
-        values = {
-            recipe: {seed: rows[seed]["block_efficiency"] for seed in sorted(rows)} for recipe, rows in recipes.items()
-        }
-        for recipe, rows in recipes.items():
-            mean = lambda key, recipe=recipe, rows=rows: statistics.fmean(training[f"{recipe}_{s}"][key] for s in rows)
-            line = {"recipe": recipe, "temperature": temperature, "gamma": gamma}
-            line |= {"steps": mean("steps"), "train_seconds": mean("train_seconds")}
-            line["block_efficiency"] = statistics.fmean(values[recipe].values())
-            line["by seed"] = " ".join(f"{value:.3f}" for value in values[recipe].values())
-            for control in (name for name in recipes if name.startswith("control")):
-                gained = gains(values[recipe], values[control]) if control != recipe else []
-                line[f"over {control}"] = _mean_and_range(gained) if gained else None
-            lines.append(line)
+    for gamma in sorted({row["gamma"] for row in evaluated}):
+        for temperature, recipes in by_recipe(row for row in evaluated if row["gamma"] == gamma).items():
+            values = {
+                recipe: {seed: rows[seed]["block_efficiency"] for seed in sorted(rows)}
+                for recipe, rows in recipes.items()
+            }
+            for recipe, by_seed in values.items():
+                trainings = [training[f"{recipe}_{seed}"] for seed in by_seed]
+                line = {"recipe": recipe, "temperature": temperature, "gamma": gamma}
+                line |= {key: statistics.fmean(row[key] for row in trainings) for key in ("steps", "train_seconds")}
+                line["block_efficiency"] = statistics.fmean(by_seed.values())
+                line["by seed"] = " ".join(f"{value:.3f}" for value in by_seed.values())
+                for control in (name for name in recipes if name.startswith("control")):
+                    gained = gains(by_seed, values[control]) if control != recipe else []
+                    line[f"over {control}"] = _mean_and_range(gained) if gained else None
+                lines.append(line)
     return markdown(lines)
 
 

@@ -8,8 +8,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
+from configs.records.claims import Estimate
 from specjax.reporting import tables
-from specjax.reporting.estimates import Estimate
 
 # Maximum relative loss of quality, compared with plain decoding, of an operating point.
 LOSS = 0.01

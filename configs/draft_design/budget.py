@@ -30,7 +30,7 @@ def build(config: Any, workdir: Path) -> list[dict]:
     like = shapes.plain_llama(hub_load.read_config(Path(config.target), **dtypes)[1])
     sizes = (config.parameters,) if config.parameters else config.sizes
     candidates = [shapes.at_parameters(like, layers, size) for layers in config.layers for size in sizes]
-    cases = [profiling.Case(shape, context=config.context, batch=config.batch_size) for shape in candidates]
+    cases = [profiling.StepCase(shape, context=config.context, batch=config.batch_size) for shape in candidates]
     points = profiling.Profile(config.profile or workdir / "profile.json").measure(cases, config.repeats)
     seconds = {case.shape: point.seconds for case, point in zip(cases, points, strict=True)}
     chosen = min(candidates, key=seconds.__getitem__)

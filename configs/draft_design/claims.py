@@ -4,7 +4,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping
 
-from specjax.reporting.claims import NOT_REPRODUCED, OURS, Claim, Measured, Measures, all_above, every, numbers
+from configs.records.claims import NOT_REPRODUCED, OURS, Claim, Measured, Measures, all_above, every, numbers
 
 # The verdicts on arithmetic with published numbers, which reproduces nothing.
 ARITHMETIC = ("consistent; arithmetic, nothing is reproduced", NOT_REPRODUCED)

@@ -10,18 +10,18 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from configs.records.claims import Estimate
 from specjax import design, evaluate
 from specjax.draft_design import advice, shapes
 from specjax.evaluation import throughput
 from specjax.hub import load as hub_load
 from specjax.models.decoder import Decoder
 from specjax.reporting import records
-from specjax.reporting.estimates import Estimate
 from specjax.runtime.errors import UserError
 
 
 def run(config: Any, workdir: str | Path) -> dict:
-    """Runs the study's stage; returns the content of results.json."""
+    """Writes the rows of `check_advice`; returns the content of results.json."""
     return design.finish(config, workdir, check_advice(config, Path(workdir)))
 
 
@@ -39,10 +39,10 @@ def check_advice(config: Any, workdir: Path) -> list[dict]:
     for contest in contests(results["rows"], drafts, config.seeds):
         repeats = []
         for repeat in range(config.repeats) if contest.entries else ():
-            setting = f"seed{contest.seed}_T{contest.temperature:g}_batch{contest.batch_size}_{repeat}"
-            if not (workdir / setting / "results.json").exists():
-                evaluate.run(_rerun(results["config"], contest, config.count, repeat), workdir / setting)
-            repeats.append(records.read_results(workdir / setting / "results.json")["rows"])
+            folder = workdir / f"seed{contest.seed}_T{contest.temperature:g}_batch{contest.batch_size}_{repeat}"
+            if not (folder / "results.json").exists():
+                evaluate.run(_rerun(results["config"], contest, config.count, repeat), folder)
+            repeats.append(records.read_results(folder / "results.json")["rows"])
         rows.append(contest.row(first.name, repeats))
     return rows
 
@@ -79,9 +79,9 @@ class Entry(NamedTuple):
     def __str__(self) -> str:
         return f"{self.drafter}, gamma {self.gamma}" if self.gamma else "plain decoding"
 
-
-def _entry(row: Mapping) -> Entry:
-    return Entry(row["drafter"], row["gamma"])
+    @classmethod
+    def of(cls, row: Mapping) -> "Entry":
+        return cls(row["drafter"], row["gamma"])
 
 
 class Contest(NamedTuple):
@@ -112,7 +112,7 @@ class Contest(NamedTuple):
           evaluation: its name.
           repeats: the evaluate rows of each rerun; none if both entries are the same.
         """
-        speeds = [{_entry(row): row["tokens_per_second"] for row in rows} for rows in repeats]
+        speeds = [{Entry.of(row): row["tokens_per_second"] for row in rows} for rows in repeats]
         mean = lambda entry: statistics.fmean(each[entry] for each in speeds) if speeds else None
         ratio = Estimate.of([each[self.advised] / each[self.fastest] for each in speeds] or [1.0])
         return {
@@ -144,7 +144,7 @@ def contests(measured: Sequence[Mapping], drafts: Mapping[str, Mapping], seeds: 
             group = [row for row in rows if (row["temperature"], row["batch_size"]) == (temperature, size)]
             if all(row["draft_step_seconds"] is not None for row in group if row["gamma"]):
                 fastest = max(group, key=lambda row: row["tokens_per_second"])
-                made.append(Contest(seed, temperature, size, len(group), _advised(group, drafts), _entry(fastest)))
+                made.append(Contest(seed, temperature, size, len(group), _advised(group, drafts), Entry.of(fastest)))
     return made
 
 
@@ -179,9 +179,7 @@ def parts_of(row: Mapping) -> throughput.PartSeconds:
 def _rerun(evaluation: dict, contest: Contest, count: int, repeat: int) -> ConfigDict:
     """The evaluation's config for one setting and two ways to decode, with other prompts."""
     config = ConfigDict(evaluation)
-    gammas: dict[str, list[int]] = {}
-    for name, gamma in contest.entries:
-        gammas.setdefault(name, []).append(gamma)
+    gammas = {name: [gamma for other, gamma in contest.entries if other == name] for name, _ in contest.entries}
     drafters = {name: how for name, how in evaluation["drafters"].items() if name in gammas}
     config.drafters = ConfigDict({name: {**how, "rules": {"lossless": gammas[name]}} for name, how in drafters.items()})
     config.update({"batch_sizes": [contest.batch_size], "temperatures": [contest.temperature]})

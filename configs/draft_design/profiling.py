@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ _FILL = 0.8
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class StepCase:
     """A step to time; fields are as in `latency.TimedStep`, with a model of this shape."""
 
     shape: DecoderConfig
@@ -45,21 +45,18 @@ class Case:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
 
     @property
-    def cache_bytes(self) -> int:
-        return shapes.kv_bytes(self.shape, self._capacity, self.batch)
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of the weights and the cache."""
-        return shapes.weight_bytes(self.shape) + self.cache_bytes
-
-    @property
-    def _capacity(self) -> int:
+    def capacity(self) -> int:
+        """Slots of the cache."""
         return -(-(self.context + self.tokens) // _SLOTS) * _SLOTS
 
-    def step(self) -> latency.TimedStep:
-        """The case as a `latency.TimedStep`."""
-        return latency.TimedStep(Decoder(self.shape), self.tokens, self.batch, self.context, self._capacity, self.steps)
+    def timed_step(self) -> latency.TimedStep:
+        return latency.TimedStep(Decoder(self.shape), self.tokens, self.batch, self.context, self.capacity, self.steps)
+
+
+def bytes_of(cases: Sequence[StepCase]) -> int:
+    """Bytes of the weights, once for each shape, and of all caches."""
+    weights = sum(map(shapes.weight_bytes, {case.shape for case in cases}))
+    return weights + sum(shapes.kv_bytes(case.shape, case.capacity, case.batch) for case in cases)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +73,12 @@ class Point:
     spread: float
     estimate: bool = False
 
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> "Point":
+        """The point of several measurements."""
+        low, median, high = np.quantile(seconds, (0.25, 0.5, 0.75)).tolist()
+        return cls(median, (high - low) / median)
+
 
 def shape_columns(shape: DecoderConfig) -> dict[str, int]:
     """The table columns that describe a shape."""
@@ -83,7 +86,7 @@ def shape_columns(shape: DecoderConfig) -> dict[str, int]:
     return {**sizes, "parameters": shapes.parameters(shape)}
 
 
-def columns(case: Case, point: Point) -> dict[str, Any]:
+def columns(case: StepCase, point: Point) -> dict[str, Any]:
     """The table columns of a timed shape."""
     return {
         **shape_columns(case.shape),
@@ -153,48 +156,43 @@ class Profile:
             raise UserError(f"the profile {self._path} is damaged ({error}); delete it and profile again") from error
         if schema != SCHEMA:
             raise UserError(f"the profile {self._path} has schema {schema}, this version reads {SCHEMA}; delete it")
-        differing = [
-            f"{key}: {theirs.get(key)} there, {self.device.get(key)} here"
-            for key in sorted(theirs.keys() | self.device.keys())
-            if theirs.get(key) != self.device.get(key)
-        ]
+        keys = sorted(theirs.keys() | self.device.keys())
+        pairs = {key: (theirs.get(key), self.device.get(key)) for key in keys}
+        differing = [f"{key}: {there} there, {here} here" for key, (there, here) in pairs.items() if there != here]
         if differing:
             raise UserError(
                 f"the profile {self._path} is of another device ({'; '.join(differing)}); name another file and "
                 "profile this one"
             )
 
-    def measure(self, cases: Sequence[Case], repeats: int) -> list[Point]:
+    def measure(self, cases: Sequence[StepCase], repeats: int) -> list[Point]:
         """A point for each case: from the file, otherwise measured in turns with other new cases.
 
         A case that does not fit the memory gets a roofline estimate, marked as one.
         """
-        missing = {case.key: case for case in cases if case.key not in self._points}
-        too_large = [case for case in missing.values() if not self._fits(case.bytes)]
+        missing = list({case.key: case for case in cases if case.key not in self._points}.values())
         with progress(total=len(missing), description="profile", unit="case") as bar:
-            for group in self._groups([case for case in missing.values() if case not in too_large]):
+            for group in self._groups([case for case in missing if self._fits([case])]):
                 self._add(_timed(group, repeats))
                 bar.update(len(group))
-            for case in too_large:
-                self._add({case.key: Point(estimated_seconds(case, self.rates(repeats)), 0.0, estimate=True)})
-                bar.update(1)
+            for case in missing:
+                if not self._fits([case]):
+                    self._add({case.key: Point(estimated_seconds(case, self.rates(repeats)), 0.0, estimate=True)})
+                    bar.update(1)
         return [self._points[case.key] for case in cases]
 
-    def _fits(self, size: int) -> bool:
-        return not self._memory or size <= _FILL * self._memory
+    def _fits(self, cases: Sequence[StepCase]) -> bool:
+        return not self._memory or bytes_of(cases) <= _FILL * self._memory
 
-    def _groups(self, cases: Sequence[Case]) -> Iterator[list[Case]]:
-        """The cases in their order, in groups that fit the memory; cases of one shape share its weights."""
-        group: list[Case] = []
+    def _groups(self, cases: Sequence[StepCase]) -> list[list[StepCase]]:
+        """The cases in their order, in groups that fit the memory."""
+        groups: list[list[StepCase]] = []
         for case in cases:
-            together = [*group, case]
-            weights = sum(map(shapes.weight_bytes, {each.shape for each in together}))
-            if group and not self._fits(weights + sum(each.cache_bytes for each in together)):
-                yield group
-                together = [case]
-            group = together
-        if group:
-            yield group
+            if groups and self._fits([*groups[-1], case]):
+                groups[-1].append(case)
+            else:
+                groups.append([case])
+        return groups
 
     def rates(self, repeats: int) -> dict[str, float]:
         """Bytes per second of a matrix-vector product on this device, and operations per second of a dense product."""
@@ -211,22 +209,13 @@ class Profile:
         records.write_atomically(self._path, json.dumps(content, indent=1) + "\n")
 
 
-def _timed(cases: Sequence[Case], repeats: int) -> dict[str, Point]:
-    weights = {shape: Decoder(shape).init(jax.random.key(0)) for shape in dict.fromkeys(case.shape for case in cases)}
-    timed = in_turns([latency.step_case(case.step(), weights[case.shape]) for case in cases], repeats)
-    points = {}
-    for case, seconds in zip(cases, timed, strict=True):
-        points[case.key] = Point(*median_and_spread([s / case.steps for s in seconds]))
-    return points
+def _timed(cases: Sequence[StepCase], repeats: int) -> dict[str, Point]:
+    weights = {shape: Decoder(shape).init(jax.random.key(0)) for shape in {case.shape for case in cases}}
+    timed = in_turns([latency.step_case(case.timed_step(), weights[case.shape]) for case in cases], repeats)
+    return {case.key: Point.of([each / case.steps for each in s]) for case, s in zip(cases, timed, strict=True)}
 
 
-def median_and_spread(seconds: Sequence[float]) -> tuple[float, float]:
-    """The median, and the interquartile range divided by it."""
-    low, median, high = np.quantile(seconds, (0.25, 0.5, 0.75)).tolist()
-    return median, (high - low) / median
-
-
-def estimated_seconds(case: Case, rates: dict[str, float]) -> float:
+def estimated_seconds(case: StepCase, rates: dict[str, float]) -> float:
     """The roofline's bound (Williams et al. 2009): the time to read the bytes, or to compute, at the rates of `rates`.
 
     A real step takes longer, because the bound ignores launches and dependences between layers.
@@ -249,10 +238,3 @@ def _measured_rates(repeats: int) -> dict[str, float]:
     cases = [(lambda: vector, lambda x: products(x, matrix)), (lambda: square, lambda x: products(x, square))]
     reading, computing = (float(np.median(seconds)) / rounds for seconds in in_turns(cases, repeats))
     return {"bytes_per_second": matrix.nbytes / reading, "operations_per_second": 2 * _SQUARE**3 / computing}
-
-
-def line(x: Sequence[float | int], y: Sequence[float]) -> dict[str, float]:
-    """The least-squares line through points: slope, intercept, and the share of the variance that it explains."""
-    slope, intercept = np.polyfit(x, y, 1).tolist()
-    left, total = np.var(np.asarray(y) - slope * np.asarray(x, float)), np.var(y)
-    return {"slope": slope, "intercept": intercept, "r_squared": float(1 - left / total) if total else 1.0}

@@ -4,8 +4,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from configs.draft_design.paper_check import preset
-from configs.draft_design.profiling import Case, Profile, columns, line
+from configs.draft_design.profiling import Profile, StepCase, columns
 from specjax import design
 from specjax.draft_design import shapes
 from specjax.models.config import DecoderConfig
@@ -66,12 +68,13 @@ def measured(config: Any, workdir: Path) -> list[dict]:
     return rows
 
 
-def _cases(config: Any) -> Iterator[tuple[str, dict, Case]]:
+def _cases(config: Any) -> Iterator[tuple[str, dict, StepCase]]:
     """(series, columns that name the case, case) of everything to measure."""
-    base = _base_shape(config.base)
+    compute_dtype = dtypes.compute_dtype(config.base.compute_dtype)
+    base = DecoderConfig.llama(**{**config.base.to_dict(), "compute_dtype": compute_dtype})
     at_depth = lambda layers: shapes.at_parameters(base, layers, config.parameters)
     middle = at_depth(config.depth)
-    case = lambda shape, **how: Case(shape, **{"steps": config.steps, "context": config.context, **how})
+    case = lambda shape, **how: StepCase(shape, **{"steps": config.steps, "context": config.context, **how})
     for layers in config.depths:
         yield "depth_at_fixed_parameters", {}, case(at_depth(layers))
     for width in config.widths:
@@ -88,11 +91,6 @@ def _cases(config: Any) -> Iterator[tuple[str, dict, Case]]:
         yield "draft_loop", {"steps_a_dispatch": steps}, case(middle, steps=steps)
     for name in config.published:
         yield "published_shapes", {"draft": name}, case(preset(name))
-
-
-def _base_shape(section: Any) -> DecoderConfig:
-    fields = section.to_dict()
-    return DecoderConfig.llama(**{**fields, "compute_dtype": dtypes.compute_dtype(fields["compute_dtype"])})
 
 
 def _wide(base: DecoderConfig, layers: int, width: int) -> DecoderConfig:
@@ -112,18 +110,18 @@ def _with_heads(shape: DecoderConfig, heads: int) -> DecoderConfig:
 
 
 def _line(rows: list[dict], series: str, key: str) -> dict | None:
-    """The line through a series' milliseconds by a column; None with fewer than three different values of it."""
+    """The least-squares line of a series' milliseconds by a column; None with fewer than three values of the column."""
     members: list[Mapping] = [row for row in rows if row["table"] == series and not row["estimate"]]
     at, milliseconds = [row[key] for row in members], [row["milliseconds"] for row in members]
     if len(set(at)) < 3:
         return None
-    fitted = line(at, milliseconds)
+    correlation = float(np.corrcoef(at, milliseconds)[0, 1]) if len(set(milliseconds)) > 1 else 1.0
     return {
         "table": "lines",
         "series": series.replace("_", " "),
         "against": key,
         "points": len(members),
-        "milliseconds_for_one_more": fitted["slope"],
-        "r_squared": fitted["r_squared"],
+        "milliseconds_for_one_more": float(np.polyfit(at, milliseconds, 1)[0]),
+        "r_squared": correlation**2,
         "slowest_over_fastest": max(milliseconds) / min(milliseconds),
     }

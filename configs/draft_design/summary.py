@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from configs.draft_design import contest
+from configs.records.claims import Estimate
 from specjax import design
 from specjax.reporting import page, plots, records, row_tables
-from specjax.reporting.estimates import Estimate
 from specjax.runtime.errors import UserError
 
 FILE = "configurations.csv"

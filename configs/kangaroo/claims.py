@@ -5,8 +5,8 @@ import math
 from collections.abc import Callable, Mapping
 
 from configs.kangaroo import tables as written
+from configs.records.claims import OURS, Claim, Measured, Measures, all_above, descending, every, numbers, some
 from configs.records.rows import percent
-from specjax.reporting.claims import OURS, Claim, Measured, Measures, all_above, descending, every, numbers, some
 
 
 def _speedup(row: Mapping, note: str = "") -> Measured:

@@ -3,12 +3,13 @@
 A record is a run of the config of its name in configs/kangaroo, condensed by `configs.records.condense`.
 """
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from configs.records.claims import Estimate
 from configs.records.rows import Cells, by_recipe, gains, markdown, trained
 from specjax.reporting import tables
-from specjax.reporting.estimates import Estimate
 from specjax.reporting.records import provenance
 from specjax.reporting.spec_bench_page import OVERALL
 
@@ -119,20 +120,19 @@ def _exits(record: Mapping) -> str:
 def threshold_grid(record: Mapping) -> dict[int, dict[float, Mapping]]:
     """{gamma: {threshold: row}}, both rising."""
     rows = sorted(drafted(record, "grid"), key=lambda row: (row["gamma"], row["threshold"]))
-    return {gamma: {row["threshold"]: row for row in rows if row["gamma"] == gamma} for gamma in _values(rows, "gamma")}
-
-
-def _values(rows: Sequence[Mapping], key: str) -> list:
-    return sorted({row[key] for row in rows})
+    grid: dict[int, dict[float, Mapping]] = {}
+    for row in rows:
+        grid.setdefault(row["gamma"], {})[row["threshold"]] = row
+    return grid
 
 
 def _grid(record: Mapping) -> str:
-    grid, lines = threshold_grid(record), []
-    for threshold in _values(drafted(record, "grid"), "threshold"):
-        rows = {gamma: by_threshold[threshold] for gamma, by_threshold in grid.items()}
-        cells = {f"gamma {g}": f"{row['speedup']:.2f}x ({row['block_efficiency']:.2f})" for g, row in rows.items()}
-        lines.append({"threshold": f"{threshold:g}"} | cells)
-    return markdown(lines)
+    lines: dict[float, dict[str, str]] = {}
+    for gamma, rows in threshold_grid(record).items():
+        for threshold, row in rows.items():
+            line = lines.setdefault(threshold, {"threshold": f"{threshold:g}"})
+            line[f"gamma {gamma}"] = f"{row['speedup']:.2f}x ({row['block_efficiency']:.2f})"
+    return markdown(list(lines.values()))
 
 
 _SCORES = {"block_efficiency": "compression rate", "acceptance_rate": "acceptance", "speedup": "speed-up"}
@@ -217,23 +217,19 @@ def recipes(record: Mapping) -> str:
     training, lines = trained(record), []
     for temperature, by_name in recipe_rows(record).items():
         for recipe, rows in by_name.items():
-            mean = lambda key, recipe=recipe, rows=rows: (
-                Estimate.of([float(training[f"{recipe}_{seed}"][key]) for seed in rows]).mean
-            )
+            trainings = [training[f"{recipe}_{seed}"] for seed in rows]
+            line: dict[str, Any] = {"recipe": recipe, "temperature": temperature}
+            for heading, key, digits in (
+                ("steps", "steps", 0),
+                ("train_seconds", "train_seconds", 0),
+                ("held-out acceptance", "validation_acceptance", 3),
+            ):
+                line[heading] = f"{statistics.fmean(row[key] for row in trainings):.{digits}f}"
             gain = Estimate.of(gains_over_paper(record, recipe, temperature))
             half = "" if gain.half is None else f" ± {gain.half:.1f}"
-            lines.append(
-                {
-                    "recipe": recipe,
-                    "temperature": temperature,
-                    "steps": f"{mean('steps'):.0f}",
-                    "train_seconds": f"{mean('train_seconds'):.0f}",
-                    "held-out acceptance": f"{mean('validation_acceptance'):.3f}",
-                    "compression rate": str(Estimate.of([row["block_efficiency"] for row in rows.values()])),
-                    "over paper": None if recipe == "paper" else f"{gain.mean:+.1f}%{half}",
-                    "seeds": str(len(rows)),
-                }
-            )
+            line["compression rate"] = str(Estimate.of([row["block_efficiency"] for row in rows.values()]))
+            line["over paper"] = None if recipe == "paper" else f"{gain.mean:+.1f}%{half}"
+            lines.append(line | {"seeds": str(len(rows))})
     return f"{markdown(lines)}\n\n{provenance(record)}"
 
 

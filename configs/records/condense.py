@@ -52,15 +52,12 @@ def condensed(workdirs: Sequence[str | Path]) -> dict:
             if path.exists():
                 result = records.read_results(path)
                 environment = environment or result["environment"]
-                rows += [{"stage": stage, "run_seed": seed, **_brief_row(row)} for row in result["rows"]]
+                brief_rows = [{key: row[key] for key in KEYS if key in row} for row in result["rows"]]
+                rows += [{"stage": stage, "run_seed": seed, **row} for row in brief_rows]
     if not rows:
         raise UserError(f"no stage of {', '.join(map(str, workdirs))} has finished; let one finish first")
     made = {"schema": records.SCHEMA, "binary": "condensed", "config": brief(first), "environment": environment}
     return {**made, "rows": rows}
-
-
-def _brief_row(row: Mapping) -> dict:
-    return {key: row[key] for key in KEYS if key in row}
 
 
 def _config(workdir: Path) -> dict:

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from configs.records.claims import Measured
 from specjax.reporting import tables
-from specjax.reporting.claims import Measured
 
 
 def markdown(lines: Sequence[Mapping]) -> str:

@@ -16,13 +16,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from configs.records import claims
+from configs.records.claims import Claim
 from specjax.evaluation.rows import metrics_table
-from specjax.reporting import claims, records, tables
-from specjax.reporting.claims import Claim
+from specjax.reporting import records, tables
 from specjax.runtime.errors import UserError
 
-_FOLDERS = sorted(path.parent.name for path in Path(__file__).resolve().parents[1].glob("*/page.py"))
-_PAGES = [importlib.import_module(f"configs.{folder}.page") for folder in _FOLDERS]
+_PAGES = [
+    importlib.import_module(f"configs.{path.parent.name}.page")
+    for path in sorted(Path(__file__).resolve().parents[1].glob("*/page.py"))
+]
 TABLES: dict[str, Callable[[Mapping], str]] = {name: write for page in _PAGES for name, write in page.TABLES.items()}
 FIGURES: dict[str, Callable] = {name: draw for page in _PAGES for name, draw in page.FIGURES.items()}
 CLAIMS: dict[str, Sequence[Claim]] = {name: listed for page in _PAGES for name, listed in page.CLAIMS.items()}
@@ -97,21 +100,16 @@ def main(arguments: Sequence[str]) -> int:
         print("error: give the pages, such as README.md, and then the folder of the records", file=sys.stderr)
         return 2
     *pages, directory = map(Path, arguments)
-    return max(_rewritten(path, directory) for path in pages)
-
-
-def _rewritten(path: Path, directory: Path) -> int:
-    try:
-        old = path.read_text(encoding="utf-8")
-        new = synced(old, directory)
-        if new != old:
-            records.write_atomically(path, new)
-        draw_figures(path, directory)
-    except (OSError, UserError) as error:
-        missing = f"{path} cannot be rewritten ({error}); name a README that exists"
-        print(f"error: {missing if isinstance(error, OSError) else error}", file=sys.stderr)
-        return 2
-    return 0
+    code = 0
+    for path in pages:
+        try:
+            records.write_atomically(path, synced(path.read_text(encoding="utf-8"), directory))
+            draw_figures(path, directory)
+        except (OSError, UserError) as error:
+            missing = f"{path} cannot be rewritten ({error}); name a README that exists"
+            print(f"error: {missing if isinstance(error, OSError) else error}", file=sys.stderr)
+            code = 2
+    return code
 
 
 if __name__ == "__main__":

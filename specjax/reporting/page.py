@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from specjax.reporting import panels, plots, records, tables
 from specjax.reporting.records import json_clean, write_atomically
@@ -39,7 +39,6 @@ class Card:
 
 @dataclasses.dataclass(frozen=True)
 class Cards:
-    kind: ClassVar[str] = "cards"
     cards: Sequence[Card]
 
 
@@ -52,7 +51,6 @@ class Column:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    kind: ClassVar[str] = "table"
     columns: Sequence[Column]
     lines: Sequence[Sequence[str]]
     best: frozenset[int] = frozenset()
@@ -69,7 +67,6 @@ class Figure:
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    kind: ClassVar[str] = "figures"
     figures: Sequence[Figure]
 
 
@@ -81,7 +78,6 @@ class Samples:
     is not a key of `ORIGINS`.
     """
 
-    kind: ClassVar[str] = "samples"
     samples: Sequence[Mapping]
 
     def __post_init__(self):
@@ -100,7 +96,6 @@ class Samples:
 class Details:
     """A mapping shown as JSON, collapsed until the reader opens it."""
 
-    kind: ClassVar[str] = "details"
     title: str
     content: Mapping
 
@@ -119,7 +114,7 @@ def write_report(
     import jinja2
 
     engine = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    engine.filters.update(data_uri=_data_uri, pretty=_pretty, tally=_tally)
+    engine.filters.update(data_uri=_data_uri, pretty=_pretty, tally=_tally, kind=lambda block: type(block).__name__)
     engine.tests["present"] = lambda file: Path(file).is_file()
     template = engine.from_string(resources.files("specjax.reporting").joinpath("page.html").read_text("utf-8"))
     html = template.render(
@@ -230,28 +225,21 @@ def training_curves(workdir: Path, config: Any) -> dict[str, list[dict]]:
 
 def comparison_table(comparisons: Sequence[Mapping]) -> Table:
     """A table of `metrics.comparisons`: paired differences and ratios of block efficiency."""
-    columns = [
-        Column("drafter", True),
-        Column("against", True),
-        Column("rule", True),
-        *(Column(heading, False) for heading in ("T", "gamma", "difference", "interval", "ratio", "interval")),
-    ]
-    between = lambda ends: "–" if ends is None else f"{ends[0]:.2f} to {ends[1]:.2f}"
+    between = lambda ends: "" if ends is None else f" [{ends[0]:.2f}, {ends[1]:.2f}]"
     lines = [
-        [
-            row["drafter"],
-            row["against"],
-            tables.rule_label(row),
-            f"{row['temperature']:g}",
-            str(row["gamma"]),
-            f"{row['block_efficiency_difference']:+.2f}",
-            between(row["block_efficiency_difference_ci"]),
-            f"{row['block_efficiency_ratio']:.2f}",
-            between(row["block_efficiency_ratio_ci"]),
-        ]
+        {key: row[key] for key in ("drafter", "against")}
+        | {"rule": tables.rule_label(row)}
+        | {key: row[key] for key in ("temperature", "gamma")}
+        | {
+            name: f"{row[key]:{sign}.2f}{between(row[f'{key}_ci'])}"
+            for name, key, sign in (
+                ("difference", "block_efficiency_difference", "+"),
+                ("ratio", "block_efficiency_ratio", ""),
+            )
+        }
         for row in comparisons
     ]
-    return Table(columns, lines)
+    return rows_table(lines, list(lines[0]))
 
 
 def headline(rows: Sequence[Mapping]) -> list[Card]:
@@ -285,12 +273,12 @@ def headline(rows: Sequence[Mapping]) -> list[Card]:
 def results_table(rows: Sequence[Mapping]) -> Table:
     """A table of all rows, in which the fastest lossless row at each temperature is highlighted."""
     keys = tables.summary_columns(rows)
-    best = {}
-    for number, row in enumerate(rows):
-        if row["gamma"] > 0 and row["speedup"] is not None and not tables.is_lossy(row):
-            leader = best.setdefault((row.get("task"), row["temperature"]), number)
-            if row["speedup"] > rows[leader]["speedup"]:
-                best[row.get("task"), row["temperature"]] = number
+    exact = [
+        i for i, row in enumerate(rows) if row["gamma"] and row["speedup"] is not None and not tables.is_lossy(row)
+    ]
+    best: dict[tuple, int] = {}
+    for i in sorted(exact, key=lambda i: rows[i]["speedup"]):
+        best[rows[i].get("task"), rows[i]["temperature"]] = i
     note = (
         " Lossy rows do not follow the target's distribution and are never marked."
         if any(map(tables.is_lossy, rows))

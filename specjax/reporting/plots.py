@@ -16,7 +16,8 @@ def speedup_figure(rows: Sequence[Mapping], path: str | Path, *, palette: Sequen
     Raises ValueError if no row has both a drafter and a speed-up.
     """
     rows = [row for row in rows if row["gamma"] > 0 and row["speedup"] is not None]
-    panels, names = _grouped(rows)
+    panels = _grouped(rows)
+    names = _names(panels)
     looks = looks_of(palette, names)
 
     def draw(axes, theme: Theme, series: Mapping) -> None:
@@ -47,23 +48,16 @@ def acceptance_figure(rows: Sequence[Mapping], path: str | Path, *, palette: Seq
     Raises ValueError if no row has drafted tokens.
     """
     rows = [row for row in rows if row["gamma"] > 0 and any(p is not None for p in row["acceptance_by_position"])]
-    panels, names = _grouped(rows)
-    looks = looks_of(palette, names)
-
-    def draw(axes, theme: Theme, series: Mapping) -> None:
-        longest = 1
-        for name, members in series.items():
-            color, marker = looks(theme, name)
-            widest = max(members, key=lambda row: row["gamma"])
-            longest = max(longest, widest["gamma"])
-            positions, rates = np.arange(widest["gamma"]) + 1, np.array(widest["acceptance_by_position"], float)
-            axes.plot(positions, rates, color=color, marker=marker, label=name)
-        axes.set_xticks(range(1, longest + 1))
-        axes.set_ylim(0, 1.02)
-        axes.set_xlabel("position in the block")
-        axes.set_ylabel("accepted, if reached")
-
-    save_panels(path, panels, names, draw, share_y=True)
+    widest = lambda members: max(members, key=lambda row: row["gamma"])["acceptance_by_position"]
+    points = {
+        title: {
+            name: [(position, rate) for position, rate in enumerate(widest(members), 1) if rate is not None]
+            for name, members in series.items()
+        }
+        for title, series in _grouped(rows).items()
+    }
+    labels = [("position in the block", "accepted, if reached")] * len(points)
+    lines_figure(points, path, labels=labels, palette=palette, from_zero=True)
 
 
 def training_figures(
@@ -121,6 +115,7 @@ def lines_figure(
     path: str | Path,
     *,
     labels: Sequence[tuple[str, str]],
+    palette: Sequence[str] = (),
     joined: bool = True,
     guides: Sequence[Sequence[tuple[float, float]]] = (),
     guides_name: str | None = None,
@@ -136,8 +131,8 @@ def lines_figure(
     """
     from matplotlib.ticker import MaxNLocator
 
-    names = list(dict.fromkeys(name for series in panels.values() for name in series))
-    looks = looks_of((), names)
+    names = _names(panels)
+    looks = looks_of(palette, names)
     drawn = {
         title: {"series": series, "labels": pair} for (title, series), pair in zip(panels.items(), labels, strict=True)
     }
@@ -168,22 +163,25 @@ def lines_figure(
     save_panels(path, drawn, names, draw, dashed=guides_name)
 
 
-def _grouped(rows: Sequence[Mapping]) -> tuple[dict[str, dict[str, list]], list[str]]:
-    """Groups rows as {panel title: {line name: rows}}; also returns all line names, which include varying settings."""
+def _grouped(rows: Sequence[Mapping]) -> dict[str, dict[str, list[Mapping]]]:
+    """Groups rows as {panel title: {line name: rows}}; a line's name has the settings that vary."""
     panels: dict[str, dict[str, list]] = {}
     vary = varying(rows, SETTINGS)
     others = [key for key in vary if key not in ("task", "rule", "lenience")]
-    by_rule = "rule" in vary
-    by_task = varying(rows, ["task"])
     for row in sorted(rows, key=lambda row: row["temperature"]):
-        title = ", ".join([*(str(row[key]) for key in by_task), f"temperature {row['temperature']:g}"])
-        rule = [rule_label(row)] if by_rule or is_lossy(row) else []
+        task = [str(row["task"])] if "task" in vary else []
+        title = ", ".join([*task, f"temperature {row['temperature']:g}"])
+        rule = [rule_label(row)] if "rule" in vary or is_lossy(row) else []
         varied = varying([other for other in rows if other["drafter"] == row["drafter"]], others)
         settings = ", ".join([*rule, *(f"{key.replace('_', ' ')} {row.get(key)}" for key in varied)])
         name = row["drafter"] + (f" ({settings})" if settings else "")
         panels.setdefault(title, {}).setdefault(name, []).append(row)
-    in_order = {name: None for row in rows for series in panels.values() for name, m in series.items() if row in m}
-    return panels, list(in_order)
+    return panels
+
+
+def _names(panels: Mapping[str, Mapping]) -> list[str]:
+    """The names of all lines."""
+    return list(dict.fromkeys(name for series in panels.values() for name in series))
 
 
 def _offset(series: Mapping[str, Sequence[Mapping]], name: str, gamma: int) -> float:

@@ -1,17 +1,40 @@
-"""Claims of papers (or our own), the measurements that test them, and the verdicts that follow from the intervals."""
+"""Claims of papers (or our own), measurements with intervals that test them, and the verdicts that follow."""
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from specjax.reporting import tables
-from specjax.reporting.estimates import Estimate
 
 REPRODUCED, NOT_REPRODUCED, NOT_DECIDED = "reproduced", "not reproduced", "not decided"
 NOT_MEASURED, NOT_TESTABLE = "not measured yet", "not testable here"
 # The verdicts on our own claims, which are not in a paper.
 OURS = ("holds", "does not hold")
+# 97.5% quantiles of Student's t distribution for 2, 3, .. values.
+_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds, and half the width of its 95% Student's t interval (None for a single seed)."""
+
+    mean: float
+    half: float | None
+    seeds: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Estimate":
+        """The estimate from one value per seed."""
+        if len(values) < 2:
+            return cls(float(values[0]), None, 1)
+        quantile = _STUDENT[min(len(values) - 2, len(_STUDENT) - 1)]
+        half = quantile * statistics.stdev(values) / math.sqrt(len(values))
+        return cls(statistics.fmean(values), half, len(values))
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f}" if self.half is None else f"{self.mean:.3f} ± {self.half:.3f}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +134,7 @@ class Claim:
     """One claim and how a record tests it.
 
     Attributes:
-      says: the claim in words, with its numbers.
+      statement: the claim in words, with its numbers.
       where: its location in the paper.
       record: name of the record that tests it.
       measure: function from the record to measurements; empty if the record does not have the needed rows yet.
@@ -120,7 +143,7 @@ class Claim:
       words: the verdicts if the claim holds and if it does not.
     """
 
-    says: str
+    statement: str
     where: str
     record: str
     measure: Callable[[Mapping], Measures]
@@ -144,5 +167,5 @@ def claims_table(claims: Sequence[Claim], records: Mapping[str, Mapping]) -> str
     lines = []
     for claim in claims:
         text, verdict = claim.judged(records.get(claim.record))
-        lines.append({"the paper": claim.says, "where": claim.where, "ours": text, "verdict": verdict})
+        lines.append({"the paper": claim.statement, "where": claim.where, "ours": text, "verdict": verdict})
     return tables.markdown_table(lines, list(lines[0]))
