@@ -183,9 +183,9 @@ def generate(
             max_new_tokens=max_new_tokens,
             eos_ids=target.tokenizer.eos_ids if eos_ids is None else _eos_ids(target, eos_ids),
             put=batch.Placer(target.mesh),
-            **_listener(target, plan, blocks_at_once, on_text),
+            **_listener(target, plan, ids, blocks_at_once, on_text),
         )
-    return _generation(target, plan, results)
+    return _generation(target, plan, ids, results)
 
 
 # Arguments of earlier versions, and what to write instead.
@@ -307,7 +307,9 @@ def _eos_ids(target: Model, eos_ids: Any) -> list[int]:
     return ids
 
 
-def _listener(target: Model, plan: Plan, blocks_at_once: int | None, on_text) -> dict[str, Any]:
+def _listener(
+    target: Model, plan: Plan, prompts: Sequence[Sequence[int]], blocks_at_once: int | None, on_text
+) -> dict[str, Any]:
     """The arguments of `batch.decode` that make it call `on_text` after every `blocks_at_once` blocks."""
     if on_text is None:
         return {}
@@ -315,16 +317,19 @@ def _listener(target: Model, plan: Plan, blocks_at_once: int | None, on_text) ->
         checks.instance("blocks_at_once", blocks_at_once, int)
     if blocks_at_once is None or blocks_at_once < 1:
         raise UserError(f"blocks_at_once must be 1 or more for on_text to be called, not {blocks_at_once}")
-    tell = lambda result: on_text(_generation(target, plan, [(len(result.tokens), result)]))
+    tell = lambda result: on_text(_generation(target, plan, prompts, [(len(result.tokens), result)]))
     return {"blocks": blocks_at_once, "on_blocks": tell}
 
 
-def _generation(target: Model, plan: Plan, results: Sequence[tuple[int, batch.BatchResult]]) -> Generation:
+def _generation(target: Model, plan: Plan, prompts, results: Sequence[tuple[int, batch.BatchResult]]) -> Generation:
     """Joins the batches, given as (number of rows that are not padding, result), to one Generation."""
     tokens = [row for count, result in results for row in result.tokens[:count]]
     origins = [row for count, result in results for row in result.origins[:count]]
     return Generation(
-        texts=[target.tokenizer.decode(row) for row in tokens],
+        texts=[
+            target.tokenizer.decode(row, after=target.context(prompt))
+            for prompt, row in zip(prompts, tokens, strict=False)
+        ],
         tokens=tokens,
         origins=[[loop.ORIGINS[origin] for origin in row] for row in origins],
         stats=Stats(

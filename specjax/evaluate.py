@@ -132,10 +132,9 @@ def _decode_all(
 def _quality(job: Job, output: Output, baseline: Output) -> dict[str, dict]:
     """The task's quality metrics over all prompts, and their difference from plain decoding's, with intervals."""
     references = [prompt.reference for prompt in job.prompts]
-    quality, plain = (
-        tasks.quality(job.task, [job.target.tokenizer.decode(row) for row in texts.tokens], references)
-        for texts in (output, baseline)
-    )
+    decode, contexts = job.target.tokenizer.decode, [job.target.context(prompt.tokens) for prompt in job.prompts]
+    texts = lambda rows: [decode(row, after=context) for row, context in zip(rows, contexts, strict=True)]
+    quality, plain = (tasks.quality(job.task, texts(done.tokens), references) for done in (output, baseline))
     scores = {"quality": quality.values, "quality_difference": functools.partial(quality.difference, plain)}
     intervals = lambda values: metrics.intervals(values, len(references), seed=job.config.seed)
     return {name: of() for name, of in scores.items()} | {f"{name}_ci": intervals(of) for name, of in scores.items()}
@@ -144,13 +143,14 @@ def _quality(job: Job, output: Output, baseline: Output) -> dict[str, dict]:
 def _samples(job: Job, setting: Setting, case: Case, output: Output) -> list[dict]:
     """The first generated texts for the report's `Samples`, each token with its origin."""
     rule = tables.rule_label({"rule": case.rule, "lenience": case.lenience})
+    pieces = job.target.tokenizer.pieces
     return [
         {
             "title": f"{case.name}, {rule}, temperature {setting.temperature:g}, gamma {case.gamma}",
             "prompt": prompt.text,
             "tokens": [
                 [piece, loop.ORIGINS[origin]]
-                for piece, origin in zip(job.target.tokenizer.pieces(tokens), origins, strict=True)
+                for piece, origin in zip(pieces(tokens, after=job.target.context(prompt.tokens)), origins, strict=True)
             ],
         }
         for prompt, tokens, origins, _ in zip(

@@ -3,8 +3,9 @@
 python -m specjax.generate --config=configs/generate.py --workdir=DIR [--config.section.key=value ...]
 """
 
+import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,12 @@ def run(config: Any, workdir: str | Path) -> dict:
             raise UserError(f"config.{key} is empty; give --config.{key}=...")
     target = api.load(config.target, mesh=mesh, **dtypes)
     drafter = _drafter(config.drafter, target, lambda path: api.load(path, mesh=mesh, **dtypes))
-    prompt: Any = config.prompt
     if config.chat:
         prompt = target.tokenizer.apply_chat([{"role": "user", "content": config.prompt}])
-    printer = _Printer(target, config.colours)
+    else:
+        prompt = target.tokenizer.encode_prompt(config.prompt)
+    pieces = functools.partial(target.tokenizer.pieces, after=target.context(prompt))
+    printer = _Printer(pieces, config.colours)
     out = api.generate(
         target,
         [prompt],
@@ -59,7 +62,7 @@ def run(config: Any, workdir: str | Path) -> dict:
         "rule": config.rule,
         "lenience": config.lenience if out.lossy else None,
         "text": out.texts[0],
-        "tokens": list(zip(target.tokenizer.pieces(out.tokens[0]), out.origins[0], strict=True)),
+        "tokens": list(zip(pieces(out.tokens[0]), out.origins[0], strict=True)),
         "emitted_tokens": out.stats.emitted_tokens,
         "target_calls": out.stats.target_calls,
         "block_efficiency": out.stats.block_efficiency,
@@ -89,15 +92,15 @@ def _drafter(section: Any, target: Model, load: Callable[[str], Model]) -> Any:
 class _Printer:
     """Prints the tokens that were emitted since the last call."""
 
-    def __init__(self, target: Model, colours: str):
+    def __init__(self, pieces: Callable[[Sequence[int]], list[str]], colours: str):
         if colours not in ("auto", "always", "never"):
             raise UserError(f'config.colours is "{colours}"; it is auto, always or never')
         self.colours = sys.stdout.isatty() if colours == "auto" else colours == "always"
-        self._target = target
+        self._pieces = pieces
         self._printed = 0
 
     def __call__(self, text: api.Generation) -> None:
-        pieces = self._target.tokenizer.pieces(text.tokens[0])
+        pieces = self._pieces(text.tokens[0])
         settled = len(pieces)
         # Hold back tokens of a character that is not complete yet.
         while settled > self._printed and (not pieces[settled - 1] or pieces[settled - 1].endswith("\ufffd")):
@@ -106,7 +109,7 @@ class _Printer:
 
     def end(self, text: api.Generation) -> None:
         """Prints the tokens that were held back, and ends the line."""
-        self._print(self._target.tokenizer.pieces(text.tokens[0]), text.origins[0])
+        self._print(self._pieces(text.tokens[0]), text.origins[0])
         sys.stdout.write("\n")
         sys.stdout.flush()
 

@@ -51,6 +51,10 @@ class Model:
         """A hash of config and parameters, by which an adapter identifies its target."""
         return hub_adapter.fingerprint(self.decoder, self.params)
 
+    def context(self, prompt: Sequence[int]) -> Sequence[int]:
+        """The ids before a generated text, for `Tokenizer.decode(ids, after=...)`; none for an encoder-decoder."""
+        return () if self.decoder.is_encoder_decoder else prompt
+
     def logits(
         self, tokens: Sequence[Sequence[int]] | Any, decoder_tokens: Sequence[Sequence[int]] | Any = None
     ) -> Float[Array, "B T V"]:
