@@ -21,7 +21,7 @@ from specjax.hub import adapter as hub_adapter
 from specjax.hub import load as hub_load
 from specjax.hub import model as hub_model
 from specjax.hub import save as hub_save
-from specjax.hub.tokenizer import Tokenizer, train_byte_bpe
+from specjax.hub.tokenizer import Tokenizer, check_same_tokens, train_byte_bpe
 from specjax.models.attachment import AttachedDraft
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
@@ -32,7 +32,7 @@ from specjax.reporting import records
 from specjax.runtime import cli, dtypes, processes
 from specjax.runtime import config as configs
 from specjax.runtime import mesh as meshes
-from specjax.runtime.errors import UserError
+from specjax.runtime.errors import UserError, prefixed
 
 # `model.init` for a new model with random parameters.
 RANDOM = "random"
@@ -250,10 +250,8 @@ def _load(
     Raises:
       UserError: if it has another tokenizer, or a vocabulary smaller than the tokenizer's.
     """
-    if Tokenizer.load(directory).fingerprint() != tokenizer.fingerprint():
-        raise UserError(
-            f"the model in {directory} has another tokenizer than the one used here; set tokenizer.path to {directory}"
-        )
+    with prefixed(f"the model in {directory} has another tokenizer than the one used here (tokenizer.path): "):
+        check_same_tokens(tokenizer, Tokenizer.load(directory))
     dtypes_of = {"param_dtype": param_dtype, "compute_dtype": model.compute_dtype}
     vocab_size = hub_load.describe(directory, **dtypes_of).vocab_size
     if vocab_size < tokenizer.vocab_size:

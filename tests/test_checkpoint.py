@@ -15,6 +15,7 @@ import pytest
 from helpers import bits
 from ml_collections import ConfigDict
 
+from specjax.runtime import checkpoint
 from specjax.runtime import mesh as meshes
 from specjax.runtime.checkpoint import Checkpointer
 from specjax.runtime.errors import UserError
@@ -197,6 +198,16 @@ def test_a_damaged_or_foreign_checkpoint_is_named_and_not_read(saved, damage):
     message = str(caught.value)
     assert str(saved / "3") in message
     assert "\n" not in message and "--workdir" in message
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "bool"])
+def test_the_digest_sees_values_that_changed_places(dtype):
+    values = jnp.arange(48).reshape(2, 4, 6).astype(dtype)
+    swapped = [values[::-1], values[:, ::-1], values[:, :, ::-1], values.at[0, 0].set(values[1, 0])]
+    digests = {checkpoint._digest(array) for array in (values, *swapped)}
+    same = bool((values[0] == values[1]).all())  # of bools only the first entry differs
+    assert len(digests) >= (4 if same else 5)
+    assert checkpoint._digest(values) == checkpoint._digest(values + 0 if dtype != "bool" else values | False)
 
 
 def test_damaged_metrics_are_named(saved):

@@ -16,7 +16,7 @@ from specjax.hub import load as hub_load
 from specjax.hub.load import load
 from specjax.hub.model import Model, check_pair
 from specjax.hub.save import FILES, save
-from specjax.hub.tokenizer import Tokenizer, train_byte_bpe
+from specjax.hub.tokenizer import Tokenizer, check_same_tokens, train_byte_bpe
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
 from specjax.models.rotary import Rotary
@@ -124,6 +124,69 @@ def test_a_pair_may_pad_its_vocabulary_to_different_sizes_but_not_differ_in_its_
     check_pair(model(272, tokenizer), model(288, tokenizer))
     with pytest.raises(UserError, match="different tokenizers"):
         check_pair(model(272, tokenizer), model(272, train_byte_bpe(["other words\n"] * 20, 262)))
+
+
+def test_tokenizers_that_agree_on_every_id_make_a_pair_and_what_differs_is_logged(tmp_path, caplog):
+    def variant(name, change):
+        toy_tokenizers.llama_as_json(tmp_path / name)
+        fields = json.loads((tmp_path / name / "tokenizer.json").read_text())
+        change(fields)
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps(fields))
+        return Tokenizer.load(tmp_path / name)
+
+    def add(content, special=True):
+        def change(fields):
+            index = len(fields["model"]["vocab"]) + len(fields["added_tokens"]) - 3
+            flags = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
+            fields["added_tokens"].append({"id": index, "content": content, "special": special, **flags})
+
+        return change
+
+    def swap(fields):
+        vocabulary = fields["model"]["vocab"]
+        vocabulary["▁t"], vocabulary["▁s"] = vocabulary["▁s"], vocabulary["▁t"]
+
+    plain = variant("plain", lambda fields: None)
+    toy_tokenizers.llama(tmp_path / "model")
+    check_same_tokens(plain, variant("same", lambda fields: fields.update(truncation=None)))
+    assert not caplog.records
+    for other, note in (
+        (variant("pad", add("<pad>")), "only the draft has '<pad>' (1 tokens)"),
+        (
+            variant("normal", lambda fields: fields.update(normalizer={"type": "NFC"})),
+            "normalised or split differently",
+        ),
+        (Tokenizer.load(tmp_path / "model"), "normalised or split differently"),
+    ):
+        caplog.clear()
+        check_same_tokens(plain, other)
+        check_same_tokens(plain, other)  # remembered
+        assert [note in record.getMessage() for record in caplog.records] == [True]
+    reserved = variant("reserved", add("<|reserved_special_token_0|>"))
+    check_same_tokens(reserved, variant("used", add("<|image|>")))
+    for one, other in ((plain, variant("swap", swap)), (variant("a", add("<a>")), variant("b", add("<b>")))):
+        with pytest.raises(UserError, match="different tokenizers .id .* in one and .* in the other"):
+            check_same_tokens(one, other)
+
+
+def test_code_of_the_checkpoint_is_ignored_with_a_line(copy, caplog):
+    change_config(copy, auto_map={"AutoModel": "modeling.Own"})
+    load(copy)
+    assert '"auto_map" is ignored' in caplog.text
+
+
+@pytest.mark.parametrize("prefix", ["model.", ""])
+def test_a_tied_embedding_stored_as_the_head_alone_is_loaded(copy, prefix):
+    def rename(tensors):
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+        for name in [name for name in tensors if name.startswith("model.")]:
+            tensors[prefix + name.removeprefix("model.")] = tensors.pop(name)
+
+    change_config(copy, tie_word_embeddings=True)
+    change_tensors(copy, rename)
+    decoder, params = load(copy)
+    assert decoder.config.tied_head
+    np.testing.assert_array_equal(params["embedding"], load_file(copy / "model.safetensors")["lm_head.weight"])
 
 
 def test_every_parameter_lies_under_its_name_kernels_turned(exported):
@@ -295,7 +358,6 @@ def test_absent_optional_fields_have_the_values_of_the_format(copy):
         ("hidden_act", "gelu"),
         ("sliding_window", 4096),
         ("quantization_config", {"quant_method": "gptq"}),
-        ("auto_map", {"AutoModel": "modeling.Own"}),
         ("architectures", ["LlamaForSequenceClassification"]),
         ("hidden_size", "32"),
         ("num_hidden_layers", 0),

@@ -12,12 +12,13 @@ import numpy as np
 from jax.tree_util import keystr
 
 from specjax.hub import weights
+from specjax.hub.json_files import read_json, reading
 from specjax.models.attachment import Attachment
 from specjax.models.language_model import LanguageModel, Params
 from specjax.models.table import ATTACHMENTS, make_attachment
 from specjax.runtime import processes
 from specjax.runtime.dtypes import dtype_named
-from specjax.runtime.errors import UserError
+from specjax.runtime.errors import UserError, prefixed
 from specjax.runtime.extensions import place_of
 
 CONFIG_FILE = "adapter_config.json"
@@ -125,18 +126,13 @@ def load(directory: str | Path, target: LanguageModel, *, shardings=None) -> Loa
     Raises:
       UserError: for a missing or damaged file, and for an adapter whose sizes differ from the target's.
     """
-    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     directory = Path(directory)
     adapter, trained_with = describe(directory, target)
     path = directory / weights.SPECJAX_ADAPTER_FILE
-    try:
+    with reading(str(path), "is damaged or cut short"):
         stored = load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"there is no {path}; copy the adapter again") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged or cut short ({error}); copy or export it again") from None
     expected = {
         _name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(adapter.abstract_params())
     }
@@ -161,16 +157,12 @@ def describe(directory: Path, target: LanguageModel) -> tuple[Attachment, str]:
     Raises:
       UserError: for a file that is missing, damaged or not from specjax, or whose class cannot be found.
     """
-    path, fields = directory / CONFIG_FILE, weights.read_json(directory / CONFIG_FILE)
+    path, fields = directory / CONFIG_FILE, read_json(directory / CONFIG_FILE)
     if fields.get("format") != _FORMAT:
         raise UserError(f'{path} has no "format": "{_FORMAT}"; name a directory that specjax wrote an adapter to')
     options = {name: value for name, value in fields.items() if name not in _FIELDS}
-    try:
+    with prefixed(f"{path}: "), reading("the description"):
         return make_attachment(fields.get("type", "adapter"), target.config, options), fields["target"]["fingerprint"]
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path} lacks or misstates {error}; export the adapter again") from None
 
 
 def _name(path) -> str:

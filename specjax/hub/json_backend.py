@@ -84,7 +84,7 @@ def from_json(files: TokenizerFiles) -> JsonBackend:
 
     name = f"{files.origin}/{tokenizer_files.JSON_FILE}"
     content = text(name, files.contents[tokenizer_files.JSON_FILE])
-    with reading(name):
+    with reading(name, "is not a valid tokenizer file"):
         library = tokenizers.Tokenizer.from_str(content)
         added = library.get_added_tokens_decoder().values()
         lost = [token.content for token in added if token.normalized and _is_never_found(library, token)]

@@ -10,7 +10,7 @@ from specjax.runtime.errors import UserError, first_line
 
 
 @contextlib.contextmanager
-def reading(name: str) -> Iterator[None]:
+def reading(name: str, problem: str = "cannot be read") -> Iterator[None]:
     """A context in which file `name` is parsed: any exception inside it means a damaged file, and raises UserError.
 
     The libraries that parse files have no common class of exceptions; `tokenizers` even raises BaseExceptions.
@@ -22,7 +22,7 @@ def reading(name: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise UserError(f"{name} cannot be read ({first_line(error) or type(error).__name__}); copy it again") from None
+        raise UserError(f"{name} {problem} ({first_line(error) or type(error).__name__}); copy it again") from None
 
 
 def text(name: str, data: bytes) -> str:

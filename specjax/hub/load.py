@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from flax import traverse_util
 
 from specjax.hub import json_files, weights
@@ -16,7 +17,7 @@ from specjax.hub.weights import Stored
 from specjax.models.language_model import LanguageModel, Params
 from specjax.models.table import model_of
 from specjax.runtime import dtypes
-from specjax.runtime.errors import UserError
+from specjax.runtime.errors import UserError, prefixed
 
 CONFIG_FILE = "config.json"
 
@@ -89,8 +90,9 @@ def stream(
     wanted = family.tensors(config)
     outputs = base.fused_outputs(wanted)
     expected = decoder.abstract_params()
-    stored = _full_names(weights.stored_in(directory), family)
-    _check_names(directory, family, config, {tensor.name for tensor in wanted}, stored)
+    names = {tensor.name for tensor in wanted}
+    stored = _full_names(weights.stored_in(directory), family, names)
+    _check_names(directory, family, config, names, stored)
     for tensor in wanted:
         shape = at(expected, tensor.path).shape
         _check_tensor(stored[tensor.name], base.shape_in_file(tensor, shape, outputs))
@@ -112,7 +114,7 @@ def read_config(directory: Path, *, param_dtype: str, compute_dtype: str):
     path = directory / CONFIG_FILE
     fields = json_files.read_json(path)
     model_type = fields.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         supported = ", ".join(FAMILIES)
         raise UserError(f"{path}: models of type {model_type!r} are not supported; the supported are {supported}")
     for name in ("quantization_config", "compression_config"):
@@ -124,10 +126,10 @@ def read_config(directory: Path, *, param_dtype: str, compute_dtype: str):
             )
     compute_dtype = dtypes.compute_dtype(compute_dtype)
     dtypes.dtype_named(param_dtype)
-    try:
+    if fields.get("auto_map") is not None:
+        logging.warning('%s: "auto_map" is ignored, because models of type %s are built in', path, model_type)
+    with prefixed(f"{path}: "), json_files.reading("the description"):
         config = FAMILIES[model_type].read_config(fields, param_dtype=param_dtype, compute_dtype=compute_dtype)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
     return FAMILIES[model_type], config
 
 
@@ -143,12 +145,17 @@ def at(tree: Params, path: tuple[str | int, ...]) -> Any:
     return tree
 
 
-def _full_names(stored: dict[str, Stored], family: base.Family) -> dict[str, Stored]:
-    """The tensors by full names; adds the leading "transformer." that some files, such as GPT-2's, omit."""
-    inner, _, rest = family.embedding.partition(".")
-    if family.embedding in stored or rest not in stored:
-        return stored
-    return {name if name == family.head else f"{inner}.{name}": tensor for name, tensor in stored.items()}
+def _full_names(stored: dict[str, Stored], family: base.Family, wanted: set[str]) -> dict[str, Stored]:
+    """The tensors by full names; adds the leading "transformer." that some files, such as GPT-2's, omit.
+
+    Some files of a model with a tied head have the embedding only under the name of the head.
+    """
+    inner = family.embedding.partition(".")[0]
+    rest = set(stored) - {family.head}
+    if not rest & wanted and {f"{inner}.{name}" for name in rest} & wanted:
+        stored = {name if name == family.head else f"{inner}.{name}": tensor for name, tensor in stored.items()}
+    copies = [name for name in (family.head, *family.ignored) if name in stored and name not in wanted]
+    return {family.embedding: stored[copies[0]], **stored} if copies else stored
 
 
 def _check_names(directory, family, config, wanted: set[str], stored: dict[str, Stored]) -> None:
@@ -189,6 +196,8 @@ def _some(names: list[str]) -> str:
 
 def _same(one: Stored, other: Stored) -> bool:
     """Whether two stored tensors have the same values, compared piece by piece."""
+    if one == other:
+        return True
     if one.shape != other.shape:
         return False
     with one.open() as left, other.open() as right:

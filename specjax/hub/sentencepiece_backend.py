@@ -6,13 +6,15 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from specjax.hub import tokenizer_files
+from specjax.hub.json_files import reading
 from specjax.hub.tokenizer_files import Token, TokenizerFiles
 from specjax.runtime.errors import UserError
 
 _SPACE = "▁"  # the character that represents a space in pieces
 _UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # ModelProto.SentencePiece.Type
-_T5_SENTINELS = 100
+_T5_SENTINELS = 100  # by default
+_MOST_SENTINELS = 10_000
 # Unicode's White_Space, as in transformers; Python's \\s also matches four control characters.
 _WHITESPACE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
 
@@ -143,12 +145,10 @@ def from_model(files: TokenizerFiles) -> SentencePieceBackend:
     from sentencepiece import sentencepiece_model_pb2
 
     name = next(name for name in tokenizer_files.SENTENCEPIECE_FILES if name in files.contents)
-    try:
+    with reading(f"{files.origin}/{name}", "is not a SentencePiece model"):
         proto = sentencepiece_model_pb2.ModelProto.FromString(files.contents[name])
-    except Exception as error:  # protobuf's DecodeError; protobuf is not a direct dependency
-        raise UserError(f"{files.origin}/{name} is not a SentencePiece model ({error}); copy it again") from None
-    if not proto.pieces:
-        raise UserError(f"{files.origin}/{name} is not a SentencePiece model (it has no pieces); copy it again")
+        if not proto.pieces:
+            raise ValueError("it has no pieces")
     return SentencePieceBackend(proto, files)
 
 
@@ -177,6 +177,8 @@ def _added_tokens(proto: Any, ids: dict[str, int], files: TokenizerFiles) -> lis
     ids = dict(ids)
     if files.tokenizer_class == "T5Tokenizer":
         count = int(files.settings.get("extra_ids", files.model.get("extra_ids", _T5_SENTINELS)))
+        if not 0 <= count <= _MOST_SENTINELS:
+            raise UserError(f"{files.origin}: extra_ids must be 0 to {_MOST_SENTINELS}, not {count}; correct it")
         # In descending order: <extra_id_0> has the largest id.
         ids |= {f"<extra_id_{i}>": len(proto.pieces) + count - 1 - i for i in range(count)}
     control = [piece.piece for piece in proto.pieces if piece.type in (_UNKNOWN, _CONTROL)]

@@ -4,11 +4,15 @@ import contextlib
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from absl import logging
+
 from specjax.hub import chat, json_backend, sentencepiece_backend, tokenizer_files
+from specjax.hub.json_files import reading
 from specjax.hub.tokenizer_files import TokenizerFiles
 from specjax.runtime.errors import UserError
 
@@ -18,6 +22,9 @@ END = "<|end|>"
 _SPACES = (*(f" {mark}" for mark in ".?!,"), " ' ", " n't", " 'm", " 's", " 've", " 're")
 
 _LONGEST_WAIT = 32  # maximum number of tokens of an incomplete character; real characters have far fewer
+
+# In the names of special tokens that a model does not use, such as Llama 3's.
+_PLACEHOLDER = re.compile("reserved|unused|placeholder|dummy", re.IGNORECASE)
 
 _PROBE = "specjax"  # a text that no tokenizer or template treats specially
 _CONTEXTS = ("\n", "x", ".")  # texts with whose last token the first token of another text rarely merges
@@ -229,6 +236,10 @@ class Tokenizer:
         It does not depend on file names, padding, truncation, templates or the special tokens around a prompt. A
         `tokenizer.json` and a SentencePiece model of the same vocabulary have different fingerprints.
         """
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
         content = json.dumps(self._backend.content(), sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
@@ -253,7 +264,9 @@ class Tokenizer:
         Raises:
           UserError: if none of these files exists, a file is damaged or not supported, or there is no EOS id.
         """
-        return _tokenizer(tokenizer_files.read(directory))
+        files = tokenizer_files.read(directory)
+        with reading(f"the tokenizer in {files.origin}"):
+            return _tokenizer(files)
 
 
 def _tokenizer(files: TokenizerFiles) -> Tokenizer:
@@ -269,6 +282,41 @@ def _tokenizer(files: TokenizerFiles) -> Tokenizer:
             f"{' or '.join(tokenizer_files.SENTENCEPIECE_FILES)}"
         )
     return Tokenizer(backend, files)
+
+
+@functools.lru_cache(maxsize=4)
+def check_same_tokens(target: Tokenizer, draft: Tokenizer) -> None:
+    """Raises UserError if an id means another token to the draft than to the target; logs any other difference.
+
+    Only the target's tokenizer encodes texts, so normalisation and splitting may differ, and either may have more
+    tokens. A special token may have another name if one of the two names is a placeholder for tokens to come.
+    """
+    if target is draft or target._files.contents == draft._files.contents:
+        return
+    left, right = target._backend, draft._backend
+    both = left.tokens.keys() & right.tokens.keys()
+    others = [index for index in sorted(both) if left.tokens[index] != right.tokens[index]]
+    wrong = [
+        index
+        for index in others
+        if not {index} <= left.special & right.special
+        or not (_PLACEHOLDER.search(left.tokens[index]) or _PLACEHOLDER.search(right.tokens[index]))
+    ]
+    if wrong or not both:
+        example = "no id is in both"
+        if wrong:
+            example = f'id {wrong[0]} is "{left.tokens[wrong[0]]}" in one and "{right.tokens[wrong[0]]}" in the other'
+        raise UserError(
+            f"target and draft have different tokenizers ({example}); take a draft trained with the target's"
+        )
+    notes = [f"{len(others)} special tokens have other names"] if others else []
+    for name, more in (("target", left.tokens.keys() - both), ("draft", right.tokens.keys() - both)):
+        examples = ", ".join(repr((left if name == "target" else right).tokens[index]) for index in sorted(more)[:3])
+        notes += [f"only the {name} has {examples} ({len(more)} tokens)"] if more else []
+    if not notes and target.fingerprint() != draft.fingerprint():
+        notes = ["texts are normalised or split differently"]
+    if notes:
+        logging.warning("the draft's tokenizer differs: %s; the target's is used for both", "; ".join(notes))
 
 
 def train_byte_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from specjax.hub.json_files import read_json
+from specjax.hub.json_files import read_json, reading
 from specjax.runtime.errors import UserError
 
 FILE = "model.safetensors"
@@ -51,19 +51,15 @@ def stored_in(directory: Path) -> dict[str, Stored]:
     Raises:
       UserError: if there are no safetensors files, or one of them is missing or damaged.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     stored: dict[str, Stored] = {}
     for path in _files(directory):
-        try:
-            with safe_open(path, framework="numpy") as handle:
-                names = handle.keys()
-                slices = [(name, handle.get_slice(name)) for name in names]
-                tensors = [Stored(name, path, tuple(s.get_shape()), s.get_dtype()) for name, s in slices]
-        except FileNotFoundError:
-            raise UserError(f"{path} is missing, though {INDEX_FILE} names it; copy it again") from None
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is damaged or cut short ({error}); copy or export it again") from None
+        if not path.is_file():
+            raise UserError(f"{path} is missing, though {INDEX_FILE} names it; copy it again")
+        with reading(str(path), "is damaged or cut short"), safe_open(path, framework="numpy") as handle:
+            slices = [(name, handle.get_slice(name)) for name in handle.keys()]  # noqa: SIM118
+            tensors = [Stored(name, path, tuple(s.get_shape()), s.get_dtype()) for name, s in slices]
         for tensor in tensors:
             if tensor.name in stored:
                 twice = f"{stored[tensor.name].file.name} and {path.name}"

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from specjax.runtime.errors import UserError, first_line, nearest
 
-_FORMAT = "specjax checkpoint 1"
+_FORMAT = "specjax checkpoint 2"
 
 
 class Checkpointer:
@@ -177,18 +177,27 @@ def _check_same_arrays(saved: dict[str, dict], wanted: dict[str, jax.ShapeDtypeS
 
 
 def _digest(x: jax.Array) -> int:
-    return int(_sum_of_bits(x))
+    return int(_sum_of_hashes(x))
 
 
 @jax.jit
-def _sum_of_bits(x: jax.Array) -> jax.Array:
-    """The sum of an array's words modulo 2**32; integer addition is exact, so the mesh does not affect it."""
+def _sum_of_hashes(x: jax.Array) -> jax.Array:
+    """The sum modulo 2**32 of a hash of each word and its index: values that changed places change it.
+
+    Integer addition is exact, so the mesh does not affect it. Source of the hash: the finaliser of MurmurHash3.
+    """
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
     words = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{min(8 * x.dtype.itemsize, 32)}"))
-    return jnp.sum(words.astype(jnp.uint32), dtype=jnp.uint32)
+    hashes = words.astype(jnp.uint32)
+    for axis in range(words.ndim):
+        places = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        hashes = (hashes ^ (hashes >> 16)) * jnp.uint32(0x85EBCA6B) + places * jnp.uint32(0x9E3779B9)
+    for factor in (0x85EBCA6B, 0xC2B2AE35):
+        hashes = (hashes ^ (hashes >> 15)) * jnp.uint32(factor)
+    return jnp.sum(hashes ^ (hashes >> 16), dtype=jnp.uint32)
 
 
 def _damaged(path: Path, detail: str) -> UserError:

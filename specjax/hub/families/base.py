@@ -123,6 +123,9 @@ class Family:
             lazy = callable(field.absent) and fields.get(field.name) is None
             absent = field.absent(values) if lazy else field.absent
             values[field.attribute] = _READERS[field.kind](fields, field.name, absent)
+        for name in ("layers", "encoder_layers"):
+            if values.get(name, 0) > _MOST_LAYERS:
+                raise UserError(f"{values[name]} layers are more than any model has; correct config.json")
         values |= self.read(fields, values)
         try:
             return self.config_type(
@@ -241,6 +244,10 @@ def runs_in_file(tensor: Tensor, wanted: slice, outputs: int) -> list[slice]:
     return runs
 
 
+_LARGEST = 2**31 - 1  # of any number in a config.json
+_MOST_LAYERS = 1000  # real models have fewer; a damaged number must not make us describe millions
+
+
 def number(fields: Mapping[str, Any], name: str, kind: type, *, absent: Any = None) -> Any:
     """`fields[name]` as a positive int or float; if missing or null, `absent`, or a UserError if `absent` is None."""
     value = fields.get(name)
@@ -249,7 +256,7 @@ def number(fields: Mapping[str, Any], name: str, kind: type, *, absent: Any = No
             raise UserError(f'"{name}" is missing; take the complete config.json of the checkpoint')
         return absent
     allowed = (int, float) if kind is float else (int,)
-    if isinstance(value, bool) or not isinstance(value, allowed) or not value > 0:
+    if isinstance(value, bool) or not isinstance(value, allowed) or not 0 < value <= _LARGEST:
         raise UserError(f'"{name}" must be a positive {"number" if kind is float else "integer"}, not {value!r}')
     return kind(value)
 
@@ -297,7 +304,6 @@ _READERS: dict[type, Callable[[Mapping[str, Any], str, Any], Any]] = {
 _ONLY_EVERYWHERE = {
     "is_encoder_decoder": (False, None),
     "add_cross_attention": (False, None),
-    "auto_map": (None,),
     "logit_scale": (1, None),
     "embedding_multiplier": (1, None),
     "residual_multiplier": (1, None),

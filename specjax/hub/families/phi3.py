@@ -16,8 +16,6 @@ _FUSED = {
     "blocks.{}.mlp.up.kernel": _GATE_UP,
 }
 _ORIGINAL = "original_max_position_embeddings"
-# Checkpoints from before transformers supported Phi-3 refer to this code, which computes the same.
-_OWN_CODE = {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
 
 
 def _parts(config: DecoderConfig) -> dict[str, base.Part]:
@@ -26,13 +24,6 @@ def _parts(config: DecoderConfig) -> dict[str, base.Part]:
         **base.fused({"attention.query": queries, "attention.key": keys, "attention.value": keys}),
         **base.fused({"mlp.gate": config.mlp_width, "mlp.up": config.mlp_width}),
     }
-
-
-def _prepare(fields: dict[str, Any]) -> dict[str, Any]:
-    code = fields.get("auto_map")
-    if isinstance(code, dict) and all(code.get(key) == value for key, value in _OWN_CODE.items()):
-        return {key: value for key, value in fields.items() if key != "auto_map"}
-    return fields
 
 
 def _read(fields: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
@@ -69,7 +60,6 @@ FAMILY = dataclasses.replace(
         "layer_types": (None,),
     },
     absent={"max_position_embeddings": 4096, _ORIGINAL: 4096, "rms_norm_eps": 1e-5},
-    prepare=_prepare,
     read=_read,
     write=_write,
 )

@@ -1,0 +1,126 @@
+"""Damaged files end in one sentence, never in a traceback or a hang: each seed draws a file and what happens to it."""
+
+import contextlib
+import dataclasses
+import json
+import random
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import tiny
+import toy_tokenizers
+
+from specjax.hub import load as hub_load
+from specjax.hub import model as hub_model
+from specjax.hub import weights
+from specjax.hub.save import save
+from specjax.hub.tokenizer import Tokenizer
+from specjax.models.decoder import Decoder
+from specjax.runtime.errors import UserError
+
+STRANGE = [
+    None,
+    True,
+    -1,
+    0,
+    3,
+    10**12,
+    1e400,
+    float("nan"),
+    "",
+    "x",
+    "\x00",
+    [],
+    [[]],
+    {},
+    {"a": [None]},
+    [1, "a", {}],
+]
+STRANGE += [json.loads("[" * 400 + "]" * 400)]
+# Files of the reader, and the tokenizer that has them.
+CHECKPOINTS = {
+    "byte_bpe": ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+    "llama_as_json": ("config.json", "tokenizer.json", "model.safetensors"),
+    "llama_with_added_tokens": ("tokenizer.model", "tokenizer_config.json", "model.safetensors"),
+    "gpt2_merges": ("vocab.json", "merges.txt", "model.safetensors.index.json"),
+    "llama_of_old": ("added_tokens.json", "special_tokens_map.json", "model.safetensors"),
+    "t5": ("spiece.model", "tokenizer_config.json", "config.json"),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """A tiny model with each of these tokenizers; the one with an index has two shards."""
+    home = tmp_path_factory.mktemp("checkpoints")
+    for kind in CHECKPOINTS:
+        toy_tokenizers.KINDS[kind](home / "tokenizer" / kind)
+        tokenizer = Tokenizer.load(home / "tokenizer" / kind)
+        model = Decoder(dataclasses.replace(tiny.config(), vocab_size=512))
+        params = jax.tree.map(lambda x: np.full(x.shape, 0.1, x.dtype), model.abstract_params())
+        save(home / kind, model, params, tokenizer, max_shard_bytes=40_000 if kind == "gpt2_merges" else 10**9)
+    return home
+
+
+def places(value):
+    """Every (container, key) in a JSON value, to a depth of four and 200 of each container."""
+    stack, found = [(value, 0)], []
+    while stack:
+        node, depth = stack.pop()
+        items = list(node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ())
+        for key, inner in items[:200]:
+            found.append((node, key))
+            if depth < 4:
+                stack.append((inner, depth + 1))
+    return found
+
+
+def damage(content: bytes, name: str, draw: random.Random) -> bytes:
+    """One random damage: bytes flipped, removed or repeated, or a JSON value removed, replaced or nested."""
+    with contextlib.suppress(ValueError):
+        if name.endswith(".json") and draw.random() < 0.7:
+            value = json.loads(content)
+            node, key = draw.choice(places(value))
+            if draw.random() < 0.3:
+                del node[key]
+            else:
+                node[key] = draw.choice([*STRANGE, [node[key]], str(node[key])])
+            return json.dumps(value).encode()
+    head = min(len(content), 2000)  # of weights only the header is text
+    place = draw.randrange(head)
+    kind = draw.choice(("flip", "cut", "remove", "repeat", "empty"))
+    if kind == "flip":
+        changed = bytearray(content)
+        for _ in range(draw.randint(1, 4)):
+            changed[draw.randrange(head)] ^= 1 << draw.randrange(8)
+        return bytes(changed)
+    if kind == "cut":
+        return content[:place]
+    if kind == "remove":
+        return content[:place] + content[place + draw.randint(1, 9) :]
+    return content[:place] + content[place:] * 2 if kind == "repeat" else b""
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_a_damaged_checkpoint_loads_or_ends_in_one_sentence(checkpoints, tmp_path, kind):
+    refused = 0
+    for seed in range(25):
+        draw = random.Random(f"{kind} {seed}")
+        directory = tmp_path / str(seed)
+        shutil.copytree(checkpoints / kind, directory)
+        name = draw.choice(CHECKPOINTS[kind])
+        path = directory / name
+        path.write_bytes(damage(path.read_bytes(), name, draw))
+        try:
+            tokenizer = Tokenizer.load(directory)
+            tokenizer.decode(tokenizer.encode_prompt("hello</s> world"))
+            hub_load.read_config(directory, param_dtype="float32", compute_dtype="float32")
+            weights.stored_in(directory)
+            if name not in CHECKPOINTS["byte_bpe"][2:]:
+                hub_model.load(directory)
+        except UserError as error:
+            assert "\n" not in str(error) and len(str(error)) < 1000, (seed, name)
+            refused += 1
+        shutil.rmtree(directory)
+    assert refused > 5
