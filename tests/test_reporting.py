@@ -391,18 +391,10 @@ SAMPLE = {
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
-    sections = page.run_sections(
-        figures=folder / "figures",
-        rows=ROWS,
-        stages=STAGES,
-        samples=[SAMPLE],
-        config={"seed": 0, "note": "</pre>"},
-    )
-    path = folder / "report.html"
-    page.write_report(
-        path, title="A <title>", subtitle="what and why", environment={"git_commit": "abc"}, sections=sections
-    )
-    return path
+    results = {"rows": ROWS, "samples": [SAMPLE], "config": {"seed": 0, "note": "</pre>"}}
+    sections = page.run_sections(folder / "figures", results, STAGES)
+    page.write_report(folder, title="A <title>", environment={"git_commit": "abc"}, sections=sections)
+    return folder / "report.html"
 
 
 def test_every_figure_is_saved_for_light_and_dark(report):
@@ -445,10 +437,10 @@ def test_an_unknown_origin_is_refused():
 
 
 def test_a_run_without_training_or_samples_has_a_shorter_page(tmp_path):
-    sections = page.run_sections(figures=tmp_path, rows=[ROWS[0]])
+    sections = page.run_sections(tmp_path, {"rows": [ROWS[0]]}, {})
     assert [section.title for section in sections] == ["Results"]
     untimed = [row | {"speedup": None, "speedup_ci": None, "predicted_speedup": None} for row in ROWS]
-    sections = page.run_sections(figures=tmp_path, rows=untimed)
+    sections = page.run_sections(tmp_path, {"rows": untimed}, {})
     assert [section.title for section in sections] == ["Results"]
     assert [file.name for file in tmp_path.glob("*.png") if "dark" not in file.name] == ["acceptance.png"]
 

@@ -56,14 +56,10 @@ def measured(config: Any, workdir: Path) -> list[dict]:
             plots.lines_figure({title: {"measured": sorted(at)}}, path, labels=labels, from_zero=True)
             figures.append(page.Figure(path, f"Milliseconds of a decoding step: {title}."))
     page.write_report(
-        workdir / "report.html",
+        workdir,
         title="What a decoding step takes",
-        subtitle=workdir.name,
         environment=records.environment(config.seed),
-        sections=[
-            page.Section("Latency", [page.Figures(figures)]),
-            *(page.Section(*each) for each in row_tables.page_tables(rows)),
-        ],
+        sections=[page.Section("Latency", [page.Figures(figures)]), *row_tables.sections(rows)],
     )
     return rows
 

@@ -54,15 +54,12 @@ def run(config: Any, workdir: str | Path) -> dict:
     rows = [*_prediction_rows(made), *_depth_rows(compared), *_correlation_rows(compared)]
     checked = [row for path in config.checked for row in records.read_results(Path(path) / "results.json")["rows"]]
     rows += [*contest.summary(checked), *checked]
+    figures = page.Section("Figures", [page.Figures(_figures(config.gamma, workdir / "figures", made))])
     page.write_report(
-        workdir / "report.html",
+        workdir,
         title="Which draft to build: a study",
-        subtitle=workdir.name,
         environment=records.environment(config.seed),
-        sections=[
-            page.Section("Figures", [page.Figures(_figures(config.gamma, workdir / "figures", made))]),
-            *(page.Section(*each) for each in row_tables.page_tables(rows)),
-        ],
+        sections=[figures, *row_tables.sections(rows)],
     )
     return design.finish(config, workdir, rows)
 

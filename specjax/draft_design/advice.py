@@ -312,9 +312,8 @@ def write_report(config: Any, workdir: Path, rows: Sequence[dict]) -> None:
     caption = "Expected tokens per second by gamma, without a confidence stop; 0 is plain decoding."
     figure = page.Section("Throughput", [page.Figures([page.Figure(path, caption)])])
     page.write_report(
-        workdir / "report.html",
+        workdir,
         title="Which draft to build",
-        subtitle=workdir.name,
         environment=records.environment(config.seed),
-        sections=[figure, *(page.Section(*table) for table in row_tables.page_tables(rows))],
+        sections=[figure, *row_tables.sections(rows)],
     )

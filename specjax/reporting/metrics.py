@@ -123,9 +123,9 @@ def paired_difference(counts_a: Counts, counts_b: Counts, seed: int) -> dict:
     resampled_a, resampled_b = (_ratios(weights, c.emitted, c.target_calls) for c in (counts_a, counts_b))
     return {
         "prompts": prompts,
-        "block_efficiency_difference": _number(efficiency_a - efficiency_b),
+        "block_efficiency_difference": _finite(efficiency_a - efficiency_b),
         "block_efficiency_difference_ci": _interval(resampled_a - resampled_b),
-        "block_efficiency_ratio": _number(efficiency_a / efficiency_b),
+        "block_efficiency_ratio": _finite(efficiency_a / efficiency_b),
         "block_efficiency_ratio_ci": _interval(resampled_a / resampled_b),
     }
 
@@ -184,5 +184,5 @@ def _ratio(numerator: float | int | np.number, denominator: float | int | np.num
     return float(numerator) / float(denominator) if denominator else None
 
 
-def _number(value: float) -> float | None:
+def _finite(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None

@@ -107,43 +107,29 @@ class Section:
     intro: str = ""
 
 
-def write_report(
-    path: str | Path, *, title: str, subtitle: str, environment: Mapping, sections: Sequence[Section]
-) -> None:
-    """Renders the sections with page.html and writes the page atomically."""
+def write_report(workdir: Path, *, title: str, environment: Mapping, sections: Sequence[Section]) -> None:
+    """Renders the sections with page.html, writes report.html of a run atomically, and prints its path."""
     import jinja2
 
     engine = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     engine.filters.update(data_uri=_data_uri, pretty=_pretty, tally=_tally, kind=lambda block: type(block).__name__)
     engine.tests["present"] = lambda file: Path(file).is_file()
     template = engine.from_string(resources.files("specjax.reporting").joinpath("page.html").read_text("utf-8"))
-    html = template.render(
-        title=title,
-        subtitle=subtitle,
-        environment=json_clean(environment),
-        sections=sections,
-        dark_twin=panels.dark_twin,
-    )
-    write_atomically(path, html)
+    names = {"title": title, "subtitle": workdir.name, "environment": json_clean(environment), "sections": sections}
+    path = workdir / "report.html"
+    write_atomically(path, template.render(**names, dark_twin=panels.dark_twin))
+    print(f"report: {path}")
 
 
-def run_sections(
-    *,
-    figures: str | Path,
-    rows: Sequence[Mapping] = (),
-    stages: Mapping[str, Sequence[Mapping]] | None = None,
-    samples: Sequence[Mapping] = (),
-    config: Mapping | None = None,
-) -> list[Section]:
-    """The usual sections of a run: headline, results, training, samples, config; those without data are left out.
+def run_sections(figures: Path, results: Mapping, stages: Mapping[str, Sequence[Mapping]]) -> list[Section]:
+    """The usual sections of a run; those without data are left out.
 
     Args:
       figures: folder in which speedup.png, acceptance.png and training_*.png are written.
-      rows: rows of an evaluation.
+      results: the content of a results.json; its rows, comparisons, samples and config are shown.
       stages: lines of metrics.jsonl by training stage.
-      samples: as in `Samples`.
     """
-    figures, stages = Path(figures), stages or {}
+    rows = [row for row in results["rows"] if "drafted_tokens" in row]
     sections = []
     drafted = [row for row in rows if row["gamma"] > 0 and row["drafted_tokens"]]
     timed = [row for row in drafted if row["speedup"] is not None]
@@ -163,47 +149,34 @@ def run_sections(
             drawn.append(Figure(figures / "acceptance.png", caption))
         table = results_table(rows)
         sections.append(Section("Results", [Figures(drawn), table] if drawn else [table]))
+    if results.get("comparisons"):
+        intro = "Block efficiency on the same prompts; 95% intervals by paired bootstrap over prompts."
+        sections.append(Section("Compared, prompt by prompt", [comparison_table(results["comparisons"])], intro))
     curves = plots.training_figures(stages, figures, palette=palette) if few else []
     if curves:
         captioned = [Figure(path, f"{path.stem.replace('_', ' ').capitalize()} by step.") for path in curves]
         intro = "Running means over raw values; dashed, held-out data. Each stage counts its own steps."
         sections.append(Section("Training", [Figures(captioned)], intro))
-    if samples:
-        sections.append(Section("Samples", [Samples(samples)], "Every token in the colour of where it came from."))
-    if config is not None:
-        sections.append(Section("Settings", [Details("Config", config)]))
+    if results.get("samples"):
+        intro = "Every token in the colour of where it came from."
+        sections.append(Section("Samples", [Samples(results["samples"])], intro))
+    if "config" in results:
+        sections.append(Section("Settings", [Details("Config", results["config"])]))
     return sections
 
 
 def write_run(
     workdir: Path, results: Mapping, stages: Mapping[str, Sequence[Mapping]], more: Sequence[Section] = ()
-) -> Path:
-    """Writes report.html and figures/ from a run's results and the metrics of its training stages; prints the path.
+) -> None:
+    """Writes report.html and figures/ from a run's results and the metrics of its training stages.
 
     Args:
       more: further sections, shown after the headline.
     """
-    sections = run_sections(
-        figures=workdir / "figures",
-        rows=[row for row in results["rows"] if "drafted_tokens" in row],
-        stages=stages,
-        samples=results.get("samples", ()),
-        config=results["config"],
-    )
-    if results.get("comparisons"):
-        intro = "Block efficiency on the same prompts; 95% intervals by paired bootstrap over prompts."
-        sections.insert(2, Section("Compared, prompt by prompt", [comparison_table(results["comparisons"])], intro))
+    sections = run_sections(workdir / "figures", results, stages)
     sections[1:1] = more
-    path = workdir / "report.html"
-    write_report(
-        path,
-        title="Speculative decoding, measured",
-        subtitle=workdir.name,
-        environment=results["environment"],
-        sections=sections,
-    )
-    print(f"report: {path}")
-    return path
+    title = "Speculative decoding, measured"
+    write_report(workdir, title=title, environment=results["environment"], sections=sections)
 
 
 def write_run_report(workdir: Path, config: Any) -> None:
@@ -226,20 +199,12 @@ def training_curves(workdir: Path, config: Any) -> dict[str, list[dict]]:
 def comparison_table(comparisons: Sequence[Mapping]) -> Table:
     """A table of `metrics.comparisons`: paired differences and ratios of block efficiency."""
     between = lambda ends: "" if ends is None else f" [{ends[0]:.2f}, {ends[1]:.2f}]"
-    lines = [
-        {key: row[key] for key in ("drafter", "against")}
-        | {"rule": tables.rule_label(row)}
-        | {key: row[key] for key in ("temperature", "gamma")}
-        | {
-            name: f"{row[key]:{sign}.2f}{between(row[f'{key}_ci'])}"
-            for name, key, sign in (
-                ("difference", "block_efficiency_difference", "+"),
-                ("ratio", "block_efficiency_ratio", ""),
-            )
-        }
-        for row in comparisons
-    ]
-    return rows_table(lines, list(lines[0]))
+    measures = {"difference": ("block_efficiency_difference", "+.2f"), "ratio": ("block_efficiency_ratio", ".2f")}
+    texts = lambda row: {
+        name: f"{row[key]:{form}}{between(row[f'{key}_ci'])}" for name, (key, form) in measures.items()
+    }
+    keys = ("drafter", "against", "rule", "temperature", "gamma", *measures)
+    return rows_table([row | texts(row) for row in comparisons], keys)
 
 
 def headline(rows: Sequence[Mapping]) -> list[Card]:
@@ -279,12 +244,9 @@ def results_table(rows: Sequence[Mapping]) -> Table:
     best: dict[tuple, int] = {}
     for i in sorted(exact, key=lambda i: rows[i]["speedup"]):
         best[rows[i].get("task"), rows[i]["temperature"]] = i
-    note = (
-        " Lossy rows do not follow the target's distribution and are never marked."
-        if any(map(tables.is_lossy, rows))
-        else ""
-    )
-    caption = "± is half the 95% bootstrap interval. Marked: the fastest at each temperature." + note
+    caption = "± is half the 95% bootstrap interval. Marked: the fastest at each temperature."
+    if any(map(tables.is_lossy, rows)):
+        caption += " Lossy rows do not follow the target's distribution and are never marked."
     return rows_table(tables.short_targets(rows), keys, best=frozenset(best.values()), caption=caption)
 
 

@@ -72,30 +72,28 @@ def training_figures(
     Raw values are faint, and the solid line is their running mean; the dashed line with markers is `validation_KEY`.
     """
     looks, paths = looks_of(palette, list(stages)), []
+
+    def draw(axes, theme: Theme, panel: Mapping) -> None:
+        drawn = []
+        for name, lines in panel["series"].items():
+            color, _ = looks(theme, name)
+            steps, values = _points(lines, panel["key"])
+            axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.25)
+            axes.plot(steps, _running_mean(values), color=color, label=name)
+            held_out_steps, held_out = _points(lines, f"validation_{panel['key']}")
+            look = {"color": color, "linestyle": DASHES, "marker": "o", "markersize": 3, "linewidth": 1}
+            axes.plot(held_out_steps, held_out, **look)
+            drawn += [*values, *held_out]
+        if min(drawn) > 0 and max(drawn) > 8 * min(drawn):
+            _logarithmic(axes)
+        axes.set_xlabel("step")
+
     for key in keys:
-        held_out_key = f"validation_{key}"
-
-        def draw(axes, theme: Theme, series: Mapping, key=key, held_out_key=held_out_key) -> None:
-            drawn = []
-            for name, lines in series.items():
-                color, _ = looks(theme, name)
-                steps, values = _points(lines, key)
-                axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.25)
-                axes.plot(steps, _running_mean(values), color=color, label=name)
-                held_out_steps, held_out = _points(lines, held_out_key)
-                look = {"color": color, "linestyle": DASHES, "marker": "o", "markersize": 3, "linewidth": 1}
-                axes.plot(held_out_steps, held_out, **look)
-                drawn += [values, held_out]
-            drawn = np.concatenate(drawn)
-            if drawn.min() > 0 and drawn.max() > 8 * drawn.min():
-                _logarithmic(axes)
-            axes.set_xlabel("step")
-
-        series = {name: lines for name, lines in stages.items() if _any(lines, key) or _any(lines, held_out_key)}
+        held_out = [name for name, lines in stages.items() if _any(lines, f"validation_{key}")]
+        series = {name: lines for name, lines in stages.items() if _any(lines, key) or name in held_out}
         if series:
             paths.append(Path(folder) / f"training_{key}.png")
-            held_out = any(_any(lines, held_out_key) for lines in series.values())
-            panels = {key.replace("_", " "): series}
+            panels = {key.replace("_", " "): {"key": key, "series": series}}
             save_panels(paths[-1], panels, list(series), draw, dashed="held out" if held_out else None)
     return paths
 

@@ -1,5 +1,6 @@
 """Reads and writes the JSON files of a run: results.json with its environment, and metrics.jsonl."""
 
+import contextlib
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from specjax.runtime import processes
 from specjax.runtime.errors import UserError
 
 SCHEMA = 1
+_ROOT = Path(__file__).resolve().parents[2]
 REQUIRED_KEYS = ("schema", "binary", "config", "environment", "rows")
 
 
@@ -91,7 +93,7 @@ def chosen(workdir: str | Path) -> dict:
     raise UserError(f"{path} holds no choice; name the workdir of a run that makes one, such as choose_layers")
 
 
-class MetricsLog:
+class MetricsLog(contextlib.AbstractContextManager):
     """Writes metrics.jsonl, with one line per logged step, and a TensorBoard event file next to it.
 
     With `resume_step=None` a run starts, and lines of an earlier attempt are removed. With `resume_step=s` a run
@@ -129,9 +131,6 @@ class MetricsLog:
     def close(self) -> None:
         self._lines.close()
         self._board.close()
-
-    def __enter__(self) -> "MetricsLog":
-        return self
 
     def __exit__(self, *_) -> None:
         self.close()
@@ -198,16 +197,14 @@ def json_clean(value: Any) -> Any:
 
 def _git_commit() -> str:
     """The git commit of this checkout; "unknown" if the package is installed elsewhere or git is not available."""
-    root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(root), *arguments]
+        command = ["git", "-C", str(_ROOT), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
-        # An installed package may be inside another repository's checkout, whose commit is not the one of
-        # this code.
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+        # An installed package may be inside the checkout of another repository.
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != _ROOT:
             return "unknown"
         changed = git("status", "--porcelain", "--untracked-files=no")
         return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
@@ -216,12 +213,11 @@ def _git_commit() -> str:
 
 
 def _own_version() -> str:
-    """The version in the pyproject.toml next to the package, else that of the installed distribution."""
-    pyproject = Path(__file__).resolve().parents[2] / "pyproject.toml"
-    if pyproject.is_file():
-        project = tomllib.loads(pyproject.read_text(encoding="utf-8")).get("project", {})
-        if project.get("name") == "specjax" and "version" in project:
-            return project["version"]
+    """The version in the pyproject.toml of this checkout, else that of the installed distribution."""
+    pyproject = _ROOT / "pyproject.toml"
+    project = tomllib.loads(pyproject.read_text(encoding="utf-8")).get("project", {}) if pyproject.is_file() else {}
+    if project.get("name") == "specjax" and "version" in project:
+        return project["version"]
     try:
         return metadata.version("specjax")
     except metadata.PackageNotFoundError:

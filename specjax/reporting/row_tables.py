@@ -38,12 +38,10 @@ def terminal(rows: Sequence[Mapping]) -> str:
     )
 
 
-def page_tables(rows: Sequence[Mapping]) -> list[tuple[str, list[page.Table]]]:
-    """The title and blocks of a report section for each table of the rows."""
-    return [
-        (tables.heading(name).capitalize(), [page.rows_table(members, columns_of(members))])
-        for name, members in by_table(rows).items()
-    ]
+def sections(rows: Sequence[Mapping]) -> list[page.Section]:
+    """A section of a report for each table of the rows."""
+    blocks = {name: page.rows_table(members, columns_of(members)) for name, members in by_table(rows).items()}
+    return [page.Section(tables.heading(name).capitalize(), [block]) for name, block in blocks.items()]
 
 
 def columns_of(rows: Sequence[Mapping]) -> list[str]:

@@ -46,7 +46,7 @@ def figure(record: Mapping, path: Path) -> None:
 
 
 def write(workdir: Path, results: Mapping) -> None:
-    """Writes report.html and figures/spec_bench.png of a Spec-Bench run, and prints the path."""
+    """Writes report.html and figures/spec_bench.png of a Spec-Bench run."""
     rows = [row for row in results["rows"] if row["gamma"]]
     blocks = []
     if rows:
@@ -58,12 +58,5 @@ def write(workdir: Path, results: Mapping) -> None:
     blocks.append(page.rows_table(results["rows"], keys))
     intro = "Every question is compared with plain decoding; the prompt of a second turn has its answer to the first."
     settings = page.Section("Settings", [page.Details("Config", results["config"])])
-    path = workdir / "report.html"
-    page.write_report(
-        path,
-        title="Spec-Bench",
-        subtitle=workdir.name,
-        environment=results["environment"],
-        sections=[page.Section("Results", blocks, intro), settings],
-    )
-    print(f"report: {path}")
+    sections = [page.Section("Results", blocks, intro), settings]
+    page.write_report(workdir, title="Spec-Bench", environment=results["environment"], sections=sections)

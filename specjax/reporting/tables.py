@@ -42,13 +42,11 @@ def aligned_table(rows: Sequence[Mapping], columns: Sequence[str]) -> str:
     """A table for the terminal: words aligned left, numbers right."""
     cells = [[heading(key) for key in columns], *([cell(row, key) for key in columns] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    lines = []
-    for line in cells:
-        padded = (
-            text.ljust(width) if is_text(rows, key) else text.rjust(width)
-            for key, text, width in zip(columns, line, widths, strict=True)
-        )
-        lines.append("  ".join(padded).rstrip())
+    pads = [str.ljust if is_text(rows, key) else str.rjust for key in columns]
+    lines = [
+        "  ".join(pad(text, width) for pad, text, width in zip(pads, line, widths, strict=True)).rstrip()
+        for line in cells
+    ]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
@@ -114,9 +112,8 @@ def short_targets(rows: Sequence[Mapping]) -> list[Mapping]:
     if len(targets) < 2 or len(set(map(os.path.isabs, targets))) > 1:
         return list(rows)
     folder = os.path.commonpath([os.path.dirname(target) for target in targets])
-    return [
-        {**row, "target": os.path.relpath(row["target"], folder or ".")} if row.get("target") else row for row in rows
-    ]
+    short = lambda row: {"target": os.path.relpath(row["target"], folder or ".")} if row.get("target") else {}
+    return [{**row, **short(row)} for row in rows]
 
 
 def heading(key: str) -> str:
