@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from specjax.data import batches, tasks
-from specjax.distillation import cached_text, recipes, update
+from specjax.distillation import cached_text, recipes, settings, update
 from specjax.distillation.data_sources import fractions_of
 from specjax.distillation.evaluator import make_evaluator
 from specjax.distillation.trainer import Trainer, TrainingInputs, TrainingResult
@@ -57,6 +57,8 @@ def run(config: Any, workdir: str | Path) -> dict:
         finite.
     """
     workdir, config = Path(workdir), recipes.expand(config)
+    settings.check_numbers(config)
+    configs.check_data(config, workdir)
     min_seconds = _min_seconds(config.train.min_seconds_of)
     mesh = meshes.make_mesh(config.mesh)
     task = tasks.load_task(config.task)
@@ -114,7 +116,7 @@ def _min_seconds(stage: str) -> float:
         return 0.0
     path = Path(stage) / "results.json"
     rows = records.read_results(path)["rows"]
-    if len(rows) != 1 or "train_seconds" not in rows[0]:
+    if len(rows) != 1 or not isinstance(rows[0].get("train_seconds"), float):
         raise UserError(f"{path} has no train_seconds; let train.min_seconds_of name a training stage")
     return rows[0]["train_seconds"]
 

@@ -100,6 +100,16 @@ def test_saving_does_not_see_what_happens_to_the_state_afterwards(tmp_path):
     np.testing.assert_array_equal(restored["x"], before)
 
 
+def test_a_checkpoint_that_does_not_fit_the_disk_is_refused_before_it_is_written(tmp_path, monkeypatch):
+    with opened(tmp_path) as checkpointer:
+        save(checkpointer, 1)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 30_000))
+        with pytest.raises(UserError, match="which has 30000 bytes left; make room, and the same command resumes"):
+            save(checkpointer, 2)
+    with opened(tmp_path) as checkpointer:
+        assert checkpointer.steps() == [1]
+
+
 def test_a_step_is_not_saved_twice(saved):
     with opened(saved) as checkpointer, pytest.raises(ValueError, match="step 3"):
         save(checkpointer, 3)

@@ -1,6 +1,7 @@
 """The command line: overrides, stages, resuming, and one sentence for every mistake."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 
 from specjax import distill, main
 from specjax.reporting import records
-from specjax.runtime import cli, processes, stopping, timing
+from specjax.runtime import cli, errors, processes, stopping, timing
 from specjax.runtime import config as configs
 from specjax.runtime.errors import UserError, nearest
 
@@ -362,6 +363,23 @@ def test_a_wrong_path_of_a_later_stage_can_be_corrected(tmp_path, capsys, monkey
     assert cli.launch(main.run, "specjax.main", [*good, "--config.first.steps=6"]) == 2
     assert "first.steps: 5 -> 6" in capsys.readouterr().err
     assert cli.launch(main.run, "specjax.main", good) == 0
+
+
+def test_a_full_disk_is_one_sentence_without_the_tracebacks_of_threads(tmp_path, caplog):
+    def fails():
+        try:
+            raise ValueError("RESOURCE_EXHAUSTED: Failed to write 58403 bytes: No space left on device [28]")
+        except ValueError as error:
+            logging.getLogger("absl").exception("a thread failed")
+            raise RuntimeError("the save failed") from error
+
+    for failure in (fails, lambda: Path("/dev/full").write_text("x" * 99999)):
+        said = r"w cannot be written \(no space left on the device\); make room"
+        with pytest.raises(UserError, match=said), errors.writing(tmp_path / "w"):
+            failure()
+    with pytest.raises(ZeroDivisionError), errors.writing(tmp_path):
+        _ = 1 / 0
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize("folder", [False, True])

@@ -1,5 +1,6 @@
 """Checks a training config before anything is compiled."""
 
+import math
 from typing import Any
 
 from specjax.distillation import data_sources, objective
@@ -9,6 +10,40 @@ from specjax.runtime.errors import UserError, nearest
 
 # Values of `train.best_metric`, and whether the best one is the lowest or the highest.
 BEST_METRICS = {"validation_loss": "min", "validation_acceptance": "max"}
+
+# Numeric keys of a training stage, by section, that share a range.
+_FROM_ONE = {
+    "data": ("batch_size", "sequence_length", "prompt_length_min", "prompt_length_max"),
+    "train": ("steps", "log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_last"),
+    "optimizer": ("accumulation",),
+    "speculative_eval": ("prompts", "gamma", "max_new_tokens"),
+}
+_FROM_ZERO = {"speculative_eval": ("every",), "optimizer": ("warmup_steps", "weight_decay", "final_fraction")}
+_FRACTIONS = {"optimizer": ("hold_fraction", "beta1", "beta2")}
+_ABOVE_ZERO = {"optimizer": ("peak_learning_rate", "clip_norm")}
+
+
+def check_numbers(config: Any) -> None:
+    """Raises UserError for a number of a training stage that is out of its range, before anything is loaded."""
+    ranges = (
+        (_FROM_ONE, lambda x: 1 <= x < math.inf, "1 or more"),
+        (_FROM_ZERO, lambda x: 0 <= x < math.inf, "0 or more"),
+        (_FRACTIONS, lambda x: 0 <= x < 1, "0 or more and below 1"),
+        (_ABOVE_ZERO, lambda x: 0 < x < math.inf, "above 0 and finite"),
+    )
+    for keys, fits, description in ranges:
+        for section, names in keys.items():
+            for name in names:
+                if not fits(config[section][name]):
+                    raise UserError(f"{section}.{name} is {config[section][name]}; it must be {description}")
+    data, warmup = config.data, config.optimizer.warmup_steps
+    if data.prompt_length_min > data.prompt_length_max:
+        raise UserError(
+            f"data.prompt_length_min is {data.prompt_length_min}; it must be at most data.prompt_length_max "
+            f"({data.prompt_length_max})"
+        )
+    if warmup >= config.train.steps:
+        raise UserError(f"optimizer.warmup_steps is {warmup}; it must be below train.steps ({config.train.steps})")
 
 
 def check(config: Any, inputs: Any) -> None:
@@ -20,6 +55,7 @@ def check(config: Any, inputs: Any) -> None:
     Raises:
       UserError: naming the setting.
     """
+    check_numbers(config)
     has_target = inputs.target is not None
     data, train, loss = config.data, config.train, config.loss
     predicts_next = inputs.draft.predicts == NEXT
@@ -42,9 +78,6 @@ def check(config: Any, inputs: Any) -> None:
             )
     objective.Loss.of_config(loss, inputs.draft, inputs.target)
     data_sources.check_fractions(data_sources.fractions_of(data), has_target=has_target)
-    for name in ("steps", "log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_last"):
-        if train[name] < 1:
-            raise UserError(f"train.{name} is {train[name]}; it must be 1 or more")
     if train.checkpoint_every % train.eval_every:
         raise UserError(
             f"train.checkpoint_every ({train.checkpoint_every}) must be a multiple of train.eval_every "

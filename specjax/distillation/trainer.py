@@ -21,8 +21,8 @@ from specjax.distillation.steps import make_functions
 from specjax.models.attachment import runtime_params
 from specjax.models.language_model import LanguageModel, Params
 from specjax.reporting.records import MetricsLog
+from specjax.runtime import errors, processes, stopping
 from specjax.runtime import mesh as meshes
-from specjax.runtime import processes, stopping
 from specjax.runtime.checkpoint import Checkpointer
 from specjax.runtime.errors import UserError
 from specjax.runtime.timing import progress
@@ -152,6 +152,7 @@ class Trainer:
             best_mode=settings.BEST_METRICS[train.best_metric],
         )
         with (
+            errors.writing(self.workdir),
             stopping.holding(),
             contextlib.closing(checkpoints),
             meshes.use(self.mesh),

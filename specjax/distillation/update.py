@@ -15,7 +15,6 @@ from specjax.distillation import objective
 from specjax.models.language_model import Params
 from specjax.runtime import mesh as meshes
 from specjax.runtime.dtypes import dtype_named
-from specjax.runtime.errors import UserError
 
 # Logical axes of the arrays of a batch, see `data.batches`.
 BATCH_AXES = {
@@ -76,20 +75,7 @@ def learning_rate(config: Any, steps: int) -> Callable[[Int[Array, ""]], Float[A
 
 
 def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
-    """AdamW (arXiv 1711.05101) after clipping by the global norm; weight decay applies to matrices alone.
-
-    Raises:
-      UserError: for values out of range.
-    """
-    for name in ("peak_learning_rate", "clip_norm", "accumulation"):
-        if not config[name] > 0:
-            raise UserError(f"optimizer.{name} is {config[name]}; it must be above 0")
-    if not 0 <= config.warmup_steps < steps:
-        raise UserError(
-            f"optimizer.warmup_steps is {config.warmup_steps}; it must be 0 or more and below train.steps ({steps})"
-        )
-    if not 0 <= config.hold_fraction < 1:
-        raise UserError(f"optimizer.hold_fraction is {config.hold_fraction}; it must lie in [0, 1)")
+    """AdamW (arXiv 1711.05101) after clipping by the global norm; weight decay applies to matrices alone."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(

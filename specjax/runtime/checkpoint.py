@@ -5,6 +5,7 @@ an incomplete one. It contains the arrays, by their paths in the state, and host
 checksums, so we store a digest of each array and check it on restoring.
 """
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,12 @@ class Checkpointer:
                 f'best_metric is "{self.best_metric}", which is not measured{nearest(self.best_metric, metrics)}'
             )
         arrays = _named(state)
+        needed = int(1.1 * sum(x.nbytes for x in arrays.values())) + 2**20  # with the files' own tables
+        if jax.process_count() == 1 and (free := shutil.disk_usage(self.directory).free) < needed:
+            raise UserError(
+                f"a checkpoint of up to {needed} bytes does not fit {self.directory}, which has {free} bytes left; "
+                "make room, and the same command resumes from the checkpoint before"
+            )
         described = {
             name: {"shape": list(x.shape), "dtype": str(x.dtype), "digest": _digest(x)} for name, x in arrays.items()
         }

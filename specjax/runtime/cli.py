@@ -11,7 +11,7 @@ import jax
 from ml_collections import ConfigDict
 
 from specjax.runtime import config as configs
-from specjax.runtime import processes, stopping
+from specjax.runtime import errors, processes, stopping
 from specjax.runtime.errors import UserError, nearest
 
 _USAGE = """\
@@ -61,7 +61,7 @@ def launch(run: Callable[[ConfigDict, str], Any], module: str, argv: Sequence[st
         joining, argv = processes.parse(argv)
         config, workdir = parse(argv)
         processes.start(joining, os.environ)
-        with stopping.stoppable(), configs.typed_keys(config):
+        with stopping.stoppable(), configs.typed_keys(config), errors.writing(workdir):
             processes.check_same_command(configs.to_plain(config), workdir)
             processes.check_shared(workdir)
             with configs.claimed(config, workdir):

@@ -2,7 +2,10 @@
 
 import contextlib
 import difflib
+import errno
+import logging
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -19,6 +22,34 @@ def prefixed(where: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{where}{error}") from None
+
+
+@contextlib.contextmanager
+def writing(place: str | Path) -> Iterator[None]:
+    """A context that turns the errors of a full disk into one UserError, also those of checkpointing threads."""
+    for name in ("absl", "asyncio"):  # each thread would log its traceback, some as late as at the end
+        logging.getLogger(name).addFilter(_is_news)
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or not _is_full_disk(error):
+            raise
+        raise UserError(
+            f"{place} cannot be written (no space left on the device); make room, and the same command resumes from "
+            "what was saved"
+        ) from None
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and _is_full_disk(record.exc_info[1]))
+
+
+def _is_full_disk(error: BaseException | None) -> bool:
+    """Whether the error, or the one that it followed from, is that of a full disk or an exhausted quota."""
+    if error is None:
+        return False
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    return full or "No space left on device" in str(error) or _is_full_disk(error.__cause__ or error.__context__)
 
 
 def first_line(error: Exception) -> str:
