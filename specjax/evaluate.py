@@ -29,6 +29,7 @@ def run(config: Any, workdir: str | Path) -> dict:
 
     Raises:
       UserError: for unknown names, settings out of range, and incompatible models or prompts.
+      InexactText: at the end, if text of an exact rule differs from plain decoding's by more than ties.
     """
     workdir = Path(workdir)
     job = make_job(config)
@@ -54,6 +55,7 @@ def run(config: Any, workdir: str | Path) -> dict:
     if processes.first():
         print(tables.summary_table(results["rows"]))
         page.write_run(workdir, results, stages={})
+    metrics.check_exact(results["rows"])
     return results
 
 

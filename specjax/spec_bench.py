@@ -18,7 +18,7 @@ from specjax.decoding import batch
 from specjax.evaluation import engine, rows
 from specjax.evaluation.cases import Case, Job, Setting, load_job, make_cases, make_methods
 from specjax.evaluation.engine import Output
-from specjax.reporting import records, spec_bench_page, tables
+from specjax.reporting import metrics, records, spec_bench_page, tables
 from specjax.reporting.spec_bench_page import OVERALL
 from specjax.runtime import cli, processes
 from specjax.runtime import config as configs
@@ -62,6 +62,7 @@ def run(config: Any, workdir: str | Path) -> dict:
 
     Raises:
       UserError: for a file with missing turns, and for every error of an evaluation.
+      InexactText: as an evaluation.
     """
     workdir = Path(workdir)
     if tuple(config.batch_sizes) != (1,):
@@ -78,6 +79,7 @@ def run(config: Any, workdir: str | Path) -> dict:
     if processes.first():
         print(tables.summary_table([row for row in lines if row["subtask"] == OVERALL]))
         spec_bench_page.write(workdir, results)
+    metrics.check_exact(results["rows"])
     return results
 
 

@@ -16,7 +16,7 @@ from specjax.distillation import divergences
 from specjax.hub.tokenizer import train_byte_bpe
 from specjax.models.table import make_attachment
 from specjax.runtime import config as configs
-from specjax.runtime.errors import UserError
+from specjax.runtime.errors import InexactText, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -125,6 +125,12 @@ class RejectAll(Rule):
     def __call__(self, noise, proposal, target_probs, inputs):
         nothing = dataclasses.replace(proposal, num_drafted=jnp.zeros_like(proposal.num_drafted))
         return Lossless()(noise, nothing, target_probs, None)
+
+
+@dataclasses.dataclass(frozen=True)
+class AcceptAll(Rule):
+    def __call__(self, noise, proposal, target_probs, inputs):
+        return proposal.num_drafted, jnp.argmax(target_probs[:, -1], axis=-1).astype(jnp.int32)
 """
 
 
@@ -169,6 +175,20 @@ def test_a_users_drafter_and_rule_are_evaluated_from_a_config(home, tmp_path):
         ("mine", "none"),
     ]
     assert all(row["identical_to_baseline"]["equal"] == 2 for row in rows[1:]) and rows[2]["acceptance_rate"] == 0
+
+
+def test_a_rule_that_claims_to_be_exact_and_is_not_ends_the_run_after_its_records(home, tmp_path, capsys):
+    rule = {"wrong": {"rule": f"{home}/mine.py:AcceptAll", "gammas": (2,)}}
+    config = evaluation(home, {"kind": f"{home}/mine.py:Repeat", "times": 2, "rules": rule})
+    config.selection.count = 1
+    with pytest.raises(InexactText, match=r"1 of 1 texts of mine \(rule wrong, gamma 2, temperature 0\) differ"):
+        main.run(config, tmp_path)
+    (difference,) = json.loads((tmp_path / "results.json").read_text())["rows"][1]["identical_to_baseline"][
+        "differences"
+    ]
+    assert not difference["tie"] and difference["tie_bound"] < 1e-3
+    assert "0/1 (1 different)" in capsys.readouterr().out
+    assert 'class=" different"' in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

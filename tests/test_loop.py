@@ -319,7 +319,8 @@ def test_a_row_that_may_emit_nothing_is_left_as_it_was():
                 ([1, 2, 7, 5, 2, 8, 1, 2], [7, 5, 2]),  # the longer match wins over the later one
                 ([5, 2, 7, 6, 2, 8, 9, 2], [8, 9, 2]),  # of equal matches the latest
                 ([1, 2, 3, 4], []),  # no match
-                ([6, 6, 6], [6]),  # an overlapping match drafts only what is there
+                ([6, 6, 6], [6, 6, 6]),  # a match that overlaps the end continues its period
+                ([9, 1, 2, 1, 2], [1, 2, 1]),
                 ([0], []),  # the padding of a short text is not a match
             ],
         ),
@@ -339,6 +340,22 @@ def test_ngram_copies_what_followed_the_longest_then_latest_match(models, shorte
     counts = np.asarray(proposal.num_drafted)
     drafts = [row[:n].tolist() for row, n in zip(np.asarray(proposal.tokens), counts, strict=True)]
     assert drafts == [continuation for _, continuation in drafted]
+
+
+class Cycle(Counter):
+    """A target whose text repeats with a period of 3."""
+
+    def head(self, params, hidden):
+        return jax.nn.one_hot((hidden[..., 0].astype(jnp.int32) + 1) % 3, self.vocab_size)
+
+
+@pytest.mark.parametrize("gamma", [4, 8])
+def test_ngram_drafts_gamma_tokens_of_a_text_with_a_shorter_period(gamma):
+    target = Cycle(tiny.config(vocab_size=20, layers=1))
+    plan = tiny.plan(target, "ngram", {"shortest": 2, "longest": 4}, gamma=gamma, slots=1, max_new=86, greedy=True)
+    state = tiny.decode(plan, (), (), jnp.zeros((1, 1), jnp.int32), jnp.ones((1,), jnp.int32), 86)
+    # Without a match the first 4 tokens take 4 calls; after that every call emits gamma + 1.
+    assert int(state.statistics.target_calls[0]) == 4 + -(-82 // (gamma + 1))
 
 
 def test_bad_drafter_options_are_refused_in_one_sentence(models):

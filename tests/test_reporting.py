@@ -9,7 +9,7 @@ import pytest
 
 from configs.benchmark import page as benchmark_page
 from specjax.reporting import metrics, page, panels, plots, records, tables
-from specjax.runtime.errors import UserError
+from specjax.runtime.errors import InexactText, UserError
 
 
 def counts_of(blocks, gamma):
@@ -336,6 +336,23 @@ def test_ties_are_shown_next_to_the_number_of_identical_texts():
     ties = [{"prompt": 3, "position": 7, "top2_gap": 1e-7}]
     row = result_row(identical_to_baseline={"equal": 7, "of": 8, "differences": ties})
     assert tables.cell(row, "identical_to_baseline") == "7/8 (1 tie)"
+    assert page.rows_table([row], ["drafter", "identical_to_baseline"]).marks == {(0, 1): "tie"}
+    metrics.check_exact([row])
+
+
+def test_true_differences_are_counted_and_coloured_apart_and_end_the_run():
+    gap = {"position": 7, "top2_gap": 1.5, "tie_bound": 2e-5}
+    differences = [{"prompt": 3, "tie": False, **gap}, {"prompt": 4, "tie": True, **gap}]
+    row = result_row(identical_to_baseline={"equal": 6, "of": 8, "differences": differences})
+    assert tables.cell(row, "identical_to_baseline") == "6/8 (1 tie, 1 different)"
+    table = page.rows_table([row], ["drafter", "identical_to_baseline"])
+    assert table.marks == {(0, 1): "different"}
+    with pytest.raises(InexactText, match=r"1 of 8 texts of .* differ from plain decoding's by more than rounding"):
+        metrics.check_exact([row])
+    # A record of an earlier version has gaps alone.
+    differences = [{"prompt": 3, "position": 7, "top2_gap": gap} for gap in (1e-7, 1.0)]
+    old = result_row(identical_to_baseline={"equal": 6, "of": 8, "differences": differences})
+    assert tables.cell(old, "identical_to_baseline") == "6/8 (1 tie, 1 different)"
 
 
 def test_a_markdown_table_names_any_keys_and_escapes_bars():

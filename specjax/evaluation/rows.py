@@ -83,7 +83,8 @@ class Row:
     identical_to_baseline: Annotated[
         dict[str, Any] | None,
         "exact rules at temperature 0 or `coupled`: number of prompts whose tokens equal plain decoding's, and "
-        "for each other prompt the first position that differs and the gap between the two best logits there",
+        "for each other prompt the first position that differs, the gap between the two best scores there, the bound "
+        "below which rounding can exchange them, and whether it is a tie",
     ]
 
     def to_dict(self) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
+from specjax.runtime.errors import InexactText
+
 RESAMPLES = 2000
 LEVEL = 0.95
 
@@ -158,6 +160,25 @@ def intervals(
     resampled = [values(weights) for weights in _resampling_weights(size, seed)]
     names = resampled[0] if resampled else values(np.ones(size))
     return {name: _interval(np.asarray([one[name] for one in resampled])) for name in names}
+
+
+def count_differences(identical: Mapping) -> tuple[int, int]:
+    """The numbers of ties and of true differences in an `identical_to_baseline`; old records have no key "tie"."""
+    ties = [difference.get("tie", difference["top2_gap"] < 1e-5) for difference in identical["differences"]]
+    return sum(ties), len(ties) - sum(ties)
+
+
+def check_exact(rows: Sequence[Mapping]) -> None:
+    """Raises InexactText if a row has text that truly differs from plain decoding's under an exact rule."""
+    for row in rows:
+        identical = row.get("identical_to_baseline")
+        different = count_differences(identical)[1] if identical else 0
+        if different:
+            raise InexactText(
+                f"{different} of {identical['of']} texts of {row['drafter']} (rule {row['rule']}, "
+                f"gamma {row['gamma']}, temperature {row['temperature']:g}) differ from plain decoding's by more than "
+                "rounding; results.json lists them, and this is a bug: report it with the config"
+            )
 
 
 def _resampling_weights(size: int, seed: int) -> Float[np.ndarray, "R N"]:

@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from specjax.reporting import panels, plots, records, tables
+from specjax.reporting import metrics, panels, plots, records, tables
 from specjax.reporting.records import json_clean, write_atomically
 
 ORIGINS = {
@@ -55,6 +55,8 @@ class Table:
     lines: Sequence[Sequence[str]]
     best: frozenset[int] = frozenset()
     """Indices of the lines to highlight."""
+    marks: Mapping[tuple[int, int], str] = dataclasses.field(default_factory=dict)
+    """The colour of the cells at these lines and columns: "tie", or "different" for text that must not differ."""
     caption: str = ""
 
 
@@ -229,8 +231,10 @@ def headline(rows: Sequence[Mapping]) -> list[Card]:
     compared = [row["identical_to_baseline"] for row in rows if row["gamma"] > 0 and row.get("identical_to_baseline")]
     if compared:
         equal, total = (sum(result[key] for result in compared) for key in ("equal", "of"))
-        ties = sum(len(result["differences"]) for result in compared)
-        note = "token for token as without a draft" + (f"; {ties} differences listed in results.json" if ties else "")
+        differences = [difference for result in compared for difference in result["differences"]]
+        note = "token for token as without a draft"
+        if differences:
+            note += f"; {tables.differences_text({'differences': differences})}, listed in results.json"
         cards.append(Card("Identical outputs", f"{equal} of {total}", note))
     return cards
 
@@ -253,7 +257,13 @@ def results_table(rows: Sequence[Mapping]) -> Table:
 def rows_table(rows: Sequence[Mapping], keys: Sequence[str], **more: Any) -> Table:
     """A table with a line for each row and a column for each key; `more` are further fields of `Table`."""
     columns = [Column(tables.heading(key), tables.is_text(rows, key)) for key in keys]
-    return Table(columns, [[tables.cell(row, key) for key in keys] for row in rows], **more)
+    marks = {}
+    for place, row in enumerate(rows):
+        identical = row.get("identical_to_baseline")
+        if "identical_to_baseline" in keys and identical and identical["differences"]:
+            different = metrics.count_differences(identical)[1] > 0
+            marks[place, list(keys).index("identical_to_baseline")] = "different" if different else "tie"
+    return Table(columns, [[tables.cell(row, key) for key in keys] for row in rows], marks=marks, **more)
 
 
 def _data_uri(path: str | Path) -> str:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from specjax.reporting import metrics
 from specjax.runtime.errors import UserError, nearest
 
 # The marker before a generated table in a Markdown page.
@@ -133,12 +134,18 @@ def cell(row: Mapping, key: str) -> str:
     if key == "rule":
         return rule_label(row)
     if key == "identical_to_baseline":
-        ties = len(value["differences"])
-        return f"{value['equal']}/{value['of']}" + (f" ({ties} tie{'s' * (ties > 1)})" if ties else "")
+        return f"{value['equal']}/{value['of']}" + (f" ({differences_text(value)})" if value["differences"] else "")
     if key in ("block_efficiency", "acceptance_rate", "speedup", "predicted_speedup"):
         low_high = row.get(f"{key}_ci")
         return f"{value:.2f}" + (f" ± {(low_high[1] - low_high[0]) / 2:.2f}" if low_high else "")
     return _plain(value)
+
+
+def differences_text(identical: Mapping) -> str:
+    """The numbers of ties and of true differences, such as "2 ties, 1 different"."""
+    ties, different = metrics.count_differences(identical)
+    parts = [f"{ties} tie{'s' * (ties > 1)}"] * bool(ties) + [f"{different} different"] * bool(different)
+    return ", ".join(parts)
 
 
 def _plain(value: Any) -> str:

@@ -15,6 +15,10 @@ class UserError(Exception):
     """
 
 
+class InexactText(UserError):
+    """Text that an exact rule must repeat differs from plain decoding's. It is raised after records are written."""
+
+
 @contextlib.contextmanager
 def prefixed(where: str) -> Iterator[None]:
     """A context that puts `where` before the message of any UserError raised inside it."""

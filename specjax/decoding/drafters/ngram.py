@@ -51,8 +51,9 @@ class NGram(DrafterOptions):
 class NGramDrafter(Drafter):
     """Copies the tokens after the longest earlier match of the row's last tokens, the latest one of equally long ones.
 
-    A match has `shortest` to `longest` tokens; without a match nothing is drafted. The proposal is deterministic, so
-    its distribution is one-hot.
+    If the text ends before gamma tokens are copied, the copy continues from its own beginning: the text then repeats
+    with the distance to the match as its period. A match has `shortest` to `longest` tokens; without a match nothing is
+    drafted. The proposal is deterministic, so its distribution is one-hot.
     """
 
     gamma: int
@@ -79,10 +80,10 @@ class NGramDrafter(Drafter):
             matched += unbroken.astype(matched.dtype)
         has_match = jnp.max(matched, axis=1) >= self.shortest
         end = jnp.argmax(matched * tokens.shape[1] + ends, axis=1).astype(lengths.dtype)
-        source = end[:, None] + 1 + jnp.arange(self.gamma)[None]
+        period = jnp.maximum(lengths - 1 - end, 1)
+        source = end[:, None] + 1 + jnp.arange(self.gamma)[None] % period[:, None]
         drafted = jnp.take_along_axis(tokens, jnp.minimum(source, tokens.shape[1] - 1), axis=1)
-        available = jnp.where(has_match, lengths - 1 - end, 0)
-        proposal = Proposal(drafted, None, jnp.minimum(available, self.gamma).astype(jnp.int32))
+        proposal = Proposal(drafted, None, jnp.where(has_match, self.gamma, 0).astype(jnp.int32))
         return proposal, state, target_cache
 
     def commit(self, params, state: History, outcome: Outcome):
