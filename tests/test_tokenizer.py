@@ -473,7 +473,7 @@ def test_added_tokens_whose_ids_contradict_the_vocabulary_are_refused(made, tmp_
             Tokenizer.load(directory)
     listed = {"300": {"content": "<x>", "normalized": True, "special": False}}
     directory = changed(made["t5"], tmp_path / "normalized", tokenizer_config={"added_tokens_decoder": listed})
-    with pytest.raises(UserError, match='"<x>" is matched after normalisation, which is not supported'):
+    with pytest.raises(UserError, match="added tokens that are matched after normalisation, which is not supported"):
         Tokenizer.load(directory)
 
 

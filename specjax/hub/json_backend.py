@@ -6,7 +6,7 @@ from typing import Any
 
 from specjax.hub import tokenizer_files
 from specjax.hub.json_files import reading, text
-from specjax.hub.tokenizer_files import TokenizerFiles
+from specjax.hub.tokenizer_files import Token, TokenizerFiles
 from specjax.runtime.errors import UserError
 
 
@@ -25,14 +25,21 @@ class JsonBackend:
       is_bpe: whether the vocabulary's algorithm is BPE.
     """
 
-    def __init__(self, library: Any, files: TokenizerFiles):
-        """Wraps a `tokenizers.Tokenizer`, which it modifies. Raises UserError if added tokens have conflicting ids."""
+    def __init__(self, library: Any, files: TokenizerFiles, tokens: Sequence[Token] = ()):
+        """Wraps a `tokenizers.Tokenizer`, which it modifies.
+
+        Args:
+          tokens: added tokens besides those in the files.
+
+        Raises:
+          UserError: if added tokens have conflicting ids.
+        """
         # Files may store truncation and padding, which would silently change the ids of texts.
         library.no_truncation()
         library.no_padding()
         library.encode_special_tokens = bool(files.settings.get("split_special_tokens", False))
         self._library = library
-        self._add(files)
+        self._add(files, tokens)
         self.tokens: dict[int, str] = {index: content for content, index in library.get_vocab().items()}
         added = library.get_added_tokens_decoder()
         self.special: frozenset[int] = frozenset(index for index, token in added.items() if token.special)
@@ -41,12 +48,17 @@ class JsonBackend:
         start = next((i for i in range(len(prompt)) if prompt[i : i + len(plain)] == plain), 0)
         self.before, self.after = prompt[:start], prompt[start + len(plain) :]
 
-    def _add(self, files: TokenizerFiles) -> None:
+    def _add(self, files: TokenizerFiles, more: Sequence[Token]) -> None:
         from tokenizers import AddedToken
 
+        assumed = [Token(content) for content in files.assumed().values() if self.token_id(content) is not None]
+        ids = {token.content: token.id for token in more}
+        listed = [
+            token if token.id is not None else token._replace(id=ids.get(token.content))
+            for token in (*files.added(), *assumed, *more)
+        ]
         present = {token.content for token in self._library.get_added_tokens_decoder().values()}
-        assumed = [content for content in files.assumed().values() if self.token_id(content) is not None]
-        for token in (*files.added(), *map(tokenizer_files.Token, assumed)):
+        for token in sorted(listed, key=lambda token: (token.id is None, token.id)):  # new tokens get ascending ids
             if token.content not in present:
                 flags = {name: value for name, value in token._asdict().items() if name not in ("content", "id")}
                 flags["normalized"] = token.normalized and not _is_never_found(self._library, token)
@@ -58,6 +70,16 @@ class JsonBackend:
                     f'{files.origin}: token "{token.content}" has the id {token.id} in the configs and {actual} in '
                     f"the vocabulary; copy the tokenizer's files again"
                 )
+
+    def surround(self, files: TokenizerFiles, bos: bool, eos: bool) -> None:
+        """Sets whether a prompt begins with BOS and ends with EOS. Raises UserError if that token does not exist."""
+        ids = [files.role(role, self.token_id) for role in ("bos_token", "eos_token")]
+        self.before, self.after = ([index] if wanted else [] for index, wanted in zip(ids, (bos, eos), strict=True))
+        if [None] in (self.before, self.after):
+            raise UserError(
+                f"{files.origin}: the token to put around a prompt is not in the vocabulary; correct "
+                f"bos_token and eos_token in {tokenizer_files.CONFIG_FILE}"
+            )
 
     def token_id(self, content: str) -> int | None:
         """Returns the id of a token by its content, or None."""
@@ -127,7 +149,5 @@ def from_merges(files: TokenizerFiles) -> JsonBackend:
         library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)
         library.decoder = decoders.ByteLevel()
         backend = JsonBackend(library, files)
-    around = {"add_bos_token": "bos_token", "add_eos_token": "eos_token"}
-    ids = [files.role(role, backend.token_id) if files.settings.get(key) else None for key, role in around.items()]
-    backend.before, backend.after = ([] if index is None else [index] for index in ids)
+    backend.surround(files, *(bool(files.settings.get(f"add_{name}_token")) for name in ("bos", "eos")))
     return backend

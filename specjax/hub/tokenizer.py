@@ -12,6 +12,7 @@ from typing import Any
 from absl import logging
 
 from specjax.hub import chat, json_backend, sentencepiece_backend, tokenizer_files
+from specjax.hub.json_backend import JsonBackend
 from specjax.hub.json_files import reading
 from specjax.hub.tokenizer_files import TokenizerFiles
 from specjax.runtime.errors import UserError
@@ -46,8 +47,8 @@ class Tokenizer:
       pad_id: pads rows on the right: the pad token, else the first EOS. Its value has no effect, as rows have lengths.
     """
 
-    def __init__(self, backend: Any, files: TokenizerFiles):
-        """Wraps a JsonBackend or SentencePieceBackend. Raises UserError if the files define no EOS token."""
+    def __init__(self, backend: JsonBackend, files: TokenizerFiles):
+        """Wraps a backend. Raises UserError if the files define no EOS token."""
         self._backend = backend
         self._files = files
         self.vocab_size: int = 1 + max(backend.tokens, default=-1)
@@ -233,8 +234,7 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """Returns a hash of all that determines the ids of a text: vocabulary, merges, added tokens, normalisation.
 
-        It does not depend on file names, padding, truncation, templates or the special tokens around a prompt. A
-        `tokenizer.json` and a SentencePiece model of the same vocabulary have different fingerprints.
+        It does not depend on file names, padding, truncation, templates or the special tokens around a prompt.
         """
         return self._fingerprint
 
@@ -271,7 +271,7 @@ class Tokenizer:
 
 def _tokenizer(files: TokenizerFiles) -> Tokenizer:
     if tokenizer_files.JSON_FILE in files.contents:
-        backend: Any = json_backend.from_json(files)
+        backend = json_backend.from_json(files)
     elif set(tokenizer_files.SENTENCEPIECE_FILES) & set(files.contents):
         backend = sentencepiece_backend.from_model(files)
     elif {tokenizer_files.VOCABULARY_FILE, tokenizer_files.MERGES_FILE} <= set(files.contents):

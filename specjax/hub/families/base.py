@@ -39,21 +39,70 @@ class Tensor(NamedTuple):
     part: Part | None = None
 
 
+class Group(NamedTuple):
+    """Attributes of our config that depend on several fields of `config.json`.
+
+    Attributes:
+      read: function from the fields, and the attributes read before, to attributes.
+      write: its inverse: function from our config to fields.
+    """
+
+    read: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
+    write: Callable[[Any], dict[str, Any]]
+
+
 class Field(NamedTuple):
     """An attribute of our config and the field of `config.json` that holds its value.
 
     Attributes:
       attribute: name of the attribute of our config.
       name: name of the field; several attributes may have the same field.
-      kind: int and float stand for positive numbers, bool for true or false, str for the name of an activation.
-      absent: the value if the field is missing or null, or a function that computes it from the values of the preceding
-        fields; None if the field is required.
+      kind: int and float stand for positive numbers, bool for true or false, str for a key of `values`.
+      absent: the value if the field is missing or null, or a function that computes it from the attributes read before;
+        None if the field is required. For str, a key of `values`, and null is an error.
+      values: value of the field -> value of the attribute, if they differ; of several for one attribute, the first is
+        written. By default, for str, the names of activations.
+      null: the attribute's value for a field that is null, if that is not `absent`.
     """
 
     attribute: str
     name: str
     kind: type = int
     absent: Any = None
+    values: Mapping[Any, Any] | None = None
+    null: Any = None
+
+    def read(self, fields: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+        """The attribute's value. Raises UserError, naming the field, if it is missing or of the wrong type."""
+        if self.null is not None and fields.get(self.name, self) is None:
+            return {self.attribute: self.null}
+        if self.kind is str:
+            return {self.attribute: activation(fields, self.name, self.absent, self.values or ACTIVATIONS)}
+        lazy = callable(self.absent) and fields.get(self.name) is None
+        absent = self.absent(values) if lazy else self.absent
+        read = (
+            flag(fields, self.name, absent=absent)
+            if self.kind is bool
+            else number(fields, self.name, self.kind, absent=absent)
+        )
+        return {self.attribute: self.values[read] if self.values else read}
+
+    def write(self, config: Any) -> dict[str, Any]:
+        """The inverse of `read`."""
+        value = getattr(config, self.attribute)
+        names = self.values or (ACTIVATIONS if self.kind is str else {})
+        written = next((name for name, meaning in names.items() if meaning == value), value)
+        return {self.name: None if self.null is not None and value == self.null else written}
+
+
+def derived(values: Callable[[dict[str, Any]], dict[str, Any]]) -> Group:
+    """A group of attributes that follow from those read before, without fields of their own."""
+    return Group(lambda fields, attributes: values(attributes), lambda config: {})
+
+
+def one_size_heads(width: str, heads: str) -> Group:
+    """As many key/value heads as heads, which share the width; the arguments are field names for the error message."""
+    return derived(lambda values: {"kv_heads": values["heads"], "head_size": head_size(values, width, heads)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +112,7 @@ class Family:
     Attributes:
       model_type: `model_type` in `config.json`.
       architecture: the only entry that "architectures" may have.
-      fields: fields that map to one attribute each, in the order in which they are written.
+      fields: the fields and groups of fields of its `config.json`, in the order in which they are read and written.
       names: path of each array, with {} for the layer number -> tensor name in the file. Entries for arrays that a
         model lacks (biases, an untied head) are ignored.
       parts: function from a config to the `Part` of each array in a fused tensor, by path as in `names`.
@@ -73,15 +122,12 @@ class Family:
       absent: values for missing fields, if they differ from those in `fields`. Null values are kept.
       always: attributes of our config that are the same for all models of the family.
       written: fields that are written with the same value for all models of the family.
-      prepare: function that changes the fields before they are checked.
-      read: function from the fields, and the attributes read by `fields`, to further attributes of our config.
-      write: the inverse of `read`: function from our config to further fields.
       config_type: the class of our config.
     """
 
     model_type: str
     architecture: str
-    fields: tuple[Field, ...]
+    fields: tuple[Field | Group, ...]
     names: Mapping[str, str]
     parts: Callable[[Any], Mapping[str, Part]] = lambda config: {}
     transposed: bool = True
@@ -90,9 +136,6 @@ class Family:
     absent: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     always: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     written: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    prepare: Callable[[dict[str, Any]], dict[str, Any]] = lambda fields: fields
-    read: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] = lambda fields, values: {}
-    write: Callable[[Any], dict[str, Any]] = lambda config: {}
     config_type: type[DecoderConfig] = DecoderConfig
 
     @property
@@ -115,18 +158,13 @@ class Family:
         Raises:
           UserError: for a field that is missing, of the wrong type, or has an unsupported value.
         """
-        fields = self.prepare(fields)
         _refuse_other_arithmetic(fields, self.architecture, self.only)
         fields = {**self.absent, **fields}
         values = dict(self.always)
         for field in self.fields:
-            lazy = callable(field.absent) and fields.get(field.name) is None
-            absent = field.absent(values) if lazy else field.absent
-            values[field.attribute] = _READERS[field.kind](fields, field.name, absent)
-        for name in ("layers", "encoder_layers"):
-            if values.get(name, 0) > _MOST_LAYERS:
-                raise UserError(f"{values[name]} layers are more than any model has; correct config.json")
-        values |= self.read(fields, values)
+            values |= field.read(fields, values)
+            if max(values.get("layers", 0), values.get("encoder_layers", 0)) > _MOST_LAYERS:
+                raise UserError(f'"{field.name}" {values[field.attribute]} is more than any model has; correct it')
         try:
             return self.config_type(
                 family=self.model_type, **values, param_dtype=param_dtype, compute_dtype=compute_dtype
@@ -136,12 +174,10 @@ class Family:
 
     def write_config(self, config: DecoderConfig) -> dict[str, Any]:
         """The fields of `config.json` that describe this model, without dtypes; the inverse of `read_config`."""
-        values = {field.name: getattr(config, field.attribute) for field in self.fields}
-        values |= {
-            f.name: _WRITTEN_ACTIVATIONS.get(values[f.name], values[f.name]) for f in self.fields if f.kind is str
-        }
-        names = {"architectures": [self.architecture], "model_type": self.model_type}
-        return {**names, **values, **self.written, **self.write(config)}
+        written = {"architectures": [self.architecture], "model_type": self.model_type}
+        for field in self.fields:
+            written |= field.write(config)
+        return written | self.written
 
 
 def list_tensors(
@@ -271,33 +307,24 @@ def flag(fields: Mapping[str, Any], name: str, *, absent: bool) -> bool:
     return value
 
 
-# Names of activations in config.json -> our names.
-_ACTIVATIONS = {
+# Names of activations in config.json -> our names. Of several for one activation, the first is written.
+ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
+    **dict.fromkeys(("gelu_pytorch_tanh", "gelu_new", "gelu_fast"), "gelu_tanh"),
     "relu": "relu",
 }
-_WRITTEN_ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh"}
+QUERY_KEY_VALUE = ("attention.query", "attention.key", "attention.value")
 
 
-def activation(fields: Mapping[str, Any], name: str, *, absent: str) -> str:
+def activation(fields: Mapping[str, Any], name: str, absent: str, names: Mapping[str, str]) -> str:
     """Our name of the activation in a field; `absent` is the value of a missing field, and null is an error."""
     value = fields.get(name, absent)
-    if value not in _ACTIVATIONS:
-        raise UserError(f'"{name}" is {value!r}, which is not supported; only {", ".join(_ACTIVATIONS)} can be loaded')
-    return _ACTIVATIONS[value]
+    if value not in names:
+        raise UserError(f'"{name}" is {value!r}, which is not supported; only {", ".join(names)} can be loaded')
+    return names[value]
 
-
-_READERS: dict[type, Callable[[Mapping[str, Any], str, Any], Any]] = {
-    int: lambda fields, name, absent: number(fields, name, int, absent=absent),
-    float: lambda fields, name, absent: number(fields, name, float, absent=absent),
-    bool: lambda fields, name, absent: flag(fields, name, absent=absent),
-    str: lambda fields, name, absent: activation(fields, name, absent=absent),
-}
 
 # Fields that change what a model of any family computes, and their supported values. Each may be absent. Dropout rates
 # and initialiser scales are ignored, because they matter only in training.

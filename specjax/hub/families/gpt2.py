@@ -6,9 +6,7 @@ from specjax.models.config import DecoderConfig
 
 _NORMS = (("ln_1", "attention_norm"), ("ln_2", "mlp_norm"))
 _LINEAR = (
-    ("attn.c_attn", "attention.query"),
-    ("attn.c_attn", "attention.key"),
-    ("attn.c_attn", "attention.value"),
+    *(("attn.c_attn", path) for path in base.QUERY_KEY_VALUE),
     ("attn.c_proj", "attention.output"),
     ("mlp.c_fc", "mlp.up"),
     ("mlp.c_proj", "mlp.down"),
@@ -16,7 +14,7 @@ _LINEAR = (
 
 
 def _parts(config: DecoderConfig) -> dict[str, base.Part]:
-    return base.fused(dict.fromkeys(("attention.query", "attention.key", "attention.value"), config.width))
+    return base.fused(dict.fromkeys(base.QUERY_KEY_VALUE, config.width))
 
 
 FAMILY = base.Family(
@@ -28,10 +26,12 @@ FAMILY = base.Family(
         Field("mlp_width", "n_inner", absent=lambda values: 4 * values["width"]),
         Field("layers", "n_layer"),
         Field("heads", "n_head"),
+        base.one_size_heads("n_embd", "n_head"),
         Field("max_positions", "n_positions", absent=1024),
         Field("norm_epsilon", "layer_norm_epsilon", float, 1e-5),
-        Field("activation", "activation_function", str, "gelu_new"),
+        Field("activation", "activation_function", str, "gelu_new", {"gelu_new": "gelu_tanh", **base.ACTIVATIONS}),
         Field("tied_head", "tie_word_embeddings", bool, True),
+        base.derived(lambda values: {"learned_positions": values["max_positions"]}),
     ),
     names={
         "embedding": "transformer.wte.weight",
@@ -51,15 +51,7 @@ FAMILY = base.Family(
         "rotary": None,
         "norm": "layer",
         "gated_mlp": False,
-        "attention_bias": True,
-        "output_bias": True,
-        "mlp_bias": True,
+        **dict.fromkeys(("attention_bias", "output_bias", "mlp_bias"), True),
     },
     written={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
-    read=lambda fields, values: {
-        "kv_heads": values["heads"],
-        "head_size": base.head_size(values, "n_embd", "n_head"),
-        "learned_positions": values["max_positions"],
-    },
-    write=lambda config: {"activation_function": "gelu_new"} if config.activation == "gelu_tanh" else {},
 )

@@ -9,9 +9,7 @@ from specjax.runtime.errors import UserError
 
 _NORMS = (("input_layernorm", "attention_norm"), ("post_attention_layernorm", "mlp_norm"))
 _LINEAR = (
-    ("attention.query_key_value", "attention.query"),
-    ("attention.query_key_value", "attention.key"),
-    ("attention.query_key_value", "attention.value"),
+    *(("attention.query_key_value", path) for path in base.QUERY_KEY_VALUE),
     ("attention.dense", "attention.output"),
     ("mlp.dense_h_to_4h", "mlp.up"),
     ("mlp.dense_4h_to_h", "mlp.down"),
@@ -21,8 +19,7 @@ _OLDER = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"
 
 def _parts(config: DecoderConfig) -> dict[str, base.Part]:
     """The fused projection has query, key and value of the first head, then of the second, and so on."""
-    sizes = dict.fromkeys(("attention.query", "attention.key", "attention.value"), config.head_size)
-    return base.fused(sizes, groups=config.heads)
+    return base.fused(dict.fromkeys(base.QUERY_KEY_VALUE, config.head_size), groups=config.heads)
 
 
 def _rotary_fields(fields: dict[str, Any]) -> dict[str, Any]:
@@ -40,13 +37,7 @@ def _rotary_fields(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read(fields: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    size = base.head_size(values, "hidden_size", "num_attention_heads")
-    return {
-        "kv_heads": values["heads"],
-        "head_size": size,
-        "rotary": rotary_fields.rotary_of(_rotary_fields(fields), size, values["max_positions"]),
-        "order": "parallel" if base.flag(fields, "use_parallel_residual", absent=True) else "pre",
-    }
+    return {"rotary": rotary_fields.rotary_of(_rotary_fields(fields), values["head_size"], values["max_positions"])}
 
 
 def _write(config: DecoderConfig) -> dict[str, Any]:
@@ -57,7 +48,6 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
         "rotary_pct": share,
         **rotary,
         "rope_parameters": {**rotary["rope_parameters"], "partial_rotary_factor": share},
-        "use_parallel_residual": config.order == "parallel",
     }
 
 
@@ -70,12 +60,15 @@ FAMILY = base.Family(
         Field("mlp_width", "intermediate_size"),
         Field("layers", "num_hidden_layers"),
         Field("heads", "num_attention_heads"),
+        base.one_size_heads("hidden_size", "num_attention_heads"),
         Field("max_positions", "max_position_embeddings", absent=2048),
         Field("norm_epsilon", "layer_norm_eps", float, 1e-5),
         Field("activation", "hidden_act", str, "gelu"),
         Field("attention_bias", "attention_bias", bool, True),
         Field("output_bias", "attention_bias", bool, True),
         Field("tied_head", "tie_word_embeddings", bool, False),
+        Field("order", "use_parallel_residual", bool, True, {True: "parallel", False: "pre"}),
+        base.Group(_read, _write),
     ),
     names={
         "embedding": "gpt_neox.embed_in.weight",
@@ -89,6 +82,4 @@ FAMILY = base.Family(
     # Causal masks, and angles that follow from the config.
     ignored=(".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq"),
     always={"norm": "layer", "gated_mlp": False, "mlp_bias": True},
-    read=_read,
-    write=_write,
 )

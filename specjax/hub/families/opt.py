@@ -20,13 +20,10 @@ _LINEAR = (
 
 def _read(fields: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     inner = base.number(fields, "word_embed_proj_dim", int, absent=values["width"])
-    norms_input = base.flag(fields, "do_layer_norm_before", absent=True)
+    removed = base.flag(fields, "_remove_final_layer_norm", absent=False)
     return {
-        "kv_heads": values["heads"],
-        "head_size": base.head_size(values, "hidden_size", "num_attention_heads"),
         "learned_positions": values["max_positions"] + _OFFSET,
-        "order": "pre" if norms_input else "post",
-        "final_norm": norms_input and not base.flag(fields, "_remove_final_layer_norm", absent=False),
+        "final_norm": values["order"] == "pre" and not removed,
         "embedding_width": 0 if inner == values["width"] else inner,
     }
 
@@ -34,7 +31,6 @@ def _read(fields: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
 def _write(config: DecoderConfig) -> dict[str, Any]:
     return {
         "word_embed_proj_dim": config.embedding_width or config.width,
-        "do_layer_norm_before": config.order == "pre",
         "_remove_final_layer_norm": config.order == "pre" and not config.final_norm,
     }
 
@@ -48,12 +44,13 @@ FAMILY = base.Family(
         Field("mlp_width", "ffn_dim"),
         Field("layers", "num_hidden_layers"),
         Field("heads", "num_attention_heads"),
+        base.one_size_heads("hidden_size", "num_attention_heads"),
         Field("max_positions", "max_position_embeddings", absent=2048),
         Field("activation", "activation_function", str, "relu"),
-        Field("attention_bias", "enable_bias", bool, True),
-        Field("output_bias", "enable_bias", bool, True),
-        Field("mlp_bias", "enable_bias", bool, True),
+        *(Field(name, "enable_bias", bool, True) for name in ("attention_bias", "output_bias", "mlp_bias")),
         Field("tied_head", "tie_word_embeddings", bool, True),
+        Field("order", "do_layer_norm_before", bool, True, {True: "pre", False: "post"}),
+        base.Group(_read, _write),
     ),
     names={
         "embedding": "model.decoder.embed_tokens.weight",
@@ -80,6 +77,4 @@ FAMILY = base.Family(
         "gated_mlp": False,
     },
     written={"layer_norm_elementwise_affine": True},
-    read=_read,
-    write=_write,
 )

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from specjax.hub.families import base, llama
+from specjax.hub.families import base, llama, rotary_fields
 from specjax.models.config import DecoderConfig
 from specjax.runtime.errors import UserError
 
@@ -50,20 +50,20 @@ def written_windows(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _read(fields: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """Rotary positions, and windows in the layers from "max_window_layers" on, unless "layer_types" says otherwise."""
-    read = llama.rotary(fields, values)
+    """Windows in the layers from "max_window_layers" on, unless "layer_types" says otherwise."""
     first = fields.get("max_window_layers")
     if isinstance(first, bool) or not isinstance(first, int) or first < 0:
         raise UserError(f'"max_window_layers" must be a number of layers, not {first!r}')
-    return {**read, "windows": windows_of(fields, [layer >= first for layer in range(values["layers"])])}
+    return {"windows": windows_of(fields, [layer >= first for layer in range(values["layers"])])}
 
 
 def _write(config: DecoderConfig) -> dict[str, Any]:
     """The inverse of `_read`; readers that ignore "layer_types" get the first layer that has a window."""
     first = next((layer for layer in range(config.layers) if config.window(layer)), config.layers)
-    return {**llama.written_rotary(config), **written_windows(config), "max_window_layers": first}
+    return {**written_windows(config), "max_window_layers": first}
 
 
+_POSITIONS = (rotary_fields.rotary(), base.Group(_read, _write))
 _ABSENT = {
     "num_key_value_heads": 32,
     "max_position_embeddings": 32768,
@@ -75,19 +75,17 @@ QWEN2 = dataclasses.replace(
     llama.FAMILY,
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
-    fields=llama.FIELDS,
+    fields=(*llama.fields(), *_POSITIONS),
     only={**llama.ONLY, "mlp_bias": (False, None), "use_mrope": (False, None)},
     absent=_ABSENT,
     always={"attention_bias": True},
-    read=_read,
-    write=_write,
 )
 
 QWEN3 = dataclasses.replace(
     QWEN2,
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
-    fields=(*llama.FIELDS, *llama.ATTENTION_BIAS),
+    fields=(*llama.fields(), *llama.ATTENTION_BIAS, *_POSITIONS),
     only={**llama.ONLY, "mlp_bias": (False, None)},
     absent={**_ABSENT, "head_dim": 128},  # whatever the width
     always={"qk_norm": True},

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from specjax.hub.families.base import number
+from specjax.hub.families.base import Group, number
 from specjax.models.rotary import Rotary
 from specjax.runtime.errors import UserError
 
@@ -32,6 +32,27 @@ _KINDS = {
 }
 # Attributes whose field may be missing; they then keep the defaults of `Rotary`.
 _OPTIONAL = ("beta_fast", "beta_slow", "magnitude")
+
+
+def rotary(theta: float = 10000.0, *, partial: bool = False) -> Group:
+    """The group of fields for rotary positions.
+
+    Args:
+      theta: default rotary base of the family.
+      partial: whether "partial_rotary_factor" may leave channels of each head unrotated.
+    """
+
+    def read(fields: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+        size = values["head_size"]
+        positions = rotary_of(fields, size, values["max_positions"], theta=theta)
+        if positions.size != size and not partial:
+            raise UserError(
+                f'"partial_rotary_factor" turns {positions.size} of {size} channels, which this family does not; '
+                "remove it"
+            )
+        return {"rotary": positions}
+
+    return Group(read, lambda config: written_rotary(config.rotary, config.head_size))
 
 
 def rotary_of(fields: Mapping[str, Any], size: int, max_positions: int, *, theta: float = 10000.0) -> Rotary:

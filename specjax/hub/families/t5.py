@@ -51,7 +51,7 @@ def _feed_forward(fields: dict[str, Any]) -> tuple[bool, str]:
     stated = fields.get("dense_act_fn")
     if stated is not None and kind != "gated-gelu" and stated != name:
         raise UserError(f'"feed_forward_proj" {kind!r} and "dense_act_fn" {stated!r} disagree; keep one')
-    return bool(gated), base.activation({"feed_forward_proj": name}, "feed_forward_proj", absent="relu")
+    return bool(gated), base.activation({"feed_forward_proj": name}, "feed_forward_proj", "relu", base.ACTIVATIONS)
 
 
 def _read(fields: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
@@ -61,7 +61,6 @@ def _read(fields: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f'"decoder_start_token_id" must be a token id, not {start!r}')
     scaled = base.flag(fields, "scale_decoder_outputs", absent=values["tied_head"])
     return {
-        "kv_heads": values["heads"],
         "activation": activation,
         "gated_mlp": gated,
         "head_scale": values["width"] ** -0.5 if scaled else 1.0,
@@ -89,10 +88,12 @@ FAMILY = _T5(
         Field("encoder_layers", "num_layers"),
         Field("layers", "num_decoder_layers", absent=lambda values: values["encoder_layers"]),
         Field("heads", "num_heads"),
+        base.derived(lambda values: {"kv_heads": values["heads"]}),
         Field("norm_epsilon", "layer_norm_epsilon", float, 1e-6),
         Field("relative_buckets", "relative_attention_num_buckets", absent=32),
         Field("relative_distance", "relative_attention_max_distance", absent=128),
         Field("tied_head", "tie_word_embeddings", bool, True),
+        base.Group(_read, _write),
     ),
     names={
         "embedding": "shared.weight",
@@ -110,15 +111,12 @@ FAMILY = _T5(
         "decoder.embed_tokens.weight",
         "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
     ),
-    only={"is_decoder": (False, None), "layer_norm_epsilon_type": (None,)},
+    only={"is_encoder_decoder": (True, False, None), "is_decoder": (False, None), "layer_norm_epsilon_type": (None,)},
     always={
         "max_positions": UNLIMITED,  # "n_positions" is only the training length
         "rotary": None,
         "query_scale": 1.0,
     },
     written={"is_encoder_decoder": True},
-    prepare=lambda fields: {**fields, "is_encoder_decoder": False},
-    read=_read,
-    write=_write,
     config_type=EncoderDecoderConfig,
 )
