@@ -146,6 +146,7 @@ def _inputs(config: Any, task: tasks.Task, tokenizer: Tokenizer, mesh: jax.shard
         seed=config.seed,
         start_token=draft.config.start_token if draft.is_encoder_decoder else None,
         prompt_length=(data.prompt_length_min, data.prompt_length_max),
+        chat=data.chat,
     )
     process_rows = meshes.own_rows(mesh, data.batch_size) if jax.process_count() > 1 else None
     return TrainingInputs(
@@ -153,7 +154,9 @@ def _inputs(config: Any, task: tasks.Task, tokenizer: Tokenizer, mesh: jax.shard
         params=params,
         target=target,
         target_params=target_params,
-        batches=batches.training_batches(task, tokenizer, own_rows=process_rows, **layout),
+        batches=batches.training_batches(
+            task, tokenizer, own_rows=process_rows, prompts_alone=data.fixed == 0, **layout
+        ),
         validation=batches.validation_batches(task, tokenizer, count=config.train.eval_batches, **layout),
         eos_ids=tokenizer.eos_ids,
         longest_prompt=data.prompt_length_max if task.is_language_modelling else data.sequence_length - 1,

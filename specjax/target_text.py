@@ -185,6 +185,8 @@ def _prompts(config: Any, task: tasks.Task, target: hub_model.Model) -> list[lis
         batch_size=data.batch_size,
         sequence_length=data.sequence_length,
         prompt_length=(data.prompt_length_min, data.prompt_length_max),
+        chat=data.chat,
+        prompts_alone=True,
         seed=config.seed,
         start_token=decoder.config.start_token if decoder.is_encoder_decoder else None,
     )

@@ -116,8 +116,8 @@ def test_a_step_is_not_saved_twice(saved):
 
 
 def test_a_metric_that_is_not_measured_is_named(tmp_path):
-    message = 'best_metric is "los", which is not measured; did you mean "loss"'
-    with opened(tmp_path, best_metric="los") as checkpointer, pytest.raises(UserError, match=message):
+    said = 'best_metric is "los", which is not measured; did you mean "loss"'
+    with opened(tmp_path, best_metric="los") as checkpointer, pytest.raises(UserError, match=said):
         save(checkpointer, 1)
 
 
@@ -261,7 +261,7 @@ def test_a_kill_while_saving_costs_no_finished_checkpoint(tmp_path):
         restored, _, step = checkpointer.restore({"x": jax.ShapeDtypeStruct((2_000_000,), jnp.float32)})
         assert np.all(np.asarray(restored["x"]) == step)
         assert not any(path.exists() for path in unfinished)
-        # The run continues over what was left.
+        # The run goes on over what was left.
         checkpointer.save(3, {"x": jnp.zeros(2)}, host={}, metrics={})
     assert [path.name for path in tmp_path.iterdir() if path.name.isdigit()] == ["3"]
 

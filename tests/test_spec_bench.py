@@ -4,6 +4,7 @@ import json
 
 import pytest
 import tiny
+from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from specjax import api, spec_bench
@@ -123,17 +124,25 @@ def test_questions_are_read_from_the_file_or_its_folder(home):
     assert [question.subtask for question in questions] == ["mt_bench", "mt_bench", "qa", "qa"]
 
 
+def test_a_question_of_mt_bench_may_have_one_turn_and_is_counted(tmp_path, monkeypatch):
+    logged = []
+    monkeypatch.setattr(absl_logging, "warning", lambda message, *values: logged.append(message % values))
+    questions = read_questions(written(tmp_path, [{**QUESTIONS[0], "turns": ["only one"]}, *QUESTIONS[1:]]))
+    assert [len(question.turns) for question in questions] == [1, 2, 1, 1]
+    assert [line.split(": ")[1] for line in logged] == [
+        "1 questions of MT-bench's categories have one turn instead of two"
+    ]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"turns": ["only one"]}, 'line 1: question 1 of category "writing" has 1 turn with text, not 2'),
-        ({"turns": ["one", " "]}, 'line 1: question 1 of category "writing" has 1 turn'),
+        ({"turns": ["one", " "]}, "line 1: turn 2 is empty"),
         ({"turns": []}, 'line 1 lacks the field "turns", a list of texts'),
         ({"turns": ["one", 2]}, 'line 1: the field "turns" is int, not text'),
-        ({"category": "qa"}, 'line 3: question q of category "qa" has 1 turn with text, not 2'),
     ],
 )
-def test_a_question_with_missing_turns_is_named(tmp_path, changes, message):
+def test_a_question_whose_turns_hold_no_text_is_named(tmp_path, changes, message):
     path = written(tmp_path, [{**QUESTIONS[0], **changes}, *QUESTIONS[1:]])
     with pytest.raises(UserError, match=message):
         read_questions(path)

@@ -162,7 +162,7 @@ def _text(base: ConfigDict, seed: int) -> ConfigDict:
     # The draft that speeds up the writing ("" for none), its gamma, and the exact rule.
     section.drafter = ConfigDict({"path": f"stage:supervised_{seed}", "gamma": GAMMA, "rule": "coupled"})
     data = base.distilled.data
-    keys = ("batch_size", "sequence_length", "prompt_length_min", "prompt_length_max", "generation")
+    keys = ("batch_size", "sequence_length", "prompt_length_min", "prompt_length_max", "chat", "generation")
     section.data = ConfigDict({key: data[key] for key in keys})
     section.count = base.distilled.train.steps * data.batch_size  # as many prompts as training uses
     section.measure_batches = 3  # the first batches again, with and without the draft, to measure the speed

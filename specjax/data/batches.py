@@ -16,17 +16,20 @@ In a run of several processes, each process can make only the rows of a training
 `sources` then have only these rows; the arrays `[B]` have all rows of the batch in every process.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 from absl import logging
-from jaxtyping import Int32
 
-from specjax.data.stream import Batch, Batches, stack
+from specjax.data.layouts import Message
+from specjax.data.stream import Batch, Batches, Rows
 from specjax.data.tasks import Example, Task
 from specjax.hub.tokenizer import Tokenizer
-from specjax.runtime.errors import UserError
+from specjax.runtime.errors import UserError, prefixed
+
+Item = TypeVar("Item")
 
 # Number of characters that are tokenised at a time, to bound the tokenizer's memory.
 _CHARACTERS_AT_ONCE = 1_000_000
@@ -64,6 +67,8 @@ def training_batches(
     seed: int,
     start_token: int | None = None,
     own_rows: Sequence[int] | None = None,
+    chat: bool = False,
+    prompts_alone: bool = False,
 ) -> Batches:
     """Returns an endless iterator over batches of the training split.
 
@@ -71,24 +76,40 @@ def training_batches(
     equal batches. `get_state()` returns a small JSON-compatible value, from which `set_state()` resumes exactly, in any
     process.
 
-    In language modelling, documents, each followed by EOS, are concatenated and cut into full rows (an incomplete last
-    row is dropped); `prompt_lengths` are random in `prompt_length`, bounds included, by row and seed. With prompts and
-    completions, a row is one example followed by EOS and cut at `sequence_length`; examples whose prompt fills the row
-    are dropped and counted in the log. If the task cuts prompts, a prompt is first cut at its end to make room for the
-    completion, but not to less than half the row.
+    In language modelling, documents, each followed by an end token, are concatenated and cut into full rows (an
+    incomplete last row is dropped); `prompt_lengths` are random in `prompt_length`, bounds included, by row and seed.
+    With prompts and completions, a row is one example followed by an end token and cut at `sequence_length`. The log
+    counts the completions that are cut, and the examples that are dropped: those whose prompt fills the row and,
+    without `prompts_alone`, those without a completion. If the task cuts prompts, a prompt is first cut at its end to
+    make room for the completion, but not to less than half the row.
 
     Args:
       prompt_length: minimum and maximum number of prompt tokens in language modelling.
       start_token: start token of an encoder-decoder, whose rows are split into prompt and text; None for decoder-only.
       own_rows: indices in a batch of the rows that this process makes; None is all of them.
+      chat: whether prompts are the user's turn, and completions the assistant's, in the tokenizer's chat template;
+        conversations are in any case, if there is a template.
+      prompts_alone: whether only the prompts of rows are used, so that examples need no completion.
 
     Raises:
-      UserError: for a task without training data, and for sizes that contradict each other or the data.
+      UserError: for a task without training data or completions, for sizes that contradict each other or the data, and
+        for a conversation that the chat template refuses.
     """
     if not task.train:
-        raise UserError(f'task "{task.name}" is for evaluation only; train on another task')
-    rows = _rows(task, task.train, tokenizer, sequence_length, prompt_length, batch_size, seed, start_token)
-    return Batches(rows, batch_size, seed, range(batch_size) if own_rows is None else own_rows)
+        raise UserError(
+            f'task "{task.name}" is for evaluation only; train on another task, such as `prompt_completion`, which '
+            "holds a part of the file out and needs no completions if data.fixed is 0"
+        )
+    examples = task.train
+    if not (prompts_alone or task.is_language_modelling):
+        examples = _completed(task, examples)
+        if not examples:
+            raise UserError(
+                f'task "{task.name}" has no completions, only prompts; set data.fixed to 0 to train on text that the '
+                "models write, or add completions"
+            )
+    layout = _Layout(sequence_length, prompt_length, batch_size, seed, start_token, chat)
+    return Batches(layout.rows(task, examples, tokenizer), batch_size, seed, own_rows or range(batch_size))
 
 
 def validation_batches(
@@ -101,25 +122,39 @@ def validation_batches(
     count: int,
     seed: int,
     start_token: int | None = None,
+    chat: bool = False,
 ) -> list[Batch]:
     """Returns `count` batches of the validation split, its rows in an order drawn from `seed`.
 
-    If the split has fewer than `count * batch_size` rows, it is repeated. `start_token` is as in `training_batches`,
-    and so is `prompt_length` for an encoder-decoder. In language modelling with a decoder-only model, `prompt_lengths`
-    are 1, because these rows are for a loss over all tokens, not for generation.
+    If the split has fewer than `count * batch_size` rows, it is repeated. Arguments are as in `training_batches`. In
+    language modelling with a decoder-only model, `prompt_lengths` are 1, because these rows are for a loss over all
+    tokens, not for generation. If no example has a completion, the loss is over the tokens of the prompts.
 
     Raises:
-      UserError: as `training_batches`, and for a task without completions.
+      UserError: as `training_batches`, and for an encoder-decoder without completions.
     """
     if count < 1:
         raise UserError(f"the number of validation batches must be at least 1, got {count}")
-    if not any(example.completion for example in task.validation):
-        raise UserError(f'task "{task.name}" has no completions to compute a loss on; use it for evaluation only')
-    if start_token is None:
+    examples = task.validation if task.is_language_modelling else _completed(task, task.validation)
+    if not examples and start_token is not None:
+        raise UserError(f'task "{task.name}" has no completions to validate an encoder-decoder on; add some')
+    if start_token is None and task.is_language_modelling:
         prompt_length = (1, 1)
-    rows = _rows(task, task.validation, tokenizer, sequence_length, prompt_length, batch_size, seed, start_token)
-    order = np.resize(np.random.default_rng([seed, 1]).permutation(len(rows)), (count, batch_size))
-    return [stack([rows[index] for index in indices]) for indices in order.tolist()]
+    layout = _Layout(sequence_length, prompt_length, batch_size, seed, start_token, chat)
+    rows = layout.rows(task, examples or task.validation, tokenizer)
+    if not examples:
+        logging.info("%s: without completions, the validation loss is that of the prompts", task.name)
+        rows = replace(rows, loss_start=np.ones_like(rows.loss_start))
+    order = np.resize(np.random.default_rng([seed, 1]).permutation(len(rows.tokens)), (count, batch_size))
+    return [rows.batch(indices, range(batch_size)) for indices in order.tolist()]
+
+
+def _completed(task: Task, examples: Sequence[Example]) -> Sequence[Example]:
+    completed = [example for example in examples if example.completion]
+    if 0 < len(completed) < len(examples):
+        message = "%s: %d of %d examples dropped, they have no completion"
+        logging.warning(message, task.name, len(examples) - len(completed), len(examples))
+    return completed
 
 
 def evaluation_prompts(
@@ -129,7 +164,8 @@ def evaluation_prompts(
 
     In language modelling a prompt is a piece of a document that starts at a line, and has no reference. Positions and
     numbers of tokens, within `prompt_length` (bounds included), are random by `seed`. In other tasks they are the
-    prompts of the first examples; with `chat` each is a user's turn in the tokenizer's chat template.
+    prompts of the first examples; with `chat` each is a user's turn in the tokenizer's chat template. Conversations are
+    in the template in any case, if there is one.
 
     Raises:
       UserError: if there are fewer than `count`, or a prompt has more than `prompt_length[1]` tokens and cannot be cut,
@@ -145,7 +181,7 @@ def evaluation_prompts(
         raise UserError(f'task "{task.name}" has {len(task.validation)} prompts, fewer than the {count} asked for')
     examples = task.validation[: count or None]
     prompts, cut = [], 0
-    for index, tokens in enumerate(_prompt_tokens(tokenizer, [example.prompt for example in examples], chat)):
+    for index, (tokens, _) in enumerate(_encode(task, examples, tokenizer, chat=chat, completions=False)):
         example, text = examples[index], examples[index].prompt
         if len(tokens) > prompt_length[1] and task.cuts_prompts and not chat:
             tokens = _cut(tokens, prompt_length[1], tokenizer)
@@ -174,124 +210,125 @@ def _cut(tokens: np.ndarray, limit: int, tokenizer: Tokenizer) -> np.ndarray:
     return np.concatenate([tokens[: limit - tail], tokens[len(tokens) - tail :]])
 
 
-def _prompt_tokens(tokenizer: Tokenizer, prompts: Sequence[str], chat: bool) -> list[np.ndarray]:
-    if not chat:
-        return _tokenise(tokenizer.encode_prompt_batch, prompts)
-    return [np.asarray(tokenizer.apply_chat([{"role": "user", "content": prompt}]), np.int32) for prompt in prompts]
-
-
 @dataclass(frozen=True)
-class _Rows:
-    """The rows of a split by index, from which `stream.Batches` makes batches."""
+class _Layout:
+    """How the examples of a split become rows; the fields are the arguments of `training_batches`."""
 
-    rows: Int32[np.ndarray, "rows T"] | list[np.ndarray]
-    loss_start: Int32[np.ndarray, " rows"]
-    prompt_lengths: Int32[np.ndarray, " rows"]
     sequence_length: int
-    pad_id: int
-    start_token: int | None = None
+    prompt_length: tuple[int, int]
+    batch_size: int
+    seed: int
+    start_token: int | None
+    chat: bool
 
-    def __len__(self) -> int:
-        return len(self.rows)
+    def rows(self, task: Task, examples: Sequence[Example], tokenizer: Tokenizer) -> Rows:
+        if self.batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, got {self.batch_size}")
+        if self.sequence_length < 2:
+            raise UserError(f"sequence_length must be at least 2, got {self.sequence_length}")
+        _check_seed(self.seed)
+        rows = self._packed if task.is_language_modelling else self._paired
+        return Rows(*rows(task, examples, tokenizer), self.sequence_length, tokenizer.pad_id, self.start_token)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        row, prompt = self.rows[index], self.prompt_lengths[index]
-        numbers = {name: array[0] for name, array in self.numbers([index]).items()}
-        if self.start_token is None:
-            return {"tokens": self._padded(row), **numbers}
-        text = np.concatenate([np.asarray([self.start_token], np.int32), row[prompt:]])
-        return {"tokens": self._padded(text), **numbers, "sources": self._padded(row[:prompt])}
+    def _packed(self, task: Task, examples: Sequence[Example], tokenizer: Tokenizer) -> tuple:
+        _check_prompt_length(self.prompt_length)
+        low, high = self.prompt_length
+        if high >= self.sequence_length:
+            raise UserError(
+                f"prompts of up to {high} tokens leave nothing to continue in rows of "
+                f"{self.sequence_length}; lower the prompt length or raise sequence_length"
+            )
+        texts = (example.completion for example in examples)
+        documents = [document for chunk in _chunks(texts, len) for document in tokenizer.encode_batch(chunk)]
+        end = [tokenizer.end_id]
+        stream = np.concatenate([np.asarray([*document, *end], np.int32) for document in documents])
+        number = len(stream) // self.sequence_length
+        if number == 0:
+            raise UserError(
+                f"the text has {len(stream)} tokens, not enough for one row of {self.sequence_length}; "
+                "lower sequence_length or give more text"
+            )
+        prompts = np.random.default_rng([self.seed, 0]).integers(low, high + 1, number, dtype=np.int32)
+        rows = stream[: number * self.sequence_length].reshape(number, self.sequence_length)
+        return rows, np.ones(number, np.int32), prompts
 
-    def numbers(self, indices: Sequence[int]) -> Batch:
-        """The arrays `[B]` of these rows: lengths, loss_start and prompt_lengths."""
-        lengths = np.asarray([len(self.rows[index]) for index in indices], np.int32)
-        starts, prompts = self.loss_start[indices], self.prompt_lengths[indices]
-        if self.start_token is not None:
-            lengths, starts = lengths - prompts + 1, np.ones_like(starts)
-        return {"lengths": lengths, "loss_start": starts, "prompt_lengths": prompts}
+    def _paired(self, task: Task, examples: Sequence[Example], tokenizer: Tokenizer) -> tuple:
+        length, rows, starts = self.sequence_length, [], []
+        cut_prompts, cut_completions = 0, 0
+        separate = self.start_token is not None
+        for prompt, completion in _encode(task, examples, tokenizer, chat=self.chat, separate=separate):
+            if task.cuts_prompts:
+                room = max(length - len(completion), length // 2)
+                cut_prompts += len(prompt) > room
+                prompt = _cut(prompt, room, tokenizer)
+            if len(prompt) < length:
+                rows.append(np.concatenate([prompt, completion])[:length])
+                starts.append(len(prompt))
+                cut_completions += len(prompt) + len(completion) > length
+        _log_cut(task, cut_prompts, len(examples), f"rows of {length} tokens")
+        if not rows:
+            raise UserError(f'every prompt of task "{task.name}" has {length} tokens or more; raise sequence_length')
+        if dropped := len(examples) - len(rows):
+            message = "%s: %d of %d examples dropped, their prompts have %d tokens or more"
+            logging.warning(message, task.name, dropped, len(examples), length)
+        if cut_completions:
+            message = "%s: %d of %d completions cut to fit rows of %d tokens; raise sequence_length to keep them whole"
+            logging.warning(message, task.name, cut_completions, len(rows), length)
+        start = np.asarray(starts, np.int32)
+        return rows, start, start
 
-    def _padded(self, tokens) -> np.ndarray:
-        padded = np.full(self.sequence_length, self.pad_id, np.int32)
-        padded[: len(tokens)] = tokens
-        return padded
 
-
-def _rows(
+def _encode(
     task: Task,
     examples: Sequence[Example],
     tokenizer: Tokenizer,
-    sequence_length: int,
-    prompt_length: tuple[int, int],
-    batch_size: int,
-    seed: int,
-    start_token: int | None,
-) -> _Rows:
-    if batch_size < 1:
-        raise UserError(f"batch_size must be at least 1, got {batch_size}")
-    if sequence_length < 2:
-        raise UserError(f"sequence_length must be at least 2, got {sequence_length}")
-    _check_seed(seed)
-    if task.is_language_modelling:
-        _check_prompt_length(prompt_length)
-        if prompt_length[1] >= sequence_length:
-            raise UserError(
-                f"prompts of up to {prompt_length[1]} tokens leave nothing to continue in rows of "
-                f"{sequence_length}; lower the prompt length or raise sequence_length"
-            )
-        rows = _packed_rows(examples, tokenizer, sequence_length, prompt_length, seed)
-    else:
-        rows = _paired_rows(task, examples, tokenizer, sequence_length)
-    return replace(rows, start_token=start_token)
+    *,
+    chat: bool,
+    completions: bool = True,
+    separate: bool = False,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields the ids of each prompt, and of its completion with an end token: none if there is no completion.
+
+    Args:
+      completions: whether to encode completions.
+      separate: whether completions are texts of their own, as in an encoder-decoder, rather than continuations.
+    """
+    for chunk in _chunks(examples, lambda example: len(example.prompt) + len(example.completion)):
+        prompts = [_prompt(example, tokenizer, chat) for example in chunk]
+        texts = [
+            example.completion if isinstance(prompt, str) else example.completion.removeprefix(example.gap)
+            for example, prompt in zip(chunk, prompts, strict=True)
+        ]
+        paired = [completions and not separate and bool(text) for text in texts]
+        with prefixed(f'task "{task.name}": '):
+            pairs = iter(tokenizer.encode_pairs(*([a[i] for i, p in enumerate(paired) if p] for a in (prompts, texts))))
+            for prompt, text, is_pair in zip(prompts, texts, paired, strict=True):
+                if is_pair:
+                    ids, completion = next(pairs)
+                else:
+                    ids = tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else tokenizer.apply_chat(prompt)
+                    completion = [*tokenizer.encode(text), tokenizer.end_id] if completions and text else []
+                yield np.asarray(ids, np.int32), np.asarray(completion, np.int32)
 
 
-def _packed_rows(
-    examples: Sequence[Example],
-    tokenizer: Tokenizer,
-    sequence_length: int,
-    prompt_length: tuple[int, int],
-    seed: int,
-) -> _Rows:
-    end = np.asarray(tokenizer.eos_ids[:1], np.int32)
-    documents = _tokenise(tokenizer.encode_batch, [example.completion for example in examples])
-    stream = np.concatenate([part for document in documents for part in (document, end)])
-    number = len(stream) // sequence_length
-    if number == 0:
-        raise UserError(
-            f"the text has {len(stream)} tokens, not enough for one row of {sequence_length}; "
-            "lower sequence_length or give more text"
-        )
-    low, high = prompt_length
-    prompts = np.random.default_rng([seed, 0]).integers(low, high + 1, number, dtype=np.int32)
-    rows = stream[: number * sequence_length].reshape(number, sequence_length)
-    return _Rows(rows, np.ones(number, np.int32), prompts, sequence_length, tokenizer.pad_id)
+def _prompt(example: Example, tokenizer: Tokenizer, chat: bool) -> str | Sequence[Message]:
+    """The prompt as `Tokenizer.encode_pairs` takes it: a text, or a conversation for the chat template."""
+    if chat:
+        return example.messages or ({"role": "user", "content": example.prompt},)
+    return example.messages if example.messages and tokenizer.has_chat_template else example.prompt
 
 
-def _paired_rows(task: Task, examples: Sequence[Example], tokenizer: Tokenizer, sequence_length: int) -> _Rows:
-    end = np.asarray(tokenizer.eos_ids[:1], np.int32)
-    # Prompt and completion are tokenised separately, so that a prompt has the same tokens as in generation.
-    prompts = _tokenise(tokenizer.encode_prompt_batch, [example.prompt for example in examples])
-    completions = _tokenise(tokenizer.encode_batch, [example.completion for example in examples])
-    if task.cuts_prompts:
-        room = [max(sequence_length - len(text) - 1, sequence_length // 2) for text in completions]
-        uncut = prompts
-        prompts = [_cut(prompt, limit, tokenizer) for prompt, limit in zip(uncut, room, strict=True)]
-        cut = sum(len(part) < len(prompt) for part, prompt in zip(prompts, uncut, strict=True))
-        _log_cut(task, cut, len(examples), f"rows of {sequence_length} tokens")
-    rows, starts = [], []
-    for prompt, completion in zip(prompts, completions, strict=True):
-        if len(prompt) < sequence_length:
-            rows.append(np.concatenate([prompt, completion, end])[:sequence_length])
-            starts.append(len(prompt))
-    if not rows:
-        raise UserError(
-            f'every prompt of task "{task.name}" has {sequence_length} tokens or more; raise sequence_length'
-        )
-    dropped = len(examples) - len(rows)
-    if dropped:
-        message = "%s: %d of %d examples dropped, their prompts have %d tokens or more"
-        logging.warning(message, task.name, dropped, len(examples), sequence_length)
-    start = np.asarray(starts, np.int32)
-    return _Rows(rows, start, start, sequence_length, tokenizer.pad_id)
+def _chunks(items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """Lists of consecutive items, of about `_CHARACTERS_AT_ONCE` in total."""
+    chunk, characters = [], 0
+    for item in items:
+        chunk.append(item)
+        characters += size(item)
+        if characters >= _CHARACTERS_AT_ONCE:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
 
 
 def _windows(task: Task, tokenizer: Tokenizer, count: int, prompt_length: tuple[int, int], seed: int) -> list[Prompt]:
@@ -322,19 +359,6 @@ def _line_starts(text: str) -> Iterator[int]:
         if line.strip():
             yield start
         start += len(line) + 1
-
-
-def _tokenise(encode_batch: Callable[..., list[list[int]]], texts: Sequence[str]) -> list[np.ndarray]:
-    arrays: list[np.ndarray] = []
-    chunk: list[str] = []
-    characters = 0
-    for text in texts:
-        chunk.append(text)
-        characters += len(text)
-        if characters >= _CHARACTERS_AT_ONCE:
-            arrays += [np.asarray(ids, np.int32) for ids in encode_batch(chunk)]
-            chunk, characters = [], 0
-    return arrays + [np.asarray(ids, np.int32) for ids in encode_batch(chunk)]
 
 
 def _check_prompt_length(prompt_length: tuple[int, int]) -> None:

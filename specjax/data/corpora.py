@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from specjax.data import files
 from specjax.runtime.errors import UserError
 
 Files = tuple[tuple[str, str], ...]
@@ -33,23 +34,24 @@ def stdlib_files() -> tuple[Files, Files]:
     Raises UserError if this Python is installed without its sources.
     """
     root = Path(sysconfig.get_path("stdlib"))
-    files = _library(root)
-    if len(files) < 2:
+    sources = _library(root)
+    if len(sources) < 2:
         raise UserError(f"no Python sources in {root}; use a task that reads a file, such as `text` with a path")
-    return _split_by_name(files)
+    train, validation = split(sources, [name for name, _ in sources])
+    return tuple(train), tuple(validation)
 
 
 @functools.cache  # a run with several stages calls it in each
 def _library(root: Path) -> Files:
-    files = []
+    sources = []
     for name in sorted(_sources(root)):
         try:
             text = (root / name).read_bytes().decode("utf-8")
         except (OSError, UnicodeDecodeError):
             continue
         if text.strip() and not _GENERATED.search(text[:300]):
-            files.append((name, text))
-    return tuple(files)
+            sources.append((name, text))
+    return tuple(sources)
 
 
 def _sources(root: Path) -> Iterator[str]:
@@ -62,41 +64,45 @@ def _sources(root: Path) -> Iterator[str]:
 def text_files(path: str) -> tuple[Files, Files]:
     """Returns the text of a file, or of all files below a directory, as (training, validation).
 
-    A directory is split by file; hidden files and folders are skipped. Of a single file, the last tenth, from the
-    start of a line, is for validation. Raises UserError if a path is missing, empty, unreadable or not UTF-8.
+    A directory is split by file; hidden files and folders are skipped. Of a single text file, the last tenth, from the
+    start of a line, is for validation. Records with a field "text" are documents, split by a hash of their text.
+
+    Raises UserError as `files.read` does, for other records, and for text that cannot be split.
     """
     root = Path(path)
-    if not root.is_dir():
-        text = read_text(root)
-        cut = text.find("\n", len(text) * 9 // 10) + 1
-        if not 0 < cut < len(text):
-            cut = len(text) * 9 // 10
-        if not (text[:cut].strip() and text[cut:].strip()):
-            raise UserError(f"{root} is too short to split into training and validation; give it more text")
-        return ((root.name, text[:cut]),), ((root.name, text[cut:]),)
-    names = sorted(item.relative_to(root) for item in root.rglob("*") if item.is_file())
-    names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
-    if len(names) < 2:
-        raise UserError(f"{root} holds {len(names)} text files; put at least two there, or name a single file")
-    return _split_by_name([(name.as_posix(), read_text(root / name)) for name in names])
+    if root.is_dir():
+        names = sorted(item.relative_to(root) for item in root.rglob("*") if item.is_file())
+        names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+        if len(names) < 2:
+            raise UserError(f"{root} holds {len(names)} text files; put at least two there, or name a single file")
+        parts = [(name.as_posix(), files.read(root / name, trust_suffix=False)) for name in names]
+        texts = [(name, *text) for name, content in parts for text in _documents(name, content)]
+        train, validation = split([text[1:] for text in texts], [text[0] for text in texts])
+        return tuple(train), tuple(validation)
+    content = files.read(root)
+    if not isinstance(content, str):
+        documents = _documents(root.name, content)
+        train, validation = split(documents, [text for _, text in documents])
+        return tuple(train), tuple(validation)
+    cut = content.find("\n", len(content) * 9 // 10) + 1
+    if not 0 < cut < len(content):
+        cut = len(content) * 9 // 10
+    if not (content[:cut].strip() and content[cut:].strip()):
+        raise UserError(f"{root} is too short to split into training and validation; give it more text")
+    return ((root.name, content[:cut]),), ((root.name, content[cut:]),)
 
 
-def read_text(path: Path) -> str:
-    """Returns a file's text, with its line ends unchanged.
-
-    Raises UserError if it is missing, unreadable, not UTF-8 or empty.
-    """
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path}; correct the task's `path`") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it or leave it out") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); correct the task's `path`") from None
-    if not text.strip():
-        raise UserError(f"{path} is empty; correct the task's `path`")
-    return text
+def _documents(name: str, content: str | files.Located) -> list[tuple[str, str]]:
+    """The (name, text) of a file's documents: its text, or the field "text" of its records."""
+    if isinstance(content, str):
+        return [(name, content)]
+    for where, record in content:
+        if not isinstance(record.get("text"), str):
+            raise UserError(
+                f'{where} has the fields {", ".join(map(repr, record)) or "none"}, and no "text" for the task `text`; '
+                "use the task `prompt_completion` to train on prompts, and `prompts` to evaluate on them"
+            )
+    return [(where, record["text"]) for where, record in content if record["text"].strip()]
 
 
 def validation_mask(keys: Sequence[str]) -> list[bool]:
@@ -146,8 +152,3 @@ def split(items: Sequence[Item], keys: Sequence[str]) -> tuple[list[Item], list[
     held_out = validation_mask(keys)
     train, validation = ([item for item, held in zip(items, held_out, strict=True) if held == side] for side in (0, 1))
     return train, validation
-
-
-def _split_by_name(files: Sequence[tuple[str, str]]) -> tuple[Files, Files]:
-    train, validation = split(files, [name for name, _ in files])
-    return tuple(train), tuple(validation)

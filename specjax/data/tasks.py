@@ -9,18 +9,16 @@ the config's `task` section to a `Task`. A metric of your own is a function from
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 from absl import logging
 
-from specjax.data import corpora, layouts, short_sums, word_problems
+from specjax.data import corpora, files, layouts, spec_bench, word_problems
 from specjax.data.docstrings import stdlib_docstrings
-from specjax.data.layouts import Example, Parser
+from specjax.data.layouts import Example, Pair, Parser
 from specjax.data.quality import METRICS, Metric, Quality
 from specjax.data.tfds_source import read_split
-from specjax.data.word_problems import generate_split
 from specjax.runtime import extensions
 from specjax.runtime.errors import UserError, nearest
 
@@ -132,39 +130,43 @@ def _load_stdlib_docstrings(config: Any) -> Splits:
 
 
 def _load_text(config: Any) -> Splits:
+    if all(layouts.split_files(Path(config.path))):
+        train, validation = layouts.read_splits(Path(config.path), layouts.parse_text)
+        return _first(train, config.size), validation
     train, validation = corpora.text_files(config.path)
     return _documents(train, config.size), _documents(validation)
 
 
-@dataclass(frozen=True)
-class _Generated:
-    """Loads generated questions with worked answers; `module.generate` draws one from a random number generator."""
-
-    module: ModuleType
-
-    def __call__(self, config: Any) -> Splits:
-        if config.size == 0:
-            raise UserError(f"task.size is 0; `{config.name}` needs the number of training examples to generate")
-        problems = generate_split(config.seed, config.size, self.module.generate)
-        train, validation = ([layouts.question(*problem) for problem in split] for split in problems)
-        return train, validation
+def _load_generated(config: Any) -> Splits:
+    if config.size == 0:
+        raise UserError(f"task.size is 0; `{config.name}` needs the number of training examples to generate")
+    problems = word_problems.generate_split(config.seed, config.size, word_problems.GENERATORS[config.name])
+    train, validation = ([layouts.question(*problem) for problem in split] for split in problems)
+    return train, validation
 
 
 def _load_prompt_completion(config: Any) -> Splits:
-    train, validation = layouts.read_splits(Path(config.path), layouts.parse_prompt_completion)
+    path = Path(config.path)
+    if path.is_dir() or not isinstance(content := files.read(path), str):
+        train, validation = layouts.read_splits(path, layouts.parse_any)
+    else:
+        lines = _lines(content)
+        train, validation = corpora.split(lines, [example.prompt for example in lines])
     return _first(train, config.size), validation
 
 
 def _load_spec_bench(config: Any) -> Splits:
-    path = Path(config.path)
-    return (), layouts.read_jsonl(path / "question.jsonl" if path.is_dir() else path, layouts.parse_spec_bench)
+    return (), layouts.read_examples(spec_bench.question_file(config.path), layouts.parse_spec_bench)
 
 
 def _load_prompts(config: Any) -> Splits:
-    path = Path(config.path)
-    if path.suffix in (".jsonl", ".json"):
-        return (), layouts.read_jsonl(path, layouts.parse_any)
-    return (), [Example(line, "") for line in corpora.read_text(path).split("\n") if line.strip()]
+    content = files.read(Path(config.path))
+    return (), _lines(content) if isinstance(content, str) else layouts.parse_all(content, layouts.parse_any)
+
+
+def _lines(text: str) -> list[Example]:
+    """A prompt for each line that is not blank."""
+    return [Example(line, "") for line in text.split("\n") if line.strip()]
 
 
 @dataclass(frozen=True)
@@ -183,9 +185,10 @@ class _Dataset:
     parse: Parser
 
     def __call__(self, config: Any) -> Splits:
-        """Reads JSON lines if `task.path` is such a file or a folder of them, and otherwise the prepared TFDS data."""
-        if config.path and layouts.is_jsonl(Path(config.path)):
-            train, validation = layouts.read_splits(Path(config.path), self.parse)
+        """Reads records if `task.path` is a file or a folder of them, and otherwise the prepared TFDS data."""
+        path = Path(config.path)
+        if config.path and (path.is_file() or files.suffix(path) or any(layouts.split_files(path))):
+            train, validation = layouts.read_splits(path, self.parse)
         else:
             # Open both splits before reading examples, so that a missing one is reported at once.
             train, validation = (
@@ -198,15 +201,16 @@ class _Dataset:
         for number, record in enumerate(records):
             # XSum and CNN/DailyMail have a few articles without text.
             if all(str(record[name]).strip() for name in self.fields if name in record):
-                yield self.parse(record, f"{where}, example {number}")
+                yield from self.parse(record, f"{where}, example {number}")
             else:
                 skipped += 1
         if skipped:
             logging.warning("%s: %d examples left out, one of their texts is empty", where, skipped)
 
 
-def _dataset(name: str, validation: str, fields: tuple[str, ...], parse: Parser, metric: str | None) -> _Builtin:
-    return _Builtin(_Dataset(name, validation, fields, parse), metric, "optional", cuts_prompts=metric == "rouge")
+def _pairs(name: str, validation: str, parse: Pair, metric: str) -> _Builtin:
+    data_set = _Dataset(name, validation, (parse.source, parse.reference), parse)
+    return _Builtin(data_set, metric, "optional", cuts_prompts=metric == "rouge")
 
 
 def _first(examples: Iterable[Example], size: int) -> list[Example]:
@@ -226,19 +230,19 @@ _TASKS: dict[str, Callable[[Any], Task]] = {
     # Available on every machine.
     "stdlib_code": _Builtin(_load_stdlib_code),
     "stdlib_docstrings": _Builtin(_load_stdlib_docstrings, "rouge", cuts_prompts=True),
-    "arithmetic": _Builtin(_Generated(word_problems), "exact_match"),
-    "short_sums": _Builtin(_Generated(short_sums), "exact_match"),
+    "arithmetic": _Builtin(_load_generated, "exact_match"),
+    "short_sums": _Builtin(_load_generated, "exact_match"),
     # Read from files.
     "text": _Builtin(_load_text, path="needed"),
     "prompt_completion": _Builtin(_load_prompt_completion, path="needed"),
     "spec_bench": _Builtin(_load_spec_bench, path="needed"),
     "prompts": _Builtin(_load_prompts, path="needed"),
     # Read from TFDS or from files.
-    "xsum": _dataset("xsum", "validation", ("document", "summary"), layouts.parse_xsum, "rouge"),
-    "cnn_dailymail": _dataset(
-        "cnn_dailymail", "validation", ("article", "highlights"), layouts.parse_cnn_dailymail, "rouge"
+    "xsum": _pairs("xsum", "validation", Pair("document", "summary", layouts.summary), "rouge"),
+    "cnn_dailymail": _pairs("cnn_dailymail", "validation", Pair("article", "highlights", layouts.summary), "rouge"),
+    "wmt14_en_de": _pairs("wmt14_translate/de-en", "validation", Pair("en", "de", layouts.translation), "bleu"),
+    "gsm8k": _Builtin(
+        _Dataset("gsm8k", "test", ("question", "answer"), layouts.parse_gsm8k), "exact_match", "optional"
     ),
-    "wmt14_en_de": _dataset("wmt14_translate/de-en", "validation", ("en", "de"), layouts.parse_wmt_en_de, "bleu"),
-    "gsm8k": _dataset("gsm8k", "test", ("question", "answer"), layouts.parse_gsm8k, "exact_match"),
-    "lm1b": _dataset("lm1b", "test", ("text",), layouts.parse_text, None),
+    "lm1b": _Builtin(_Dataset("lm1b", "test", ("text",), layouts.parse_text), None, "optional"),
 }

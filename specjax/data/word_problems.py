@@ -1,4 +1,9 @@
-"""Generates any number of multi-step arithmetic word problems with worked answers from a seed."""
+"""Generates any number of arithmetic word problems with worked answers from a seed.
+
+`arithmetic` has several kinds of steps. `short_sums` has only small sums in words, which a small model learns in one or
+two minutes; the words around its numbers are random, so some tokens of an answer matter for its result and others do
+not.
+"""
 
 import random
 from collections.abc import Callable
@@ -40,7 +45,7 @@ def generate_split(seed: int, size: int, generate: Callable[[random.Random], Pro
     return train, validation
 
 
-def generate(draw: random.Random) -> Problem:
+def arithmetic(draw: random.Random) -> Problem:
     """Returns one problem of two to four steps: the question, and an answer that ends in "#### <number>"."""
     name, friend = draw.sample(_NAMES, 2)
     item = draw.choice(_ITEMS)
@@ -114,3 +119,34 @@ def _share(draw: random.Random, name: str, friend: str, item: str, count: int) -
         f"One share is {count} / {people} = {count // people}.",
         count // people,
     )
+
+
+_FEW_NAMES = ("Ada", "Ben", "Hugo", "Kim")
+_FEW_ITEMS = ("apples", "cards", "coins", "shells")
+_MORE = ("{name} finds {number}.", "{name} gets {number}.")
+_LESS = ("{name} loses {number}.", "{name} gives away {number}.")
+_WORKING = (
+    "That makes {sum} = {count}.",
+    "Now there are {sum} = {count}.",
+    "So {sum} is {count}.",
+    "Then {sum} = {count}.",
+)
+# The largest count, and the largest number added or subtracted; they give about 100 different sums.
+_MOST, _MOST_AT_ONCE = 15, 5
+
+
+def short_sums(draw: random.Random) -> Problem:
+    """Returns one problem of two or three steps: the question, and an answer that ends in "#### <number>"."""
+    name, item, count = draw.choice(_FEW_NAMES), draw.choice(_FEW_ITEMS), draw.randrange(3, 10)
+    story, working = [f"{name} has {count} {item}."], []
+    for _ in range(draw.randrange(2, 4)):
+        number = draw.randrange(1, _MOST_AT_ONCE + 1)
+        more = count <= number or (count + number <= _MOST and draw.random() < 0.5)
+        sign, total = ("+", count + number) if more else ("-", count - number)
+        story.append(draw.choice(_MORE if more else _LESS).format(name=name, number=number))
+        working.append(draw.choice(_WORKING).format(sum=f"{count} {sign} {number}", count=total))
+        count = total
+    return f"{' '.join(story)} How many now?", "\n".join([*working, f"#### {count}"])
+
+
+GENERATORS = {"arithmetic": arithmetic, "short_sums": short_sums}

@@ -38,7 +38,7 @@ def provenance(target: str, tokenizer: str, task: Any, data: Any) -> dict[str, A
       data: a config's `data` section.
     """
     generation = {name: data.generation[name] for name in ("temperature", "top_k", "top_p", "max_new_tokens")}
-    lengths = {name: data[name] for name in ("sequence_length", "prompt_length_min", "prompt_length_max")}
+    lengths = {name: data[name] for name in ("sequence_length", "prompt_length_min", "prompt_length_max", "chat")}
     prompts = {f"task.{name}": task[name] for name in ("name", "path", "seed", "size")} | lengths
     return {"target": target, "tokenizer": tokenizer, "generation": generation, "prompts": prompts}
 

@@ -34,7 +34,7 @@ def make_evaluator(
     section = config.speculative_eval
     lengths = (config.data.prompt_length_min, config.data.prompt_length_max)
     prompts = batches.evaluation_prompts(
-        task, tokenizer, count=section.prompts, prompt_length=lengths, seed=config.seed
+        task, tokenizer, count=section.prompts, prompt_length=lengths, seed=config.seed, chat=config.data.chat
     )
     ids = [prompt.tokens for prompt in prompts]
     plan = Plan.for_prompts(

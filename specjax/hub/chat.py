@@ -15,8 +15,9 @@ def render(
     """Returns the text of a conversation.
 
     The Jinja environment is that of transformers (Hugging Face, "Chat templates"): trimmed blocks, loop controls,
-    `raise_exception`, `strftime_now`, a `tojson` that does not escape HTML, and `{% generation %}` blocks. `tools` and
-    `documents` are None. Reasoning text is used only if a message has it under the key that the template reads.
+    `raise_exception`, `strftime_now`, a `tojson` that does not escape HTML, and `{% generation %}` blocks. `tools` are
+    the list under the key "tools" of the first message; `documents` are None. Reasoning text is used only if a message
+    has it under the key that the template reads.
 
     Raises:
       UserError: if the template is invalid or refuses these messages, or there is no message.
@@ -32,7 +33,11 @@ def render(
         raise UserError(f"a message is not JSON-compatible ({error}); give texts, numbers, lists and dicts") from None
     try:
         return _compiled(template).render(
-            messages=plain, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **variables
+            messages=plain,
+            tools=plain[0].get("tools") if isinstance(plain[0], dict) else None,
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+            **variables,
         )
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"the chat template is not valid ({error}); correct or replace it") from None

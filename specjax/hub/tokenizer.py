@@ -75,6 +75,10 @@ class Tokenizer:
                 ends = [token for token in self.encode(closing) if token == end or token in self.eos_ids]
         return [*ends, *([] if end is None else [end]), *self.eos_ids][0]
 
+    @property
+    def has_chat_template(self) -> bool:
+        return self._files.chat_template() is not None
+
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text` without special tokens before or after it, as in training rows."""
         return self.encode_batch([text])[0]

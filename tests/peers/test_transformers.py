@@ -1,4 +1,4 @@
-"""Hugging Face transformers and specjax compute the same from what either of them exports."""
+"""What we export, Hugging Face transformers computes alike; what it exports, we compute alike."""
 
 import dataclasses
 import functools
