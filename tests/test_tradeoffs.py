@@ -13,7 +13,7 @@ from configs.distillspec import tables as distillspec_tables
 from configs.distillspec import tradeoffs
 from configs.distillspec.tradeoffs import Point, operating_point, pareto_front
 from configs.records import claims, condense, sync
-from configs.records.claims import Estimate
+from configs.records.claims import Measured
 from specjax import api, evaluate
 from specjax.hub.tokenizer import train_byte_bpe
 from specjax.runtime import config as configs
@@ -52,11 +52,12 @@ def test_the_front_is_what_no_other_beats_and_ties_stay():
     assert pareto_front({}) == []
 
 
-def test_an_estimate_is_a_mean_over_seeds_with_students_interval():
-    assert Estimate.of([0.5]) == Estimate(0.5, None, 1)
-    three = Estimate.of([1.0, 2.0, 3.0])
-    assert three.mean == 2 and three.half == pytest.approx(4.303 / 3**0.5)
-    assert (str(three), str(Estimate.of([0.5]))) == ("2.000 ± 2.484", "0.500")
+def test_a_mean_over_seeds_has_students_interval():
+    three = Measured.over_seeds([1.0, 2.0, 3.0])
+    assert three.value == 2 and three.high - 2 == pytest.approx(4.303 / 3**0.5)
+    one = Measured.over_seeds([0.5])
+    assert one.edges is None
+    assert (three.plus_minus, one.plus_minus) == ("2.000 ± 2.484", "0.500")
 
 
 def row(stage, seed, drafter, gamma, quality, efficiency, speedup, rule="lossless", lenience=None, temperature=0.0):

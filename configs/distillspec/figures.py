@@ -5,13 +5,12 @@ from pathlib import Path
 
 from configs.distillspec.tables import garden_members, garden_points, lossy_groups
 from configs.distillspec.tradeoffs import main_metric, pareto_front
-from configs.records.claims import Estimate
+from configs.records.claims import Measured
 from specjax.reporting.plots import Mark, lines_figure
 
 
-def _mark(x: Estimate, y: Estimate, hollow: bool = False) -> Mark:
-    edges = lambda at: None if at.half is None else (at.mean - at.half, at.mean + at.half)
-    return Mark(x.mean, y.mean, edges(x), edges(y), hollow)
+def _mark(x: Measured, y: Measured, hollow: bool = False) -> Mark:
+    return Mark(x.value, y.value, x.edges, y.edges, hollow)
 
 
 def lossy(record: Mapping, path: Path) -> None:

@@ -140,9 +140,9 @@ def garden_parts(record: Mapping, best: str) -> list[dict]:
     members = garden_members(record)
     lines, previous = [], None
     for part, cell in ((part, members[name]) for part, name in steps.items()):
-        line = {"part": part, "quality": str(cell.quality), "relative latency": str(cell.latency)}
-        line["factor"] = None if previous is None else cell.latency.mean / previous.latency.mean
-        line["change in quality"] = None if previous is None else cell.quality.mean - previous.quality.mean
+        line = {"part": part, "quality": cell.quality.plus_minus, "relative latency": cell.latency.plus_minus}
+        line["factor"] = None if previous is None else cell.latency.value / previous.latency.value
+        line["change in quality"] = None if previous is None else cell.quality.value - previous.quality.value
         lines.append(line)
         previous = cell
     return lines
@@ -162,8 +162,8 @@ def garden(record: Mapping) -> str:
         plain, fastest = members["large, plain"], members[best]
         line = (
             f"Best within {100 * LOSS:g}% of the largest model's quality: {best}, relative latency 1 to "
-            f"{fastest.latency} ({1 / fastest.latency.mean:.1f}x lower), "
-            f"quality {plain.quality} to {fastest.quality}."
+            f"{fastest.latency.plus_minus} ({1 / fastest.latency.value:.1f}x lower), "
+            f"quality {plain.quality.plus_minus} to {fastest.quality.plus_minus}."
         )
         head = [line, markdown(garden_parts(record, best))]
     return "\n\n".join([*head, markdown(lines), _source(record)])

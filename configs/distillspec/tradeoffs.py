@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
-from configs.records.claims import Estimate
+from configs.records.claims import Measured
 from specjax.reporting import tables
 
 # Maximum relative loss of quality, compared with plain decoding, of an operating point.
@@ -61,37 +61,37 @@ class Cell:
     lenience: float | None
     gamma: int
     temperature: float
-    quality: Estimate
-    lost: Estimate
+    quality: Measured
+    lost: Measured
     efficiencies: Mapping[int, float]
-    latency: Estimate | None
+    latency: Measured | None
 
     @property
     def label(self) -> str:
         return tables.rule_label({"rule": self.rule, "lenience": self.lenience})
 
     @property
-    def block_efficiency(self) -> Estimate:
-        return Estimate.of(list(self.efficiencies.values()))
+    def block_efficiency(self) -> Measured:
+        return Measured.over_seeds(list(self.efficiencies.values()))
 
     @property
     def timed(self) -> Point:
         """Relative latency and quality."""
-        return Point(self.latency.mean, self.quality.mean)
+        return Point(self.latency.value, self.quality.value)
 
     @property
     def counted(self) -> Point:
         """Target calls per token, which are the same on any machine, and quality."""
-        return Point(1 / self.block_efficiency.mean, self.quality.mean)
+        return Point(1 / self.block_efficiency.value, self.quality.value)
 
     @property
     def scores(self) -> dict[str, str | None]:
         """The columns of a table, as text."""
         return {
-            "quality": str(self.quality),
-            "lost": str(self.lost),
-            "block efficiency": str(self.block_efficiency),
-            "relative latency": None if self.latency is None else str(self.latency),
+            "quality": self.quality.plus_minus,
+            "lost": self.lost.plus_minus,
+            "block efficiency": self.block_efficiency.plus_minus,
+            "relative latency": None if self.latency is None else self.latency.plus_minus,
         }
 
 
@@ -111,10 +111,10 @@ def cells(record: Mapping) -> list[Cell]:
         made.append(
             Cell(
                 *settings,
-                quality=Estimate.of([row["quality"][metric] for row in rows]),
-                lost=Estimate.of([-row["quality_difference"][metric] for row in rows]),
+                quality=Measured.over_seeds([row["quality"][metric] for row in rows]),
+                lost=Measured.over_seeds([-row["quality_difference"][metric] for row in rows]),
                 efficiencies={row["run_seed"]: row["block_efficiency"] for row in rows},
-                latency=Estimate.of(latencies) if latencies else None,
+                latency=Measured.over_seeds(latencies) if latencies else None,
             )
         )
     return made
@@ -123,4 +123,4 @@ def cells(record: Mapping) -> list[Cell]:
 def least_quality(ways: Sequence[Cell], temperature: float) -> float:
     """The minimum quality of an operating point at this temperature."""
     plain = next(way for way in ways if (way.gamma, way.drafter, way.temperature) == (0, "none", temperature))
-    return (1 - LOSS) * plain.quality.mean
+    return (1 - LOSS) * plain.quality.value

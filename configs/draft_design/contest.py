@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from configs.records.claims import Estimate
+from configs.records.claims import Measured
 from specjax import design, evaluate
 from specjax.draft_design import advice, shapes
 from specjax.evaluation import throughput
@@ -114,7 +114,7 @@ class Contest(NamedTuple):
         """
         speeds = [{Entry.of(row): row["tokens_per_second"] for row in rows} for rows in repeats]
         mean = lambda entry: statistics.fmean(each[entry] for each in speeds) if speeds else None
-        ratio = Estimate.of([each[self.advised] / each[self.fastest] for each in speeds] or [1.0])
+        ratio = Measured.over_seeds([each[self.advised] / each[self.fastest] for each in speeds] or [1.0])
         return {
             "table": "advice_checked",
             "evaluation": evaluation,
@@ -124,8 +124,8 @@ class Contest(NamedTuple):
             "repeats": len(speeds),
             "tokens_per_second_of_advised": mean(self.advised),
             "tokens_per_second_of_fastest": mean(self.fastest),
-            "advised_over_fastest": ratio.mean,
-            "with_interval": str(ratio),
+            "advised_over_fastest": ratio.value,
+            "with_interval": ratio.plus_minus,
         }
 
 

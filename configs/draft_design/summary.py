@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from configs.draft_design import contest
-from configs.records.claims import Estimate
+from configs.records.claims import Measured
 from specjax import design
 from specjax.reporting import page, plots, records, row_tables
 from specjax.runtime.errors import UserError
@@ -141,7 +141,7 @@ def _depth_rows(groups: Mapping[tuple, Sequence[Mapping]]) -> list[dict]:
                     "block_efficiency": mean("block_efficiency"),
                     "draft_milliseconds": 1e3 * mean("draft_step_seconds") if timed else None,
                     "tokens_per_second": mean("tokens_per_second"),
-                    **{f"{key}_over_deepest": str(Estimate.of(ratios(key))) for key in _BY_SEED},
+                    **{f"{key}_over_deepest": Measured.over_seeds(ratios(key)).plus_minus for key in _BY_SEED},
                     # Drafts of one shape are timed once for all seeds, so there is no interval.
                     "draft_step_over_deepest": statistics.fmean(ratios("draft_step_seconds")) if timed else None,
                     **{f"{key}_by_seed": [row[key] for row in drafts] for key in _BY_SEED},

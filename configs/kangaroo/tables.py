@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from configs.records.claims import Estimate
-from configs.records.rows import Cells, by_recipe, gains, markdown, trained
+from configs.records.claims import Measured
+from configs.records.rows import Cells, by_recipe, gains, markdown, percent, trained
 from specjax.reporting import tables
 from specjax.reporting.records import provenance
 from specjax.reporting.spec_bench_page import OVERALL
@@ -225,10 +225,10 @@ def recipes(record: Mapping) -> str:
                 ("held-out acceptance", "validation_acceptance", 3),
             ):
                 line[heading] = f"{statistics.fmean(row[key] for row in trainings):.{digits}f}"
-            gain = Estimate.of(gains_over_paper(record, recipe, temperature))
-            half = "" if gain.half is None else f" ± {gain.half:.1f}"
-            line["compression rate"] = str(Estimate.of([row["block_efficiency"] for row in rows.values()]))
-            line["over paper"] = None if recipe == "paper" else f"{gain.mean:+.1f}%{half}"
+            rate = Measured.over_seeds([row["block_efficiency"] for row in rows.values()])
+            gain = percent(gains_over_paper(record, recipe, temperature)).plus_minus
+            line["compression rate"] = rate.plus_minus
+            line["over paper"] = None if recipe == "paper" else gain
             lines.append(line | {"seeds": str(len(rows))})
     return f"{markdown(lines)}\n\n{provenance(record)}"
 

@@ -17,27 +17,6 @@ _STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 @dataclasses.dataclass(frozen=True)
-class Estimate:
-    """A mean over seeds, and half the width of its 95% Student's t interval (None for a single seed)."""
-
-    mean: float
-    half: float | None
-    seeds: int
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Estimate":
-        """The estimate from one value per seed."""
-        if len(values) < 2:
-            return cls(float(values[0]), None, 1)
-        quantile = _STUDENT[min(len(values) - 2, len(_STUDENT) - 1)]
-        half = quantile * statistics.stdev(values) / math.sqrt(len(values))
-        return cls(statistics.fmean(values), half, len(values))
-
-    def __str__(self) -> str:
-        return f"{self.mean:.3f}" if self.half is None else f"{self.mean:.3f} ± {self.half:.3f}"
-
-
-@dataclasses.dataclass(frozen=True)
 class Measured:
     """A number with its 95% interval, and how it is printed.
 
@@ -66,10 +45,13 @@ class Measured:
     @classmethod
     def over_seeds(cls, values: Sequence[float], form: str = ".3f", **printed: str) -> "Measured":
         """The mean of one value per seed, with Student's t interval."""
-        mean = Estimate.of(values)
-        half = math.inf if mean.half is None else mean.half
-        alone = {"note": "1 seed"} if mean.half is None else {}
-        return cls(mean.mean, mean.mean - half, mean.mean + half, form, **(alone | printed))
+        mean, half = statistics.fmean(values), math.inf
+        if len(values) > 1:
+            quantile = _STUDENT[min(len(values) - 2, len(_STUDENT) - 1)]
+            half = quantile * statistics.stdev(values) / math.sqrt(len(values))
+        elif "note" not in printed:
+            printed["note"] = "1 seed"
+        return cls(mean, mean - half, mean + half, form, **printed)
 
     @classmethod
     def of_row(cls, row: Mapping[str, Any], key: str, **printed: str) -> "Measured":
@@ -86,6 +68,17 @@ class Measured:
         """Whether this is smaller than the bound; None if the intervals do not decide it."""
         other = bound if isinstance(bound, Measured) else Measured.exact(bound)
         return other.above(self)
+
+    @property
+    def edges(self) -> tuple[float, float] | None:
+        """Both ends of the interval; None for a single sample."""
+        return (self.low, self.high) if math.isfinite(self.low) else None
+
+    @property
+    def plus_minus(self) -> str:
+        """The number with its unit, and half the width of its interval; without the note."""
+        half = f" ± {(self.high - self.low) / 2:{self.form.removeprefix('+')}}" if self.edges else ""
+        return f"{self.value:{self.form}}{self.unit}{half}"
 
     def __str__(self) -> str:
         low, high = (format(end, self.form) for end in (self.low, self.high))
