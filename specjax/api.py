@@ -28,7 +28,7 @@ from specjax.decoding.drafters.table import build_drafter, make_options, options
 from specjax.decoding.plan import Plan
 from specjax.decoding.rules import RULES, Rule, rule_named
 from specjax.decoding.sampling import Sampling
-from specjax.hub.adapter import LoadedAdapter
+from specjax.hub.adapter import LoadedAttachment
 from specjax.hub.adapter import save as save_adapter  # noqa: F401
 from specjax.hub.model import Model, check_pair
 from specjax.hub.model import load as load
@@ -48,15 +48,15 @@ class Draft:
       options: the options of its drafter.
     """
 
-    def __init__(self, loaded: Model | LoadedAdapter, options: DrafterOptions | None = None, **values: Any):
+    def __init__(self, loaded: Model | LoadedAttachment, options: DrafterOptions | None = None, **values: Any):
         """Takes options by name for the drafter of `loaded`, or an `options` object, such as one of your own class.
 
         Raises:
           UserError: if `loaded` is not a loaded model or adapter, and for options that its drafter does not have.
         """
-        if not isinstance(loaded, Model | LoadedAdapter):
+        if not isinstance(loaded, Model | LoadedAttachment):
             raise UserError(f"api.Draft takes what api.load or api.load_adapter returned, not {loaded!r}")
-        kind = "model" if isinstance(loaded, Model) else loaded.adapter.drafter
+        kind = "model" if isinstance(loaded, Model) else loaded.network.drafter
         self.loaded, self.options = loaded, options or make_options(kind, values)
 
 
@@ -127,7 +127,7 @@ def generate(
     target: Model,
     prompts: Sequence[str] | Sequence[Sequence[int]],
     *,
-    drafter: Model | LoadedAdapter | Draft | DrafterOptions | str | None = None,
+    drafter: Model | LoadedAttachment | Draft | DrafterOptions | str | None = None,
     gamma: int = 4,
     temperature: float = 1.0,
     top_k: int = 0,
@@ -215,11 +215,11 @@ def _refuse(removed: dict[str, Any]) -> None:
         raise UserError(f"api.generate has no argument {name}{nearest(name, inspect.signature(generate).parameters)}")
 
 
-def _drafter(target: Model, drafter: Any) -> tuple[Model | LoadedAdapter | None, DrafterOptions | None]:
+def _drafter(target: Model, drafter: Any) -> tuple[Model | LoadedAttachment | None, DrafterOptions | None]:
     """The drafter's loaded model or adapter (or None), checked against the target, and the drafter's options."""
     if drafter is None:
         return None, None
-    if isinstance(drafter, Model | LoadedAdapter):
+    if isinstance(drafter, Model | LoadedAttachment):
         drafter = Draft(drafter)
     if isinstance(drafter, Draft):
         if isinstance(drafter.loaded, Model):

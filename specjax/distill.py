@@ -84,7 +84,7 @@ def _export(directory: Path, inputs: TrainingInputs, params: Params, tokenizer: 
     if isinstance(inputs.draft, AttachedDraft):
         target = hub_adapter.fingerprint(inputs.target, inputs.target_params)  # collective: every process calls this
         if processes.first():
-            hub_adapter.save(directory, hub_adapter.LoadedAdapter(inputs.draft.attachment, params, target))
+            hub_adapter.save(directory, hub_adapter.LoadedAttachment(inputs.draft.attachment, params, target))
     elif processes.first():
         hub_save.save(directory, inputs.draft, params, tokenizer)
 
@@ -188,7 +188,7 @@ def _draft(
     if hub_adapter.holds_one(init):
         loaded = hub_adapter.load(init, _required(target, init), shardings=shardings)
         loaded.check(hub_adapter.fingerprint(target, target_params))
-        return AttachedDraft.of(loaded.adapter), loaded.params
+        return AttachedDraft.of(loaded.network), loaded.params
     if is_attachment(init):
         draft = new_attached_draft(config, target)
         start = lambda key, target_params: draft.attachment.init_on(key, target, target_params)

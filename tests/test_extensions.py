@@ -339,7 +339,7 @@ def test_a_users_attachment_is_trained_by_a_users_divergence_and_decoded_by_its_
     # From Python; the exported file remembers where the class is.
     target = api.load(tmp_path / "run" / "target" / "export")
     attachment = api.load_adapter(tmp_path / "run" / "mine" / "export", target)
-    assert type(attachment.adapter).__name__ == "TwoStates" and attachment.adapter.config.layer == 1
+    assert type(attachment.network).__name__ == "TwoStates" and attachment.network.config.layer == 1
     generate = functools.partial(api.generate, target, ["a b", "c"], gamma=1, temperature=0.0, max_new_tokens=12)
     assert generate(drafter=attachment).tokens == generate().tokens
     attachment_file.unlink()

@@ -22,7 +22,7 @@ from specjax.decoding.drafters.model import ModelDrafter
 from specjax.decoding.drafters.table import make_options
 from specjax.decoding.sampling import Noise, Sampling, row_keys
 from specjax.distillation import divergences, objective, settings, trainer
-from specjax.hub.adapter import LoadedAdapter
+from specjax.hub.adapter import LoadedAttachment
 from specjax.hub.tokenizer import train_byte_bpe
 from specjax.models.adapters import Adapter, AdapterConfig
 from specjax.models.attachment import AttachedDraft, runtime_params
@@ -386,7 +386,7 @@ def home(tmp_path_factory):
         api.save(api.Model(decoder, params, tokenizer), home / name)
     target = api.load(home / "target")
     adapter, params = tiny.adapter(target.decoder, own_head=True)
-    api.save_adapter(home / "adapter", LoadedAdapter(adapter, params, target.fingerprint))
+    api.save_adapter(home / "adapter", LoadedAttachment(adapter, params, target.fingerprint))
     return home
 
 
@@ -394,7 +394,7 @@ def test_an_adapter_comes_back_from_its_small_directory_bit_for_bit(home):
     target = api.load(home / "target")
     loaded = api.load_adapter(home / "adapter", target)
     adapter, params = tiny.adapter(target.decoder, own_head=True)
-    assert loaded.adapter == adapter
+    assert loaded.network == adapter
     assert jax.tree.all(jax.tree.map(np.array_equal, loaded.params, params))
     assert sorted(path.name for path in (home / "adapter").iterdir()) == ["adapter.safetensors", "adapter_config.json"]
     assert (home / "adapter" / "adapter.safetensors").stat().st_size < 4 * adapter.num_params + 2000

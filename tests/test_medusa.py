@@ -149,10 +149,10 @@ def test_an_export_is_trained_further_from_its_own_parameters(models, tmp_path, 
     attached = (
         tiny.adapter(target) if kind == "adapter" else (tiny.heads(target, 2), tiny.heads_params(target, params, 2))
     )
-    saved = hub_adapter.LoadedAdapter(*attached, hub_adapter.fingerprint(target, params))
+    saved = hub_adapter.LoadedAttachment(*attached, hub_adapter.fingerprint(target, params))
     hub_adapter.save(tmp_path / "export", saved)
     draft, begun = further(tmp_path / "export", target, params)
-    assert draft == AttachedDraft.of(saved.adapter)
+    assert draft == AttachedDraft.of(saved.network)
     assert jax.tree.all(jax.tree.map(np.array_equal, begun, saved.params))
     twin = tiny.decoder(7)[1]
     with pytest.raises(UserError, match="belongs to another target"):

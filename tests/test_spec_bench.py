@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from specjax import api, spec_bench
 from specjax.data.spec_bench import Question, prompt_ids, read_questions
-from specjax.hub.adapter import LoadedAdapter
+from specjax.hub.adapter import LoadedAttachment
 from specjax.hub.tokenizer import train_byte_bpe
 from specjax.runtime.errors import UserError
 
@@ -36,7 +36,7 @@ def home(tmp_path_factory):
     api.save(api.Model(decoder, params, tokenizer), home / "target")
     target = api.load(home / "target")
     adapter, params = tiny.adapter(target.decoder)
-    api.save_adapter(home / "adapter", LoadedAdapter(adapter, params, target.fingerprint))
+    api.save_adapter(home / "adapter", LoadedAttachment(adapter, params, target.fingerprint))
     written(home, QUESTIONS)
     return home
 

@@ -18,7 +18,7 @@ from specjax.decoding.sampling import Sampling
 from specjax.evaluation import prediction
 from specjax.evaluation.engine import Method
 from specjax.hub import model as hub_model
-from specjax.hub.adapter import LoadedAdapter
+from specjax.hub.adapter import LoadedAttachment
 from specjax.reporting import records
 from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError, nearest, prefixed
@@ -133,7 +133,7 @@ class Case:
     name: str
     target: hub_model.Model
     section: DrafterSection
-    loaded: hub_model.Model | LoadedAdapter | None
+    loaded: hub_model.Model | LoadedAttachment | None
     rule: str
     lenience: float | None
     plan_rule: Rule
@@ -164,7 +164,7 @@ class Job:
     targets: dict[str, hub_model.Model]
     task: tasks.Task | None
     prompts: list[batches.Prompt]
-    drafters: dict[str, hub_model.Model | LoadedAdapter]
+    drafters: dict[str, hub_model.Model | LoadedAttachment]
 
     @property
     def target(self) -> hub_model.Model:
@@ -207,7 +207,7 @@ def load_models(config: Any, load: Callable, load_adapter: Callable) -> tuple[di
 
     Args:
       load: (path) -> Model; for a draft model also takes `replicate`.
-      load_adapter: (path, target) -> LoadedAdapter.
+      load_adapter: (path, target) -> LoadedAttachment.
 
     Raises:
       UserError: for incompatible models, and lossy rules without leniences.

@@ -53,23 +53,18 @@ def _samples(params: Params) -> Params:
 
 
 @dataclasses.dataclass(frozen=True)
-class LoadedAdapter:
+class LoadedAttachment:
     """An attachment (an adapter or heads) with its parameters.
 
     Attributes:
-      adapter: the attachment without parameters.
+      network: the attachment without parameters; `hub.model.Model` has this attribute too.
       params: its parameters.
       target: fingerprint of the target that it was trained with.
     """
 
-    adapter: Attachment
+    network: Attachment
     params: Any
     target: str
-
-    @property
-    def network(self) -> Attachment:
-        """The attachment without its parameters; `hub.model.Model` has this attribute too."""
-        return self.adapter
 
     def check(self, target: str) -> None:
         """Raises UserError unless `target` is the fingerprint of the target that it was trained with."""
@@ -80,7 +75,7 @@ class LoadedAdapter:
             )
 
 
-def save(directory: str | Path, loaded: LoadedAdapter) -> None:
+def save(directory: str | Path, loaded: LoadedAttachment) -> None:
     """Writes `adapter.safetensors` and `adapter_config.json`, replacing an earlier adapter's.
 
     Raises:
@@ -88,7 +83,7 @@ def save(directory: str | Path, loaded: LoadedAdapter) -> None:
     """
     from safetensors.numpy import save_file
 
-    directory, network, config = Path(directory), type(loaded.adapter), loaded.adapter.config
+    directory, network, config = Path(directory), type(loaded.network), loaded.network.config
     others = sorted(
         {path.name for path in directory.iterdir()} - {CONFIG_FILE, weights.SPECJAX_ADAPTER_FILE}
         if directory.is_dir()
@@ -117,7 +112,7 @@ def holds_one(directory: str | Path) -> bool:
     return (Path(directory) / weights.SPECJAX_ADAPTER_FILE).is_file()
 
 
-def load(directory: str | Path, target: LanguageModel, *, shardings=None) -> LoadedAdapter:
+def load(directory: str | Path, target: LanguageModel, *, shardings=None) -> LoadedAttachment:
     """Reads an adapter and checks that its sizes match the target's; the caller checks the fingerprint.
 
     Args:
@@ -131,6 +126,8 @@ def load(directory: str | Path, target: LanguageModel, *, shardings=None) -> Loa
     directory = Path(directory)
     adapter, trained_with = describe(directory, target)
     path = directory / weights.SPECJAX_ADAPTER_FILE
+    if not holds_one(directory):
+        raise UserError(f"there is no {path}; copy the adapter again")
     with reading(str(path), "is damaged or cut short"):
         stored = load_file(path)
     expected = {
@@ -146,7 +143,7 @@ def load(directory: str | Path, target: LanguageModel, *, shardings=None) -> Loa
         lambda path, leaf: jnp.asarray(stored[_name(path)]).astype(dtype), adapter.abstract_params()
     )
     params = params if shardings is None else jax.device_put(params, shardings(adapter))
-    return LoadedAdapter(adapter, params, trained_with)
+    return LoadedAttachment(adapter, params, trained_with)
 
 
 def describe(directory: Path, target: LanguageModel) -> tuple[Attachment, str]:

@@ -42,7 +42,8 @@ class JsonBackend:
         self._add(files, tokens)
         self.tokens: dict[int, str] = {index: content for content, index in library.get_vocab().items()}
         added = library.get_added_tokens_decoder()
-        self.special: frozenset[int] = frozenset(index for index, token in added.items() if token.special)
+        roles = {files.role(name, self.token_id) for name in ("bos_token", "eos_token")} - {None}
+        self.special = frozenset(roles | {index for index, token in added.items() if token.special})
         self.is_bpe: bool = type(library.model).__name__ == "BPE"
         plain, prompt = (library.encode("a", add_special_tokens=around).ids for around in (False, True))
         start = next((i for i in range(len(prompt)) if prompt[i : i + len(plain)] == plain), 0)

@@ -43,7 +43,7 @@ class Model:
 
     @property
     def network(self) -> LanguageModel:
-        """The model without its parameters; `LoadedAdapter` has this attribute too."""
+        """The model without its parameters; `LoadedAttachment` has this attribute too."""
         return self.decoder
 
     @functools.cached_property
@@ -117,7 +117,7 @@ def save(model: Model, directory: str | Path) -> None:
     hub_save.save(directory, model.decoder, model.params, model.tokenizer)
 
 
-def load_adapter(directory: str | Path, target: Model) -> hub_adapter.LoadedAdapter:
+def load_adapter(directory: str | Path, target: Model) -> hub_adapter.LoadedAttachment:
     """Loads an adapter that was trained on this target onto the target's devices.
 
     Raises:

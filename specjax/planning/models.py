@@ -97,10 +97,10 @@ class ModelCatalog:
             model.check_split(mesh)
         return hub_model.Model(model, placed(model, mesh, replicate=replicate), None, mesh)
 
-    def attached(self, name: str, target: hub_model.Model) -> hub_adapter.LoadedAdapter:
+    def attached(self, name: str, target: hub_model.Model) -> hub_adapter.LoadedAttachment:
         """An adapter as an evaluation loads it, with shapes in place of parameters."""
         attachment = self.attachment(name, target.decoder)
-        return hub_adapter.LoadedAdapter(attachment, placed(attachment, target.mesh), "")
+        return hub_adapter.LoadedAttachment(attachment, placed(attachment, target.mesh), "")
 
 
 def replicated(tree: Any, mesh: AnyMesh) -> Any:
