@@ -228,10 +228,10 @@ def test_a_run_that_receives_sigterm_exits_with_its_own_code(config_file, tmp_pa
     [
         (["--coordinator=h:1", "--processes=2"], "--process_id is missing"),
         (["--processes=2", "--process_id=0"], "--coordinator is missing"),
-        (["--coordinator=h", "--processes=2", "--process_id=0"], "must be HOST:PORT"),
+        (["--coordinator=h", "--processes=2", "--process_id=0"], "write --coordinator=HOST:PORT"),
         (["--coordinator=h:1", "--processes=2", "--process_id=2"], "--process_id=2 of --processes=2"),
         (["--coordinator=h:1", "--processes=two", "--process_id=0"], '--processes is "two"'),
-        (["--coordinator"], "--coordinator has no value"),
+        (["--coordinator"], '--coordinator is ""; write --coordinator=HOST:PORT'),
     ],
 )
 def test_flags_of_several_processes_that_make_no_sense_are_refused(flags, message):
@@ -353,7 +353,7 @@ def test_a_wrong_path_does_not_block_the_corrected_command(tmp_path, capsys):
 def test_a_wrong_path_of_a_later_stage_can_be_corrected(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(main, "binary", lambda section: reads)
     monkeypatch.setattr(records, "read_results", lambda path: {"rows": []})
-    monkeypatch.setattr(records, "write_results", lambda *_, **__: {})
+    monkeypatch.setattr(records, "write_results", lambda *_, **__: {"rows": []})
     written(tmp_path / "first.txt", "a")
     command = [f"--config={config_of(tmp_path, stages=True)}", f"--workdir={tmp_path / 'w'}"]
     good = [*command, f"--config.prompts={written(tmp_path / 'prompts.txt', 'a')}"]

@@ -77,7 +77,7 @@ class Sampling:
 
 def _truncate(probs: Float[Array, "B T V"], sampling: Sampling) -> Float[Array, "B T V"]:
     """Keeps the top-k tokens, then the top-p of these, and renormalises. All tokens tied at a cut-off are kept."""
-    find_edge = _edge_by_bisection if meshes.splits("vocab") else _edge_by_sorting
+    find_edge = _edge_by_bisection if meshes.num_shards("vocab") > 1 else _edge_by_sorting
     cut = jnp.where(probs >= find_edge(probs, sampling), probs, 0)
     return cut / jnp.sum(cut, axis=-1, keepdims=True)
 

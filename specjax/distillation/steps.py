@@ -23,7 +23,7 @@ class TrainingFunctions:
       generate: (model, parameters, prompts, lengths, step) -> batch; the model is static.
       author: the draft with logits of the target's vocabulary size, which generates on-policy text.
       has_teacher: whether the training loss compares draft and target.
-      needs_teacher: whether `update` needs the target's parameters, for the loss or because an attachment is trained.
+      needs_teacher: whether `update` needs the target's parameters: for the loss, or to train an attachment.
     """
 
     update: Callable

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from specjax.runtime.errors import UserError, first_line, nearest
+from specjax.runtime.errors import UserError, first_line
 
 _FORMAT = "specjax checkpoint 2"
 
@@ -20,33 +20,25 @@ _FORMAT = "specjax checkpoint 2"
 class Checkpointer:
     """Saves checkpoints in the background; keeps the latest ones, and the best one by a metric. A context manager."""
 
-    def __init__(self, directory: str | Path, *, keep_last: int, best_metric: str | None, best_mode: str):
+    def __init__(self, directory: str | Path, *, keep_last: int, best_metric: str, best_mode: str):
         """Opens or creates the folder, and removes unfinished checkpoints of a killed run.
 
         Args:
           directory: the folder for the checkpoints of one run.
           keep_last: how many of the latest checkpoints to keep; at least 1.
-          best_metric: a key of `metrics`; the checkpoint with its best value is kept too. None disables this.
+          best_metric: a key of `metrics`; the checkpoint with its best value is kept too.
           best_mode: "min" or "max": whether lower or higher values are better.
 
         Raises:
-          UserError: if an argument is out of range, or Orbax cannot read the folder.
+          UserError: if Orbax cannot read the folder.
         """
         import orbax.checkpoint as ocp
         from orbax.checkpoint import checkpoint_managers as policies
 
-        if keep_last < 1:
-            raise UserError(f"keep_last is {keep_last}; keep at least 1 checkpoint to resume from")
-        if best_mode not in ("min", "max"):
-            raise UserError(f'best_mode is "{best_mode}"; use "min" or "max"')
         self.directory = Path(directory).resolve()
-        self.best_metric = best_metric
-        keep = [policies.LatestN(keep_last)]
-        best = None
-        if best_metric is not None:
-            best = lambda metrics: metrics[best_metric]
-            how = {"reverse": best_mode == "min", "n": 1, "keep_checkpoints_without_metrics": False}
-            keep.append(policies.BestN(get_metric_fn=best, **how))
+        best = lambda metrics: metrics[best_metric]
+        how = {"reverse": best_mode == "min", "n": 1, "keep_checkpoints_without_metrics": False}
+        keep = [policies.LatestN(keep_last), policies.BestN(get_metric_fn=best, **how)]
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(keep),
             save_decision_policy=policies.FixedIntervalPolicy(1),
@@ -74,12 +66,8 @@ class Checkpointer:
             kept only while it is among the latest.
 
         Raises:
-          UserError: if `metrics` lacks the best metric.
+          UserError: if the disk has no room for it.
         """
-        if metrics and self.best_metric is not None and self.best_metric not in metrics:
-            raise UserError(
-                f'best_metric is "{self.best_metric}", which is not measured{nearest(self.best_metric, metrics)}'
-            )
         arrays = _named(state)
         needed = int(1.1 * sum(x.nbytes for x in arrays.values())) + 2**20  # with the files' own tables
         if jax.process_count() == 1 and (free := shutil.disk_usage(self.directory).free) < needed:
@@ -97,26 +85,19 @@ class Checkpointer:
         if not self._manager.save(step, args=items, metrics=metrics or None):
             raise ValueError(f"A checkpoint of step {step} or a later one is already in {self.directory}.")
 
-    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict, int] | None:
-        """Returns (state, host value, step) of a checkpoint, or None if there is no checkpoint.
+    def restore(self, abstract_state: Any) -> tuple[Any, dict, int] | None:
+        """Returns (state, host value, step) of the latest checkpoint, or None if there is none.
 
         Args:
           abstract_state: a tree of ShapeDtypeStructs; each array is laid out by its `sharding` (None: on the default
             device), however it was laid out when it was saved.
-          step: the step to restore; the latest by default.
 
         Raises:
-          UserError: if there is no such step, or the checkpoint is damaged, of another program or of another model.
+          UserError: if the checkpoint is damaged, of another program or of another model.
         """
-        steps = self.steps()
-        if step is None:
-            if not steps:
-                return None
-            step = steps[-1]
-        elif step not in steps:
-            raise UserError(
-                f"{self.directory} has no checkpoint of step {step}; it has {', '.join(map(str, steps)) or 'none'}"
-            )
+        if not self.steps():
+            return None
+        step = self.steps()[-1]
         path = self.directory / str(step)
         about = self._read(path, self._args.Composite(host=self._args.JsonRestore()))["host"]
         if not isinstance(about, dict) or about.get("format") != _FORMAT:

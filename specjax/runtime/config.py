@@ -205,21 +205,17 @@ def assert_same_run(config: ConfigDict, workdir: str | Path) -> None:
         _write(path, new)
         return
     old = _read(path)
-    comparable = _without_new_stages(new, old)
-    before, after = ({key: json.dumps(value) for key, value in leaves(tree)} for tree in (old, comparable))
+    stages = old.get("stages")
+    before, after = ({key: json.dumps(x) for key, x in leaves(_sections(tree, stages))} for tree in (old, new))
     changed = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
     forbidden = [key for key in changed if "mesh" not in key.split(".")]
-    if "stages" in comparable:  # other sections have an effect only on stages that refer to them
-        forbidden = [
-            key for key in forbidden if key.partition(".")[0] in ("stages", *comparable["stages"], *old["stages"])
-        ]
     if forbidden:
         changes = "; ".join(f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}" for key in forbidden)
         raise UserError(
             f"{workdir} belongs to a run with another config ({changes}); choose another --workdir, or use the config "
             "that it was started with"
         )
-    if changed or comparable != new:
+    if old != new:
         _write(path, new)
 
 
@@ -242,13 +238,12 @@ def _write(path: Path, config: dict) -> None:
     partial.replace(path)
 
 
-def _without_new_stages(config: dict, old: dict) -> dict:
-    """`config` without the stages that are missing in `old`, the config that the workdir already has."""
-    if "stages" not in config or "stages" not in old:
+def _sections(config: dict, stages: list[str] | None) -> dict:
+    """The sections of these stages; other sections have an effect only on stages that refer to them. None: all."""
+    if stages is None or "stages" not in config:
         return config
-    added = {name for name in config["stages"] if name not in old["stages"] and name not in old}
-    remaining = {key: value for key, value in config.items() if key not in added}
-    return {**remaining, "stages": [name for name in config["stages"] if name not in added]}
+    names = [name for name in config["stages"] if name in stages]
+    return {"stages": names, **{name: config[name] for name in names}}
 
 
 def check_data(config: ConfigDict, workdir: str | Path) -> None:

@@ -77,7 +77,7 @@ def make_mesh(config: Any) -> jax.sharding.Mesh:
 def lay_out(sizes: tuple[int, int, int], devices: Sequence[Any], slices: int) -> np.ndarray:
     """Arranges the devices of several slices as a mesh. Raises UserError if the slices do not divide it."""
     between = over_slices(sizes, slices)
-    within = tuple(size // num_shards for size, num_shards in zip(sizes, between, strict=True))
+    within = tuple(size // num_slices for size, num_slices in zip(sizes, between, strict=True))
     return mesh_utils.create_hybrid_device_mesh(within, between, devices)
 
 
@@ -151,7 +151,7 @@ def shard(tree: Any, axes_tree: Any, mesh: jax.sharding.Mesh) -> Any:
 
 def pin_last(x: jax.Array, name: str) -> jax.Array:
     """Shards the last axis as logical axis `name`, if it divides evenly; the compiler shards the other axes."""
-    if not splits(name) or x.shape[-1] % num_shards(name):
+    if num_shards(name) == 1 or x.shape[-1] % num_shards(name):
         return x
     return jax.lax.with_sharding_constraint(x, jax.P(*[jax.P.UNCONSTRAINED] * (x.ndim - 1), MESH_AXES[name]))
 
@@ -162,14 +162,9 @@ def pin_rows(x: jax.Array) -> jax.Array:
     Otherwise the compiler would not gather weights that are sharded over `fsdp`, but send every row to all chips, so
     that memory and traffic of a chip would grow with the number of chips.
     """
-    if not splits("batch") or x.shape[0] % num_shards("batch"):
+    if num_shards("batch") == 1 or x.shape[0] % num_shards("batch"):
         return x
     return jax.lax.with_sharding_constraint(x, jax.P(MESH_AXES["batch"], *[None] * (x.ndim - 1)))
-
-
-def splits(name: str) -> bool:
-    """Whether the current mesh splits this logical axis."""
-    return num_shards(name) > 1
 
 
 def num_shards(name: str) -> int:
@@ -203,14 +198,11 @@ def place_rows(array: np.ndarray, count: int, mesh: jax.sharding.Mesh) -> jax.Ar
     shape = (count, *array.shape[1:])
     check_divisible(shape, axes, mesh.shape)
     sharding = jax.NamedSharding(mesh, spec(axes))
-    if len(array) == count:
-        return place(array, sharding)
-    local = own_rows(mesh, count)
+    local = range(count) if len(array) == count else own_rows(mesh, count)
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
         first, end, _ = index[0].indices(count)
-        at = local.index(first)
-        return array[at : at + end - first]
+        return array[local.index(first) : local.index(first) + end - first]
 
     return jax.make_array_from_callback(shape, sharding, part)
 

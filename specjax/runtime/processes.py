@@ -67,35 +67,27 @@ def parse(arguments: Sequence[str]) -> tuple[Joining, list[str]]:
     """
     values, rest = {}, []
     for argument in arguments:
-        name, equals, value = argument.partition("=")
+        name, _, value = argument.partition("=")
         if name not in _HELP:
             rest.append(argument)
-        elif not equals:
-            raise UserError(f"{name} has no value; write {_HELP[name]}")
-        else:
-            values[name] = value
-    numbers = {name: _number(name, text) for name, text in values.items() if name != "--coordinator"}
-    seconds = numbers.pop("--join_seconds", Joining.seconds)
-    missing = [name for name in ("--coordinator", "--processes", "--process_id") if name not in values]
+            continue
+        host, _, port = value.rpartition(":")
+        if not (host and port.isdecimal() if name == "--coordinator" else value.isdecimal()):
+            raise UserError(f'{name} is "{value}"; write {_HELP[name]}')
+        values[name.removeprefix("--")] = value if name == "--coordinator" else int(value)
+    seconds = values.pop("join_seconds", Joining.seconds)
+    missing = [name for name in ("coordinator", "processes", "process_id") if name not in values]
     if len(missing) == 3:
         return Joining(seconds=seconds), rest
     if missing:
-        raise UserError(f"{missing[0]} is missing; add it, or leave out all three if JAX can detect the cluster")
-    coordinator, processes, process_id = values["--coordinator"], numbers["--processes"], numbers["--process_id"]
-    host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdecimal():
-        raise UserError(f'--coordinator is "{coordinator}"; it must be HOST:PORT, such as 10.0.0.2:8476')
-    if processes < 1 or not 0 <= process_id < processes:
+        raise UserError(f"--{missing[0]} is missing; add it, or leave out all three if JAX can detect the cluster")
+    joining = Joining(**values, seconds=seconds)
+    if not joining.process_id < joining.processes:
         raise UserError(
-            f"--process_id={process_id} of --processes={processes} does not exist; ids run from 0 to {processes - 1}"
+            f"--process_id={joining.process_id} of --processes={joining.processes} does not exist; ids run from 0 to "
+            f"{joining.processes - 1}"
         )
-    return Joining(coordinator, processes, process_id, seconds), rest
-
-
-def _number(name: str, text: str) -> int:
-    if not text.isdecimal():
-        raise UserError(f'{name} is "{text}"; write a whole number, as in {_HELP[name]}')
-    return int(text)
+    return joining, rest
 
 
 def several(environment: Mapping[str, str]) -> bool:
@@ -228,18 +220,11 @@ def fetch(tree: Any) -> Any:
 
 
 def fetch_to_first(tree: Any) -> Any:
-    """Like `fetch`, but other processes than 0 get None for each array; fetches one at a time to bound memory.
-
-    In a run of one process, the tree is returned unchanged.
-    """
+    """Like `fetch`, but only process 0 keeps the arrays, fetched one at a time; one process gets the tree unchanged."""
     if jax.process_count() == 1:
         return tree
-
-    def complete(x: Any) -> Any:
-        array = fetch(x)
-        return array if first() else None
-
-    return jax.tree.map(complete, tree)
+    keep = lambda array: array if first() else None
+    return jax.tree.map(lambda x: keep(fetch(x)), tree)
 
 
 def fail_together(problem: str) -> None:
