@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from configs.benchmark import page as benchmark_page
+from configs.records import sync
 from specjax.reporting import metrics, page, panels, plots, records, tables
 from specjax.runtime.errors import InexactText, UserError
 
@@ -370,19 +371,19 @@ def test_a_markdown_table_names_any_keys_and_escapes_bars():
 
 def test_readme_tables_are_replaced_and_nothing_else():
     text = "a\n<!-- table:one -->\nold\n<!-- /table -->\nb\n<!-- table:two --><!-- /table -->\nc\n"
-    synced = tables.sync_readme(text, {"one": "| 1 |", "two": "| \\1 |\n"})
+    synced = sync.sync_readme(text, {"one": "| 1 |", "two": "| \\1 |\n"})
     assert synced == (
         "a\n<!-- table:one -->\n| 1 |\n<!-- /table -->\nb\n<!-- table:two -->\n| \\1 |\n<!-- /table -->\nc\n"
     )
-    assert tables.sync_readme(synced, {"one": "| 1 |", "two": "| \\1 |\n"}) == synced
+    assert sync.sync_readme(synced, {"one": "| 1 |", "two": "| \\1 |\n"}) == synced
 
 
 def test_missing_readme_markers_are_named():
     with pytest.raises(UserError, match="<!-- table:one -->"):
-        tables.sync_readme("nothing here", {"one": "x"})
+        sync.sync_readme("nothing here", {"one": "x"})
     unclosed = "<!-- table:one -->\n<!-- table:two -->\n<!-- /table -->"
     with pytest.raises(UserError, match="table:one --> is never closed"):
-        tables.sync_readme(unclosed, {"one": "x"})
+        sync.sync_readme(unclosed, {"one": "x"})
 
 
 # --- figures and page

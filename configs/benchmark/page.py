@@ -2,9 +2,8 @@
 
 from collections.abc import Mapping
 
-from configs.records.rows import markdown
+from configs.records.rows import markdown, provenance
 from specjax.reporting import tables
-from specjax.reporting.records import provenance
 
 
 def quickstart(record: Mapping) -> str:

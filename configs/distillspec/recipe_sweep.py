@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 
 from configs.records.claims import Measured
-from configs.records.rows import by_recipe, gains, markdown, percent, trained
+from configs.records.rows import by_recipe, gains, markdown, percent, provenance, trained
 from specjax.reporting import page, panels, tables
-from specjax.reporting.records import provenance
 
 TEXTS = ("fixed", "draft", "target", "mixed")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "total_variation")

@@ -13,9 +13,8 @@ from configs.distillspec.tradeoffs import (
     operating_point,
     pareto_front,
 )
-from configs.records.rows import by_recipe, gains, markdown, trained
+from configs.records.rows import by_recipe, gains, markdown, provenance, trained
 from specjax.reporting import tables
-from specjax.reporting.records import provenance
 
 
 def lossy_groups(record: Mapping) -> Iterator[tuple[Cell, list[Cell]]]:

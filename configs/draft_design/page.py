@@ -3,9 +3,8 @@
 from collections.abc import Mapping
 
 from configs.draft_design import claims
-from configs.records.rows import markdown
+from configs.records.rows import markdown, provenance
 from specjax.reporting import tables
-from specjax.reporting.records import provenance
 from specjax.reporting.row_tables import by_table, columns_of
 
 

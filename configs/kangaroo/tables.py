@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from configs.records.claims import Measured
-from configs.records.rows import Cells, by_recipe, gains, markdown, percent, trained
+from configs.records.rows import Cells, by_recipe, gains, markdown, percent, provenance, trained
 from specjax.reporting import tables
-from specjax.reporting.records import provenance
 from specjax.reporting.spec_bench_page import OVERALL
 
 _STEPS = ("draft_step_seconds", "target_step_seconds", "verify_seconds", "rule_seconds")

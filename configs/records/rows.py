@@ -11,6 +11,12 @@ def markdown(lines: Sequence[Mapping]) -> str:
     return tables.markdown_table(lines, list(dict.fromkeys(key for line in lines for key in line)))
 
 
+def provenance(record: Mapping) -> str:
+    """One line with the versions, device and commit of a record, to be printed below its table."""
+    made = record["environment"]
+    return f"jax {made['jax']}, Python {made['python']}, {made['device_kind']}, commit {made['git_commit'][:12]}"
+
+
 def trained(record: Mapping) -> dict[str, Mapping]:
     """The row of each training stage, by the stage's name."""
     return {row["stage"]: row for row in record["rows"] if "train_seconds" in row}

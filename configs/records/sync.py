@@ -19,7 +19,7 @@ from typing import Any
 from configs.records import claims
 from configs.records.claims import Claim
 from specjax.evaluation.rows import metrics_table
-from specjax.reporting import records, tables
+from specjax.reporting import records
 from specjax.runtime.errors import UserError
 
 _PAGES = [
@@ -29,6 +29,8 @@ _PAGES = [
 TABLES: dict[str, Callable[[Mapping], str]] = {name: write for page in _PAGES for name, write in page.TABLES.items()}
 FIGURES: dict[str, Callable] = {name: draw for page in _PAGES for name, draw in page.FIGURES.items()}
 CLAIMS: dict[str, Sequence[Claim]] = {name: listed for page in _PAGES for name, listed in page.CLAIMS.items()}
+# The marker before a generated table in a Markdown page.
+OPENING = "<!-- table:{name} -->"
 # Tables that come from the code and need no record.
 GENERATED: dict[str, Callable[[], str]] = {"metrics": metrics_table}
 
@@ -50,7 +52,24 @@ def synced(text: str, directory: str | Path) -> str:
             existing = {record: _read(path) for record, path in paths.items() if path.is_file()}
             written[name] = claims.claims_table(listed, existing)
     written |= {name: write() for name, write in GENERATED.items() if _has_table(text, name)}
-    return tables.sync_readme(text, written)
+    return sync_readme(text, written)
+
+
+def sync_readme(readme_text: str, written: Mapping[str, str]) -> str:
+    """Replaces what is between `<!-- table:NAME -->` and `<!-- /table -->` in a text with the table of this name.
+
+    Raises UserError if a table's markers are missing or not closed before the next table.
+    """
+    for name, table in written.items():
+        opening, closing = OPENING.format(name=name), "<!-- /table -->"
+        if opening not in readme_text:
+            raise UserError(f"the README has no marker {opening}; add it, and {closing} below it")
+        before, _, rest = readme_text.partition(opening)
+        body, end, after = rest.partition(closing)
+        if not end or "<!-- table:" in body:
+            raise UserError(f"the README's marker {opening} is never closed; add {closing} below it")
+        readme_text = f"{before}{opening}\n{table.strip()}\n{closing}{after}"
+    return readme_text
 
 
 def draw_figures(page: Path, directory: str | Path) -> None:
@@ -76,7 +95,7 @@ def _picture(name: str) -> str:
 
 
 def _has_table(text: str, name: str) -> bool:
-    return tables.OPENING.format(name=name) in text
+    return OPENING.format(name=name) in text
 
 
 def _read(path: Path) -> dict:

@@ -113,36 +113,29 @@ def style(theme: Theme):
     """A matplotlib context for a theme: axes without a box, a faint horizontal grid, text in the page's colour."""
     import matplotlib
 
+    inked = ("axes.titlecolor", "axes.labelcolor", "axes.edgecolor", "text.color", "xtick.color", "ytick.color")
+    absent = ("axes.spines.top", "axes.spines.right", "axes.spines.left", "ytick.left", "ytick.minor.left")
     settings = {
         "font.family": "sans-serif",
         "font.size": 10.5,
         "axes.titlesize": 11,
         "axes.titleweight": "bold",
-        "axes.titlecolor": theme.ink,
-        "axes.labelcolor": theme.ink,
         "axes.facecolor": theme.paper,
-        "axes.edgecolor": theme.ink,
         "axes.linewidth": 0.8,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.spines.left": False,
         "axes.grid": True,
         "axes.grid.axis": "y",
         "axes.axisbelow": True,
         "grid.color": theme.faint,
         "grid.linewidth": 0.8,
         "figure.facecolor": theme.paper,
-        "text.color": theme.ink,
-        "xtick.color": theme.ink,
-        "ytick.color": theme.ink,
-        "ytick.left": False,
-        "ytick.minor.left": False,
         "legend.frameon": False,
         "legend.fontsize": 10,
         "legend.handlelength": 1.8,
         "legend.borderaxespad": 0.3,
         "lines.linewidth": 1.9,
         "lines.markersize": 5,
+        **dict.fromkeys(inked, theme.ink),
+        **dict.fromkeys(absent, False),
     }
     with matplotlib.rc_context(settings):
         yield

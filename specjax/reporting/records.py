@@ -23,12 +23,6 @@ _ROOT = Path(__file__).resolve().parents[2]
 REQUIRED_KEYS = ("schema", "binary", "config", "environment", "rows")
 
 
-def provenance(record: Mapping) -> str:
-    """One line with the versions, device and commit of a record, to be printed below its table."""
-    made = record["environment"]
-    return f"jax {made['jax']}, Python {made['python']}, {made['device_kind']}, commit {made['git_commit'][:12]}"
-
-
 def environment(seed: int) -> dict:
     """Versions, commit and devices of this run. The commit of a checkout with uncommitted changes ends in `-dirty`."""
     import jax

@@ -8,8 +8,6 @@ from typing import Any
 from specjax.reporting import metrics
 from specjax.runtime.errors import UserError, nearest
 
-# The marker before a generated table in a Markdown page.
-OPENING = "<!-- table:{name} -->"
 NOTHING = "–"
 SETTINGS = ("task", "target", "rule", "lenience", "threshold", "top_k", "top_p", "batch_size", "max_new_tokens", "seed")
 SUMMARY = (
@@ -65,23 +63,6 @@ def markdown_table(rows: Sequence[Mapping], columns: Sequence[str] | Mapping[str
     rules = ["---" if is_text(rows, key) else "---:" for key in keys]
     lines = [titles, rules, *([cell(row, key) for key in keys] for row in rows)]
     return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
-
-
-def sync_readme(readme_text: str, tables: Mapping[str, str]) -> str:
-    """Replaces what is between `<!-- table:NAME -->` and `<!-- /table -->` in a text with the table of this name.
-
-    Raises UserError if a table's markers are missing or not closed before the next table.
-    """
-    for name, table in tables.items():
-        opening, closing = OPENING.format(name=name), "<!-- /table -->"
-        if opening not in readme_text:
-            raise UserError(f"the README has no marker {opening}; add it, and {closing} below it")
-        before, _, rest = readme_text.partition(opening)
-        body, end, after = rest.partition(closing)
-        if not end or "<!-- table:" in body:
-            raise UserError(f"the README's marker {opening} is never closed; add {closing} below it")
-        readme_text = f"{before}{opening}\n{table.strip()}\n{closing}{after}"
-    return readme_text
 
 
 def summary_columns(rows: Sequence[Mapping]) -> list[str]:
