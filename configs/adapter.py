@@ -5,7 +5,7 @@
 
 `configs/adapter.py:medusa` trains Medusa heads in place of the adapter. The target is a Hugging Face checkpoint of a
 decoder-only family; it is not changed. The text is a file or a folder of files. For prompts with answers set
-`--config.task.name=prompt_completion` and give JSON lines with "prompt" and "completion".
+`--config.task.name=prompt_completion`; configs/distillspec/README.md lists the layouts (conversations, Alpaca, ...).
 
 Kangaroo (arXiv 2404.18911) puts an adapter on the first `exit_layer` layers; Medusa-1 (arXiv 2401.10774, without its
 tree) puts heads on the last hidden state. The result is in runs/adapter/adapter/export: two small files that work with

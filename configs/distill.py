@@ -4,9 +4,9 @@
         --config.target=DIR --config.draft=DIR --config.text=FILE
 
 Target and draft are Hugging Face checkpoints with the same tokenizer. The text is a file or a folder of files; a tenth
-of it is held out for the evaluation. For prompts with answers set `--config.task.name=prompt_completion` and give JSON
-lines with "prompt" and "completion". The draft is left in runs/draft/distilled/export, the report in
-runs/draft/report.html.
+of it is held out for the evaluation. For prompts, with or without answers, set `--config.task.name=prompt_completion`;
+configs/distillspec/README.md lists the layouts (conversations, Alpaca, ...). The draft is left in
+runs/draft/distilled/export, the report in runs/draft/report.html.
 
 `configs/distill.py:new` needs no draft: it trains one of the size `shape` from nothing, first plainly, then as above.
 

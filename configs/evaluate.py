@@ -4,7 +4,7 @@
         --config.target=DIR --config.drafter.path=DIR --config.prompts=FILE
 
 Target and draft are Hugging Face checkpoints of any supported family with the same tokenizer. The file has one prompt
-per line, or is JSON lines with "prompt" (and "completion"), "question" and "answer" (GSM8K), or "turns" (Spec-Bench).
+per line, or records in a layout of configs/distillspec/README.md (prompts, questions, conversations, Alpaca, ...).
 The report is runs/pair/report.html; configs/evaluate/README.md defines every metric and rule.
 
 Hardware: whatever holds both models; `--config.mesh.tensor=8` splits them over 8 devices, and

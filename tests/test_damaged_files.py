@@ -11,12 +11,16 @@ import numpy as np
 import pytest
 import tiny
 import toy_tokenizers
+from ml_collections import ConfigDict
+from test_layouts import LAYOUTS
 
+from specjax.data.batches import evaluation_prompts
+from specjax.data.tasks import load_task
 from specjax.hub import load as hub_load
 from specjax.hub import model as hub_model
 from specjax.hub import weights
 from specjax.hub.save import save
-from specjax.hub.tokenizer import Tokenizer
+from specjax.hub.tokenizer import Tokenizer, train_byte_bpe
 from specjax.models.decoder import Decoder
 from specjax.runtime.errors import UserError
 
@@ -123,4 +127,30 @@ def test_a_damaged_checkpoint_loads_or_ends_in_one_sentence(checkpoints, tmp_pat
             assert "\n" not in str(error) and len(str(error)) < 1000, (seed, name)
             refused += 1
         shutil.rmtree(directory)
+    assert refused > 5
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_damaged_file_of_examples_is_read_or_ends_in_one_sentence(tmp_path, name):
+    path = tmp_path / name
+    LAYOUTS[name][0](path)
+    whole = path.read_bytes()
+    tokenizer = train_byte_bpe([whole.decode("latin-1")], 280)
+    refused = 0
+    for seed in range(10):
+        draw = random.Random(f"{name} {seed}")
+        lines = whole.split(b"\n")
+        if path.suffix == ".jsonl" and draw.random() < 0.7:  # one value of one line
+            line = draw.randrange(len(lines) - 1)
+            lines[line] = damage(lines[line], "line.json", draw)
+            path.write_bytes(b"\n".join(lines))
+        else:
+            path.write_bytes(damage(whole, path.name, draw))
+        for task in ("prompts", "prompt_completion", "text"):
+            try:
+                loaded = load_task(ConfigDict({"name": task, "path": str(path), "seed": 0, "size": 0}))
+                evaluation_prompts(loaded, tokenizer, count=1, prompt_length=(1, 10**6), seed=0)
+            except UserError as error:
+                assert "\n" not in str(error) and len(str(error)) < 1000, (seed, task)
+                refused += 1
     assert refused > 5

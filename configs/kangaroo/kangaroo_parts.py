@@ -138,7 +138,7 @@ def real_scale(variant: str, *, exit_layer: int, learning_rate: float) -> Config
         exit_layer = 1
     else:
         config.target = ""  # directory of the target
-        config.text = ""  # JSON lines with "prompt" and "completion", loss on completions alone
+        config.text = ""  # conversations, or prompts with completions; loss on the answers alone
         config.questions = ""  # Spec-Bench's question.jsonl
         directory, corpus, questions = (config.get_ref(key) for key in ("target", "text", "questions"))
     config.adapter = _real_adapter(variant, directory, corpus, exit_layer=exit_layer, learning_rate=learning_rate)

@@ -3,9 +3,9 @@
     python -m specjax.main --config=configs/kangaroo/llama3_8b.py --workdir=runs/llama3_8b \\
         --config.target=DIR --config.text=FILE --config.questions=FILE
 
-The directory is the Hugging Face checkpoint, the text JSON lines with "prompt" (the conversation so far, as the chat
-template writes it) and "completion", the questions Spec-Bench's question.jsonl. The paper trains on ShareGPT; to train
-on text of the target itself set `--config.adapter.data.target=1 --config.adapter.data.fixed=0`.
+The directory is the Hugging Face checkpoint, the text a file of conversations in the layout of ShareGPT (or another of
+configs/distillspec/README.md), the questions Spec-Bench's question.jsonl. The paper trains on ShareGPT; to train on
+text of the target itself set `--config.adapter.data.target=1 --config.adapter.data.fixed=0`.
 The vocabulary of 128,256 makes the head the dearest part of a draft step.
 
 Hardware: eight accelerators that hold the target together. Not timed: only

@@ -3,9 +3,9 @@
     python -m specjax.main --config=configs/kangaroo/vicuna_7b.py --workdir=runs/vicuna_7b \\
         --config.target=DIR --config.text=FILE --config.questions=FILE
 
-The directory is the Hugging Face checkpoint, the text JSON lines with "prompt" (the conversation so far, as the chat
-template writes it) and "completion", the questions Spec-Bench's question.jsonl. The paper trains on ShareGPT; to train
-on text of the target itself set `--config.adapter.data.target=1 --config.adapter.data.fixed=0`.
+The directory is the Hugging Face checkpoint, the text a file of conversations in the layout of ShareGPT (or another of
+configs/distillspec/README.md), the questions Spec-Bench's question.jsonl. The paper trains on ShareGPT; to train on
+text of the target itself set `--config.adapter.data.target=1 --config.adapter.data.fixed=0`.
 Vicuna's checkpoints bring no chat template: put FastChat's, as Jinja, into their tokenizer_config.json first.
 
 Hardware: eight accelerators that hold the target together. Not timed: only

@@ -99,7 +99,7 @@ def _documents(name: str, content: str | files.Located) -> list[tuple[str, str]]
     for where, record in content:
         if not isinstance(record.get("text"), str):
             raise UserError(
-                f'{where} has the fields {", ".join(map(repr, record)) or "none"}, and no "text" for the task `text`; '
+                f'{where} has the fields {files.fields_of(record)}, and no "text" for the task `text`; '
                 "use the task `prompt_completion` to train on prompts, and `prompts` to evaluate on them"
             )
     return [(where, record["text"]) for where, record in content if record["text"].strip()]

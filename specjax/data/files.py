@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import lzma
+import reprlib
 import sys
 import zlib
 from collections.abc import Iterator
@@ -70,6 +71,11 @@ def read_records(path: Path) -> Located:
     """Returns the records of `read`. Raises UserError also for plain text, with the line that is no JSON object."""
     content = read(path)
     return list(_lines(path, content)) if isinstance(content, str) else content
+
+
+def fields_of(record: Record) -> str:
+    """The names of a record's fields, for an error message."""
+    return ", ".join(map(reprlib.repr, list(record)[:12])) or "none"
 
 
 def _bytes(path: Path) -> bytes:

@@ -7,6 +7,7 @@ decoder-only models where a prompt that was cut ends. T5's tokenizer ignores it.
 """
 
 import json
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -141,7 +142,7 @@ def parse_any(record: Record, where: str) -> list[Example]:
     if "text" in record:
         raise UserError(f'{where} is a document (its field is "text"), not a prompt; use the task `text`')
     raise UserError(
-        f"{where} has the fields {', '.join(map(repr, record)) or 'none'}, which is no known layout; "
+        f"{where} has the fields {files.fields_of(record)}, which is no known layout; "
         f"rename one to {', '.join(LAYOUTS)} (see the layouts in configs/distillspec/README.md)"
     )
 
@@ -215,7 +216,7 @@ def _message(turn: Any, where: str) -> Message:
         raise UserError(f"{where} is {type(turn).__name__}, not an object with a role and a content; correct it")
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
     if not isinstance(role, str) or role.lower() not in _ROLES:
-        raise UserError(f"{where} has the role {role!r}; it must be one of {', '.join(_ROLES)}")
+        raise UserError(f"{where} has the role {reprlib.repr(role)}; it must be one of {', '.join(_ROLES)}")
     if isinstance(content, list):
         for part in content:
             if not isinstance(part, dict) or part.get("type", "text") != "text":
