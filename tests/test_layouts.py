@@ -7,6 +7,7 @@ import json
 import lzma
 
 import pytest
+import toy_tokenizers
 from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
@@ -154,6 +155,13 @@ def test_a_layout_gives_its_prompts_and_completions_to_evaluation_and_training(t
     task = load("prompt_completion", tmp_path / name)
     assert sorted((e.prompt, e.completion) for e in task.train + task.validation) == sorted(pairs)
     assert task.train and task.validation
+    folder = tmp_path / "splits"
+    folder.mkdir()
+    for split in ("train", "test"):
+        write(folder / f"{split}.{name.partition('.')[2]}")
+    if name != "lines.TXT":
+        assert [(e.prompt, e.completion) for e in load("prompts", folder).validation] == pairs
+        assert len(load("prompt_completion", folder).train) == len(pairs)
 
 
 def test_a_conversation_gives_an_example_for_each_answer_and_stays_in_one_split(tmp_path):
@@ -346,6 +354,15 @@ def test_conversations_are_trained_in_the_chat_template_and_end_with_the_turns_e
     assert 5 not in ids and template.end_id == plain.eos_ids[0] != template.eos_ids[0]
     (prompt,) = evaluation_prompts(task_of(first), template, count=1, prompt_length=(1, 99), seed=0)
     assert list(prompt.tokens) == template.apply_chat(first.messages)
+
+
+def test_a_text_that_has_the_begin_token_gets_no_second_one(tmp_path):
+    toy_tokenizers.llama(tmp_path)
+    tokenizer = Tokenizer.load(tmp_path)
+    for prompt in ("<s>[INST] hi [/INST]", "[INST] hi [/INST]"):
+        for chosen in (dict(prompts_alone=True), {}):
+            batch = next(training_batches(task_of(Example(prompt, " yes")), tokenizer, **SIZES, **chosen))
+            assert batch["tokens"][0].tolist().count(tokenizer.bos_id) == 1
 
 
 def test_other_layouts_are_trained_in_the_template_on_request_without_the_gap_before_an_answer(tokenizers):

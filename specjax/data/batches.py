@@ -109,7 +109,9 @@ def training_batches(
                 "models write, or add completions"
             )
     layout = _Layout(sequence_length, prompt_length, batch_size, seed, start_token, chat)
-    return Batches(layout.rows(task, examples, tokenizer), batch_size, seed, own_rows or range(batch_size))
+    return Batches(
+        layout.rows(task, examples, tokenizer), batch_size, seed, range(batch_size) if own_rows is None else own_rows
+    )
 
 
 def validation_batches(

@@ -160,7 +160,10 @@ def _load_spec_bench(config: Any) -> Splits:
 
 
 def _load_prompts(config: Any) -> Splits:
-    content = files.read(Path(config.path))
+    path = Path(config.path)
+    if path.is_dir():
+        return (), layouts.read_splits(path, layouts.parse_any)[1]
+    content = files.read(path)
     return (), _lines(content) if isinstance(content, str) else layouts.parse_all(content, layouts.parse_any)
 
 

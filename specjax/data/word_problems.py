@@ -52,8 +52,8 @@ def arithmetic(draw: random.Random) -> Problem:
     count = draw.randrange(5, 60)
     story, working = [f"{name} has {count} {item}."], []
     for _ in range(draw.randrange(2, 5)):
-        step = draw.choice([_buy, _find, _give, _double, _share])
-        sentence, work, count = step(draw, name, friend, item, count)
+        kind = draw.choice(("buy", "find", "give", "double", "share"))
+        sentence, work, count = _step(draw, kind, name, friend, item, count)
         story.append(sentence)
         working.append(work)
     if draw.random() < 0.3:
@@ -66,59 +66,38 @@ def arithmetic(draw: random.Random) -> Problem:
     return " ".join(story), "\n".join([*working, f"#### {count}"])
 
 
-# A step is (sentence of the question, sentence of the worked answer, new count); counts stay positive.
-_Step = tuple[str, str, int]
-
-
-def _buy(draw: random.Random, name: str, friend: str, item: str, count: int) -> _Step:
-    number, each, boxes = draw.randrange(2, 10), draw.randrange(3, 13), draw.choice(_BOXES)
-    bought = number * each
-    total = count + bought
-    return (
-        f"{name} buys {number} {boxes} with {each} {item} in each.",
-        f"The {boxes} hold {number} * {each} = {bought} {item}, so there are {count} + {bought} = {total}.",
-        total,
-    )
-
-
-def _find(draw: random.Random, name: str, friend: str, item: str, count: int) -> _Step:
-    more = draw.randrange(2, 40)
-    return (
-        f"{name} finds {more} more {item}.",
-        f"With those found there are {count} + {more} = {count + more}.",
-        count + more,
-    )
-
-
-def _give(draw: random.Random, name: str, friend: str, item: str, count: int) -> _Step:
-    if count < 2:
-        return _find(draw, name, friend, item, count)
-    number = draw.randrange(1, count)
-    return (
-        f"{name} gives {number} {item} to {friend}.",
-        f"After giving some to {friend} there are {count} - {number} = {count - number}.",
-        count - number,
-    )
-
-
-def _double(draw: random.Random, name: str, friend: str, item: str, count: int) -> _Step:
-    return (
-        f"{name} wins a game and doubles the number of {item}.",
-        f"Doubled, there are {count} * 2 = {count * 2}.",
-        count * 2,
-    )
-
-
-def _share(draw: random.Random, name: str, friend: str, item: str, count: int) -> _Step:
+def _step(draw: random.Random, kind: str, name: str, friend: str, item: str, count: int) -> tuple[str, str, int]:
+    """A sentence of the question, one of the worked answer, and the new count, which is positive."""
     divisors = [people for people in range(2, 9) if count % people == 0]
-    if not divisors:
-        return _give(draw, name, friend, item, count)
-    people = draw.choice(divisors)
-    return (
-        f"{name} shares the {item} equally among {people} people and keeps one share.",
-        f"One share is {count} / {people} = {count // people}.",
-        count // people,
-    )
+    if kind == "share" and not divisors:
+        kind = "give"
+    if kind == "give" and count < 2:
+        kind = "find"
+    if kind == "buy":
+        number, each, boxes = draw.randrange(2, 10), draw.randrange(3, 13), draw.choice(_BOXES)
+        bought, total = number * each, count + number * each
+        sentence = f"{name} buys {number} {boxes} with {each} {item} in each."
+        work = f"The {boxes} hold {number} * {each} = {bought} {item}, so there are {count} + {bought} = {total}."
+    elif kind == "find":
+        more = draw.randrange(2, 40)
+        total = count + more
+        sentence = f"{name} finds {more} more {item}."
+        work = f"With those found there are {count} + {more} = {total}."
+    elif kind == "give":
+        number = draw.randrange(1, count)
+        total = count - number
+        sentence = f"{name} gives {number} {item} to {friend}."
+        work = f"After giving some to {friend} there are {count} - {number} = {total}."
+    elif kind == "double":
+        total = count * 2
+        sentence = f"{name} wins a game and doubles the number of {item}."
+        work = f"Doubled, there are {count} * 2 = {total}."
+    else:
+        people = draw.choice(divisors)
+        total = count // people
+        sentence = f"{name} shares the {item} equally among {people} people and keeps one share."
+        work = f"One share is {count} / {people} = {total}."
+    return sentence, work, total
 
 
 _FEW_NAMES = ("Ada", "Ben", "Hugo", "Kim")
