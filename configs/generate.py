@@ -39,6 +39,11 @@ def get_config(variant: str = "") -> ConfigDict:
     config.temperature = 1.0
     config.top_k = 0  # 0 is off
     config.top_p = 1.0  # 1 is off
+    # "checkpoint" takes temperature, top_k and top_p from the target's generation_config.json; leave them as they are.
+    config.sampling = ""
+    config.stop = ()  # strings before which the text ends
+    config.samples = 1  # number of texts; the first one is printed while it is decoded
+    config.logprobs = False  # whether results.json has the target's log-probability of every token
     config.max_new_tokens = 200
     config.blocks_at_once = 4  # print after so many blocks; the device is not interrupted in between
     config.colours = "auto"  # always, never, or auto: where the output is a terminal

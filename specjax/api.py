@@ -9,6 +9,7 @@ out.texts, out.stats.block_efficiency
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,6 +29,8 @@ from specjax.decoding.drafters.table import build_drafter, make_options, options
 from specjax.decoding.plan import Plan
 from specjax.decoding.rules import RULES, Rule, rule_named
 from specjax.decoding.sampling import Sampling
+from specjax.evaluation.continuations import Stops, log_probabilities, note_positions, sampling_of_checkpoint
+from specjax.evaluation.engine import Output
 from specjax.hub.adapter import LoadedAttachment
 from specjax.hub.adapter import save as save_adapter  # noqa: F401
 from specjax.hub.model import Model, check_pair
@@ -111,9 +114,16 @@ class Stats:
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """The result of `generate`: for each prompt the new text, the emitted ids (without the prompt) and their origins.
+    """The result of `generate`: one entry per prompt, or `samples` consecutive ones for each prompt.
 
-    If `lossy`, a lossy rule was used, and the texts do not follow the target's distribution.
+    Attributes:
+      texts: the new texts, without a stop string and what follows it.
+      tokens: the emitted ids, without the prompt; they end with EOS or with the token that completes a stop string.
+      origins: where each token came from, see `loop.ORIGINS`.
+      stats: counts of these tokens; seconds and iterations include up to 16 blocks after a stop string.
+      lossy: whether a lossy rule was used, so that the texts do not follow the target's distribution.
+      logprobs: the target's log-probability of each token at temperature 1 and without top-k and top-p; None unless
+        asked for.
     """
 
     texts: list[str]
@@ -121,6 +131,7 @@ class Generation:
     origins: list[list[str]]
     stats: Stats
     lossy: bool
+    logprobs: list[list[float]] | None = None
 
 
 def generate(
@@ -137,6 +148,10 @@ def generate(
     batch_size: int = 8,
     eos_ids: Sequence[int] | None = None,
     seed: int = 0,
+    stop: str | Sequence[str] = (),
+    samples: int = 1,
+    logprobs: bool = False,
+    sampling: str = "",
     blocks_at_once: int | None = None,
     on_text: Callable[[Generation], None] | None = None,
     **removed: Any,
@@ -152,6 +167,11 @@ def generate(
       rule: "lossless", "coupled", `Lossy("lenient_linear", 0.5)` (or "lenient_square", "lenient_exp", "typical"), or an
         exact rule of your own.
       eos_ids: ids that end a text; None uses the tokenizer's, () uses none.
+      stop: strings before which a text ends, also where they span several tokens.
+      samples: number of texts per prompt, each with its own random numbers; the first is that of `samples=1`.
+      logprobs: whether to compute the log-probability of every emitted token, by one forward of the target per text.
+      sampling: "checkpoint" takes temperature, top-k and top-p from the target's generation_config.json, see
+        `continuations.sampling_of_checkpoint`; these arguments then keep their defaults.
       on_text: called with the result of the current batch so far, after every `blocks_at_once` blocks and at its end.
 
     Raises:
@@ -160,7 +180,10 @@ def generate(
     """
     _refuse(removed)
     whole = {"gamma": gamma, "top_k": top_k, "max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed}
-    _check_numbers(whole, {"temperature": temperature, "top_p": top_p})
+    _check_numbers(whole | {"samples": samples}, {"temperature": temperature, "top_p": top_p})
+    checks.instance("logprobs", logprobs, bool)
+    if sampling:
+        temperature, top_k, top_p = sampling_of_checkpoint(target, sampling, temperature, top_k, top_p)
     rule, lenience = _rule(rule)
     loaded, options = _drafter(target, drafter)
     network = None if loaded is None else loaded.network
@@ -168,24 +191,41 @@ def generate(
     gamma, how = 0, {"lenience": lenience}
     if proposer is not None:
         gamma, how = proposer.gamma, how | {"threshold": options.threshold, "costs": _costs(options, proposer.gamma)}
-    sampling, ids = Sampling.of(temperature, top_k, top_p, **how), _ids(target, prompts, max_new_tokens)
+    adjust, ids = Sampling.of(temperature, top_k, top_p, **how), _ids(target, prompts, max_new_tokens)
+    if isinstance(loaded, Model):
+        note_positions("the draft", loaded.decoder, ids, max_new_tokens)
     limits = {"max_new_tokens": max_new_tokens, "greedy": temperature == 0}
     plan = Plan.for_prompts(target.decoder, ids, drafter=proposer, gamma=gamma, rule=rule, **limits)
+    # One row for each sample, with an index that determines its random numbers; sample 0 has the index of its prompt.
+    places = [number + sample * _SAMPLE for number in range(len(ids)) for sample in range(samples)]
+    ids = [ids[place % _SAMPLE] for place in places]
+    stops, results = Stops.of(target, stop), Output()
+    made = functools.partial(_generation, target, plan, stops)
     with meshes.use(target.mesh) if target.mesh is not None else contextlib.nullcontext():
-        results = batch.decode_all(
-            plan,
-            target.params,
-            None if loaded is None else loaded.params,
-            ids,
-            batch_size=min(batch_size, len(ids)),
-            seed=seed,
-            sampling=sampling,
-            max_new_tokens=max_new_tokens,
-            eos_ids=target.tokenizer.eos_ids if eos_ids is None else _eos_ids(target, eos_ids),
-            put=batch.Placer(target.mesh),
-            **_listener(target, plan, ids, blocks_at_once, on_text),
-        )
-    return _generation(target, plan, ids, results)
+        for first in range(0, len(ids), batch_size):
+            part = ids[first : first + batch_size]
+            result = batch.decode(
+                plan,
+                target.params,
+                None if loaded is None else loaded.params,
+                part,
+                indices=places[first : first + batch_size],
+                seed=seed,
+                sampling=adjust,
+                max_new_tokens=max_new_tokens,
+                eos_ids=target.tokenizer.eos_ids if eos_ids is None else _eos_ids(target, eos_ids),
+                put=batch.Placer(target.mesh),
+                size=min(batch_size, len(ids)),
+                end_of=stops.end if stops.strings else None,
+                **_listener(functools.partial(made, part), blocks_at_once, on_text),
+            )
+            results.batches.append((len(part), result))
+        scores = log_probabilities(target, ids, results.tokens) if logprobs else None
+    return dataclasses.replace(made(ids, results), logprobs=scores)
+
+
+# The index of sample s of prompt i is i + s times this.
+_SAMPLE = 2**20
 
 
 # Arguments of earlier versions, and what to write instead.
@@ -204,8 +244,11 @@ def _check_numbers(whole: dict[str, Any], real: dict[str, Any]) -> None:
     for kind, values in ((int, whole), (float, real)):
         for name, value in values.items():
             checks.instance(name, value, kind)
-    if whole["batch_size"] < 1:
-        raise UserError(f"batch_size must be at least 1, not {whole['batch_size']}")
+    for name in ("batch_size", "samples"):
+        if whole[name] < 1:
+            raise UserError(f"{name} must be at least 1, not {whole[name]}")
+    if whole["samples"] > 2**31 // _SAMPLE - 1:
+        raise UserError(f"samples must be below {2**31 // _SAMPLE}, not {whole['samples']}; use several seeds")
 
 
 def _refuse(removed: dict[str, Any]) -> None:
@@ -307,9 +350,7 @@ def _eos_ids(target: Model, eos_ids: Any) -> list[int]:
     return ids
 
 
-def _listener(
-    target: Model, plan: Plan, prompts: Sequence[Sequence[int]], blocks_at_once: int | None, on_text
-) -> dict[str, Any]:
+def _listener(made: Callable, blocks_at_once: int | None, on_text) -> dict[str, Any]:
     """The arguments of `batch.decode` that make it call `on_text` after every `blocks_at_once` blocks."""
     if on_text is None:
         return {}
@@ -317,25 +358,17 @@ def _listener(
         checks.instance("blocks_at_once", blocks_at_once, int)
     if blocks_at_once is None or blocks_at_once < 1:
         raise UserError(f"blocks_at_once must be 1 or more for on_text to be called, not {blocks_at_once}")
-    tell = lambda result: on_text(_generation(target, plan, prompts, [(len(result.tokens), result)]))
-    return {"blocks": blocks_at_once, "on_blocks": tell}
+    return {"blocks": blocks_at_once, "on_blocks": lambda result: on_text(made(Output([(len(result.tokens), result)])))}
 
 
-def _generation(target: Model, plan: Plan, prompts, results: Sequence[tuple[int, batch.BatchResult]]) -> Generation:
-    """Joins the batches, given as (number of rows that are not padding, result), to one Generation."""
-    tokens = [row for count, result in results for row in result.tokens[:count]]
-    origins = [row for count, result in results for row in result.origins[:count]]
+def _generation(
+    target: Model, plan: Plan, stops: Stops, prompts: Sequence[Sequence[int]], output: Output
+) -> Generation:
+    """The decoded batches as one Generation."""
     return Generation(
-        texts=[
-            target.tokenizer.decode(row, after=target.context(prompt))
-            for prompt, row in zip(prompts, tokens, strict=False)
-        ],
-        tokens=tokens,
-        origins=[[loop.ORIGINS[origin] for origin in row] for row in origins],
-        stats=Stats(
-            counts=metrics.Counts(**batch.join_counts([result.counts(count) for count, result in results])),
-            seconds=sum(result.seconds for _, result in results),
-            iterations=sum(result.iterations for _, result in results),
-        ),
+        texts=list(map(stops.text, prompts, output.tokens)),
+        tokens=output.tokens,
+        origins=[[loop.ORIGINS[origin] for origin in row] for row in output.origins],
+        stats=Stats(counts=output.counts(), seconds=float(output.seconds.sum()), iterations=output.iterations),
         lossy=plan.rule.lossy and plan.gamma > 0,
     )

@@ -117,6 +117,7 @@ def _decode_all(
         seed=job.config.seed,
         put=put,
         label=f"{setting.rule} T={setting.temperature:g} batch {size}",
+        end_of=job.end_of,
     )
     for number, results in turns:
         for output, result in zip(outputs, results, strict=True):
@@ -134,8 +135,7 @@ def _decode_all(
 def _quality(job: Job, output: Output, baseline: Output) -> dict[str, dict]:
     """The task's quality metrics over all prompts, and their difference from plain decoding's, with intervals."""
     references = [prompt.reference for prompt in job.prompts]
-    decode, contexts = job.target.tokenizer.decode, [job.target.context(prompt.tokens) for prompt in job.prompts]
-    texts = lambda rows: [decode(row, after=context) for row, context in zip(rows, contexts, strict=True)]
+    texts = lambda rows: list(map(job.stops.text, job.ids, rows))
     quality, plain = (tasks.quality(job.task, texts(done.tokens), references) for done in (output, baseline))
     scores = {"quality": quality.values, "quality_difference": functools.partial(quality.difference, plain)}
     intervals = lambda values: metrics.intervals(values, len(references), seed=job.config.seed)

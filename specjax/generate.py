@@ -51,8 +51,12 @@ def run(config: Any, workdir: str | Path) -> dict:
         top_p=config.top_p,
         rule=config.rule if not config.lenience else api.Lossy(config.rule, config.lenience),
         max_new_tokens=config.max_new_tokens,
-        batch_size=1,
+        batch_size=max(config.samples, 1),
         seed=config.seed,
+        stop=config.stop,
+        samples=config.samples,
+        logprobs=config.logprobs,
+        sampling=config.sampling,
         blocks_at_once=config.blocks_at_once,
         on_text=printer,
     )
@@ -68,6 +72,8 @@ def run(config: Any, workdir: str | Path) -> dict:
         "block_efficiency": out.stats.block_efficiency,
         "acceptance_rate": out.stats.acceptance_rate,
         "tokens_per_second": out.stats.tokens_per_second,
+        "samples": out.texts,
+        "logprobs": out.logprobs and out.logprobs[0],
     }
     if processes.first():
         print(_summary(row, printer.colours), file=sys.stderr)

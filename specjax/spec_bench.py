@@ -8,6 +8,7 @@ text (at temperature 0 it is also their own answer).
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -113,8 +114,11 @@ def _answers(job: Job, setting: Setting, cases: list[Case], questions: Sequence[
 
 def _prompt(job: Job, question: Question, answered: Sequence[Sequence[int]]) -> tuple[int, ...]:
     """The prompt of the turn after those in `answered`. Raises UserError if it is too long for the target."""
-    texts = [job.target.tokenizer.decode(tokens) for tokens in answered]
-    prompt = spec_bench.prompt_ids(job.target.tokenizer, question.turns, texts, chat=job.config.selection.chat)
+    texts: list[str] = []
+    prompt_of = functools.partial(spec_bench.prompt_ids, chat=job.config.selection.chat)
+    for tokens in answered:
+        texts.append(job.stops.text(prompt_of(job.target.tokenizer, question.turns, texts), tokens))
+    prompt = prompt_of(job.target.tokenizer, question.turns, texts)
     with prefixed(f"question {question.number}, turn {len(texts) + 1}: "):
         job.check([prompt])
     return prompt
@@ -143,6 +147,7 @@ def _answer_group(
         put=batch.Placer(job.target.mesh),
         label=f"T={setting.temperature:g} turn {turn + 1}, prompts up to {slots} tokens",
         indices=[number + turn * questions for number in numbers],
+        end_of=job.end_of,
     )
     with meshes.use(job.target.mesh):
         for place, results in turns:

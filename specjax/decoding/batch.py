@@ -122,6 +122,9 @@ class Placer:
         return meshes.place(array, jax.NamedSharding(self.mesh, meshes.spec(axes)))
 
 
+# Number of blocks after which rows are asked for their ends.
+_END_BLOCKS = 16
+
 # Places arrays on the default device.
 HERE = Placer()
 
@@ -141,6 +144,7 @@ def decode(
     size: int | None = None,
     blocks: int | None = None,
     on_blocks: Callable[[BatchResult], None] | None = None,
+    end_of: Callable[[Sequence[int], Sequence[int]], int | None] | None = None,
 ) -> BatchResult:
     """Continues one batch of prompts. Every process of a run must make the same call, and gets the complete result.
 
@@ -150,6 +154,9 @@ def decode(
       size: minimum number of rows of the compiled batch. Padding rows, also those added to divide evenly over devices,
         emit nothing and are not in the result's tokens.
       blocks: number of blocks between calls of `on_blocks` with the result so far; None runs all blocks at once.
+      end_of: (prompt, emitted tokens) -> number of these tokens at which the text ends, or None, as for stop strings.
+        It is asked after every `blocks` blocks (by default `_END_BLOCKS`). Tokens and counts are those until the end;
+        seconds, iterations and layer meters include all blocks that ran.
     """
     count = len(prompts)
     rows = put.rows(max(size or 0, count))
@@ -163,7 +170,8 @@ def decode(
     started = time.perf_counter()
     state = jax.block_until_ready(loop.prefill(plan, params, draft_params, tokens, lengths, keys))
     prefill_seconds, decode_seconds = time.perf_counter() - started, 0.0
-    iterations = 0
+    iterations, lengths_kept = 0, {}
+    blocks = _END_BLOCKS if blocks is None and end_of is not None else blocks
     while True:
         if blocks is not None:
             iterations += blocks
@@ -171,17 +179,25 @@ def decode(
         started = time.perf_counter()
         state = jax.block_until_ready(loop.run(plan, params, draft_params, state, sampling, limits))
         decode_seconds += time.perf_counter() - started
-        result, ended = _result(state, count, prefill_seconds, decode_seconds)
+        result, done = _result(state, count, prefill_seconds, decode_seconds)
+        if end_of is not None:
+            for row, tokens in enumerate(result.tokens):
+                end = lengths_kept.get(row) or end_of(prompts[row], tokens)
+                lengths_kept |= {} if end is None else {row: end}
+            done[list(lengths_kept)] = True
+            state = dataclasses.replace(state, done=put(done))
+            result = _cut(plan.gamma, result, lengths_kept)
+        result = _origins_only(result)
         if on_blocks is not None:
             on_blocks(result)
-        if blocks is None or ended:
+        if blocks is None or done.all():
             return result
 
 
 def _result(
     state: loop.DecodeState, count: int, prefill_seconds: float, decode_seconds: float
-) -> tuple[BatchResult, bool]:
-    """The result so far, with the tokens of the first `count` rows, and whether all rows have ended."""
+) -> tuple[BatchResult, np.ndarray]:
+    """The result so far, with tokens and `DecodeState.origins` of the first `count` rows, and which rows have ended."""
     meters = {"target": kv_cache.meters(state.target_cache), "draft": kv_cache.meters(state.drafter_state)}
     spans = (state.prompt_lengths, state.lengths)
     wanted = (state.tokens, state.origins, *spans, state.statistics, meters, state.iterations, state.done)
@@ -196,7 +212,37 @@ def _result(
         decode_seconds=decode_seconds,
         iterations=int(iterations),
     )
-    return result, bool(done.all())
+    return result, np.array(done)
+
+
+def _origins_only(result: BatchResult) -> BatchResult:
+    """The result with the origins alone, without the numbers that `DecodeState.origins` adds."""
+    return dataclasses.replace(result, origins=[[code % len(loop.ORIGINS) for code in row] for row in result.origins])
+
+
+def _cut(gamma: int, result: BatchResult, ends: dict[int, int]) -> BatchResult:
+    """Cuts rows to their first `ends[row]` tokens, with the counts as if the last of these were an EOS."""
+    tokens, origins = list(result.tokens), list(result.origins)
+    counts = {field.name: np.array(getattr(result.statistics, field.name)) for field in dataclasses.fields(Statistics)}
+    for row, end in ends.items():
+        codes = np.asarray(origins[row])
+        kinds, drafted = codes % len(loop.ORIGINS), codes // len(loop.ORIGINS)
+        lasts = np.flatnonzero(kinds != loop.ACCEPTED)  # every block ends with such a token, but the text's last one
+        lasts = lasts if len(lasts) and lasts[-1] == len(codes) - 1 else np.append(lasts, len(codes) - 1)
+        emitted = np.diff(lasts, prepend=-1)
+        accepted = emitted - (kinds[lasts] != loop.ACCEPTED)
+        # A block that ends with a bonus token has accepted all that it drafted; of the last block the total is known.
+        drafted = np.where(kinds[lasts] == loop.RECOVERED, drafted[lasts], accepted)
+        drafted[-1] = counts["drafted"][row] - drafted[:-1].sum()
+        inside = np.clip(end - (lasts + 1 - emitted), 0, emitted)  # how many tokens of each block are left
+        accepted, inside, drafted = (each[inside > 0] for each in (accepted, inside, drafted))
+        drafted[-1] = min(drafted[-1], inside[-1])
+        numbers = (jnp.asarray(each, jnp.int32) for each in (accepted, inside, drafted))
+        blocks = Statistics.zeros(len(drafted), gamma).after(*numbers)
+        for name, values in counts.items():
+            values[row] = np.asarray(getattr(blocks, name)).sum(0)
+        tokens[row], origins[row] = tokens[row][:end], origins[row][:end]
+    return dataclasses.replace(result, tokens=tokens, origins=origins, statistics=Statistics(**counts))
 
 
 def decode_batch_of(

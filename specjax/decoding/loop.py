@@ -59,7 +59,8 @@ class DecodeState:
 
     Attributes:
       tokens: prompt and emitted tokens, `tokens[b, :lengths[b]]`; later slots are undefined.
-      origins: index into `ORIGINS` for each slot of `tokens`.
+      origins: index into `ORIGINS` for each slot of `tokens`; for a recovered token, `len(ORIGINS)` times the number of
+        drafted tokens of its block is added.
       lengths: number of committed tokens, including the pending one.
       prompt_lengths: number of tokens before the first emitted one: the prompt's, or 1 for a start token.
       done: whether the row has ended.
@@ -316,9 +317,10 @@ def _emission(proposal: Proposal, num_accepted, next_token, room, live, eos_ids)
 
 
 def _origins(proposal: Proposal, num_accepted) -> Int[Array, "B gamma_plus_1"]:
-    """The origin of each token of the block, emitted or not, as an index into `ORIGINS`."""
+    """The origin of each token of the block, emitted or not, see `DecodeState.origins`."""
     index = jnp.arange(proposal.tokens.shape[1] + 1, dtype=jnp.int32)[None]
-    last = jnp.where(num_accepted < proposal.num_drafted, RECOVERED, BONUS)[:, None]
+    recovered = RECOVERED + len(ORIGINS) * proposal.num_drafted
+    last = jnp.where(num_accepted < proposal.num_drafted, recovered, BONUS)[:, None]
     return jnp.where(index < num_accepted[:, None], ACCEPTED, last).astype(jnp.int32)
 
 

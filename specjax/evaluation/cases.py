@@ -16,6 +16,7 @@ from specjax.decoding.plan import Plan
 from specjax.decoding.rules import RULES, Rule, rule_named
 from specjax.decoding.sampling import Sampling
 from specjax.evaluation import prediction
+from specjax.evaluation.continuations import Stops, note_positions
 from specjax.evaluation.engine import Method
 from specjax.hub import model as hub_model
 from specjax.hub.adapter import LoadedAttachment
@@ -175,6 +176,16 @@ class Job:
     def ids(self) -> list[tuple[int, ...]]:
         return [prompt.tokens for prompt in self.prompts]
 
+    @property
+    def stops(self) -> Stops:
+        """The config's stop strings."""
+        return Stops.of(self.target, self.config.stop)
+
+    @property
+    def end_of(self) -> Callable[[Sequence[int], Sequence[int]], int | None] | None:
+        """The argument of `batch.decode` that ends texts at stop strings; None without any."""
+        return self.stops.end if self.config.stop else None
+
     def check(self, prompts: Sequence[Sequence[int]]) -> None:
         """Raises UserError for prompts that a target cannot continue, see `batch.check_prompts`."""
         decoders = [model.decoder for model in self.targets.values()]
@@ -184,6 +195,9 @@ class Job:
             max_new_tokens=self.config.max_new_tokens,
             max_positions=min(decoder.config.max_positions for decoder in decoders),
         )
+        for name, loaded in self.drafters.items():
+            if isinstance(loaded, hub_model.Model):
+                note_positions(f"drafters.{name}", loaded.decoder, prompts, self.config.max_new_tokens)
 
 
 def load_job(config: Any) -> Job:

@@ -1,7 +1,7 @@
 """Decodes prompts batch by batch, each batch with several methods in turn, so that their times are comparable."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -87,6 +87,7 @@ def decode_in_turns(
     label: str,
     numbers: Sequence[int] | None = None,
     indices: Sequence[int] | None = None,
+    end_of: Callable[[Sequence[int], Sequence[int]], int | None] | None = None,
 ) -> Iterator[tuple[int, list[tuple[int, batch.BatchResult]]]]:
     """Decodes each batch of prompts with every method, and yields the results of a batch as soon as it is decoded.
 
@@ -98,6 +99,7 @@ def decode_in_turns(
       numbers: indices of the batches to decode; all of them by default.
       indices: index of each prompt in the whole run, which with `seed` determines its random numbers; by default its
         index in `prompts`.
+      end_of: ends texts at stop strings, see `batch.decode`.
 
     Yields:
       (batch number, for each method (number of prompts, result)).
@@ -123,6 +125,7 @@ def decode_in_turns(
             eos_ids=eos_ids,
             put=put,
             size=batch_size,
+            end_of=end_of,
         )
         return len(prompts[span]), result
 

@@ -79,6 +79,11 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._files.chat_template() is not None
 
+    @property
+    def generation_config(self) -> Mapping[str, Any]:
+        """The fields of `generation_config.json`; empty if there is none."""
+        return self._files.generation
+
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text` without special tokens before or after it, as in training rows."""
         return self.encode_batch([text])[0]

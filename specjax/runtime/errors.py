@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import errno
 import logging
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -54,6 +55,11 @@ def _is_full_disk(error: BaseException | None) -> bool:
         return False
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
     return full or "No space left on device" in str(error) or _is_full_disk(error.__cause__ or error.__context__)
+
+
+def note(text: str) -> None:
+    """Prints a line for something that a user should know and that is no mistake."""
+    print(f"note: {text}", file=sys.stderr)
 
 
 def first_line(error: Exception) -> str:

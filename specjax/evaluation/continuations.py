@@ -1,0 +1,155 @@
+"""What a user asks of emitted tokens besides the tokens: texts that end at stop strings, and log-probabilities."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from specjax.decoding import batch
+from specjax.hub.model import Model
+from specjax.models.language_model import LanguageModel, consecutive
+from specjax.runtime import checks, processes
+from specjax.runtime.errors import UserError, note
+
+# Number of positions whose logits are in memory at one time, and the multiple to which scored texts are padded.
+_CHUNK = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Stops:
+    """Strings that end a text. The text ends before the first one; the tokens that complete it are still emitted.
+
+    Attributes:
+      target: the model whose tokenizer decodes the tokens.
+      strings: the stop strings; () never stops.
+    """
+
+    target: Model
+    strings: tuple[str, ...]
+
+    @classmethod
+    def of(cls, target: Model, stop: Any) -> "Stops":
+        """Takes one string or several. Raises UserError for anything else, and for an empty string."""
+        strings = (stop,) if isinstance(stop, str) else stop
+        if not isinstance(strings, Sequence) or not all(isinstance(each, str) and each for each in strings):
+            raise UserError(
+                f'stop must be strings that end a text, such as ["\\n\\n"], not {stop!r}; none may be empty'
+            )
+        return cls(target, tuple(strings))
+
+    def text(self, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+        """The text of emitted tokens, up to the first stop string."""
+        text = self.target.tokenizer.decode(tokens, after=self.target.context(prompt))
+        return text[: min((text.find(each) for each in self.strings if each in text), default=len(text))]
+
+    def end(self, prompt: Sequence[int], tokens: Sequence[int]) -> int | None:
+        """The number of tokens until one completes a stop string; None if none does. It ignores later tokens."""
+        context = self.target.context(prompt)
+
+        def stopped(count: int) -> bool:
+            text = self.target.tokenizer.decode(tokens[:count], after=context)
+            return any(each in text for each in self.strings)
+
+        low, high = 0, len(tokens)
+        if not self.strings or not stopped(high):
+            return None
+        while high - low > 1:  # `high` tokens have a stop string, `low` have none
+            middle = (low + high) // 2
+            low, high = (low, middle) if stopped(middle) else (middle, high)
+        return high
+
+
+# Fields of generation_config.json that change the text and are not implemented, with their neutral values.
+_NOT_IMPLEMENTED = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_p": 0.0, "typical_p": 1.0}
+
+
+def sampling_of_checkpoint(
+    target: Model, sampling: str, temperature: float, top_k: int, top_p: float
+) -> tuple[float, int, float]:
+    """Temperature, top-k and top-p of the target's generation_config.json, for `sampling="checkpoint"`.
+
+    As in transformers, text is greedy without `do_sample`, and the file leaves out values that equal the defaults:
+    temperature 1, top_k 50, top_p 1.
+
+    Args:
+      temperature, top_k, top_p: the user's values, which must be the defaults of `api.generate`.
+
+    Raises:
+      UserError: for another `sampling`, values of the user, a missing file, or a field of the wrong type.
+    """
+    if sampling != "checkpoint":
+        raise UserError(f'sampling must be "" or "checkpoint", not {sampling!r}')
+    if (temperature, top_k, top_p) != (1.0, 0, 1.0):
+        raise UserError('temperature, top_k and top_p come from the file with sampling="checkpoint"; leave them out')
+    fields = target.tokenizer.generation_config
+    if not fields:
+        raise UserError("the target has no generation_config.json; give temperature, top_k and top_p in its place")
+    for name, neutral in _NOT_IMPLEMENTED.items():
+        if fields.get(name) not in (None, neutral):
+            note(f"{name}={fields[name]} of the target's generation_config.json is ignored")
+    if not fields.get("do_sample"):
+        return 0.0, 0, 1.0
+    values = []
+    for name, default, off, kind in (
+        ("temperature", 1.0, 1.0, float),
+        ("top_k", 50, 0, int),
+        ("top_p", 1.0, 1.0, float),
+    ):
+        value = fields.get(name, default)
+        checks.instance(f"{name} of the target's generation_config.json", off if value is None else value, kind)
+        values.append(off if value is None else value)
+    return tuple(values)
+
+
+def note_positions(name: str, draft: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Says so if texts may be longer than a draft model was made for; the emitted text stays exact."""
+    longest = max(map(len, prompts)) + max_new_tokens
+    if longest > draft.config.max_positions:
+        note(
+            f"{name} has {draft.config.max_positions} positions and a text may have {longest} tokens; further tokens "
+            "are exact, but drafts of them are rarely accepted"
+        )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _score(
+    model: LanguageModel,
+    params: Any,
+    prompt: Int[Array, "one P"],
+    length: Int[Array, " one"],
+    text: Int[Array, "one T"],
+) -> Float[Array, " T"]:
+    """The log-probability of the token after each position of a text."""
+    hidden, _ = model.extend(params, model.start(params, prompt, length, 0), text, consecutive(text))
+    following = jnp.pad(text[0, 1:], (0, 1))
+
+    def part(inputs):
+        states, tokens = inputs
+        logs = jax.nn.log_softmax(model.head(params, states[None])[0], axis=-1)
+        return jnp.take_along_axis(logs, tokens[:, None], axis=-1)[:, 0]
+
+    parts = hidden[0].reshape(-1, _CHUNK, hidden.shape[-1]), following.reshape(-1, _CHUNK)
+    return jax.lax.map(part, parts).reshape(-1)
+
+
+def log_probabilities(
+    target: Model, prompts: Sequence[Sequence[int]], emitted: Sequence[Sequence[int]]
+) -> list[list[float]]:
+    """The target's log-probability of every emitted token given prompt and preceding tokens, in one forward per text.
+
+    It is that of the unadjusted distribution: temperature 1, without top-k, top-p and min-p.
+    """
+    model, rows = target.decoder, []
+    for prompt, tokens in zip(prompts, emitted, strict=True):
+        opening = model.start_text(prompt)
+        width = -(-(len(opening) + len(tokens)) // _CHUNK) * _CHUNK
+        text, _ = batch.pad([[*opening, *tokens]], width)
+        read, length = batch.pad([prompt], batch.prompt_slots([prompt]))
+        scores = processes.fetch(_score(model, target.params, read, length, text))
+        rows.append(np.asarray(scores)[len(opening) - 1 :][: len(tokens)].tolist())
+    return rows
