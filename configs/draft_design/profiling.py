@@ -16,7 +16,7 @@ from specjax.draft_design import shapes
 from specjax.evaluation import latency
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
-from specjax.reporting import records
+from specjax.runtime import files
 from specjax.runtime.errors import UserError
 from specjax.runtime.timing import in_turns, progress
 
@@ -206,7 +206,7 @@ class Profile:
         self._points |= points
         stored = {key: dataclasses.asdict(point) for key, point in self._points.items()}
         content = {"schema": SCHEMA, "device": self.device, "rates": self._rates, "points": stored}
-        records.write_atomically(self._path, json.dumps(content, indent=1) + "\n")
+        files.write_atomically(self._path, json.dumps(content, indent=1) + "\n")
 
 
 def _timed(cases: Sequence[StepCase], repeats: int) -> dict[str, Point]:

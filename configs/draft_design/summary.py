@@ -17,6 +17,7 @@ from configs.draft_design import contest
 from configs.records.claims import Measured
 from specjax import design
 from specjax.reporting import page, plots, records, row_tables
+from specjax.runtime import files
 from specjax.runtime.errors import UserError
 
 FILE = "configurations.csv"
@@ -49,7 +50,7 @@ def run(config: Any, workdir: str | Path) -> dict:
     writer = csv.DictWriter(text, COLUMNS)
     writer.writeheader()
     writer.writerows(made)
-    records.write_atomically(workdir / FILE, text.getvalue())
+    files.write_atomically(workdir / FILE, text.getvalue())
     compared = _comparable(made, config.gamma)
     rows = [*_prediction_rows(made), *_depth_rows(compared), *_correlation_rows(compared)]
     checked = [row for path in config.checked for row in records.read_results(Path(path) / "results.json")["rows"]]

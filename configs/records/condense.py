@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from specjax.reporting import records
+from specjax.runtime import files
 from specjax.runtime.errors import UserError
 
 # The keys of a row that a record holds: of training stages, of written target text, and of evaluations.
@@ -114,7 +115,7 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     rows = ",\n".join(map(json.dumps, record.pop("rows")))
     text = json.dumps(record, sort_keys=True)[:-1] + ', "rows": [\n' + rows + "\n]}\n"
-    records.write_atomically(arguments[0], text)
+    files.write_atomically(arguments[0], text)
     return 0
 
 

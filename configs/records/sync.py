@@ -19,7 +19,7 @@ from typing import Any
 from configs.records import claims
 from configs.records.claims import Claim
 from specjax.evaluation.rows import metrics_table
-from specjax.reporting import records
+from specjax.runtime import files
 from specjax.runtime.errors import UserError
 
 _PAGES = [
@@ -122,7 +122,7 @@ def main(arguments: Sequence[str]) -> int:
     code = 0
     for path in pages:
         try:
-            records.write_atomically(path, synced(path.read_text(encoding="utf-8"), directory))
+            files.write_atomically(path, synced(path.read_text(encoding="utf-8"), directory))
             draw_figures(path, directory)
         except (OSError, UserError) as error:
             missing = f"{path} cannot be rewritten ({error}); name a README that exists"

@@ -5,8 +5,8 @@ seconds that generating it took. about.json is written first, so that a director
 """
 
 import dataclasses
+import io
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from specjax.runtime.errors import UserError
+from specjax.runtime.files import write_atomically
 
 ABOUT_FILE = "about.json"
 _FORMAT = "specjax-target-text-1"
@@ -54,8 +55,7 @@ def begin(directory: Path, about: Mapping[str, Any]) -> None:
         if _read_about(directory) != about:
             raise UserError(f"{directory} contains text written with other settings; choose another --workdir")
         return
-    directory.mkdir(parents=True, exist_ok=True)
-    _replace(directory / ABOUT_FILE, lambda file: file.write(json.dumps(about, indent=1).encode() + b"\n"))
+    write_atomically(directory / ABOUT_FILE, json.dumps(about, indent=1) + "\n")
 
 
 def rows_file(directory: Path, number: int) -> Path:
@@ -65,7 +65,8 @@ def rows_file(directory: Path, number: int) -> Path:
 
 def write_rows(directory: Path, number: int, rows: Mapping[str, np.ndarray]) -> None:
     """Writes one batch atomically: after a kill, the file is complete or absent."""
-    _replace(rows_file(directory, number), lambda file: np.savez(file, **rows))
+    np.savez(content := io.BytesIO(), **rows)
+    write_atomically(rows_file(directory, number), content.getvalue())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,12 +154,3 @@ def _read_about(directory: Path) -> dict[str, Any]:
     if not isinstance(about, dict) or about.get("format") != _FORMAT:
         raise UserError(f'{path} has no "format": "{_FORMAT}"; name a folder that the binary target_text wrote')
     return about
-
-
-def _replace(path: Path, write: Any) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

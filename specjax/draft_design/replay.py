@@ -28,6 +28,7 @@ from specjax.decoding.sampling import Sampling
 from specjax.hub.model import Model
 from specjax.models.language_model import LanguageModel, consecutive
 from specjax.reporting import metrics, records
+from specjax.runtime import files
 from specjax.runtime.errors import UserError
 
 FILE, ARRAYS = "replay.json", "replay.npz"
@@ -123,7 +124,7 @@ def save(replay: Replay, directory: str | Path) -> None:
     fields = {key: value for key, value in vars(replay).items() if not key.startswith("top_")}
     np.savez_compressed(directory / ARRAYS, top_ids=replay.top_ids, top_probs=replay.top_probs)
     text = json.dumps({"schema": SCHEMA, **records.json_clean(fields)})
-    records.write_atomically(directory / FILE, text + "\n")
+    files.write_atomically(directory / FILE, text + "\n")
 
 
 def load(directory: str | Path) -> Replay:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from specjax.reporting import metrics, panels, plots, records, tables
-from specjax.reporting.records import json_clean, write_atomically
+from specjax.reporting.records import json_clean
+from specjax.runtime.files import write_atomically
 
 ORIGINS = {
     "prompt": "given",

@@ -6,7 +6,6 @@ import math
 import os
 import platform
 import subprocess
-import tempfile
 import tomllib
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -17,6 +16,7 @@ import numpy as np
 
 from specjax.runtime import processes
 from specjax.runtime.errors import UserError
+from specjax.runtime.files import write_atomically
 
 SCHEMA = 1
 _ROOT = Path(__file__).resolve().parents[2]
@@ -150,24 +150,6 @@ def read_metrics(path: str | Path) -> list[dict]:
             raise UserError(f"{path}, line {number}, is no metrics record; delete the line, or the file, and run again")
         records.append(record)
     return records
-
-
-def write_atomically(path: str | Path, text: str) -> None:
-    """Replaces the file in one step, so that after a crash it is either the old or the complete new file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-    ) as file:
-        try:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
 
 
 def json_clean(value: Any) -> Any:

@@ -160,7 +160,8 @@ def _check_same_arrays(saved: dict[str, dict], wanted: dict[str, jax.ShapeDtypeS
     if differing:
         more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
         raise UserError(
-            f"{path} is a checkpoint of another model ({sorted(differing)[0]}{more}); choose another --workdir"
+            f"{path} is a checkpoint of another model or of an earlier version ({sorted(differing)[0]}{more}); choose "
+            "another --workdir"
         )
 
 

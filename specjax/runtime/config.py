@@ -15,6 +15,7 @@ import jax
 from ml_collections import ConfigDict, FieldReference
 
 from specjax.runtime.errors import UserError, nearest
+from specjax.runtime.files import write_atomically
 
 # A folder of this name is made importable as a package when one of its configs is loaded.
 _PACKAGE = "configs"
@@ -230,12 +231,8 @@ def _read(path: Path) -> dict:
 
 
 def _write(path: Path, config: dict) -> None:
-    if jax.process_index():
-        return  # process 0 writes it
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    if not jax.process_index():  # process 0 writes it
+        write_atomically(path, json.dumps(config, indent=1) + "\n")
 
 
 def _sections(config: dict, stages: list[str] | None) -> dict:
