@@ -118,7 +118,7 @@ def test_acceptance_is_measured_as_ratios_of_sums():
     assert result.ctar == pytest.approx((0.6, 0.2)) and result.drafted == 1.6
     assert result.low[0] <= 0.6 <= result.high[0]
     assert result.uneven == 1  # of one row there is nothing to be unlike
-    # Three blocks for both; alike, rows of six and three tokens would take as many as the model expects.
+    # Three blocks for both; were they equal, rows of six and three tokens would take as many as the model expects.
     expected = throughput.expected_rounds([(0.6, 0.2)] * 2, [6, 3])
     assert advice.measured(counts, seed=0, batch_size=2).uneven == pytest.approx(max(1, 3 / expected))
     slow = {"target_calls": np.array([7, 2]), "emitted": np.array([10, 3]), "drafted": np.array([14, 4])}
@@ -128,11 +128,11 @@ def test_acceptance_is_measured_as_ratios_of_sums():
 
 
 def test_rows_that_are_unlike_slow_a_batch_down():
-    alike = advice.Acceptance((0.8, 0.6), (0.7, 0.4), (0.9, 0.8), 2.0)
+    even = advice.Acceptance((0.8, 0.6), (0.7, 0.4), (0.9, 0.8), 2.0)
     pair = dataclasses.replace(WORK, batch_size=2)
     speeds = lambda known: [row["tokens_per_second"] for row in candidate(1e-3, {0.0: known}).options(pair)]
-    slower = speeds(dataclasses.replace(alike, uneven=1.25))
-    assert slower == pytest.approx([speed / 1.25 for speed in speeds(alike)])
+    slower = speeds(dataclasses.replace(even, uneven=1.25))
+    assert slower == pytest.approx([speed / 1.25 for speed in speeds(even)])
 
 
 @pytest.mark.slow

@@ -251,7 +251,7 @@ def test_a_kill_while_saving_costs_no_finished_checkpoint(tmp_path):
         restored, _, step = checkpointer.restore({"x": jax.ShapeDtypeStruct((2_000_000,), jnp.float32)})
         assert np.all(np.asarray(restored["x"]) == step)
         assert not any(path.exists() for path in unfinished)
-        # The run goes on over what was left.
+        # The run continues over what was left.
         checkpointer.save(3, {"x": jnp.zeros(2)}, host={}, metrics={})
     assert [path.name for path in tmp_path.iterdir() if path.name.isdigit()] == ["3"]
 

@@ -85,7 +85,7 @@ def test_the_histogram_has_each_accepted_and_each_first_refused_token_at_its_own
 
 def test_there_is_no_histogram_without_probabilities_or_for_an_encoder_decoder(models):  # noqa: F811
     how = dict(gamma=2, slots=SLOTS, max_new=MAX_NEW)
-    apart, _ = tiny.encoder_decoder(0)
-    for target, kind in ((models[0], "ngram"), (apart, "early_exit")):
+    encoder_decoder, _ = tiny.encoder_decoder(0)
+    for target, kind in ((models[0], "ngram"), (encoder_decoder, "early_exit")):
         plan = tiny.plan(target, kind, {"shortest": 1, "longest": 2, "exit_layer": 1}, **how)
         assert confidence.histogram(Method(plan, {}, None, Sampling.of(1.0)), [], Output()) is None

@@ -69,7 +69,7 @@ def test_the_standard_library_is_found_without_its_tests_and_split_by_file():
 
 
 def test_the_standard_library_leaves_out_what_is_no_source(tmp_path, monkeypatch):
-    kept = {f"module_{i}.py": f"x = {i}\n" for i in range(40)}
+    sources = {f"module_{i}.py": f"x = {i}\n" for i in range(40)}
     left_out = {
         "test/test_x.py": b"x",
         "idlelib/idle_test/test_y.py": b"x",
@@ -80,12 +80,12 @@ def test_the_standard_library_leaves_out_what_is_no_source(tmp_path, monkeypatch
         "table.py": b'""" Codec generated from a table. """\n',
         "notes.txt": b"x",
     }
-    for name, content in {**{name: text.encode() for name, text in kept.items()}, **left_out}.items():
+    for name, content in {**{name: text.encode() for name, text in sources.items()}, **left_out}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(content)
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     training, validation = corpora.stdlib_files()
-    assert dict(training + validation) == kept
+    assert dict(training + validation) == sources
     assert [name for name, _ in training] == sorted(name for name, _ in training)
     assert validation
 
@@ -396,20 +396,20 @@ def test_a_row_of_prompt_and_completion_has_each_token_in_its_place(tokenizer):
 
 
 def test_long_rows_are_cut_and_prompts_without_room_are_dropped_and_counted(tokenizer, monkeypatch):
-    said = []
-    monkeypatch.setattr(absl_logging, "warning", lambda message, *values: said.append(message % values))
+    lines = []
+    monkeypatch.setattr(absl_logging, "warning", lambda message, *values: lines.append(message % values))
     limit = len(tokenizer.encode("abcdefgh" * 3))
     examples = (Example("abcdefgh", "z" * 200), Example("abcdefgh" * 3, "z"), Example("abcdefgh" * 4, "z"))
     task = Task("long", examples, examples, None)
     rows = epoch(task, tokenizer, 3, sequence_length=limit)
     assert {int(row["lengths"][0]) for row in rows} == {limit}
     assert len({row["tokens"].tobytes() for row in rows}) == 1
-    assert said == [
+    assert lines == [
         f"long: 2 of 3 examples dropped, their prompts have {limit} tokens or more",
         f"long: 1 of 1 completions cut to fit rows of {limit} tokens; raise sequence_length to keep them whole",
     ]
     epoch(task, tokenizer, 1, sequence_length=limit + 1)
-    assert said[2].startswith("long: 1 of 3") and said[3].startswith("long: 2 of 2 completions cut")
+    assert lines[2].startswith("long: 1 of 3") and lines[3].startswith("long: 2 of 2 completions cut")
     with pytest.raises(UserError, match='every prompt of task "long"'):
         batches(task, tokenizer, sequence_length=4)
 

@@ -39,7 +39,7 @@ def plain_logits(made, params, prompts, lengths, texts):
 
 @functools.partial(jax.jit, static_argnums=0)
 def steps(made, params, prompts, lengths, first, at, again):
-    """Logits of `again` at the positions `at`, behind the cached `first`."""
+    """Logits of `again` at the positions `at`, after the cached `first`."""
     cache = made.start(params, prompts, lengths, 40)
     _, cache = made.extend(params, cache, first, consecutive(first))
     return made.head(params, made.extend(params, cache, again, at)[0])
@@ -161,7 +161,7 @@ def test_no_gradient_comes_from_the_prompt_or_the_padding_and_the_target_is_a_co
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """Exports of a target and a draft with one tokenizer, a Llama beside them, and a file of prompts."""
+    """Exports of a target and a draft with one tokenizer, a Llama, and a file of prompts."""
     home = tmp_path_factory.mktemp("t5")
     tokenizer = train_byte_bpe([TEXT], 280)
     for name, layers in (("target", 2), ("draft", 1)):

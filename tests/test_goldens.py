@@ -17,7 +17,7 @@ LARGEST_DIFFERENCE = 2e-4  # of logits, times their standard deviation where tha
 # Compiling is what takes the time.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 BLOCK = 3
-ADVANCE = (3, 2)  # by how much each row goes on after a block: the second drops its last token, and feeds it again
+ADVANCE = (3, 2)  # by how much each row advances after a block: the second drops its last token, and feeds it again
 
 
 @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
@@ -37,15 +37,15 @@ def logits_of(model, params, prompts, lengths, tokens, blocks, places):
 def test_forward_and_cached_decoding_give_the_logits_of_the_reference(golden):
     expected = np.load(golden / "expected.npz")
     tokens, reference = expected["tokens"], expected["logits"]
-    # An encoder-decoder reads a prompt apart from the text.
-    apart = [expected[name] for name in ("prompts", "lengths") if name in expected]
-    apart = apart or [tokens, np.full(len(tokens), tokens.shape[1], np.int32)]
+    # An encoder-decoder reads a prompt separately from the text.
+    prompts = [expected[name] for name in ("prompts", "lengths") if name in expected]
+    prompts = prompts or [tokens, np.full(len(tokens), tokens.shape[1], np.int32)]
     model, params = load(golden, compute_dtype="float32")
     rows = np.arange(len(tokens))[:, None]
     steps = tokens.shape[1] // BLOCK
     places = np.arange(steps)[:, None, None] * np.asarray(ADVANCE)[None, :, None] + np.arange(BLOCK)[None, None]
     places = places.astype(np.int32)
-    forward, decoded = logits_of(model, params, *apart, tokens, tokens[rows, places], places)
+    forward, decoded = logits_of(model, params, *prompts, tokens, tokens[rows, places], places)
     allowed = LARGEST_DIFFERENCE * max(1.0, float(reference.std()))
     assert np.abs(forward - reference).max() < allowed
     assert np.abs(decoded - reference[rows, places]).max() < allowed

@@ -85,7 +85,7 @@ def ablation_record(**changes):
     rows += [row("kinds", name, speed) for name, speed in kinds.items()]
     for name, speed in (("raw", 1.4), ("adjusted", 1.2), ("fixed", 1.1)):
         rows += [row("temperatures", name, speed, temperature=temperature) for temperature in (0.2, 1.0)]
-    # As condensing leaves them: stages that are much alike say so.
+    # As condensing leaves them: a stage similar to another names it.
     config = {"exit_1": {"adapter": {"exit_layer": 1, "kind": "attention"}}}
     config |= {f"exit_{layer}": {"like": "exit_1", "adapter.exit_layer": layer} for layer in layers[1:]}
     config |= {"exits": drafters(**exits), "kinds": {"like": "exits"}}
@@ -141,7 +141,7 @@ def test_separation_is_the_chance_of_the_surer_being_the_accepted_one():
     assert kangaroo_tables.separation({"accepted": [0, 2], "rejected": [3, 0]}) == 1
     assert kangaroo_tables.separation({"accepted": [2, 0], "rejected": [0, 3]}) == 0
     assert kangaroo_tables.separation({"accepted": [1, 1], "rejected": [1, 1]}) == 0.5
-    # Of 8 x 4 pairs: 1 in the second bin has 2 below and half of 2 beside it, the other 7 have all 4 below.
+    # Of 8 x 4 pairs: 1 in the second bin has 2 below and half of 2 in its own bin, the other 7 have all 4 below.
     assert kangaroo_tables.separation(FATES) == (1 * 3 + 7 * 4) / 32
     assert kangaroo_tables.separation({"accepted": [0], "rejected": [1]}) is None
 
@@ -182,8 +182,8 @@ def test_verdicts_follow_the_records():
     assert [place for place, verdict in enumerate(result) if verdict in refuted] == [1, 3, 4, 5, 9]
     some = ablation_record()
     some["rows"] = [row for row in some["rows"] if row["stage"] == "exits"]  # as far as a run has come
-    told = verdicts(kangaroo_ablations=some)
-    assert [place for place, verdict in enumerate(told) if verdict != "not measured yet"] == [4]
+    partial = verdicts(kangaroo_ablations=some)
+    assert [place for place, verdict in enumerate(partial) if verdict != "not measured yet"] == [4]
     assert kangaroo_tables.ablations(some).count("(greedy)") == 1
     deepest = verdicts(kangaroo_ablations=ablation_record(speeds=(1.2, 1.3, 1.4)))
     assert deepest[4] == "not reproduced", "a peak at the end is none inside"

@@ -165,7 +165,7 @@ def test_no_lenience_accepts_a_token_that_the_target_excludes(name, lenience):
 
 
 RAW = (0.5, 0.3, 0.15, 0.05, 0.0)
-STANDING = {  # of RAW, by hand, at lenience 1/2
+ACCEPTED = {  # of RAW, by hand, at lenience 1/2
     "lenient_linear": (0, 1),
     "lenient_square": (0, 1, 2),
     "lenient_exp": (0, 1),
@@ -180,8 +180,8 @@ def test_at_temperature_0_the_raw_probabilities_decide_and_the_argmax_follows(na
     for token in range(5):
         proposal = Proposal(jnp.asarray([[token]], jnp.int32), None, jnp.ones((1,), jnp.int32))
         accepted, follows = RULES[name](noise, proposal, jax.nn.one_hot(raw.argmax(-1), 5), leeway(0.5, raw))
-        stands = token in STANDING[name]
-        assert (int(accepted[0]), int(follows[0])) == (int(stands), 4 if stands else 0)
+        is_accepted = token in ACCEPTED[name]
+        assert (int(accepted[0]), int(follows[0])) == (int(is_accepted), 4 if is_accepted else 0)
 
 
 # --- the loop ------------------------------------------------------------------------------------------------------
@@ -293,7 +293,7 @@ def test_ids_that_the_target_lacks_are_never_emitted(models, greedy):
 
 
 class OfModels:
-    """What `composed_distribution` asks of tables, from a target and a draft behind one prompt."""
+    """What `composed_distribution` asks of tables, from a target and a draft after one prompt."""
 
     def __init__(self, target, params, draft, draft_params, prompt, gamma):
         self.models, self.prompt, self.gamma = ((target, params), (draft, draft_params)), prompt, gamma
@@ -329,7 +329,7 @@ def test_the_loop_samples_the_distribution_that_the_rule_states(name):
     p_value = lambda law: chi_square(counts, law.ravel() * rows)
     assert p_value(composed_distribution(tables, *distribution_of_one_position(name, lenience), count)) > 1e-4
     exact = lambda target, draft: np.minimum(target, draft)
-    assert p_value(composed_distribution(tables, exact, residual, count)) < 1e-6, "the target's own law is told apart"
+    assert p_value(composed_distribution(tables, exact, residual, count)) < 1e-6, "the target's distribution differs"
 
 
 def chi_square(counts, expected):

@@ -155,10 +155,10 @@ def test_a_wrong_config_file_is_named(config_file, stages_file, tmp_path, argume
 
 @pytest.mark.parametrize("missing", ["config", "workdir"])
 def test_a_missing_flag_is_named(config_file, missing):
-    given = {"config": config_file, "workdir": "here"}
-    del given[missing]
+    flags = {"config": config_file, "workdir": "here"}
+    del flags[missing]
     with pytest.raises(UserError, match=f"--{missing} is missing"):
-        cli.parse([f"--{name}={value}" for name, value in given.items()])
+        cli.parse([f"--{name}={value}" for name, value in flags.items()])
 
 
 def test_an_interrupt_ends_with_130_and_a_bug_with_its_traceback(config_file, tmp_path):
@@ -204,9 +204,9 @@ def test_the_mesh_may_change_from_one_sitting_to_the_next(config_file, tmp_path)
 
 
 def test_a_run_that_receives_sigterm_exits_with_its_own_code(config_file, tmp_path, capsys):
-    def told(config, workdir):
+    def asked_to_stop(config, workdir):
         os.kill(os.getpid(), signal.SIGTERM)
-        pytest.fail("it goes on")
+        pytest.fail("it continues")
 
     def holds(config, workdir):
         with stopping.holding():
@@ -216,7 +216,7 @@ def test_a_run_that_receives_sigterm_exits_with_its_own_code(config_file, tmp_pa
 
     saved, argv = [], [f"--config={config_file}", f"--workdir={tmp_path / 'w'}"]
     before = signal.getsignal(signal.SIGTERM)
-    for run in (told, holds):
+    for run in (asked_to_stop, holds):
         assert cli.launch(run, "specjax.main", argv) == 75
         assert "the same command resumes from what was saved" in capsys.readouterr().err
     assert saved == [True] and signal.getsignal(signal.SIGTERM) is before

@@ -135,7 +135,7 @@ def test_cached_logits_equal_the_full_forward_at_every_chunking(grouped, chunks)
 
 
 def test_rows_at_different_positions_cross_the_cache_prefixes(grouped):
-    """Rows start apart, and their slots cross one prefix or another while other rows stay below."""
+    """Rows start at different positions, and their slots cross one prefix or another while other rows stay below."""
     model, params = grouped
     short, steps, batch = kv_cache.prefixes(10**6)[0], 20, 4
     slots = 3 * short + 40

@@ -1,4 +1,4 @@
-"""Parts that are timed round by round beside a run, with timers that say what they are told to."""
+"""Parts that are timed round by round next to a run, with timers that report prepared values."""
 
 from specjax.evaluation import latency
 from specjax.evaluation.throughput import PartSeconds

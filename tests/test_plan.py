@@ -138,7 +138,7 @@ def held(tree):
 
 
 def begun(decoding, target, draft, mesh):
-    """The state of a real decode behind its prefill."""
+    """The state of a real decode after its prefill."""
     put = lambda array, axes: jax.device_put(array, jax.NamedSharding(mesh, meshes.spec(axes)))
     prompts = put(np.ones((decoding.batch, decoding.slots), np.int32), ("batch", None))
     lengths = put(np.full(decoding.batch, decoding.slots, np.int32), ("batch",))

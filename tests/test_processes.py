@@ -186,7 +186,7 @@ def test_a_process_killed_mid_run_and_all_started_again_end_as_one_process_does(
 
 @pytest.fixture(scope="module")
 def stopped(home):
-    """The workdir of four processes that were told to stop."""
+    """The workdir of four processes that were asked to stop."""
     workdir = home / "stopped"
     run = Run(home, workdir, 4, 1)
     run.wait_for(workdir / "draft" / "checkpoints" / "2")

@@ -27,7 +27,7 @@ NEW = 11
 
 @pytest.fixture(scope="module")
 def models():
-    """A target and a draft that is the target blurred: much of what it drafts stands, and not all."""
+    """A target and a draft that is the target blurred: many of its drafted tokens are accepted, and not all."""
     tokenizer = train_byte_bpe([TEXT], 265)
     decoder, params = tiny.decoder(0, vocab_size=tokenizer.vocab_size, sharpness=2.0)
     _, other = tiny.decoder(5, vocab_size=tokenizer.vocab_size)

@@ -137,7 +137,7 @@ def test_speedup_is_a_ratio_of_rates_and_its_interval_is_paired():
     noise = np.array([1.0, 5.0, 0.5, 9.0, 2.0, 3.0])
     row = metrics.evaluate_row(counts, timing_of(counts, noise, 2 * noise), seed=0)
     assert row["speedup"] == pytest.approx(2)
-    # Noise that method and baseline share must vanish; resampled apart it would make an interval several
+    # Noise that method and baseline share must vanish; resampled separately it would make an interval several
     # units wide.
     assert row["speedup_ci"] == pytest.approx([2, 2])
 
@@ -317,9 +317,9 @@ def test_a_lossy_row_says_so_in_every_table_even_among_its_like():
 def test_a_faster_lossy_row_is_neither_marked_nor_the_headline():
     rows = [result_row("none", 0), result_row(speedup=1.5), result_row(speedup=2.5, rule="typical", lenience=0.09)]
     assert page.results_table(rows).best == {1}
-    said = {card.label: (card.value, card.note) for card in page.headline(rows)}
-    assert said["Best speed-up, temperature 0"] == ("1.50×", "distilled, gamma 4, 95% interval 1.40–1.60")
-    value, note = said["Best speed-up, temperature 0, lossy"]
+    cards = {card.label: (card.value, card.note) for card in page.headline(rows)}
+    assert cards["Best speed-up, temperature 0"] == ("1.50×", "distilled, gamma 4, 95% interval 1.40–1.60")
+    value, note = cards["Best speed-up, temperature 0, lossy"]
     assert value == "2.50×" and "distilled, typical 0.09, lossy" in note
 
 
@@ -496,12 +496,12 @@ def test_the_legend_names_only_what_differs_between_lines():
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Figures, kept instead of being saved; the light one of each first."""
+    """Figures, collected instead of being saved; the light one of each first."""
     from matplotlib.figure import Figure
 
-    kept = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: kept.append(figure))
-    return kept
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    return figures
 
 
 @pytest.mark.parametrize("longest", [4, 22, 34, 48])

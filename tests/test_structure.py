@@ -148,7 +148,7 @@ NAMING = ("drafters", "models")
 
 
 def keys_of(config, path=""):
-    """The keys that code has to read: not the names of stages and drafters, which it is told."""
+    """The keys that code has to read: not the names of stages and drafters, which it is given."""
     given = set(config["stages"]) if "stages" in config else set()
     for key, value in config.items():
         if key not in given and path.split(".")[-1] not in NAMING:
@@ -216,8 +216,8 @@ LAUNCHERS = sorted(path for path in (ROOT / "launch").iterdir() if path.suffix i
 
 @pytest.mark.parametrize("path", [*LAUNCHERS, ROOT / ".ci" / "run"], ids=named)
 def test_shell_scripts_are_clean(path):
-    beside = str(Path(sys.executable).parent)
-    shellcheck = shutil.which("shellcheck", path=os.pathsep.join((beside, os.environ["PATH"])))
+    scripts = str(Path(sys.executable).parent)
+    shellcheck = shutil.which("shellcheck", path=os.pathsep.join((scripts, os.environ["PATH"])))
     if shellcheck is None:
         pytest.skip("shellcheck is not installed")
     done = subprocess.run([shellcheck, "--external-sources", str(path)], capture_output=True, text=True)
@@ -229,9 +229,9 @@ def launch(*arguments):
 
 
 def test_the_launcher_prints_every_command_and_runs_none():
-    given = ["--project=p", "--zone=z", "--type=v5litepod-8", "--runtime=r"]
-    given += ["--config=configs/quickstart.py", "--workdir=runs/a"]
-    done = launch("--dry_run", *given, "--", "--config.seed=3")
+    flags = ["--project=p", "--zone=z", "--type=v5litepod-8", "--runtime=r"]
+    flags += ["--config=configs/quickstart.py", "--workdir=runs/a"]
+    done = launch("--dry_run", *flags, "--", "--config.seed=3")
     assert done.returncode == 0, done.stderr
     commands = [line.removeprefix("+ ") for line in done.stderr.splitlines()]
     order = ["queued-resources create", "queued-resources describe", "scp", "ssh", "queued-resources delete"]
@@ -239,8 +239,8 @@ def test_the_launcher_prints_every_command_and_runs_none():
     assert places == sorted(places)
     assert "--spot" in commands[0]
     assert any("--config.seed=3" in line for line in commands)
-    assert "--spot" not in launch("--dry_run", "--on_demand", *given).stderr
-    assert "delete" not in launch("--dry_run", "--keep", *given).stderr
+    assert "--spot" not in launch("--dry_run", "--on_demand", *flags).stderr
+    assert "delete" not in launch("--dry_run", "--keep", *flags).stderr
 
 
 def test_the_launcher_names_what_is_missing():

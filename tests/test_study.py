@@ -139,9 +139,9 @@ def test_advised_and_fastest_are_compared_by_what_they_did_when_both_ran_again()
     assert checked["with_interval"] == "1.025 ± 0.318"
     one = contest_of(drafted((130.0, 135.0), (3e-3, 2e-3)))
     assert one.entries == () and one.row("e", [])["advised_over_fastest"] == 1
-    (told,) = contest.summary([checked, {**checked, "advised_over_fastest": 0.94}, one.row("e", [])])
-    assert told["within_5_percent"] == pytest.approx(2 / 3) and told["least_of_advised_over_fastest"] == 0.94
-    assert told["of_them_one_and_the_same"] == 1
+    (summary,) = contest.summary([checked, {**checked, "advised_over_fastest": 0.94}, one.row("e", [])])
+    assert summary["within_5_percent"] == pytest.approx(2 / 3) and summary["least_of_advised_over_fastest"] == 0.94
+    assert summary["of_them_one_and_the_same"] == 1
 
 
 @pytest.mark.parametrize(("certain", "advised"), [(0.9, "a, gamma 4"), (1.0, "a, gamma 1")])
@@ -198,7 +198,7 @@ def test_what_was_checked_is_one_table_with_its_summary(folders, tmp_path):
 
 @pytest.mark.slow
 def test_the_contest_runs_on_other_prompts_and_resumes_where_it_stopped(folders, tmp_path, monkeypatch):
-    """Evaluate is stood in for: what it is asked for is looked at; a contest that has its results is not run again."""
+    """Evaluate is replaced, and its configs are checked; a contest that has its results is not run again."""
     names = [f"supervised_t_{layers}_1" for layers in (1, 2)]
     drafters = {name: {"kind": "model", "path": name, "rules": {"lossless": [4]}} for name in names}
     how = {"seed": 5, "task": {"name": "t", "seed": 0}, "selection": {"count": 8}, "measure_parts": True}

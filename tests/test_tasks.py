@@ -171,14 +171,14 @@ def test_a_data_set_without_the_split_or_the_field_is_refused(tmp_path):
 
 
 def test_examples_of_a_data_set_whose_text_is_empty_are_left_out_and_counted(tmp_path, monkeypatch):
-    said = []
-    monkeypatch.setattr(absl_logging, "warning", lambda message, *values: said.append(message % values))
+    lines = []
+    monkeypatch.setattr(absl_logging, "warning", lambda message, *values: lines.append(message % values))
     record = LAYOUTS["xsum"][2]
     blank = [{"document": "", "summary": "s"}, {"document": "d", "summary": " \n"}]
     prepare(tmp_path, "xsum", {"train": [record(0), *blank], "validation": [record(1)]})
     task = load_task(config("xsum", tmp_path))
     assert len(task.train) == len(task.validation) == 1
-    assert [line.split(", train: ")[1] for line in said] == ["2 examples left out, one of their texts is empty"]
+    assert [line.split(", train: ")[1] for line in lines] == ["2 examples left out, one of their texts is empty"]
     prepare(tmp_path / "blank", "xsum", {"train": [record(0)], "validation": blank})
     with pytest.raises(UserError, match='"xsum" has no examples to validate on'):
         load_task(config("xsum", tmp_path / "blank"))
@@ -362,8 +362,8 @@ LONG = tuple(Example(f"summarize: {i} " + "abcdefgh" * 20, f"\nend {i}") for i i
 
 
 def test_a_text_to_summarise_is_cut_at_its_end_so_that_the_summary_fits(tokenizer, monkeypatch):
-    said = []
-    monkeypatch.setattr(absl_logging, "info", lambda message, *values: said.append(message % values))
+    lines = []
+    monkeypatch.setattr(absl_logging, "info", lambda message, *values: lines.append(message % values))
     task = Task("long", LONG, LONG, "rouge", cuts_prompts=True)
     batch = next(training_batches(task, tokenizer, batch_size=3, sequence_length=64, prompt_length=(1, 9), seed=0))
     for tokens, length, start in zip(batch["tokens"], batch["lengths"], batch["loss_start"], strict=True):
@@ -371,7 +371,7 @@ def test_a_text_to_summarise_is_cut_at_its_end_so_that_the_summary_fits(tokenize
         example = LONG[int(prompt.split()[1])]
         assert length == 64 and tokens[-1] == tokenizer.eos_ids[0]
         assert example.prompt.startswith(prompt) and completion == example.completion
-    assert said == ["long: 3 of 3 prompts were cut at their end to fit rows of 64 tokens"]
+    assert lines == ["long: 3 of 3 prompts were cut at their end to fit rows of 64 tokens"]
     # No more than half a row is left to a completion.
     batch = next(training_batches(task, tokenizer, batch_size=3, sequence_length=8, prompt_length=(1, 9), seed=0))
     assert batch["loss_start"].tolist() == [4, 4, 4]
@@ -379,7 +379,7 @@ def test_a_text_to_summarise_is_cut_at_its_end_so_that_the_summary_fits(tokenize
     for prompt, example in zip(prompts, LONG, strict=True):
         assert prompt.tokens == tuple(tokenizer.encode(example.prompt)[:32])
         assert prompt.text == tokenizer.decode(prompt.tokens) and prompt.reference == example.completion
-    assert said[-1] == "long: 3 of 3 prompts were cut at their end to fit the limit of 32 tokens"
+    assert lines[-1] == "long: 3 of 3 prompts were cut at their end to fit the limit of 32 tokens"
     with pytest.raises(UserError, match="more than the limit of 32"):
         evaluation_prompts(Task("long", LONG, LONG, "rouge"), tokenizer, count=3, prompt_length=(1, 32), seed=0)
 
@@ -399,18 +399,18 @@ def test_every_data_set_makes_rows_for_both_kinds_of_model(prepared, tokenizer, 
     task = load_task(config(name, prepared))
     settings = dict(batch_size=2, sequence_length=48, prompt_length=(3, 9), seed=0)
     alone = next(training_batches(task, tokenizer, **settings))
-    apart = next(training_batches(task, tokenizer, start_token=0, **settings))
+    separate = next(training_batches(task, tokenizer, start_token=0, **settings))
     for row in range(2):
         tokens, prompt = alone["tokens"][row, : alone["lengths"][row]], alone["prompt_lengths"][row]
-        np.testing.assert_array_equal(apart["sources"][row, :prompt], tokens[:prompt])
-        np.testing.assert_array_equal(apart["tokens"][row, : apart["lengths"][row]], [0, *tokens[prompt:]])
+        np.testing.assert_array_equal(separate["sources"][row, :prompt], tokens[:prompt])
+        np.testing.assert_array_equal(separate["tokens"][row, : separate["lengths"][row]], [0, *tokens[prompt:]])
 
 
 def test_validation_rows_of_language_modelling_give_an_encoder_prompts_as_training_does(prepared, tokenizer):
     task = load_task(config("lm1b", prepared))
     settings = dict(batch_size=4, sequence_length=16, prompt_length=(3, 9), count=4, seed=0)
-    apart, alone = (validation_batches(task, tokenizer, start_token=token, **settings) for token in (0, None))
-    lengths = {int(length) for batch in apart for length in batch["prompt_lengths"]}
+    separate, alone = (validation_batches(task, tokenizer, start_token=token, **settings) for token in (0, None))
+    lengths = {int(length) for batch in separate for length in batch["prompt_lengths"]}
     assert lengths <= set(range(3, 10)) and len(lengths) > 2
     assert all((batch["prompt_lengths"] == 1).all() for batch in alone)
 

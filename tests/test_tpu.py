@@ -124,9 +124,9 @@ def training(name: str, mesh) -> executables.TrainingStage:
     section = configs.load(f"{ROOT}/configs/quickstart.py:smoke")[name if name == "supervised" else "distilled"]
     section.mesh.update(MESH)
     section.data.batch_size = BATCH
-    apart = name.startswith("t5")
-    shelf = ModelCatalog({"target": encoder_decoder(1) if apart else decoder(2), "supervised": decoder(1)})
-    shelf.made["draft"] = encoder_decoder(1) if apart else decoder(1)
+    is_t5 = name.startswith("t5")
+    shelf = ModelCatalog({"target": encoder_decoder(1) if is_t5 else decoder(2), "supervised": decoder(1)})
+    shelf.made["draft"] = encoder_decoder(1) if is_t5 else decoder(1)
     section.model.update({"init": "stage:draft", "param_dtype": "bfloat16"})
     if name == "adapter":
         section = configs.load(f"{ROOT}/configs/plan/pairs.py:vicuna_13b").adapter.copy_and_resolve_references()
@@ -199,10 +199,10 @@ def train_report(name: str, mesh) -> dict:
         compiled, seconds[step.name], reason = account.compiled_on(mesh, step)
         assert compiled is not None, reason
     program = account.program_of(compiled)
-    kept = [x for x in jax.tree.leaves(stage.state) if x.ndim]
+    arrays = [x for x in jax.tree.leaves(stage.state) if x.ndim]
     return {
         "aliased": account.Memory.of(compiled).aliased,
-        "state_bytes": meshes.local_bytes(kept),
+        "state_bytes": meshes.local_bytes(arrays),
         "vocabulary": [shape for shape in hlo.gathered(everywhere(program)) if VOCABULARY in shape],
         "seconds": seconds,
     }
@@ -220,7 +220,7 @@ def report(part: str, names: list[str]) -> dict:
 
 def run_apart(*command: str, flags: str = "") -> str:
     """What Python says, run so; `flags` are the TPU compiler's, and have the last word."""
-    # Kept apart from the environment, where it would have every run look for a TPU.
+    # In a folder outside the environment, where it would have every run look for a TPU.
     compiler = Path(sys.prefix) / "tpu-compiler"
     if not (compiler / "libtpu").exists() and importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed: make .venv/.installed-tpu-compiler")
@@ -264,10 +264,10 @@ def test_a_draft_is_trained_on_a_slice_in_place_without_gathering_logits(part, n
 
 
 def test_machine_code_that_equal_parts_share_changes_nothing_that_a_plan_tells():
-    flags = {"shared": "", "apart": "--xla_tpu_enable_deduplicated_calls=false"}
+    flags = {"shared": "", "separate": "--xla_tpu_enable_deduplicated_calls=false"}
     result = {name: in_a_process_of_its_own("v5e:2x2", "ngram", flags=of)["ngram"] for name, of in flags.items()}
-    apart, shared = result["apart"], result["shared"]
-    assert {**apart, "seconds": shared["seconds"]} == shared
+    separate, shared = result["separate"], result["shared"]
+    assert {**separate, "seconds": shared["seconds"]} == shared
 
 
 def test_stages_are_planned_each_for_the_slice_of_its_mesh_one_chip_or_four():

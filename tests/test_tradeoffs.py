@@ -68,7 +68,7 @@ def row(stage, seed, drafter, gamma, quality, efficiency, speedup, rule="lossles
 
 
 def record(rows, timed=True):
-    """A record of two seeds; a row is as `row` takes it behind the seed. Timed ones may be absent."""
+    """A record of two seeds; a row is as `row` takes it after the seed. Timed ones may be absent."""
     stages = ("quality", "latency") if timed else ("quality",)
     made = [row(stage, seed, *args) for stage in stages for seed in (0, 1) for args in rows]
     return {"environment": ENVIRONMENT, "rows": made}

@@ -355,11 +355,11 @@ def test_a_run_of_all_sources_compiles_once_for_each_shape_and_logs_what_it_did(
 def test_plain_training_needs_no_target_but_measures_acceptance_with_one(tmp_path):
     config = make_config(**{"loss.divergence": "cross_entropy", "train.steps": 8})
     alone = make_trainer(config, tmp_path / "alone", inputs=make_inputs(config, with_target=False)).run()
-    beside = make_trainer(config, tmp_path / "beside").run()
-    assert_same_bits(alone.params, beside.params)
+    measured = make_trainer(config, tmp_path / "measured").run()
+    assert_same_bits(alone.params, measured.params)
     assert "validation_acceptance" not in alone.validation[-1]
-    assert 0 < beside.validation[-1]["validation_acceptance"] < 1
-    assert alone.validation[-1]["validation_loss"] == pytest.approx(beside.validation[-1]["validation_loss"])
+    assert 0 < measured.validation[-1]["validation_acceptance"] < 1
+    assert alone.validation[-1]["validation_loss"] == pytest.approx(measured.validation[-1]["validation_loss"])
 
 
 class Interruption(Exception):
@@ -507,8 +507,8 @@ def test_the_state_of_an_interval_stays_as_it_was_taken():
     taken = dataclasses.asdict(interval)
     as_json = json.dumps(taken)
     interval.add({name: 3 * value for name, value in values.items()})
-    assert json.dumps(taken) == as_json, "a checkpoint is written while training goes on"
-    # Nor is it touched by what goes on from it.
+    assert json.dumps(taken) == as_json, "a checkpoint is written while training continues"
+    # Nor is it touched by what continues from it.
     resumed = meter.Interval(**taken)
     assert resumed.line(12.0, False)["loss"] == 1.5 and resumed.line(12.0, False)["tokens_per_second"] == 2.0
     resumed.add(values)
@@ -578,12 +578,12 @@ def test_a_stopped_run_saves_its_step_and_resumes_to_the_same_end(tmp_path, monk
     config = make_config()
     straight = make_trainer(config, tmp_path / "straight").run()
     answers = iter([False] * 6 + [True])
-    with monkeypatch.context() as told:
-        told.setattr(stopping, "stop_asked", lambda: next(answers))
+    with monkeypatch.context() as patched:
+        patched.setattr(stopping, "stop_asked", lambda: next(answers))
         with pytest.raises(stopping.Stopped):
             make_trainer(config, tmp_path / "stopped").run()
     kept = {int(path.name) for path in (tmp_path / "stopped" / "checkpoints").iterdir()}
-    assert kept == {4, 6}, "the step it was at, beside those of the schedule"
+    assert kept == {4, 6}, "the step it was at, in addition to those of the schedule"
     goes_on = make_trainer(config, tmp_path / "stopped")
     resumed = goes_on.run()
     jax.tree.map(np.testing.assert_array_equal, resumed.params, straight.params)
@@ -599,7 +599,7 @@ def test_a_stopped_run_saves_its_step_and_resumes_to_the_same_end(tmp_path, monk
     assert lines[0] == lines[1]
 
 
-# A real process, really killed, or told to stop.
+# A real process, really killed, or asked to stop.
 
 
 def train_in_process(workdir):

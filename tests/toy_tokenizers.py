@@ -200,7 +200,7 @@ def unigram(directory):
 
 
 def llama_as_json(directory, **settings):
-    """As the `tokenizer.json` beside many a Llama 1 or 2: a space before every stretch of text, bytes as fallback."""
+    """As the `tokenizer.json` of many a Llama 1 or 2: a space before every stretch of text, bytes as fallback."""
     import sentencepiece
     from tokenizers import Tokenizer, decoders, models, normalizers, processors
 

@@ -5,7 +5,7 @@
 needs `requirements-peers.txt`, and nothing of ours: what is committed here is the reference's word alone. For each name
 of `CONFIGS`, or those given, it writes `NAME/config.json` and `NAME/model.safetensors` as transformers saves them, and
 `NAME/expected.npz` with `tokens` [B, T] and `logits` [B, T, V], of an encoder-decoder also the `prompts` [B, P] that it
-reads apart and their `lengths`. Weights are stored in bfloat16 and computed in float32.
+reads separately and their `lengths`. Weights are stored in bfloat16 and computed in float32.
 """
 
 import os
@@ -62,7 +62,7 @@ WIDE = {"num_attention_heads": 2}
 PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}
 
 # Windows are shorter than the texts. Positions whose scaling depends on the length of the text are left to the live
-# comparison, for there the reference has to be told the length.
+# comparison, for there the reference needs the length.
 CONFIGS = {
     "llama": ("llama", {**LLAMA, "rope_parameters": LLAMA3}),
     "mistral": ("mistral", {**LLAMA, "sliding_window": 7}),
@@ -105,10 +105,10 @@ def make(name: str) -> None:
     model_type, fields = CONFIGS[name]
     seed = list(CONFIGS).index(name)
     torch.manual_seed(seed)
-    apart = model_type == "t5"
-    auto = AutoModelForSeq2SeqLM if apart else AutoModelForCausalLM
+    is_t5 = model_type == "t5"
+    auto = AutoModelForSeq2SeqLM if is_t5 else AutoModelForCausalLM
     special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    special |= {"decoder_start_token_id": 0, "pad_token_id": 0} if apart else {}
+    special |= {"decoder_start_token_id": 0, "pad_token_id": 0} if is_t5 else {}
     model = auto.from_config(AutoConfig.for_model(model_type, **fields, **special))
     randomise(model)
     directory = HERE / name
@@ -120,15 +120,15 @@ def make(name: str) -> None:
     model = auto.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
     random = np.random.default_rng(seed)
     expected = {"tokens": random.integers(0, VOCAB, (ROWS, LENGTH)).astype(np.int32)}
-    given = {"input_ids": torch.tensor(expected["tokens"]).long()}
-    if apart:
+    inputs = {"input_ids": torch.tensor(expected["tokens"]).long()}
+    if is_t5:
         prompts = random.integers(1, VOCAB, (ROWS, max(PROMPT_LENGTHS))).astype(np.int32)
         expected |= {"prompts": prompts, "lengths": np.asarray(PROMPT_LENGTHS, np.int32)}
         mask = np.arange(prompts.shape[1]) < expected["lengths"][:, None]
-        given = {"decoder_input_ids": given["input_ids"]}
-        given |= {"input_ids": torch.tensor(prompts).long(), "attention_mask": torch.tensor(mask).long()}
+        inputs = {"decoder_input_ids": inputs["input_ids"]}
+        inputs |= {"input_ids": torch.tensor(prompts).long(), "attention_mask": torch.tensor(mask).long()}
     with torch.no_grad():
-        expected["logits"] = model(**given).logits.numpy()
+        expected["logits"] = model(**inputs).logits.numpy()
     np.savez_compressed(directory / "expected.npz", **expected)
 
 

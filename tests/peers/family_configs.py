@@ -66,7 +66,7 @@ def _yarn(**fields):
 
 
 def _longrope(original, pairs, **fields):
-    """Phi-3 has the original number of positions beside the scaling."""
+    """Phi-3 has the original number of positions next to the scaling."""
     factors = {
         "short_factor": [1 + 0.1 * pair for pair in range(pairs)],
         "long_factor": [1.5 + 0.75 * pair for pair in range(pairs)],

@@ -1,6 +1,6 @@
-"""Our on-policy distillation beside TRL's GKD trainer: the same loss, and the speed of a step on the same CPU.
+"""Our on-policy distillation compared with TRL's GKD trainer: the same loss, and the speed of a step on the same CPU.
 
-Both trainers have the same weights, prompts, batch, lengths, sampling and loss, float32, and AdamW behind clipping. No
+Both trainers have the same weights, prompts, batch, lengths, sampling and loss, float32, and AdamW after clipping. No
 row ends before it has all its new tokens. TRL's best setting is first tried; then its steps and ours are taken in turn,
 and the first few of each, with all compilation, do not count. `SPECJAX_GKD_OUT=FILE` receives the record as JSON.
 """

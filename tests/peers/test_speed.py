@@ -1,4 +1,4 @@
-"""Our speculative decoding beside Hugging Face's plain and assisted generation: same weights, prompts and CPU.
+"""Our speculative decoding compared with Hugging Face's plain and assisted generation: same weights, prompts and CPU.
 
 Batch 1, greedy, float32. `SPECJAX_PAIR=TARGET:DRAFT` names two exported directories (otherwise those of the
 quickstart, where they exist); `SPECJAX_PEERS_OUT=FILE` receives the record as JSON. Every setting of every system is

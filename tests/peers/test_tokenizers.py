@@ -83,13 +83,13 @@ def test_where_the_file_of_a_llama_is_followed_though_they_rebuild_its_rules(tmp
 
     toy_tokenizers.llama_as_json(tmp_path, tokenizer_class="LlamaTokenizer", legacy=False)
     ours, theirs = Tokenizer.load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
-    alike = [text for text in TEXTS if ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]]
+    equal = [text for text in TEXTS if ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]]
     meant = [
         text
         for text in TEXTS
         if not text.startswith((" ", "▁")) and not any(token in text for token in ("<s>", "</s>", "<unk>"))
     ]
-    assert set(meant) <= set(alike) and len(meant) > 500
+    assert set(meant) <= set(equal) and len(meant) > 500
     assert ours.encode("</s>a") != theirs("</s>a", add_special_tokens=False)["input_ids"]
 
 
@@ -105,7 +105,7 @@ def test_conversations_agree(tmp_path, kind, template, add_generation_prompt, in
     if in_config:
         maker(tmp_path, chat_template=[{"name": "tool_use", "template": "-"}, {"name": "default", "template": text}])
     else:
-        maker(tmp_path, chat_template="the file beside it counts")
+        maker(tmp_path, chat_template="the file next to it counts")
         (tmp_path / "chat_template.jinja").write_text(text, encoding="utf-8")
     ours, theirs = Tokenizer.load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     for messages in (toy_tokenizers.MESSAGES, toy_tokenizers.MESSAGES[1:], toy_tokenizers.MESSAGES[1:2]):

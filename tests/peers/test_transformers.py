@@ -1,4 +1,4 @@
-"""What we export, Hugging Face transformers computes alike; what it exports, we compute alike."""
+"""Hugging Face transformers and specjax compute the same from what either of them exports."""
 
 import dataclasses
 import functools
