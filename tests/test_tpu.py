@@ -185,7 +185,10 @@ def decode_report(name: str, mesh) -> dict:
         "copies": cache_copies(program, cache_shapes(described)),
         "vocabulary": [shape for shape in hlo.gathered(everywhere(program)) if VOCABULARY in shape],
         "weights": account.gathered_weights(program, step),
-        "work": dataclasses.asdict(account.work_of(compiled, step, program)),
+        "parts": {scope: dataclasses.asdict(work) for scope, work in account.parts_of(program, step).items()},
+        "bytes": hlo.total(program.iteration(step.loop, step.trip_counts)).bytes,
+        "outside": account.outside_loop(program, step).bytes,
+        "all_bytes": program.work(step.trip_counts).bytes,
         "memory": dataclasses.asdict(account.Memory.of(compiled)),
         "text": hashlib.sha256(compiled.as_text().encode()).hexdigest(),
         "seconds": seconds,
@@ -252,6 +255,9 @@ def test_a_drafter_decodes_on_a_slice_without_copying_a_cache_or_gathering_logit
     assert result["planned_cache_bytes"] == result["cache_bytes"]
     assert result["vocabulary"] == result["weights"] == []  # nothing whole is put together, turn by turn
     assert all(seconds > 0 for seconds in result["seconds"])
+    assert {"propose", "verify", "rule"} <= set(result["parts"])
+    assert sum(of["bytes"] for of in result["parts"].values()) == pytest.approx(result["bytes"])
+    assert result["bytes"] + result["outside"] == pytest.approx(result["all_bytes"])
 
 
 @pytest.mark.parametrize("name", TRAINED)

@@ -16,6 +16,8 @@ from specjax.runtime.errors import UserError, first_line
 
 # The compiler's error code for a program that does not fit.
 _REFUSED = "RESOURCE_EXHAUSTED"
+# Named scopes of prefill and decoding, and of an update.
+_SCOPES = re.compile(r"\b(propose|verify|rule|commit|prefill|drafter_init|draft_trunk|target_trunk|heads|optimizer)\b")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,17 +77,20 @@ def program_of(compiled: Compiled) -> hlo.Program:
         ) from error
 
 
-def work_of(compiled: Compiled, executable: Executable, program: hlo.Program) -> hlo.Work:
-    """The work of one call on one chip.
+def parts_of(program: hlo.Program, executable: Executable) -> dict[str, hlo.Work]:
+    """The work on one chip of one call, or of one iteration of `executable.loop`, by the scope of its source."""
+    counts, loop = executable.trip_counts, executable.loop
+    scopes: dict[str, list[hlo.Execution]] = {}
+    for execution in program.iteration(loop, counts) if loop else program.executions(counts):
+        scope = _SCOPES.search(execution.source)
+        scopes.setdefault(scope.group() if scope else "other", []).append(execution)
+    return {scope: hlo.total(executions) for scope, executions in scopes.items()}
 
-    Operations and bytes come from `cost_analysis`, which counts each loop's body once; further iterations and
-    collectives are computed from the HLO text.
-    """
-    full, once = program.work(executable.trip_counts), program.work(loops=False)
-    reported = compiled.cost_analysis() or {}
-    flops = reported.get("flops", once.flops) + full.flops - once.flops
-    moved = reported.get("bytes accessed", once.bytes) + full.bytes - once.bytes
-    return hlo.Work(max(flops, full.flops), max(moved, 0.0), full.traffic)
+
+def outside_loop(program: hlo.Program, executable: Executable) -> hlo.Work:
+    """The work of a call outside `executable.loop`, such as a copy of a weight that the compiler hoisted."""
+    counts = lambda source: 0 if source == executable.loop else executable.trip_counts(source)
+    return program.work(counts) if executable.loop else hlo.Work()
 
 
 def gathered_weights(program: hlo.Program, executable: Executable) -> list[tuple[int, ...]]:
@@ -123,7 +128,8 @@ def row(
     if compiled is None:
         return common
     memory, program = Memory.of(compiled), program_of(compiled)
-    work = work_of(compiled, executable, program)
+    parts, outside = parts_of(program, executable), outside_loop(program, executable)
+    work = hlo.Work.total((1, part) for part in parts.values())
     before = sum(size for name, size in executable.resident.items() if name not in executable.creates)
     unused = max(before - memory.arguments, 0)  # resident arrays that are not arguments of this executable
     peak = memory.peak + unused
@@ -134,6 +140,8 @@ def row(
         "fits": peak <= part.chip.memory,
         "flops": work.flops,
         "bytes": work.bytes,
+        "parts": {scope: {"flops": part.flops, "bytes": part.bytes} for scope, part in sorted(parts.items())},
+        "outside_loop": {"flops": outside.flops, "bytes": outside.bytes},
         "collectives": {kind: dataclasses.asdict(of) for kind, of in sorted(work.traffic.items()) if of.count},
         "gathered_weights": [list(shape) for shape in gathered_weights(program, executable)],
         "roofline": {chip.name: roofline(work, chip) for chip in CHIPS.values()},

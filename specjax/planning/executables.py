@@ -37,6 +37,7 @@ class Executable:
       resident: bytes on one chip of arrays that exist while it runs, by what they are.
       weights: unsharded shapes of the weight matrices that are sharded over the mesh.
       trip_counts: trip counts of its loops that the compiler does not know.
+      loop: op_name of the loop of which one iteration is the work that is reported; "" for the work of a call.
       creates: keys of `resident` whose arrays do not exist before it runs.
     """
 
@@ -45,6 +46,7 @@ class Executable:
     resident: dict[str, int]
     weights: frozenset[tuple[int, ...]]
     trip_counts: hlo.TripCounts = hlo.unknown
+    loop: str = ""
     creates: tuple[str, ...] = ()
 
 
@@ -275,4 +277,4 @@ def decoding_executables(decoding: DecodingStage) -> Iterator[Executable]:
             return decoding.plan.gamma - 1  # the first token is drafted before the loop
         return hlo.ONE_OF_THEM if source.endswith("/verify/while") else None
 
-    yield Executable("decode block", decoding.lower_loop, trip_counts=trip_counts, **shared)
+    yield Executable("decode block", decoding.lower_loop, trip_counts=trip_counts, loop="jit(run)/while", **shared)

@@ -9,21 +9,29 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 _ARRAY = re.compile(r"([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
-_INSTRUCTION = re.compile(r"(?:ROOT )?%?([\w.\-]+) = (.*?)\s([a-z][a-z0-9\-]*)\((.*)$")
+_INSTRUCTION = re.compile(r"(ROOT )?%?([\w.\-]+) = (.*?)\s([a-z][a-z0-9\-]*)\((.*)$")
 _HEAD = re.compile(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
-_CALLED = re.compile(r"\b(?:body|condition|calls|to_apply|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)")
+_CALLED = re.compile(
+    r"\b(?:body|condition|calls|to_apply|branch_computations|true_computation|false_computation)="
+    r"(\{[^}]*\}|%?[\w.\-]+)"
+)
 _KNOWN_TRIP_COUNT = re.compile(r'known_trip_count"?[:=]\s*\{"?n"?[:=]"?(\d+)')
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
 
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+# Instructions that run other computations; their work is that of the computations.
+_CONTROL = ("while", "conditional", "call", "async-start")
 # Instructions that move no bytes themselves.
 _FREE = {
-    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"),
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "async-update", *_CONTROL),
     *("partition-id", "replica-id", "opt-barrier", "iota", "add-dependency"),
 }
 _SLICES = ("dynamic-slice", "slice", "gather")
+# Instructions that update their first operand in place, and the index of the operand that they write into it.
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 
 # Function from the op_name of a loop to its trip count; None means that it is derived from the text.
 TripCounts = Callable[[str], int | None]
@@ -41,7 +49,7 @@ class Array:
 
     Attributes:
       kind: the dtype's name in HLO.
-      on_chip: whether it is in on-chip memory, so that accessing it costs no bandwidth of the main memory.
+      on_chip: whether it is outside the main memory, in a memory space S(1), S(2), .. of the chip.
     """
 
     kind: str
@@ -49,8 +57,13 @@ class Array:
     on_chip: bool
 
     @property
-    def bytes(self) -> int:
-        return math.prod(self.shape) * _bits(self.kind) // 8
+    def bytes(self) -> float:
+        return math.prod(self.shape) * _bits(self.kind) / 8
+
+    @property
+    def main_bytes(self) -> float:
+        """Bytes in main memory: all or none."""
+        return 0.0 if self.on_chip else self.bytes
 
 
 @functools.cache
@@ -64,8 +77,9 @@ class Instruction:
 
     Attributes:
       type: type of the result, as text.
-      value: text between the parentheses; for a constant, its value.
+      value: text between the parentheses; for a constant its value, for a parameter its number.
       rest: text after the parentheses: attributes and metadata.
+      is_root: whether its result is that of the computation.
     """
 
     name: str
@@ -74,22 +88,23 @@ class Instruction:
     operands: tuple[str, ...]
     value: str
     rest: str
+    is_root: bool
 
     @functools.cached_property
     def arrays(self) -> list[Array]:
         """The array types of the result: one, or those of a tuple."""
         sides = lambda dims: tuple(int(side) for side in dims.split(",") if side)
-        return [Array(kind, sides(dims), "S(1)" in layout) for kind, dims, layout in _ARRAY.findall(self.type)]
+        return [Array(kind, sides(dims), "S(" in layout) for kind, dims, layout in _ARRAY.findall(self.type)]
 
     @property
-    def bytes(self) -> int:
+    def bytes(self) -> float:
         """Bytes of the result."""
         return sum(array.bytes for array in self.arrays)
 
     @property
-    def main_bytes(self) -> int:
+    def main_bytes(self) -> float:
         """Bytes of the result in main memory."""
-        return sum(array.bytes for array in self.arrays if not array.on_chip)
+        return sum(array.main_bytes for array in self.arrays)
 
     @functools.cached_property
     def called(self) -> list[str]:
@@ -101,6 +116,11 @@ class Instruction:
         """Its op_name: the path of the traced operation that it was compiled from."""
         match = re.search(r'op_name="([^"]*)"', self.rest)
         return match.group(1) if match else ""
+
+    @property
+    def chained(self) -> bool:
+        """Whether it is a collective that the compiler repeats in each of the fusions between its start and its end."""
+        return "chain_id=" in self.rest
 
 
 # A computation: its instructions by name.
@@ -150,8 +170,22 @@ class Work:
         return cls(flops, moved, traffic)
 
 
-def _costliest(works: Iterable[Work]) -> Work:
-    return max(works, key=lambda work: (work.flops, work.bytes), default=Work())
+class Execution(NamedTuple):
+    """An instruction that runs: how many times, its op_name, and the work of one execution."""
+
+    times: int
+    source: str
+    work: Work
+
+
+def total(executions: Iterable[Execution]) -> Work:
+    """The work of all executions together."""
+    return Work.total((x.times, x.work) for x in executions)
+
+
+def _costliest(choices: Iterable[list[Execution]]) -> list[Execution]:
+    works = [(total(executions), executions) for executions in choices]
+    return max(works, key=lambda pair: (pair[0].flops, pair[0].bytes), default=(Work(), []))[1]
 
 
 class Program:
@@ -172,23 +206,15 @@ class Program:
             elif line.startswith("}"):
                 current = None
             elif current is not None and (match := _INSTRUCTION.match(line.strip())):
-                name, type_, op, tail = match.groups()
+                root, name, type_, op, tail = match.groups()
                 inside, rest = _split_at_close(tail)
-                current[name] = Instruction(name, type_, op, tuple(re.findall(r"%([\w.\-]+)", inside)), inside, rest)
-
-    def work(self, trip_counts: TripCounts = unknown, *, loops: bool = True) -> Work:
-        """The work of one call.
-
-        Args:
-          trip_counts: gives trip counts that cannot be derived from the text.
-          loops: whether to multiply by trip counts; otherwise each loop's body is counted once, as in `cost_analysis`.
-        """
-        return self._work(self.entry, trip_counts, loops, {})
+                operands = tuple(re.findall(r"%([\w.\-]+)", inside))
+                current[name] = Instruction(name, type_, op, operands, inside, rest, bool(root))
 
     def inside_loops(self) -> Iterator[Instruction]:
         """Instructions in the bodies of all loops, and in the computations called from them."""
         loops = [line for part in self.computations.values() for line in part.values() if line.op == "while"]
-        pending = [name for line in loops for name in re.findall(r"\bbody=%?([\w.\-]+)", line.rest)]
+        pending = [name for line in loops for name in line.called]
         reached = set()
         while pending:
             name = pending.pop()
@@ -197,32 +223,41 @@ class Program:
                 pending += [called for line in self.computations[name].values() for called in line.called]
         return (line for name in sorted(reached) for line in self.computations[name].values())
 
-    def _work(self, name: str, trip_counts: TripCounts, loops: bool, done: dict[str, Work]) -> Work:
-        if name in done:
-            return done[name]
-        part = self.computations.get(name, {})
-        parts: list[tuple[int, Work]] = []
-        choices: dict[str, list[Work]] = {}
+    def executions(self, trip_counts: TripCounts = unknown, name: str | None = None) -> list[Execution]:
+        """All instructions that one call runs. Of the branches of a conditional, the costliest runs.
+
+        Args:
+          trip_counts: gives trip counts that cannot be derived from the text.
+          name: the computation that is called; the entry computation by default.
+        """
+        part = self.computations.get(self.entry if name is None else name, {})
+        executions: list[Execution] = []
+        choices: dict[str, list[list[Execution]]] = {}
         for line in part.values():
-            inner = [self._work(called, trip_counts, loops, done) for called in line.called]
+            if line.op not in _CONTROL:
+                executions.append(Execution(1, line.source, self._work(line, part)))
+                continue
+            inner = [self.executions(trip_counts, called) for called in line.called]
+            joined = [execution for each in inner for execution in each]
             if line.op == "while":
-                body = Work.total((1, work) for work in inner)
-                count = self._trip_count(line, trip_counts) if loops else 1
+                count = self._trip_count(line, trip_counts)
                 if count == ONE_OF_THEM:
-                    choices.setdefault(line.source, []).append(body)
+                    choices.setdefault(line.source, []).append(joined)
                 else:
-                    parts.append((count, body))
-            elif line.op == "conditional":
-                parts.append((1, _costliest(inner)))
-            elif line.op == "call":
-                parts += [(1, work) for work in inner]
-            elif line.op in ("fusion", "async-start") or line.op.startswith("custom"):
-                # Instructions inside a fusion do not access main memory.
-                parts += [(1, dataclasses.replace(work, bytes=0.0)) for work in inner]
-            parts.append((1, Work(_flops(line, part), self._bytes(line, part), _traffic(line, part))))
-        parts += [(1, _costliest(bodies)) for bodies in choices.values()]
-        done[name] = Work.total(parts)
-        return done[name]
+                    executions += [x._replace(times=count * x.times) for x in joined]
+            else:
+                executions += _costliest(inner) if line.op == "conditional" else joined
+        return executions + [execution for each in choices.values() for execution in _costliest(each)]
+
+    def work(self, trip_counts: TripCounts = unknown) -> Work:
+        """The work of one call; see `executions`."""
+        return total(self.executions(trip_counts))
+
+    def iteration(self, source: str, trip_counts: TripCounts = unknown) -> list[Execution]:
+        """All instructions that run in one iteration of the loop of the entry computation with this op_name."""
+        loops = [line for line in self.computations[self.entry].values() if line.op == "while"]
+        called = [name for line in loops if line.source == source for name in line.called]
+        return [execution for name in called for execution in self.executions(trip_counts, name)]
 
     def _trip_count(self, line: Instruction, trip_counts: TripCounts) -> int:
         """A loop's trip count from `trip_counts`, the compiler's annotation or the loop's condition; 1 if unknown."""
@@ -230,62 +265,105 @@ class Program:
             return count
         if match := _KNOWN_TRIP_COUNT.search(line.rest):
             return int(match.group(1))
-        condition, body = (re.search(rf"\b{part}=%?([\w.\-]+)", line.rest) for part in ("condition", "body"))
-        return self._bound(condition.group(1), body.group(1)) if condition and body else 1
+        return self._bound(line)
 
-    def _bound(self, condition: str, body: str) -> int:
+    def _bound(self, loop: Instruction) -> int:
         """The trip count of a loop whose condition is `counter < constant`, as in a scan; 1 for any other loop."""
-        part = self.computations.get(condition, {})
-        compared = [line for line in part.values() if line.op not in ("parameter", "get-tuple-element", "constant")]
-        constants = [line for line in part.values() if line.op == "constant" and line.type[:5] in ("s32[]", "u32[]")]
-        if len(compared) != 1 or len(constants) != 1 or compared[0].op != "compare":
+        names = (re.search(rf"\b{name}=%?([\w.\-]+)", loop.rest) for name in ("condition", "body"))
+        condition, body = (self.computations.get(match.group(1), {}) if match else {} for match in names)
+        compared = [
+            line for line in condition.values() if line.op not in ("parameter", "get-tuple-element", "constant")
+        ]
+        if len(compared) != 1 or compared[0].op != "compare" or "direction=LT" not in compared[0].rest:
             return 1
-        if "direction=LT" not in compared[0].rest:
+        counter, limit = (condition[name] for name in compared[0].operands)
+        index = re.search(r"\bindex=(\d+)", counter.rest)
+        if limit.op != "constant" or limit.type[:5] not in ("s32[]", "u32[]"):
             return 1
-        index = re.search(r"\bindex=(\d+)", part[compared[0].operands[0]].rest)
-        return -(-int(constants[0].value) // (self._stride(body, int(index.group(1))) if index else 1))
+        return -(-int(limit.value) // (_stride(body, int(index.group(1))) if index else 1))
 
-    def _stride(self, body: str, index: int) -> int:
-        """The number that a loop's body adds to the counter (element `index` of its result); 1 if unknown."""
-        part = self.computations.get(body, {})
-        results = list(part.values())[-1].operands[index : index + 1] if part else ()
-        added = [part[name] for name in results if name in part and part[name].op == "add"]
-        steps = [part[name] for line in added for name in line.operands if name in part and part[name].op == "constant"]
-        return max(int(steps[0].value), 1) if steps else 1
+    def _work(self, line: Instruction, part: Computation) -> Work:
+        """The work of an instruction; of those inside a fusion, only products and collectives count."""
+        starts, works = line.name.startswith("async-collective-start"), []
+        if line.op == "fusion" or line.op.startswith("custom"):
+            lines = [(x, self.computations[name]) for name in line.called for x in self.computations[name].values()]
+            works = [
+                dataclasses.replace(self._work(*each), bytes=0.0) for each in lines if starts or not each[0].chained
+            ]
+        return Work.total(
+            (1, x) for x in (Work(_flops(line, part), self._bytes(line, part), _traffic(line, part)), *works)
+        )
 
     def _bytes(self, line: Instruction, part: Computation) -> float:
         """Bytes of main memory that an instruction reads and writes."""
-        if line.op in _FREE or line.op.endswith("-done") or line.op.startswith("async-"):
+        if line.op in _FREE or line.op.endswith("-done") or line.name.startswith("async-collective-done"):
             return 0.0
-        operands = [part[name] for name in line.operands if name in part]
-        read = lambda lines: float(sum(x.main_bytes for x in lines))
-        if line.op in _SLICES:
-            return 2.0 * line.main_bytes
-        if line.op in ("dynamic-update-slice", "scatter"):  # in place, so only the update is read and written
-            index = 1 if line.op == "dynamic-update-slice" else 2
-            return 2.0 * read(operands[index : index + 1])
-        if line.op == "copy-start":
-            return read(operands) + sum(array.bytes for array in line.arrays[:1] if not array.on_chip)
-        if line.op == "fusion" and line.called and line.called[0] in self.computations:
-            return self._fusion_bytes(line, operands)
-        return read(operands) + line.main_bytes
+        operands = [part[name] for name in dict.fromkeys(line.operands) if name in part]
+        op, results = line.op.removesuffix("-start"), line.arrays
+        if op != line.op and op != "all-reduce":  # a tuple: copy-start begins with the result, others with the operands
+            results = results[:1] if op == "copy" else results[sum(len(x.arrays) for x in operands) :]
+        written = sum(array.main_bytes for array in results)
+        if op in _SLICES:
+            return written + (results[0].bytes if operands[0].main_bytes else 0.0)
+        if op in _UPDATES:
+            update = operands[_UPDATES[op]]
+            return update.main_bytes + (update.bytes if line.main_bytes else 0.0)
+        if op == "fusion":
+            return self._fusion_bytes(line, part)
+        return written + sum(x.main_bytes for x in operands)
 
-    def _fusion_bytes(self, line: Instruction, operands: list[Instruction]) -> float:
-        """Bytes that a fusion reads and writes; operands that are only sliced or updated in place count by slice."""
+    def _fusion_bytes(self, line: Instruction, part: Computation) -> float:
+        """Bytes that a fusion reads and writes; of operands that are only sliced or updated in place, the slices."""
         inner = self.computations[line.called[0]]
-        parameters = [x.name for x in inner.values() if x.op == "parameter"]
-        total, replaced = 0.0, 0.0
-        for index, operand in enumerate(operands):
-            name = parameters[index] if index < len(parameters) else ""
-            users = [x for x in inner.values() if name in x.operands]
-            if users and all(x.op in _SLICES and x.operands[0] == name for x in users):
-                total += sum(x.bytes for x in users)
-            elif users and all(x.op == "dynamic-update-slice" and x.operands[0] == name for x in users):
-                total += sum(inner[x.operands[1]].bytes for x in users if x.operands[1] in inner)
-                replaced += operand.main_bytes
-            else:
-                total += operand.main_bytes
-        return total + max(line.main_bytes - replaced, 0.0)
+        if line.name.startswith("async-collective-start"):
+            return sum(self._bytes(x, inner) for x in inner.values() if x.chained)
+        parameters = {int(x.value): x.name for x in inner.values() if x.op == "parameter"}
+        operands = [(parameters[index], part[name]) for index, name in enumerate(line.operands) if name in part]
+        read = sum(min(self._read(inner, name), x.bytes) for name, x in operands if x.main_bytes)
+        root = _root(inner)
+        results = zip(line.arrays, root.operands if root.op == "tuple" else (root.name,), strict=False)
+        return read + sum(min(self._written(inner, name), array.main_bytes) for array, name in results)
+
+    def _read(self, part: Computation, name: str) -> float:
+        """Bytes of a parameter that a fused computation reads: slices, or infinity for all of it."""
+        read = 0.0
+        for line in (x for x in part.values() if name in x.operands):
+            is_first = line.operands[0] == name and line.operands.count(name) == 1
+            if line.op in _SLICES and is_first:
+                read += line.bytes
+            elif line.op == "fusion":
+                inner, number = self.computations[line.called[0]], str(line.operands.index(name))
+                read += sum(
+                    self._read(inner, x.name) for x in inner.values() if (x.op, x.value) == ("parameter", number)
+                )
+            elif line.op == "bitcast" and not line.is_root:
+                read += self._read(part, line.name)
+            elif not (line.op == "tuple" or line.chained or (line.op in _UPDATES and is_first)):
+                return math.inf
+        return read
+
+    def _written(self, part: Computation, name: str) -> float:
+        """Bytes that a fused computation writes of one of its results; nothing of what it only passes on."""
+        line = part[name]
+        if line.op == "bitcast":
+            return self._written(part, line.operands[0])
+        if line.op in _UPDATES:
+            return part[line.operands[_UPDATES[line.op]]].bytes + self._written(part, line.operands[0])
+        if line.op == "fusion" and len(line.arrays) == 1:
+            inner = self.computations[line.called[0]]
+            return self._written(inner, _root(inner).name) if _root(inner).op in _UPDATES else line.bytes
+        return 0.0 if line.op == "parameter" or line.chained else line.bytes
+
+
+def _root(part: Computation) -> Instruction:
+    return next(line for line in part.values() if line.is_root)
+
+
+def _stride(body: Computation, index: int) -> int:
+    """The number that a loop's body adds to the counter (element `index` of its result); 1 if unknown."""
+    added = [body[name] for name in _root(body).operands[index : index + 1] if name in body and body[name].op == "add"]
+    steps = [body[name] for line in added for name in line.operands if name in body and body[name].op == "constant"]
+    return max(int(steps[0].value), 1) if steps else 1
 
 
 def _split_at_close(text: str) -> tuple[str, str]:
