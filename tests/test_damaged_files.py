@@ -5,6 +5,7 @@ import dataclasses
 import json
 import random
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,14 +15,20 @@ import toy_tokenizers
 from ml_collections import ConfigDict
 from test_layouts import LAYOUTS
 
+from specjax import main
+from specjax.data import tasks
 from specjax.data.batches import evaluation_prompts
 from specjax.data.tasks import load_task
+from specjax.distillation import data_sources, divergences, recipes, settings
 from specjax.hub import load as hub_load
 from specjax.hub import model as hub_model
 from specjax.hub import weights
 from specjax.hub.save import save
 from specjax.hub.tokenizer import Tokenizer, train_byte_bpe
 from specjax.models.decoder import Decoder
+from specjax.runtime import cli
+from specjax.runtime import config as configs
+from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError
 
 STRANGE = [
@@ -154,3 +161,82 @@ def test_a_damaged_file_of_examples_is_read_or_ends_in_one_sentence(tmp_path, na
                 assert "\n" not in str(error) and len(str(error)) < 1000, (seed, task)
                 refused += 1
     assert refused > 5
+
+
+# Overrides on the command line.
+
+VALUES = [
+    *(
+        "",
+        "x",
+        "-1",
+        "0",
+        "1e400",
+        "nan",
+        "-inf",
+        "10**9",
+        "9" * 400,
+        "1.5",
+        "True",
+        "none",
+        "None",
+        "[",
+        "(,)",
+        "((1,2),3)",
+    ),
+    *(
+        "{}",
+        "{'a':1}",
+        "a,b",
+        "1,x",
+        "\x00",
+        "é" * 50,
+        "stage:",
+        "stage:nowhere",
+        "workdir:target",
+        "required:a:b",
+    ),
+    *("forward_kl", "jsd", "file.py:Name", "/nowhere", "gkd", "float16", " ", "=", "--config.seed=1", "%s{0}\\"),
+]
+
+
+def random_override(draw, keys):
+    """A key that exists, one that is damaged, or a section, with a random value."""
+    key = draw.choice(keys)
+    damage = draw.randrange(8)
+    if damage == 0:
+        key = key.rpartition(".")[0] or "stages"
+    elif damage == 1:
+        key += draw.choice([".", ".x", "..y", "[0]", ".__class__", ".items", " "])
+    elif damage == 2:
+        key = draw.choice(["", ".", "x" * 300, "_fields", "lock", "\x00", "distilled.", "to_dict.x", "é"])
+    return f"--config.{key}={draw.choice(VALUES)}"
+
+
+def check_stages(config, workdir):
+    """What a run checks in its stages' sections before it loads anything."""
+    main._check_stages(config)
+    for name in config.stages:
+        section = configs.resolve(config[name], workdir, config.stages)
+        meshes.make_mesh(section.mesh)
+        if section.binary == "distill":
+            section = recipes.expand(section)
+            settings.check_numbers(section)
+            divergences.of_config(section.loss)
+            data_sources.check_fractions(data_sources.fractions_of(section.data), has_target=bool(section.target))
+            if (section.task.name, section.task.path) != ("stdlib_code", ""):  # the text of the default takes a while
+                tasks.load_task(section.task)
+
+
+def test_random_overrides_end_in_one_sentence(tmp_path, capsys):
+    file = Path(__file__).resolve().parents[1] / "configs" / "quickstart.py"
+    keys = [key for key, _ in configs.leaves(configs.load(f"{file}:smoke").to_dict())]
+    codes = []
+    for seed in range(150):
+        draw = random.Random(seed)
+        overrides = [random_override(draw, keys) for _ in range(draw.randint(1, 3))]
+        arguments = [f"--config={file}:smoke", f"--workdir={tmp_path / str(seed)}", *overrides]
+        codes.append(cli.launch(check_stages, "specjax.main", arguments))
+        assert codes[-1] in (0, 2), overrides
+        assert capsys.readouterr().err.count("\n") == (codes[-1] == 2), overrides
+    assert 10 < codes.count(2) < 149
