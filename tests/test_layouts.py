@@ -180,6 +180,15 @@ def test_a_conversation_gives_an_example_for_each_answer_and_stays_in_one_split(
     assert not first[0] & first[1] and len(task.train) % 3 == 0
 
 
+def test_an_answer_that_calls_tools_is_context_and_gives_a_prompt_alone(tmp_path):
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}]}
+    result = {"role": "tool", "content": "3"}
+    (tmp_path / "a.jsonl").write_text(lines([{"messages": [*chat(1)[:1], call, result, chat(1)[1]]}]))
+    first, second = load("prompts", tmp_path / "a.jsonl").validation
+    assert (first.prompt, first.completion) == (asked(1), "") and second.completion == f"\n\n{said(1)}"
+    assert second.messages[1]["tool_calls"] == call["tool_calls"] and '"add"' in second.prompt
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [
@@ -278,6 +287,9 @@ def test_a_folder_of_sources_may_hold_json_and_a_folder_of_splits_keeps_them(tmp
     task = load("text", splits)
     assert [e.completion for e in task.train] == ["train 0", "train 1"]
     assert [e.completion for e in task.validation] == ["held out"]
+    parquet(splits / "train-00000-of-00002.parquet", [{"prompt": "a"}])
+    with pytest.raises(UserError, match="row 1 has the fields 'prompt', and no \"text\".*`prompt_completion`"):
+        load("text", splits)
 
 
 @pytest.mark.parametrize(

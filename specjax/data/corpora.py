@@ -96,13 +96,17 @@ def _documents(name: str, content: str | files.Located) -> list[tuple[str, str]]
     """The (name, text) of a file's documents: its text, or the field "text" of its records."""
     if isinstance(content, str):
         return [(name, content)]
-    for where, record in content:
-        if not isinstance(record.get("text"), str):
-            raise UserError(
-                f'{where} has the fields {files.fields_of(record)}, and no "text" for the task `text`; '
-                "use the task `prompt_completion` to train on prompts, and `prompts` to evaluate on them"
-            )
-    return [(where, record["text"]) for where, record in content if record["text"].strip()]
+    return [(where, text) for where, record in content if (text := document(record, where)).strip()]
+
+
+def document(record: files.Record, where: str) -> str:
+    """The text of a record for language modelling. Raises UserError if it has none, with the tasks that may fit it."""
+    if not isinstance(record.get("text"), str):
+        raise UserError(
+            f'{where} has the fields {files.fields_of(record)}, and no "text" for the task `text`; '
+            "use the task `prompt_completion` to train on prompts, and `prompts` to evaluate on them"
+        )
+    return record["text"]
 
 
 def validation_mask(keys: Sequence[str]) -> list[bool]:

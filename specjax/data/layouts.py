@@ -129,7 +129,7 @@ def parse_any(record: Record, where: str) -> list[Example]:
     """Parses a record of any layout in `LAYOUTS`; a record without a completion gives a prompt alone.
 
     A conversation gives an example for each answer of the assistant, with all messages before it as the prompt, and one
-    for messages of the user at its end.
+    for messages of the user at its end. An answer that calls tools gives a prompt alone.
 
     Raises:
       UserError: if it has none of these layouts, or one of the fields is empty or no text.
@@ -183,14 +183,10 @@ def _question(record: Record, where: str) -> list[Example]:
     return [question(_filled(record, "question", where), _completion(record, where))]
 
 
-def _system(record: Record, where: str) -> list[Message]:
-    return [{"role": "system", "content": text_of(record, "system", where)}] if record.get("system") else []
-
-
 def _conversation(turns: Any, record: Record, where: str) -> list[Example]:
     if not isinstance(turns, list) or not turns:
         raise UserError(f"{where}: the conversation is no list of messages; correct or remove it")
-    messages = _system(record, where)
+    messages = [{"role": "system", "content": text_of(record, "system", where)}] if record.get("system") else []
     messages += [_message(turn, f"{where}, message {number}") for number, turn in enumerate(turns, start=1)]
     roles = [message["role"] for message in messages]
     if "user" not in roles:
@@ -203,10 +199,10 @@ def _conversation(turns: Any, record: Record, where: str) -> list[Example]:
         messages[0] = {**messages[0], "tools": tools}
     examples = []
     for end in ends:
-        prompt = GAP.join(_plain(message) for message in messages[:end])
-        completion = _plain(messages[end]) if end < len(messages) else ""
-        completion = completion and GAP + completion
-        examples.append(Example(prompt, completion, "", tuple(messages[:end]), GAP))
+        texts = [message["content"] or json.dumps(message.get("tool_calls", "")) for message in messages[:end]]
+        answer = messages[end] if end < len(messages) else {"content": ""}
+        completion = "" if answer.get("tool_calls") else answer["content"]
+        examples.append(Example(GAP.join(texts), completion and GAP + completion, "", tuple(messages[:end]), GAP))
     return examples
 
 
@@ -227,11 +223,6 @@ def _message(turn: Any, where: str) -> Message:
     text = text_of({"content": content or ""}, "content", where)
     other = {key: turn[key] for key in ("name", "tool_calls", "tool_call_id") if turn.get(key) is not None}
     return {"role": _ROLES[role.lower()], "content": text, **other}
-
-
-def _plain(message: Message) -> str:
-    """A message's text without a chat template; that of calls of tools is their JSON."""
-    return message["content"] or json.dumps(message.get("tool_calls", ""))
 
 
 def _tools(record: Record, where: str) -> list:

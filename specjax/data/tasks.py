@@ -131,7 +131,8 @@ def _load_stdlib_docstrings(config: Any) -> Splits:
 
 def _load_text(config: Any) -> Splits:
     if all(layouts.split_files(Path(config.path))):
-        train, validation = layouts.read_splits(Path(config.path), layouts.parse_text)
+        parse = lambda record, where: [Example("", text)] if (text := corpora.document(record, where)).strip() else []
+        train, validation = layouts.read_splits(Path(config.path), parse)
         return _first(train, config.size), validation
     train, validation = corpora.text_files(config.path)
     return _documents(train, config.size), _documents(validation)
