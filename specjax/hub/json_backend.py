@@ -21,6 +21,7 @@ class JsonBackend:
     Attributes:
       tokens: the content of each id, added tokens included.
       special: ids that decoding skips.
+      added: ids of the added tokens, which are matched before the rest of a text is split.
       before, after: ids around a prompt.
       is_bpe: whether the vocabulary's algorithm is BPE.
     """
@@ -42,6 +43,7 @@ class JsonBackend:
         self._add(files, tokens)
         self.tokens: dict[int, str] = {index: content for content, index in library.get_vocab().items()}
         added = library.get_added_tokens_decoder()
+        self.added = frozenset(added)
         roles = {files.role(name, self.token_id) for name in ("bos_token", "eos_token")} - {None}
         self.special = frozenset(roles | {index for index, token in added.items() if token.special})
         self.is_bpe: bool = type(library.model).__name__ == "BPE"

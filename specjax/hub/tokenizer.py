@@ -295,33 +295,34 @@ def _tokenizer(files: TokenizerFiles) -> Tokenizer:
 
 @functools.lru_cache(maxsize=4)
 def check_same_tokens(target: Tokenizer, draft: Tokenizer) -> None:
-    """Raises UserError if an id means another token to the draft than to the target; logs any other difference.
+    """Raises UserError if an id of text means another token to the draft than to the target; logs other differences.
 
     Only the target's tokenizer encodes texts, so normalisation and splitting may differ, and either may have more
-    tokens. A special token may have another name if one of the two names is a placeholder for tokens to come.
+    added tokens. A special token may have another name if one of the two names is a placeholder for tokens to come.
     """
     if target is draft or target._files.contents == draft._files.contents:
         return
     left, right = target._backend, draft._backend
     both = left.tokens.keys() & right.tokens.keys()
-    others = [index for index in sorted(both) if left.tokens[index] != right.tokens[index]]
-    wrong = [
+    others = {index for index in both if left.tokens[index] != right.tokens[index]}
+    unused = {
         index
-        for index in others
-        if not {index} <= left.special & right.special
-        or not (_PLACEHOLDER.search(left.tokens[index]) or _PLACEHOLDER.search(right.tokens[index]))
-    ]
-    if wrong or not both:
-        example = "no id is in both"
-        if wrong:
-            example = f'id {wrong[0]} is "{left.tokens[wrong[0]]}" in one and "{right.tokens[wrong[0]]}" in the other'
+        for index in others & left.special & right.special
+        if _PLACEHOLDER.search(left.tokens[index]) or _PLACEHOLDER.search(right.tokens[index])
+    }
+    alone = {"target": left.tokens.keys() - both, "draft": right.tokens.keys() - both}
+    # Tokens of text that one of them lacks; added tokens occur only in texts that name them.
+    wrong = sorted((others - unused) | (alone["target"] - left.added) | (alone["draft"] - right.added))
+    if wrong:
+        names = " and ".join(repr(backend.tokens.get(wrong[0], "nothing")) for backend in (left, right))
         raise UserError(
-            f"target and draft have different tokenizers ({example}); take a draft trained with the target's"
+            "target and draft have different tokenizers; take a draft trained with the target's "
+            f"(id {wrong[0]} means {names})"
         )
-    notes = [f"{len(others)} special tokens have other names"] if others else []
-    for name, more in (("target", left.tokens.keys() - both), ("draft", right.tokens.keys() - both)):
-        examples = ", ".join(repr((left if name == "target" else right).tokens[index]) for index in sorted(more)[:3])
-        notes += [f"only the {name} has {examples} ({len(more)} tokens)"] if more else []
+    notes = [f"{len(unused)} special tokens have other names"] if unused else []
+    for (name, ids), backend in zip(alone.items(), (left, right), strict=True):
+        examples = ", ".join(repr(backend.tokens[index]) for index in sorted(ids)[:3])
+        notes += [f"only the {name} has {examples} ({len(ids)} tokens)"] if ids else []
     if not notes and target.fingerprint() != draft.fingerprint():
         notes = ["texts are normalised or split differently"]
     if notes:
