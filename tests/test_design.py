@@ -1,5 +1,6 @@
 """Draft design: the published shapes and rows, shapes at a budget, and what is refused."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import tiny
 
 from configs.draft_design import claims as design_claims
 from configs.draft_design import page as design_page
-from configs.draft_design import paper_check
+from configs.draft_design import paper_check, profiling, series
 from specjax import design
 from specjax.draft_design import shapes
 from specjax.runtime import config as configs
@@ -30,20 +31,20 @@ def test_published_shapes_have_the_parameters_of_their_names(name, count):
     layers, width, heads, head_size, mlp = paper_check.PRESETS[name]
     layer = 4 * width * heads * head_size + 3 * width * mlp + 2 * width
     assert shapes.parameters(paper_check.preset(name)) == layers * layer + width + 2 * 32000 * width == count
-    assert shapes.weight_bytes(paper_check.preset(name, "bfloat16")) == 2 * count
+    assert profiling.weight_bytes(paper_check.preset(name, "bfloat16")) == 2 * count
 
 
 def test_caches_of_the_published_shapes_are_192_and_120_mebibytes():
-    assert shapes.kv_bytes(paper_check.preset("noft-1.3b"), 1024) == 192 * 2**20
-    assert shapes.kv_bytes(paper_check.preset("wide-1.3b"), 1024) == 120 * 2**20
-    assert shapes.kv_bytes(paper_check.preset("wide-1.3b", "float32"), 512, batch=3) == 360 * 2**20
+    assert profiling.kv_bytes(paper_check.preset("noft-1.3b"), 1024) == 192 * 2**20
+    assert profiling.kv_bytes(paper_check.preset("wide-1.3b"), 1024) == 120 * 2**20
+    assert profiling.kv_bytes(paper_check.preset("wide-1.3b", "float32"), 512, batch=3) == 360 * 2**20
 
 
 def test_a_step_reads_the_head_whole_and_of_the_embedding_a_row():
     config = tiny.config(tied_head=False)
     read = shapes.parameters(config) - config.vocab_size * config.width
     cache = 2 * config.layers * config.kv_heads * config.head_size * 4 * 7
-    assert shapes.step_bytes(config, context=7) == 4 * read + cache
+    assert profiling.step_bytes(config, context=7) == 4 * read + cache
 
 
 def test_the_published_rows_come_out_within_half_a_percent(tmp_path, capsys):
@@ -145,21 +146,14 @@ def test_a_shape_at_a_budget_has_about_so_many_parameters_in_the_same_proportion
     assert result.family == like.family and result.vocab_size == like.vocab_size
 
 
-def test_the_largest_shape_within_the_seconds_is_taken():
-    sizes = [tiny.config(layers=layers) for layers in (1, 2, 4)]
-    assert shapes.within_seconds(sizes, lambda shape: shape.layers * 1e-3, 2.5e-3).layers == 2
-
-
 def test_what_no_shape_meets_is_refused():
     like = tiny.config()
     with pytest.raises(UserError, match="no shape of 6 layers in these proportions has about 900 parameters"):
         shapes.at_parameters(like, 6, 900)
-    with pytest.raises(UserError, match=r"no shape takes at most 0.0005 s per step \(the fastest takes 0.001\)"):
-        shapes.within_seconds([like], lambda shape: 1e-3, 5e-4)
     with pytest.raises(UserError, match="3 heads do not divide into 2 groups"):
         shapes.reshaped(like, heads=3, kv_heads=2)
     with pytest.raises(UserError, match="a width of 50 does not divide into heads of 16"):
-        shapes.heads_of(50, 16)
+        series._wide(dataclasses.replace(like, head_size=16), 1, 50)
     with pytest.raises(UserError, match="no such shape: mlp_width must be at least 1, not 0"):
         shapes.reshaped(like, mlp_width=0)
     with pytest.raises(UserError, match='no published shape "wide-796"; did you mean "wide-796m"'):

@@ -166,9 +166,9 @@ def compare(config, mesh):
         (decoding,) = executables.decodings(config.evaluation, shelf, mesh)
         begun_state = begun(decoding, target, params, mesh)
     caches = [x for x in jax.tree.leaves((begun_state.target_cache, begun_state.drafter_state)) if x.ndim == 4]
-    assert decoding.resident["cache"] == held(caches)
-    assert decoding.resident["parameters"] == held(params)
-    assert decoding.resident["target parameters"] == held(target)
+    assert decoding.resident_on(mesh)["cache"] == held(caches)
+    assert decoding.resident_on(mesh)["parameters"] == held(params)
+    assert decoding.resident_on(mesh)["target parameters"] == held(target)
 
 
 @pytest.mark.standard_promotion

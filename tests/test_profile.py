@@ -9,7 +9,6 @@ import tiny
 from configs.draft_design import profiling as profile
 from configs.draft_design import series
 from configs.draft_design.profiling import Point, Profile, StepCase
-from specjax.draft_design import shapes
 from specjax.runtime import config as configs
 from specjax.runtime.errors import UserError
 
@@ -44,16 +43,16 @@ def test_a_measured_case_is_stored_and_not_measured_again(tmp_path, clock):
 def test_what_does_not_fit_the_memory_is_estimated_and_says_so(tmp_path, clock):
     small, large = StepCase(tiny.config(layers=1)), StepCase(tiny.config(layers=8))
     points = Profile(tmp_path / "p.json", memory=profile.bytes_of([small, large]) // 2).measure([large, small], 3)
-    read = shapes.step_bytes(large.shape, large.context)
+    read = profile.step_bytes(large.shape, large.context)
     assert points == [Point(read / 1e9, 0.0, estimate=True), Point(1e-3, 0.1)]
     assert clock == [[1]]
 
 
 def test_an_estimate_is_what_is_read_or_computed_whichever_takes_longer():
     one, many = StepCase(tiny.config()), StepCase(tiny.config(), tokens=9)
-    read = shapes.step_bytes(one.shape, one.context)
+    read = profile.step_bytes(one.shape, one.context)
     assert profile.estimated_seconds(one, RATES) == read / 1e9
-    computed = 2 * 9 * (read - shapes.kv_bytes(one.shape, one.context)) / 4 / 1e9
+    computed = 2 * 9 * (read - profile.kv_bytes(one.shape, one.context)) / 4 / 1e9
     assert profile.estimated_seconds(many, RATES) == pytest.approx(computed)
 
 
@@ -66,7 +65,7 @@ def test_shapes_that_do_not_fit_together_are_measured_separately(tmp_path, clock
 def test_cases_of_one_shape_share_its_weights_and_are_measured_together(tmp_path, clock):
     cases = [StepCase(tiny.config(layers=1), tokens=tokens) for tokens in (1, 2, 3)]
     # Room for the weights once and every cache, but not for the weights twice.
-    memory = int((profile.bytes_of(cases) + shapes.weight_bytes(cases[0].shape) / 2) / 0.8)
+    memory = int((profile.bytes_of(cases) + profile.weight_bytes(cases[0].shape) / 2) / 0.8)
     Profile(tmp_path / "p.json", memory=memory).measure(cases, 3)
     assert clock == [[1, 1, 1]]
 

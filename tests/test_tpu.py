@@ -180,7 +180,7 @@ def decode_report(name: str, mesh) -> dict:
     return {
         "aliased": account.Memory.of(compiled).aliased,
         "cache_bytes": meshes.local_bytes(described.caches_on(mesh)),
-        "planned_cache_bytes": described.resident["cache"],
+        "planned_cache_bytes": described.resident_on(mesh)["cache"],
         "caches": sorted(cache_shapes(described)),
         "copies": cache_copies(program, cache_shapes(described)),
         "vocabulary": [shape for shape in hlo.gathered(everywhere(program)) if VOCABULARY in shape],

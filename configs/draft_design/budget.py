@@ -35,7 +35,13 @@ def build(config: Any, workdir: Path) -> list[dict]:
     seconds = {case.shape: point.seconds for case, point in zip(cases, points, strict=True)}
     chosen = min(candidates, key=seconds.__getitem__)
     if config.milliseconds:
-        chosen = shapes.within_seconds(candidates, seconds.__getitem__, config.milliseconds / 1e3)
+        fitting = [shape for shape in candidates if seconds[shape] <= config.milliseconds / 1e3]
+        if not fitting:
+            raise UserError(
+                f"no shape takes at most {config.milliseconds:.3g} ms per step (the fastest takes "
+                f"{1e3 * seconds[chosen]:.3g}); allow more time, or offer smaller shapes"
+            )
+        chosen = max(fitting, key=shapes.parameters)
     rows = [
         {"table": "shapes", **profiling.columns(case, point), "chosen": case.shape == chosen}
         for case, point in zip(cases, points, strict=True)

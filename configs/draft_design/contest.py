@@ -161,7 +161,8 @@ def _advised(group: Sequence[Mapping], drafts: Mapping[str, Mapping]) -> Entry:
         rows = {row["gamma"]: row for row in group if row["drafter"] == name}
         longest = rows[max(rows)]
         ctar = throughput.by_position(longest["acceptance_by_position"])
-        uneven = advice.unevenness(longest["iterations"], longest["expected_iterations"], longest["batch_size"])
+        slowest = max(1.0, longest["iterations"] / longest["expected_iterations"])
+        uneven = slowest if longest["batch_size"] > 1 else 1.0
         acceptance = advice.Acceptance(ctar, ctar, ctar, float(longest["gamma"]), uneven)
         parts = {gamma: parts_of(row) for gamma, row in rows.items()}
         options += advice.Candidate(name, drafts[name]["decoder"], {0.0: acceptance}, parts, True).options(work)

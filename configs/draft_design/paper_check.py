@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from configs.draft_design.profiling import shape_columns
+from configs.draft_design.profiling import kv_bytes, shape_columns
 from specjax import design
-from specjax.draft_design import shapes
 from specjax.evaluation import throughput
 from specjax.models.config import DecoderConfig
 from specjax.runtime.errors import UserError, nearest
@@ -70,5 +69,5 @@ def run(config: Any, workdir: str | Path) -> dict:
     for name in config.shapes:
         shape = preset(name)
         row = {"table": "shapes", "draft": name, **shape_columns(shape), "context": config.context}
-        rows.append(row | {"kv_mebibytes": shapes.kv_bytes(shape, config.context) / 2**20})
+        rows.append(row | {"kv_mebibytes": kv_bytes(shape, config.context) / 2**20})
     return design.finish(config, workdir, rows)

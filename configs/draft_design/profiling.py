@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import platform
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from specjax.evaluation import latency
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
 from specjax.runtime import files
+from specjax.runtime.dtypes import dtype_named
 from specjax.runtime.errors import UserError
 from specjax.runtime.timing import in_turns, progress
 
@@ -53,10 +55,32 @@ class StepCase:
         return latency.TimedStep(Decoder(self.shape), self.tokens, self.batch, self.context, self.capacity, self.steps)
 
 
+def weight_bytes(config: DecoderConfig) -> int:
+    """Bytes of the parameters."""
+    return shapes.parameters(config) * jnp.dtype(dtype_named(config.param_dtype)).itemsize
+
+
+def step_bytes(config: DecoderConfig, context: int, batch: int = 1) -> int:
+    """Bytes that a decode step must read: the weights, and the keys and values of the context."""
+    weights = Decoder(config).num_step_params * jnp.dtype(dtype_named(config.param_dtype)).itemsize
+    return weights + kv_bytes(config, context, batch)
+
+
+def kv_bytes(config: DecoderConfig, tokens: int, batch: int = 1) -> int:
+    """Bytes of the key/value cache of decoding with this many tokens per row; computed without allocating it."""
+    prompts, lengths = jnp.zeros((batch, 1), jnp.int32), jnp.ones((batch,), jnp.int32)
+
+    def arrays():
+        cache = Decoder(config).start({}, prompts, lengths, tokens)
+        return *cache.keys, *cache.values
+
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.eval_shape(arrays))
+
+
 def bytes_of(cases: Sequence[StepCase]) -> int:
     """Bytes of the weights, once for each shape, and of all caches."""
-    weights = sum(map(shapes.weight_bytes, {case.shape for case in cases}))
-    return weights + sum(shapes.kv_bytes(case.shape, case.capacity, case.batch) for case in cases)
+    weights = sum(map(weight_bytes, {case.shape for case in cases}))
+    return weights + sum(kv_bytes(case.shape, case.capacity, case.batch) for case in cases)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +117,8 @@ def columns(case: StepCase, point: Point) -> dict[str, Any]:
         "milliseconds": 1e3 * point.seconds,
         "spread": point.spread,
         "estimate": point.estimate,
-        "weight_mebibytes": shapes.weight_bytes(case.shape) / 2**20,
-        "kv_mebibytes": shapes.kv_bytes(case.shape, case.context, case.batch) / 2**20,
+        "weight_mebibytes": weight_bytes(case.shape) / 2**20,
+        "kv_mebibytes": kv_bytes(case.shape, case.context, case.batch) / 2**20,
     }
 
 
@@ -220,7 +244,7 @@ def estimated_seconds(case: StepCase, rates: dict[str, float]) -> float:
 
     A real step takes longer, because the bound ignores launches and dependences between layers.
     """
-    moved = shapes.step_bytes(case.shape, case.context, case.batch)
+    moved = step_bytes(case.shape, case.context, case.batch)
     operations = 2 * Decoder(case.shape).num_step_params * case.tokens * case.batch
     return max(moved / rates["bytes_per_second"], operations / rates["operations_per_second"])
 

@@ -90,7 +90,9 @@ def _cases(config: Any) -> Iterator[tuple[str, dict, StepCase]]:
 
 
 def _wide(base: DecoderConfig, layers: int, width: int) -> DecoderConfig:
-    heads = shapes.heads_of(width, base.head_size)
+    if width % base.head_size:
+        raise UserError(f"a width of {width} does not divide into heads of {base.head_size}; use a multiple")
+    heads = width // base.head_size
     kv_heads = heads // (base.heads // base.kv_heads)
     inner = shapes.rounded(width * base.mlp_width / base.width)
     return shapes.reshaped(base, layers=layers, width=width, heads=heads, kv_heads=kv_heads, mlp_width=inner)

@@ -11,17 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from specjax.decoding import batch
 from specjax.decoding.drafters.model import ModelDraft
 from specjax.decoding.drafters.table import build_drafter
 from specjax.decoding.plan import Plan
-from specjax.decoding.sampling import Sampling, row_keys
+from specjax.decoding.sampling import Sampling
 from specjax.draft_design import shapes
-from specjax.evaluation import latency, prediction, throughput
-from specjax.evaluation.engine import Method
+from specjax.evaluation import prediction, throughput
+from specjax.evaluation.engine import Method, Output
 from specjax.hub.model import Model
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
@@ -46,10 +45,6 @@ class Workload:
     batch_size: int
     temperature: float
     seed: int
-
-    @property
-    def slots(self) -> int:
-        return batch.prompt_slots(self.prompts)
 
     def plan(self, target: LanguageModel, draft: LanguageModel | None, gamma: int, threshold: float) -> Plan:
         """The plan that decodes this workload with a target and a draft; without a draft if `draft` is None."""
@@ -95,12 +90,7 @@ def measured(counts: metrics.Counts, *, seed: int, batch_size: int = 1) -> Accep
     firsts = range(0, len(counts.emitted), batch_size)
     taken = sum(int(counts.target_calls[first : first + batch_size].max()) for first in firsts)
     expected = prediction.expected_iterations(counts, batch_size)
-    return Acceptance(ctar, low, high, drafted, unevenness(taken, expected, batch_size))
-
-
-def unevenness(taken: int, expected: float, batch_size: int) -> float:
-    """`Acceptance.uneven` from the numbers of blocks that were run and that were expected."""
-    return max(1.0, taken / expected) if batch_size > 1 else 1.0
+    return Acceptance(ctar, low, high, drafted, max(1.0, taken / expected) if batch_size > 1 else 1.0)
 
 
 def decode(target: Model, draft: Model, work: Workload, gamma: int, threshold: float) -> metrics.Counts:
@@ -116,7 +106,7 @@ def decode(target: Model, draft: Model, work: Workload, gamma: int, threshold: f
         max_new_tokens=work.max_new_tokens,
         eos_ids=target.tokenizer.eos_ids,
     )
-    return metrics.Counts(**batch.join_counts([result.counts(size) for size, result in results]))
+    return Output(results).counts()
 
 
 def time_parts(
@@ -130,19 +120,13 @@ def time_parts(
 
     All drafts and gammas are timed in alternation.
     """
-    mean = int(np.mean([len(prompt) for prompt in work.prompts])) + work.max_new_tokens // 2
-    rows = tuple((work.prompts[0] * mean)[:mean] for _ in range(work.batch_size))
-    longer = dataclasses.replace(work, prompts=rows)
-    tokens, lengths = batch.pad(rows, longer.slots)
-    keys = row_keys(work.seed, np.arange(work.batch_size, dtype=np.int32))
-    rows, sampling = (jnp.asarray(tokens), jnp.asarray(lengths), keys), Sampling.of(work.temperature)
-    pairs = [(draft, its, gamma) for draft, its in drafts for gamma in gammas]
-    timers = lambda draft, its, gamma: latency.timers(
-        Method(longer.plan(target, draft, gamma, 0.0), params, its, sampling), *rows
+    method = lambda draft, its, gamma: Method(
+        work.plan(target, draft, gamma, 0.0), params, its, Sampling.of(work.temperature)
     )
-    meter = latency.PartsMeter(
-        timers(None, None, 0), [timers(*pair) for pair in pairs], [gamma for _, _, gamma in pairs]
-    )
+    speculative = [method(draft, its, gamma) for draft, its in drafts for gamma in gammas]
+    emitted = [tuple(prompt[:1]) * work.max_new_tokens for prompt in work.prompts]  # the time depends on their number
+    how = {"batch_size": work.batch_size, "seed": work.seed, "put": batch.HERE}
+    meter = prediction.parts_meter(method(None, None, 0), speculative, work.prompts, emitted, **how)
     meter.keep_up(1.0)
     measured = meter.parts()
     rows_of = [measured[i : i + len(gammas)] for i in range(0, len(measured), len(gammas))]

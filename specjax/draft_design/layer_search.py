@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from specjax.decoding.sampling import Sampling, probabilities
+from specjax.evaluation import throughput
 from specjax.models.language_model import LanguageModel, Params, consecutive
 from specjax.runtime.errors import UserError
 
@@ -76,16 +77,15 @@ def cost_ratio(target: LanguageModel, skipped: tuple[int, ...]) -> float:
 
 
 def best_gamma(acceptance: float, cost_ratio: float, verify_cost: float, longest: int) -> tuple[int, float]:
-    """The gamma in 1 .. longest with the largest predicted speed-up, and that speed-up.
+    """The gamma in 1 .. longest with the largest predicted speed-up, and that speed-up (see `throughput`).
 
-    If each token is accepted with probability a, a block emits 1 + a + .. + a^gamma tokens (arXiv 2211.17192, equation
-    1). It costs gamma draft steps and a verification, which takes as long as `verify_cost` plain steps.
+    Every token is accepted with the same probability, and a verification takes as long as `verify_cost` plain steps.
     """
-    gammas = np.arange(1, longest + 1)
-    speedups = 1 + np.cumsum(acceptance**gammas)
-    speedups /= gammas * cost_ratio + verify_cost
-    best = int(np.argmax(speedups))
-    return best + 1, float(speedups[best])
+    ctar = throughput.iid(acceptance, longest)
+    costs = throughput.Costs(cost_ratio, (1.0, *[verify_cost] * longest))
+    speedups = {gamma: throughput.speedup(ctar, costs, gamma) for gamma in range(1, longest + 1)}
+    best = max(speedups, key=speedups.__getitem__)
+    return best, speedups[best]
 
 
 def search(

@@ -25,6 +25,7 @@ from specjax.decoding.drafters.ngram import NGram
 from specjax.decoding.drafters.table import build_drafter
 from specjax.decoding.plan import Plan
 from specjax.decoding.sampling import Sampling
+from specjax.evaluation.engine import Output
 from specjax.hub.model import Model
 from specjax.models.language_model import LanguageModel, consecutive
 from specjax.reporting import metrics, records
@@ -100,9 +101,10 @@ def record(
         max_positions=decoder.config.max_positions,
     )
     eos_ids = tuple(target.tokenizer.eos_ids)
-    plan = _plan(decoder, None, 0, prompts, max_new_tokens)
-    results = _decode(plan, lambda first: target.params, None, prompts, batch_size, 0.0, max_new_tokens, eos_ids)
-    emitted = tuple(tuple(row) for size, result in results for row in result.tokens[:size])
+    plan = Plan.for_prompts(decoder, prompts, max_new_tokens=max_new_tokens, greedy=True)
+    how = {"seed": 0, "sampling": Sampling.of(0.0), "max_new_tokens": max_new_tokens, "eos_ids": eos_ids}
+    results = batch.decode_all(plan, target.params, None, prompts, batch_size=batch_size, **how)
+    emitted = tuple(map(tuple, Output(results).tokens))
     top_ids, top_probs = _most_probable(target, prompts, emitted, max_new_tokens, batch_size, top_k)
     return Replay(
         target=target.fingerprint,
@@ -165,17 +167,17 @@ def score(
     params = None if draft is None else draft.params
     table = Stored(None, logits_size=replay.vocab_size)
     drafter = build_drafter(options, table, gamma, None if draft is None else draft.decoder)
-    plan = _plan(table, drafter, gamma, replay.prompts, replay.max_new_tokens)
-    texts = _texts(replay, plan.capacity)
-
-    def texts_from(first: int):
+    lengths = {"max_new_tokens": replay.max_new_tokens}
+    plan = Plan.for_prompts(table, replay.prompts, greedy=True, drafter=drafter, gamma=gamma, **lengths)
+    how = {"seed": 0, "sampling": Sampling.of(0.0, threshold=options.threshold), "eos_ids": replay.eos_ids, **lengths}
+    texts = _texts(replay.prompts, replay.emitted, plan.capacity)
+    output = Output()
+    for first in range(0, len(texts), batch_size):
         part = texts[first : first + batch_size]
-        return jnp.asarray(np.concatenate([part, np.repeat(part[-1:], batch_size - len(part), axis=0)]))
-
-    results = _decode(
-        plan, texts_from, params, replay.prompts, batch_size, options.threshold, replay.max_new_tokens, replay.eos_ids
-    )
-    return metrics.Counts(**batch.join_counts([result.counts(size) for size, result in results]))
+        part = jnp.asarray(np.concatenate([part, np.repeat(part[-1:], batch_size - len(part), axis=0)]))
+        rows = {"first": first, "batch_size": batch_size}
+        output.batches.append(batch.decode_batch_of(plan, part, params, replay.prompts, **rows, **how))
+    return output.counts()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +220,7 @@ def agreement(replay: Replay, draft: Model, *, batch_size: int = 8) -> dict[str,
     replay.check_tokenizer(draft)
     model = draft.decoder.with_vocab_size(replay.vocab_size)
     slots = batch.prompt_slots(replay.prompts) + replay.max_new_tokens
-    texts = _texts(replay, slots)
+    texts = _texts(replay.prompts, replay.emitted, slots)
     scores: dict[str, list[np.ndarray]] = {"agrees": [], "surprise": [], "overlap": []}
     for first in range(0, len(texts), batch_size):
         logprobs = jax.nn.log_softmax(_forward(model, draft.params, jnp.asarray(texts[first : first + batch_size])))
@@ -246,9 +248,8 @@ def _most_probable(target: Model, prompts, emitted, longest: int, batch_size: in
     probs = np.zeros(ids.shape, np.float32)
     if top_k == 0:
         return ids, probs
-    rows = [(*prompt, *text) for prompt, text in zip(prompts, emitted, strict=True)]
-    texts, _ = batch.pad(rows, max(map(len, rows)))
-    for first in range(0, len(rows), batch_size):
+    texts = _texts(prompts, emitted, max(map(len, prompts)) + longest)
+    for first in range(0, len(texts), batch_size):
         part = jnp.asarray(texts[first : first + batch_size])
         best, best_ids = jax.lax.top_k(jax.nn.softmax(_forward(target.decoder, target.params, part)), top_k)
         for row in range(len(part)):
@@ -258,29 +259,6 @@ def _most_probable(target: Model, prompts, emitted, longest: int, batch_size: in
     return ids, probs
 
 
-def _texts(replay: Replay, slots: int) -> Int[np.ndarray, "P S"]:
+def _texts(prompts, emitted, slots: int) -> Int[np.ndarray, "P S"]:
     """Prompts with their continuations, right-padded."""
-    return batch.pad([(*a, *b) for a, b in zip(replay.prompts, replay.emitted, strict=True)], slots)[0]
-
-
-def _plan(target: LanguageModel, drafter: Any, gamma: int, prompts, max_new_tokens: int) -> Plan:
-    return Plan.for_prompts(target, prompts, max_new_tokens=max_new_tokens, greedy=True, drafter=drafter, gamma=gamma)
-
-
-def _decode(plan, params_from, draft_params, prompts, batch_size: int, threshold: float, max_new_tokens: int, eos_ids):
-    """Like `batch.decode_all`, with target parameters `params_from(first)` for the batch from prompt `first` on."""
-    return [
-        batch.decode_batch_of(
-            plan,
-            params_from(first),
-            draft_params,
-            prompts,
-            first=first,
-            batch_size=batch_size,
-            seed=0,
-            sampling=Sampling.of(0.0, threshold=threshold),
-            max_new_tokens=max_new_tokens,
-            eos_ids=eos_ids,
-        )
-        for first in range(0, len(prompts), batch_size)
-    ]
+    return batch.pad([(*prompt, *text) for prompt, text in zip(prompts, emitted, strict=True)], slots)[0]

@@ -1,15 +1,9 @@
-"""Computes parameters and memory of draft shapes (configs), and finds shapes for a budget of parameters or seconds."""
+"""Counts the parameters of draft shapes (configs), and finds shapes for a budget of parameters."""
 
 import dataclasses
-import math
-from collections.abc import Callable, Sequence
-
-import jax
-import jax.numpy as jnp
 
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
-from specjax.runtime.dtypes import dtype_named
 from specjax.runtime.errors import UserError
 
 # MLP widths are multiples of this.
@@ -48,39 +42,10 @@ def plain_llama(like: DecoderConfig) -> DecoderConfig:
     return DecoderConfig.llama(rope_theta=theta, **{name: getattr(like, name) for name in names})
 
 
-def heads_of(width: int, head_size: int) -> int:
-    """The number of heads, width / head_size. Raises UserError if the head size does not divide the width."""
-    if head_size < 1 or width % head_size:
-        raise UserError(f"a width of {width} does not divide into heads of {head_size}; use a multiple of head_size")
-    return width // head_size
-
-
 def parameters(config: DecoderConfig) -> int:
     """The number of parameters; a tied head is counted once. Layers have equal sizes, so only two are built."""
     one, two = (Decoder(reshaped(config, layers=min(layers, config.layers))).num_params for layers in (1, 2))
     return one + max(config.layers - 1, 0) * (two - one)
-
-
-def weight_bytes(config: DecoderConfig) -> int:
-    """Bytes of the parameters."""
-    return parameters(config) * jnp.dtype(dtype_named(config.param_dtype)).itemsize
-
-
-def step_bytes(config: DecoderConfig, context: int, batch: int = 1) -> int:
-    """Bytes that a decode step must read: the weights, and the keys and values of the context."""
-    weights = Decoder(config).num_step_params * jnp.dtype(dtype_named(config.param_dtype)).itemsize
-    return weights + kv_bytes(config, context, batch)
-
-
-def kv_bytes(config: DecoderConfig, tokens: int, batch: int = 1) -> int:
-    """Bytes of the key/value cache of decoding with this many tokens per row; computed without allocating it."""
-    prompts, lengths = jnp.zeros((batch, 1), jnp.int32), jnp.ones((batch,), jnp.int32)
-
-    def arrays():
-        cache = Decoder(config).start({}, prompts, lengths, tokens)
-        return *cache.keys, *cache.values
-
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.eval_shape(arrays))
 
 
 def at_parameters(like: DecoderConfig, layers: int, wanted: int, tolerance: float = 0.03) -> DecoderConfig:
@@ -121,21 +86,3 @@ def at_parameters(like: DecoderConfig, layers: int, wanted: int, tolerance: floa
 def rounded(width: float) -> int:
     """The multiple of 8 nearest to an MLP width."""
     return max(_STEP, _STEP * round(width / _STEP))
-
-
-def within_seconds(
-    shapes: Sequence[DecoderConfig], seconds_of: Callable[[DecoderConfig], float], budget: float
-) -> DecoderConfig:
-    """The shape with the most parameters whose step takes at most `budget` seconds.
-
-    Raises:
-      UserError: if every shape takes longer.
-    """
-    seconds = {shape: seconds_of(shape) for shape in shapes}
-    fitting = [shape for shape in shapes if seconds[shape] <= budget]
-    if not fitting:
-        raise UserError(
-            f"no shape takes at most {budget:.3g} s per step (the fastest takes {min(seconds.values()):.3g}); "
-            "allow more time, or offer smaller shapes"
-        )
-    return max(fitting, key=parameters)

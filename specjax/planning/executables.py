@@ -218,13 +218,8 @@ class DecodingStage:
         sampling = replicated(jax.eval_shape(lambda: self.sampling), self.mesh)
         return loop.run.lower(self.plan, self.params, self.draft_params, self._state, sampling, limits)
 
-    @functools.cached_property
-    def resident(self) -> dict[str, int]:
-        """Bytes on one chip while it decodes."""
-        return self.resident_on(self.mesh)
-
     def resident_on(self, mesh: AnyMesh) -> dict[str, int]:
-        """Bytes on one chip of another mesh. Raises UserError if something does not divide over it."""
+        """Bytes on one chip of a mesh while it decodes. Raises UserError if something does not divide over it."""
         replicate = self.plan.replicate_draft
         draft = 0 if self.draft is None else meshes.local_bytes(placed(self.draft, mesh, replicate=replicate))
         return {
@@ -268,7 +263,8 @@ def decodings(config: Any, catalog: ModelCatalog, mesh: AnyMesh) -> Iterator[Dec
 
 def decoding_executables(decoding: DecodingStage) -> Iterator[Executable]:
     """The prefill, and the decoding loop, whose cost is that of one block with gamma drafted tokens."""
-    shared = dict(resident=decoding.resident, weights=matrices(decoding.params, decoding.draft_params))
+    weights = matrices(decoding.params, decoding.draft_params)
+    shared = dict(resident=decoding.resident_on(decoding.mesh), weights=weights)
     yield Executable("prefill", decoding.lower_prefill, creates=("cache",), **shared)
 
     def trip_counts(source: str) -> int | None:

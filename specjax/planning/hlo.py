@@ -269,8 +269,7 @@ class Program:
 
     def _bound(self, loop: Instruction) -> int:
         """The trip count of a loop whose condition is `counter < constant`, as in a scan; 1 for any other loop."""
-        names = (re.search(rf"\b{name}=%?([\w.\-]+)", loop.rest) for name in ("condition", "body"))
-        condition, body = (self.computations.get(match.group(1), {}) if match else {} for match in names)
+        condition, body = (self.computations.get(name, {}) for name in loop.called)
         compared = [
             line for line in condition.values() if line.op not in ("parameter", "get-tuple-element", "constant")
         ]
