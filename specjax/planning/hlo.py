@@ -5,21 +5,15 @@ between chips. Here every instruction is counted as often as it runs.
 """
 
 import dataclasses
-import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-_ARRAY = re.compile(r"([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
-_INSTRUCTION = re.compile(r"(ROOT )?%?([\w.\-]+) = (.*?)\s([a-z][a-z0-9\-]*)\((.*)$")
-_HEAD = re.compile(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
-_CALLED = re.compile(
-    r"\b(?:body|condition|calls|to_apply|branch_computations|true_computation|false_computation)="
-    r"(\{[^}]*\}|%?[\w.\-]+)"
-)
+from specjax.planning import hlo_text
+from specjax.planning.hlo_text import Computation, Instruction, root_of
+
 _KNOWN_TRIP_COUNT = re.compile(r'known_trip_count"?[:=]\s*\{"?n"?[:=]"?(\d+)')
-_BITS = {"pred": 8, "token": 0, "opaque": 0}
 
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 # Instructions that run other computations; their work is that of the computations.
@@ -41,90 +35,6 @@ ONE_OF_THEM = -1
 
 def unknown(source: str) -> None:
     """A TripCounts function that derives all trip counts from the text."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Array:
-    """An array type in HLO.
-
-    Attributes:
-      kind: the dtype's name in HLO.
-      on_chip: whether it is outside the main memory, in a memory space S(1), S(2), .. of the chip.
-    """
-
-    kind: str
-    shape: tuple[int, ...]
-    on_chip: bool
-
-    @property
-    def bytes(self) -> float:
-        return math.prod(self.shape) * _bits(self.kind) / 8
-
-    @property
-    def main_bytes(self) -> float:
-        """Bytes in main memory: all or none."""
-        return 0.0 if self.on_chip else self.bytes
-
-
-@functools.cache
-def _bits(kind: str) -> int:
-    return _BITS[kind] if kind in _BITS else int(re.sub(r"\D*(\d+).*", r"\1", kind) or 0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    """One instruction of a computation.
-
-    Attributes:
-      type: type of the result, as text.
-      value: text between the parentheses; for a constant its value, for a parameter its number.
-      rest: text after the parentheses: attributes and metadata.
-      is_root: whether its result is that of the computation.
-    """
-
-    name: str
-    type: str
-    op: str
-    operands: tuple[str, ...]
-    value: str
-    rest: str
-    is_root: bool
-
-    @functools.cached_property
-    def arrays(self) -> list[Array]:
-        """The array types of the result: one, or those of a tuple."""
-        sides = lambda dims: tuple(int(side) for side in dims.split(",") if side)
-        return [Array(kind, sides(dims), "S(" in layout) for kind, dims, layout in _ARRAY.findall(self.type)]
-
-    @property
-    def bytes(self) -> float:
-        """Bytes of the result."""
-        return sum(array.bytes for array in self.arrays)
-
-    @property
-    def main_bytes(self) -> float:
-        """Bytes of the result in main memory."""
-        return sum(array.main_bytes for array in self.arrays)
-
-    @functools.cached_property
-    def called(self) -> list[str]:
-        """Names of the computations that it calls."""
-        return [name for group in _CALLED.findall(self.rest) for name in re.findall(r"[\w.\-]+", group)]
-
-    @property
-    def source(self) -> str:
-        """Its op_name: the path of the traced operation that it was compiled from."""
-        match = re.search(r'op_name="([^"]*)"', self.rest)
-        return match.group(1) if match else ""
-
-    @property
-    def chained(self) -> bool:
-        """Whether it is a collective that the compiler repeats in each of the fusions between its start and its end."""
-        return "chain_id=" in self.rest
-
-
-# A computation: its instructions by name.
-Computation = Mapping[str, Instruction]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,19 +107,7 @@ class Program:
     """
 
     def __init__(self, text: str):
-        self.computations: dict[str, dict[str, Instruction]] = {}
-        self.entry, current = "", None
-        for line in text.splitlines():
-            if head := _HEAD.match(line):
-                current = self.computations.setdefault(head.group(1), {})
-                self.entry = head.group(1) if line.startswith("ENTRY") else self.entry
-            elif line.startswith("}"):
-                current = None
-            elif current is not None and (match := _INSTRUCTION.match(line.strip())):
-                root, name, type_, op, tail = match.groups()
-                inside, rest = _split_at_close(tail)
-                operands = tuple(re.findall(r"%([\w.\-]+)", inside))
-                current[name] = Instruction(name, type_, op, operands, inside, rest, bool(root))
+        self.computations, self.entry = hlo_text.parse(text)
 
     def inside_loops(self) -> Iterator[Instruction]:
         """Instructions in the bodies of all loops, and in the computations called from them."""
@@ -319,7 +217,7 @@ class Program:
         parameters = {int(x.value): x.name for x in inner.values() if x.op == "parameter"}
         operands = [(parameters[index], part[name]) for index, name in enumerate(line.operands) if name in part]
         read = sum(min(self._read(inner, name), x.bytes) for name, x in operands if x.main_bytes)
-        root = _root(inner)
+        root = root_of(inner)
         results = zip(line.arrays, root.operands if root.op == "tuple" else (root.name,), strict=False)
         return read + sum(min(self._written(inner, name), array.main_bytes) for array, name in results)
 
@@ -350,29 +248,17 @@ class Program:
             return part[line.operands[_UPDATES[line.op]]].bytes + self._written(part, line.operands[0])
         if line.op == "fusion" and len(line.arrays) == 1:
             inner = self.computations[line.called[0]]
-            return self._written(inner, _root(inner).name) if _root(inner).op in _UPDATES else line.bytes
+            return self._written(inner, root_of(inner).name) if root_of(inner).op in _UPDATES else line.bytes
         return 0.0 if line.op == "parameter" or line.chained else line.bytes
-
-
-def _root(part: Computation) -> Instruction:
-    return next(line for line in part.values() if line.is_root)
 
 
 def _stride(body: Computation, index: int) -> int:
     """The number that a loop's body adds to the counter (element `index` of its result); 1 if unknown."""
-    added = [body[name] for name in _root(body).operands[index : index + 1] if name in body and body[name].op == "add"]
+    added = [
+        body[name] for name in root_of(body).operands[index : index + 1] if name in body and body[name].op == "add"
+    ]
     steps = [body[name] for line in added for name in line.operands if name in body and body[name].op == "constant"]
     return max(int(steps[0].value), 1) if steps else 1
-
-
-def _split_at_close(text: str) -> tuple[str, str]:
-    """Splits at the parenthesis that closes one opened before the start of `text`."""
-    depth = 1
-    for index, letter in enumerate(text):
-        depth += (letter == "(") - (letter == ")")
-        if not depth:
-            return text[:index], text[index + 1 :]
-    return text, ""
 
 
 def _flops(line: Instruction, part: Computation) -> float:
