@@ -3,10 +3,11 @@
     python -m specjax.evaluate --config=FILE --workdir=DIR [--config.section.key=value ...]
 
 Plain decoding (gamma = 0, the same loop) and every drafter decode each batch in turn, in the same process, so that a
-slow phase of the machine affects all of them.
+slow phase of the machine affects all of them. A stopped run resumes after its last batch.
 """
 
 import functools
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def run(config: Any, workdir: str | Path) -> dict:
     for setting in settings:
         if process_memory.crowded():  # with the programs of earlier settings
             jax.clear_caches()
-        setting_rows, setting_counts, setting_samples = _run_setting(job, setting)
+        setting_rows, setting_counts, setting_samples = _run_setting(job, setting, job.batches_folder(workdir))
         lines += setting_rows
         counts |= setting_counts
         samples += setting_samples
@@ -55,16 +56,19 @@ def run(config: Any, workdir: str | Path) -> dict:
     if processes.first():
         print(tables.summary_table(results["rows"]))
         page.write_run(workdir, results, stages={})
+        shutil.rmtree(workdir / "batches", ignore_errors=True)
     metrics.check_exact(results["rows"])
     return results
 
 
-def _run_setting(job: Job, setting: Setting) -> tuple[list[dict], dict[tuple, metrics.Counts], list[dict]]:
+def _run_setting(
+    job: Job, setting: Setting, folder: Path
+) -> tuple[list[dict], dict[tuple, metrics.Counts], list[dict]]:
     """Decodes with every case of one setting; returns rows, counts by (setting, drafter, rule, ...), and samples."""
     cases = make_cases(job, setting)
     methods = make_methods(job, setting, cases, job.ids)
     with meshes.use(job.target.mesh):
-        outputs, parts = _decode_all(job, setting, cases, methods)
+        outputs, parts = _decode_all(job, setting, cases, methods, folder)
     baseline = outputs[0]
     plain = {id(case.target): output for case, output in zip(cases, outputs, strict=True) if case.gamma == 0}
     lines, counts = [], {}
@@ -90,7 +94,7 @@ def _run_setting(job: Job, setting: Setting) -> tuple[list[dict], dict[tuple, me
 
 
 def _decode_all(
-    job: Job, setting: Setting, cases: list[Case], methods: list[Method]
+    job: Job, setting: Setting, cases: list[Case], methods: list[Method], folder: Path
 ) -> tuple[list[Output], list[PartSeconds | None]]:
     """Decodes with every case. Returns their outputs, and the seconds of their parts (None if not timed).
 
@@ -118,11 +122,12 @@ def _decode_all(
         put=put,
         label=f"{setting.rule} T={setting.temperature:g} batch {size}",
         end_of=job.end_of,
+        folder=folder,
     )
     for number, results in turns:
         for output, result in zip(outputs, results, strict=True):
             output.batches.append(result)
-        if number == first and by_plan:
+        if meter is None and number >= first and by_plan:
             emitted = outputs[0].tokens
             where = dict(batch_size=size, seed=job.config.seed, put=put)
             meter = prediction.parts_meter(methods[0], list(by_plan.values()), job.ids, emitted, **where)

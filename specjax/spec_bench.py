@@ -9,6 +9,7 @@ text (at temperature 0 it is also their own answer).
 
 import dataclasses
 import functools
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -72,14 +73,15 @@ def run(config: Any, workdir: str | Path) -> dict:
     job = load_job(config)
     settings = [Setting("lossless", temperature, 1) for temperature in config.temperatures]
     cases = [make_cases(job, setting) for setting in settings]  # raises before the first setting takes its hours
-    lines = []
+    lines, folder = [], job.batches_folder(workdir)
     for setting, of_setting in zip(settings, cases, strict=True):
-        lines += _rows(job, setting, of_setting, questions, _answers(job, setting, of_setting, questions))
+        lines += _rows(job, setting, of_setting, questions, _answers(job, setting, of_setting, questions, folder))
     path = workdir / "results.json"
     results = records.write_results(path, binary="spec_bench", config=configs.to_plain(config), rows=lines)
     if processes.first():
         print(tables.summary_table([row for row in lines if row["subtask"] == OVERALL]))
         spec_bench_page.write(workdir, results)
+        shutil.rmtree(workdir / "batches", ignore_errors=True)
     metrics.check_exact(results["rows"])
     return results
 
@@ -97,7 +99,7 @@ def _selected(questions: Sequence[Question], per_category: int) -> list[Question
     return selected
 
 
-def _answers(job: Job, setting: Setting, cases: list[Case], questions: Sequence[Question]) -> Answers:
+def _answers(job: Job, setting: Setting, cases: list[Case], questions: Sequence[Question], folder: Path) -> Answers:
     """Decodes all questions turn by turn, grouped by padded prompt length."""
     answers = Answers.of(len(cases))
     for turn in range(max(len(question.turns) for question in questions)):
@@ -108,7 +110,7 @@ def _answers(job: Job, setting: Setting, cases: list[Case], questions: Sequence[
                 slots = max(_SHORTEST, 1 << (len(prompt) - 1).bit_length())
                 groups.setdefault(slots, {})[number] = prompt
         for slots, prompts in sorted(groups.items()):
-            _answer_group(job, setting, cases, slots, prompts, turn, len(questions), answers)
+            _answer_group(job, setting, cases, slots, prompts, turn, len(questions), answers, folder)
     return answers
 
 
@@ -133,6 +135,7 @@ def _answer_group(
     turn: int,
     questions: int,
     answers: Answers,
+    folder: Path,
 ) -> None:
     """Decodes prompts of one padded length, given by question number, and appends the results to `answers`."""
     numbers, ids = list(prompts), list(prompts.values())
@@ -148,6 +151,7 @@ def _answer_group(
         label=f"T={setting.temperature:g} turn {turn + 1}, prompts up to {slots} tokens",
         indices=[number + turn * questions for number in numbers],
         end_of=job.end_of,
+        folder=folder,
     )
     with meshes.use(job.target.mesh):
         for place, results in turns:

@@ -11,11 +11,12 @@ from ml_collections import ConfigDict
 
 from specjax import api, evaluate, main
 from specjax.data import tasks
-from specjax.decoding import rules
+from specjax.decoding import batch, rules
 from specjax.distillation import divergences
 from specjax.hub.tokenizer import train_byte_bpe
 from specjax.models.table import make_attachment
 from specjax.runtime import config as configs
+from specjax.runtime import stopping
 from specjax.runtime.errors import InexactText, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -189,6 +190,35 @@ def test_a_rule_that_claims_to_be_exact_and_is_not_ends_the_run_after_its_record
     assert not difference["tie"] and difference["tie_bound"] < 1e-3
     assert "0/1 (1 different)" in capsys.readouterr().out
     assert 'class=" different"' in (tmp_path / "report.html").read_text()
+
+
+def test_a_stopped_evaluation_keeps_its_finished_batches(home, tmp_path, monkeypatch):
+    config = evaluation(home, {"kind": f"{home}/mine.py:Repeat", "rules": {"lossless": (2,)}})
+    whole = evaluate.run(config, tmp_path / "whole")["rows"]
+    decode, decoded = batch.decode, []
+
+    def stopped(*arguments, **settings):  # SIGTERM while the second batch is decoded
+        decoded.append(settings["indices"])
+        if len(decoded) == 6:
+            raise stopping.Stopped
+        return decode(*arguments, **settings)
+
+    monkeypatch.setattr(batch, "decode", stopped)
+    with pytest.raises(stopping.Stopped):
+        evaluate.run(config, tmp_path / "run")
+    decoded[:] = range(10)
+    rows = evaluate.run(config, tmp_path / "run")["rows"]
+    assert len(decoded) == 10 + 4, "two compile, two decode the second batch"
+    names = (
+        "emitted_tokens",
+        "accepted_at",
+        "acceptance_by_position",
+        "target_layers_per_token",
+        "identical_to_baseline",
+    )
+    for row, expected in zip(rows, whole, strict=True):
+        assert [row.get(name) for name in names] == [expected.get(name) for name in names]
+    assert not (tmp_path / "run" / "batches").exists()
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from specjax.data import batches, tasks
@@ -185,6 +187,13 @@ class Job:
     def end_of(self) -> Callable[[Sequence[int], Sequence[int]], int | None] | None:
         """The argument of `batch.decode` that ends texts at stop strings; None without any."""
         return self.stops.end if self.config.stop else None
+
+    def batches_folder(self, workdir: Path) -> Path:
+        """The folder for finished batches of a run, which differs for other weights in the models' directories."""
+        places = [*self.targets, *(section.path for section in read_drafters(self.config).values() if section.path)]
+        files = [file for place in places for file in sorted(Path(place).glob("*.safetensors"))]
+        state = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        return workdir / "batches" / hashlib.sha256(str(state).encode()).hexdigest()[:16]
 
     def check(self, prompts: Sequence[Sequence[int]]) -> None:
         """Raises UserError for prompts that a target cannot continue, see `batch.check_prompts`."""

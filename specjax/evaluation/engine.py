@@ -1,7 +1,10 @@
 """Decodes prompts batch by batch, each batch with several methods in turn, so that their times are comparable."""
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,8 +13,10 @@ from jaxtyping import Float
 from specjax.decoding import batch, identity
 from specjax.decoding.plan import Plan
 from specjax.decoding.sampling import Sampling
-from specjax.reporting import metrics
-from specjax.runtime import stopping
+from specjax.decoding.statistics import Statistics
+from specjax.models.kv_cache import Meter
+from specjax.reporting import metrics, records
+from specjax.runtime import processes, stopping
 from specjax.runtime.timing import progress
 
 
@@ -88,6 +93,7 @@ def decode_in_turns(
     numbers: Sequence[int] | None = None,
     indices: Sequence[int] | None = None,
     end_of: Callable[[Sequence[int], Sequence[int]], int | None] | None = None,
+    folder: Path | None = None,
 ) -> Iterator[tuple[int, list[tuple[int, batch.BatchResult]]]]:
     """Decodes each batch of prompts with every method, and yields the results of a batch as soon as it is decoded.
 
@@ -100,6 +106,8 @@ def decode_in_turns(
       indices: index of each prompt in the whole run, which with `seed` determines its random numbers; by default its
         index in `prompts`.
       end_of: ends texts at stop strings, see `batch.decode`.
+      folder: where finished batches are stored; a batch that is stored there is not decoded again, so that a stopped
+        run resumes. Its name must tell everything that determines the results, besides label, prompts and indices.
 
     Yields:
       (batch number, for each method (number of prompts, result)).
@@ -129,20 +137,51 @@ def decode_in_turns(
         )
         return len(prompts[span]), result
 
-    if not numbers:
-        return
-    for method in progress(methods, description=f"{label}: compile", unit="case"):
-        decode(method, numbers[0])
+    paths: dict[int, Path] = {}
+    if folder is not None:
+        for number in numbers:
+            span = slice(number * batch_size, (number + 1) * batch_size)
+            key = f"{label}{len(methods)}{[list(prompt) for prompt in prompts[span]]}{list(indices[span])}"
+            paths[number] = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    stored = processes.from_first([number for number, path in paths.items() if path.exists()])
+    missing = [number for number in numbers if number not in stored]
+    if missing:
+        for method in progress(methods, description=f"{label}: compile", unit="case"):
+            decode(method, missing[0])
     with progress(total=total * len(methods), description=label, unit="run") as bar:
-        bar.update((total - len(numbers)) * len(methods))
+        bar.update((total - len(missing)) * len(methods))
         for turn, number in enumerate(numbers):
             stopping.stop_if_asked()
+            if number in stored:
+                yield number, _read_batch(paths[number])
+                continue
             results: list[Any] = [None] * len(methods)
             for offset in range(len(methods)):
                 index = (turn + offset) % len(methods)
                 results[index] = decode(methods[index], number)
                 bar.update(1)
+            if folder is not None and processes.first():
+                records.write_atomically(paths[number], json.dumps([_plain(*result) for result in results]))
             yield number, results
+
+
+def _plain(rows: int, result: batch.BatchResult) -> dict[str, Any]:
+    """A batch's number of prompts and result as JSON types."""
+    arrays = lambda fields: {name: np.asarray(value).tolist() for name, value in vars(fields).items()}
+    executions = {name: [arrays(meter) for meter in meters] for name, meters in result.executions.items()}
+    return {"rows": rows, **vars(result), "statistics": arrays(result.statistics), "executions": executions}
+
+
+def _read_batch(path: Path) -> list[tuple[int, batch.BatchResult]]:
+    """The inverse of `_plain`, for a file with the results of all methods."""
+    arrays = lambda kind, fields: kind(**{name: np.asarray(value, np.int32) for name, value in fields.items()})
+    results = []
+    for fields in json.loads(path.read_text(encoding="utf-8")):
+        rows = fields.pop("rows")
+        fields["statistics"] = arrays(Statistics, fields["statistics"])
+        meters = {name: [arrays(Meter, each) for each in listed] for name, listed in fields["executions"].items()}
+        results.append((rows, batch.BatchResult(**fields | {"executions": meters})))
+    return results
 
 
 def compare_with_plain(
