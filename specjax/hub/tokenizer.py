@@ -128,8 +128,8 @@ class Tokenizer:
                 f"a chat prompt for a model without a template: {self._files.origin} has no chat template; "
                 "give the prompt as plain text"
             )
-        variables = self._files.template_variables()
-        return chat.render(template, messages, add_generation_prompt=add_generation_prompt, variables=variables)
+        roles = self._files.roles()
+        return chat.render(template, messages, add_generation_prompt=add_generation_prompt, variables=roles)
 
     def encode_pairs(
         self, prompts: Sequence[str | Sequence[Mapping[str, Any]]], completions: Sequence[str]

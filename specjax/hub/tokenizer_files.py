@@ -146,10 +146,13 @@ class TokenizerFiles:
             )
         return (end,)
 
+    def roles(self) -> dict[str, str]:
+        """The contents of the special tokens by role, as chat templates read them; defaults fill in absent ones."""
+        return {**self.assumed(), **{name: token.content for name, token in self.named().items()}}
+
     def role(self, name: str, token_id: Callable[[str], int | None]) -> int | None:
         """The id of the special token with this role, or None."""
-        token = self.named().get(name)
-        content = token.content if token is not None else self.assumed().get(name)
+        content = self.roles().get(name)
         return None if content is None else token_id(content)
 
     def chat_template(self) -> str | None:
@@ -161,10 +164,6 @@ class TokenizerFiles:
             named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
             template = named.get("default")
         return template if isinstance(template, str) else None
-
-    def template_variables(self) -> dict[str, str]:
-        """The variables of a chat template besides the messages: the contents of the special tokens, by role."""
-        return {**self.assumed(), **{name: token.content for name, token in self.named().items()}}
 
 
 def read(directory: str | Path) -> TokenizerFiles:
