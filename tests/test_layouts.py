@@ -318,8 +318,10 @@ def test_a_file_that_cannot_be_read_is_refused_in_one_sentence(tmp_path, name, c
 def test_the_questions_of_spec_bench_are_read_through_the_same_door(tmp_path):
     records = [{"question_id": i, "category": "qa", "turns": [asked(i)]} for i in numbers()]
     (tmp_path / "a.JSONL").write_bytes(("\ufeff" + lines(records)).replace("\n", "\r\n").encode("utf-16"))
-    (tmp_path / "b.json").write_text(json.dumps(records))
+    for name in ("b.json", "c.jsonl"):
+        (tmp_path / name).write_text(json.dumps(records))
     assert read_questions(tmp_path / "a.JSONL") == read_questions(tmp_path / "b.json")
+    assert read_questions(tmp_path / "b.json") == read_questions(tmp_path / "c.jsonl")
 
 
 # Chat templates and prompts alone
@@ -386,6 +388,8 @@ def test_other_layouts_are_trained_in_the_template_on_request_without_the_gap_be
     assert row_of(task_of(code), template, chat=True)[1] == "    return 1<end>"
     with pytest.raises(UserError, match="has no chat template"):
         row_of(task_of(pair), plain, chat=True)
+    with pytest.raises(UserError, match='data.chat is set, and task "mine" has documents'):
+        row_of(task_of(Example("", "text")), template, chat=True)
 
 
 def test_prompts_alone_are_enough_where_models_write_the_text(tokenizers, monkeypatch):

@@ -214,7 +214,10 @@ def _cut(tokens: np.ndarray, limit: int, tokenizer: Tokenizer) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Layout:
-    """How the examples of a split become rows; the fields are the arguments of `training_batches`."""
+    """How the examples of a split become rows; the fields are the arguments of `training_batches`.
+
+    `_packed` and `_paired` return the tokens, loss starts and prompt lengths of the rows.
+    """
 
     sequence_length: int
     prompt_length: tuple[int, int]
@@ -229,6 +232,8 @@ class _Layout:
         if self.sequence_length < 2:
             raise UserError(f"sequence_length must be at least 2, got {self.sequence_length}")
         _check_seed(self.seed)
+        if self.chat and task.is_language_modelling:
+            raise UserError(f'data.chat is set, and task "{task.name}" has documents, not prompts; set it to False')
         rows = self._packed if task.is_language_modelling else self._paired
         return Rows(*rows(task, examples, tokenizer), self.sequence_length, tokenizer.pad_id, self.start_token)
 
@@ -241,9 +246,8 @@ class _Layout:
                 f"{self.sequence_length}; lower the prompt length or raise sequence_length"
             )
         texts = (example.completion for example in examples)
-        documents = [document for chunk in _chunks(texts, len) for document in tokenizer.encode_batch(chunk)]
-        end = [tokenizer.end_id]
-        stream = np.concatenate([np.asarray([*document, *end], np.int32) for document in documents])
+        documents = (document for chunk in _chunks(texts, len) for document in tokenizer.encode_batch(chunk))
+        stream = np.concatenate([np.asarray([*document, tokenizer.end_id], np.int32) for document in documents])
         number = len(stream) // self.sequence_length
         if number == 0:
             raise UserError(

@@ -109,7 +109,7 @@ def _text(path: Path, data: bytes) -> str:
 def _json(path: Path, text: str, suffixes: tuple[str, ...]) -> Located | None:
     """The JSON objects in a text; None if there are none and the file's suffix is not one of `suffixes`."""
     start = text.lstrip()[0]
-    if suffix(path) not in _JSON_LINES and start in "[{":
+    if start == "[" or (start == "{" and suffix(path) not in _JSON_LINES):
         try:
             value = json.loads(text)
         except (ValueError, RecursionError):

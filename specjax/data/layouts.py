@@ -6,6 +6,7 @@ and answer is part of the answer, because byte-level vocabularies join a space t
 decoder-only models where a prompt that was cut ends. T5's tokenizer ignores it.
 """
 
+import functools
 import json
 import reprlib
 from collections.abc import Callable, Mapping
@@ -54,14 +55,12 @@ def question(text: str, answer: str) -> Example:
     return Example(f"Question: {text}\nAnswer:", answer and f" {answer}", gap=" ")
 
 
-def summary(text: str, reference: str) -> Example:
-    """The example of a text and its summary, with T5's prompt prefix."""
-    return Example(f"summarize: {text}", f"\n{reference}", gap="\n")
+def summary(text: str, reference: str, prefix: str = "summarize: ") -> Example:
+    """The example of a text and its summary, or with another of T5's prompt prefixes its translation."""
+    return Example(f"{prefix}{text}", f"\n{reference}", gap="\n")
 
 
-def translation(text: str, reference: str) -> Example:
-    """The example of an English text and its German translation, with T5's prompt prefix."""
-    return Example(f"translate English to German: {text}", f"\n{reference}", gap="\n")
+translation = functools.partial(summary, prefix="translate English to German: ")
 
 
 @dataclass(frozen=True)
