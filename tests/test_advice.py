@@ -78,10 +78,12 @@ def test_where_nothing_is_faster_than_plain_decoding_it_says_so():
 
 def train_config(command):
     """configs/draft_design/train.py with what a printed command sets."""
-    program, *given = shlex.split(command)[3:]
+    program, *arguments = shlex.split(command)[3:]
     assert program == "--config=configs/draft_design/train.py"
     config = configs.load(str(CONFIGS / "draft_design" / "train.py"))
-    for key, value in (each.removeprefix("--config.").split("=", 1) for each in given if each.startswith("--config.")):
+    for key, value in (
+        each.removeprefix("--config.").split("=", 1) for each in arguments if each.startswith("--config.")
+    ):
         *names, last = key.split(".")
         section = functools.reduce(lambda section, name: section[name], names, config)
         section[last] = value if isinstance(section[last], str) else ast.literal_eval(value)

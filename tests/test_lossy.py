@@ -90,9 +90,9 @@ def test_a_position_of_the_linear_rule_has_the_closed_form(lenience):
     for seed in range(4):
         tables = Squares(seed, 5, 1, False)
         target, draft = tables.target(()), tables.draft(())
-        kept = np.minimum(draft, target / lenience)
-        missing = (draft - kept).sum() / max((target - np.minimum(target, draft)).sum(), 1e-300)
-        closed = kept + missing * np.maximum(target - draft, 0)
+        accepted_mass = np.minimum(draft, target / lenience)
+        missing = (draft - accepted_mass).sum() / max((target - np.minimum(target, draft)).sum(), 1e-300)
+        closed = accepted_mass + missing * np.maximum(target - draft, 0)
         rule = RULES["lenient_linear"]
         law = emitted_distribution(block_distribution(rule, tables, False, depth=1, leeway=leeway(lenience)), 5, 1)
         np.testing.assert_allclose(law, closed, atol=1e-6)

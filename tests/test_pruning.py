@@ -84,10 +84,10 @@ def test_the_same_channels_and_heads_within_groups_are_cut_everywhere(source, st
     shape = shapes.reshaped(model.config, width=10, heads=2, kv_heads=2)
     pruned, left = pruning.prune(model, params, shape, stated)
     assert jax.tree.map(jnp.shape, left) == jax.tree.map(jnp.shape, pruned.abstract_params())
-    kept = np.sort(np.argsort(-stated.width, kind="stable")[:10])
-    np.testing.assert_array_equal(left["embedding"], np.asarray(params["embedding"])[:, kept])
+    channels = np.sort(np.argsort(-stated.width, kind="stable")[:10])
+    np.testing.assert_array_equal(left["embedding"], np.asarray(params["embedding"])[:, channels])
     first = int(np.argmax(stated.heads[0, :2]))
-    queries = np.asarray(params["blocks"][0]["attention"]["query"]["kernel"])[kept][:, 4 * first : 4 * first + 4]
+    queries = np.asarray(params["blocks"][0]["attention"]["query"]["kernel"])[channels][:, 4 * first : 4 * first + 4]
     np.testing.assert_array_equal(left["blocks"][0]["attention"]["query"]["kernel"][:, :4], queries)
 
 

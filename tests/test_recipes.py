@@ -44,11 +44,11 @@ def left_open(recipe):
     ],
 )
 def test_a_recipe_is_the_parts_that_the_paper_states(name, fractions, divergence):
-    given = left_open(name)
-    expanded = recipes.expand(given)
+    section = left_open(name)
+    expanded = recipes.expand(section)
     assert (expanded.data.fixed, expanded.data.draft, expanded.data.target) == fractions
     assert expanded.loss.divergence == divergence
-    assert given.loss.divergence == ""  # a copy
+    assert section.loss.divergence == ""  # a copy
     assert recipes.expand(expanded) == expanded  # the same parts, stated, do not contradict it
 
 
@@ -148,12 +148,12 @@ def test_interrupted_writing_resumes_and_ends_with_the_same_text(home, written, 
     whole = cached_text.load(written[0] / "export")
     first = cached_text.rows_file(tmp_path / "export", 0)
     target_text.run(writing(home), tmp_path)
-    kept = first.stat().st_mtime_ns
+    modified = first.stat().st_mtime_ns
     cached_text.rows_file(tmp_path / "export", 1).unlink()
     with pytest.raises(UserError, match="is not finished .*rows-00001.npz is missing.*run its stage again"):
         cached_text.load(tmp_path / "export")
     target_text.run(writing(home), tmp_path)
-    assert first.stat().st_mtime_ns == kept
+    assert first.stat().st_mtime_ns == modified
     again = cached_text.load(tmp_path / "export")
     assert all(np.array_equal(again.rows[name], whole.rows[name]) for name in whole.rows)
 

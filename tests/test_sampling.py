@@ -15,18 +15,18 @@ def reference(logits, temperature, top_k, top_p):
     """One row in float64, by the words of the definition: sort, keep k, keep p of what is left; ties stay."""
     probs = np.exp((logits - logits.max()) / temperature)
     probs /= probs.sum()
-    kept = probs.copy()
+    truncated = probs.copy()
     if top_k:
-        kept[probs < np.sort(probs)[::-1][min(top_k, len(probs)) - 1]] = 0
-        kept /= kept.sum()
+        truncated[probs < np.sort(probs)[::-1][min(top_k, len(probs)) - 1]] = 0
+        truncated /= truncated.sum()
     if top_p < 1:
         mass, edge = 0.0, 0.0
-        for value in np.sort(kept)[::-1]:
+        for value in np.sort(truncated)[::-1]:
             edge, mass = value, mass + value
             if mass >= top_p:
                 break
-        kept[kept < edge] = 0
-    return kept / kept.sum()
+        truncated[truncated < edge] = 0
+    return truncated / truncated.sum()
 
 
 @jax.jit
@@ -53,7 +53,7 @@ def test_a_spread_vocabulary_is_cut_by_sums_where_one_device_cuts_by_sorting(mon
     logits[1, 0] = [300.0] + [0.0] * 29  # all but one are 0
     one = np.asarray(adjusted(jnp.asarray(logits), Sampling.of(0.7, top_k, top_p)))
     monkeypatch.setattr(sampling.meshes, "splits", lambda name: True)
-    spread = jax.jit(lambda *given: sampling._truncate(*given))
+    spread = jax.jit(lambda *arguments: sampling._truncate(*arguments))
     uncut = adjusted(jnp.asarray(logits), Sampling.of(0.7))
     by_sums = np.asarray(spread(uncut, Sampling.of(0.7, top_k, top_p)))
     np.testing.assert_array_equal(by_sums > 0, one > 0)
@@ -62,10 +62,10 @@ def test_a_spread_vocabulary_is_cut_by_sums_where_one_device_cuts_by_sorting(mon
 
 def test_ties_at_either_edge_are_all_kept():
     logits = jnp.log(jnp.asarray([[[0.3, 0.2, 0.2, 0.2, 0.1]]]))
-    kept = lambda **cut: (np.asarray(adjusted(logits, Sampling.of(1.0, **cut)))[0, 0] > 0).tolist()
-    assert kept(top_k=2) == [True, True, True, True, False]
-    assert kept(top_p=0.4) == [True, True, True, True, False]
-    assert kept(top_k=1) == kept(top_p=0.2) == [True, False, False, False, False]
+    survivors = lambda **cut: (np.asarray(adjusted(logits, Sampling.of(1.0, **cut)))[0, 0] > 0).tolist()
+    assert survivors(top_k=2) == [True, True, True, True, False]
+    assert survivors(top_p=0.4) == [True, True, True, True, False]
+    assert survivors(top_k=1) == survivors(top_p=0.2) == [True, False, False, False, False]
 
 
 def test_top_p_of_one_drops_no_token_whatever_the_rounding():
