@@ -11,12 +11,15 @@ import toy_tokenizers
 from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
+from configs import common
+from specjax import distill
 from specjax.data.batches import evaluation_prompts, training_batches, validation_batches
 from specjax.data.files import read
 from specjax.data.layouts import Example
 from specjax.data.spec_bench import read_questions
 from specjax.data.tasks import Task, load_task
 from specjax.hub.tokenizer import Tokenizer, train_byte_bpe
+from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError
 
 TEMPLATE = (
@@ -409,6 +412,18 @@ def test_prompts_alone_are_enough_where_models_write_the_text(tokenizers, monkey
         validation_batches(task_of(bare), plain, **SIZES, count=1, start_token=0)
     assert row_of(task_of(bare, pair), plain) == ("What is 2?", " 2.<end>")
     assert logged == ["mine: 1 of 2 examples dropped, they have no completion"]
+
+
+def test_a_stage_whose_models_write_the_text_needs_no_completions(tokenizers):
+    config = common.training(1, 1e-3)
+    config.model.update(common.TINY_MODEL)
+    config.data.update({"batch_size": 1, "sequence_length": 64, "fixed": 0.0, "draft": 1.0})
+    task, mesh = task_of(Example("What is 1?", "")), meshes.make_mesh(config.mesh)
+    inputs = distill._inputs(config, task, tokenizers[0], mesh)
+    assert next(inputs.batches)["lengths"] == len(tokenizers[0].encode("What is 1?"))
+    config.data.update({"fixed": 0.5, "draft": 0.5})
+    with pytest.raises(UserError, match="set data.fixed to 0"):
+        distill._inputs(config, task, tokenizers[0], mesh)
 
 
 def test_a_conversation_that_the_template_refuses_names_the_task(tokenizers, tmp_path):
