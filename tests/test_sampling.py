@@ -52,7 +52,7 @@ def test_a_spread_vocabulary_is_cut_by_sums_where_one_device_cuts_by_sorting(mon
     logits[0, :, 5:9] = logits[0, :, 4:5]  # ties
     logits[1, 0] = [300.0] + [0.0] * 29  # all but one are 0
     one = np.asarray(adjusted(jnp.asarray(logits), Sampling.of(0.7, top_k, top_p)))
-    monkeypatch.setattr(sampling.meshes, "splits", lambda name: True)
+    monkeypatch.setattr(sampling.meshes, "num_shards", lambda name: 2)
     spread = jax.jit(lambda *arguments: sampling._truncate(*arguments))
     uncut = adjusted(jnp.asarray(logits), Sampling.of(0.7))
     by_sums = np.asarray(spread(uncut, Sampling.of(0.7, top_k, top_p)))
