@@ -39,10 +39,9 @@ RANDOM = "random"
 # The config section of a user's own attachment; others have sections with their names in `ATTACHMENTS`.
 _ATTACHMENT = "attachment"
 
-# Keys of `config.model` that are fields of the config of any model, of decoders only, and of encoder-decoders only.
+# Keys of `config.model` that are fields of the config of any model, and of decoders only.
 _SHAPE = ("width", "layers", "heads", "kv_heads", "head_size", "mlp_width", "norm_epsilon", "tied_head")
 _DECODER = ("rope_theta", "max_positions")
-_ENCODER_DECODER = ("encoder_layers",)
 
 
 def run(config: Any, workdir: str | Path) -> dict:
@@ -235,8 +234,8 @@ def random_model(model: Any, vocab_size: int, pad_id: int) -> LanguageModel:
     try:
         if not model.encoder_layers:
             return Decoder(DecoderConfig.llama(**fields, **{name: model[name] for name in _DECODER}))
-        fields |= {name: model[name] for name in _ENCODER_DECODER}
-        return EncoderDecoder(EncoderDecoderConfig.t5(**fields, start_token=pad_id))
+        shape = EncoderDecoderConfig.t5(**fields, encoder_layers=model.encoder_layers, start_token=pad_id)
+        return EncoderDecoder(shape)
     except ValueError as error:
         raise UserError(f"config.model: {error}") from None
 
@@ -253,15 +252,16 @@ def _load(
     """Loads an export onto the mesh.
 
     Raises:
-      UserError: if it has another tokenizer, or a vocabulary smaller than the tokenizer's.
+      UserError: if its ids mean other tokens than those of `tokenizer`, or its own tokenizer has more ids than it.
     """
     with prefixed(f"the model in {directory} has another tokenizer than the one used here (tokenizer.path): "):
-        check_same_tokens(tokenizer, Tokenizer.load(directory))
+        own = Tokenizer.load(directory)
+        check_same_tokens(tokenizer, own)
     dtypes_of = {"param_dtype": param_dtype, "compute_dtype": model.compute_dtype}
     vocab_size = hub_load.describe(directory, **dtypes_of).vocab_size
-    if vocab_size < tokenizer.vocab_size:
+    if vocab_size < own.vocab_size:
         raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} ids and the model in {directory} only {vocab_size}; "
+            f"the tokenizer has {own.vocab_size} ids and the model in {directory} only {vocab_size}; "
             "take the tokenizer that the model was trained with"
         )
     loaded = hub_model.load(directory, mesh=mesh, replicate=replicate, **dtypes_of)

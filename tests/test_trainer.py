@@ -646,6 +646,7 @@ def test_a_run_killed_at_any_moment_arrives_at_the_same_bits(tmp_path):
 def distill_config(**overrides):
     config = make_config(
         **{
+            "data.chat": False,
             "data.sequence_length": 192,
             "data.prompt_length_max": 64,
             "loss.chunk": 64,
@@ -730,6 +731,17 @@ def test_training_can_start_from_an_export(trained_target, tmp_path):
     (row,) = distill.run(distill_config(**overrides), tmp_path)["rows"]
     assert row["params"] == results["rows"][0]["params"]
     assert row["validation"][0]["validation_loss"] == pytest.approx(results["rows"][0]["validation_loss"])
+
+
+def test_a_draft_whose_tokenizer_differs_in_nothing_but_an_unused_token_is_trained(trained_target, tmp_path):
+    export = trained_target[0] / "export"
+    more = shutil.copytree(export, tmp_path / "more")
+    fields = json.loads((more / "tokenizer.json").read_text())
+    token = {**fields["added_tokens"][0], "id": 300, "content": "<|more|>"}
+    (more / "tokenizer.json").write_text(json.dumps({**fields, "added_tokens": [*fields["added_tokens"], token]}))
+    overrides = {"model.init": str(export), "tokenizer.path": str(more), "train.steps": 3, "train.checkpoint_every": 3}
+    (row,) = distill.run(distill_config(**overrides), tmp_path / "run")["rows"]
+    assert row["steps"] == 3
 
 
 def test_models_of_other_vocabularies_are_refused(trained_target, tmp_path):

@@ -204,8 +204,7 @@ class Trainer:
         name = f"update {shapes}"
         self.state, metrics = self._call(name, self._functions.update, (), self.state, self._teacher_params, rows)
         self.step += 1
-        previous, self._pending = self._pending, (self.step, metrics)
-        self._read(previous)
+        self._read_pending((self.step, metrics))
 
     def _text(self, source: str, batch: Mapping[str, np.ndarray]) -> Mapping[str, jax.Array]:
         """The rows of this step: the corpus batch, its prompts continued by a model, or stored text of the target."""
@@ -243,12 +242,9 @@ class Trainer:
                 self._executables[name] = function.lower(*static, *arguments).compile()
         return self._executables[name](*arguments)
 
-    def _read_pending(self) -> None:
-        """Waits for the last step and reads its metrics."""
-        previous, self._pending = self._pending, None
-        self._read(previous)
-
-    def _read(self, pending: tuple[int, dict] | None) -> None:
+    def _read_pending(self, following: tuple[int, dict] | None = None) -> None:
+        """Waits for the pending step and reads its metrics; then the step `following` is pending."""
+        pending, self._pending = self._pending, following
         if pending is None:
             return
         step, metrics = pending
