@@ -32,7 +32,7 @@ from specjax.reporting import records
 from specjax.runtime import cli, dtypes, processes
 from specjax.runtime import config as configs
 from specjax.runtime import mesh as meshes
-from specjax.runtime.errors import UserError, prefixed
+from specjax.runtime.errors import UserError
 
 # `model.init` for a new model with random parameters.
 RANDOM = "random"
@@ -71,6 +71,9 @@ def run(config: Any, workdir: str | Path) -> dict:
             )
         evaluator = make_evaluator(config, inputs, task, tokenizer, mesh)
     result = Trainer(config, workdir, inputs, mesh, min_seconds=min_seconds, evaluator=evaluator).run()
+    if tokenizer.vocab_size > inputs.draft.vocab_size and not isinstance(inputs.draft, AttachedDraft):
+        # A loaded draft that lacks ids keeps its own tokenizer.
+        tokenizer = Tokenizer.load(config.model.init)
     params = jax.jit(functools.partial(update.cast, dtype=config.model.param_dtype))(result.params)
     _export(workdir / "export", inputs, processes.fetch_to_first(params), tokenizer)
     rows = [_row(config, inputs.draft, result)]
@@ -254,9 +257,15 @@ def _load(
     Raises:
       UserError: if its ids mean other tokens than those of `tokenizer`, or its own tokenizer has more ids than it.
     """
-    with prefixed(f"the model in {directory} has another tokenizer than the one used here (tokenizer.path): "):
-        own = Tokenizer.load(directory)
+    own = Tokenizer.load(directory)
+    try:
         check_same_tokens(tokenizer, own)
+    except UserError as error:
+        ids = str(error).partition("(")[2].rstrip(")")
+        raise UserError(
+            f"the model in {directory} has another tokenizer than the one used here ({ids}); set tokenizer.path to "
+            f"{directory}"
+        ) from None
     dtypes_of = {"param_dtype": param_dtype, "compute_dtype": model.compute_dtype}
     vocab_size = hub_load.describe(directory, **dtypes_of).vocab_size
     if vocab_size < own.vocab_size:
