@@ -184,6 +184,7 @@ def evaluation(target: Any, drafters: dict, *, seed: int = 1) -> ConfigDict:
     config.temperatures = (0.0, 1.0)
     config.top_k = 0  # 0 is off
     config.top_p = 1.0  # 1 is off
+    config.min_p = 0.0  # 0 is off
     config.stop = ()  # strings before which texts end
     config.drafters = ConfigDict(drafters)
     config.leniences = ()  # in (0, 1]; every lossy rule in `rules` runs with each of these; smaller accepts more

@@ -41,6 +41,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.temperatures = (0.0, 1.0)
     config.top_k = 0  # 0 is off
     config.top_p = 1.0  # 1 is off
+    config.min_p = 0.0  # 0 is off
     config.stop = ()  # strings before which texts end
     # Gammas to run under each rule. `coupled` runs at temperatures above 0, where it must repeat plain decoding token
     # for token. Lossy rules run at every one of `leniences`. A rule of your own is {"NAME": {"rule": "file.py:Class",

@@ -39,6 +39,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.temperature = 1.0
     config.top_k = 0  # 0 is off
     config.top_p = 1.0  # 1 is off
+    config.min_p = 0.0  # 0 is off
     # "checkpoint" takes temperature, top_k and top_p from the target's generation_config.json; leave them as they are.
     config.sampling = ""
     config.stop = ()  # strings before which the text ends

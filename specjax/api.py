@@ -143,6 +143,7 @@ def generate(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
     rule: str | Rule | Lossy = "lossless",
     max_new_tokens: int = 64,
     batch_size: int = 8,
@@ -164,6 +165,7 @@ def generate(
         options, `Draft(model, threshold=0.6)`; a drafter that loads nothing, "ngram" or `NGram(longest=3)`,
         "early_exit" or `EarlyExit(exit_layer=2)`, `SkipLayers(skipped=(1, 3))`; or None for plain decoding.
       gamma: maximum number of drafted tokens per block.
+      min_p: sample from tokens with at least this share of the largest probability, after top_k and top_p; 0 is off.
       rule: "lossless", "coupled", `Lossy("lenient_linear", 0.5)` (or "lenient_square", "lenient_exp", "typical"), or an
         exact rule of your own.
       eos_ids: ids that end a text; None uses the tokenizer's, () uses none.
@@ -180,7 +182,7 @@ def generate(
     """
     _refuse(removed)
     whole = {"gamma": gamma, "top_k": top_k, "max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed}
-    _check_numbers(whole | {"samples": samples}, {"temperature": temperature, "top_p": top_p})
+    _check_numbers(whole | {"samples": samples}, {"temperature": temperature, "top_p": top_p, "min_p": min_p})
     checks.instance("logprobs", logprobs, bool)
     if sampling:
         temperature, top_k, top_p = sampling_of_checkpoint(target, sampling, temperature, top_k, top_p)
@@ -188,7 +190,7 @@ def generate(
     loaded, options = _drafter(target, drafter)
     network = None if loaded is None else loaded.network
     proposer = None if options is None else build_drafter(options, target.decoder, gamma, network)
-    gamma, how = 0, {"lenience": lenience}
+    gamma, how = 0, {"lenience": lenience, "min_p": min_p}
     if proposer is not None:
         gamma, how = proposer.gamma, how | {"threshold": options.threshold, "costs": _costs(options, proposer.gamma)}
     adjust, ids = Sampling.of(temperature, top_k, top_p, **how), _ids(target, prompts, max_new_tokens)

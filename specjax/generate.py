@@ -49,6 +49,7 @@ def run(config: Any, workdir: str | Path) -> dict:
         temperature=config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,
+        min_p=config.min_p,
         rule=config.rule if not config.lenience else api.Lossy(config.rule, config.lenience),
         max_new_tokens=config.max_new_tokens,
         batch_size=max(config.samples, 1),

@@ -134,7 +134,7 @@ def tie_gap(pair, row, text, position, state, adjust, greedy) -> float:
         probs = np.asarray(probabilities(logits, adjust, greedy=False))[0, 0]
         key = jax.random.fold_in(jax.random.fold_in(state.row_keys[row], position), Stream.SHARED)
         with np.errstate(divide="ignore"):
-            scores = np.log(probs) + np.asarray(jax.random.gumbel(key, probs.shape))
+            scores = np.log(probs) + np.asarray(jax.random.gumbel(key, probs.shape, mode="high"))
         # A cut of top-k or top-p that falls between nearly equal probabilities is a near-tie as well.
         uncut = np.sort(np.asarray(jax.nn.softmax(logits[0, 0] / adjust.temperature)))[::-1]
         support = int((probs > 0).sum())

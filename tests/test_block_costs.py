@@ -44,7 +44,8 @@ def test_blocks_of_every_length_are_timed_by_one_executable_before_any_text(mode
 
 def job_of(models, section):
     target, params, _, _ = models
-    config = ConfigDict({"target": "T", "drafters": {"d": section}, "leniences": (), "top_k": 0, "top_p": 1.0})
+    cuts = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    config = ConfigDict({"target": "T", "drafters": {"d": section}, "leniences": (), **cuts})
     tokenizer = train_byte_bpe(["no text is read"], 260)
     task = tasks.load_task(ConfigDict({"name": "arithmetic", "path": "", "seed": 0, "size": 2}))
     return cases.Job(config, {"T": Model(target, params, tokenizer)}, task, [], {})

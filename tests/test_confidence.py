@@ -67,7 +67,7 @@ def test_the_histogram_has_each_accepted_and_each_first_refused_token_at_its_own
             # The distributions of this row, anew and without a cache, from its text and what was drafted.
             text = np.asarray(before.tokens)[row : row + 1].copy()
             text[0, start : start + plan.gamma] = np.asarray(proposal.tokens)[row]
-            logits = plan.drafter.score(adapter_params, params, jnp.asarray(text))
+            logits = plan.drafter.score(adapter_params, params, jnp.asarray(text), before.prompt_lengths[row : row + 1])
             sure = np.asarray(jax.nn.softmax(logits, axis=-1).max(-1))[0, start - 1 :]
             origins = np.asarray(state.origins)[row, start : start + emitted[row]]
             for place, origin in enumerate(origins[:count]):

@@ -168,16 +168,17 @@ class FaultyDecoder(Decoder):
 
 def _late(write):
     """Verification writes one slot late."""
-    return lambda slots, new, start: write(slots, new, start + int(new.shape[2] == FAULT_GAMMA + 1))
+    late = lambda new, axis: int(axis == 2 and new.shape[2] == FAULT_GAMMA + 1)
+    return lambda slots, new, start, *, axis: write(slots, new, start + late(new, axis), axis=axis)
 
 
 def _keeps_rejected(write):
     """Rolls back one slot too few: the pending token does not overwrite the slot of the rejected one."""
 
-    def faulty(slots, new, start):
-        if new.shape[2] != FAULT_GAMMA + 1:
-            return write(slots, new, start)
-        return write(slots, new[:, :, 1:], start + 1)
+    def faulty(slots, new, start, *, axis):
+        if axis != 2 or new.shape[2] != FAULT_GAMMA + 1:
+            return write(slots, new, start, axis=axis)
+        return write(slots, new[:, :, 1:], start + 1, axis=axis)
 
     return faulty
 
@@ -191,7 +192,7 @@ def test_equality_catches_an_off_by_one_rollback(pair, fault, monkeypatch):
     greedy = Sampling.of(0.0)
     run = lambda plan: tiny.decode(plan, pair.params, pair.params, pair.texts, pair.lengths, MAX_NEW, eos=EOS)
     reference = run(pair.plan("ngram", 0, "lossless", True))
-    monkeypatch.setattr(kv_cache, "write", FAULTS[fault](kv_cache.write))
+    monkeypatch.setattr(kv_cache, "write_rows", FAULTS[fault](kv_cache.write_rows))
     faulty = dataclasses.replace(pair, target=FaultyDecoder(pair.target.config, fault))
     state = run(faulty.plan("ngram", FAULT_GAMMA, "lossless", True))
     with pytest.raises(AssertionError, match="row"):

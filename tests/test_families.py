@@ -129,7 +129,7 @@ def test_code_that_checkpoints_bring_is_ignored():
 
 
 def test_yarn_magnitudes_follow_the_fields_that_state_them():
-    magnitude = lambda **fields: read("llama", rope_scaling={**YARN, **fields}).rotary.frequencies(0)[1]
+    magnitude = lambda **fields: read("llama", rope_scaling={**YARN, **fields}).rotary.scale
     grown = 0.1 * np.log(4.0)
     assert magnitude() == pytest.approx(grown + 1)
     assert magnitude(attention_factor=1.3, mscale=2.0, mscale_all_dim=0.5) == 1.3
@@ -261,20 +261,20 @@ def plain(rotary):
     return rotary.theta ** (-np.arange(0, rotary.size, 2) / rotary.size)
 
 
-def test_dynamic_positions_are_plain_until_the_cache_outgrows_the_original_length():
+def test_dynamic_positions_are_plain_until_the_text_outgrows_the_original_length():
     rotary = Rotary(1e4, 8, "dynamic", factor=2.0, original_positions=16)
-    np.testing.assert_allclose(rotary.frequencies(16)[0], plain(rotary), rtol=1e-6)
-    # At 48 slots the base is multiplied by (2 * 48 / 16 - 1) ** (8 / 6).
+    np.testing.assert_allclose(rotary.frequencies(jnp.asarray(16)), plain(rotary), rtol=1e-6)
+    # At 48 tokens the base is multiplied by (2 * 48 / 16 - 1) ** (8 / 6).
     stretched = dataclasses.replace(rotary, theta=1e4 * 5 ** (4 / 3))
-    np.testing.assert_allclose(rotary.frequencies(48)[0], plain(stretched), rtol=1e-5)
+    np.testing.assert_allclose(rotary.frequencies(jnp.asarray(48)), plain(stretched), rtol=1e-5)
 
 
-def test_longrope_takes_the_factors_of_the_length_that_the_cache_can_hold():
+def test_longrope_takes_the_factors_of_the_length_of_the_text():
     rotary = read("phi3", rope_scaling=LONG, original_max_position_embeddings=24).rotary
-    short, long = rotary.frequencies(24), rotary.frequencies(25)
-    np.testing.assert_allclose(short[0], plain(rotary) / np.asarray([1, 1.5, 2, 2.5]), rtol=1e-6)
-    np.testing.assert_allclose(long[0], plain(rotary) / np.asarray([2, 3, 4, 5]), rtol=1e-6)
-    assert short[1] == long[1] == pytest.approx((1 + np.log(4) / np.log(24)) ** 0.5)
+    short, long = rotary.frequencies(jnp.asarray([24, 25]))
+    np.testing.assert_allclose(short, plain(rotary) / np.asarray([1, 1.5, 2, 2.5]), rtol=1e-6)
+    np.testing.assert_allclose(long, plain(rotary) / np.asarray([2, 3, 4, 5]), rtol=1e-6)
+    assert rotary.scale == pytest.approx((1 + np.log(4) / np.log(24)) ** 0.5)
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def test_longrope_takes_the_factors_of_the_length_that_the_cache_can_hold():
     ],
 )
 def test_fast_channels_are_left_alone_slow_ones_stretched_whole_and_the_rest_between(rotary):
-    ratio = rotary.frequencies(0)[0] / plain(rotary)
+    ratio = rotary.frequencies(jnp.asarray(0)) / plain(rotary)
     np.testing.assert_allclose(ratio[:4], 1, rtol=1e-5)
     np.testing.assert_allclose(ratio[-3:], 1 / 4, rtol=1e-5)
     assert (np.diff(ratio) <= 1e-6).all()

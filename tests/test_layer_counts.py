@@ -90,5 +90,5 @@ def test_rows_that_fill_up_a_batch_run_but_do_not_count(models):
 
 def test_a_meter_counts_a_rows_own_columns_and_all_columns():
     meter = dataclasses.replace(Meter.zeros(3), counted=np.asarray([0, 1, 5], np.int32))
-    after = Cache((), (), meter).metered(2, 3).metered(1, 1).meter
+    after = Cache((), (), meter, None).metered(2, 3).metered(1, 1).meter
     assert np.asarray(after.own).tolist() == [0, 3, 7] and int(after.columns) == 7

@@ -172,7 +172,7 @@ def test_write_touches_only_the_named_slots_of_each_row(batch):
     expected = np.asarray(slots).copy()
     for row in range(batch):
         expected[row, :, int(start[row]) : int(start[row]) + 3] = -1
-    np.testing.assert_array_equal(np.asarray(kv_cache.write(slots, new, start)), expected)
+    np.testing.assert_array_equal(np.asarray(kv_cache.write_rows(slots, new, start, axis=2)), expected)
 
 
 def test_a_mask_hides_slots_with_and_without_a_cache(grouped):
@@ -237,7 +237,7 @@ def test_every_parameter_has_one_axis_name_a_dimension(shape):
     assert jax.tree.map(lambda x: x.ndim, params) == ranks
     names = {name for leaf in jax.tree.leaves(axes, is_leaf=is_axes) for name in leaf}
     assert names == {"vocab", "embed", "heads", "kv_heads", "mlp", "norm"}
-    cache = kv_cache.zeros(model.config, 2, 8, jnp.float32)
+    cache = kv_cache.zeros(model.config, 2, 8)
     assert {x.ndim for x in (*cache.keys, *cache.values)} == {len(kv_cache.AXES)}
 
 
@@ -294,5 +294,7 @@ def test_a_projections_gradient_is_that_of_the_plain_product():
     keys = jax.random.split(jax.random.key(0), 3)
     inputs, kernel, outer = (jax.random.normal(k, s) for k, s in zip(keys, [(2, 5, 3), (3, 4), (2, 5, 4)], strict=True))
     pulled = lambda product: jax.vjp(product, inputs, kernel)[1](outer)
-    for ours, plain in zip(pulled(layers._product), pulled(jnp.matmul), strict=True):
+    for ours, plain in zip(
+        pulled(lambda *factors: layers._product(*factors, jnp.float32)), pulled(jnp.matmul), strict=True
+    ):
         np.testing.assert_allclose(ours, plain, rtol=1e-5)

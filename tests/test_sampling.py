@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 import scipy.special
 
-from specjax.decoding import sampling
 from specjax.decoding.sampling import Noise, Sampling, Stream, probabilities, row_keys
 from specjax.runtime.errors import UserError
 
 
-def reference(logits, temperature, top_k, top_p):
+def reference(logits, temperature, top_k, top_p, min_p=0.0):
     """One row in float64, by the words of the definition: sort, keep k, keep p of what is left; ties stay."""
     probs = np.exp((logits - logits.max()) / temperature)
     probs /= probs.sum()
@@ -26,6 +25,7 @@ def reference(logits, temperature, top_k, top_p):
             if mass >= top_p:
                 break
         truncated[truncated < edge] = 0
+    truncated[truncated < min_p * truncated.max()] = 0
     return truncated / truncated.sum()
 
 
@@ -44,20 +44,13 @@ def test_probabilities_are_the_plain_references(temperature, top_k, top_p):
     np.testing.assert_allclose(ours, expected, rtol=2e-5)
 
 
-@pytest.mark.parametrize(
-    "top_k, top_p", [(0, 1.0), (1, 1.0), (5, 1.0), (99, 1.0), (0, 0.6), (0, 1e-6), (7, 0.7), (0, 0.999)]
-)
-def test_a_spread_vocabulary_is_cut_by_sums_where_one_device_cuts_by_sorting(monkeypatch, top_k, top_p):
-    logits = np.random.default_rng(1).normal(size=(3, 4, 30)).astype(np.float32) * 4
-    logits[0, :, 5:9] = logits[0, :, 4:5]  # ties
-    logits[1, 0] = [300.0] + [0.0] * 29  # all but one are 0
-    one = np.asarray(adjusted(jnp.asarray(logits), Sampling.of(0.7, top_k, top_p)))
-    monkeypatch.setattr(sampling.meshes, "num_shards", lambda name: 2)
-    spread = jax.jit(lambda *arguments: sampling._truncate(*arguments))
-    uncut = adjusted(jnp.asarray(logits), Sampling.of(0.7))
-    by_sums = np.asarray(spread(uncut, Sampling.of(0.7, top_k, top_p)))
-    np.testing.assert_array_equal(by_sums > 0, one > 0)
-    np.testing.assert_allclose(by_sums, one, rtol=1e-6)
+@pytest.mark.parametrize("min_p, top_k, top_p", [(0.05, 0, 1.0), (0.3, 0, 0.9), (0.1, 7, 0.8), (1.0, 0, 1.0)])
+def test_min_p_keeps_a_share_of_the_largest_probability_after_the_other_cuts(min_p, top_k, top_p):
+    logits = np.random.default_rng(0).normal(size=(3, 4, 30)).astype(np.float32) * 2
+    ours = np.asarray(adjusted(jnp.asarray(logits), Sampling.of(0.8, top_k, top_p, min_p=min_p)))
+    expected = np.apply_along_axis(reference, -1, logits.astype(np.float64), 0.8, top_k, top_p, min_p)
+    np.testing.assert_array_equal(ours > 0, expected > 0)
+    np.testing.assert_allclose(ours, expected, rtol=2e-5)
 
 
 def test_ties_at_either_edge_are_all_kept():
@@ -110,6 +103,8 @@ def test_greedy_probabilities_are_one_hot_at_the_first_argmax():
         ({"top_p": 1e-42}, "top_p.*1e-42"),
         ({"top_p": 0.0}, "top_p.*0.0"),
         ({"top_p": 1.5}, "top_p.*1.5"),
+        ({"min_p": -0.1}, "min_p.*-0.1"),
+        ({"min_p": float("nan")}, "min_p.*nan"),
     ],
 )
 def test_settings_outside_their_range_are_refused(values, says):
@@ -149,6 +144,28 @@ def test_choose_draws_in_proportion_to_unnormalised_weights_and_never_a_zero(noi
     assert p_value(counts[positive], weights[positive] / weights.sum() * ROWS) > 1e-4
     # The same counts against slightly other weights: the test could have failed.
     assert p_value(counts[positive], np.asarray([3.3, 1, 0.5, 5.2, 1e-3]) / 10.001 * ROWS) < 1e-6
+
+
+def test_tails_of_262144_ids_are_drawn_as_often_as_they_weigh():
+    """2% of the mass is spread over all ids but one, in the middle."""
+    vocab, rows = 262144, 32
+    weights = np.full(vocab, 0.02 / (vocab - 1), np.float32)
+    weights[100_000] = 0.98
+    at = lambda position: Noise(row_keys(1, jnp.arange(rows)), jnp.full((rows,), position, jnp.int32), False, False)
+    wide, zero = jnp.broadcast_to(weights, (rows, vocab)), jnp.zeros((rows,), jnp.int32)
+    draw = jax.jit(lambda position: at(position).choose(wide, zero, Stream.DRAFT))
+    tokens = np.concatenate([np.asarray(draw(position)) for position in range(100)])
+    tail = tokens[tokens != 100_000]
+    assert len(tail) / len(tokens) == pytest.approx(0.02, abs=4 * (0.02 * 0.98 / len(tokens)) ** 0.5)
+    assert p_value(np.histogram(tail, 4, (0, vocab))[0], np.full(4, len(tail) / 4)) > 1e-4
+
+
+def test_shared_noise_resolves_the_tails_of_262144_ids():
+    noise = Noise(row_keys(1, jnp.arange(4)), jnp.full((4,), 7, jnp.int32), False, True)
+    gumbel = np.asarray(jax.jit(lambda: noise.perturbed(jnp.ones((4, 262144)), jnp.zeros((4,), jnp.int32)))())
+    # At the default resolution, exp(-noise) of large noise is a multiple of 2 ** -24.
+    steps = np.exp(-gumbel[gumbel > 10].astype(np.float64)) * 2**24
+    assert len(steps) > 20 and np.mean(np.abs(steps - np.round(steps)) > 0.05) > 0.6
 
 
 def test_choose_finds_the_only_positive_weight_however_small(noise):

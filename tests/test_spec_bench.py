@@ -56,6 +56,7 @@ def config_of(home, **changes):
         "temperatures": (0.0,),
         "top_k": 0,
         "top_p": 1.0,
+        "min_p": 0.0,
         "stop": (),
         "drafters": {
             "kangaroo": {

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from specjax.decoding import loop
 from specjax.decoding.plan import Plan, padded_length
@@ -157,6 +158,9 @@ def decode(
       end_of: (prompt, emitted tokens) -> number of these tokens at which the text ends, or None, as for stop strings.
         It is asked after every `blocks` blocks (by default `_END_BLOCKS`). Tokens and counts are those until the end;
         seconds, iterations and layer meters include all blocks that ran.
+
+    Raises:
+      UserError: if the target's logits are not finite. A draft's are logged, and its token comes from the target.
     """
     count = len(prompts)
     rows = put.rows(max(size or 0, count))
@@ -180,6 +184,7 @@ def decode(
         state = jax.block_until_ready(loop.run(plan, params, draft_params, state, sampling, limits))
         decode_seconds += time.perf_counter() - started
         result, done = _result(state, count, prefill_seconds, decode_seconds)
+        _check_finite(plan, result.statistics, indices)
         if end_of is not None:
             for row, tokens in enumerate(result.tokens):
                 end = lengths_kept.get(row) or end_of(prompts[row], tokens)
@@ -191,7 +196,21 @@ def decode(
         if on_blocks is not None:
             on_blocks(result)
         if blocks is None or done.all():
+            if failures := int(result.statistics.failed_drafts.sum()):
+                message = "the draft's logits were not finite in %d of %d blocks, whose next token came from the target"
+                logging.warning(message, failures, int(result.statistics.target_calls.sum()))
             return result
+
+
+def _check_finite(plan: Plan, statistics: Statistics, indices: Sequence[int]) -> None:
+    """Raises UserError if the target's logits were not finite in any row."""
+    failed = [index for index, row in zip(indices, statistics.failed, strict=False) if row]
+    if failed:
+        dtype = plan.target.config.compute_dtype
+        raise UserError(
+            f"the target's logits for prompt {failed[0]} are not finite (NaN or infinity) in {dtype}; "
+            "set compute_dtype to bfloat16 or float32, and if it is one of these, check the checkpoint's weights"
+        )
 
 
 def _result(
@@ -239,8 +258,8 @@ def _cut(gamma: int, result: BatchResult, ends: dict[int, int]) -> BatchResult:
         drafted[-1] = min(drafted[-1], inside[-1])
         numbers = (jnp.asarray(each, jnp.int32) for each in (accepted, inside, drafted))
         blocks = Statistics.zeros(len(drafted), gamma).after(*numbers)
-        for name, values in counts.items():
-            values[row] = np.asarray(getattr(blocks, name)).sum(0)
+        for name in counts.keys() - {"failed_drafts", "failed"}:
+            counts[name][row] = np.asarray(getattr(blocks, name)).sum(0)
         tokens[row], origins[row] = tokens[row][:end], origins[row][:end]
     return dataclasses.replace(result, tokens=tokens, origins=origins, statistics=Statistics(**counts))
 

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from specjax.decoding.plan import Plan
-from specjax.decoding.sampling import Noise, Sampling, Stream, probabilities, row_keys
+from specjax.decoding.sampling import Noise, Sampling, probabilities, row_keys
 from specjax.models.language_model import consecutive
 
 
@@ -41,7 +41,8 @@ def _judge(plan: Plan, params: Any, prompt, length, text, keys, position, chosen
     Scores are logits, or log-probabilities plus noise. A token whose place at the edge of top-k, top-p or min-p depends
     on rounding is also a tie.
     """
-    start = plan.target.start(params, prompt, length, 0)
+    # With a cache, rotary embeddings that depend on the prompt's length are those of decoding.
+    start = plan.target.start(params, prompt, length, text.shape[1])
     hidden, _ = plan.target.extend(params, start, text, consecutive(text))
     logits = plan.target.head(params, jax.lax.dynamic_slice_in_dim(hidden, position - 1, 1, axis=1))
     finite = jnp.isfinite(logits)
@@ -50,7 +51,7 @@ def _judge(plan: Plan, params: Any, prompt, length, text, keys, position, chosen
     if not plan.greedy:
         noise = Noise(keys, position[None], plan.greedy, plan.rule.shared_noise)
         probs = probabilities(logits, sampling, greedy=False)[:, 0]
-        scores = noise.scores(probs, jnp.zeros((1,), jnp.int32), Stream.RECOVER)[0]
+        scores = noise.perturbed(probs, jnp.zeros((1,), jnp.int32))[0]
 
         def survives(token, change):  # the cuts, if its logit and the mass that they keep change by so much
             top_p = jnp.where(sampling.top_p < 1, jnp.clip(sampling.top_p + change, 0, 1), 1)

@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from specjax.decoding.drafters.base import Context, Outcome, Prefill, Proposal
 from specjax.decoding.plan import Plan
 from specjax.decoding.rules import LossyInputs
-from specjax.decoding.sampling import Noise, Sampling, probabilities
+from specjax.decoding.sampling import Noise, Sampling, finite_rows, probabilities
 from specjax.decoding.statistics import Statistics
 from specjax.models import kv_cache
 from specjax.models.language_model import LanguageModel, consecutive
@@ -169,7 +169,9 @@ def state_axes(plan: Plan, state: DecodeState, ways: int | None = None) -> list[
 def _through_target(plan: Plan, params, cache, inputs, positions, first_layer: int):
     """Runs the target's layers from `first_layer` on. Returns last hidden states, cache, and the states at each tap."""
     tap_states = []
-    for tap in sorted(tap for tap in (plan.drafter.taps if plan.drafter else ()) if tap > first_layer):
+    taps = sorted(plan.drafter.taps) if plan.drafter else []
+    # A drafter that resumes verification at its tapped layer has that layer's states itself.
+    for tap in [tap for tap in taps if tap > first_layer]:
         inputs, cache = plan.target.extend(params, cache, inputs, positions, layers=(first_layer, tap))
         tap_states.append(inputs)
         first_layer = tap
@@ -200,7 +202,8 @@ def verify(plan: Plan, params, cache, pending: Int[Array, "B"], lengths: Int[Arr
     to one of `_widths`. For the other columns, logits and states are 0 and the cache is unchanged.
 
     Returns:
-      logits `[B, gamma + 1, V]`, the cache, and the hidden states `[B, gamma + 1, D]` after each tapped layer.
+      logits `[B, gamma + 1, V]`, the cache, and the hidden states `[B, gamma + 1, D]` after each tapped layer above
+      `proposal.resume_layer`; the drafter computed those up to it.
     """
     columns = proposal.tokens.shape[1] + 1
     positions = lengths[:, None] - 1 + jnp.arange(columns, dtype=jnp.int32)[None]
@@ -273,6 +276,9 @@ def accept_and_commit(
             raw_probs = jax.nn.softmax(logits.astype(jnp.float32), axis=-1) if plan.greedy else None
             lossy_inputs = LossyInputs(sampling.lenience, raw_probs)
         num_accepted, next_token = plan.rule(noise, proposal, target_probs, lossy_inputs)
+        # Positions after `num_accepted` do not matter, and may follow a draft token that makes no sense.
+        used = jnp.arange(logits.shape[1], dtype=jnp.int32)[None] <= num_accepted[:, None]
+        failed = jnp.any(used & ~finite_rows(logits), axis=1) & ~state.done
     with jax.named_scope("commit"):
         room = limits.max_new_tokens - state.num_emitted
         tokens, num_emitted, num_drafted, at_eos = _emission(
@@ -289,9 +295,9 @@ def accept_and_commit(
             tokens=kv_cache.write_rows(state.tokens, tokens, state.lengths, axis=1),
             origins=origins,
             lengths=state.lengths + num_emitted,
-            done=state.done | at_eos | (num_emitted >= room),
+            done=state.done | at_eos | (num_emitted >= room) | failed,
             drafter_state=drafter_state,
-            statistics=state.statistics.after(num_accepted, num_emitted, num_drafted),
+            statistics=state.statistics.after(num_accepted, num_emitted, num_drafted, proposal.failed, failed),
             iterations=state.iterations + 1,
         )
 

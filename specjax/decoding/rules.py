@@ -68,7 +68,8 @@ def _draft_row(proposal: Proposal, index: Int[Array, "B"], vocab: int) -> Float[
         row = jax.nn.one_hot(jnp.take_along_axis(proposal.tokens, inside[:, None], axis=1)[:, 0], vocab)
     else:
         row = _row_at(proposal.probs, inside)
-    return jnp.where((index < proposal.num_drafted)[:, None], row, 0)
+    # `row > 0` leaves out what is not a number.
+    return jnp.where((index < proposal.num_drafted)[:, None] & (row > 0), row, 0)
 
 
 def _at_tokens(rows: Float[Array, "B R V"], proposal: Proposal) -> Float[Array, "B gamma"]:
@@ -85,10 +86,13 @@ def _draft_at_tokens(proposal: Proposal) -> Float[Array, "B gamma"]:
 
 
 def _num_accepted(accepted: Bool[Array, "B gamma"], proposal: Proposal) -> Int[Array, "B"]:
-    """The number of accepted tokens in each row before the first that is not accepted or was not drafted."""
+    """The number of accepted tokens in each row before the first that is not accepted or was not drafted.
+
+    A token of draft probability 0 was not drawn from the draft's distribution, which was not finite; it is refused.
+    """
     gamma = accepted.shape[1]
     index = jnp.arange(gamma, dtype=jnp.int32)[None]
-    accepted &= index < proposal.num_drafted[:, None]
+    accepted &= (index < proposal.num_drafted[:, None]) & (_draft_at_tokens(proposal) > 0)
     return jnp.min(jnp.where(accepted, gamma, index), axis=1, initial=gamma).astype(jnp.int32)
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from specjax.runtime.mesh import axes
 
@@ -23,6 +23,8 @@ class Statistics:
       drafted_at: number of blocks that drafted position i and accepted all positions before it.
       accepted_at: number of blocks that accepted and emitted the token at position i.
       emitted_more_than: at index w - 1 the number of blocks that emitted more than w tokens, w = 1 .. gamma.
+      failed_drafts: number of blocks whose draft ended because its logits were not finite.
+      failed: whether the target's logits were not finite, which ends the row.
     """
 
     target_calls: Int[Array | np.ndarray, "B"] = axes("batch")
@@ -30,14 +32,21 @@ class Statistics:
     drafted_at: Int[Array | np.ndarray, "B gamma"] = axes("batch", None)
     accepted_at: Int[Array | np.ndarray, "B gamma"] = axes("batch", None)
     emitted_more_than: Int[Array | np.ndarray, "B gamma"] = axes("batch", None)
+    failed_drafts: Int[Array | np.ndarray, "B"] = axes("batch")
+    failed: Bool[Array | np.ndarray, "B"] = axes("batch")
 
     @classmethod
     def zeros(cls, batch: int, gamma: int) -> "Statistics":
         row, wide = jnp.zeros((batch,), jnp.int32), jnp.zeros((batch, gamma), jnp.int32)
-        return cls(row, row, wide, wide, wide)
+        return cls(row, row, wide, wide, wide, row, row.astype(bool))
 
     def after(
-        self, num_accepted: Int[Array, "B"], num_emitted: Int[Array, "B"], num_drafted: Int[Array, "B"]
+        self,
+        num_accepted: Int[Array, "B"],
+        num_emitted: Int[Array, "B"],
+        num_drafted: Int[Array, "B"],
+        draft_failed: Bool[Array, "B"] | None = None,
+        failed: Bool[Array, "B"] | bool = False,
     ) -> "Statistics":
         """The counts after a block; `num_accepted` may include tokens that were then cut, the other numbers do not."""
         index = jnp.arange(self.drafted_at.shape[1], dtype=jnp.int32)[None]
@@ -49,4 +58,6 @@ class Statistics:
             drafted_at=self.drafted_at + ones((index < num_drafted[:, None]) & (index <= accepted)),
             accepted_at=self.accepted_at + ones(index < accepted),
             emitted_more_than=self.emitted_more_than + ones(num_emitted[:, None] > index + 1),
+            failed_drafts=self.failed_drafts + (0 if draft_failed is None else ones(draft_failed)),
+            failed=self.failed | failed,
         )

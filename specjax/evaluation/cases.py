@@ -293,7 +293,8 @@ def make_cases(job: Job, setting: Setting) -> list[Case]:
     """
     plain = DrafterSection(ModelDraft(), "", job.config.target, False, ())
     exact = RULES[setting.rule]
-    sampling = functools.partial(Sampling.of, setting.temperature, job.config.top_k, job.config.top_p)
+    cuts = {name: job.config[name] for name in ("top_k", "top_p", "min_p")}
+    sampling = functools.partial(Sampling.of, setting.temperature, **cuts)
     cases = [Case(BASELINE, job.target, plain, None, setting.rule, None, exact, 0, None, sampling())]
     for name, section in read_drafters(job.config).items():
         target, loaded, options = job.targets[section.target], job.drafters.get(name), section.options

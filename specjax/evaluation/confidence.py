@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from specjax.decoding import batch, loop
 from specjax.evaluation.engine import Method, Output
@@ -17,9 +17,9 @@ BINS = 20
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _confidence(drafter: Any, params: Any, draft_params: Any, texts: Int[Array, "B T"]) -> Float[Array, "B T"]:
+def _confidence(drafter: Any, params: Any, draft_params: Any, texts: Int[Array, "B T"], prompt_lengths):
     """The draft's largest probability of the next token after each position, at temperature 1."""
-    logits = drafter.score(draft_params, params, texts).astype(jnp.float32)
+    logits = drafter.score(draft_params, params, texts, prompt_lengths).astype(jnp.float32)
     return jnp.exp(jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1))
 
 
@@ -40,7 +40,8 @@ def histogram(method: Method, prompts: Sequence[Sequence[int]], output: Output) 
     counts = {loop.ACCEPTED: np.zeros(BINS, int), loop.RECOVERED: np.zeros(BINS, int)}
     for prompt, emitted, origins in zip(prompts, output.tokens, output.origins, strict=True):
         text, _ = batch.pad([[*prompt, *emitted]], plan.capacity)
-        confidence = processes.fetch(_confidence(plan.drafter, method.params, method.draft_params, text))[0]
+        lengths = np.asarray([len(prompt)], np.int32)
+        confidence = processes.fetch(_confidence(plan.drafter, method.params, method.draft_params, text, lengths))[0]
         # The confidence at index t is that in the token at t + 1.
         confidence = confidence[len(prompt) - 1 : len(prompt) - 1 + len(emitted)]
         for origin, bins in counts.items():

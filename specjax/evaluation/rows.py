@@ -32,6 +32,7 @@ class Row:
     temperature: Annotated[float, "sampling temperature; 0 is greedy"]
     top_k: Annotated[int, "sampling from the k most probable tokens; 0 is off"]
     top_p: Annotated[float, "sampling from the smallest set of tokens with this probability; 1 is off"]
+    min_p: Annotated[float, "sampling from tokens with this share of the largest probability or more; 0 is off"]
     batch_size: Annotated[int, "prompts decoded together"]
     max_new_tokens: Annotated[int, "most tokens emitted per prompt"]
     seed: Annotated[int, "seed of prompt selection, sampling and bootstrap"]
@@ -148,6 +149,7 @@ def settings_of(config: Any, setting: Setting, case: Case, sampling: Sampling, p
         "temperature": setting.temperature,
         "top_k": config.top_k,
         "top_p": config.top_p,
+        "min_p": config.min_p,
         "batch_size": setting.batch_size,
         "max_new_tokens": config.max_new_tokens,
         "seed": config.seed,

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -12,9 +11,8 @@ from specjax.models import kv_cache, layers
 from specjax.models.attachment import Attachment, AttachmentConfig, States
 from specjax.models.config import DecoderConfig
 from specjax.models.language_model import LanguageModel, Params, fit_logits
-from specjax.models.rotary import Rotary, angles
+from specjax.models.rotary import Rotary, angles, text_lengths
 from specjax.runtime import mesh as meshes
-from specjax.runtime.dtypes import dtype_named
 from specjax.runtime.errors import UserError, nearest
 
 KINDS = ("attention", "layer", "mlp", "none")
@@ -90,8 +88,8 @@ class AdapterModule(nnx.Module):
 
     def extend(self, cache, hidden, positions):
         if self.attention is not None:
-            capacity = hidden.shape[1] if cache is None else cache.capacity
-            cosine_sine = angles(self.config.inner.rotary, positions, capacity)
+            # The adapter is trained on texts of unknown prompts, so its rotation depends on positions only.
+            cosine_sine = angles(self.config.inner.rotary, positions, text_lengths(positions))
             keys, values = (None, None) if cache is None else (cache.keys[0], cache.values[0])
             inputs = self.attention_norm(hidden)
             mixed, keys, values = self.attention(inputs, cosine_sine, positions, None, keys, values)
@@ -128,8 +126,8 @@ class Adapter(Attachment):
         if self.config.kind == "none":
             return None
         if self.config.kind not in _ATTENDING:  # no keys and values; the meter still counts executions
-            return kv_cache.Cache((), (), kv_cache.Meter.zeros(batch))
-        return kv_cache.zeros(inner, batch, capacity, dtype_named(inner.compute_dtype))
+            return kv_cache.Cache((), (), kv_cache.Meter.zeros(batch), None)
+        return kv_cache.zeros(inner, batch, capacity)
 
     def extend(
         self, params: Params, cache: Any, states: States, positions: Int[Array, "B T"]
@@ -145,4 +143,4 @@ class Adapter(Attachment):
         hidden = module.norm(hidden)
         if module.unembedding is None:
             return target.unembed(target_params, hidden)
-        return fit_logits(module.unembedding(hidden).astype(jnp.float32), target.vocab_size)
+        return fit_logits(module.unembedding.logits(hidden), target.vocab_size)

@@ -11,7 +11,6 @@ from jaxtyping import Array, Float, Int, Key
 
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
-from specjax.models.kv_cache import Cache
 from specjax.models.language_model import NEXT, LanguageModel, Network, Params, Prediction, consecutive
 from specjax.runtime.errors import UserError
 
@@ -154,8 +153,7 @@ class AttachedDraft(LanguageModel):
         cache = self.target.start(params["target"], prompts, lengths, capacity)
         if cache is None:
             return None
-        first_layers = Cache(cache.keys[: self.layers], cache.values[: self.layers], cache.meter)
-        return first_layers, self.attachment.start(prompts.shape[0], capacity)
+        return cache.first(self.layers), self.attachment.start(prompts.shape[0], capacity)
 
     def extend(self, params, cache, inputs, positions, mask=None, *, layers: tuple[int, int] | None = None):
         if layers not in (None, (0, self.layers)):

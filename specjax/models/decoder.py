@@ -11,7 +11,7 @@ from jaxtyping import Array, Int
 from specjax.models import kv_cache, layers
 from specjax.models.config import DecoderConfig
 from specjax.models.language_model import LanguageModel, Params, look_up
-from specjax.models.rotary import angles
+from specjax.models.rotary import angles, text_lengths
 from specjax.runtime import mesh as meshes
 from specjax.runtime.dtypes import dtype_named
 
@@ -51,8 +51,11 @@ class DecoderModule(nnx.Module):
     def extend(self, cache, inputs, positions, mask, lo, hi):
         config = self.config
         hidden = self.embed(inputs, positions) if jnp.issubdtype(inputs.dtype, jnp.integer) else inputs
-        capacity = inputs.shape[1] if cache is None else cache.capacity
-        cosine_sine = lambda rotary: None if rotary is None else angles(rotary, positions, capacity)
+        if cache is None:
+            lengths = jnp.full_like(positions, inputs.shape[1])
+        else:
+            lengths = text_lengths(positions, cache.prompt_lengths)
+        cosine_sine = lambda rotary: None if rotary is None else angles(rotary, positions, lengths)
         everywhere, local = cosine_sine(config.rotary), cosine_sine(config.local_rotary)
         # For whole texts, each device keeps its rows and gathers weights; in decoding, the few tokens are sent instead.
         pin = meshes.pin_rows if cache is None else lambda x: x
@@ -79,10 +82,9 @@ class DecoderModule(nnx.Module):
         if config.embedding_width:
             hidden = self.project_out(hidden)
         if config.tied_head:
-            kernel = self.embedding[...].astype(hidden.dtype)
-            logits = jnp.einsum("BTD,VD->BTV", hidden, kernel, preferred_element_type=jnp.float32)
+            logits = layers.tied_logits(hidden, self.embedding[...])
         else:
-            logits = self.unembedding(hidden).astype(jnp.float32)
+            logits = self.unembedding.logits(hidden)
         if config.final_softcap:
             logits = config.final_softcap * jnp.tanh(logits / config.final_softcap)
         return logits
@@ -98,9 +100,10 @@ class Decoder(LanguageModel):
     def start(
         self, params: Params, prompts: Int[Array, "B P"], lengths: Int[Array, "B"], capacity: int
     ) -> kv_cache.Cache | None:
-        del params, lengths
+        del params
         if capacity == 0:
             return None
         if prompts.shape[1] > capacity:
             raise ValueError(f"prompts of {prompts.shape[1]} tokens do not fit a cache of {capacity} slots")
-        return kv_cache.zeros(self.config, prompts.shape[0], capacity, dtype_named(self.config.compute_dtype))
+        by_length = any(rotary and rotary.by_length for rotary in (self.config.rotary, self.config.local_rotary))
+        return kv_cache.zeros(self.config, prompts.shape[0], capacity, lengths if by_length else None)

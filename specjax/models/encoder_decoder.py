@@ -202,7 +202,7 @@ class EncoderDecoderModule(nnx.Module):
         if own is None:  # positions are consecutive, so the distances are the same in every row
             bias = self.bias(positions[:1], positions[:1])
         else:
-            bias = self.bias(positions, jnp.arange(own.capacity, dtype=jnp.int32)[None])
+            bias = self.bias(positions, jnp.arange(own.keys[0].shape[2], dtype=jnp.int32)[None])
         for layer in range(lo, hi):
             keys, values = (None, None) if own is None else (own.keys[layer], own.values[layer])
             cross = cache.cross_keys[layer], cache.cross_values[layer]
@@ -219,9 +219,8 @@ class EncoderDecoderModule(nnx.Module):
         if config.head_scale != 1:
             hidden = hidden * jnp.asarray(config.head_scale, hidden.dtype)
         if config.tied_head:
-            kernel = self.embedding[...].astype(hidden.dtype)
-            return jnp.einsum("BTD,VD->BTV", hidden, kernel, preferred_element_type=jnp.float32)
-        return self.unembedding(hidden).astype(jnp.float32)
+            return layers.tied_logits(hidden, self.embedding[...])
+        return self.unembedding.logits(hidden)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,5 +246,5 @@ class EncoderDecoder(LanguageModel):
             cross_keys, cross_values = self.bind(params).remember(prompts, lengths)
         own = None
         if capacity:
-            own = kv_cache.zeros(self.config, prompts.shape[0], capacity, dtype_named(self.config.compute_dtype))
+            own = kv_cache.zeros(self.config, prompts.shape[0], capacity)
         return CrossCache(own, cross_keys, cross_values, lengths)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from specjax.runtime.dtypes import dtype_named
 from specjax.runtime.mesh import axes
 
 # Logical axes of each cache array; the mesh rules map them to devices.
@@ -60,37 +61,33 @@ class Cache:
       keys: one array per layer.
       values: one array per layer.
       meter: counts layer executions.
+      prompt_lengths: number of tokens of each prompt; None unless rotary embeddings depend on it.
     """
 
     keys: tuple[Float[Array, "B K S H"], ...] = axes(*AXES)
     values: tuple[Float[Array, "B K S H"], ...] = axes(*AXES)
     meter: Meter
-
-    @property
-    def capacity(self) -> int:
-        return self.keys[0].shape[2]
+    prompt_lengths: Int[Array, "B"] | None = axes("batch")
 
     def with_layer(self, layer: int, keys, values) -> "Cache":
         """The cache with one layer's arrays replaced."""
-        return Cache(
-            self.keys[:layer] + (keys,) + self.keys[layer + 1 :],
-            self.values[:layer] + (values,) + self.values[layer + 1 :],
-            self.meter,
-        )
+        replaced = lambda arrays, new: (*arrays[:layer], new, *arrays[layer + 1 :])
+        return dataclasses.replace(self, keys=replaced(self.keys, keys), values=replaced(self.values, values))
+
+    def first(self, layers: int) -> "Cache":
+        """The cache of the first layers."""
+        return dataclasses.replace(self, keys=self.keys[:layers], values=self.values[:layers])
 
     def metered(self, layers: int, columns: int) -> "Cache":
         """The cache with its meter increased for a call of `layers` layers on `columns` columns per row."""
         return dataclasses.replace(self, meter=self.meter.after(layers, columns))
 
 
-def zeros(config, batch: int, capacity: int, dtype) -> Cache:
+def zeros(config, batch: int, capacity: int, prompt_lengths: Int[Array, "B"] | None = None) -> Cache:
     """An empty cache, filled with zeros: masked slots are multiplied by weight 0, and 0 * NaN would be NaN."""
     shape = (batch, config.kv_heads, capacity, config.head_size)
-    return Cache(
-        tuple(jnp.zeros(shape, dtype) for _ in range(config.layers)),
-        tuple(jnp.zeros(shape, dtype) for _ in range(config.layers)),
-        Meter.zeros(batch),
-    )
+    arrays = lambda: tuple(jnp.zeros(shape, dtype_named(config.compute_dtype)) for _ in range(config.layers))
+    return Cache(arrays(), arrays(), Meter.zeros(batch), prompt_lengths)
 
 
 def _is_meter(node: Any) -> bool:
@@ -113,19 +110,12 @@ def meters(tree: Any) -> list[Meter]:
     return [node for node in jax.tree.leaves(tree, is_leaf=_is_meter) if _is_meter(node)]
 
 
-def write(
-    slots: Float[Array, "B K S H"], new: Float[Array, "B K T H"], start: Int[Array, "B"]
-) -> Float[Array, "B K S H"]:
-    """Writes `new` to T consecutive slots of each row, from slot `start[b]` on.
-
-    The caller guarantees `start + T <= S` (see `decoding.plan.capacity_for`); otherwise `dynamic_update_slice` would
-    clamp `start` and silently overwrite earlier slots.
-    """
-    return write_rows(slots, new, start, axis=2)
-
-
 def write_rows(array: jax.Array, new: jax.Array, start: Int[Array, "B"], *, axis: int) -> jax.Array:
-    """Writes `new` into `array`, row b from index `start[b]` of `axis` on; axis 0 holds the rows."""
+    """Writes `new` into `array`, row b from index `start[b]` of `axis` on; axis 0 holds the rows.
+
+    The caller guarantees that it fits (see `decoding.plan.capacity_for`); otherwise `dynamic_update_slice` would clamp
+    `start` and silently overwrite earlier entries.
+    """
     new = new.astype(array.dtype)
     if array.shape[0] == 1:  # the batched form compiles to a scatter, which is slower
         return jax.lax.dynamic_update_slice_in_dim(array, new, start[0], axis)

@@ -110,7 +110,7 @@ class MedusaHeads(Attachment):
         """Float32 logits of every head on the target's last hidden states; those of one position are adjacent."""
         module, hidden = self.bind(params), target.normed(target_params, hidden)
         if self.config.own_head:
-            logits = [head.unembedding(head(hidden)).astype(jnp.float32) for head in module.heads]
+            logits = [head.unembedding.logits(head(hidden)) for head in module.heads]
             return fit_logits(_interleaved(logits), target.vocab_size)
         return target.unembed(target_params, _interleaved([head(hidden) for head in module.heads]))
 

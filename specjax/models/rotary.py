@@ -28,7 +28,7 @@ class Rotary:
       truncate: of "yarn": whether the bounds between the two are rounded to whole channels.
       magnitude: factor on cosine and sine; None for the kind's default.
       short_factors: of "longrope", one for each pair of channels, for lengths up to original_positions.
-      long_factors: the same for longer texts.
+      long_factors: the same for longer texts (see `text_lengths`).
     """
 
     theta: float
@@ -58,32 +58,42 @@ class Rotary:
             if self.kind == "longrope" and len(factors) != self.size // 2:
                 raise ValueError(f"longrope has {len(factors)} factors for {self.size // 2} pairs of channels")
 
-    def frequencies(self, capacity: int) -> tuple[np.ndarray, float]:
-        """Radians per position of each pair of channels, and the factor on cosine and sine.
+    @property
+    def by_length(self) -> bool:
+        """Whether the frequencies depend on the length of the text."""
+        return self.kind in ("dynamic", "longrope")
 
-        Args:
-          capacity: number of slots of the cache, or tokens of a call without one. "dynamic" and "longrope" take it as
-            the text's length throughout a generation, so that cached keys stay valid.
-        """
+    @property
+    def scale(self) -> float:
+        """The factor on cosine and sine."""
+        if self.kind not in ("yarn", "longrope"):
+            return 1.0
+        if self.magnitude is not None or self.factor <= 1:
+            return 1.0 if self.magnitude is None else self.magnitude
+        if self.kind == "yarn":
+            return 0.1 * math.log(self.factor) + 1
+        return math.sqrt(1 + math.log(self.factor) / math.log(self.original_positions))
+
+    def frequencies(self, lengths: Int[Array, "*X"]) -> Float[Array | np.ndarray, "*Y half"]:
+        """Radians per position of each pair of channels; one row, or one for each of `lengths` if `by_length`."""
         pairs = np.arange(0, self.size, 2, dtype=np.float32) / np.float32(self.size)
         plain = 1.0 / np.float32(self.theta) ** pairs
         if self.kind == "linear":
-            return plain / np.float32(self.factor), 1.0
+            return plain / np.float32(self.factor)
         if self.kind == "dynamic":
-            return self._dynamic(pairs, capacity), 1.0
+            longer = jnp.maximum(lengths, self.original_positions)[..., None].astype(jnp.float32)
+            stretch = self.factor * longer / self.original_positions - (self.factor - 1)
+            theta = self.theta * stretch ** (self.size / (self.size - 2))
+            return 1.0 / theta ** jnp.expand_dims(pairs, range(lengths.ndim))
         if self.kind == "llama3":
-            return self._llama3(plain), 1.0
+            return self._llama3(plain)
         if self.kind == "yarn":
             return self._yarn(plain)
         if self.kind == "longrope":
-            return self._longrope(plain, capacity)
-        return plain, 1.0
-
-    def _dynamic(self, pairs, capacity):
-        length = max(capacity, self.original_positions)
-        stretch = self.factor * length / self.original_positions - (self.factor - 1)
-        theta = self.theta * stretch ** (self.size / (self.size - 2))
-        return 1.0 / np.float32(theta) ** pairs
+            divided = lambda factors: plain / np.asarray(factors, np.float32)
+            longer = lengths[..., None] > self.original_positions
+            return jnp.where(longer, divided(self.long_factors), divided(self.short_factors))
+        return plain
 
     def _llama3(self, plain):
         wavelength = 2 * np.pi / plain
@@ -102,27 +112,30 @@ class Rotary:
         low, high = max(low, 0), min(high, self.size - 1)
         stretched = np.clip((np.arange(self.size // 2) - low) / max(high - low, 0.001), 0, 1)
         frequencies = plain / self.factor * stretched + plain * (1 - stretched)
-        magnitude = 0.1 * math.log(self.factor) + 1 if self.factor > 1 else 1.0
-        return frequencies.astype(np.float32), magnitude if self.magnitude is None else self.magnitude
+        return frequencies.astype(np.float32)
 
-    def _longrope(self, plain, capacity):
-        factors = self.long_factors if capacity > self.original_positions else self.short_factors
-        magnitude = self.magnitude
-        if magnitude is None:
-            stretched = math.log(self.factor) / math.log(self.original_positions) if self.factor > 1 else 0.0
-            magnitude = math.sqrt(1 + stretched)
-        return plain / np.asarray(factors, np.float32), magnitude
+
+def text_lengths(positions: Int[Array, "B T"], prompt_lengths: Int[Array, "B"] | None = None) -> Int[Array, "B T"]:
+    """The length of the text from which "dynamic" and "longrope" take the frequencies of the token at each position.
+
+    It is the larger of the prompt's length and position + 1, as if the prompt were computed at once and then one token
+    at a time. In the reference implementation (`dynamic_rope_update` in transformers), a cached key likewise keeps the
+    rotation of the step that computed it. So it does not depend on gamma, the batch, padding or a limit of new tokens.
+    """
+    ends = positions + 1
+    return ends if prompt_lengths is None else jnp.maximum(ends, prompt_lengths[:, None])
 
 
 def angles(
-    rotary: Rotary, positions: Int[Array, "B T"], capacity: int
+    rotary: Rotary, positions: Int[Array, "B T"], lengths: Int[Array, "B T"]
 ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
-    """Cosine and sine of the rotary angles of each pair of channels, float32. `capacity`: see `Rotary.frequencies`."""
-    frequencies, magnitude = rotary.frequencies(capacity)
-    radians = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies)[None, None]
-    if magnitude == 1:
+    """Cosine and sine of the rotary angles of each pair of channels, float32. `lengths`: see `text_lengths`."""
+    frequencies = jnp.asarray(rotary.frequencies(lengths))
+    frequencies = frequencies if frequencies.ndim == 3 else frequencies[None, None]
+    radians = positions[..., None].astype(jnp.float32) * frequencies
+    if rotary.scale == 1:
         return jnp.cos(radians), jnp.sin(radians)
-    return jnp.cos(radians) * magnitude, jnp.sin(radians) * magnitude
+    return jnp.cos(radians) * rotary.scale, jnp.sin(radians) * rotary.scale
 
 
 def rotate(heads: Float[Array, "B X T H"], angles) -> Float[Array, "B X T H"]:

@@ -9,6 +9,13 @@ _NAMES = {bool: "True or False", int: "a whole number", float: "a number"}
 _ACCEPTED = {bool: bool, int: numbers.Integral, float: numbers.Real}
 
 
+def seed(name: str, value: Any) -> None:
+    """Raises UserError unless the value is a seed; JAX would map others to the same random numbers as one of these."""
+    instance(name, value, int)
+    if not 0 <= value < 2**32:
+        raise UserError(f"{name} must lie in 0 .. {2**32 - 1}, not {value}")
+
+
 def instance(name: str, value: Any, kind: type) -> None:
     """Raises UserError unless the value is of type `kind` (bool, int or float); an int is accepted as a float."""
     numpy_scalar = getattr(value, "ndim", None) == 0 and hasattr(value, "item")

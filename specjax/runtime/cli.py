@@ -10,8 +10,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from specjax.runtime import checks, errors, processes, stopping
 from specjax.runtime import config as configs
-from specjax.runtime import errors, processes, stopping
 from specjax.runtime.errors import UserError, nearest
 
 _USAGE = """\
@@ -118,6 +118,9 @@ def parse(argv: Sequence[str], *, needs_workdir: bool = True) -> tuple[ConfigDic
     for name, text in values.items():
         _override(config, name.removeprefix("--config."), text)
     configs.check_required(config)
+    for key, value in configs.leaves(configs.to_plain(config)):
+        if key.rpartition(".")[2] == "seed" and value is not None:
+            checks.seed(f"config.{key}", value)
     return config, workdir
 
 

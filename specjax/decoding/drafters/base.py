@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import jax
 from jaxtyping import Array, Bool, Float, Int
 
-from specjax.decoding.sampling import Noise, Sampling, Stream, probabilities
+from specjax.decoding.sampling import Noise, Sampling, Stream, finite_rows, probabilities
 from specjax.models.language_model import LanguageModel
 from specjax.runtime import checks
 from specjax.runtime.errors import UserError
@@ -72,8 +72,12 @@ class Context:
     def draw(
         self, logits: Float[Array, "B V"], offset: Int[Array, ""] | int
     ) -> tuple[Int[Array, "B"], Float[Array, "B V"] | None]:
-        """Draws the tokens at position `lengths + offset`. Returns them and their distributions (None if greedy)."""
+        """Draws the tokens at position `lengths + offset`. Returns them and their distributions (None if greedy).
+
+        Logits that are not finite give a distribution of zeros, and the rule refuses the token.
+        """
         probs = probabilities(logits[:, None], self.sampling, greedy=self.noise.greedy)[:, 0]
+        probs = jax.numpy.where(finite_rows(logits)[:, None], probs, 0)
         offsets = jax.numpy.full_like(self.lengths, offset)
         tokens = self.noise.choose(probs, offsets, Stream.DRAFT)
         return tokens, None if self.noise.greedy else probs
@@ -88,6 +92,7 @@ class Proposal:
       tokens: drafted tokens; `tokens[b, num_drafted[b]:]` are ignored.
       probs: the distribution that each was drawn from; None if the draft is deterministic (one-hot).
       num_drafted: number of drafted tokens of each row, 0 .. gamma.
+      failed: rows whose proposal ended because the draft's logits were not finite (see `finite_rows`); None for none.
       resume_hidden: the target's hidden states after its first `resume_layer` layers, of the pending and the drafted
         tokens; None if verification starts from the tokens.
       resume_layer: index of the target layer at which verification resumes.
@@ -96,6 +101,7 @@ class Proposal:
     tokens: Int[Array, "B gamma"]
     probs: Float[Array, "B gamma V"] | None
     num_drafted: Int[Array, "B"]
+    failed: Bool[Array, "B"] | None = None
     resume_hidden: Float[Array, "B gamma_plus_1 D"] | None = None
     resume_layer: int = dataclasses.field(default=0, metadata={"static": True})
 
@@ -110,7 +116,8 @@ class Outcome:
       num_emitted: 1 .. gamma + 1 in a live row, 0 in a row that has ended.
       num_accepted: number of drafted tokens among the emitted ones.
       lengths: number of committed tokens before the block.
-      tap_states: hidden states `[B, gamma + 1, D]` of the pending and drafted tokens after each tapped layer.
+      tap_states: hidden states `[B, gamma + 1, D]` of the pending and drafted tokens after each tapped layer above the
+        proposal's `resume_layer`.
     """
 
     tokens: Int[Array, "B gamma_plus_1"]
@@ -152,8 +159,10 @@ class Drafter:
         """The drafter's state after a block was verified; caches need no change for rejected tokens, see `kv_cache`."""
         return state
 
-    def score(self, params: Any, target_params: Any, texts: Int[Array, "B T"]) -> Float[Array, "B T V"]:
-        """The draft's logits after every token of whole texts, computed without a cache."""
+    def score(
+        self, params: Any, target_params: Any, texts: Int[Array, "B T"], prompt_lengths: Int[Array, "B"]
+    ) -> Float[Array, "B T V"]:
+        """The draft's logits after every token of whole texts, each a prompt of this length and its continuation."""
         raise NotImplementedError
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from specjax.decoding.drafters.base import Context, Proposal
+from specjax.decoding.sampling import finite_rows
 from specjax.models import kv_cache
 from specjax.runtime.mesh import pin_last
 
@@ -34,6 +35,7 @@ class _Draft:
       token: the last token drawn in each row.
       counts: number of tokens in each row's proposal, which are the first ones drawn.
       done: whether the row's proposal is complete.
+      failed: whether it ended because the draft's logits were not finite.
       tokens: all drawn tokens.
       probs: the distributions they were drawn from; None if drafting is greedy.
       carry: the drafter's own state, such as its caches.
@@ -43,6 +45,7 @@ class _Draft:
     token: Int[Array, "B"]
     counts: Int[Array, "B"]
     done: Bool[Array, "B"]
+    failed: Bool[Array, "B"]
     tokens: Int[Array, "gamma B"]
     probs: Float[Array, "gamma B V"] | None
     carry: Any
@@ -64,7 +67,8 @@ def draft(
     A row is done after gamma tokens, after `context.max_drafted` tokens, or after a token whose distribution has a
     largest probability below `Sampling.threshold`. That token is still proposed, and stopping does not depend on its
     value, so the output distribution is the target's at any threshold. The loop runs for the whole batch until all rows
-    are done; tokens drawn in rows that are done are ignored. If no row may draft, not even `first` runs.
+    are done; tokens drawn in rows that are done are ignored. If no row may draft, not even `first` runs. A row whose
+    logits are not finite is done without a further token, so the next one comes from the target.
 
     Args:
       stops: whether the threshold is used.
@@ -75,14 +79,17 @@ def draft(
       the proposal and the final carry.
     """
     limit = context.max_drafted
+    may_end_early = stops or limit is not None
 
     def draw_next(read, draft: _Draft) -> _Draft:
         """Draws one token in every row; `read(token, offset, carry)` computes the logits."""
         logits, carry = read(draft.token, draft.offset, _counting(context, ~draft.done, draft.carry))
         token, probs = context.draw(logits, draft.offset)
-        counts = draft.counts + jnp.where(draft.done, 0, 1)
-        carry = after_draw(token, draft.offset + 1, _counting(context, counts > draft.offset, carry))
-        done = draft.done
+        failed = draft.failed | (~draft.done & ~finite_rows(logits))
+        done = draft.done | failed
+        joins = ~done  # whether the drawn token belongs to the row's proposal
+        counts = draft.counts + joins.astype(jnp.int32)
+        carry = after_draw(token, draft.offset + 1, _counting(context, joins, carry))
         if stops and not adjusted:
             done |= unsure(logits, context.sampling.threshold)
         elif stops and probs is not None:
@@ -91,14 +98,14 @@ def draft(
             done |= counts >= limit
         append = lambda rows, row: jax.lax.dynamic_update_index_in_dim(rows, row, draft.offset, 0)
         probs = jax.tree.map(append, draft.probs, probs)
-        return _Draft(draft.offset + 1, token, counts, done, append(draft.tokens, token), probs, carry)
+        return _Draft(draft.offset + 1, token, counts, done, failed, append(draft.tokens, token), probs, carry)
 
     def unfinished(draft: _Draft) -> Bool[Array, ""]:
         inside = (draft.offset > 0) & (draft.offset < gamma)
-        return inside & ~jnp.all(draft.done) if stops or limit is not None else inside
+        return inside & ~jnp.all(draft.done) if may_end_early else inside
 
     draw_first = functools.partial(draw_next, lambda token, offset, carry: first(carry))
-    progress = _empty(context, gamma, first, carry, may_end_early=stops or limit is not None)
+    progress = _empty(context, gamma, first, carry, may_end_early)
     if limit is None:
         progress = draw_first(progress)
     else:
@@ -109,10 +116,10 @@ def draft(
         progress = jax.lax.while_loop(may_draft, draw_first, progress)
     progress = jax.lax.while_loop(unfinished, functools.partial(draw_next, step), progress)
     tokens, probs = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), (progress.tokens, progress.probs))
-    return Proposal(tokens, probs, progress.counts), progress.carry
+    return Proposal(tokens, probs, progress.counts, progress.failed & context.live), progress.carry
 
 
-def _empty(context: Context, gamma: int, first: First, carry: Any, *, may_end_early: bool) -> _Draft:
+def _empty(context: Context, gamma: int, first: First, carry: Any, may_end_early: bool) -> _Draft:
     """A draft without tokens. Rows that have ended are done from the start if drafting can end before gamma tokens."""
     batch, none = context.lengths.shape[0], jnp.zeros_like(context.lengths)
     probs = None
@@ -120,8 +127,9 @@ def _empty(context: Context, gamma: int, first: First, carry: Any, *, may_end_ea
         vocab = jax.eval_shape(lambda carry: first(carry)[0], carry).shape[-1]
         # Sharded like the draft's probabilities; otherwise the loop would gather each of them before storing it.
         probs = pin_last(jnp.zeros((gamma, batch, vocab), jnp.float32), "vocab")
-    done = ~context.live if may_end_early else jnp.zeros((batch,), bool)
-    return _Draft(jnp.int32(0), none, none, done, jnp.zeros((gamma, batch), jnp.int32), probs, carry)
+    no_row = jnp.zeros((batch,), bool)
+    done = ~context.live if may_end_early else no_row
+    return _Draft(jnp.int32(0), none, none, done, no_row, jnp.zeros((gamma, batch), jnp.int32), probs, carry)
 
 
 def _counting(context: Context, rows: Bool[Array, "B"], carry: Any) -> Any:

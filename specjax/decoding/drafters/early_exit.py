@@ -115,10 +115,12 @@ class EarlyExitDrafter(Drafter):
         """The drafter's state after a proposal; `exits` are the target's states after its first layers."""
         return state
 
-    def score(self, params, target_params, texts: Int[Array, "B T"]) -> Float[Array, "B T V"]:
-        return self.target.head(target_params, self.exits_of(target_params, texts))
+    def score(self, params, target_params, texts, prompt_lengths):
+        return self.target.head(target_params, self.exits_of(target_params, texts, prompt_lengths))
 
-    def exits_of(self, target_params, texts: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """The target's hidden states after layer `exit_layer`, of whole texts and without a cache."""
-        span = (0, self.exit_layer)
-        return self.target.extend(target_params, None, texts, consecutive(texts), layers=span)[0]
+    def exits_of(
+        self, target_params, texts: Int[Array, "B T"], prompt_lengths: Int[Array, "B"]
+    ) -> Float[Array, "B T D"]:
+        """The target's hidden states after layer `exit_layer`, of whole texts."""
+        cache = self.target.start(target_params, texts, prompt_lengths, texts.shape[1])
+        return self.target.extend(target_params, cache, texts, consecutive(texts), layers=(0, self.exit_layer))[0]

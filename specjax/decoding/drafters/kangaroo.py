@@ -106,8 +106,9 @@ class KangarooDrafter(EarlyExitDrafter):
         logits = self.adapter.head(params, self.target, target_params, mixed)[:, 0]
         return logits, dataclasses.replace(state, cache=cache)
 
-    def score(self, params, target_params, texts):
-        mixed, _ = self.adapter.extend(params, None, (self.exits_of(target_params, texts),), consecutive(texts))
+    def score(self, params, target_params, texts, prompt_lengths):
+        exits = self.exits_of(target_params, texts, prompt_lengths)
+        mixed, _ = self.adapter.extend(params, None, (exits,), consecutive(texts))
         return self.adapter.head(params, self.target, target_params, mixed)
 
     def with_exits(self, state: KangarooState, exits):
