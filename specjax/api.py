@@ -7,7 +7,6 @@ out = api.generate(target, ["def main("], drafter=draft, gamma=4, temperature=1.
 out.texts, out.stats.block_efficiency
 """
 
-import contextlib
 import dataclasses
 import functools
 import inspect
@@ -30,7 +29,7 @@ from specjax.decoding.plan import Plan
 from specjax.decoding.rules import RULES, Rule, rule_named
 from specjax.decoding.sampling import Sampling
 from specjax.evaluation.continuations import Stops, log_probabilities, note_positions, sampling_of_checkpoint
-from specjax.evaluation.engine import Output
+from specjax.evaluation.engine import MOST_SAMPLES, Output, decode_samples
 from specjax.hub.adapter import LoadedAttachment
 from specjax.hub.adapter import save as save_adapter  # noqa: F401
 from specjax.hub.model import Model, check_pair
@@ -39,7 +38,6 @@ from specjax.hub.model import load_adapter as load_adapter
 from specjax.hub.model import save as save
 from specjax.reporting import metrics
 from specjax.runtime import checks
-from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError, nearest
 
 
@@ -166,14 +164,12 @@ def generate(
         "early_exit" or `EarlyExit(exit_layer=2)`, `SkipLayers(skipped=(1, 3))`; or None for plain decoding.
       gamma: maximum number of drafted tokens per block.
       min_p: sample from tokens with at least this share of the largest probability, after top_k and top_p; 0 is off.
-      rule: "lossless", "coupled", `Lossy("lenient_linear", 0.5)` (or "lenient_square", "lenient_exp", "typical"), or an
-        exact rule of your own.
+      rule: "lossless", "coupled", `Lossy("typical", 0.5)` or another lossy rule of `RULES`, or an exact Rule of yours.
       eos_ids: ids that end a text; None uses the tokenizer's, () uses none.
       stop: strings before which a text ends, also where they span several tokens.
       samples: number of texts per prompt, each with its own random numbers; the first is that of `samples=1`.
       logprobs: whether to compute the log-probability of every emitted token, by one forward of the target per text.
-      sampling: "checkpoint" takes temperature, top-k and top-p from the target's generation_config.json, see
-        `continuations.sampling_of_checkpoint`; these arguments then keep their defaults.
+      sampling: "checkpoint" takes temperature, top-k, top-p and min-p from generation_config.json; leave these out.
       on_text: called with the result of the current batch so far, after every `blocks_at_once` blocks and at its end.
 
     Raises:
@@ -181,53 +177,31 @@ def generate(
         different vocabularies or tokenizers, and arguments of earlier versions (with what to write instead).
     """
     _refuse(removed)
-    whole = {"gamma": gamma, "top_k": top_k, "max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed}
-    _check_numbers(whole | {"samples": samples}, {"temperature": temperature, "top_p": top_p, "min_p": min_p})
-    checks.instance("logprobs", logprobs, bool)
-    if sampling:
-        temperature, top_k, top_p = sampling_of_checkpoint(target, sampling, temperature, top_k, top_p)
+    _check_numbers(locals())
+    temperature, top_k, top_p, min_p = sampling_of_checkpoint(target, sampling, (temperature, top_k, top_p, min_p))
     rule, lenience = _rule(rule)
     loaded, options = _drafter(target, drafter)
-    network = None if loaded is None else loaded.network
-    proposer = None if options is None else build_drafter(options, target.decoder, gamma, network)
-    gamma, how = 0, {"lenience": lenience, "min_p": min_p}
-    if proposer is not None:
-        gamma, how = proposer.gamma, how | {"threshold": options.threshold, "costs": _costs(options, proposer.gamma)}
-    adjust, ids = Sampling.of(temperature, top_k, top_p, **how), _ids(target, prompts, max_new_tokens)
-    if isinstance(loaded, Model):
-        note_positions("the draft", loaded.decoder, ids, max_new_tokens)
-    limits = {"max_new_tokens": max_new_tokens, "greedy": temperature == 0}
+    proposer, gamma, how = _proposer(target, loaded, options, gamma, {"lenience": lenience, "min_p": min_p})
+    adjust, ids = Sampling.of(temperature, top_k, top_p, **how), _ids(target, loaded, prompts, max_new_tokens)
+    stops, limits = Stops.of(target, stop), {"max_new_tokens": max_new_tokens, "greedy": temperature == 0}
     plan = Plan.for_prompts(target.decoder, ids, drafter=proposer, gamma=gamma, rule=rule, **limits)
-    # One row for each sample, with an index that determines its random numbers; sample 0 has the index of its prompt.
-    places = [number + sample * _SAMPLE for number in range(len(ids)) for sample in range(samples)]
-    ids = [ids[place % _SAMPLE] for place in places]
-    stops, results = Stops.of(target, stop), Output()
-    made = functools.partial(_generation, target, plan, stops)
-    with meshes.use(target.mesh) if target.mesh is not None else contextlib.nullcontext():
-        for first in range(0, len(ids), batch_size):
-            part = ids[first : first + batch_size]
-            result = batch.decode(
-                plan,
-                target.params,
-                None if loaded is None else loaded.params,
-                part,
-                indices=places[first : first + batch_size],
-                seed=seed,
-                sampling=adjust,
-                max_new_tokens=max_new_tokens,
-                eos_ids=target.tokenizer.eos_ids if eos_ids is None else _eos_ids(target, eos_ids),
-                put=batch.Placer(target.mesh),
-                size=min(batch_size, len(ids)),
-                end_of=stops.end if stops.strings else None,
-                **_listener(functools.partial(made, part), blocks_at_once, on_text),
-            )
-            results.batches.append((len(part), result))
-        scores = log_probabilities(target, ids, results.tokens) if logprobs else None
-    return dataclasses.replace(made(ids, results), logprobs=scores)
-
-
-# The index of sample s of prompt i is i + s times this.
-_SAMPLE = 2**20
+    ids, output = decode_samples(
+        plan,
+        target.params,
+        None if loaded is None else loaded.params,
+        ids,
+        samples,
+        lambda part: _listener(functools.partial(_generation, target, plan, stops, part), blocks_at_once, on_text),
+        batch_size=batch_size,
+        mesh=target.mesh,
+        seed=seed,
+        sampling=adjust,
+        max_new_tokens=max_new_tokens,
+        eos_ids=target.tokenizer.eos_ids if eos_ids is None else _eos_ids(target, eos_ids),
+        end_of=stops.end if stops.strings else None,
+    )
+    made = _generation(target, plan, stops, ids, output)
+    return dataclasses.replace(made, logprobs=log_probabilities(target, ids, made.tokens)) if logprobs else made
 
 
 # Arguments of earlier versions, and what to write instead.
@@ -242,15 +216,20 @@ _REMOVED = {
 }
 
 
-def _check_numbers(whole: dict[str, Any], real: dict[str, Any]) -> None:
-    for kind, values in ((int, whole), (float, real)):
-        for name, value in values.items():
-            checks.instance(name, value, kind)
+# The types of arguments of `generate`.
+_TYPES = {int: ("gamma", "top_k", "max_new_tokens", "batch_size", "seed", "samples")}
+_TYPES |= {float: ("temperature", "top_p", "min_p"), bool: ("logprobs",)}
+
+
+def _check_numbers(arguments: Mapping[str, Any]) -> None:
+    for kind, names in _TYPES.items():
+        for name in names:
+            checks.instance(name, arguments[name], kind)
     for name in ("batch_size", "samples"):
-        if whole[name] < 1:
-            raise UserError(f"{name} must be at least 1, not {whole[name]}")
-    if whole["samples"] > 2**31 // _SAMPLE - 1:
-        raise UserError(f"samples must be below {2**31 // _SAMPLE}, not {whole['samples']}; use several seeds")
+        if arguments[name] < 1:
+            raise UserError(f"{name} must be at least 1, not {arguments[name]}")
+    if arguments["samples"] > MOST_SAMPLES:
+        raise UserError(f"samples must be at most {MOST_SAMPLES}, not {arguments['samples']}; use several seeds")
 
 
 def _refuse(removed: dict[str, Any]) -> None:
@@ -284,6 +263,17 @@ def _drafter(target: Model, drafter: Any) -> tuple[Model | LoadedAttachment | No
     return None, drafter
 
 
+def _proposer(
+    target: Model, loaded: Any, options: DrafterOptions | None, gamma: int, how: dict[str, Any]
+) -> tuple[Any, int, dict[str, Any]]:
+    """The drafter (or None) with its gamma, and the arguments of `Sampling.of` for drafter and rule."""
+    network = None if loaded is None else loaded.network
+    drafter = None if options is None else build_drafter(options, target.decoder, gamma, network)
+    if drafter is None:
+        return None, 0, how
+    return drafter, drafter.gamma, how | {"threshold": options.threshold, "costs": _costs(options, drafter.gamma)}
+
+
 def _check_loads_nothing(options: type[DrafterOptions]) -> None:
     if options.loads:
         load = "api.load(DIRECTORY)" if options.loads == "model" else "api.load_adapter(DIRECTORY, target)"
@@ -312,7 +302,7 @@ def _rule(rule: Any) -> tuple[Rule, float]:
     return made, 1.0 if lenience is None else lenience
 
 
-def _ids(target: Model, prompts: Any, max_new_tokens: int) -> list[list[int]]:
+def _ids(target: Model, loaded: Any, prompts: Any, max_new_tokens: int) -> list[list[int]]:
     """Converts prompts to token ids and checks them."""
     if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
         raise UserError(f"prompts must be a list of strings or of lists of token ids, not {prompts!r}; write [prompt]")
@@ -321,6 +311,8 @@ def _ids(target: Model, prompts: Any, max_new_tokens: int) -> list[list[int]]:
     batch.check_prompts(
         ids, vocab_size=config.vocab_size, max_new_tokens=max_new_tokens, max_positions=config.max_positions
     )
+    if isinstance(loaded, Model):
+        note_positions("the draft", loaded.decoder, ids, max_new_tokens)
     return ids
 
 

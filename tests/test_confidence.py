@@ -69,7 +69,7 @@ def test_the_histogram_has_each_accepted_and_each_first_refused_token_at_its_own
             text[0, start : start + plan.gamma] = np.asarray(proposal.tokens)[row]
             logits = plan.drafter.score(adapter_params, params, jnp.asarray(text), before.prompt_lengths[row : row + 1])
             sure = np.asarray(jax.nn.softmax(logits, axis=-1).max(-1))[0, start - 1 :]
-            origins = np.asarray(state.origins)[row, start : start + emitted[row]]
+            origins = np.asarray(state.origins)[row, start : start + emitted[row]] % len(loop.ORIGINS)
             for place, origin in enumerate(origins[:count]):
                 if origin in (loop.ACCEPTED, loop.RECOVERED):
                     expected["accepted" if origin == loop.ACCEPTED else "rejected"].append(sure[place])

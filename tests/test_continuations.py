@@ -116,7 +116,7 @@ def test_sampling_fields_of_the_checkpoint_are_used_where_asked_for(target, caps
         ({"stop": [""]}, "stop must be strings"),
         ({"stop": 3}, "stop must be strings"),
         ({"samples": 0}, "samples must be at least 1"),
-        ({"samples": 5000}, "samples must be below"),
+        ({"samples": 5000}, "samples must be at most 2047"),
         ({"sampling": "file"}, 'sampling must be "" or "checkpoint"'),
         ({"sampling": "checkpoint", "top_k": 3}, "leave them out"),
         ({"sampling": "checkpoint"}, "no generation_config.json"),

@@ -177,7 +177,7 @@ def test_the_counts_agree_with_the_origins_and_with_each_other(models, kind):
     emitted, counts = np.asarray(state.num_emitted), jax.tree.map(np.asarray, state.statistics)
     # Block efficiency is 1 + the sum of CTAR(w), exactly and in each row.
     np.testing.assert_array_equal(emitted, counts.target_calls + counts.emitted_more_than.sum(-1))
-    origins, width = np.asarray(state.origins), np.arange(plan.capacity)[None]
+    origins, width = np.asarray(state.origins) % len(loop.ORIGINS), np.arange(plan.capacity)[None]
     inside = (width >= np.asarray(lengths)[:, None]) & (width < np.asarray(state.lengths)[:, None])
     accepted = ((origins == loop.ACCEPTED) & inside).sum(-1)
     np.testing.assert_array_equal(accepted, counts.accepted_at.sum(-1))
@@ -284,7 +284,15 @@ def test_a_scripted_decode_gives_the_exact_tokens_origins_and_counts():
         [4, 5],
     ]
     p, a, r, b = loop.PROMPT, loop.ACCEPTED, loop.RECOVERED, loop.BONUS
-    origins = [row[:n].tolist() for row, n in zip(np.asarray(state.origins), np.asarray(state.lengths), strict=True)]
+    codes, ends = np.asarray(state.origins), np.asarray(state.lengths)
+    # Each recovered token also holds the number of drafted tokens of its block.
+    assert [(row[:n] // len(loop.ORIGINS)).tolist() for row, n in zip(codes, ends, strict=True)] == [
+        [0, 0, 0, 0, 2, 0, 0, 0, 0],
+        [0, 0, 0, 0, 2],
+        [0, 0, 0],
+        [0, 2],
+    ]
+    origins = [(row[:n] % len(loop.ORIGINS)).tolist() for row, n in zip(codes, ends, strict=True)]
     assert origins == [[p, p, p, a, r, a, a, b, a], [p, a, b, b, r], [p, p, a], [p, r]]
     counts = jax.tree.map(np.asarray, state.statistics)
     np.testing.assert_array_equal(counts.target_calls, [3, 3, 1, 1])

@@ -1,5 +1,6 @@
 """What a user asks of emitted tokens besides the tokens: texts that end at stop strings, and log-probabilities."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from specjax.decoding import batch
 from specjax.hub.model import Model
 from specjax.models.language_model import LanguageModel, consecutive
 from specjax.runtime import checks, processes
+from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError, note
 
 # Number of positions whose logits are in memory at one time, and the multiple to which scored texts are padded.
@@ -65,27 +67,32 @@ class Stops:
 
 
 # Fields of generation_config.json that change the text and are not implemented, with their neutral values.
-_NOT_IMPLEMENTED = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_p": 0.0, "typical_p": 1.0}
+_NOT_IMPLEMENTED = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "typical_p": 1.0}
 
 
 def sampling_of_checkpoint(
-    target: Model, sampling: str, temperature: float, top_k: int, top_p: float
-) -> tuple[float, int, float]:
-    """Temperature, top-k and top-p of the target's generation_config.json, for `sampling="checkpoint"`.
+    target: Model, sampling: str, values: tuple[float, int, float, float]
+) -> tuple[float, int, float, float]:
+    """Temperature, top-k, top-p and min-p: the given values, or with "checkpoint" those of generation_config.json.
 
     As in transformers, text is greedy without `do_sample`, and the file leaves out values that equal the defaults:
-    temperature 1, top_k 50, top_p 1.
+    temperature 1, top_k 50, top_p 1, no min_p.
 
     Args:
-      temperature, top_k, top_p: the user's values, which must be the defaults of `api.generate`.
+      sampling: "" or "checkpoint".
+      values: the user's values; with "checkpoint" the defaults of `api.generate`.
 
     Raises:
       UserError: for another `sampling`, values of the user, a missing file, or a field of the wrong type.
     """
+    if not sampling:
+        return values
     if sampling != "checkpoint":
         raise UserError(f'sampling must be "" or "checkpoint", not {sampling!r}')
-    if (temperature, top_k, top_p) != (1.0, 0, 1.0):
-        raise UserError('temperature, top_k and top_p come from the file with sampling="checkpoint"; leave them out')
+    if values != (1.0, 0, 1.0, 0.0):
+        raise UserError(
+            'with sampling="checkpoint" temperature, top_k, top_p and min_p come from its file; leave them out'
+        )
     fields = target.tokenizer.generation_config
     if not fields:
         raise UserError("the target has no generation_config.json; give temperature, top_k and top_p in its place")
@@ -93,17 +100,13 @@ def sampling_of_checkpoint(
         if fields.get(name) not in (None, neutral):
             note(f"{name}={fields[name]} of the target's generation_config.json is ignored")
     if not fields.get("do_sample"):
-        return 0.0, 0, 1.0
-    values = []
-    for name, default, off, kind in (
-        ("temperature", 1.0, 1.0, float),
-        ("top_k", 50, 0, int),
-        ("top_p", 1.0, 1.0, float),
-    ):
+        return 0.0, 0, 1.0, 0.0
+    read = []
+    for name, default, off in (("temperature", 1.0, 1.0), ("top_k", 50, 0), ("top_p", 1.0, 1.0), ("min_p", 0.0, 0.0)):
         value = fields.get(name, default)
-        checks.instance(f"{name} of the target's generation_config.json", off if value is None else value, kind)
-        values.append(off if value is None else value)
-    return tuple(values)
+        read.append(off if value is None else value)
+        checks.instance(f"{name} of the target's generation_config.json", read[-1], type(off))
+    return tuple(read)
 
 
 def note_positions(name: str, draft: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
@@ -150,6 +153,7 @@ def log_probabilities(
         width = -(-(len(opening) + len(tokens)) // _CHUNK) * _CHUNK
         text, _ = batch.pad([[*opening, *tokens]], width)
         read, length = batch.pad([prompt], batch.prompt_slots([prompt]))
-        scores = processes.fetch(_score(model, target.params, read, length, text))
+        with contextlib.nullcontext() if target.mesh is None else meshes.use(target.mesh):
+            scores = processes.fetch(_score(model, target.params, read, length, text))
         rows.append(np.asarray(scores)[len(opening) - 1 :][: len(tokens)].tolist())
     return rows

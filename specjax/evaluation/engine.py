@@ -1,5 +1,6 @@
 """Decodes prompts batch by batch, each batch with several methods in turn, so that their times are comparable."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -16,6 +17,7 @@ from specjax.decoding.sampling import Sampling
 from specjax.decoding.statistics import Statistics
 from specjax.models.kv_cache import Meter
 from specjax.reporting import metrics, records
+from specjax.runtime import mesh as meshes
 from specjax.runtime import processes, stopping
 from specjax.runtime.timing import progress
 
@@ -85,15 +87,11 @@ def decode_in_turns(
     prompts: Sequence[Sequence[int]],
     *,
     batch_size: int,
-    max_new_tokens: int,
-    eos_ids: Sequence[int],
-    seed: int,
-    put: batch.Placer,
     label: str,
     numbers: Sequence[int] | None = None,
     indices: Sequence[int] | None = None,
-    end_of: Callable[[Sequence[int], Sequence[int]], int | None] | None = None,
     folder: Path | None = None,
+    **settings: Any,
 ) -> Iterator[tuple[int, list[tuple[int, batch.BatchResult]]]]:
     """Decodes each batch of prompts with every method, and yields the results of a batch as soon as it is decoded.
 
@@ -103,11 +101,10 @@ def decode_in_turns(
     Args:
       label: label of the progress bar.
       numbers: indices of the batches to decode; all of them by default.
-      indices: index of each prompt in the whole run, which with `seed` determines its random numbers; by default its
-        index in `prompts`.
-      end_of: ends texts at stop strings, see `batch.decode`.
-      folder: where finished batches are stored; a batch that is stored there is not decoded again, so that a stopped
-        run resumes. Its name must tell everything that determines the results, besides label, prompts and indices.
+      indices: index of each prompt, which with `seed` determines its random numbers; by default that in `prompts`.
+      folder: where finished batches are stored, so that a stopped run resumes; its name has to change with all that
+        determines the results besides label, prompts and indices.
+      settings: `max_new_tokens`, `eos_ids`, `seed`, `put` and `end_of` of `batch.decode`.
 
     Yields:
       (batch number, for each method (number of prompts, result)).
@@ -118,36 +115,28 @@ def decode_in_turns(
     total = -(-len(prompts) // batch_size)
     numbers = range(total) if numbers is None else numbers
     indices = range(len(prompts)) if indices is None else indices
+    span_of = lambda number: slice(number * batch_size, (number + 1) * batch_size)
 
     def decode(method: Method, number: int) -> tuple[int, batch.BatchResult]:
-        span = slice(number * batch_size, (number + 1) * batch_size)
+        span = span_of(number)
         result = batch.decode(
             method.plan,
             method.params,
             method.draft_params,
             prompts[span],
             indices=indices[span],
-            seed=seed,
             sampling=method.sampling,
-            max_new_tokens=max_new_tokens,
-            eos_ids=eos_ids,
-            put=put,
             size=batch_size,
-            end_of=end_of,
+            **settings,
         )
         return len(prompts[span]), result
 
-    paths: dict[int, Path] = {}
-    if folder is not None:
-        for number in numbers:
-            span = slice(number * batch_size, (number + 1) * batch_size)
-            key = f"{label}{len(methods)}{[list(prompt) for prompt in prompts[span]]}{list(indices[span])}"
-            paths[number] = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    key_of = lambda span: f"{label}{len(methods)}{[list(prompt) for prompt in prompts[span]]}{list(indices[span])}"
+    paths = {number: _path(folder, key_of(span_of(number))) for number in numbers} if folder is not None else {}
     stored = processes.from_first([number for number, path in paths.items() if path.exists()])
     missing = [number for number in numbers if number not in stored]
-    if missing:
-        for method in progress(methods, description=f"{label}: compile", unit="case"):
-            decode(method, missing[0])
+    for method in progress(methods if missing else (), description=f"{label}: compile", unit="case"):
+        decode(method, missing[0])
     with progress(total=total * len(methods), description=label, unit="run") as bar:
         bar.update((total - len(missing)) * len(methods))
         for turn, number in enumerate(numbers):
@@ -163,6 +152,46 @@ def decode_in_turns(
             if folder is not None and processes.first():
                 records.write_atomically(paths[number], json.dumps([_plain(*result) for result in results]))
             yield number, results
+
+
+# The index of sample s of prompt i is i + s times this; indices are int32.
+_SAMPLE = 2**20
+MOST_SAMPLES = 2**31 // _SAMPLE - 1
+
+
+def decode_samples(
+    plan: Plan,
+    params: Any,
+    draft_params: Any,
+    prompts: Sequence[Sequence[int]],
+    samples: int,
+    listener: Callable[[Sequence[Sequence[int]]], dict[str, Any]],
+    *,
+    batch_size: int,
+    mesh: Any,
+    **settings: Any,
+) -> tuple[list[Sequence[int]], Output]:
+    """Decodes every prompt `samples` times. Returns the prompt of each row, and the results.
+
+    Each row has an index that determines its random numbers; sample 0 has the index of its prompt.
+
+    Args:
+      samples: at most `MOST_SAMPLES`.
+      listener: for the prompts of a batch, further arguments of `batch.decode`, as are `settings`.
+    """
+    places = [number + sample * _SAMPLE for number in range(len(prompts)) for sample in range(samples)]
+    rows, output = [prompts[place % _SAMPLE] for place in places], Output()
+    with contextlib.nullcontext() if mesh is None else meshes.use(mesh):
+        for first in range(0, len(rows), batch_size):
+            span = slice(first, first + batch_size)
+            part, size = rows[span], min(batch_size, len(rows))
+            how = {"indices": places[span], "put": batch.Placer(mesh), "size": size, **settings, **listener(part)}
+            output.batches.append((len(part), batch.decode(plan, params, draft_params, part, **how)))
+    return rows, output
+
+
+def _path(folder: Path, key: str) -> Path:
+    return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
 def _plain(rows: int, result: batch.BatchResult) -> dict[str, Any]:
