@@ -1,5 +1,6 @@
 """Every family computes, decodes and exports what transformers does, on the tiny configs of `family_configs.py`."""
 
+import copy
 import dataclasses
 import functools
 from typing import Any
@@ -81,26 +82,48 @@ def randomise(model):
                 values.add_(torch.empty_like(values).uniform_(-0.5, 0.5))
 
 
-def freeze(model, capacity):
-    """Sets the frequencies that depend on the length of the text to those of `capacity`, as ours are."""
+def rotates_by_length(model):
+    """Whether rotary frequencies depend on the length of the text; transformers then keeps them as a state."""
+    return any(getattr(module, "rope_type", None) in ("dynamic", "longrope") for module in model.modules())
+
+
+def their_logits(model, texts, length):
+    """Of each text alone; frequencies that depend on the length of the text are those of `length`."""
+    import torch
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+    model = copy.deepcopy(model)
     for module in model.modules():
         kind = getattr(module, "rope_type", None)
-        kind = getattr(module, "frozen_type", kind)
         if kind in ("dynamic", "longrope"):
-            frequencies, module.attention_scaling = ROPE_INIT_FUNCTIONS[kind](module.config, None, seq_len=capacity)
+            frequencies, module.attention_scaling = ROPE_INIT_FUNCTIONS[kind](module.config, None, seq_len=length)
             module.inv_freq.copy_(frequencies)
-            module.frozen_type, module.rope_type = kind, "frozen"
-
-
-def their_logits(model, texts, capacity):
-    """Of each text alone."""
-    import torch
-
-    freeze(model, capacity)
+            module.rope_type = "frozen"
     with torch.no_grad():
         return [model(torch.tensor(text)[None]).logits[0].numpy() for text in texts]
+
+
+def their_stepwise_logits(model, text, new_tokens=0, prefilled=None):
+    """Logits `[T, V]` of the text, its first `prefilled` tokens at once and then each by itself, and of new ones.
+
+    New tokens are the most probable ones. (`generate` of Phi-3 computes its cache anew with the long factors once the
+    text grows longer than the original positions; a step of the model does not.)
+    """
+    import torch
+
+    model, text = copy.deepcopy(model), list(text)
+    logits, cache, end = [], None, prefilled or len(text)
+    with torch.no_grad():
+        while end <= len(text):
+            fed = text[0 if cache is None else end - 1 : end]
+            output = model(torch.tensor(fed)[None], cache=cache, use_cache=True)
+            cache = output.past_key_values
+            logits.append(output.logits[0])
+            if end == len(text) and new_tokens:
+                text.append(int(logits[-1][-1].argmax()))
+                new_tokens -= 1
+            end += 1
+    return torch.cat(logits).numpy(), text
 
 
 def assert_alike(ours, theirs):
@@ -178,7 +201,11 @@ def test_logits_of_uneven_texts_agree(pair, ours):
 
 def test_logits_through_prefill_and_blocks_after_refused_ones_agree(pair, ours):
     texts = random_texts()
-    theirs = their_logits(pair.theirs, texts, CACHE)
+    if rotates_by_length(pair.theirs):
+        steps = zip(texts, PREFILLED, strict=True)
+        theirs = [their_stepwise_logits(pair.theirs, text, prefilled=length)[0] for text, length in steps]
+    else:
+        theirs = their_logits(pair.theirs, texts, CACHE)
     _, positions, real = blocks_of(texts)
     assert_alike(
         [row[:length] for row, length in zip(ours[1], PREFILLED, strict=True)],
@@ -197,7 +224,10 @@ def generated(pair):
 
     random = np.random.default_rng(7)
     prompts = [random.integers(0, VOCAB, length).tolist() for length in PROMPT_LENGTHS]
-    freeze(pair.theirs, capacity_for(SLOTS, NEW_TOKENS, GAMMA))
+    if rotates_by_length(pair.theirs):
+        outputs = [their_stepwise_logits(pair.theirs, prompt, NEW_TOKENS) for prompt in prompts]
+        best = [np.sort(logits[-NEW_TOKENS - 1 : -1], axis=-1)[:, -2:] for logits, _ in outputs]
+        return prompts, [text[-NEW_TOKENS:] for _, text in outputs], [(row[:, 1] - row[:, 0]).tolist() for row in best]
     tokens, gaps = {}, {}
     for length in sorted(set(PROMPT_LENGTHS)):
         rows = [row for row, prompt in enumerate(prompts) if len(prompt) == length]
