@@ -117,7 +117,7 @@ def their_stepwise_logits(model, text, new_tokens=0, prefilled=None):
         while end <= len(text):
             fed = text[0 if cache is None else end - 1 : end]
             output = model(torch.tensor(fed)[None], cache=cache, use_cache=True)
-            cache = output.past_key_values
+            cache = output.cache
             logits.append(output.logits[0])
             if end == len(text) and new_tokens:
                 text.append(int(logits[-1][-1].argmax()))
