@@ -203,7 +203,8 @@ def _plain(rows: int, result: batch.BatchResult) -> dict[str, Any]:
 
 def _read_batch(path: Path) -> list[tuple[int, batch.BatchResult]]:
     """The inverse of `_plain`, for a file with the results of all methods."""
-    arrays = lambda kind, fields: kind(**{name: np.asarray(value, np.int32) for name, value in fields.items()})
+    dtype = lambda name: bool if name == "failed" else np.int32
+    arrays = lambda kind, fields: kind(**{name: np.asarray(value, dtype(name)) for name, value in fields.items()})
     results = []
     for fields in json.loads(path.read_text(encoding="utf-8")):
         rows = fields.pop("rows")
