@@ -163,8 +163,8 @@ def resolve(config: ConfigDict, workdir: str | Path, earlier: Collection[str]) -
 def claimed(config: ConfigDict, workdir: str | Path) -> Iterator[None]:
     """A context that runs a config in `workdir`, which then belongs to it: see `assert_same_run` and `check_data`.
 
-    If it fails before it has written anything else, `config.json` is removed again, or the stages that have not begun
-    are removed from it, so that a corrected command can use the same folder.
+    If it fails before it has written anything else, `config.json` is removed again; if stages have begun and others have
+    not, only the former are left in it. So a corrected command can use the same folder.
     """
     path, before = Path(workdir) / _CONFIG_FILE, _files(workdir)
     assert_same_run(config, workdir)
@@ -176,10 +176,9 @@ def claimed(config: ConfigDict, workdir: str | Path) -> Iterator[None]:
         begun = [name for name in stages if (Path(workdir) / name / _CONFIG_FILE).exists()]
         if jax.process_index():
             pass
-        elif begun:
+        elif begun and len(begun) < len(stages):
             plain = to_plain(config)
-            idle = set(stages) - set(begun)
-            _write(path, {**{key: value for key, value in plain.items() if key not in idle}, "stages": begun})
+            _write(path, {"stages": begun, **{name: plain[name] for name in begun}})
         elif path not in before and _files(workdir) <= before | {path, path.with_name(_DATA_FILE)}:
             path.unlink(missing_ok=True)
             path.with_name(_DATA_FILE).unlink(missing_ok=True)
@@ -206,8 +205,7 @@ def assert_same_run(config: ConfigDict, workdir: str | Path) -> None:
         _write(path, new)
         return
     old = _read(path)
-    stages = old.get("stages")
-    before, after = ({key: json.dumps(x) for key, x in leaves(_sections(tree, stages))} for tree in (old, new))
+    before, after = ({key: json.dumps(x) for key, x in leaves(_comparable(tree, old))} for tree in (old, new))
     changed = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
     forbidden = [key for key in changed if "mesh" not in key.split(".")]
     if forbidden:
@@ -235,12 +233,12 @@ def _write(path: Path, config: dict) -> None:
         write_atomically(path, json.dumps(config, indent=1) + "\n")
 
 
-def _sections(config: dict, stages: list[str] | None) -> dict:
-    """The sections of these stages; other sections have an effect only on stages that refer to them. None: all."""
-    if stages is None or "stages" not in config:
+def _comparable(config: dict, old: dict) -> dict:
+    """`config` without what a config with stages has in addition to `old`, which has an effect only on new stages."""
+    if "stages" not in config or "stages" not in old:
         return config
-    names = [name for name in config["stages"] if name in stages]
-    return {"stages": names, **{name: config[name] for name in names}}
+    stages = [name for name in config["stages"] if name in old["stages"]]
+    return {**{key: value for key, value in config.items() if key in old}, "stages": stages}
 
 
 def check_data(config: ConfigDict, workdir: str | Path) -> None:
