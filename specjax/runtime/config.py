@@ -163,8 +163,8 @@ def resolve(config: ConfigDict, workdir: str | Path, earlier: Collection[str]) -
 def claimed(config: ConfigDict, workdir: str | Path) -> Iterator[None]:
     """A context that runs a config in `workdir`, which then belongs to it: see `assert_same_run` and `check_data`.
 
-    If it fails before it has written anything else, `config.json` is removed again; if some stages have begun and others
-    have not, only the former are left in it. So a corrected command can use the same folder.
+    If it fails before it has written anything else, `config.json` is removed again; if some stages have begun and
+    others have not, only the former are left in it. So a corrected command can use the same folder.
     """
     path, before = Path(workdir) / _CONFIG_FILE, _files(workdir)
     assert_same_run(config, workdir)
