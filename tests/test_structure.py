@@ -131,7 +131,9 @@ def tracked_files():
 
 
 def test_no_file_names_a_path_of_one_machine():
-    pattern = re.compile("|".join((r"(?<![\w.])/" + root) for root in ("work/", "tmp/", "root/", r"home/\w", r"Users/\w")))
+    pattern = re.compile(
+        "|".join((r"(?<![\w.])/" + root) for root in ("work/", "tmp/", "root/", r"home/\w", r"Users/\w"))
+    )
     result = []
     for path in tracked_files():
         try:
