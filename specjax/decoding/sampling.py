@@ -122,7 +122,9 @@ def _edge(probs: Float[Array, "B T V"], sampling: Sampling) -> Float[Array, "B T
 
 def finite_rows(logits: Float[Array, "*X V"]) -> Bool[Array, "*X"]:
     """Whether each row defines a distribution: no NaN, no +infinity, and not only -infinity (probability 0)."""
-    return jnp.isfinite(jnp.max(logits, axis=-1))
+    finite = jnp.isfinite(jnp.max(logits, axis=-1))
+    # On every device: its sharding would spread to the layers, and the loop then gathers weights on TPU slices.
+    return meshes.constrain(finite, (None,) * finite.ndim)
 
 
 def probabilities(logits: Float[Array, "B T V"], sampling: Sampling, *, greedy: bool) -> Float[Array, "B T V"]:
