@@ -205,7 +205,7 @@ def test_four_stopped_processes_resume_and_end_as_one_process_does(home, alone, 
     assert again.end() == 0, again.log_text
     assert_same_end(workdir, alone)
     records_of = {path.name for path in workdir.glob("*")}
-    assert records_of == {"config.json", "results.json", "report.html", "figures", "draft", "evaluation"}
+    assert records_of == {"config.json", "data.json", "results.json", "report.html", "figures", "draft", "evaluation"}
 
 
 @pytest.mark.slow
