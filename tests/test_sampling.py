@@ -2,9 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import lossless
 import numpy as np
 import pytest
 import scipy.special
+import tiny
 
 from specjax.decoding.sampling import Noise, Sampling, Stream, probabilities, row_keys
 from specjax.runtime.errors import UserError
@@ -222,3 +224,26 @@ def test_row_keys_depend_on_seed_and_index_and_not_on_the_slot():
 def test_greedy_noise_takes_the_first_maximum(noise):
     greedy = Noise(noise.row_keys, noise.lengths, True, False)
     assert np.all(drawn(greedy, [0.2, 0.4, 0.4]) == 1)
+
+
+@pytest.mark.slow
+def test_the_loop_samples_the_references_distribution_over_151936_ids():
+    """The first new token, after a block of two drafted ones: it was accepted or recovered."""
+    vocab, rows, rounds = 151_936, 32, 4
+    target, params = tiny.decoder(0, sharpness=4.0, vocab_size=vocab)
+    draft_params = jax.tree.map(lambda a, b: a + 0.02 * b, params, tiny.decoder(2, vocab_size=vocab)[1])
+    plan = tiny.plan(target, "model", {"model": target}, gamma=2, slots=3, max_new=1)
+    texts, lengths = jnp.asarray([[5, 9, 70_000]] * rows, jnp.int32), jnp.full((rows,), 3, jnp.int32)
+    logits = np.asarray(tiny.full_logits(target, params, texts[:1])[0, -1], np.float64)
+    for cuts in ((8, 1.0, 0.0), (0, 0.5, 0.0), (0, 1.0, 0.05)):  # 8, 6 and 12 ids are left
+        adjust, tokens, accepted = Sampling.of(0.7, *cuts[:2], min_p=cuts[2]), [], 0
+        for seed in range(rounds):
+            state = tiny.decode(plan, params, draft_params, texts, lengths, 1, seed=seed, adjust=adjust)
+            tokens.append(np.asarray(state.tokens)[:, 3])
+            accepted += int(state.statistics.accepted_at.sum())
+        counts = np.bincount(np.concatenate(tokens), minlength=vocab)
+        expected = reference(logits, 0.7, *cuts) * rows * rounds
+        assert counts[expected == 0].sum() == 0, "a token of probability 0 was emitted"
+        statistic, freedom = lossless.chi_square(counts, expected)
+        assert freedom > 2 and scipy.special.chdtrc(freedom, statistic) > 1e-4, cuts
+        assert 0.1 < accepted / (rows * rounds) < 0.9, cuts
