@@ -4,13 +4,19 @@
 
 With a draft the text is decoded speculatively with an exact rule. The rule `coupled` emits the same tokens as plain
 decoding, so the text does not depend on the draft. An interrupted run resumes after its last batch.
+
+`config.states` lists layers after which the target's hidden states are stored with the text: training then need not run
+the target on it, neither for the loss (its last layer) nor for an attachment (the layers that it reads).
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from specjax.data import batches, tasks
 from specjax.decoding import batch, rules
@@ -22,6 +28,7 @@ from specjax.distillation import cached_text
 from specjax.evaluation import engine
 from specjax.evaluation.engine import Method, Output
 from specjax.hub import model as hub_model
+from specjax.models.language_model import LanguageModel, Params, consecutive
 from specjax.reporting import records
 from specjax.runtime import cli, processes
 from specjax.runtime import config as configs
@@ -46,8 +53,12 @@ def run(config: Any, workdir: str | Path) -> dict:
     missing = [number for number in range(total) if not written[number]]
     with meshes.use(writer.target.mesh):
         for number, (result,) in writer.decode([writer.method], missing, workdir.name):
+            rows = writer.rows(number, *result)
+            for layer, states in writer.states(rows):
+                if processes.first():
+                    cached_text.write_states(directory, number, layer, states)
             if processes.first():
-                cached_text.write_rows(directory, number, writer.rows(number, *result))
+                cached_text.write_rows(directory, number, rows)
         processes.meet("the text is written")
         measured = writer.measure()
     row = {**_settings(config), **_written(cached_text.load(directory)), **measured}
@@ -74,6 +85,23 @@ def _written(text: cached_text.CachedText) -> dict:
     return {"rows": len(text), "tokens": tokens, "seconds": text.seconds, "tokens_per_second": tokens / text.seconds}
 
 
+# Texts are cut to a multiple of this for their states, so that few widths are compiled.
+_WIDTH = 128
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _states(
+    target: LanguageModel, layers: tuple[int, ...], params: Params, tokens: Int[Array, "B T"]
+) -> list[Float[Array, "B T D"]]:
+    """The target's states of whole texts after each of these layers, in ascending order."""
+    states, hidden, first, positions = [], tokens, 0, consecutive(tokens)
+    for layer in layers:
+        hidden, _ = target.extend(params, None, hidden, positions, layers=(first, layer))
+        states.append(hidden)
+        first = layer
+    return states
+
+
 class _Writer:
     """Loads the models and prompts of a config, and continues batches of the prompts."""
 
@@ -94,6 +122,7 @@ class _Writer:
             raise UserError(
                 f"drafter.rule {config.drafter.rule} is lossy and would change the text; use lossless or coupled"
             )
+        self._check_states(config.states)
         task = tasks.load_task(config.task)
         self.prompts = _prompts(config, task, self.target)
         batch.check_prompts(
@@ -105,7 +134,7 @@ class _Writer:
         self.method = self._method(config.drafter.gamma if self.draft else 0)
         fingerprints = self.target.fingerprint, self.target.tokenizer.fingerprint()
         settings = {"seed": config.seed, "count": config.count, "batch_size": data.batch_size}
-        settings["rule"] = config.drafter.rule
+        settings |= {"rule": config.drafter.rule, "states": list(config.states)}
         self.about = cached_text.provenance(*fingerprints, config.task, data) | settings
 
     def _method(self, gamma: int) -> Method:
@@ -154,6 +183,28 @@ class _Writer:
         if decoder.is_encoder_decoder:
             rows["sources"] = _padded(prompts, self.method.plan.prompt_slots)
         return rows
+
+    def _check_states(self, layers: Sequence[int]) -> None:
+        decoder = self.target.decoder
+        for layer in layers:
+            if not isinstance(layer, int) or not 1 <= layer <= decoder.layers:
+                raise UserError(f"states has the layer {layer}; this target's layers are 1 .. {decoder.layers}")
+        if layers and decoder.is_encoder_decoder:
+            raise UserError("states of an encoder-decoder are not stored; leave states empty")
+
+    def states(self, rows: dict[str, np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields each layer of `config.states` with the target's states `[tokens, D]` after it, for these rows."""
+        layers = tuple(sorted(self.config.states))
+        if not layers:
+            return
+        count, longest = len(rows["lengths"]), int(rows["lengths"].max())
+        tokens = rows["tokens"][:, : -(-longest // _WIDTH) * _WIDTH]
+        put = batch.Placer(self.target.mesh)
+        tokens = put(np.pad(tokens, ((0, put.rows(self.config.data.batch_size) - count), (0, 0))))
+        stored = _states(self.target.decoder, layers, self.target.params, tokens)
+        inside = np.arange(tokens.shape[1])[None] < rows["lengths"][:, None]
+        for layer, states in zip(layers, stored, strict=True):
+            yield layer, processes.fetch(states)[:count][inside]
 
     def measure(self) -> dict:
         """Measures tokens per second with and without the draft on the first batches, and whether texts are equal."""

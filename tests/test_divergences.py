@@ -304,6 +304,8 @@ def test_chunks_keep_whole_logits_out_of_memory():
     tokens = jax.ShapeDtypeStruct((batch, positions), jnp.int32)
 
     class Tied(Bigram):
+        layers = 1
+
         def head(self, params, hidden):
             return jnp.einsum("BTD,VD->BTV", hidden, params["table"])
 
@@ -336,3 +338,22 @@ def test_senseless_settings_of_the_loss_are_refused(settings, message):
     good = dict(divergence="forward_kl", beta=0.5, temperature=1.0, chunk=4)
     with pytest.raises(UserError, match=message):
         objective.Loss.of_config(ConfigDict({**good, **settings}), pair()[0], pair()[2])
+
+
+@pytest.mark.parametrize("predicts", [1, 3])
+def test_heads_on_a_window_of_the_row_give_the_same_sums(predicts):
+    """Counted positions lie anywhere in a row; a window of their number contains them, also at the row's ends."""
+    rng = np.random.default_rng(0)
+    rows, columns, width = 5, 16, 4
+    parts = {
+        "draft": rng.normal(size=(rows, columns, 3)),
+        "labels": rng.integers(0, 9, (rows, columns, predicts)),
+        "weights": np.zeros((rows, columns, predicts)),
+    }
+    starts = np.asarray([-2, 0, 5, 11, 14])
+    for row, start in enumerate(starts):
+        parts["weights"][row, max(start, 0) : start + width] = 1.0
+    windows = objective._windows(jax.tree.map(jnp.asarray, parts), jnp.asarray(starts), width)
+    assert windows["weights"].sum() == parts["weights"].sum()
+    total = lambda parts: np.einsum("BTP,BTD->D", parts["weights"], parts["draft"])
+    np.testing.assert_allclose(total(windows), total(parts), rtol=1e-5)

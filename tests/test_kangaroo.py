@@ -21,7 +21,7 @@ from specjax.decoding.drafters.drafting import draft
 from specjax.decoding.drafters.model import ModelDrafter
 from specjax.decoding.drafters.table import make_options
 from specjax.decoding.sampling import Noise, Sampling, row_keys
-from specjax.distillation import divergences, objective, settings, trainer
+from specjax.distillation import cached_text, divergences, objective, settings, trainer
 from specjax.hub.adapter import LoadedAttachment
 from specjax.hub.tokenizer import train_byte_bpe
 from specjax.models.adapters import Adapter, AdapterConfig
@@ -321,6 +321,17 @@ def test_an_attached_draft_generates_the_adapters_text_and_its_loss_moves_only_t
     sums = jax.jit(loss)(adapter_params, params, batch)
     np.testing.assert_allclose(float(sums.loss), float(expected.sum()), rtol=1e-4)
     gradient = jax.jit(jax.grad(lambda own: loss(own, params, batch).loss))(adapter_params)
+    # The same from the target's stored states, also with the heads on the counted positions only.
+    taps, states = (*adapter.taps, target.layers), {}
+    for layer in taps:
+        hidden, _ = target.extend(params, None, texts, consecutive(texts), layers=(0, layer))
+        states[cached_text.states_name(layer)] = hidden
+    late = {**batch, "loss_start": jnp.asarray([4, 5, 6, 7], jnp.int32)}
+    assert float(loss(adapter_params, params, late, 4).loss) == pytest.approx(
+        float(loss(adapter_params, params, late).loss), rel=1e-5
+    )
+    headless = {**params, "blocks": jax.tree.map(jnp.zeros_like, params["blocks"])}  # no layer of the target may run
+    assert float(loss(adapter_params, headless, batch | states).loss) == pytest.approx(float(sums.loss), rel=1e-5)
     assert jax.tree.structure(gradient) == jax.tree.structure(adapter_params)
     assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(gradient))
     # Its own text, through its caches, is what the uncached forward finds most probable.

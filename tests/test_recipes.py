@@ -16,6 +16,7 @@ from specjax import api, distill, main, target_text
 from specjax.decoding import loop, sampling
 from specjax.distillation import cached_text, recipes
 from specjax.hub.tokenizer import train_byte_bpe
+from specjax.models.language_model import consecutive
 from specjax.runtime import config as configs
 from specjax.runtime.errors import UserError
 
@@ -167,6 +168,27 @@ def test_a_draft_learns_on_the_text_on_disk_with_nothing_generated(home, written
     assert saved["data"]["target"] == 1.0 and saved["loss"]["divergence"] == "cross_entropy"
 
 
+@pytest.fixture(scope="module")
+def with_states(home, tmp_path_factory):
+    """Text of one layer's and the last layer's states, written without a draft."""
+    workdir, layers = tmp_path_factory.mktemp("states"), api.load(home / "target").decoder.layers
+    plainly = {"drafter.path": "", "drafter.rule": "lossless"}
+    target_text.run(writing(home, states=(layers,), **plainly), workdir)
+    return cached_text.load(workdir / "export"), layers
+
+
+def test_stored_states_are_those_of_the_target_on_the_text(home, with_states):
+    text, last = with_states
+    target = api.load(home / "target")
+    rows = text.batch(0, 0, 3, (last,))
+    tokens = jnp.asarray(rows["tokens"])
+    hidden, _ = target.decoder.extend(target.params, None, tokens, consecutive(tokens))
+    inside = np.arange(hidden.shape[1])[None] < rows["lengths"][:, None]
+    stored = rows[cached_text.states_name(last)]
+    assert stored.dtype == np.float16 and not stored[~inside].any()
+    np.testing.assert_allclose(stored[inside], np.asarray(hidden)[inside], rtol=1e-3, atol=1e-3)
+
+
 def test_every_pass_over_the_text_meets_each_row_once_and_a_step_is_the_same_again(written):
     text = cached_text.load(written[0] / "export")
     steps = [text.batch(3, step, 2)["tokens"] for step in range(5)]
@@ -204,6 +226,7 @@ def test_text_of_another_tokenizer_is_refused(written):
     [
         ({"drafter.rule": "lenient_exp"}, "lenient_exp is lossy and would change the text"),
         ({"count": 0}, "count is 0; it must be 1 or more"),
+        ({"states": (99,)}, "states has the layer 99; this target's layers are 1 .. "),
         ({"seed": 7}, "contains text written with other settings; choose another --workdir"),
     ],
 )

@@ -299,7 +299,7 @@ def generated(step, seed=0, temperature=1.0):
     prompts = jnp.asarray(np.random.default_rng(0).integers(1, VOCAB, (BATCH, 4)), jnp.int32)
     lengths = jnp.asarray([2, 3, 4, 4], jnp.int32)
     generate = data_sources.Generation(temperature, 0, 1.0, 6, (0,), seed)
-    batch = jax.jit(generate, static_argnums=0)(tiny(8), parameters(8, 1, 0), prompts, lengths, step)
+    batch = jax.jit(generate, static_argnums=4)(parameters(8, 1, 0), prompts, lengths, step, tiny(8))
     return prompts, lengths, batch
 
 
@@ -338,7 +338,7 @@ def test_a_run_of_all_sources_compiles_once_for_each_shape_and_logs_what_it_did(
     run = make_trainer(config, tmp_path)
     outcome = run.run()
     # Text is written by two models; rows from the data and generated ones (4 + 8) are equally wide.
-    assert sorted(run._executables) == ["draft 4", "target 4", "update {'tokens': (4, 12)}"]
+    assert sorted(run._executables) == ["draft 4", "target 4", "update {'tokens': (4, 12)} 0"]
     assert run._functions.validation_loss._cache_size() == 1
     assert outcome.steps == 12 and outcome.train_seconds > 0
     assert [line["step"] for line in outcome.validation] == [0, 4, 8, 12]

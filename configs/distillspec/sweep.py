@@ -165,6 +165,7 @@ def _text(base: ConfigDict, seed: int) -> ConfigDict:
     keys = ("batch_size", "sequence_length", "prompt_length_min", "prompt_length_max", "chat", "generation")
     section.data = ConfigDict({key: data[key] for key in keys})
     section.count = base.distilled.train.steps * data.batch_size  # as many prompts as training uses
+    section.states = ()  # layers after which the target's states are stored with the text
     section.measure_batches = 3  # the first batches again, with and without the draft, to measure the speed
     return section.copy_and_resolve_references()
 

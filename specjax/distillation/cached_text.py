@@ -2,22 +2,26 @@
 
 A directory contains about.json and one `rows-NNNNN.npz` for each batch, in the layout of `data.batches`, with the
 seconds that generating it took. about.json is written first, so that a directory never mixes text of two targets.
+
+It may also contain the target's hidden states, so that training on the text does not run the target again:
+`states-LAYER-NNNNN.npy` has the states after that many layers, in float16, of all tokens of the batch's rows in order.
 """
 
 import dataclasses
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Float16, Int
 
 from specjax.runtime.errors import UserError
 from specjax.runtime.files import write_atomically
 
 ABOUT_FILE = "about.json"
-_FORMAT = "specjax-target-text-1"
+_FORMAT = "specjax-target-text-2"
 # Separates these random numbers from others with the same seed.
 _STREAM = 0x7E87
 # How an error describes a difference in each part of `provenance`.
@@ -63,6 +67,26 @@ def rows_file(directory: Path, number: int) -> Path:
     return directory / f"rows-{number:05d}.npz"
 
 
+def write_states(directory: Path, number: int, layer: int, states: Float[np.ndarray, "tokens D"]) -> None:
+    """Writes the states of one batch after this layer; called before `write_rows`, which completes the batch.
+
+    Raises:
+      UserError: for states that float16 cannot hold.
+    """
+    with np.errstate(over="ignore"):  # checked below
+        stored = states.astype(np.float16)
+    if not np.isfinite(stored).all():
+        raise UserError(
+            f"the target's states after layer {layer} are not finite in float16; take this layer out of `states`"
+        )
+    np.save(content := io.BytesIO(), stored)
+    write_atomically(_states_file(directory, number, layer), content.getvalue())
+
+
+def _states_file(directory: Path, number: int, layer: int) -> Path:
+    return directory / f"states-{layer:03d}-{number:05d}.npy"
+
+
 def write_rows(directory: Path, number: int, rows: Mapping[str, np.ndarray]) -> None:
     """Writes one batch atomically: after a kill, the file is complete or absent."""
     np.savez(content := io.BytesIO(), **rows)
@@ -78,12 +102,14 @@ class CachedText:
       about: the content of about.json, which includes `provenance`.
       rows: arrays `[N, ...]` in the layout of `data.batches`.
       seconds: wall-clock seconds that generating the text took.
+      states: the target's states `[length, D]` of each row, by layer; they stay on disk until a batch needs them.
     """
 
     directory: Path
     about: Mapping[str, Any]
     rows: Mapping[str, np.ndarray]
     seconds: float
+    states: Mapping[int, Sequence[np.ndarray]] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rows["lengths"])
@@ -108,14 +134,31 @@ class CachedText:
                 'data.target_path to ""'
             )
 
-    def batch(self, seed: int, step: int, batch_size: int) -> dict[str, np.ndarray]:
-        """The batch of a training step, a function of (seed, step); rows are shuffled differently in every epoch."""
+    def batch(self, seed: int, step: int, batch_size: int, layers: Sequence[int] = ()) -> dict[str, np.ndarray]:
+        """The batch of a training step, a function of (seed, step); rows are shuffled differently in every epoch.
+
+        Args:
+          layers: adds the states `[batch_size, T, D]` after each of these layers, under their `states_name`.
+        """
         passes, places = np.divmod(step * batch_size + np.arange(batch_size), len(self))
         orders = {
             one: np.random.default_rng([seed, _STREAM, one]).permutation(len(self)) for one in set(passes.tolist())
         }
         chosen = np.asarray([orders[one][place] for one, place in zip(passes.tolist(), places.tolist(), strict=True)])
-        return {name: array[chosen] for name, array in self.rows.items()}
+        batch = {name: array[chosen] for name, array in self.rows.items()}
+        return batch | {states_name(layer): self._states(layer, chosen) for layer in layers}
+
+    def _states(self, layer: int, chosen: Int[np.ndarray, "B"]) -> Float16[np.ndarray, "B T D"]:
+        rows = [self.states[layer][row] for row in chosen]
+        padded = np.zeros((len(rows), self.rows["tokens"].shape[1], rows[0].shape[1]), np.float16)
+        for into, states in zip(padded, rows, strict=True):
+            into[: len(states)] = states
+        return padded
+
+
+def states_name(layer: int) -> str:
+    """The name of the array of a batch with the target's states after this many layers."""
+    return f"states_{layer}"
 
 
 def load(directory: str | Path) -> CachedText:
@@ -126,6 +169,7 @@ def load(directory: str | Path) -> CachedText:
     """
     directory = Path(directory)
     about = _read_about(directory)
+    states: dict[int, list[np.ndarray]] = {layer: [] for layer in about["states"]}
     parts = []
     for number in range(-(-about["count"] // about["batch_size"])):
         path = rows_file(directory, number)
@@ -134,13 +178,16 @@ def load(directory: str | Path) -> CachedText:
         try:
             with np.load(path) as stored:
                 parts.append({name: stored[name] for name in stored})
+            for layer, rows in states.items():
+                path = _states_file(directory, number, layer)
+                rows += np.split(np.load(path, mmap_mode="r"), np.cumsum(parts[-1]["lengths"])[:-1])
         except (ValueError, OSError, EOFError) as error:
             raise UserError(f"{path} is damaged ({error}); delete it and run its stage again") from None
     seconds = sum(float(part.pop("seconds")) for part in parts)
     rows = {name: np.concatenate([part[name] for part in parts])[: about["count"]] for name in parts[0]}
     # Columns past the longest row would only cost time in training.
     rows["tokens"] = rows["tokens"][:, : rows["lengths"].max()]
-    return CachedText(directory, about, rows, seconds)
+    return CachedText(directory, about, rows, seconds, states)
 
 
 def _read_about(directory: Path) -> dict[str, Any]:

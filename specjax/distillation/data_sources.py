@@ -56,6 +56,16 @@ def prompt_width(prompt_lengths: Int[np.ndarray, "B"], narrow: int, wide: int) -
     return min(width, wide)
 
 
+def window(counted: int, columns: int) -> int:
+    """How many columns of a row the heads run on, see `objective.Loss`: half, a quarter or an eighth, or 0 for all.
+
+    Args:
+      counted: number of positions that the loss counts in the row with the most.
+    """
+    fitting = [columns // share for share in (8, 4, 2) if counted <= columns // share]
+    return fitting[0] if fitting else 0
+
+
 @dataclasses.dataclass(frozen=True)
 class Generation:
     """Generates training text by continuing prompts with a model.
@@ -83,11 +93,11 @@ class Generation:
 
     def __call__(
         self,
-        model: LanguageModel,
         params: dict,
         prompts: Int[Array, "B P"],
         lengths: Int[Array, "B"],
         step: Int[Array, ""],
+        model: LanguageModel,
     ) -> dict[str, Int[Array, "..."]]:
         """Continues each prompt. Returns a batch (see `data.batches`) whose loss covers only the new tokens."""
         step_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), _STREAM), step)

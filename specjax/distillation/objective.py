@@ -15,7 +15,7 @@ id that the draft lacks has draft probability 0.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,10 +23,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from specjax.distillation import divergences
+from specjax.distillation.cached_text import states_name
 from specjax.distillation.divergences import CROSS_ENTROPY, Divergence
-from specjax.models.attachment import runtime_params
+from specjax.models.attachment import AttachedDraft, runtime_params
 from specjax.models.language_model import LanguageModel, Params, consecutive, fit_logits
 from specjax.runtime import mesh as meshes
+from specjax.runtime.dtypes import dtype_named
 from specjax.runtime.errors import UserError
 
 
@@ -105,18 +107,27 @@ class Loss:
         """The loss that a config's `loss` section describes."""
         return cls(draft, target, divergences.of_config(config), config.temperature, config.chunk)
 
-    def __call__(self, params: Params, target_params: Params | None, batch: Mapping[str, Array]) -> Sums:
+    def __call__(
+        self, params: Params, target_params: Params | None, batch: Mapping[str, Array], window: int = 0
+    ) -> Sums:
         """Sums over the batch.
 
         Args:
-          batch: see `data.batches`: `tokens` [B, T], `lengths` [B], `loss_start` [B], and for an encoder-decoder also
-            `sources` [B, P] and `prompt_lengths` [B].
+          batch: see `data.batches`: `tokens` [B, T], `lengths` [B], `loss_start` [B], for an encoder-decoder also
+            `sources` [B, P] and `prompt_lengths` [B], and the target's states [B, T, D] after some layers, if stored
+            (`cached_text.states_name`); the target then does not run up to these.
+          window: the heads run on this many positions of each row, from the first counted one on; at least the number
+            of counted positions of every row. 0 is all positions.
         """
         draft, target, tokens = self.draft, self.target, batch["tokens"]
         prompts = (batch["sources"], batch["prompt_lengths"]) if "sources" in batch else None
         params = runtime_params(draft, params, target_params)
         with jax.named_scope("draft_trunk"):
-            hidden = _trunk(draft, params, prompts, tokens)
+            stored = _stored(batch, draft.attachment.taps, draft) if isinstance(draft, AttachedDraft) else None
+            if stored is None:
+                hidden = _trunk(draft, params, prompts, tokens)
+            else:
+                hidden = draft.from_states(params, stored, tokens)
         weight = jnp.asarray([weight for _, weight in draft.predicts], jnp.float32)[None, None]
         parts = {
             "draft": hidden,
@@ -126,11 +137,16 @@ class Loss:
         if target is not None:
             target_params = jax.lax.stop_gradient(target_params)
             with jax.named_scope("target_trunk"):
-                parts["target"] = _ahead(jax.lax.stop_gradient(_trunk(target, target_params, prompts, tokens)), draft)
+                stored = _stored(batch, (target.layers,), target)
+                last = _trunk(target, target_params, prompts, tokens) if stored is None else stored[0]
+                parts["target"] = _ahead(jax.lax.stop_gradient(last), draft)
+        furthest = max(offset for offset, _ in draft.predicts)
+        if window and window + furthest < tokens.shape[1]:
+            parts = _windows(parts, batch["loss_start"] - 1 - furthest, window + furthest)
 
         # prevent_cse is not needed inside a scan, and its barriers would only cost time.
         chunk_sums = jax.checkpoint(self._chunk_sums, prevent_cse=False)
-        rows, columns = tokens.shape
+        rows, columns = parts["draft"].shape[:2]
         width = min(max(self.chunk * meshes.num_shards("batch") // (rows * len(draft.predicts)), 1), columns)
         chunks = jax.tree.map(functools.partial(_in_chunks, chunk=width), parts)
         add = lambda total, part: (total + chunk_sums(params, target_params, part), None)
@@ -172,6 +188,20 @@ def _trunk(model, params, prompts, tokens) -> Float[Array, "B T D"]:
     """The hidden states that `head` takes, for whole texts and without a cache."""
     start = None if prompts is None else model.start(params, *prompts, 0)
     return model.extend(params, start, tokens, consecutive(tokens))[0]
+
+
+def _stored(batch: Mapping[str, Array], layers: Sequence[int], model: LanguageModel) -> tuple[Array, ...] | None:
+    """The target's states after these layers, in the model's compute dtype; None if one of them is not stored."""
+    names = [states_name(layer) for layer in layers]
+    if not all(name in batch for name in names):
+        return None
+    return tuple(batch[name].astype(dtype_named(model.config.compute_dtype)) for name in names)
+
+
+def _windows(parts: dict[str, Array], starts: Int[Array, "B"], width: int) -> dict[str, Array]:
+    """`width` columns of each array [B, T, ...], from `starts` on, or as near to it as the row's ends allow."""
+    cut = jax.vmap(functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=width, axis=0))
+    return jax.tree.map(lambda x: cut(x, jnp.maximum(starts, 0)), parts)
 
 
 def _in_chunks(array: Array, chunk: int) -> Array:

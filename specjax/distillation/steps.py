@@ -1,7 +1,7 @@
 """The jitted functions of training, which can be called with arrays or lowered with shapes."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import jax
@@ -18,12 +18,14 @@ class TrainingFunctions:
     """The jitted functions of training, and the model that generates the draft's text.
 
     Attributes:
-      update: (state, target's parameters or None, batch) -> (state, metrics); the state is donated.
-      validation_loss: (parameters, target's parameters, batch) -> Sums.
-      generate: (model, parameters, prompts, lengths, step) -> batch; the model is static.
+      update: (state, target's parameters or None, batch, window) -> (state, metrics); the state is donated. The window
+        is static, see `objective.Loss`.
+      validation_loss: (parameters, target's parameters, batch, window) -> Sums.
+      generate: (parameters, prompts, lengths, step, model) -> batch; the model is static.
       author: the draft with logits of the target's vocabulary size, which generates on-policy text.
       has_teacher: whether the training loss compares draft and target.
       needs_teacher: whether `update` needs the target's parameters: for the loss, or to train an attachment.
+      reads: after how many of the target's layers `update` needs its states.
     """
 
     update: Callable
@@ -32,6 +34,11 @@ class TrainingFunctions:
     author: LanguageModel
     has_teacher: bool
     needs_teacher: bool
+    reads: tuple[int, ...]
+
+    def stored_layers(self, stored: Container[int]) -> tuple[int, ...]:
+        """The layers whose states a batch of stored text needs, out of those that are stored."""
+        return tuple(layer for layer in self.reads if layer in stored)
 
 
 def make_functions(
@@ -57,12 +64,14 @@ def make_functions(
     step = update.make_step(training_loss, optimizer, rate, config.optimizer.accumulation)
     replicated = jax.NamedSharding(mesh, jax.P())
     generate = data_sources.Generation(**config.data.generation, eos_ids=eos_ids, seed=config.seed)
+    taps = draft.attachment.taps if isinstance(draft, AttachedDraft) else ()
     axes = update.BATCH_AXES | (update.SOURCE_AXES if draft.is_encoder_decoder else {})
     return TrainingFunctions(
-        update=jax.jit(step, donate_argnums=0, out_shardings=(placed, replicated)),
-        validation_loss=jax.jit(loss, out_shardings=replicated),
-        generate=jax.jit(generate, static_argnums=0, out_shardings=meshes.shardings(axes, mesh)),
+        update=jax.jit(step, donate_argnums=0, static_argnums=3, out_shardings=(placed, replicated)),
+        validation_loss=jax.jit(loss, static_argnums=3, out_shardings=replicated),
+        generate=jax.jit(generate, static_argnums=4, out_shardings=meshes.shardings(axes, mesh)),
         author=draft.with_vocab_size((target or draft).vocab_size),
         has_teacher=has_teacher,
         needs_teacher=has_teacher or isinstance(draft, AttachedDraft),
+        reads=tuple(sorted({*taps, *([target.layers] if has_teacher else [])})),
     )

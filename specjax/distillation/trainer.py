@@ -199,21 +199,26 @@ class Trainer:
     def _advance(self, batch: Mapping[str, np.ndarray]) -> None:
         """Dispatches one step, then reads the metrics of the preceding one, which the device has finished."""
         source = data_sources.source_of_step(self._fractions, self.config.seed, self.step)
-        rows = self._text(source, batch)
-        shapes = {name: rows[name].shape for name in ("tokens", "sources") if name in rows}
-        name = f"update {shapes}"
-        self.state, metrics = self._call(name, self._functions.update, (), self.state, self._teacher_params, rows)
+        rows, counted = self._text(source, batch)
+        shapes = {name: array.shape for name, array in rows.items() if array.ndim > 1}
+        window = data_sources.window(counted, rows["tokens"].shape[1])
+        arguments = self.state, self._teacher_params, rows
+        self.state, metrics = self._call(f"update {shapes} {window}", self._functions.update, arguments, (window,))
         self.step += 1
         self._read_pending((self.step, metrics))
 
-    def _text(self, source: str, batch: Mapping[str, np.ndarray]) -> Mapping[str, jax.Array]:
-        """The rows of this step: the corpus batch, its prompts continued by a model, or stored text of the target."""
+    def _text(self, source: str, batch: Mapping[str, np.ndarray]) -> tuple[Mapping[str, jax.Array], int]:
+        """The rows of this step, and the most counted positions in one of them.
+
+        They are the corpus batch, its prompts continued by a model, or stored text of the target.
+        """
+        inputs, generation = self.inputs, self.config.data.generation
         if source == data_sources.FIXED:
-            return update.shard(batch, self.mesh)
-        inputs = self.inputs
+            return update.shard(batch, self.mesh), int((batch["lengths"] - batch["loss_start"]).max())
         if source == data_sources.TARGET and inputs.target_text is not None:
-            rows = inputs.target_text.batch(self.config.seed, self.step, self.config.data.batch_size)
-            return update.shard(rows, self.mesh)
+            layers = self._functions.stored_layers(inputs.target_text.states)
+            rows = inputs.target_text.batch(self.config.seed, self.step, self.config.data.batch_size, layers)
+            return update.shard(rows, self.mesh), generation.max_new_tokens
         width = data_sources.prompt_width(
             batch["prompt_lengths"], self.config.data.prompt_length_max, inputs.longest_prompt
         )
@@ -224,22 +229,16 @@ class Trainer:
         else:
             model = self._functions.author
             params = runtime_params(model, self.state.params, inputs.target_params)
-        return self._call(
-            f"{source} {width}",
-            self._functions.generate,
-            (model,),
-            params,
-            prompts["tokens"],
-            prompts["lengths"],
-            np.int32(self.step),
-        )
+        arguments = params, prompts["tokens"], prompts["lengths"], np.int32(self.step)
+        rows = self._call(f"{source} {width}", self._functions.generate, arguments, (model,))
+        return rows, generation.max_new_tokens
 
-    def _call(self, name: str, function: Any, static: tuple, *arguments: Any) -> Any:
+    def _call(self, name: str, function: Any, arguments: tuple, static: tuple) -> Any:
         """Calls the executable cached under `name`; compiles it first if there is none, with the clock paused."""
         if name not in self._executables:
             self._read_pending()
             with self.clock.paused():
-                self._executables[name] = function.lower(*static, *arguments).compile()
+                self._executables[name] = function.lower(*arguments, *static).compile()
         return self._executables[name](*arguments)
 
     def _read_pending(self, following: tuple[int, dict] | None = None) -> None:

@@ -91,13 +91,13 @@ def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
 def make_step(
     loss: objective.Loss, optimizer: optax.GradientTransformation, rate: Callable, accumulation: int
 ) -> Callable:
-    """Makes the update `(state, target_params, batch) -> (state, metrics)`, which uses `accumulation` microbatches.
+    """Makes the update `(state, target_params, batch, window) -> (state, metrics)`, with `accumulation` microbatches.
 
     The gradient is that of the mean over all counted positions of the batch, for any number of microbatches.
     """
 
-    def step(state: TrainState, target_params: Params | None, batch: Mapping):
-        sums, gradient = _gradient_of_sum(loss, state.params, target_params, batch, accumulation)
+    def step(state: TrainState, target_params: Params | None, batch: Mapping, window: int = 0):
+        sums, gradient = _gradient_of_sum(loss, state.params, target_params, batch, accumulation, window)
         gradient = jax.tree.map(lambda total: objective.mean(total, sums.tokens), gradient)
         # optax needs implicit dtype promotion; our own modules also run with strict promotion.
         with jax.numpy_dtype_promotion("standard"), jax.named_scope("optimizer"):
@@ -115,9 +115,9 @@ def make_step(
     return step
 
 
-def _gradient_of_sum(loss, params, target_params, batch, accumulation):
+def _gradient_of_sum(loss, params, target_params, batch, accumulation, window):
     def total(params, batch):
-        sums = loss(params, target_params, batch)
+        sums = loss(params, target_params, batch, window)
         return sums.loss, sums
 
     gradient = jax.grad(total, has_aux=True)

@@ -167,12 +167,15 @@ class AttachedDraft(LanguageModel):
             states.append(hidden)
             first = tap
         if cache is None:
-            networks = params["attachment"], self.target, params["target"]
-            return self.attachment.training_states(*networks, tuple(states), inputs), None
+            return self.from_states(params, tuple(states), inputs), None
         hidden, attachment_cache = self.attachment.extend(
             params["attachment"], attachment_cache, tuple(states), positions
         )
         return hidden, (target_cache, attachment_cache)
+
+    def from_states(self, params, states: States, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
+        """`extend` on whole texts without a cache, from the target's states at the attachment's taps."""
+        return self.attachment.training_states(params["attachment"], self.target, params["target"], states, tokens)
 
     def head(self, params, hidden):
         return self.attachment.head(params["attachment"], self.target, params["target"], hidden)

@@ -130,7 +130,7 @@ def training_executables(stage: TrainingStage) -> Iterator[Executable]:
             continue
         slots = author.text_slots(stage.prompt_slots) + data.generation.max_new_tokens
         width = max(width, slots) if fractions[data_sources.FIXED] else slots
-        lower = functools.partial(stage.steps.generate.lower, author, params, *prompts)
+        lower = functools.partial(stage.steps.generate.lower, params, *prompts, author)
         yield Executable(f"{source} text", lower, trip_counts=trip_counts, **shared)
     text = {name: rows(mesh, batch_size) for name in update.BATCH_AXES} | {"tokens": rows(mesh, batch_size, width)}
     if stage.draft.is_encoder_decoder:
