@@ -4,9 +4,9 @@ Batch 1, greedy. `SPECJAX_PAIR=TARGET:DRAFT` names two Hugging Face directories 
 they exist); `SPECJAX_PEERS_OUT=FILE` receives the record as JSON. Every setting of every system is first tried on a few
 prompts; the best of each kind is then measured on all of them, in turn with the others.
 
-For a pair of real checkpoints add `SPECJAX_QUESTIONS=FILE`, Spec-Bench's question.jsonl, whose first turns are asked in
-the chat template, and `SPECJAX_DTYPE=bfloat16` to have transformers compute in bfloat16; specjax loads the same files in
-the dtype that it chooses itself.
+For a pair of real checkpoints add `SPECJAX_QUESTIONS=FILE`, Spec-Bench's question.jsonl, whose first turns are asked
+in the chat template, and `SPECJAX_DTYPE=bfloat16` to have transformers compute in bfloat16; specjax loads the same
+files in the dtype that it chooses itself.
 """
 
 import itertools
