@@ -126,23 +126,26 @@ def enumerate_paths(tables: Tables, one_hot: bool, depth: int) -> Paths:
     return rows
 
 
-def block_distribution(rule, tables: Tables, one_hot: bool, *, depth: int = EMITTED, leeway=None, jitted: bool = True):
+def block_distribution(
+    rule, tables: Tables, one_hot: bool, *, depth: int = EMITTED, leeway=None, jitted: bool = True, vocabulary=None
+):
     """Outcomes of one block under `rule`: {(context, accepted tokens): chance of them with each next token, `[V]`},
-    for every context of fewer than `depth` tokens."""
+    for every context of fewer than `depth` tokens. With a draft vocabulary the rule sees only its columns."""
     gamma, vocab = tables.gamma, tables.vocab
     rows = enumerate_paths(tables, one_hot, depth)
+    columns = slice(None) if vocabulary is None else vocabulary.ids
     batch = len(rows.contexts)
     shaped = lambda x, *shape: np.asarray(x, np.float32).reshape(batch, *shape)
 
     def outcome(uniforms, tokens, probs, counts, targets):
         noise = EnumeratedNoise(uniforms)
-        accepted, _ = rule(noise, Proposal(tokens, probs, counts), targets, leeway)
+        accepted, _ = rule(noise, Proposal(tokens, probs, counts, vocabulary=vocabulary), targets, leeway)
         return accepted, noise.weights, noise.offsets
 
     accepted, weights, offsets = (jax.jit(outcome) if jitted else outcome)(
         jnp.asarray(shaped(rows.uniforms, gamma)),
         jnp.asarray(shaped(rows.tokens, gamma), jnp.int32),
-        None if one_hot else jnp.asarray(shaped(rows.probs, gamma, vocab)),
+        None if one_hot else jnp.asarray(shaped(rows.probs, gamma, vocab)[..., columns]),
         jnp.asarray(rows.counts, jnp.int32),
         jnp.asarray(shaped(rows.targets, gamma + 1, vocab)),
     )

@@ -14,6 +14,7 @@ from specjax.decoding.plan import capacity_for
 from specjax.decoding.sampling import Sampling
 from specjax.models import kv_cache
 from specjax.models.decoder import Decoder
+from specjax.models.vocabulary import draft_vocabulary
 
 # --- the output distribution ---------------------------------------------------------------------------------------
 
@@ -24,10 +25,10 @@ def small():
     return *lossless.small_target(), *lossless.small_draft()
 
 
-def sample_p_value(models, kind, adjust, rule="lossless", seed=0):
+def sample_p_value(models, kind, adjust, rule="lossless", seed=0, **more):
     """`lossless.p_value` of a drafter of this kind."""
     target, params, draft, draft_params = models
-    options = tiny.drafter_options(kind, target, draft) if kind else None
+    options = tiny.drafter_options(kind, target, draft) | more if kind else None
     plan = lossless.small_plan(target, kind, options, rule)
     return p_value(plan, params, tiny.draft_params_of(kind, target, params, draft_params), adjust, seed)
 
@@ -47,6 +48,25 @@ def test_a_draft_of_another_vocabulary_size_leaves_the_targets_distribution(smal
     models = (*small[:2], *lossless.small_draft(lossless.SMALL_VOCAB + padding))
     assert sample_p_value(models, "model", Sampling.of(1.0)) > 1e-4
     assert sample_p_value(models, "model", Sampling.of(0.7, top_k=4, top_p=0.85), seed=1) > 1e-4
+
+
+REDUCED = draft_vocabulary([0, 2, 3])
+SLOW_REDUCED = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("model", "skip_layers")]
+
+
+@pytest.mark.parametrize(
+    "kind", ["early_exit", *(pytest.param(k, marks=pytest.mark.slow) for k in ("model", "skip_layers"))]
+)
+def test_a_reduced_vocabulary_leaves_the_targets_distribution(small, kind):
+    models, more = reduced_draft(*small, REDUCED) if kind == "model" else (small, {"vocabulary": REDUCED})
+    assert sample_p_value(models, kind, Sampling.of(1.0), **more) > 1e-4
+    assert sample_p_value(models, kind, Sampling.of(0.7, top_k=4, top_p=0.85), seed=1, **more) > 1e-4
+
+
+def reduced_draft(target, params, draft, draft_params, vocabulary):
+    """The models with the draft's head cut to a vocabulary, and no further options."""
+    kernel = draft.head_kernel(draft_params, vocabulary)
+    return (target, params, draft.reduced(vocabulary), draft.reduced_params(draft_params, kernel)), {}
 
 
 @pytest.mark.slow
@@ -108,6 +128,21 @@ def test_greedy_speculative_equals_greedy_plain(pair):
 
 def test_coupled_equals_plain_decoding_with_the_same_noise(pair):
     check_against_plain(pair, COUPLED, QUICK, "coupled")
+
+
+@pytest.mark.parametrize(
+    "rule, settings", [("lossless", GREEDY), pytest.param("coupled", COUPLED, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("kind", ["model", pytest.param("early_exit", marks=pytest.mark.slow)])
+def test_a_reduced_vocabulary_changes_no_token(pair, kind, rule, settings):
+    vocabulary = draft_vocabulary(range(3, VOCAB, 2))
+    draft_params, options = None, {"vocabulary": vocabulary}
+    if kind == "model":
+        pair_of_models = (pair.target, pair.params, pair.target, pair.draft_params)
+        (_, _, model, draft_params), _ = reduced_draft(*pair_of_models, vocabulary)
+        options = {"model": model}
+    plan = pair.plan(kind, 3, rule, rule == "lossless", **options)
+    list(compare_with_plain(pair, settings, [(plan, draft_params, {})], rule))
 
 
 @pytest.mark.slow

@@ -187,7 +187,9 @@ def propose(plan: Plan, params, draft_params, state: DecodeState, noise: Noise, 
         return Proposal(jnp.zeros((batch, 0), jnp.int32), None, jnp.zeros((batch,), jnp.int32)), state
     recent = jnp.maximum(state.lengths[:, None] + jnp.arange(-2, 0)[None], 0)
     last_two = jnp.take_along_axis(state.tokens, recent, axis=1)
-    context = Context(last_two, state.lengths, ~state.done, noise, sampling, tokens=state.tokens)
+    context = Context(
+        last_two, state.lengths, ~state.done, noise, sampling, tokens=state.tokens, vocab_size=plan.target.vocab_size
+    )
     # Layer meters count one token, the pending one, in each live row; drafters change this for calls with more tokens.
     states = kv_cache.counting((state.drafter_state, state.target_cache), (~state.done).astype(jnp.int32))
     with jax.named_scope("propose"):

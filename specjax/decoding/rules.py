@@ -2,6 +2,9 @@
 
 Positions from `num_drafted` on have draft probability 0 for every token. Then one formula, max(target - draft, 0),
 gives the distribution of the recovered token and of the bonus token, and an empty proposal is plain decoding.
+
+A draft with a reduced head has distributions over its own ids, and probability 0 for all others. Rules look up the
+drafted tokens there, and spread one row per text over all ids, that of the residual.
 """
 
 import dataclasses
@@ -68,6 +71,8 @@ def _draft_row(proposal: Proposal, index: Int[Array, "B"], vocab: int) -> Float[
         row = jax.nn.one_hot(jnp.take_along_axis(proposal.tokens, inside[:, None], axis=1)[:, 0], vocab)
     else:
         row = _row_at(proposal.probs, inside)
+        if proposal.vocabulary is not None:
+            row = proposal.vocabulary.spread(row, vocab, 0.0)
     # `row > 0` leaves out what is not a number.
     return jnp.where((index < proposal.num_drafted)[:, None] & (row > 0), row, 0)
 
@@ -82,7 +87,10 @@ def _draft_at_tokens(proposal: Proposal) -> Float[Array, "B gamma"]:
     """The draft's probability of each drafted token, 1 where the draft is deterministic."""
     if proposal.probs is None:
         return jnp.ones(proposal.tokens.shape, jnp.float32)
-    return _at_tokens(proposal.probs, proposal)
+    if proposal.vocabulary is None:
+        return _at_tokens(proposal.probs, proposal)
+    columns, inside = proposal.vocabulary.columns(proposal.tokens)
+    return jnp.where(inside, jnp.take_along_axis(proposal.probs, columns[..., None], axis=2)[..., 0], 0)
 
 
 def _num_accepted(accepted: Bool[Array, "B gamma"], proposal: Proposal) -> Int[Array, "B"]:

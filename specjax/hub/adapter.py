@@ -38,6 +38,8 @@ def fingerprint(decoder: LanguageModel, params: Params) -> str:
     fields = dataclasses.asdict(decoder.config)
     for name in ("param_dtype", "compute_dtype"):
         del fields[name]
+    if fields.pop("draft_vocabulary"):
+        fields["draft_vocabulary"] = decoder.vocabulary.ids.tolist()
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     samples = processes.fetch(_samples(params))  # collective: every process calls this
     for path, values in jax.tree_util.tree_leaves_with_path(samples):
@@ -95,7 +97,8 @@ def save(directory: str | Path, loaded: LoadedAttachment) -> None:
     fields = {
         "format": _FORMAT,
         "type": {network: name for name, network in ATTACHMENTS.items()}.get(network, "") or place_of(network),
-        **{name: getattr(config, name) for name in config.options()},
+        **{name: getattr(config, name) for name in config.options() if name != "vocabulary"},
+        **({} if config.vocabulary is None else {"vocabulary": config.vocabulary.ids.tolist()}),
         "param_dtype": str(leaves[0][1].dtype),
         "target": {"fingerprint": loaded.target, "family": config.target.family, "layers": config.target.layers},
     }

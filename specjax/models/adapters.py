@@ -81,7 +81,7 @@ class AdapterModule(nnx.Module):
         self.mlp_norm = norm() if has_mlp else None
         self.mlp = layers.MLP(inner, rngs) if has_mlp else None
         self.norm = norm()
-        sizes, scale = (inner.width, inner.vocab_size), inner.width**-0.5
+        sizes, scale = (inner.width, len(config.vocabulary or range(inner.vocab_size))), inner.width**-0.5
         own_head = functools.partial(layers.Linear, *sizes, ("embed", "vocab"), scale, inner.param_dtype, rngs)
         self.unembedding = own_head() if config.own_head else None
         self.config = config
@@ -137,10 +137,11 @@ class Adapter(Attachment):
 
     def head(
         self, params: Params, target: LanguageModel, target_params: Params, hidden: Float[Array, "B T D"]
-    ) -> Float[Array, "B T V"]:
+    ) -> Float[Array, "B T W"]:
         """Float32 logits: the adapter's final norm, then the adapter's own output projection or the target's."""
         module = self.bind(params)
         hidden = module.norm(hidden)
         if module.unembedding is None:
             return target.unembed(target_params, hidden)
-        return fit_logits(module.unembedding.logits(hidden), target.vocab_size)
+        logits = module.unembedding.logits(hidden)
+        return logits if self.config.vocabulary is not None else fit_logits(logits, target.vocab_size)

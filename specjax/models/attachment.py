@@ -7,11 +7,13 @@ line in `models.table.ATTACHMENTS`. A user's own class needs no line: `model.ini
 import dataclasses
 from typing import Any, ClassVar
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
 from specjax.models.language_model import NEXT, LanguageModel, Network, Params, Prediction, consecutive
+from specjax.models.vocabulary import DraftVocabulary, draft_vocabulary
 from specjax.runtime.errors import UserError
 
 States = tuple[Float[Array, "B T D"], ...]
@@ -23,14 +25,19 @@ class AttachmentConfig:
 
     Attributes:
       target: config of the target; sizes and dtypes of the attachment follow from it.
+      vocabulary: the only ids that it can draft; None or "" for all. See `models.vocabulary.draft_vocabulary`.
 
     Raises:
-      UserError: for an encoder-decoder.
+      UserError: for an encoder-decoder, and for a vocabulary that is not part of the target's.
     """
 
     target: DecoderConfig
+    vocabulary: DraftVocabulary | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self):
+        object.__setattr__(self, "vocabulary", draft_vocabulary(self.vocabulary))
+        if self.vocabulary is not None:
+            self.vocabulary.check(self.target.vocab_size)
         if type(self.target) is not DecoderConfig:  # an encoder-decoder's config is a subclass
             raise UserError(
                 "an adapter attaches to a decoder-only model, not to an encoder-decoder; take another target"
@@ -103,10 +110,14 @@ class Attachment(Network):
 
     def head(
         self, params: Params, target: Decoder, target_params: Params, hidden: Float[Array, "B T E"]
-    ) -> Float[Array, "B T_times_predictions V"]:
-        """Float32 logits, with the predictions of a position adjacent; by default the target's final norm and head."""
+    ) -> Float[Array, "B T_times_predictions W"]:
+        """Float32 logits, with the predictions of a position adjacent; by default the target's final norm and head.
+
+        If the config has a `vocabulary`, W is the number of its ids, and `target` is the target with its head reduced
+        to them.
+        """
         del params
-        return target.head(target_params, hidden)
+        return target.column_logits(target_params, hidden)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +137,12 @@ class AttachedDraft(LanguageModel):
 
     @property
     def target(self) -> Decoder:
-        return Decoder(self.config, logits_size=self.logits_size)
+        """The target, whose head is reduced if the attachment's vocabulary is; `runtime_params` has its parameters."""
+        return Decoder(self.config, logits_size=self.logits_size).reduced(self.vocabulary)
+
+    @property
+    def vocabulary(self) -> DraftVocabulary | None:
+        return self.attachment.config.vocabulary
 
     @property
     def predicts(self) -> tuple[Prediction, ...]:
@@ -177,10 +193,18 @@ class AttachedDraft(LanguageModel):
         """`extend` on whole texts without a cache, from the target's states at the attachment's taps."""
         return self.attachment.training_states(params["attachment"], self.target, params["target"], states, tokens)
 
-    def head(self, params, hidden):
+    def column_logits(self, params, hidden):
         return self.attachment.head(params["attachment"], self.target, params["target"], hidden)
+
+    def head(self, params, hidden):
+        logits = self.column_logits(params, hidden)
+        return logits if self.vocabulary is None else self.vocabulary.spread(logits, self.vocab_size, -jnp.inf)
 
 
 def runtime_params(model: LanguageModel, params: Params, target_params: Params | None) -> Params:
     """The `params` of `start`, `extend` and `head`: the model's own, and for an AttachedDraft also the target's."""
-    return {"attachment": params, "target": target_params} if isinstance(model, AttachedDraft) else params
+    if not isinstance(model, AttachedDraft):
+        return params
+    full = Decoder(model.config)
+    kernel = full.head_kernel(target_params, model.vocabulary)
+    return {"attachment": params, "target": full.reduced_params(target_params, kernel)}

@@ -3,6 +3,7 @@
 import dataclasses
 
 from specjax.models.rotary import Rotary
+from specjax.models.vocabulary import DraftVocabulary
 from specjax.runtime.dtypes import dtype_named
 
 NORMS = ("rms", "rms_plus_one", "layer")
@@ -49,6 +50,7 @@ class DecoderConfig:
       final_softcap: the same for logits.
       embedding_scale: factor on the embeddings.
       embedding_width: width of an embedding that is projected to `width` (OPT-350M); 0 without a projection.
+      draft_vocabulary: of a draft, the only ids that its head has; None for all. The embedding has all ids.
     """
 
     vocab_size: int
@@ -84,6 +86,7 @@ class DecoderConfig:
     final_softcap: float = 0.0
     embedding_scale: float = 1.0
     embedding_width: int = 0
+    draft_vocabulary: DraftVocabulary | None = None
 
     def __post_init__(self):
         for field in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_size", "mlp_width"):
@@ -100,6 +103,10 @@ class DecoderConfig:
         for field, known in (("norm", NORMS), ("activation", ACTIVATIONS), ("order", ORDERS)):
             if getattr(self, field) not in known:
                 raise ValueError(f'{field} must be one of {", ".join(known)}, not "{getattr(self, field)}"')
+        if self.draft_vocabulary is not None:
+            self.draft_vocabulary.check(self.vocab_size)
+            if self.tied_head:
+                raise ValueError("a tied head has all ids; with a draft vocabulary, tied_head must be False")
         dtype_named(self.param_dtype), dtype_named(self.compute_dtype)
 
     @classmethod

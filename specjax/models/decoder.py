@@ -12,6 +12,7 @@ from specjax.models import kv_cache, layers
 from specjax.models.config import DecoderConfig
 from specjax.models.language_model import LanguageModel, Params, look_up
 from specjax.models.rotary import angles, text_lengths
+from specjax.models.vocabulary import DraftVocabulary
 from specjax.runtime import mesh as meshes
 from specjax.runtime.dtypes import dtype_named
 
@@ -34,7 +35,8 @@ class DecoderModule(nnx.Module):
         self.blocks = nnx.List([layers.Block(config, layer, rngs) for layer in range(config.layers)])
         self.norm = layers.make_norm(config, config.width) if config.final_norm else None
         if not config.tied_head:
-            self.unembedding = make(inner, config.vocab_size, ("embed", "vocab"), inner**-0.5)
+            columns = len(config.draft_vocabulary) if config.draft_vocabulary else config.vocab_size
+            self.unembedding = make(inner, columns, ("embed", "vocab"), inner**-0.5)
         self.config = config
 
     def embed(self, tokens, positions):
@@ -96,6 +98,31 @@ class Decoder(LanguageModel):
 
     config: DecoderConfig
     module = DecoderModule
+
+    @property
+    def vocabulary(self) -> DraftVocabulary | None:
+        return self.config.draft_vocabulary
+
+    def reduced(self, vocabulary):
+        if vocabulary is None:
+            return self
+        config = dataclasses.replace(self.config, draft_vocabulary=vocabulary, tied_head=False)
+        return dataclasses.replace(self, config=config)
+
+    def head_kernel(self, params, vocabulary):
+        if vocabulary is None:
+            return None
+        if self.config.tied_head:
+            return params["embedding"][vocabulary.ids].T
+        return params["unembedding"]["kernel"][:, vocabulary.ids]
+
+    def column_logits(self, params, hidden):
+        return super().column_logits(params, hidden) if self.vocabulary is None else self.bind(params).head(hidden)
+
+    def head(self, params, hidden):
+        if self.vocabulary is None:
+            return super().head(params, hidden)
+        return self.vocabulary.spread(self.column_logits(params, hidden), self.vocab_size, -jnp.inf)
 
     def start(
         self, params: Params, prompts: Int[Array, "B P"], lengths: Int[Array, "B"], capacity: int

@@ -15,7 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from specjax.models.vocabulary import DraftVocabulary
 from specjax.runtime import mesh as meshes
+from specjax.runtime.errors import UserError
 
 Params = dict
 
@@ -122,6 +124,11 @@ class LanguageModel(Network):
         return self.config.layers
 
     @property
+    def vocabulary(self) -> DraftVocabulary | None:
+        """The ids of a reduced head, to which the columns of `column_logits` belong; None if it has all ids."""
+        return None
+
+    @property
     def vocab_size(self) -> int:
         """V of the logits."""
         return self.logits_size or self.config.vocab_size
@@ -134,6 +141,24 @@ class LanguageModel(Network):
         """
         return dataclasses.replace(self, logits_size=None if vocab_size == self.config.vocab_size else vocab_size)
 
+    def reduced(self, vocabulary: DraftVocabulary | None) -> "LanguageModel":
+        """This model with a head over the ids of `vocabulary` alone, see `reduced_params`; unchanged for None.
+
+        Raises:
+          UserError: for an encoder-decoder.
+        """
+        if vocabulary is not None:
+            raise UserError("only a decoder-only model can draft from a reduced vocabulary; leave vocabulary out")
+        return self
+
+    def head_kernel(self, params: Params, vocabulary: DraftVocabulary | None) -> Float[Array, "D W"] | None:
+        """The columns of the head for the ids of `vocabulary`; None for None."""
+        self.reduced(vocabulary)
+
+    def reduced_params(self, params: Params, kernel: Float[Array, "D W"] | None) -> Params:
+        """The parameters of the `reduced` model, whose head is `kernel`; unchanged for None."""
+        return params if kernel is None else {**params, "unembedding": {"kernel": kernel}}
+
     @property
     def num_step_params(self) -> int:
         """Parameters read to decode one token: all but the embedding tables, of which only one row is read."""
@@ -145,7 +170,11 @@ class LanguageModel(Network):
     def check_split(self, mesh: jax.sharding.Mesh) -> None:
         """Raises UserError if heads, MLP or vocabulary do not divide evenly over the mesh's tensor axis."""
         config = self.config
-        sizes = {"heads": config.heads, "key/value heads": config.kv_heads, "vocabulary": config.vocab_size}
+        sizes = {
+            "heads": config.heads,
+            "key/value heads": config.kv_heads,
+            "vocabulary": len(self.vocabulary or range(config.vocab_size)),
+        }
         meshes.check_split({**sizes, "MLP width": config.mlp_width}, mesh)
 
     def start_text(self, prompt: Sequence[int]) -> list[int]:
@@ -201,16 +230,21 @@ class LanguageModel(Network):
         return self.bind(params).extend(cache, inputs, positions, mask, lo, hi)
 
     def head(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Final norm and output projection: float32 logits."""
+        """Final norm and output projection: float32 logits, -inf for ids that a reduced head lacks."""
         return fit_logits(self.bind(params).head(hidden), self.vocab_size)
+
+    def column_logits(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T W"]:
+        """`head`, but of a reduced head only the logits of the ids in `vocabulary`."""
+        return self.head(params, hidden)
 
     def normed(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The final norm alone; `unembed` takes its output."""
         return self.bind(params).normed(hidden)
 
     def unembed(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """The output projection alone, on hidden states that are already normalised: float32 logits."""
-        return fit_logits(self.bind(params).unembed(hidden), self.vocab_size)
+        """The output projection alone, on normalised hidden states: float32 logits, of a reduced head W columns."""
+        logits = self.bind(params).unembed(hidden)
+        return logits if self.vocabulary is not None else fit_logits(logits, self.vocab_size)
 
 
 def look_up(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:

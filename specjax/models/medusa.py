@@ -46,7 +46,7 @@ class MedusaHead(nnx.Module):
         make = functools.partial(layers.Linear, dtype=target.param_dtype, rngs=rngs)
         # W starts at 0, so the head starts as the identity and predicts the target's next-token distribution.
         self.block = make(target.width, target.width, ("embed", None), 0.0)
-        sizes, axes = (target.width, target.vocab_size), ("embed", "vocab")
+        sizes, axes = (target.width, len(config.vocabulary or range(target.vocab_size))), ("embed", "vocab")
         self.unembedding = make(*sizes, axes, target.width**-0.5) if config.own_head else None
 
     def __call__(self, hidden):
@@ -94,6 +94,8 @@ class MedusaHeads(Attachment):
         if self.config.own_head:
             unit = jnp.eye(self.config.target.width, dtype=jnp.float32)[None]
             kernel = target.with_vocab_size(self.config.target.vocab_size).unembed(target_params, unit)[0]
+            if self.config.vocabulary is not None:
+                kernel = kernel[:, self.config.vocabulary.ids]
             kernel = kernel.astype(dtype_named(self.config.target.param_dtype))
             params = {"heads": {k: {**head, "unembedding": {"kernel": kernel}} for k, head in params["heads"].items()}}
         return params
@@ -106,12 +108,12 @@ class MedusaHeads(Attachment):
 
     def head(
         self, params: Params, target: LanguageModel, target_params: Params, hidden: Float[Array, "B T D"]
-    ) -> Float[Array, "B T_times_heads V"]:
+    ) -> Float[Array, "B T_times_heads W"]:
         """Float32 logits of every head on the target's last hidden states; those of one position are adjacent."""
         module, hidden = self.bind(params), target.normed(target_params, hidden)
         if self.config.own_head:
-            logits = [head.unembedding.logits(head(hidden)) for head in module.heads]
-            return fit_logits(_interleaved(logits), target.vocab_size)
+            logits = _interleaved([head.unembedding.logits(head(hidden)) for head in module.heads])
+            return logits if self.config.vocabulary is not None else fit_logits(logits, target.vocab_size)
         return target.unembed(target_params, _interleaved([head(hidden) for head in module.heads]))
 
 

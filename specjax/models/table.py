@@ -27,7 +27,7 @@ def make_attachment(name: str, target: DecoderConfig, options: Mapping[str, Any]
 
     Args:
       name: a key of `ATTACHMENTS`, or "path/to/file.py:Name" of a user's own subclass of Attachment.
-      options: every field of its config class but the target.
+      options: every field of its config class but the target; `vocabulary` may be absent.
 
     Raises:
       UserError: for an unknown name, a missing or unknown option, and values out of range.
@@ -40,7 +40,7 @@ def make_attachment(name: str, target: DecoderConfig, options: Mapping[str, Any]
         if option not in known:
             raise UserError(f'{option} is not an option of the attachment "{name}"{nearest(option, known)}')
     for option in known:
-        if option not in options:
+        if option not in options and option != "vocabulary":
             raise UserError(f'the attachment "{name}" needs {option}; give it a value')
     return attachment(attachment.config_class(target, **options))
 

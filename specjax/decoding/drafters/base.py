@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from specjax.decoding.sampling import Noise, Sampling, Stream, finite_rows, probabilities
 from specjax.models.language_model import LanguageModel
+from specjax.models.vocabulary import DraftVocabulary, draft_vocabulary
 from specjax.runtime import checks
 from specjax.runtime.errors import UserError
 
@@ -58,6 +59,7 @@ class Context:
       first_missing: with `max_drafted`, the position of each row's first token that may be missing in the drafter's own
         cache, because the drafter did not run in blocks in which no row drafted.
       tokens: the committed text, `tokens[b, :lengths[b]]`.
+      vocab_size: V, number of the target's ids.
     """
 
     last_two_tokens: Int[Array, "B 2"]
@@ -68,18 +70,31 @@ class Context:
     max_drafted: Int[Array, "B"] | None = None
     first_missing: Int[Array, "B"] | None = None
     tokens: Int[Array, "B S"] | None = None
+    vocab_size: int = dataclasses.field(default=0, metadata={"static": True})
 
     def draw(
-        self, logits: Float[Array, "B V"], offset: Int[Array, ""] | int
-    ) -> tuple[Int[Array, "B"], Float[Array, "B V"] | None]:
+        self,
+        logits: Float[Array, "B W"],
+        offset: Int[Array, ""] | int,
+        vocabulary: DraftVocabulary | None = None,
+    ) -> tuple[Int[Array, "B"], Float[Array, "B W"] | None]:
         """Draws the tokens at position `lengths + offset`. Returns them and their distributions (None if greedy).
 
         Logits that are not finite give a distribution of zeros, and the rule refuses the token.
+
+        Args:
+          logits: over all ids, or over those of `vocabulary`.
         """
         probs = probabilities(logits[:, None], self.sampling, greedy=self.noise.greedy)[:, 0]
         probs = jax.numpy.where(finite_rows(logits)[:, None], probs, 0)
         offsets = jax.numpy.full_like(self.lengths, offset)
-        tokens = self.noise.choose(probs, offsets, Stream.DRAFT)
+        if vocabulary is None:
+            tokens = self.noise.choose(probs, offsets, Stream.DRAFT)
+        elif self.noise.shared and not self.noise.greedy:  # the noise is that of the same ids in the target's draw
+            spread = vocabulary.spread(probs, self.vocab_size, 0.0)
+            tokens = self.noise.choose(spread, offsets, Stream.DRAFT)
+        else:
+            tokens = jax.numpy.asarray(vocabulary.ids)[self.noise.choose(probs, offsets, Stream.DRAFT)]
         return tokens, None if self.noise.greedy else probs
 
 
@@ -90,20 +105,23 @@ class Proposal:
 
     Attributes:
       tokens: drafted tokens; `tokens[b, num_drafted[b]:]` are ignored.
-      probs: the distribution that each was drawn from; None if the draft is deterministic (one-hot).
+      probs: the distribution that each was drawn from; None if the draft is deterministic (one-hot). W is V, or the
+        number of ids in `vocabulary`.
       num_drafted: number of drafted tokens of each row, 0 .. gamma.
       failed: rows whose proposal ended because the draft's logits were not finite (see `finite_rows`); None for none.
       resume_hidden: the target's hidden states after its first `resume_layer` layers, of the pending and the drafted
         tokens; None if verification starts from the tokens.
       resume_layer: index of the target layer at which verification resumes.
+      vocabulary: the ids of the columns of `probs`, in a draft with a reduced head; all other ids have probability 0.
     """
 
     tokens: Int[Array, "B gamma"]
-    probs: Float[Array, "B gamma V"] | None
+    probs: Float[Array, "B gamma W"] | None
     num_drafted: Int[Array, "B"]
     failed: Bool[Array, "B"] | None = None
     resume_hidden: Float[Array, "B gamma_plus_1 D"] | None = None
     resume_layer: int = dataclasses.field(default=0, metadata={"static": True})
+    vocabulary: DraftVocabulary | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -223,3 +241,19 @@ class StoppingOptions(DrafterOptions):
     def stops(self) -> bool:
         """Whether the threshold is used, which is static; its value is traced, see `Sampling`."""
         return self.threshold > 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeadOptions(StoppingOptions):
+    """Options of a drafter with a head, which need not have all of the target's ids.
+
+    Attributes:
+      vocabulary: the only ids that the draft can draft, see `models.vocabulary.draft_vocabulary`; None or "" for all
+        that its head has. `hub.model.restrict` adds the ids that end a text, and cuts the head of what is loaded.
+    """
+
+    vocabulary: DraftVocabulary | Sequence[int] | str | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "vocabulary", draft_vocabulary(self.vocabulary))

@@ -12,17 +12,30 @@ from jaxtyping import Array, Bool, Float, Int
 from specjax.decoding.drafters.base import Context, Proposal
 from specjax.decoding.sampling import finite_rows
 from specjax.models import kv_cache
-from specjax.runtime.mesh import pin_last
+from specjax.models.vocabulary import DraftVocabulary
+from specjax.runtime.mesh import axes, pin_last
 
-# first(carry) -> (logits [B, V], carry): the draft's logits after the pending (last committed) token.
-First = Callable[[Any], tuple[Float[Array, "B V"], Any]]
+# first(carry) -> (logits [B, W], carry): the draft's logits after the pending (last committed) token.
+First = Callable[[Any], tuple[Float[Array, "B W"], Any]]
 
-# step(tokens [B], offset, carry) -> (logits [B, V], carry): the draft's logits after these tokens, the last ones drawn;
+# step(tokens [B], offset, carry) -> (logits [B, W], carry): the draft's logits after these tokens, the last ones drawn;
 # their positions are `lengths + offset - 1`.
-Step = Callable[[Int[Array, "B"], Any, Any], tuple[Float[Array, "B V"], Any]]
+Step = Callable[[Int[Array, "B"], Any, Any], tuple[Float[Array, "B W"], Any]]
 
 # after_draw(tokens [B], offset, carry) -> carry: called with the tokens just drawn, at position `lengths + offset - 1`.
 AfterDraw = Callable[[Int[Array, "B"], Any, Any], Any]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class HeadState:
+    """The state of a drafter that uses the target's head.
+
+    Attributes:
+      kernel: the columns of the head for the ids of the drafter's `vocabulary`, gathered once per batch; None for all.
+    """
+
+    kernel: Float[Array, "D W"] | None = axes("embed", "vocab")
 
 
 @jax.tree_util.register_dataclass
@@ -47,7 +60,7 @@ class _Draft:
     done: Bool[Array, "B"]
     failed: Bool[Array, "B"]
     tokens: Int[Array, "gamma B"]
-    probs: Float[Array, "gamma B V"] | None
+    probs: Float[Array, "gamma B W"] | None
     carry: Any
 
 
@@ -61,6 +74,7 @@ def draft(
     *,
     stops: bool,
     adjusted: bool = False,
+    vocabulary: DraftVocabulary | None = None,
 ) -> tuple[Proposal, Any]:
     """Draws each row's first token from the logits of `first`, the later ones from `step`, until all rows are done.
 
@@ -74,6 +88,7 @@ def draft(
       stops: whether the threshold is used.
       adjusted: compare the threshold with the probabilities after temperature, top-k and top-p instead of those at
         temperature 1 (arXiv 2404.18911 measures both). Greedy drafting then never stops early.
+      vocabulary: the ids of the columns of the logits; None if these are all ids.
 
     Returns:
       the proposal and the final carry.
@@ -84,7 +99,7 @@ def draft(
     def draw_next(read, draft: _Draft) -> _Draft:
         """Draws one token in every row; `read(token, offset, carry)` computes the logits."""
         logits, carry = read(draft.token, draft.offset, _counting(context, ~draft.done, draft.carry))
-        token, probs = context.draw(logits, draft.offset)
+        token, probs = context.draw(logits, draft.offset, vocabulary)
         failed = draft.failed | (~draft.done & ~finite_rows(logits))
         done = draft.done | failed
         joins = ~done  # whether the drawn token belongs to the row's proposal
@@ -116,7 +131,8 @@ def draft(
         progress = jax.lax.while_loop(may_draft, draw_first, progress)
     progress = jax.lax.while_loop(unfinished, functools.partial(draw_next, step), progress)
     tokens, probs = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), (progress.tokens, progress.probs))
-    return Proposal(tokens, probs, progress.counts, progress.failed & context.live), progress.carry
+    failed = progress.failed & context.live
+    return Proposal(tokens, probs, progress.counts, failed, vocabulary=vocabulary), progress.carry
 
 
 def _empty(context: Context, gamma: int, first: First, carry: Any, may_end_early: bool) -> _Draft:
@@ -124,9 +140,9 @@ def _empty(context: Context, gamma: int, first: First, carry: Any, may_end_early
     batch, none = context.lengths.shape[0], jnp.zeros_like(context.lengths)
     probs = None
     if not context.noise.greedy:
-        vocab = jax.eval_shape(lambda carry: first(carry)[0], carry).shape[-1]
+        columns = jax.eval_shape(lambda carry: first(carry)[0], carry).shape[-1]
         # Sharded like the draft's probabilities; otherwise the loop would gather each of them before storing it.
-        probs = pin_last(jnp.zeros((gamma, batch, vocab), jnp.float32), "vocab")
+        probs = pin_last(jnp.zeros((gamma, batch, columns), jnp.float32), "vocab")
     no_row = jnp.zeros((batch,), bool)
     done = ~context.live if may_end_early else no_row
     return _Draft(jnp.int32(0), none, none, done, no_row, jnp.zeros((gamma, batch), jnp.int32), probs, carry)
@@ -137,7 +153,7 @@ def _counting(context: Context, rows: Bool[Array, "B"], carry: Any) -> Any:
     return kv_cache.counting(carry, (rows & context.live).astype(jnp.int32))
 
 
-def unsure(logits: Float[Array, "B V"], threshold: Float[Array, ""]) -> Bool[Array, "B"]:
+def unsure(logits: Float[Array, "B W"], threshold: Float[Array, ""]) -> Bool[Array, "B"]:
     """Whether the largest probability at temperature 1 is below the threshold (arXiv 2404.18911, section 3.2).
 
     The sampling temperature, top-k and top-p are ignored; after them the largest probability is often near 1.

@@ -7,14 +7,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from specjax.decoding.drafters.base import Context, Drafter, StoppingOptions
-from specjax.decoding.drafters.drafting import draft
+from specjax.decoding.drafters.base import Context, Drafter, HeadOptions, Prefill
+from specjax.decoding.drafters.drafting import HeadState, draft
 from specjax.models.language_model import LanguageModel, consecutive
+from specjax.models.vocabulary import DraftVocabulary
 from specjax.runtime.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EarlyExit(StoppingOptions):
+class EarlyExit(HeadOptions):
     """Options of early exit.
 
     Attributes:
@@ -28,7 +29,8 @@ class EarlyExit(StoppingOptions):
     def build(self, target: LanguageModel, gamma: int, loaded: None) -> "EarlyExitDrafter":
         if not 1 <= self.exit_layer < target.layers:
             raise UserError(f"exit_layer must lie in 1 .. {target.layers - 1} for this target, not {self.exit_layer}")
-        return EarlyExitDrafter(target, self.exit_layer, gamma, self.stops, self.adjusted)
+        how = {"stops": self.stops, "adjusted": self.adjusted, "vocabulary": self.vocabulary}
+        return EarlyExitDrafter(target, self.exit_layer, gamma, **how)
 
 
 @jax.tree_util.register_dataclass
@@ -60,6 +62,7 @@ class EarlyExitDrafter(Drafter):
     Attributes:
       stops: whether drafting stops at a low probability, see `draft`.
       adjusted: whether that probability is the one after temperature, top-k and top-p, see `draft`.
+      vocabulary: the ids to which the head is restricted; None for all.
     """
 
     target: LanguageModel
@@ -67,7 +70,20 @@ class EarlyExitDrafter(Drafter):
     gamma: int
     stops: bool = False
     adjusted: bool = False
+    vocabulary: DraftVocabulary | None = None
     scores = True
+
+    @property
+    def exit_model(self) -> LanguageModel:
+        """The target with the head of the draft."""
+        return self.target.reduced(self.vocabulary)
+
+    def exit_params(self, target_params, kernel: Float[Array, "D W"] | None):
+        """The parameters of `exit_model`."""
+        return self.target.reduced_params(target_params, kernel)
+
+    def init(self, params, target_params, prefill: Prefill, row_keys) -> Any:
+        return HeadState(self.target.head_kernel(target_params, self.vocabulary))
 
     def propose(self, params, target_params, state, target_cache, context: Context):
         pending_position = context.lengths[:, None] - 1
@@ -94,7 +110,7 @@ class EarlyExitDrafter(Drafter):
 
         hidden, target_cache = to_exit(context.last_two_tokens[:, 1], 0, target_cache)
         carry = _Carry(state, target_cache, jnp.pad(hidden, ((0, 0), (0, self.gamma), (0, 0))))
-        how = {"stops": self.stops, "adjusted": self.adjusted}
+        how = {"stops": self.stops, "adjusted": self.adjusted, "vocabulary": self.vocabulary}
         proposal, carry = draft(context, self.gamma, carry, first, step, after_draw, **how)
         proposal = dataclasses.replace(proposal, resume_hidden=carry.exits, resume_layer=self.exit_layer)
         return proposal, self.with_exits(carry.state, carry.exits), carry.cache
@@ -104,19 +120,22 @@ class EarlyExitDrafter(Drafter):
         return state, target_cache
 
     def first_logits(self, params, target_params, state, hidden: Float[Array, "B 1 D"], context: Context):
-        """Logits `[B, V]` after the pending token, from its state after the first layers, and the drafter's state."""
+        """Logits `[B, W]` after the pending token, from its state after the first layers, and the drafter's state."""
         return self.logits(params, target_params, state, hidden, context.lengths[:, None] - 1)
 
     def logits(self, params, target_params, state: Any, hidden: Float[Array, "B 1 D"], positions):
-        """Logits `[B, V]` after the tokens at `positions` [B, 1], from their states, and the drafter's state."""
-        return self.target.head(target_params, hidden)[:, 0], state
+        """Logits `[B, W]` after the tokens at `positions` [B, 1], from their states, and the drafter's state."""
+        params = self.exit_params(target_params, state.kernel)
+        return self.exit_model.column_logits(params, hidden)[:, 0], state
 
     def with_exits(self, state: Any, exits: Float[Array, "B gamma_plus_1 D"]) -> Any:
         """The drafter's state after a proposal; `exits` are the target's states after its first layers."""
         return state
 
     def score(self, params, target_params, texts, prompt_lengths):
-        return self.target.head(target_params, self.exits_of(target_params, texts, prompt_lengths))
+        kernel = self.target.head_kernel(target_params, self.vocabulary)
+        exits = self.exits_of(target_params, texts, prompt_lengths)
+        return self.exit_model.head(self.exit_params(target_params, kernel), exits)
 
     def exits_of(
         self, target_params, texts: Int[Array, "B T"], prompt_lengths: Int[Array, "B"]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from specjax.decoding.drafters.base import Context, Outcome, Prefill, StoppingOptions
+from specjax.decoding.drafters.base import Context, HeadOptions, Outcome, Prefill
 from specjax.decoding.drafters.drafting import catch_up
 from specjax.decoding.drafters.early_exit import EarlyExitDrafter
 from specjax.models import kv_cache
@@ -17,7 +17,7 @@ from specjax.runtime.mesh import axes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Kangaroo(StoppingOptions):
+class Kangaroo(HeadOptions):
     """Options of Kangaroo.
 
     Attributes:
@@ -29,7 +29,8 @@ class Kangaroo(StoppingOptions):
 
     def build(self, target: LanguageModel, gamma: int, loaded: Adapter) -> "KangarooDrafter":
         layer = loaded.config.exit_layer
-        return KangarooDrafter(target, layer, gamma, self.stops, self.adjusted, adapter=loaded)
+        how = {"stops": self.stops, "adjusted": self.adjusted, "vocabulary": loaded.config.vocabulary}
+        return KangarooDrafter(target, layer, gamma, **how, adapter=loaded)
 
 
 @jax.tree_util.register_dataclass
@@ -41,11 +42,13 @@ class KangarooState:
       cache: the adapter's cache; it holds no keys and values if the adapter has no attention.
       exits: the target's hidden states after `exit_layer` layers, of the last block's pending token and drafted tokens.
         Rows are not sharded, because the compiler would gather complete weights to compute them.
+      kernel: see `HeadState`; None also if the adapter has its own head.
       second_last: index along the second axis of `exits` of the second-last committed token.
     """
 
     cache: Any
     exits: Float[Array, "B gamma_plus_1 D"] = axes(None, None, "embed")
+    kernel: Float[Array, "D W"] | None = axes("embed", "vocab")
     second_last: Int[Array, "B"] = axes("batch")
 
 
@@ -70,7 +73,17 @@ class KangarooDrafter(EarlyExitDrafter):
         _, cache = self.adapter.extend(params, cache, prefill.tap_states, consecutive(prefill.texts))
         before = jnp.maximum(prefill.text_lengths - 2, 0)
         exits = jnp.take_along_axis(states, before[:, None, None], axis=1)
-        return KangarooState(cache, jnp.pad(exits, ((0, 0), (0, self.gamma), (0, 0))), jnp.zeros_like(before))
+        exits = jnp.pad(exits, ((0, 0), (0, self.gamma), (0, 0)))
+        return KangarooState(cache, exits, self.kernel(target_params), jnp.zeros_like(before))
+
+    def kernel(self, target_params):
+        """The columns of the target's head that the adapter uses; None for all, or if it has its own head."""
+        return None if self.adapter.config.own_head else self.target.head_kernel(target_params, self.vocabulary)
+
+    def head(self, params, target_params, kernel, hidden: Float[Array, "B T D"]) -> Float[Array, "B T W"]:
+        """The adapter's logits."""
+        model = self.target if kernel is None else self.exit_model
+        return self.adapter.head(params, model, self.exit_params(target_params, kernel), hidden)
 
     def catch_up(self, params, target_params, state: KangarooState, target_cache, context: Context):
         if state.cache is None or not state.cache.keys:
@@ -98,18 +111,19 @@ class KangarooDrafter(EarlyExitDrafter):
         both = jnp.concatenate([before, hidden], axis=1)
         mixed, cache = self.adapter.extend(params, state.cache, (both,), positions)
         last = jnp.take_along_axis(mixed, (lengths - 1 - start)[:, None, None], axis=1)
-        logits = self.adapter.head(params, self.target, target_params, last)[:, 0]
+        logits = self.head(params, target_params, state.kernel, last)[:, 0]
         return logits, dataclasses.replace(state, cache=cache)
 
     def logits(self, params, target_params, state: KangarooState, hidden, positions):
         mixed, cache = self.adapter.extend(params, state.cache, (hidden,), positions)
-        logits = self.adapter.head(params, self.target, target_params, mixed)[:, 0]
+        logits = self.head(params, target_params, state.kernel, mixed)[:, 0]
         return logits, dataclasses.replace(state, cache=cache)
 
     def score(self, params, target_params, texts, prompt_lengths):
         exits = self.exits_of(target_params, texts, prompt_lengths)
         mixed, _ = self.adapter.extend(params, None, (exits,), consecutive(texts))
-        return self.adapter.head(params, self.target, target_params, mixed)
+        logits = self.head(params, target_params, self.kernel(target_params), mixed)
+        return logits if self.vocabulary is None else self.vocabulary.spread(logits, self.target.vocab_size, -jnp.inf)
 
     def with_exits(self, state: KangarooState, exits):
         return dataclasses.replace(state, exits=exits)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from specjax.decoding.drafters.base import Context, Drafter, Outcome, Prefill, StoppingOptions
+from specjax.decoding.drafters.base import Context, Drafter, HeadOptions, Outcome, Prefill
 from specjax.decoding.drafters.drafting import draft
 from specjax.models.language_model import LanguageModel
 from specjax.models.medusa import MedusaHeads
@@ -15,7 +15,7 @@ from specjax.runtime.mesh import axes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Medusa(StoppingOptions):
+class Medusa(HeadOptions):
     """Options of Medusa."""
 
     loads = "attachment"
@@ -36,9 +36,11 @@ class LastHidden:
 
     Attributes:
       hidden: the state. Its rows are not sharded, because the compiler would gather complete weights to compute it.
+      kernel: see `HeadState`; None also if the heads have their own projections.
     """
 
     hidden: Float[Array, "B 1 D"] = axes(None, None, "embed")
+    kernel: Float[Array, "D W"] | None = axes("embed", "vocab")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,26 +66,31 @@ class MedusaDrafter(Drafter):
         return (self.target.layers,)
 
     def init(self, params, target_params, prefill: Prefill, row_keys) -> LastHidden:
-        return _at(prefill.tap_states[0], prefill.text_lengths - 2)
+        vocabulary = None if self.heads.config.own_head else self.heads.config.vocabulary
+        kernel = self.target.head_kernel(target_params, vocabulary)
+        return LastHidden(_at(prefill.tap_states[0], prefill.text_lengths - 2), kernel)
 
     def propose(self, params, target_params, state: LastHidden, target_cache, context: Context):
         heads, params = self.heads.first(params, self.gamma)
+        vocabulary = heads.config.vocabulary
+        model = self.target if state.kernel is None else self.target.reduced(vocabulary)
 
         def first(_):
-            logits = heads.head(params, self.target, target_params, state.hidden)
+            logits = heads.head(params, model, self.target.reduced_params(target_params, state.kernel), state.hidden)
             return logits[:, 0], logits
 
         def step(tokens, offset, logits):
             return jax.lax.dynamic_index_in_dim(logits, offset, 1, keepdims=False), logits
 
-        none = jnp.zeros((state.hidden.shape[0], self.gamma, self.target.vocab_size), jnp.float32)
-        proposal, _ = draft(context, self.gamma, none, first, step, stops=self.stops)
+        columns = len(vocabulary or range(self.target.vocab_size))
+        none = jnp.zeros((state.hidden.shape[0], self.gamma, columns), jnp.float32)
+        proposal, _ = draft(context, self.gamma, none, first, step, stops=self.stops, vocabulary=vocabulary)
         return proposal, state, target_cache
 
     def commit(self, params, state, outcome: Outcome):
         # The state of the token before the one that is pending now.
-        return _at(outcome.tap_states[0], outcome.num_emitted - 1)
+        return LastHidden(_at(outcome.tap_states[0], outcome.num_emitted - 1), state.kernel)
 
 
-def _at(states: Float[Array, "B T D"], index: Int[Array, "B"]) -> LastHidden:
-    return LastHidden(jnp.take_along_axis(states, jnp.maximum(index, 0)[:, None, None], axis=1))
+def _at(states: Float[Array, "B T D"], index: Int[Array, "B"]) -> Float[Array, "B 1 D"]:
+    return jnp.take_along_axis(states, jnp.maximum(index, 0)[:, None, None], axis=1)

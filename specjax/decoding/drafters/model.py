@@ -4,19 +4,21 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from specjax.decoding.drafters.base import Context, Drafter, Prefill, StoppingOptions
+from specjax.decoding.drafters.base import Context, Drafter, HeadOptions, Prefill
 from specjax.decoding.drafters.drafting import catch_up, draft
 from specjax.models import kv_cache
 from specjax.models.language_model import LanguageModel, consecutive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelDraft(StoppingOptions):
+class ModelDraft(HeadOptions):
     """Options of a separate draft model, which has the target's tokenizer."""
 
     loads = "model"
 
     def build(self, target: LanguageModel, gamma: int, loaded: LanguageModel) -> "ModelDrafter":
+        if loaded.vocabulary is not None:
+            loaded.vocabulary.check(target.vocab_size)
         # Draft and target may pad the vocabulary of their tokenizer to different sizes; the draft gets the target's.
         return ModelDrafter(loaded.with_vocab_size(target.vocab_size), gamma, self.stops)
 
@@ -54,12 +56,13 @@ class ModelDrafter(Drafter):
             positions = start[:, None] + jnp.arange(2)[None]
             hidden, cache = model.extend(params, cache, context.last_two_tokens, positions)
             last = (context.lengths - 1 - start)[:, None, None]
-            return model.head(params, jnp.take_along_axis(hidden, last, axis=1))[:, 0], cache
+            return model.column_logits(params, jnp.take_along_axis(hidden, last, axis=1))[:, 0], cache
 
         def step(tokens, offset, cache):
             positions = context.lengths[:, None] + offset - 1
             hidden, cache = model.extend(params, cache, tokens[:, None], positions)
-            return model.head(params, hidden)[:, 0], cache
+            return model.column_logits(params, hidden)[:, 0], cache
 
-        proposal, cache = draft(context, self.gamma, state, first, step, stops=self.stops)
+        how = {"stops": self.stops, "vocabulary": model.vocabulary}
+        proposal, cache = draft(context, self.gamma, state, first, step, **how)
         return proposal, cache, target_cache

@@ -4,14 +4,15 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
-from specjax.decoding.drafters.base import Context, Drafter, StoppingOptions
-from specjax.decoding.drafters.drafting import draft
+from specjax.decoding.drafters.base import Context, Drafter, HeadOptions, Prefill
+from specjax.decoding.drafters.drafting import HeadState, draft
 from specjax.models.language_model import LanguageModel
+from specjax.models.vocabulary import DraftVocabulary
 from specjax.runtime.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SkipLayers(StoppingOptions):
+class SkipLayers(HeadOptions):
     """Options of drafting with skipped layers.
 
     Attributes:
@@ -26,7 +27,7 @@ class SkipLayers(StoppingOptions):
             raise UserError(f"skipped must name one or more layers of the target, 0 .. {last}, not {skipped}")
         if len(skipped) == target.layers:
             raise UserError(f"skipped names all {target.layers} layers of the target; leave at least one to draft with")
-        return SkipLayersDrafter(target, skipped, gamma, self.stops)
+        return SkipLayersDrafter(target, skipped, gamma, self.stops, self.vocabulary)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +41,14 @@ class SkipLayersDrafter(Drafter):
     Attributes:
       skipped: indices of the skipped layers, ascending.
       stops: whether drafting stops at a low probability, see `draft`.
+      vocabulary: the ids to which the head is restricted; None for all.
     """
 
     target: LanguageModel
     skipped: tuple[int, ...]
     gamma: int
     stops: bool = False
+    vocabulary: DraftVocabulary | None = None
 
     @property
     def spans(self) -> tuple[tuple[int, int], ...]:
@@ -53,13 +56,20 @@ class SkipLayersDrafter(Drafter):
         edges = (-1, *self.skipped, self.target.layers)
         return tuple((lo + 1, hi) for lo, hi in itertools.pairwise(edges) if lo + 1 < hi)
 
-    def propose(self, params, target_params, state, target_cache, context: Context):
+    def init(self, params, target_params, prefill: Prefill, row_keys) -> HeadState:
+        return HeadState(self.target.head_kernel(target_params, self.vocabulary))
+
+    def propose(self, params, target_params, state: HeadState, target_cache, context: Context):
+        model = self.target.reduced(self.vocabulary)
+        head_params = self.target.reduced_params(target_params, state.kernel)
+
         def step(tokens, offset, cache):
             positions, hidden = context.lengths[:, None] - 1 + offset, tokens[:, None]
             for span in self.spans:
                 hidden, cache = self.target.extend(target_params, cache, hidden, positions, layers=span)
-            return self.target.head(target_params, hidden)[:, 0], cache
+            return model.column_logits(head_params, hidden)[:, 0], cache
 
         first = lambda cache: step(context.last_two_tokens[:, 1], 0, cache)
-        proposal, cache = draft(context, self.gamma, target_cache, first, step, stops=self.stops)
+        how = {"stops": self.stops, "vocabulary": self.vocabulary}
+        proposal, cache = draft(context, self.gamma, target_cache, first, step, **how)
         return proposal, state, cache

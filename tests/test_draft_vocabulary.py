@@ -1,0 +1,106 @@
+"""Drafts with a reduced vocabulary: exact as any other, trained with the map, exported with it."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from enumeration import EMITTED, Tables, block_distribution, composed_distribution, emitted_distribution
+from test_lossy import distribution_of_one_position, leeway
+
+from specjax.decoding.rules import RULES, Lossless
+from specjax.models.vocabulary import draft_vocabulary, most_written_ids
+from specjax.runtime.errors import UserError
+
+# --- the ids -------------------------------------------------------------------------------------------------------
+
+
+def test_the_most_written_ids_hold_those_that_end_a_text():
+    counts = np.asarray([5, 0, 9, 9, 1, 0])
+    assert most_written_ids(counts, 3, [5]).ids.tolist() == [2, 3, 5]
+    assert most_written_ids(counts, 4, [2]).ids.tolist() == [0, 2, 3, 4]
+    assert most_written_ids(counts, 6, [2]).ids.tolist() == [0, 1, 2, 3, 4, 5]
+    assert most_written_ids(counts, 2, [2, 5]).including([1, 5]).ids.tolist() == [1, 2, 5]
+
+
+@pytest.mark.parametrize("size", [0, 1, 7])
+def test_a_size_that_cannot_be_is_refused(size):
+    with pytest.raises(UserError, match=f"size of a draft vocabulary is {size}; it must lie in 2 .. 6"):
+        most_written_ids(np.arange(6), size, [0, 5])
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([1, 3, 3], "each id once in ascending order, and 3 is repeated"),
+        ([1, 3, 2], "each id once in ascending order, and 2 follows 3"),
+        ([-1, 3], "has id -1, which no tokenizer has"),
+        ([0, 2**31], "has id 2147483648"),
+        ([0.5, 1.0], "must be a list of token ids"),
+        ({"a": 1}, "must be a list of token ids"),
+        (7, "must be a list of token ids"),
+    ],
+)
+def test_ids_that_make_no_vocabulary_are_refused(ids, message):
+    with pytest.raises(UserError, match=message):
+        draft_vocabulary(ids)
+
+
+def test_a_file_or_a_folder_names_the_ids(tmp_path):
+    vocabulary = draft_vocabulary([0, 2, 5])
+    vocabulary.save(tmp_path / "draft_vocabulary.json")
+    assert draft_vocabulary(str(tmp_path)) == draft_vocabulary(tmp_path / "draft_vocabulary.json") == vocabulary
+    assert hash(draft_vocabulary((0, 2, 5))) == hash(vocabulary) and repr(vocabulary) == "DraftVocabulary(3 ids)"
+    assert draft_vocabulary("") is draft_vocabulary(()) is draft_vocabulary(None) is None
+    with pytest.raises(UserError, match=r"draft vocabulary in .*absent.json cannot be read"):
+        draft_vocabulary(tmp_path / "absent.json")
+    (tmp_path / "damaged.json").write_text("[1, 2")
+    with pytest.raises(UserError, match=r"draft vocabulary in .*damaged.json is damaged"):
+        draft_vocabulary(str(tmp_path / "damaged.json"))
+    (tmp_path / "empty.json").write_text("[]")
+    with pytest.raises(UserError, match=r"empty.json must be a list of token ids"):
+        draft_vocabulary(str(tmp_path / "empty.json"))
+
+
+def test_columns_and_ids_map_to_each_other():
+    vocabulary = draft_vocabulary([1, 4, 6])
+    columns, inside = vocabulary.columns(jnp.asarray([[6, 4], [0, 7]]))
+    assert columns[0].tolist() == [2, 1] and inside.tolist() == [[True, True], [False, False]]
+    np.testing.assert_array_equal(vocabulary.spread(jnp.float32([[1, 2, 3]]), 8, -1.0), [[-1, 1, -1, -1, 2, -1, 3, -1]])
+    with pytest.raises(UserError, match="has id 6, and the target has only the ids 0 .. 5"):
+        vocabulary.check(6)
+
+
+# --- rules ---------------------------------------------------------------------------------------------------------
+
+
+class Reduced(Tables):
+    """A draft whose head has three of four ids."""
+
+    VOCABULARY = draft_vocabulary([0, 1, 3])
+
+    def _draw(self):
+        target, _, argmax, count = super()._draw()
+        columns = self.random.permutation([(4, 2, 2), (4, 4, 0)][self.random.integers(2)])
+        draft = np.insert(columns, 2, 0) / 8
+        return target, draft, argmax if argmax != 2 else 0, count
+
+
+@pytest.mark.parametrize("one_hot", [False, True], ids=["sampled", "one_hot"])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_with_a_reduced_vocabulary_lossless_emits_exactly_the_targets_joint_distribution(mixed, one_hot):
+    without = 0.0
+    for seed in range(2):
+        tables = Reduced(seed, 4, 2, mixed)
+        blocks = block_distribution(Lossless(), tables, one_hot, vocabulary=tables.VOCABULARY)
+        joint = emitted_distribution(blocks, 4)
+        without += joint[:, 2].sum()
+        np.testing.assert_allclose(joint, tables.target_distribution((), EMITTED), atol=1e-6)
+    assert without > 0.1  # the text has the token that the draft lacks
+
+
+@pytest.mark.parametrize("name", ["lenient_linear", "typical"])
+def test_with_a_reduced_vocabulary_a_lossy_rule_has_the_distribution_that_it_states(name):
+    tables, how = Reduced(1, 4, 2, True), {"depth": 2, "leeway": leeway(0.5), "vocabulary": Reduced.VOCABULARY}
+    joint = emitted_distribution(block_distribution(RULES[name], tables, False, **how), 4, 2)
+    np.testing.assert_allclose(
+        joint, composed_distribution(tables, *distribution_of_one_position(name, 0.5), 2), atol=1e-6
+    )
