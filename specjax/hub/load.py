@@ -1,4 +1,4 @@
-"""Loads a model from a Hugging Face directory: `config.json`, and safetensors tensor by tensor."""
+"""Loads a model, tensor by tensor, from `config.json` and safetensors files or from a GGUF file."""
 
 import math
 from collections.abc import Iterator
@@ -11,9 +11,12 @@ import numpy as np
 from absl import logging
 from flax import traverse_util
 
-from specjax.hub import json_files, weights
+from specjax.hub import gguf_file, gguf_models, json_files, weights
 from specjax.hub.families import base, gemma, gpt2, gpt_neox, llama, mistral, opt, phi3, qwen, smollm3, t5
+from specjax.hub.gguf_file import GgufTensor
+from specjax.hub.location import is_gguf, locate
 from specjax.hub.weights import Stored
+from specjax.models.config import DecoderConfig
 from specjax.models.language_model import LanguageModel, Params
 from specjax.models.table import model_of
 from specjax.runtime import dtypes
@@ -34,6 +37,9 @@ _QUANTISED = (
     *(".qweight", ".qzeros", ".g_idx", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".input_scale"),
     *(".SCB", ".absmax", ".quant_map", ".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4"),
 )
+# What describes the tensors of a safetensors and of a GGUF file, and what to do if they do not match.
+_DESCRIBED = {False: (CONFIG_FILE, "take the config of these weights"), True: ("its metadata", "convert it again")}
+AnyStored = Stored | GgufTensor
 # Bytes read and converted at a time: much less than a tensor, and small enough for the processor's cache.
 _PIECE_BYTES = 1 << 20
 
@@ -44,8 +50,8 @@ class Loaded(NamedTuple):
     Attributes:
       path: its path in the parameter tree.
       array: the parameter, on its devices.
-      file_bytes: for each of this process's devices, bytes read from the file for its part. A part that several devices
-        hold is read once and counted for each of them.
+      file_bytes: for each of this process's devices, bytes read from the file for its part (of a GGUF file: bytes of
+        the dequantised values). A part that several devices hold is read once and counted for each of them.
     """
 
     path: tuple[str | int, ...]
@@ -60,10 +66,11 @@ def load(
     compute_dtype: str = "auto",
     shardings: Params | None = None,
 ) -> tuple[LanguageModel, Params]:
-    """Reads the model in a Hugging Face directory.
+    """Reads a model.
 
     Args:
-      directory: holds `config.json` and `model.safetensors`, or shards and their index.
+      directory: holds `config.json` and `model.safetensors`, or shards and their index; or a GGUF file, or a name on
+        the Hugging Face hub (see `location.locate`).
       param_dtype: dtype of the parameters in memory; stored values are converted.
       compute_dtype: dtype of activations; "auto" is float32 on CPU and bfloat16 on accelerators.
       shardings: a tree like the parameters with a `jax.sharding.Sharding` for each; every process then reads only its
@@ -84,18 +91,20 @@ def stream(
 
     Wrong names, shapes and dtypes raise UserError before any value is read.
     """
-    directory = Path(directory)
+    directory = locate(directory)
     family, config = read_config(directory, param_dtype=param_dtype, compute_dtype=compute_dtype)
     decoder = model_of(config)
     wanted = family.tensors(config)
     outputs = base.fused_outputs(wanted)
     expected = decoder.abstract_params()
     names = {tensor.name for tensor in wanted}
-    stored = _full_names(weights.stored_in(directory), family, names)
+    from_gguf = is_gguf(directory)
+    stored = gguf_models.tensors(gguf_file.read(directory)) if from_gguf else weights.stored_in(directory)
+    stored = _full_names(stored, family, names)
     _check_names(directory, family, config, names, stored)
     for tensor in wanted:
         shape = at(expected, tensor.path).shape
-        _check_tensor(stored[tensor.name], base.shape_in_file(tensor, shape, outputs))
+        _check_tensor(stored[tensor.name], base.shape_in_file(tensor, shape, outputs), *_DESCRIBED[from_gguf])
         if shardings is not None:
             _check_sharding(at(shardings, tensor.path), shape, tensor.name)
 
@@ -108,11 +117,27 @@ def stream(
     return decoder, arriving()
 
 
-def read_config(directory: Path, *, param_dtype: str, compute_dtype: str):
-    """The family and the DecoderConfig of a directory's `config.json`. Raises UserError if it is not supported."""
-    weights.refuse_adapter(directory)
-    path = directory / CONFIG_FILE
-    fields = json_files.read_json(path)
+def read_config(directory: str | Path, *, param_dtype: str, compute_dtype: str) -> tuple[base.Family, DecoderConfig]:
+    """The family and the config of the model at a path that `location.locate` accepts; of a GGUF file, the family has
+    the file's names of tensors. Raises UserError if the model is not supported."""
+    path = locate(directory)
+    compute_dtype = dtypes.compute_dtype(compute_dtype)
+    dtypes.dtype_named(param_dtype)
+    if is_gguf(path):
+        file = gguf_file.read(path)
+        with prefixed(f"{path}: "), json_files.reading("its metadata"):
+            family, fields = gguf_models.family_and_fields(file)
+    else:
+        weights.refuse_adapter(path)
+        path = path / CONFIG_FILE
+        fields = json_files.read_json(path)
+        family = _family(path, fields)
+    with prefixed(f"{path}: "), json_files.reading("the description"):
+        return family, family.read_config(fields, param_dtype=param_dtype, compute_dtype=compute_dtype)
+
+
+def _family(path: Path, fields: dict[str, Any]) -> base.Family:
+    """The family of the model in a `config.json`."""
     model_type = fields.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         supported = ", ".join(FAMILIES)
@@ -122,20 +147,16 @@ def read_config(directory: Path, *, param_dtype: str, compute_dtype: str):
             method = fields[name].get("quant_method", "unnamed") if isinstance(fields[name], dict) else fields[name]
             raise UserError(
                 f'{path}: "{name}" says that the weights are quantised (method {method!r}), which is not supported; '
-                "take the checkpoint in float32, bfloat16 or float16"
+                "take the checkpoint in float32, bfloat16 or float16, or as a GGUF file"
             )
-    compute_dtype = dtypes.compute_dtype(compute_dtype)
-    dtypes.dtype_named(param_dtype)
     if fields.get("auto_map") is not None:
         logging.warning('%s: "auto_map" is ignored, because models of type %s are built in', path, model_type)
-    with prefixed(f"{path}: "), json_files.reading("the description"):
-        config = FAMILIES[model_type].read_config(fields, param_dtype=param_dtype, compute_dtype=compute_dtype)
-    return FAMILIES[model_type], config
+    return FAMILIES[model_type]
 
 
 def describe(directory: str | Path, *, param_dtype: str, compute_dtype: str) -> LanguageModel:
-    """The model that a directory's `config.json` describes, without weights. Raises UserError if not supported."""
-    return model_of(read_config(Path(directory), param_dtype=param_dtype, compute_dtype=compute_dtype)[1])
+    """The model at a path that `load` accepts, without weights. Raises UserError if it is not supported."""
+    return model_of(read_config(directory, param_dtype=param_dtype, compute_dtype=compute_dtype)[1])
 
 
 def at(tree: Params, path: tuple[str | int, ...]) -> Any:
@@ -145,7 +166,7 @@ def at(tree: Params, path: tuple[str | int, ...]) -> Any:
     return tree
 
 
-def _full_names(stored: dict[str, Stored], family: base.Family, wanted: set[str]) -> dict[str, Stored]:
+def _full_names(stored: dict[str, AnyStored], family: base.Family, wanted: set[str]) -> dict[str, AnyStored]:
     """The tensors by full names; adds the leading "transformer." that some files, such as GPT-2's, omit.
 
     Some files of a model with a tied head have the embedding only under the name of the head.
@@ -158,7 +179,7 @@ def _full_names(stored: dict[str, Stored], family: base.Family, wanted: set[str]
     return {family.embedding: stored[copies[0]], **stored} if copies else stored
 
 
-def _check_names(directory, family, config, wanted: set[str], stored: dict[str, Stored]) -> None:
+def _check_names(directory, family, config, wanted: set[str], stored: dict[str, AnyStored]) -> None:
     """Raises UserError unless the file has exactly the wanted tensors, apart from those that are ignored."""
     quantised = sorted(name for name in set(stored) - wanted if name.endswith(_QUANTISED))
     if quantised:
@@ -166,13 +187,14 @@ def _check_names(directory, family, config, wanted: set[str], stored: dict[str, 
             f"the weights in {directory} are quantised ({_some(quantised[:1])}), which is not supported; "
             "take the checkpoint in float32, bfloat16 or float16"
         )
+    description, remedy = _DESCRIBED[is_gguf(directory)]
     missing = sorted(wanted - set(stored))
     if missing:
         hint = ""
         if missing == [family.head]:
             hint = f'; if its head is the embedding, {CONFIG_FILE} must say "tie_word_embeddings": true'
         raise UserError(
-            f"the weights in {directory} lack {_some(missing)}{hint or f'; {CONFIG_FILE} describes others'}"
+            f"the weights in {directory} lack {_some(missing)}{hint or f'; {description} describes others'}"
         )
     extra = {name for name in stored if name not in wanted and not name.endswith(family.ignored)}
     if config.tied_head and family.head in extra:  # some writers store the tied head too
@@ -184,8 +206,7 @@ def _check_names(directory, family, config, wanted: set[str], stored: dict[str, 
         extra.remove(family.head)
     if extra:
         raise UserError(
-            f"the weights in {directory} hold {_some(sorted(extra))}, unknown to the model of {CONFIG_FILE}; "
-            "take the config of these weights"
+            f"the weights in {directory} hold {_some(sorted(extra))}, unknown to the model of {description}; {remedy}"
         )
 
 
@@ -194,7 +215,7 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:8]) + more
 
 
-def _same(one: Stored, other: Stored) -> bool:
+def _same(one: AnyStored, other: AnyStored) -> bool:
     """Whether two stored tensors have the same values, compared piece by piece."""
     if one == other:
         return True
@@ -205,14 +226,13 @@ def _same(one: Stored, other: Stored) -> bool:
         return all(np.array_equal(left[piece], right[piece]) for piece in _pieces(index))
 
 
-def _check_tensor(stored: Stored, shape: tuple[int, ...]) -> None:
+def _check_tensor(stored: AnyStored, shape: tuple[int, ...], description: str, remedy: str) -> None:
     """Raises UserError unless the stored tensor has this shape and a supported float dtype."""
     if stored.shape != shape:
         raise UserError(
-            f"{stored.name} has shape {list(stored.shape)} where {CONFIG_FILE} describes {list(shape)}; "
-            "take the config of these weights"
+            f"{stored.name} has shape {list(stored.shape)} where {description} describes {list(shape)}; {remedy}"
         )
-    if stored.dtype not in _FLOATS:
+    if isinstance(stored, Stored) and stored.dtype not in _FLOATS:
         raise UserError(
             f"{stored.name} is stored as {stored.dtype}; quantised weights are not supported, "
             "take the checkpoint in float32, bfloat16 or float16"
@@ -229,7 +249,7 @@ def _check_sharding(sharding: jax.sharding.Sharding, shape: tuple[int, ...], nam
         ) from None
 
 
-def _read(stored: Stored, tensor: base.Tensor, shape: tuple[int, ...], dtype: np.dtype, sharding) -> Loaded:
+def _read(stored: AnyStored, tensor: base.Tensor, shape: tuple[int, ...], dtype: np.dtype, sharding) -> Loaded:
     """Loads one parameter onto its devices; reads only the parts on this process's devices, each once."""
     if sharding is None:
         part, count = _part(stored, tensor, tuple(slice(0, size) for size in shape), dtype)
@@ -249,7 +269,7 @@ def _read(stored: Stored, tensor: base.Tensor, shape: tuple[int, ...], dtype: np
     return Loaded(tensor.path, array, file_bytes)
 
 
-def _part(stored: Stored, tensor: base.Tensor, index: tuple[slice, ...], dtype) -> tuple[np.ndarray, int]:
+def _part(stored: AnyStored, tensor: base.Tensor, index: tuple[slice, ...], dtype) -> tuple[np.ndarray, int]:
     """The part of a parameter at `index` in our layout and dtype, and the number of bytes read from the file."""
     part = np.empty([i.stop - i.start for i in index], dtype)
     axis = base.output_axis(tensor, part.ndim)
@@ -266,7 +286,7 @@ def _part(stored: Stored, tensor: base.Tensor, index: tuple[slice, ...], dtype) 
     return part, count
 
 
-def _copy(stored: Stored, read: np.ndarray, into: np.ndarray) -> int:
+def _copy(stored: AnyStored, read: np.ndarray, into: np.ndarray) -> int:
     """Copies and converts values into an array. Returns the bytes read; raises UserError for a float16 overflow."""
     with np.errstate(over="ignore"):  # checked below
         into[...] = read

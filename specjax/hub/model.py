@@ -16,7 +16,6 @@ from specjax.hub import load as hub_load
 from specjax.hub import save as hub_save
 from specjax.hub.tokenizer import Tokenizer, check_same_tokens
 from specjax.models.language_model import LanguageModel, consecutive
-from specjax.models.table import model_of
 from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError
 
@@ -92,9 +91,11 @@ def load(
     mesh: jax.sharding.Mesh | None = None,
     replicate: bool = False,
 ) -> Model:
-    """Loads `config.json`, `*.safetensors` and the tokenizer of a Hugging Face directory.
+    """Loads a model with its tokenizer.
 
     Args:
+      directory: a Hugging Face directory (`config.json`, `*.safetensors`, tokenizer), a GGUF file, or a name on the
+        Hugging Face hub: "owner/name" or "owner/name/file.gguf".
       replicate: every device of the mesh's tensor axis holds the full model, for a small draft of a sharded target.
 
     Raises:
@@ -103,8 +104,7 @@ def load(
     dtypes = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
     shardings = None
     if mesh is not None:
-        _, config = hub_load.read_config(Path(directory), **dtypes)
-        described = model_of(config)
+        described = hub_load.describe(directory, **dtypes)
         if not replicate:
             described.check_split(mesh)
         shardings = meshes.shardings(described.axes(replicate=replicate), mesh)

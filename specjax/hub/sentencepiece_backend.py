@@ -1,6 +1,8 @@
 """Converts SentencePiece models, the `.model` files of Llama 1 and 2 and of T5, to the `tokenizers` library."""
 
-from typing import Any
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from specjax.hub import tokenizer_files
 from specjax.hub.json_backend import JsonBackend
@@ -8,11 +10,19 @@ from specjax.hub.json_files import reading
 from specjax.hub.tokenizer_files import Token, TokenizerFiles
 from specjax.runtime.errors import UserError
 
-_SPACE = "▁"  # the character that represents a space in pieces
+SPACE = "▁"  # the character that represents a space in pieces
 _UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6  # ModelProto.SentencePiece.Type
 _T5_SENTINELS = 100  # by default
 _MOST_SENTINELS = 10_000
+
+
+class Piece(NamedTuple):
+    """A piece of a SentencePiece model."""
+
+    piece: str
+    score: float
+    type: int
 
 
 def from_model(files: TokenizerFiles) -> JsonBackend:
@@ -27,6 +37,7 @@ def from_model(files: TokenizerFiles) -> JsonBackend:
       UserError: if the file is damaged, or its model or its added tokens are not supported.
     """
     from sentencepiece import sentencepiece_model_pb2
+    from tokenizers import Tokenizer
 
     name = next(name for name in tokenizer_files.SENTENCEPIECE_FILES if name in files.contents)
     with reading(f"{files.origin}/{name}", "is not a SentencePiece model"):
@@ -43,36 +54,44 @@ def from_model(files: TokenizerFiles) -> JsonBackend:
     if kind == "T5Tokenizer":
         library, around = _t5(proto), (False, True)
     else:
-        library = _llama(proto, settings)
+        prefixed = settings.get("add_prefix_space") is not False
+        scheme = "never" if not prefixed else "always" if settings.get("legacy") else "first"
+        library = Tokenizer.from_str(json.dumps(bpe(proto.pieces, scheme=scheme)))
         around = bool(settings.get("add_bos_token", True)), bool(settings.get("add_eos_token", False))
     backend = JsonBackend(library, files, _added_tokens(proto, files))
     backend.surround(files, *around)
     return backend
 
 
-def _llama(proto: Any, settings: Any) -> Any:
-    """A BPE that falls back to bytes; a space is put before texts, and in "legacy" models also after special tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+def bpe(pieces: Sequence[Any], *, scheme: str) -> dict[str, Any]:
+    """A BPE as the fields of a `tokenizer.json`: of the pieces of a text, those with the best score are merged first.
 
-    ids = {piece.piece: index for index, piece in reversed(list(enumerate(proto.pieces)))}
+    Args:
+      pieces: a SentencePiece model's pieces by id; unknown characters are split into bytes if there are such pieces.
+      scheme: where a space is put before a text: "never", "first" (at its start), "always" (after special tokens too).
+    """
+    ids = {piece.piece: index for index, piece in reversed(list(enumerate(pieces)))}
     merges = []
-    for piece in sorted(proto.pieces, key=lambda piece: -piece.score):  # the best pair is merged first
+    for piece in sorted(pieces, key=lambda piece: -piece.score):
         if piece.type not in (_UNKNOWN, _CONTROL, _BYTE):
-            pairs = ((piece.piece[:cut], piece.piece[cut:]) for cut in range(1, len(piece.piece)))
-            known = [pair for pair in pairs if pair[0] in ids and pair[1] in ids]
-            merges += sorted(known, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
-    unknown = next((piece.piece for piece in proto.pieces if piece.type == _UNKNOWN), None)
-    library = Tokenizer(
-        models.BPE(
-            vocab=ids, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=proto.trainer_spec.byte_fallback
-        )
-    )
-    prefixed = settings.get("add_prefix_space") is not False
-    scheme = "never" if not prefixed else "always" if settings.get("legacy") else "first"
-    library.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme=scheme, split=False)
-    steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    library.decoder = decoders.Sequence([*steps, *([decoders.Strip(content=" ", left=1)] if prefixed else [])])
-    return library
+            text = piece.piece
+            cuts = (cut for cut in range(1, len(text)) if text[:cut] in ids and text[cut:] in ids)
+            merges += sorted(((text[:cut], text[cut:]) for cut in cuts), key=lambda pair: (ids[pair[0]], ids[pair[1]]))
+    steps = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}, {"type": "ByteFallback"}]
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
+    steps += [{"type": "Fuse"}, *(strip if scheme != "never" else ())]
+    return {
+        "model": {
+            "type": "BPE",
+            "vocab": ids,
+            "merges": merges,
+            "fuse_unk": True,
+            "unk_token": next((piece.piece for piece in pieces if piece.type == _UNKNOWN), None),
+            "byte_fallback": any(piece.type == _BYTE for piece in pieces),
+        },
+        "pre_tokenizer": {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": False},
+        "decoder": {"type": "Sequence", "decoders": steps},
+    }
 
 
 def _t5(proto: Any) -> Any:
@@ -83,7 +102,7 @@ def _t5(proto: Any) -> Any:
     library = Tokenizer(models.Unigram([(piece.piece, piece.score) for piece in proto.pieces], unk_id=unknown))
     if proto.normalizer_spec.precompiled_charsmap:
         library.normalizer = normalizers.Precompiled(proto.normalizer_spec.precompiled_charsmap)
-    rules = {"replacement": _SPACE, "prepend_scheme": "always", "split": True}
+    rules = {"replacement": SPACE, "prepend_scheme": "always", "split": True}
     library.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(**rules)]
     )

@@ -11,9 +11,10 @@ from typing import Any
 
 from absl import logging
 
-from specjax.hub import chat, json_backend, sentencepiece_backend, tokenizer_files
+from specjax.hub import chat, gguf_file, gguf_tokenizer, json_backend, sentencepiece_backend, tokenizer_files
 from specjax.hub.json_backend import JsonBackend
 from specjax.hub.json_files import reading
+from specjax.hub.location import is_gguf, locate
 from specjax.hub.tokenizer_files import TokenizerFiles
 from specjax.runtime.errors import UserError
 
@@ -264,16 +265,20 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: str | Path) -> "Tokenizer":
-        """Reads the tokenizer of a Hugging Face directory.
+        """Reads the tokenizer of a Hugging Face directory, a GGUF file, or a name on the Hugging Face hub.
 
-        It uses the first that exists of `tokenizer.json`, a SentencePiece `tokenizer.model` or `spiece.model` (Llama 1
-        and 2, T5), and `vocab.json` with `merges.txt` (GPT-2, OPT). EOS ids come from `generation_config.json`, else
-        `config.json`, else "eos_token" of `tokenizer_config.json`.
+        In a directory it uses the first that exists of `tokenizer.json`, a SentencePiece `tokenizer.model` or
+        `spiece.model` (Llama 1 and 2, T5), and `vocab.json` with `merges.txt` (GPT-2, OPT). EOS ids come from
+        `generation_config.json`, else `config.json`, else "eos_token" of `tokenizer_config.json`.
 
         Raises:
           UserError: if none of these files exists, a file is damaged or not supported, or there is no EOS id.
         """
-        files = tokenizer_files.read(directory)
+        path = locate(directory)
+        if is_gguf(path):
+            files = tokenizer_files.from_contents(gguf_tokenizer.contents(gguf_file.read(path)), origin=str(path))
+        else:
+            files = tokenizer_files.read(path)
         with reading(f"the tokenizer in {files.origin}"):
             return _tokenizer(files)
 

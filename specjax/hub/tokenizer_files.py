@@ -22,7 +22,7 @@ FILES = (
     *(CONFIG_FILE, SPECIAL_TOKENS_FILE, ADDED_TOKENS_FILE, TEMPLATE_FILE),
 )
 _MODEL_FILE = "config.json"
-_GENERATION_FILE = "generation_config.json"
+GENERATION_FILE = "generation_config.json"
 
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -127,7 +127,7 @@ class TokenizerFiles:
         """
         padded = self.model.get("vocab_size")
         largest = max(vocab_size, padded if isinstance(padded, int) else 0)
-        for name, fields in ((_GENERATION_FILE, self.generation), (_MODEL_FILE, self.model)):
+        for name, fields in ((GENERATION_FILE, self.generation), (_MODEL_FILE, self.model)):
             text = fields.get("text_config")  # the decoder's config in a multimodal model
             value = fields.get("eos_token_id", text.get("eos_token_id") if isinstance(text, dict) else None)
             ids = value if isinstance(value, list) else [] if value is None else [value]
@@ -142,7 +142,7 @@ class TokenizerFiles:
         if end is None:
             raise UserError(
                 f"the tokenizer in {self.origin} has no end-of-sequence token; "
-                f'name one as "eos_token" in {CONFIG_FILE} or as "eos_token_id" in {_GENERATION_FILE}'
+                f'name one as "eos_token" in {CONFIG_FILE} or as "eos_token_id" in {GENERATION_FILE}'
             )
         return (end,)
 
@@ -169,7 +169,7 @@ class TokenizerFiles:
 def read(directory: str | Path) -> TokenizerFiles:
     """Reads those files of a tokenizer that exist. Raises UserError if one is damaged."""
     directory, contents = Path(directory), {}
-    for name in (*FILES, _MODEL_FILE, _GENERATION_FILE):
+    for name in (*FILES, _MODEL_FILE, GENERATION_FILE):
         try:
             contents[name] = (directory / name).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
@@ -181,7 +181,7 @@ def read(directory: str | Path) -> TokenizerFiles:
 
 def from_contents(contents: Mapping[str, bytes], *, origin: str) -> TokenizerFiles:
     """Parses the files of a tokenizer and its model's configs, given by name. Raises UserError if one is damaged."""
-    names = (CONFIG_FILE, SPECIAL_TOKENS_FILE, _MODEL_FILE, _GENERATION_FILE)
+    names = (CONFIG_FILE, SPECIAL_TOKENS_FILE, _MODEL_FILE, GENERATION_FILE)
     parsed = {name: parse_json(f"{origin}/{name}", contents[name]) if name in contents else {} for name in names}
     if TEMPLATE_FILE in contents:
         text(f"{origin}/{TEMPLATE_FILE}", contents[TEMPLATE_FILE])
@@ -191,7 +191,7 @@ def from_contents(contents: Mapping[str, bytes], *, origin: str) -> TokenizerFil
         if "added_tokens_decoder" not in settings or settings.get(key) is None:
             settings[key] = value
     tokenizer = {name: data for name, data in contents.items() if name in FILES}
-    return TokenizerFiles(origin, tokenizer, settings, parsed[_MODEL_FILE], parsed[_GENERATION_FILE])
+    return TokenizerFiles(origin, tokenizer, settings, parsed[_MODEL_FILE], parsed[GENERATION_FILE])
 
 
 def _by_id(table: Any, where: str, *, keyed: bool) -> list[str]:
