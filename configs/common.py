@@ -190,7 +190,7 @@ def evaluation(target: Any, drafters: dict, *, seed: int = 1) -> ConfigDict:
     config.leniences = ()  # in (0, 1]; every lossy rule in `rules` runs with each of these; smaller accepts more
     config.compare = ()  # pairs of drafters whose block efficiencies are compared on the same prompts
     config.samples = 3  # number of generated texts in the report
-    config.measure_parts = True  # time draft step, target step, verification and rule separately, to predict the speed
+    config.measure_parts = True  # time drafting and rules for some of the run's seconds, to predict the speed
     return config
 
 

@@ -61,7 +61,7 @@ def get_config(variant: str = "") -> ConfigDict:
     )
     config.compare = (("draft", "ngram"),)  # pairs whose block efficiencies are compared prompt by prompt
     config.samples = 3  # texts in the report
-    config.measure_parts = True  # time draft step, target step, verification and rule separately, to predict the speed
+    config.measure_parts = True  # time drafting and rules for some of the run's seconds, to predict the speed
     if variant == "smoke":
         config.selection.count = 4
         config.max_new_tokens = 12

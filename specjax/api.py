@@ -29,7 +29,7 @@ from specjax.decoding.plan import Plan
 from specjax.decoding.rules import RULES, Rule, rule_named
 from specjax.decoding.sampling import Sampling
 from specjax.evaluation.continuations import Stops, log_probabilities, note_positions, sampling_of_checkpoint
-from specjax.evaluation.engine import MOST_SAMPLES, Output, decode_samples
+from specjax.evaluation.engine import MOST_SAMPLES, Method, Output, decode_all
 from specjax.hub.adapter import LoadedAttachment
 from specjax.hub.adapter import save as save_adapter  # noqa: F401
 from specjax.hub.model import Model, check_pair
@@ -185,17 +185,16 @@ def generate(
     adjust, ids = Sampling.of(temperature, top_k, top_p, **how), _ids(target, loaded, prompts, max_new_tokens)
     stops, limits = Stops.of(target, stop), {"max_new_tokens": max_new_tokens, "greedy": temperature == 0}
     plan = Plan.for_prompts(target.decoder, ids, drafter=proposer, gamma=gamma, rule=rule, **limits)
-    ids, output = decode_samples(
-        plan,
-        target.params,
-        None if loaded is None else loaded.params,
+    ids, output = decode_all(
+        Method(plan, target.params, None if loaded is None else loaded.params, adjust),
         ids,
-        samples,
-        lambda part: _listener(functools.partial(_generation, target, plan, stops, part), blocks_at_once, on_text),
+        samples=samples,
+        listener=lambda part: _listener(
+            functools.partial(_generation, target, plan, stops, part), blocks_at_once, on_text
+        ),
         batch_size=batch_size,
         mesh=target.mesh,
         seed=seed,
-        sampling=adjust,
         max_new_tokens=max_new_tokens,
         eos_ids=target.tokenizer.eos_ids if eos_ids is None else _eos_ids(target, eos_ids),
         end_of=stops.end if stops.strings else None,

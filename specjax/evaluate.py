@@ -73,14 +73,12 @@ def _run_setting(
     plain = {id(case.target): output for case, output in zip(cases, outputs, strict=True) if case.gamma == 0}
     lines, counts = [], {}
     for case, method, output, seconds in zip(cases, methods, outputs, parts, strict=True):
-        joined = output.counts()
-        counts[setting, case.name, case.rule, case.lenience, case.gamma] = joined
+        counts[setting, case.name, case.rule, case.lenience, case.gamma] = output.counts()
         row = rows.EvaluationRow(
             **rows.settings_of(job.config, setting, case, method.sampling, len(job.prompts)),
             **rows.measured(output, baseline, method.plan.target.layers, job.config.seed),
-            expected_iterations=prediction.expected_iterations(joined, setting.batch_size),
             **_quality(job, output, baseline),
-            **prediction.predict(seconds, method.plan, case.num_params, output, baseline),
+            **prediction.predict(seconds, method.plan, case.num_params, output, baseline, setting.batch_size),
             confidence=confidence.histogram(method, job.ids, output),
             identical_to_baseline=engine.compare_with_plain(
                 method, job.ids, plain.get(id(case.target)), output, job.config.seed
@@ -98,10 +96,8 @@ def _decode_all(
 ) -> tuple[list[Output], list[PartSeconds | None]]:
     """Decodes with every case. Returns their outputs, and the seconds of their parts (None if not timed).
 
-    Parts are timed between batches, from a quarter of them on, when the length of texts is known. So if the machine
-    gets slower or faster during the run, the parts change as the run does.
+    Parts are timed between batches, from a quarter of them on, when the length of texts is known.
     """
-    put, size = batch.Placer(job.target.mesh), setting.batch_size
     # Only plans that draft gamma tokens in every block are timed. Drafts of one shape have equal plans, timed once.
     constant = lambda case: case.gamma and not (case.section.options.threshold or case.section.options.adaptive)
     timed = [
@@ -110,31 +106,32 @@ def _decode_all(
     ]
     by_plan = {plan: method for plan, method in zip(timed, methods, strict=True) if plan}
     outputs, meter = [Output() for _ in cases], None
-    total = -(-len(job.ids) // size)
-    first = (total - 1) // 4
+    first = (-(-len(job.ids) // setting.batch_size) - 1) // 4
+    shared = dict(
+        batch_size=setting.batch_size,
+        eos_ids=job.target.tokenizer.eos_ids,
+        seed=job.config.seed,
+        put=batch.Placer(job.target.mesh),
+    )
     turns = engine.decode_in_turns(
         methods,
         job.ids,
-        batch_size=size,
         max_new_tokens=job.config.max_new_tokens,
-        eos_ids=job.target.tokenizer.eos_ids,
-        seed=job.config.seed,
-        put=put,
-        label=f"{setting.rule} T={setting.temperature:g} batch {size}",
+        label=f"{setting.rule} T={setting.temperature:g} batch {setting.batch_size}",
         end_of=job.end_of,
         folder=folder,
+        **shared,
     )
     for number, results in turns:
         for output, result in zip(outputs, results, strict=True):
             output.batches.append(result)
-        if meter is None and number >= first and by_plan:
-            emitted = outputs[0].tokens
-            where = dict(batch_size=size, seed=job.config.seed, put=put)
-            meter = prediction.parts_meter(methods[0], list(by_plan.values()), job.ids, emitted, **where)
-        if meter is not None:
-            meter.keep_up((number - first + 1) / (total - first))
-    parts = {} if meter is None else dict(zip(by_plan, meter.parts(), strict=True))
-    return outputs, [parts.get(plan) for plan in timed]
+        if by_plan and number >= first:
+            meter = meter or prediction.parts_meter(
+                methods[0], list(by_plan.values()), job.ids, outputs[0].tokens, **shared
+            )
+            meter.keep_up(float(sum(output.seconds.sum() for output in outputs)))
+    parts = lambda plan, output: plan and meter.parts(plan, output.blocks, outputs[0].blocks, job.config.seed)
+    return outputs, list(map(parts, timed, outputs))
 
 
 def _quality(job: Job, output: Output, baseline: Output) -> dict[str, dict]:

@@ -10,10 +10,9 @@ import tiny
 
 from configs.benchmark import measure as benchmark
 from configs.benchmark import measure_memory as benchmark_memory
-from configs.benchmark import process_memory
+from configs.benchmark import process_memory, timed_steps
 from specjax.decoding import loop
 from specjax.runtime import config as configs
-from specjax.runtime import timing
 from specjax.runtime.errors import UserError
 from specjax.runtime.process_memory import crowded
 
@@ -153,7 +152,7 @@ def test_a_text_that_does_not_fit_its_cache_is_refused():
 def test_measurements_are_taken_in_turns_and_the_first_round_is_left_out():
     calls = []
     cases = [(lambda: jnp.zeros(()), lambda x, name=name: calls.append(name)) for name in "ab"]
-    seconds = timing.in_turns(cases, 2)
+    seconds = timed_steps.in_turns(cases, 2)
     assert [len(case) for case in seconds] == [2, 2]
     assert calls == ["a", "b", "b", "a", "a", "b"]
 

@@ -1,58 +1,118 @@
-"""Parts that are timed round by round next to a run, with timers that report prepared values."""
+"""Seconds of a block's parts, from the run's own blocks and from drafting and rules that are timed separately."""
 
-from specjax.evaluation import latency
-from specjax.evaluation.throughput import PartSeconds
+import jax
+import numpy as np
+import pytest
+import tiny
 
+from specjax.decoding import batch
+from specjax.decoding.sampling import Sampling, row_keys
+from specjax.evaluation import latency, prediction
+from specjax.evaluation.engine import Method
+from specjax.runtime import timing
 
-def scripted(calls, plan, **seconds):
-    """Timers of one plan: each says its seconds call after call, the last of them for ever, and that it was asked."""
-
-    def timer(part, left):
-        def seconds_of_this_call():
-            calls.append((plan, part))
-            return left.pop(0) if len(left) > 1 else left[0]
-
-        return seconds_of_this_call
-
-    return {part: timer(part, list(left)) for part, left in seconds.items()}
-
-
-PLAIN = [("plain", "verify"), ("plain", "rule")]
-SPECULATIVE = [(plan, part) for plan in ("a", "b") for part in ("verify", "rule", "propose_and_verify")]
+TARGET, PARAMS = tiny.decoder(0, layers=2)
+PLAIN = tiny.plan(TARGET, gamma=0, slots=1, max_new=1)
+PLAN = tiny.plan(TARGET, "ngram", gamma=2, slots=1, max_new=1)
+ONE = np.ones(1, np.int32)
+LIMITS = batch.make_limits([1], [-1], batch.HERE)
+ROWS = latency.Rows(jax.device_put(ONE[None]), jax.device_put(ONE), row_keys(0, jax.device_put(ONE)), LIMITS, 0, 1)
 
 
-def test_rounds_follow_the_share_and_each_times_every_part_of_every_plan():
-    calls = []
-    plain = scripted(calls, "plain", verify=[1.0], rule=[2.0])
-    plans = [scripted(calls, plan, verify=[3.0], rule=[4.0], propose_and_verify=[5.0]) for plan in ("a", "b")]
-    meter = latency.PartsMeter(plain, plans, (1, 2))
-    assert calls == PLAIN + SPECULATIVE and meter.rounds == [], "compiled, which is no round"
-    made = []
-    for share in (0.0, 0.1, 0.1, 0.5, 0.2, 1.0, 1.0):
-        meter.keep_up(share)
-        made.append(len(meter.rounds))
-    assert made == [0, 2, 2, 8, 8, 15, 15]  # round(1.5) and round(7.5) are even
-    assert calls == 16 * (PLAIN + SPECULATIVE)
-    speculative = {"verify": 3.0, "rule": 4.0, "propose_and_verify": 5.0}
-    assert meter.rounds == 15 * [[{"verify": 1.0, "rule": 2.0}, speculative, speculative]]
+class Scripted(latency.PartsMeter):
+    """A meter whose rounds take a second of a clock of its own, and report prepared seconds."""
+
+    def __init__(self, monkeypatch, drafting, rule, baseline_rule, step):
+        plain, drafted = (Method(plan, None, None, Sampling.of(0.0)) for plan in (PLAIN, PLAN))
+        super().__init__(plain, [drafted], ROWS)
+        self.script = {PLAIN: ([0.0] * len(baseline_rule), baseline_rule), PLAN: (drafting, rule)}
+        self.clock, self.step = 0.0, step
+        monkeypatch.setattr(latency.time, "perf_counter", lambda: self.clock)
+
+    def _time(self, method):
+        timings, (drafting, rule) = self._timings[method.plan], self.script[method.plan]
+        span = slice(len(timings.rule), len(timings.rule) + latency._REPEATS)
+        timings.drafting.extend(drafting[span])
+        timings.rule.extend(rule[span])
+        self._steps += [self.step] * latency._REPEATS
+        self.clock += 0.5
 
 
-def test_parts_are_medians_over_rounds():
-    compiling, calls = 1e6, []
-    plain = scripted(calls, "plain", verify=[compiling, *7 * [9.0], 4.0], rule=[compiling, 50.0, 0.5])
-    calling = [float(number) for number in range(1, 15)] + [1000.0]
-    drafting = 6 * [10.0] + 9 * [3.0]
-    # A draft is what the pair took more than the call of its own round: of the pairs the median is 14, less 8 is 6.
-    pairs = [sum(parts) for parts in zip(calling, drafting, strict=True)]
-    draft = scripted(
-        calls, "draft", verify=[compiling, *calling], rule=[compiling, 0.25], propose_and_verify=[compiling, *pairs]
+def scripted(monkeypatch, spread=0.0):
+    drafting = [0.2 + spread * (i % 2) for i in range(32)]
+    return Scripted(monkeypatch, drafting, [0.1] * 32, [0.05] * 32, 1.0)
+
+
+def test_rounds_end_with_the_budget_the_interval_or_their_number(monkeypatch):
+    wide = scripted(monkeypatch, spread=0.5)
+    wide.keep_up(0.0)
+    assert wide.rounds == 1, "one round in any case"
+    wide.keep_up(5.0)
+    assert wide.rounds == 1, "a round takes one second, and a tenth of the run is less"
+    wide.keep_up(25.0)
+    assert wide.rounds == 3
+    wide.keep_up(1e9)
+    assert wide.rounds == latency._ROUNDS
+    narrow = scripted(monkeypatch)
+    narrow.keep_up(1e9)
+    assert narrow.rounds == 2, "of one round no interval is believed"
+
+
+def test_the_targets_call_is_what_is_left_of_the_runs_own_blocks(monkeypatch):
+    meter = scripted(monkeypatch)
+    meter.keep_up(1e9)
+    parts = meter.parts(PLAN, [(3.0, 2), (4.5, 3)], [(6.0, 10), (8.0, 10)], seed=0)
+    assert parts.draft_step == pytest.approx(0.1) and parts.rule == pytest.approx(0.1)
+    assert parts.verify == pytest.approx(1.5 - 0.2 - 0.1) and parts.target_step == pytest.approx(0.7 - 0.05)
+    assert parts.block(2) == pytest.approx(1.5) and parts.baseline == pytest.approx(0.7)
+    assert parts.intervals["verify"] == pytest.approx([1.2, 1.2])  # both batches have blocks of 1.5 seconds
+    assert parts.intervals["target_step"] == pytest.approx([0.55, 0.75])
+    one = meter.parts(PLAN, [(3.0, 2)], [(6.0, 10)], seed=0)
+    assert one.intervals["verify"] is None and one.intervals["rule"] is not None
+    # A block that seems to take less than its drafting, by noise, leaves nothing, and never less.
+    assert meter.parts(PLAN, [(0.1, 1)], [(6.0, 10)], seed=0).verify == 0.0
+
+
+def test_parts_are_timed_without_another_program_that_calls_the_target():
+    make = lambda drafter, gamma, options: tiny.plan(
+        TARGET, drafter, options, gamma=gamma, slots=32, max_new=16, greedy=True
     )
-    free = scripted(calls, "free", verify=[compiling, 5.0], rule=[compiling, 0.75], propose_and_verify=[compiling, 4.5])
-    meter = latency.PartsMeter(plain, [draft, free], (2, 3))
-    meter.keep_up(1.0)
-    shared = {"target_step": 4.0, "baseline_rule": 0.5}
-    assert meter.parts() == [
-        PartSeconds(draft_step=1.5, verify=8.0, rule=0.25, **shared),
-        # Where the pair took less than the call, by noise, drafting costs nothing, and never less.
-        PartSeconds(draft_step=0.0, verify=5.0, rule=0.75, **shared),
-    ]
+    methods = [Method(make("ngram", 0, {}), PARAMS, None, Sampling.of(0.0))]
+    heads = tiny.heads_params(TARGET, PARAMS)  # they draft from the target's states, which the meter has to vary
+    methods.append(Method(make("medusa", 2, {"adapter": tiny.heads(TARGET)}), PARAMS, heads, Sampling.of(0.0)))
+    prompts = [[1, 2, 3, 4], [4, 5, 6]]
+    run = dict(max_new_tokens=8, eos_ids=(7,), seed=0)
+    emitted = [method.decode(prompts, 0, 2, **run)[1].tokens for method in methods]
+    programs = latency.loop.run._cache_size(), latency._repeat._cache_size()
+    how = dict(batch_size=2, eos_ids=(7,), seed=0, put=batch.HERE)
+    meter = prediction.parts_meter(methods[0], methods[1:], prompts, emitted[0], **how)
+    meter.keep_up(0.0)
+    assert (latency.loop.run._cache_size(), latency._repeat._cache_size() - 2) == programs
+    parts = meter.parts(methods[1].plan, [(1.0, 10)], [(1.0, 20)], 0)
+    assert 0 <= parts.draft_step < 0.05 and 0 <= parts.rule < 0.1 and parts.verify <= 0.1
+    assert len(meter._timings[methods[1].plan].drafting) == latency._REPEATS
+
+
+def test_compile_time_counts_once_where_events_contain_others(monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    timing._compilations().clear()  # of the true clock; tests only take differences
+
+    def event(name, end, seconds):
+        clock[0] = end
+        jax.monitoring.record_event_duration_secs(f"/jax/{name}", seconds)
+
+    event("core/compile/jaxpr_trace_duration", 1002.0, 1.0)
+    event("core/compile/jaxpr_trace_duration", 1004.0, 1.0)
+    event("core/compile/jaxpr_trace_duration", 1005.0, 4.0)  # contains both
+    event("core/compile/backend_compile_duration", 1009.0, 3.0)
+    event("compilation_cache/some_other_duration", 1009.0, 3.0)
+    assert timing.compile_seconds() == pytest.approx(7.0)
+    timing._compilations().clear()
+
+
+def test_compiling_is_in_no_other_seconds():
+    call = jax.jit(lambda x: jax.lax.fori_loop(0, 3, lambda _, y: np.float32(2) * y, x))
+    _, seconds, compiled = timing.timed(lambda: call(np.ones(3, np.float32)))
+    _, again, none = timing.timed(lambda: call(np.ones(3, np.float32)))
+    assert compiled > 0 and none == 0 and seconds > 0 and again > 0

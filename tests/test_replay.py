@@ -9,7 +9,6 @@ import pytest
 import tiny
 
 from specjax import api
-from specjax.decoding import batch
 from specjax.decoding.drafters.early_exit import EarlyExit
 from specjax.decoding.drafters.model import ModelDraft
 from specjax.decoding.drafters.ngram import NGram
@@ -17,6 +16,7 @@ from specjax.decoding.drafters.table import make_options
 from specjax.decoding.plan import Plan
 from specjax.decoding.sampling import Sampling
 from specjax.draft_design import replay
+from specjax.evaluation.engine import Method, decode_all
 from specjax.hub.tokenizer import train_byte_bpe
 from specjax.reporting import metrics
 from specjax.runtime.errors import UserError
@@ -58,18 +58,10 @@ def live_counts(models, prompts, kind, gamma, options, size):
     options = {**options, "model": draft.decoder} if kind == "model" else options
     drafter = tiny.make_drafter(kind, target.decoder, gamma, options)
     plan = Plan.for_prompts(target.decoder, prompts, max_new_tokens=NEW, greedy=True, drafter=drafter, gamma=gamma)
-    results = batch.decode_all(
-        plan,
-        target.params,
-        draft.params if kind == "model" else None,
-        prompts,
-        batch_size=size,
-        seed=3,
-        sampling=Sampling.of(0.0, threshold=options.get("threshold", 0.0)),
-        max_new_tokens=NEW,
-        eos_ids=target.tokenizer.eos_ids,
-    )
-    return metrics.Counts(**batch.join_counts([result.counts(rows) for rows, result in results]))
+    sampling = Sampling.of(0.0, threshold=options.get("threshold", 0.0))
+    method = Method(plan, target.params, draft.params if kind == "model" else None, sampling)
+    how = {"max_new_tokens": NEW, "eos_ids": target.tokenizer.eos_ids, "seed": 3}
+    return decode_all(method, prompts, batch_size=size, **how)[1].counts()
 
 
 def by_hand(target="t", tokenizer="v"):

@@ -17,12 +17,12 @@ import jax.numpy as jnp
 
 from configs.benchmark.measure_loading import loading
 from configs.benchmark.measure_memory import distillation_memory
+from configs.benchmark.timed_steps import TimedStep, in_turns, step_case
 from specjax.decoding import loop
 from specjax.decoding.drafters.model import ModelDraft
 from specjax.decoding.drafters.table import build_drafter
 from specjax.decoding.plan import Plan
 from specjax.decoding.sampling import Sampling, row_keys
-from specjax.evaluation import latency
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder, Params
 from specjax.reporting import records, tables
@@ -30,7 +30,7 @@ from specjax.runtime import cli, processes
 from specjax.runtime import config as configs
 from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError, nearest
-from specjax.runtime.timing import in_turns, progress
+from specjax.runtime.timing import progress
 
 
 def run(config: Any, workdir: str | Path) -> dict:
@@ -169,8 +169,8 @@ def _step_seconds(config: Any, name: str, settings: Sequence[tuple[int, int, int
     for width, context, capacity in settings:
         if context + width - 1 > capacity:
             raise UserError(f"a context of {context} tokens and {width} more do not fit a capacity of {capacity}")
-        step = latency.TimedStep(model, tokens=width, batch=1, context=context, capacity=capacity, steps=config.steps)
-        cases.append(latency.step_case(step, params))
+        step = TimedStep(model, tokens=width, batch=1, context=context, capacity=capacity, steps=config.steps)
+        cases.append(step_case(step, params))
     timed = in_turns(cases, config.repeats)
     return model.num_params, [[seconds / config.steps for seconds in case] for case in timed]
 

@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from configs.benchmark.timed_steps import TimedStep, in_turns, step_case
 from specjax.draft_design import shapes
-from specjax.evaluation import latency
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
 from specjax.runtime import files
 from specjax.runtime.dtypes import dtype_named
 from specjax.runtime.errors import UserError
-from specjax.runtime.timing import in_turns, progress
+from specjax.runtime.timing import progress
 
 SCHEMA = 1
 # Capacities are multiples of this, so that slightly different contexts read equally many slots.
@@ -33,7 +33,7 @@ _FILL = 0.8
 
 @dataclasses.dataclass(frozen=True)
 class StepCase:
-    """A step to time; fields are as in `latency.TimedStep`, with a model of this shape."""
+    """A step to time; fields are as in `TimedStep`, with a model of this shape."""
 
     shape: DecoderConfig
     tokens: int = 1
@@ -51,8 +51,8 @@ class StepCase:
         """Slots of the cache."""
         return -(-(self.context + self.tokens) // _SLOTS) * _SLOTS
 
-    def timed_step(self) -> latency.TimedStep:
-        return latency.TimedStep(Decoder(self.shape), self.tokens, self.batch, self.context, self.capacity, self.steps)
+    def timed_step(self) -> TimedStep:
+        return TimedStep(Decoder(self.shape), self.tokens, self.batch, self.context, self.capacity, self.steps)
 
 
 def weight_bytes(config: DecoderConfig) -> int:
@@ -235,7 +235,7 @@ class Profile:
 
 def _timed(cases: Sequence[StepCase], repeats: int) -> dict[str, Point]:
     weights = {shape: Decoder(shape).init(jax.random.key(0)) for shape in {case.shape for case in cases}}
-    timed = in_turns([latency.step_case(case.timed_step(), weights[case.shape]) for case in cases], repeats)
+    timed = in_turns([step_case(case.timed_step(), weights[case.shape]) for case in cases], repeats)
     return {case.key: Point.of([each / case.steps for each in s]) for case, s in zip(cases, timed, strict=True)}
 
 

@@ -1,7 +1,6 @@
 """Decodes lists of token ids with the loop: checks and pads prompts, times batches, and returns lists of token ids."""
 
 import dataclasses
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from specjax.models import kv_cache
 from specjax.runtime import mesh as meshes
 from specjax.runtime import processes
 from specjax.runtime.errors import UserError
+from specjax.runtime.timing import timed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +32,7 @@ class BatchResult:
       prefill_seconds: wall-clock seconds of the target's and the drafter's prefill.
       decode_seconds: wall-clock seconds of all blocks.
       iterations: number of blocks that the batch ran.
+      compile_seconds: wall-clock seconds of compiling the two, which neither of them includes.
     """
 
     tokens: list[list[int]]
@@ -41,6 +42,7 @@ class BatchResult:
     prefill_seconds: float
     decode_seconds: float
     iterations: int
+    compile_seconds: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -123,11 +125,21 @@ class Placer:
         return meshes.place(array, jax.NamedSharding(self.mesh, meshes.spec(axes)))
 
 
-# Number of blocks after which rows are asked for their ends.
-_END_BLOCKS = 16
-
 # Places arrays on the default device.
 HERE = Placer()
+
+
+def make_limits(max_new_tokens: Sequence[int], eos_ids: Sequence[int], put: Placer) -> loop.Limits:
+    """The limits of rows that emit up to so many tokens each.
+
+    Limits of equally many rows and `eos_ids` share an executable, also those that end `run` after some blocks.
+    """
+    room, eos = np.asarray(max_new_tokens, np.int32), tuple(eos_ids) or (-1,)
+    return loop.Limits(put(room), jnp.asarray(eos, jnp.int32), jnp.int32(2**31 - 1))
+
+
+# Number of blocks after which rows are asked for their ends.
+_END_BLOCKS = 16
 
 
 def decode(
@@ -166,24 +178,24 @@ def decode(
     rows = put.rows(max(size or 0, count))
     slots = plan.prompt_slots or prompt_slots(prompts)
     tokens, lengths = pad([*prompts, *[prompts[-1]] * (rows - count)], slots)
-    room = np.where(np.arange(rows) < count, max_new_tokens, 0).astype(np.int32)
+    room = [max_new_tokens] * count + [0] * (rows - count)
     places = np.asarray([*indices, *[0] * (rows - count)], np.int32)
-    limits = loop.Limits(put(room), jnp.asarray(tuple(eos_ids) or (-1,), jnp.int32))
+    limits = make_limits(room, eos_ids, put)
     tokens, lengths, keys = put(tokens), put(lengths), row_keys(seed, put(places))
     jax.block_until_ready((tokens, lengths, keys, limits))
-    started = time.perf_counter()
-    state = jax.block_until_ready(loop.prefill(plan, params, draft_params, tokens, lengths, keys))
-    prefill_seconds, decode_seconds = time.perf_counter() - started, 0.0
-    iterations, lengths_kept = 0, {}
+    prefill = lambda: loop.prefill(plan, params, draft_params, tokens, lengths, keys)
+    state, prefill_seconds, compile_seconds = timed(prefill)
+    decode_seconds, iterations, lengths_kept = 0.0, 0, {}
     blocks = _END_BLOCKS if blocks is None and end_of is not None else blocks
     while True:
         if blocks is not None:
             iterations += blocks
             limits = dataclasses.replace(limits, iterations=jnp.int32(iterations))
-        started = time.perf_counter()
-        state = jax.block_until_ready(loop.run(plan, params, draft_params, state, sampling, limits))
-        decode_seconds += time.perf_counter() - started
-        result, done = _result(state, count, prefill_seconds, decode_seconds)
+        run = lambda state=state, limits=limits: loop.run(plan, params, draft_params, state, sampling, limits)
+        state, seconds, compiled = timed(run)
+        decode_seconds, compile_seconds = decode_seconds + seconds, compile_seconds + compiled
+        seconds = {"decode_seconds": decode_seconds, "compile_seconds": compile_seconds}
+        result, done = _result(state, count, prefill_seconds=prefill_seconds, **seconds)
         _check_finite(plan, result.statistics, indices)
         if end_of is not None:
             for row, tokens in enumerate(result.tokens):
@@ -213,9 +225,7 @@ def _check_finite(plan: Plan, statistics: Statistics, indices: Sequence[int]) ->
         )
 
 
-def _result(
-    state: loop.DecodeState, count: int, prefill_seconds: float, decode_seconds: float
-) -> tuple[BatchResult, np.ndarray]:
+def _result(state: loop.DecodeState, count: int, **seconds: float) -> tuple[BatchResult, np.ndarray]:
     """The result so far, with tokens and `DecodeState.origins` of the first `count` rows, and which rows have ended."""
     meters = {"target": kv_cache.meters(state.target_cache), "draft": kv_cache.meters(state.drafter_state)}
     spans = (state.prompt_lengths, state.lengths)
@@ -227,9 +237,8 @@ def _result(
         origins=[row[span].tolist() for row, span in zip(all_origins, spans, strict=False)],
         statistics=statistics,
         executions=meters,
-        prefill_seconds=prefill_seconds,
-        decode_seconds=decode_seconds,
         iterations=int(iterations),
+        **seconds,
     )
     return result, np.array(done)
 
@@ -262,29 +271,6 @@ def _cut(gamma: int, result: BatchResult, ends: dict[int, int]) -> BatchResult:
             counts[name][row] = np.asarray(getattr(blocks, name)).sum(0)
         tokens[row], origins[row] = tokens[row][:end], origins[row][:end]
     return dataclasses.replace(result, tokens=tokens, origins=origins, statistics=Statistics(**counts))
-
-
-def decode_batch_of(
-    plan: Plan, params: Any, draft_params: Any, prompts, *, first: int, batch_size: int, **settings
-) -> tuple[int, BatchResult]:
-    """Decodes the batch of prompts `first .. first + batch_size - 1`; a shorter last batch is padded to the same shape.
-
-    Returns:
-      the number of rows that are not padding, and the result.
-    """
-    part = list(prompts[first : first + batch_size])
-    indices = range(first, first + len(part))
-    return len(part), decode(plan, params, draft_params, part, indices=indices, size=batch_size, **settings)
-
-
-def decode_all(
-    plan: Plan, params: Any, draft_params: Any, prompts, *, batch_size: int, **settings
-) -> list[tuple[int, BatchResult]]:
-    """`decode_batch_of` for every batch of the prompts, in order."""
-    return [
-        decode_batch_of(plan, params, draft_params, prompts, first=first, batch_size=batch_size, **settings)
-        for first in range(0, len(prompts), batch_size)
-    ]
 
 
 def join_counts(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -20,7 +20,7 @@ from specjax.decoding.plan import Plan
 from specjax.decoding.sampling import Sampling
 from specjax.draft_design import shapes
 from specjax.evaluation import prediction, throughput
-from specjax.evaluation.engine import Method, Output
+from specjax.evaluation.engine import Method, decode_all
 from specjax.hub.model import Model
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
@@ -95,18 +95,10 @@ def measured(counts: metrics.Counts, *, seed: int, batch_size: int = 1) -> Accep
 
 def decode(target: Model, draft: Model, work: Workload, gamma: int, threshold: float) -> metrics.Counts:
     """Decodes the workload speculatively and returns the counts."""
-    results = batch.decode_all(
-        work.plan(target.decoder, draft.decoder, gamma, threshold),
-        target.params,
-        draft.params,
-        work.prompts,
-        batch_size=work.batch_size,
-        seed=work.seed,
-        sampling=Sampling.of(work.temperature, threshold=threshold),
-        max_new_tokens=work.max_new_tokens,
-        eos_ids=target.tokenizer.eos_ids,
-    )
-    return Output(results).counts()
+    plan = work.plan(target.decoder, draft.decoder, gamma, threshold)
+    method = Method(plan, target.params, draft.params, Sampling.of(work.temperature, threshold=threshold))
+    how = {"max_new_tokens": work.max_new_tokens, "eos_ids": target.tokenizer.eos_ids, "seed": work.seed}
+    return decode_all(method, work.prompts, batch_size=work.batch_size, **how)[1].counts()
 
 
 def time_parts(
@@ -123,14 +115,16 @@ def time_parts(
     method = lambda draft, its, gamma: Method(
         work.plan(target, draft, gamma, 0.0), params, its, Sampling.of(work.temperature)
     )
-    speculative = [method(draft, its, gamma) for draft, its in drafts for gamma in gammas]
+    plain = method(None, None, 0)
+    speculative = {(i, gamma): method(*draft, gamma) for i, draft in enumerate(drafts) for gamma in gammas}
     emitted = [tuple(prompt[:1]) * work.max_new_tokens for prompt in work.prompts]  # the time depends on their number
-    how = {"batch_size": work.batch_size, "seed": work.seed, "put": batch.HERE}
-    meter = prediction.parts_meter(method(None, None, 0), speculative, work.prompts, emitted, **how)
-    meter.keep_up(1.0)
-    measured = meter.parts()
-    rows_of = [measured[i : i + len(gammas)] for i in range(0, len(measured), len(gammas))]
-    return [dict(zip(gammas, parts, strict=True)) for parts in rows_of]
+    how = {"batch_size": work.batch_size, "eos_ids": (-1,), "seed": work.seed, "put": batch.HERE}
+    meter = prediction.parts_meter(plain, list(speculative.values()), work.prompts, emitted, **how)
+    meter.keep_up(float("inf"))
+    blocks, *timed = meter.time_blocks()
+    parts = lambda method, of: meter.parts(method.plan, of, blocks, work.seed)
+    by_key = dict(zip(speculative, map(parts, speculative.values(), timed), strict=True))
+    return [{gamma: by_key[i, gamma] for gamma in gammas} for i in range(len(drafts))]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ from specjax.decoding.drafters.ngram import NGram
 from specjax.decoding.drafters.table import build_drafter
 from specjax.decoding.plan import Plan
 from specjax.decoding.sampling import Sampling
-from specjax.evaluation.engine import Output
+from specjax.evaluation.engine import Method, Output, decode_all
 from specjax.hub.model import Model
 from specjax.models.language_model import LanguageModel, consecutive
 from specjax.reporting import metrics, records
@@ -102,9 +102,9 @@ def record(
     )
     eos_ids = tuple(target.tokenizer.eos_ids)
     plan = Plan.for_prompts(decoder, prompts, max_new_tokens=max_new_tokens, greedy=True)
-    how = {"seed": 0, "sampling": Sampling.of(0.0), "max_new_tokens": max_new_tokens, "eos_ids": eos_ids}
-    results = batch.decode_all(plan, target.params, None, prompts, batch_size=batch_size, **how)
-    emitted = tuple(map(tuple, Output(results).tokens))
+    how = {"seed": 0, "max_new_tokens": max_new_tokens, "eos_ids": eos_ids}
+    method = Method(plan, target.params, None, Sampling.of(0.0))
+    emitted = tuple(map(tuple, decode_all(method, prompts, batch_size=batch_size, **how)[1].tokens))
     top_ids, top_probs = _most_probable(target, prompts, emitted, max_new_tokens, batch_size, top_k)
     return Replay(
         target=target.fingerprint,
@@ -169,14 +169,14 @@ def score(
     drafter = build_drafter(options, table, gamma, None if draft is None else draft.decoder)
     lengths = {"max_new_tokens": replay.max_new_tokens}
     plan = Plan.for_prompts(table, replay.prompts, greedy=True, drafter=drafter, gamma=gamma, **lengths)
-    how = {"seed": 0, "sampling": Sampling.of(0.0, threshold=options.threshold), "eos_ids": replay.eos_ids, **lengths}
+    how, sampling = {"seed": 0, "eos_ids": replay.eos_ids, **lengths}, Sampling.of(0.0, threshold=options.threshold)
     texts = _texts(replay.prompts, replay.emitted, plan.capacity)
     output = Output()
     for first in range(0, len(texts), batch_size):
         part = texts[first : first + batch_size]
         part = jnp.asarray(np.concatenate([part, np.repeat(part[-1:], batch_size - len(part), axis=0)]))
-        rows = {"first": first, "batch_size": batch_size}
-        output.batches.append(batch.decode_batch_of(plan, part, params, replay.prompts, **rows, **how))
+        method = Method(plan, part, params, sampling)
+        output.batches.append(method.decode(replay.prompts, first, batch_size, **how))
     return output.counts()
 
 

@@ -38,6 +38,30 @@ class Method:
     draft_params: Any
     sampling: Sampling
 
+    def decode(
+        self,
+        prompts: Sequence[Sequence[int]],
+        first: int,
+        batch_size: int,
+        *,
+        indices: Sequence[int] | None = None,
+        **settings: Any,
+    ) -> tuple[int, batch.BatchResult]:
+        """Decodes prompts `first .. first + batch_size - 1`; a shorter last batch is padded to the same shape.
+
+        Args:
+          prompts: all prompts of the run.
+          indices: index of each prompt, which with `seed` determines its random numbers; by default that in `prompts`.
+          settings: further arguments of `batch.decode`.
+
+        Returns:
+          the number of rows that are not padding, and the result.
+        """
+        span = slice(first, first + batch_size)
+        part, places = prompts[span], (range(len(prompts)) if indices is None else indices)[span]
+        how = {"indices": places, "sampling": self.sampling, "size": batch_size, **settings}
+        return len(part), batch.decode(self.plan, self.params, self.draft_params, part, **how)
+
 
 @dataclasses.dataclass(frozen=True)
 class Output:
@@ -77,6 +101,15 @@ class Output:
     def prefill_seconds(self) -> float:
         return sum(result.prefill_seconds for _, result in self.batches)
 
+    @property
+    def compile_seconds(self) -> float:
+        return sum(result.compile_seconds for _, result in self.batches)
+
+    @property
+    def blocks(self) -> list[tuple[float, int]]:
+        """Seconds of decoding and number of blocks of each batch."""
+        return [(result.decode_seconds, result.iterations) for _, result in self.batches]
+
     def counts(self) -> metrics.Counts:
         """Counts of each prompt. Raises ValueError if they contradict each other."""
         return metrics.Counts(**batch.join_counts([result.counts(rows) for rows, result in self.batches]))
@@ -95,13 +128,13 @@ def decode_in_turns(
 ) -> Iterator[tuple[int, list[tuple[int, batch.BatchResult]]]]:
     """Decodes each batch of prompts with every method, and yields the results of a batch as soon as it is decoded.
 
-    First every method decodes one batch whose result is dropped, so that no batch's seconds include compilation. The
-    order of the methods rotates from batch to batch, so that none always follows the same one.
+    First every method decodes one block, which compiles. The order of the methods rotates from batch to batch, so that
+    none always follows the same one.
 
     Args:
       label: label of the progress bar.
       numbers: indices of the batches to decode; all of them by default.
-      indices: index of each prompt, which with `seed` determines its random numbers; by default that in `prompts`.
+      indices: see `Method.decode`.
       folder: where finished batches are stored, so that a stopped run resumes; its name has to change with all that
         determines the results besides label, prompts and indices.
       settings: `max_new_tokens`, `eos_ids`, `seed`, `put` and `end_of` of `batch.decode`.
@@ -115,28 +148,20 @@ def decode_in_turns(
     total = -(-len(prompts) // batch_size)
     numbers = range(total) if numbers is None else numbers
     indices = range(len(prompts)) if indices is None else indices
-    span_of = lambda number: slice(number * batch_size, (number + 1) * batch_size)
 
-    def decode(method: Method, number: int) -> tuple[int, batch.BatchResult]:
-        span = span_of(number)
-        result = batch.decode(
-            method.plan,
-            method.params,
-            method.draft_params,
-            prompts[span],
-            indices=indices[span],
-            sampling=method.sampling,
-            size=batch_size,
-            **settings,
-        )
-        return len(prompts[span]), result
+    def decode(method: Method, number: int, **how: Any) -> tuple[int, batch.BatchResult]:
+        return method.decode(prompts, number * batch_size, batch_size, indices=indices, **settings | how)
 
-    key_of = lambda span: f"{label}{len(methods)}{[list(prompt) for prompt in prompts[span]]}{list(indices[span])}"
-    paths = {number: _path(folder, key_of(span_of(number))) for number in numbers} if folder is not None else {}
+    def path(number: int) -> Path:
+        span = slice(number * batch_size, (number + 1) * batch_size)
+        key = f"{label}{len(methods)}{[list(prompt) for prompt in prompts[span]]}{list(indices[span])}"
+        return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+
+    paths = {} if folder is None else {number: path(number) for number in numbers}
     stored = processes.from_first([number for number, path in paths.items() if path.exists()])
     missing = [number for number in numbers if number not in stored]
-    for method in progress(methods if missing else (), description=f"{label}: compile", unit="case"):
-        decode(method, missing[0])
+    compiling = progress(methods if missing else (), description=f"{label}: compile", unit="case")
+    compiled = [decode(method, missing[0], max_new_tokens=1)[1].compile_seconds for method in compiling]
     with progress(total=total * len(methods), description=label, unit="run") as bar:
         bar.update((total - len(missing)) * len(methods))
         for turn, number in enumerate(numbers):
@@ -147,7 +172,9 @@ def decode_in_turns(
             results: list[Any] = [None] * len(methods)
             for offset in range(len(methods)):
                 index = (turn + offset) % len(methods)
-                results[index] = decode(methods[index], number)
+                rows, result = decode(methods[index], number)
+                seconds = result.compile_seconds + (compiled[index] if number == missing[0] else 0.0)
+                results[index] = rows, dataclasses.replace(result, compile_seconds=seconds)
                 bar.update(1)
             if folder is not None and processes.first():
                 records.write_atomically(paths[number], json.dumps([_plain(*result) for result in results]))
@@ -159,19 +186,17 @@ _SAMPLE = 2**20
 MOST_SAMPLES = 2**31 // _SAMPLE - 1
 
 
-def decode_samples(
-    plan: Plan,
-    params: Any,
-    draft_params: Any,
+def decode_all(
+    method: Method,
     prompts: Sequence[Sequence[int]],
-    samples: int,
-    listener: Callable[[Sequence[Sequence[int]]], dict[str, Any]],
     *,
     batch_size: int,
-    mesh: Any,
+    samples: int = 1,
+    mesh: Any = None,
+    listener: Callable[[Sequence[Sequence[int]]], dict[str, Any]] = lambda part: {},
     **settings: Any,
 ) -> tuple[list[Sequence[int]], Output]:
-    """Decodes every prompt `samples` times. Returns the prompt of each row, and the results.
+    """Decodes every prompt `samples` times, batch by batch. Returns the prompt of each row, and the results.
 
     Each row has an index that determines its random numbers; sample 0 has the index of its prompt.
 
@@ -180,18 +205,12 @@ def decode_samples(
       listener: for the prompts of a batch, further arguments of `batch.decode`, as are `settings`.
     """
     places = [number + sample * _SAMPLE for number in range(len(prompts)) for sample in range(samples)]
-    rows, output = [prompts[place % _SAMPLE] for place in places], Output()
+    rows, output, size = [prompts[place % _SAMPLE] for place in places], Output(), min(batch_size, len(places))
     with contextlib.nullcontext() if mesh is None else meshes.use(mesh):
-        for first in range(0, len(rows), batch_size):
-            span = slice(first, first + batch_size)
-            part, size = rows[span], min(batch_size, len(rows))
-            how = {"indices": places[span], "put": batch.Placer(mesh), "size": size, **settings, **listener(part)}
-            output.batches.append((len(part), batch.decode(plan, params, draft_params, part, **how)))
+        for first in range(0, len(rows), size):
+            how = {"indices": places, "put": batch.Placer(mesh), **settings, **listener(rows[first : first + size])}
+            output.batches.append(method.decode(rows, first, size, **how))
     return rows, output
-
-
-def _path(folder: Path, key: str) -> Path:
-    return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
 def _plain(rows: int, result: batch.BatchResult) -> dict[str, Any]:

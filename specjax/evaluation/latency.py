@@ -1,12 +1,11 @@
-"""Times the parts of a block, and single steps of a model, on this device at a given context length.
+"""Times the parts of a block on this device, next to a run that times whole blocks.
 
-The timed code runs many times in one compiled loop, because a single dispatch can take longer than a step. Each
-iteration depends on the result of the previous one; otherwise the compiler would hoist or remove it.
+Only drafting, and the rule with commit, are timed separately. The target's call is the rest of a block, so no program
+but the run's own calls the target: compiling another one would take longer than the timing.
 """
 
 import dataclasses
 import functools
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,20 +13,91 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int, Key
 
-from specjax.decoding import loop, rules
+from specjax.decoding import loop
 from specjax.decoding.drafters.base import Outcome, Proposal
 from specjax.decoding.plan import Plan
 from specjax.decoding.sampling import Noise
 from specjax.evaluation.engine import Method
 from specjax.evaluation.throughput import PartSeconds
 from specjax.models import kv_cache
-from specjax.models.language_model import LanguageModel
-from specjax.runtime.timing import progress
+from specjax.reporting import metrics
+from specjax.runtime import processes
+from specjax.runtime.dtypes import dtype_named
+from specjax.runtime.timing import timed
 
-_STEPS = 16
-_ROUNDS = 15
-_COST_ROUNDS = 3
+# Timings of each part per round, number of rules in one timing, and largest number of rounds.
+_REPEATS, _RULES, _ROUNDS = 4, 4, 6
+# Rounds end when they have taken this share of the run's seconds, or when the intervals of drafting and rule are at
+# most this share of a plain step wide, on either side.
+_SHARE, _NARROW = 0.1, 0.01
+# Blocks in one timing of whole blocks, if the cache has room for them.
+_BLOCKS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Rows of a run's mean context length, for which blocks and their parts are timed.
+
+    Attributes:
+      tokens: right-padded prompts.
+      lengths: number of tokens of each prompt.
+      row_keys: random keys.
+      limits: limits that no row reaches, with as many `eos_ids` as the run's, so that the run's programs serve.
+      decoded: number of tokens in the caches after the prompt; their values do not matter.
+      length: number of tokens of each text.
+    """
+
+    tokens: Int[Array, "B P"]
+    lengths: Int[Array, "B"]
+    row_keys: Key[Array, "B"]
+    limits: loop.Limits
+    decoded: int
+    length: int
+
+    def state(self, method: Method) -> loop.DecodeState:
+        """The state after the prefill and `decoded` tokens."""
+        arrays = self.tokens, self.lengths, self.row_keys
+        return self.again(loop.prefill(method.plan, method.params, method.draft_params, *arrays))
+
+    def again(self, state: loop.DecodeState) -> loop.DecodeState:
+        """A state whose blocks are dropped, so that it has its first lengths."""
+        return dataclasses.replace(state, lengths=state.prompt_lengths + self.decoded)
+
+    def run(self, method: Method, state: loop.DecodeState, blocks: int) -> loop.DecodeState:
+        """The state after some blocks, by the run's own program."""
+        limits = dataclasses.replace(self.limits, iterations=state.iterations + blocks)
+        return loop.run(method.plan, method.params, method.draft_params, state, method.sampling, limits)
+
+
+def block_timer(method: Method, rows: Rows) -> Callable[[], tuple[float, int]]:
+    """Runs some blocks, which compiles if the run did not, and returns a timer: (seconds, number of blocks)."""
+    blocks = max(1, min(_BLOCKS, (method.plan.capacity - rows.length) // (method.plan.gamma + 1)))
+    state = rows.run(method, rows.state(method), blocks)
+
+    def timer() -> tuple[float, int]:
+        nonlocal state
+        state, seconds, _ = timed(lambda: rows.run(method, rows.again(state), blocks))
+        return seconds, blocks
+
+    return timer
+
+
+def forced_block_seconds(method: Method, rows: Rows) -> list[float]:
+    """Seconds of a block in which every row drafts k tokens, k = 0 .. gamma, for an adaptive drafter.
+
+    A number is forced by infinite costs of all others, which are traced, so the run's own program serves.
+    """
+
+    def forced(drafted: int) -> Callable[[], tuple[float, int]]:
+        costs = jnp.full((method.plan.gamma + 1,), jnp.inf).at[drafted].set(1.0)
+        sampling = dataclasses.replace(method.sampling, costs=costs)
+        return block_timer(dataclasses.replace(method, sampling=sampling), rows)
+
+    timers = [forced(drafted) for drafted in range(method.plan.gamma + 1)]
+    rounds = [[seconds / blocks for seconds, blocks in (timer() for timer in timers)] for _ in range(3)]
+    return np.median(rounds, axis=0).tolist()
 
 
 def _noise(plan: Plan, state: loop.DecodeState) -> Noise:
@@ -35,244 +105,171 @@ def _noise(plan: Plan, state: loop.DecodeState) -> Noise:
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-def _draft_and_verify_loop(plan, params, draft_params, state, sampling):
-    """Repeats a proposal followed by a target call, always from the same committed text.
+def _repeat(plan, params, draft_params, state, example, sampling, limits, proposals, rules):
+    """Runs `proposals` times the drafter, then `rules` times rule and commit on `example`, always at the same lengths.
 
-    Timed alone, a draft would keep its weights in the processor's cache; in a real block the target call evicts them.
-    The draft's seconds are those of the pair minus those of the target call.
+    Each repetition depends on the previous one; otherwise the compiler would hoist it.
     """
+    proposal, logits, taps = example
 
-    def step(_, state):
-        proposal, state = loop.propose(plan, params, draft_params, state, _noise(plan, state), sampling)
-        pending = jnp.take_along_axis(state.tokens, state.lengths[:, None] - 1, axis=1)[:, 0]
-        logits, cache, taps = loop.verify(plan, params, state.target_cache, pending, state.lengths, proposal)
-        if plan.drafter.taps:  # commit new tapped states, otherwise the draft would be constant and hoisted
+    def propose(_, state):
+        drafted, state = loop.propose(plan, params, draft_params, state, _noise(plan, state), sampling)
+        if plan.drafter.taps:  # drafts from the target's states, which the target's call would have changed
+            drift = 1e-9 * jnp.sum(drafted.tokens).astype(jnp.float32)
+            moved = jax.tree.map(lambda tap: (tap + drift).astype(tap.dtype), taps)
             one = jnp.ones_like(state.lengths)
-            outcome = Outcome(jnp.pad(proposal.tokens, ((0, 0), (0, 1))), one, 0 * one, state.lengths, taps)
+            outcome = Outcome(jnp.pad(drafted.tokens, ((0, 0), (0, 1))), one, 0 * one, state.lengths, moved)
             drafter_state = plan.drafter.commit(draft_params, state.drafter_state, outcome)
             state = dataclasses.replace(state, drafter_state=drafter_state)
-        # The next pair starts from the token that this one chose.
-        chosen = jnp.sum(jnp.argmax(logits, axis=-1).astype(jnp.int32), axis=1)
-        following = (chosen % plan.target.vocab_size)[:, None]
-        tokens = kv_cache.write_rows(state.tokens, following, state.lengths - 1, axis=1)
-        return dataclasses.replace(state, tokens=tokens, target_cache=cache)
+        tokens = kv_cache.write_rows(state.tokens, drafted.tokens[:, -1:], state.lengths - 1, axis=1)
+        return dataclasses.replace(state, tokens=tokens)
 
-    return jax.lax.fori_loop(0, _STEPS, step, state)
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _verify_loop(plan, params, state, proposal):
-    """Repeats the target call; the pending token is the most probable token of the previous call."""
-
-    def step(_, carry):
-        cache, pending, total = carry
-        moved = proposal
-        if proposal.resume_hidden is not None:  # constant hidden states would be projected only once
-            drift = 1e-9 * total.astype(proposal.resume_hidden.dtype)
-            moved = dataclasses.replace(proposal, resume_hidden=proposal.resume_hidden + drift)
-        logits, cache, _ = loop.verify(plan, params, cache, pending, state.lengths, moved)
-        # Use the logits of every position; otherwise the compiler would compute only the first.
-        chosen = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        return cache, chosen[:, 0], jnp.sum(chosen)
-
-    pending = jnp.zeros_like(state.lengths)
-    return jax.lax.fori_loop(0, _STEPS, step, (state.target_cache, pending, jnp.int32(0)))
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _rule_loop(plan, draft_params, state, proposal, logits, taps, sampling, limits):
-    """Repeats rule and commit on the same logits, shifted slightly by the number of tokens emitted so far."""
-
-    def step(_, state):
-        moved = logits + 1e-6 * jnp.sum(state.lengths).astype(jnp.float32)
+    def rule(_, state):
+        moved = logits + 1e-6 * state.iterations.astype(jnp.float32)
         noise = _noise(plan, state)
-        state_after = loop.accept_and_commit(plan, draft_params, state, proposal, moved, taps, noise, sampling, limits)
-        return dataclasses.replace(state_after, done=state.done)
+        after = loop.accept_and_commit(plan, draft_params, state, proposal, moved, taps, noise, sampling, limits)
+        return dataclasses.replace(after, done=state.done, lengths=state.lengths)
 
-    return jax.lax.fori_loop(0, _STEPS, step, state)
+    if plan.gamma:
+        state = jax.lax.fori_loop(0, proposals, propose, state)
+    return jax.lax.fori_loop(0, rules, rule, state)
 
 
 @dataclasses.dataclass(frozen=True)
-class TimedStep:
-    """Settings for timing a model: `steps` calls on `tokens` tokens per row in one dispatch.
+class _Timings:
+    """Seconds of drafting and of rule with commit in a block, each measured several times."""
 
-    Attributes:
-      model: the model; its weights may be random, because the time does not depend on its predictions.
-      tokens: number of tokens per row and call: 1 for plain decoding, gamma + 1 for verification.
-      batch: number of rows.
-      context: number of tokens in a row, up to and including the first one of the call.
-      capacity: number of cache slots per row.
-      steps: number of calls per dispatch; 1 returns to the host after every call.
-    """
+    drafting: list[float] = dataclasses.field(default_factory=list)
+    rule: list[float] = dataclasses.field(default_factory=list)
 
-    model: LanguageModel
-    tokens: int
-    batch: int
-    context: int
-    capacity: int
-    steps: int
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _steps(step: TimedStep, params, cache, tokens, start):
-    """Runs the model `steps` times at the same positions, on the most probable tokens of the previous call."""
-    positions = start[:, None] + jnp.arange(step.tokens, dtype=jnp.int32)[None]
-
-    def once(_, carry):
-        cache, tokens = carry
-        hidden, cache = step.model.extend(params, cache, tokens, positions)
-        return cache, jnp.argmax(step.model.head(params, hidden), axis=-1).astype(jnp.int32)
-
-    return jax.lax.fori_loop(0, step.steps, once, (cache, tokens))
-
-
-def step_case(step: TimedStep, params: Any) -> tuple[Callable, Callable]:
-    """Functions (make the inputs, run) for `timing.in_turns`; one run is `step.steps` calls of the model.
-
-    The cache is filled with zeros, because its content does not affect the time; `context` must fit its capacity.
-    """
-    tokens = jnp.zeros((step.batch, step.tokens), jnp.int32)
-    start = jnp.full((step.batch,), step.context - 1, jnp.int32)
-    fresh = lambda: step.model.start(params, tokens, start, step.capacity)
-    return fresh, lambda cache: _steps(step, params, cache, tokens, start)
-
-
-Timer = Callable[[], float]
-
-
-def _timer(fresh: Callable[[], Any], run: Callable[[Any], Any]) -> Timer:
-    """A function that times `run` on fresh inputs and returns seconds per iteration of its loop."""
-
-    def seconds() -> float:
-        inputs = jax.block_until_ready(fresh())
-        started = time.perf_counter()
-        jax.block_until_ready(run(inputs))
-        return (time.perf_counter() - started) / _STEPS
-
-    return seconds
-
-
-def timers(method: Method, tokens, lengths, row_keys, *, decoded: int = 0) -> dict[str, Timer]:
-    """Timers of the parts of a block, in seconds per block.
-
-    Args:
-      tokens: `[B, P]` rows as long as the mean context: prompt and, for decoder-only models, half the emitted tokens.
-      lengths: `[B]` number of tokens of each row.
-      row_keys: `[B]` random keys.
-      decoded: number of further tokens in the cache; for an encoder-decoder half the emitted tokens.
-
-    Returns:
-      timers by name: "verify", "rule" and, with a draft, "propose_and_verify".
-    """
-    plan, params, draft_params, sampling = method.plan, method.params, method.draft_params, method.sampling
-    limits = loop.Limits(jnp.full_like(lengths, 2**30), jnp.full((1,), -1, jnp.int32))
-
-    def fresh():
-        state = loop.prefill(plan, params, draft_params, tokens, lengths, row_keys)
-        return dataclasses.replace(state, lengths=state.lengths + decoded)
-
-    proposal, logits, taps = _example(plan, params, draft_params, fresh(), sampling)
-    rule = lambda state: _rule_loop(plan, draft_params, state, proposal, logits, taps, sampling, limits)
-    # A target call does not depend on rule or temperature, so one compiled loop is used for all of them.
-    any_rule = dataclasses.replace(plan, rule=rules.rule_named("lossless"), greedy=True)
-    parts = {
-        "verify": _timer(fresh, lambda state: _verify_loop(any_rule, params, state, proposal)),
-        "rule": _timer(fresh, rule),
-    }
-    if plan.gamma:
-        pair = lambda state: _draft_and_verify_loop(plan, params, draft_params, state, sampling)
-        parts["propose_and_verify"] = _timer(fresh, pair)
-    return parts
+    def width(self) -> float:
+        """Half the width of the 95% interval of the two together; infinite before two rounds."""
+        both = np.add(self.drafting, self.rule)
+        return 1.96 * float(both.std(ddof=1)) / len(both) ** 0.5 if len(both) > _REPEATS else float("inf")
 
 
 class PartsMeter:
-    """Times the parts of plain decoding and of several speculative plans in rounds.
+    """Times drafting and rules of plain decoding and of several methods, in rounds that can be spread over a run.
 
-    Every round times all parts of all plans once, so that a slow phase of the machine affects few rounds, of which
-    `parts` takes the median. Rounds can be spread over the run whose speed is predicted from the parts.
-
-    Attributes:
-      rounds: for each round, for each plan, seconds by part.
+    In a block the target's call drives the draft's weights out of the processor's cache. So a plain step precedes every
+    timed draft; the seconds of a dispatch without work are subtracted.
     """
 
-    def __init__(self, plain: dict[str, Timer], speculative: Sequence[dict[str, Timer]], gammas: Sequence[int]) -> None:
-        """Compiles the parts by running each once.
+    def __init__(self, plain: Method, speculative: Sequence[Method], rows: Rows) -> None:
+        self._plain, self._rows = plain, rows
+        self._methods = {method.plan: method for method in (plain, *speculative)}
+        self._timings = {plan: _Timings() for plan in self._methods}
+        self._steps: list[float] = []
+        self._spent, self.rounds = 0.0, 0
+
+    def keep_up(self, seconds: float) -> None:
+        """Runs rounds until enough are done for a run that has taken `seconds` so far; at least one."""
+        while processes.from_first(np.asarray(self._wanted(seconds))):
+            started = time.perf_counter()
+            for method in self._methods.values():
+                self._time(method)
+            self._spent += time.perf_counter() - started
+            self.rounds += 1
+
+    def _wanted(self, seconds: float) -> bool:
+        if not self.rounds:
+            return True
+        widest = max(timings.width() for timings in self._timings.values())
+        narrow = widest <= _NARROW * float(np.median(self._steps))
+        return self.rounds < _ROUNDS and not narrow and self._spent < _SHARE * seconds
+
+    def _time(self, method: Method) -> None:
+        rows, step, state = self._rows, self._rows.state(self._plain), self._rows.state(method)
+        example = _example(method, state)
+        call = lambda state, proposals, rules: _repeat(
+            method.plan,
+            method.params,
+            method.draft_params,
+            state,
+            example,
+            method.sampling,
+            rows.limits,
+            jnp.int32(proposals),
+            jnp.int32(rules),
+        )
+        state = jax.block_until_ready(call(state, 1, 1))  # compiles
+        step = jax.block_until_ready(rows.run(self._plain, step, 1))
+        timings = self._timings[method.plan]
+        for _ in range(_REPEATS):
+            step, seconds, _ = timed(lambda step=step: rows.run(self._plain, rows.again(step), 1))
+            self._steps.append(seconds)
+            state, drafting, _ = timed(lambda state=state: call(state, 1, 0))
+            state, idle, _ = timed(lambda state=state: call(state, 0, 0))
+            state, rule, _ = timed(lambda state=state: call(state, 0, _RULES))
+            timings.drafting.append(drafting - idle if method.plan.gamma else 0.0)
+            timings.rule.append((rule - idle) / _RULES)
+
+    def time_blocks(self) -> list[list[tuple[float, int]]]:
+        """(seconds, number of blocks) of several rounds for each method, plain decoding first, if no run times them."""
+        timers = [block_timer(method, self._rows) for method in self._methods.values()]
+        return [list(pairs) for pairs in zip(*([timer() for timer in timers] for _ in range(_ROUNDS)), strict=True)]
+
+    def parts(
+        self, plan: Plan, blocks: Sequence[tuple[float, int]], plain: Sequence[tuple[float, int]], seed: int
+    ) -> PartSeconds:
+        """The seconds of the parts of a block, with bootstrap intervals over batches and over timings.
 
         Args:
-          plain: `timers` of plain decoding.
-          speculative: `timers` of each speculative plan.
-          gammas: gamma of each speculative plan, at least 1.
+          plan: the plan of one of the methods.
+          blocks: (seconds, number of blocks) of each batch that was decoded with it.
+          plain: the same of plain decoding.
         """
-        self._timed, self._gammas, self.rounds = (plain, *speculative), gammas, []
-        for timers in progress(self._timed, description="parts: compile", unit="case"):
-            _once(timers)
-
-    def keep_up(self, share: float) -> None:
-        """Runs rounds until this fraction of all rounds is done."""
-        while len(self.rounds) < round(share * _ROUNDS):
-            self.rounds.append([_once(timers) for timers in self._timed])
-
-    def parts(self) -> list[PartSeconds]:
-        """The seconds of the parts of each speculative plan, as medians over the rounds."""
-        median = lambda index, of: statistics.median(of(times[index]) for times in self.rounds)
-        draft = lambda times: times["propose_and_verify"] - times["verify"]
-        return [
-            PartSeconds(
-                draft_step=max(median(index, draft), 0.0) / gamma,
-                target_step=median(0, lambda times: times["verify"]),
-                verify=median(index, lambda times: times["verify"]),
-                rule=median(index, lambda times: times["rule"]),
-                baseline_rule=median(0, lambda times: times["rule"]),
-            )
-            for index, gamma in enumerate(self._gammas, 1)
-        ]
+        per_block = lambda pairs: pairs[..., 0].sum(-1) / pairs[..., 1].sum(-1)
+        median = functools.partial(np.median, axis=-1)
+        timings, others = self._timings[plan], self._timings[self._plain.plan]
+        drafting, rule, baseline_rule = (
+            np.maximum(_resampled(values, median, seed), 0) for values in (timings.drafting, timings.rule, others.rule)
+        )
+        samples = {
+            "draft_step": drafting / plan.gamma,
+            "target_step": np.maximum(_resampled(plain, per_block, seed) - baseline_rule, 0),
+            "verify": np.maximum(_resampled(blocks, per_block, seed) - drafting - rule, 0),
+            "rule": rule,
+            "baseline_rule": baseline_rule,
+        }
+        values = {name: float(sample[0]) for name, sample in samples.items()}
+        return PartSeconds(**values, intervals={name: metrics.interval(x[1:]) for name, x in samples.items()})
 
 
-def _once(timers: dict[str, Timer]) -> dict[str, float]:
-    return {name: timer() for name, timer in timers.items()}
+def _resampled(values: Sequence[Any], statistic: Callable, seed: int) -> Float[np.ndarray, " resamples_plus_1"]:
+    """A statistic of the values, then of each bootstrap resample (NaN if there are fewer than two values)."""
+    values = np.asarray(values, float)
+    draws = np.random.default_rng(seed).integers(0, len(values), (metrics.RESAMPLES, len(values)))
+    again = values[draws] if len(values) > 1 else np.full((metrics.RESAMPLES, *values.shape), np.nan)
+    return np.concatenate([statistic(values[None]), statistic(again)])
 
 
-def block_seconds(method: Method, tokens, lengths, row_keys, *, decoded: int = 0) -> list[float]:
-    """Seconds of a block in which every row drafts k tokens, k = 0 .. gamma, for an adaptive drafter.
-
-    A length is forced by infinite costs of all others, so one executable runs all of them. Arguments are as in
-    `timers`.
-    """
-    gamma = method.plan.gamma
-
-    def forced(drafted: int) -> dict[str, Timer]:
-        costs = jnp.full((gamma + 1,), jnp.inf).at[drafted].set(1.0)
-        sampling = dataclasses.replace(method.sampling, costs=costs)
-        return timers(dataclasses.replace(method, sampling=sampling), tokens, lengths, row_keys, decoded=decoded)
-
-    timed = [forced(drafted) for drafted in range(gamma + 1)]
-    seconds = [[every["propose_and_verify"]() + every["rule"]() for every in timed] for _ in range(_COST_ROUNDS + 1)]
-    return [statistics.median(times) for times in zip(*seconds[1:], strict=True)]
-
-
-def _example(plan, params, draft_params, state, sampling) -> tuple[Proposal, jax.Array, tuple[jax.Array, ...]]:
-    """A proposal of gamma tokens, logits and tapped states with random values.
-
-    The seconds of a target call and a rule do not depend on the values, and compiling a draft to compute real ones took
-    longer than the timing.
-    """
-    structures = []
+def _example(method: Method, state: loop.DecodeState) -> tuple[Proposal, jax.Array, tuple[jax.Array, ...]]:
+    """A proposal of gamma tokens, logits and tapped states with random values, on which a rule takes as long."""
+    plan, structures = method.plan, []
 
     def leaves():
-        proposal, after = loop.propose(plan, params, draft_params, state, _noise(plan, state), sampling)
-        logits, _, taps = loop.verify(plan, params, after.target_cache, state.lengths, state.lengths, proposal)
+        noise = _noise(plan, state)
+        drafted = loop.propose(plan, method.params, method.draft_params, state, noise, method.sampling)[0]
         # `eval_shape` cannot build a Proposal of shapes, so only its leaves pass through it.
-        structures.append(jax.tree.structure((proposal, logits, taps)))
-        return jax.tree.leaves((proposal, logits, taps))
+        structures.append(jax.tree.structure(drafted))
+        return jax.tree.leaves(drafted)
 
     draws = np.random.default_rng(0)
 
-    def drawn(leaf):
-        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-        return jnp.asarray(draws.standard_normal(leaf.shape) if floating else np.zeros(leaf.shape), leaf.dtype)
+    def drawn(shape, dtype):
+        floating = jnp.issubdtype(dtype, jnp.floating)
+        return jnp.asarray(draws.standard_normal(shape, np.float32) if floating else np.zeros(shape), dtype)
 
-    arrays = [drawn(leaf) for leaf in jax.eval_shape(leaves)]
-    proposal, logits, taps = jax.tree.unflatten(structures[0], arrays)
+    arrays = [drawn(leaf.shape, leaf.dtype) for leaf in jax.eval_shape(leaves)]
+    proposal = jax.tree.unflatten(structures[0], arrays)
     probs = None if proposal.probs is None else jax.nn.softmax(proposal.probs)
     full = jnp.full_like(proposal.num_drafted, plan.gamma)
-    return dataclasses.replace(proposal, probs=probs, num_drafted=full), logits, taps
+    config, block = plan.target.config, (*proposal.num_drafted.shape, plan.gamma + 1)
+    above = [tap for tap in (plan.drafter.taps if plan.drafter else ()) if tap > proposal.resume_layer]
+    taps = tuple(drawn((*block, config.width), dtype_named(config.compute_dtype)) for _ in above)
+    return (
+        dataclasses.replace(proposal, probs=probs, num_drafted=full),
+        drawn((*block, plan.target.vocab_size), jnp.float32),
+        taps,
+    )

@@ -22,59 +22,60 @@ def parts_meter(
     speculative: Sequence[Method],
     prompts: Sequence[Sequence[int]],
     emitted: Sequence[Sequence[int]],
-    *,
-    batch_size: int,
-    seed: int,
-    put: batch.Placer,
+    **how: Any,
 ) -> latency.PartsMeter:
     """Makes a PartsMeter of plain decoding and the speculative methods, with rows as long as the run's mean context.
 
     Args:
       prompts: the prompts of the run.
       emitted: tokens that plain decoding emitted for the first prompts; half of them are in the mean context.
+      how: `batch_size`, `eos_ids`, `seed` and `put` of the run.
     """
     half = int(np.mean([len(tokens) // 2 for tokens in emitted]))
     texts = [(*prompt, *tokens) for prompt, tokens in zip(prompts, emitted, strict=False)]
-    rows = _example_rows(plain.plan, prompts, texts, half, batch_size, seed, put)
-    timers = lambda method: latency.timers(method, **rows)
-    gammas = [method.plan.gamma for method in speculative]
-    return latency.PartsMeter(timers(plain), [timers(method) for method in speculative], gammas)
+    return latency.PartsMeter(plain, speculative, _example_rows(plain.plan, prompts, texts, half, **how))
 
 
 def measure_block_costs(
-    method: Method,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    batch_size: int,
-    seed: int,
-    put: batch.Placer,
+    method: Method, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, **how: Any
 ) -> Float[Array, "gamma_plus_1"]:
     """Seconds of a block with 0 .. gamma drafted tokens, for `Sampling.costs`, with half of the new tokens decoded.
 
     Args:
       method: a method whose drafter is an `AdaptiveDrafter`.
       prompts: the prompts of the run.
+      how: `batch_size`, `eos_ids`, `seed` and `put` of the run.
     """
-    rows = _example_rows(method.plan, prompts, prompts, max_new_tokens // 2, batch_size, seed, put)
-    seconds = np.asarray(latency.block_seconds(method, **rows), np.float32)
+    rows = _example_rows(method.plan, prompts, prompts, max_new_tokens // 2, **how)
+    seconds = np.asarray(latency.forced_block_seconds(method, rows), np.float32)
     return jnp.asarray(processes.from_first(seconds))  # all processes must use the same costs
 
 
-def _example_rows(plan: Plan, prompts, texts, half: int, batch_size: int, seed: int, put: batch.Placer) -> dict:
-    """Arguments of `latency.timers`: the longest texts, each repeated or cut to the mean context length.
+def _example_rows(
+    plan: Plan,
+    prompts: Sequence[Sequence[int]],
+    texts: Sequence[Sequence[int]],
+    half: int,
+    *,
+    batch_size: int,
+    eos_ids: Sequence[int],
+    seed: int,
+    put: batch.Placer,
+) -> latency.Rows:
+    """The longest texts, each repeated or cut to the mean context length: a prompt and `half` emitted tokens.
 
-    The context is a prompt and `half` emitted tokens. For an encoder-decoder the rows are prompts, and the emitted
-    tokens are in the decoder's cache.
+    For an encoder-decoder the rows are prompts, and the emitted tokens are in the decoder's cache.
     """
     separate = plan.target.is_encoder_decoder
     length = int(np.mean([len(prompt) for prompt in prompts])) + (0 if separate else half)
     longest = sorted(prompts if separate else texts, key=len)[-batch_size:]
     rows = [(tuple(text) * length)[:length] for text in longest]
     rows += rows[-1:] * (put.rows(len(rows)) - len(rows))
-    tokens, lengths = batch.pad(rows, batch.prompt_slots(rows))
+    tokens, lengths = batch.pad(rows, max(plan.prompt_slots, batch.prompt_slots(rows)))
+    limits = batch.make_limits([2**30] * len(rows), [-1] * len(eos_ids), put)
     keys = row_keys(seed, put(np.arange(len(rows), dtype=np.int32)))
-    return dict(tokens=put(tokens), lengths=put(lengths), row_keys=keys, decoded=half if separate else 0)
+    decoded = half if separate else 0
+    return latency.Rows(put(tokens), put(lengths), keys, limits, decoded, decoded or length)
 
 
 def uncut_ctar(counts: metrics.Counts, weights: Float[np.ndarray, "N"]) -> Float[np.ndarray, "gamma"]:
@@ -109,21 +110,28 @@ def expected_iterations(counts: metrics.Counts, batch_size: int) -> float:
 
 
 def predict(
-    parts: throughput.PartSeconds | None, plan: Plan, draft_size: int, output: Output, baseline: Output
+    parts: throughput.PartSeconds | None,
+    plan: Plan,
+    draft_size: int,
+    output: Output,
+    baseline: Output,
+    batch_size: int,
 ) -> dict[str, Any]:
     """The fields of an `EvaluationRow` for part times and the speed-up predicted from them.
 
     Args:
-      parts: seconds of the parts; None if they were not timed, and then every field is None.
+      parts: seconds of the parts; None if they were not timed, and then every field but `expected_iterations` is None.
       draft_size: number of parameters of the draft; 0 for self-drafts, for which `mbsu` is None.
     """
-    names = [field.name for field in dataclasses.fields(throughput.PartSeconds)]
-    fields = {f"{name}_seconds": parts and getattr(parts, name) for name in names}
+    expected, plain = (expected_iterations(each.counts(), batch_size) for each in (output, baseline))
+    names = [field.name for field in dataclasses.fields(throughput.PartSeconds) if field.name != "intervals"]
+    fields: dict[str, Any] = {f"{name}_seconds": parts and getattr(parts, name) for name in names}
+    fields |= {"expected_iterations": expected, "part_seconds_ci": parts and parts.intervals}
     cost_ratio = predicted = mbsu = None
     if parts is not None:
         cost_ratio = parts.cost_ratio()
-        speed = lambda result, block: result.emitted / (result.prefill_seconds + result.iterations * block)
-        predicted = speed(output, parts.block(plan.gamma)) / speed(baseline, parts.baseline)
+        speed = lambda result, blocks, seconds: result.emitted / (result.prefill_seconds + blocks * seconds)
+        predicted = speed(output, expected, parts.block(plan.gamma)) / speed(baseline, plain, parts.baseline)
         if draft_size:
             block_efficiency = output.emitted / int(output.counts().target_calls.sum())
             mbsu = throughput.memory_bound_speedup(block_efficiency, plan.gamma, plan.target.num_params, draft_size)

@@ -53,7 +53,7 @@ class Row:
         list[float | None],
         "share of target calls with more than w tokens, w = 1 .. gamma; block_efficiency = 1 + sum(ctar) exactly",
     ]
-    tokens_per_second: Annotated[float | None, "emitted / wall-clock seconds; prefill included, compilation excluded"]
+    tokens_per_second: Annotated[float | None, "emitted / wall-clock seconds; prefill included, compiling excluded"]
     baseline_tokens_per_second: Annotated[
         float | None,
         "the same of plain decoding (gamma = 0 in the same loop), interleaved batch by batch",
@@ -64,6 +64,7 @@ class Row:
     ]
     speedup_ci: Annotated[list[float] | None, "its 95% interval, bootstrapped over batches or questions"]
     prefill_seconds: Annotated[float, "seconds of prefill, over all batches"]
+    compile_seconds: Annotated[float, "seconds of compiling, or of loading from JAX's cache, in no other seconds"]
     iterations: Annotated[int, "blocks that the batches ran; a batch runs as long as its slowest row"]
     target_layers_per_token: Annotated[
         float,
@@ -109,12 +110,18 @@ class EvaluationRow(Row):
         "95% paired bootstrap intervals of quality_difference over prompts",
     ]
     draft_step_seconds: Annotated[float | None, "seconds per drafted token, timed separately at the run's mean context"]
-    target_step_seconds: Annotated[float | None, "seconds of the target on one token per row, timed likewise"]
-    verify_seconds: Annotated[float | None, "seconds of the target on gamma + 1 tokens per row, timed likewise"]
-    rule_seconds: Annotated[float | None, "seconds of rule and bookkeeping per block, timed likewise"]
+    target_step_seconds: Annotated[float | None, "seconds of the target on one token per row: a plain block less rule"]
+    verify_seconds: Annotated[
+        float | None, "seconds of the target on gamma + 1 tokens per row: a block of the run less drafting and rule"
+    ]
+    rule_seconds: Annotated[float | None, "seconds of rule and bookkeeping per block, timed separately"]
     baseline_rule_seconds: Annotated[float | None, "the same at gamma = 0"]
+    part_seconds_ci: Annotated[
+        dict[str, list[float] | None] | None,
+        "95% intervals of these five, bootstrapped over batches and over timings",
+    ]
     cost_ratio: Annotated[float | None, "draft_step_seconds / target_step_seconds"]
-    predicted_speedup: Annotated[float | None, "speed-up predicted from these seconds and the counts of the run"]
+    predicted_speedup: Annotated[float | None, "speed-up predicted from these seconds and expected_iterations"]
     mbsu: Annotated[
         float | None,
         "memory-bound speed-up: block efficiency / (gamma x draft size / target size + 1), sizes in parameters",
@@ -183,6 +190,7 @@ def measured(
     return {
         **metrics.evaluate_row(counts, timing, seed=seed),
         "iterations": output.iterations,
+        "compile_seconds": output.compile_seconds,
         **batch.layers_per_token(output.batches, layers),
     }
 

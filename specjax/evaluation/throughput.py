@@ -184,7 +184,7 @@ def sensitivity(ctar: Sequence[float], costs: Costs, gamma: int, change: float =
 
 @dataclasses.dataclass(frozen=True)
 class PartSeconds:
-    """Seconds of the parts of a block, timed separately from the run whose speed they predict.
+    """Seconds of the parts of a block.
 
     Attributes:
       draft_step: seconds per drafted token (seconds of a proposal divided by gamma).
@@ -192,6 +192,7 @@ class PartSeconds:
       verify: seconds of the target on gamma + 1 tokens per row.
       rule: seconds of rule and bookkeeping per block.
       baseline_rule: the same in plain decoding (gamma = 0).
+      intervals: 95% interval of each, by name; None where fewer than two timings give none.
     """
 
     draft_step: float
@@ -199,6 +200,7 @@ class PartSeconds:
     verify: float
     rule: float
     baseline_rule: float
+    intervals: Mapping[str, list[float] | None] = dataclasses.field(default_factory=dict)
 
     def block(self, gamma: int) -> float:
         """Seconds of one speculative block."""
@@ -209,9 +211,9 @@ class PartSeconds:
         """Seconds of a plain decoding step, which emits one token per row."""
         return self.target_step + self.baseline_rule
 
-    def cost_ratio(self) -> float:
-        """DistillSpec's cost ratio c: draft step divided by target step."""
-        return self.draft_step / self.target_step
+    def cost_ratio(self) -> float | None:
+        """DistillSpec's cost ratio c: draft step divided by target step; None if that is too short to be seen."""
+        return self.draft_step / self.target_step if self.target_step else None
 
 
 def memory_bound_speedup(block_efficiency: float, gamma: int, target_params: int, draft_params: int) -> float:

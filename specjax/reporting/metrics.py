@@ -92,9 +92,9 @@ def evaluate_row(counts: Counts, timing: Timing, *, seed: int) -> dict:
         "drafted_tokens": drafted,
         "accepted_tokens": accepted,
         "block_efficiency": _ratio(emitted, calls),
-        "block_efficiency_ci": _interval(_ratios(over_prompts, counts.emitted, counts.target_calls)),
+        "block_efficiency_ci": interval(_ratios(over_prompts, counts.emitted, counts.target_calls)),
         "acceptance_rate": _ratio(accepted, drafted),
-        "acceptance_rate_ci": _interval(_ratios(over_prompts, counts.accepted, counts.drafted)),
+        "acceptance_rate_ci": interval(_ratios(over_prompts, counts.accepted, counts.drafted)),
         "sequence_acceptance": _ratio(accepted, emitted),
         "acceptance_by_position": [
             _ratio(*pair) for pair in zip(counts.accepted_at.sum(0), counts.drafted_at.sum(0), strict=True)
@@ -103,7 +103,7 @@ def evaluate_row(counts: Counts, timing: Timing, *, seed: int) -> dict:
         "tokens_per_second": speed,
         "baseline_tokens_per_second": baseline_speed,
         "speedup": None if speed is None or not baseline_speed else speed / baseline_speed,
-        "speedup_ci": _interval(
+        "speedup_ci": interval(
             _ratios(over_units, unit_emitted, timing.seconds)
             / _ratios(over_units, unit_baseline, timing.baseline_seconds)
         ),
@@ -126,9 +126,9 @@ def paired_difference(counts_a: Counts, counts_b: Counts, seed: int) -> dict:
     return {
         "prompts": prompts,
         "block_efficiency_difference": _finite(efficiency_a - efficiency_b),
-        "block_efficiency_difference_ci": _interval(resampled_a - resampled_b),
+        "block_efficiency_difference_ci": interval(resampled_a - resampled_b),
         "block_efficiency_ratio": _finite(efficiency_a / efficiency_b),
-        "block_efficiency_ratio_ci": _interval(resampled_a / resampled_b),
+        "block_efficiency_ratio_ci": interval(resampled_a / resampled_b),
     }
 
 
@@ -159,7 +159,7 @@ def intervals(
     """
     resampled = [values(weights) for weights in _resampling_weights(size, seed)]
     names = resampled[0] if resampled else values(np.ones(size))
-    return {name: _interval(np.asarray([one[name] for one in resampled])) for name in names}
+    return {name: interval(np.asarray([one[name] for one in resampled])) for name in names}
 
 
 def count_differences(identical: Mapping) -> tuple[int, int]:
@@ -194,7 +194,8 @@ def _ratios(weights: np.ndarray, numerator: np.ndarray, denominator: np.ndarray)
     return np.divide(weights @ numerator, below, out=np.full(len(weights), np.nan), where=below > 0)
 
 
-def _interval(values: Float[np.ndarray, "R"]) -> list[float] | None:
+def interval(values: Float[np.ndarray, "R"]) -> list[float] | None:
+    """The 95% percentile interval of a statistic's values in the resamples; None if none is finite."""
     values = values[np.isfinite(values)]
     if not len(values):
         return None

@@ -1,34 +1,45 @@
-"""Times work on devices, and shows progress bars."""
+"""Measures compile time, and shows progress bars."""
 
+import functools
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 
 
-def in_turns(cases: Sequence[tuple[Callable, Callable]], repeats: int) -> list[list[float]]:
-    """Times several cases in alternation, so that a slow phase of the machine affects all of them.
+@functools.cache
+def _compilations() -> list[tuple[float, float]]:
+    """(end, seconds) of every trace, lowering and compilation of this process since the first call, which starts it."""
+    events: list[tuple[float, float]] = []
 
-    Args:
-      cases: pairs (fresh, call); `call(fresh())` is one run, of which only `call` is timed.
-      repeats: number of timed rounds, after one more round to warm up.
+    def record(name: str, seconds: float, **_) -> None:
+        if name.startswith("/jax/core/compile/"):
+            end = time.perf_counter()
+            # An event contains those that began after it, as a trace contains those of the functions that it calls.
+            while events and events[-1][0] > end - seconds:
+                events.pop()
+            events.append((end, seconds))
 
-    Returns:
-      For each case the seconds of its timed runs.
+    jax.monitoring.register_event_duration_secs_listener(record)
+    return events
+
+
+def compile_seconds() -> float:
+    """Seconds that this process spent on tracing, lowering and compiling, or loading from JAX's cache, so far.
+
+    Only differences of two calls are meaningful: nothing before the first call counts.
     """
-    seconds: list[list[float]] = [[] for _ in cases]
-    for repeat in range(repeats + 1):
-        for turn in range(len(cases)):
-            # The order of the cases rotates from round to round.
-            index = (turn + repeat) % len(cases)
-            fresh, call = cases[index]
-            inputs = jax.block_until_ready(fresh())
-            started = time.perf_counter()
-            jax.block_until_ready(call(inputs))
-            if repeat:
-                seconds[index].append(time.perf_counter() - started)
-    return seconds
+    return sum((seconds for _, seconds in _compilations()), 0.0)
+
+
+def timed(call: Callable[[], Any]) -> tuple[Any, float, float]:
+    """The result of a call once the device has it, its seconds without compiling, and those of compiling."""
+    started, compiled = time.perf_counter(), compile_seconds()
+    result = jax.block_until_ready(call())
+    compiled = compile_seconds() - compiled
+    return result, time.perf_counter() - started - compiled, compiled
 
 
 def progress(iterable: Iterable | None = None, *, total: int | None = None, description: str, unit: str):
