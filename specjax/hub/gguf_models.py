@@ -9,6 +9,7 @@ import collections
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from specjax.hub.families import base, gemma, gpt2, llama, phi3, qwen, rotary_fields
@@ -212,21 +213,22 @@ class _Metadata:
     def _rotary(self, size: int, max_positions: int) -> dict[str, Any]:
         """The fields of the rotary positions."""
         rotated = self.number("rope.dimension_count", int, size)
+        original = self.number("rope.scaling.original_context_length", int, max_positions)
         partial = {} if rotated == size else {"partial_rotary_factor": np.nextafter(rotated / size, 1).item()}
         return {
             "rope_theta": self.number("rope.freq_base", float, 10000.0),
-            "rope_scaling": self._scaling(rotated, max_positions),
+            "rope_scaling": self._scaling(rotated, original),
+            **({"original_max_position_embeddings": original} if self.architecture == "phi3" else {}),
             **partial,
         }
 
-    def _scaling(self, rotated: int, max_positions: int) -> dict[str, Any] | None:
+    def _scaling(self, rotated: int, original: int) -> dict[str, Any] | None:
         kind = self.file.metadata.get(f"{self.architecture}.rope.scaling.type", "none")
-        original = self.number("rope.scaling.original_context_length", int, max_positions)
         if _LONG in self.file.tensors:
             factors = {name: self._vector(tensor).tolist() for name, tensor in _LONGROPE.items()}
             stated = f"{self.architecture}.rope.scaling.attn_factor" in self.file.metadata
             scale = {"attention_factor": self.number("rope.scaling.attn_factor", float)} if stated else {}
-            return {"rope_type": "longrope", **factors, **scale, "original_max_position_embeddings": original}
+            return {"rope_type": "longrope", **factors, **scale}
         if _FREQUENCIES in self.file.tensors:
             return self._llama3(rotated)
         if kind == "none":
@@ -249,7 +251,8 @@ class _Metadata:
         if np.array_equal(factors, np.ones(rotated // 2)):
             return None
         scaled = Rotary(theta, rotated, "llama3", float(factors.max()), **_LLAMA3)
-        ratio = np.asarray(Rotary(theta, rotated).frequencies(factors)) / np.asarray(scaled.frequencies(factors))
+        lengths = jnp.zeros(0, jnp.int32)  # these kinds do not depend on them
+        ratio = np.asarray(Rotary(theta, rotated).frequencies(lengths)) / np.asarray(scaled.frequencies(lengths))
         if factors.shape != ratio.shape or not np.allclose(factors, ratio, rtol=1e-4):
             raise UserError(f"{_FREQUENCIES} has other rotary frequencies than Llama 3, which are not supported")
         return rotary_fields.written_rotary(scaled, rotated)["rope_scaling"]

@@ -21,8 +21,9 @@ _NEEDED = (
 def locate(name: str | Path) -> Path:
     """Returns the directory or the GGUF file of a checkpoint.
 
-    A directory without `config.json` stands for the only GGUF file in it. "owner/name" is looked up on the Hugging Face
-    hub if no such path exists, and "owner/name/file.gguf" likewise; what is fetched is kept in the hub's cache.
+    A directory without `config.json` stands for the only GGUF file in it. A text "owner/name" (not a Path) is looked up
+    on the Hugging Face hub if no such path exists, and "owner/name/file.gguf" likewise; the hub's cache keeps what is
+    fetched.
 
     Raises:
       UserError: if a directory has several GGUF files and no `config.json`, or the hub cannot be reached or has no such
@@ -36,8 +37,8 @@ def locate(name: str | Path) -> Path:
                 f"{path} holds {len(files)} GGUF files ({files[0].name}, {files[1].name}); name one of them"
             )
         return files[0] if files else path
-    hub_name = _HUB_NAME.fullmatch(str(name))
-    return path if path.exists() or not hub_name else _fetch(str(name), hub_name["repository"], hub_name["file"])
+    hub_name = _HUB_NAME.fullmatch(name) if isinstance(name, str) else None
+    return _fetch(name, hub_name["repository"], hub_name["file"]) if hub_name and not path.exists() else path
 
 
 def is_gguf(path: Path) -> bool:
