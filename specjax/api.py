@@ -32,7 +32,7 @@ from specjax.evaluation.continuations import Stops, log_probabilities, note_posi
 from specjax.evaluation.engine import MOST_SAMPLES, Method, Output, decode_all
 from specjax.hub.adapter import LoadedAttachment
 from specjax.hub.adapter import save as save_adapter  # noqa: F401
-from specjax.hub.model import Model, check_pair
+from specjax.hub.model import Model, check_pair, reduced, with_end_ids
 from specjax.hub.model import load as load
 from specjax.hub.model import load_adapter as load_adapter
 from specjax.hub.model import save as save
@@ -43,6 +43,8 @@ from specjax.runtime.errors import UserError, nearest
 
 class Draft:
     """A loaded draft model, adapter or heads with drafter options: `Draft(model, threshold=0.6)`.
+
+    `Draft(model, vocabulary="ids.json")` drafts only these ids, with a head cut to them (FR-Spec, arXiv 2502.14856).
 
     Attributes:
       loaded: the result of `load` or `load_adapter`.
@@ -59,6 +61,14 @@ class Draft:
             raise UserError(f"api.Draft takes what api.load or api.load_adapter returned, not {loaded!r}")
         kind = "model" if isinstance(loaded, Model) else loaded.network.drafter
         self.loaded, self.options = loaded, options or make_options(kind, values)
+        self._cut: tuple[Model | LoadedAttachment, DrafterOptions] | None = None
+
+    def cut(self, target: Model) -> tuple[Model | LoadedAttachment, DrafterOptions]:
+        """What is loaded and the options, both with the draft vocabulary of the options; computed once."""
+        if self._cut is None:
+            options = with_end_ids(self.options, target)
+            self._cut = reduced(self.loaded, options.vocabulary), options
+        return self._cut
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,7 +259,7 @@ def _drafter(target: Model, drafter: Any) -> tuple[Model | LoadedAttachment | No
             check_pair(target, drafter.loaded)
         else:
             drafter.loaded.check(target.fingerprint)
-        return drafter.loaded, drafter.options
+        return drafter.cut(target)
     if isinstance(drafter, str):
         place = drafter.partition(":")[0]
         if not place.endswith(".py") and ("/" in place or Path(place).is_dir()):
@@ -259,7 +269,7 @@ def _drafter(target: Model, drafter: Any) -> tuple[Model | LoadedAttachment | No
     if not isinstance(drafter, DrafterOptions):
         raise UserError(f"drafter must be a loaded model or adapter, options, a name or None, not {drafter!r}")
     _check_loads_nothing(type(drafter))
-    return None, drafter
+    return None, with_end_ids(drafter, target)
 
 
 def _proposer(

@@ -1,12 +1,15 @@
 """Drafts with a reduced vocabulary: exact as any other, trained with the map, exported with it."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from enumeration import EMITTED, Tables, block_distribution, composed_distribution, emitted_distribution
 from test_lossy import distribution_of_one_position, leeway
+from test_vocabularies import Table
 
 from specjax.decoding.rules import RULES, Lossless
+from specjax.distillation import divergences, objective
 from specjax.models.vocabulary import draft_vocabulary, most_written_ids
 from specjax.runtime.errors import UserError
 
@@ -104,3 +107,84 @@ def test_with_a_reduced_vocabulary_a_lossy_rule_has_the_distribution_that_it_sta
     np.testing.assert_allclose(
         joint, composed_distribution(tables, *distribution_of_one_position(name, 0.5), 2), atol=1e-6
     )
+
+
+# --- training ------------------------------------------------------------------------------------------------------
+
+
+class ReducedTable(Table):
+    """A `Table` with logits of some ids alone."""
+
+    @property
+    def vocabulary(self):
+        return draft_vocabulary([0, 2, 3, 6])
+
+    column_logits = Table.head
+
+
+TOKENS = jnp.asarray([[0, 2, 4, 6, 3, 1], [3, 3, 5, 0, 0, 0]], jnp.int32)
+BATCH = {"tokens": TOKENS, "lengths": jnp.asarray([6, 3]), "loss_start": jnp.asarray([1, 2])}
+READ, LABELS = [0, 2, 4, 6, 3, 3], [2, 4, 6, 3, 1, 5]
+
+
+@pytest.fixture(scope="module")
+def logits():
+    """Logits after each of 7 tokens: the target's over 7 ids, and the draft's over 4 of them."""
+    return tuple(2 * jax.random.normal(jax.random.key(seed), (7, columns)) for seed, columns in enumerate((7, 4)))
+
+
+def sums_of(logits, name, temperature=0.5):
+    target, draft = logits
+    compare = divergences.of_config({"divergence": name, "beta": 0.3})
+    loss = objective.Loss(ReducedTable(None), Table(None, logits_size=7), compare, temperature, chunk=4)
+    value = jax.jit(lambda draft: loss({"table": draft}, {"table": target}, BATCH))
+    gradient = jax.grad(lambda draft: value(draft).loss)(draft)
+    assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0
+    return value(draft)
+
+
+@pytest.mark.parametrize("name", divergences.FINITE)
+def test_a_divergence_that_is_finite_compares_all_ids(logits, name):
+    target, draft = (table[np.asarray(READ)][None] / 0.5 for table in logits)
+    wide = ReducedTable(None).vocabulary.spread(draft, 7, -jnp.inf)
+    expected = divergences.divergence(name, **({"beta": 0.3} if name == "jsd" else {}))(target, wide)
+    np.testing.assert_allclose(sums_of(logits, name).loss, expected.sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "lk_hybrid", "cross_entropy"])
+def test_another_divergence_compares_the_ids_that_the_draft_has(logits, name):
+    ids = ReducedTable(None).vocabulary.ids
+    target, draft = (table[np.asarray(READ)][None] / 0.5 for table in logits)
+    if name == "cross_entropy":
+        known = [(row, ids.tolist().index(label)) for row, label in enumerate(LABELS) if label in ids]
+        expected = -sum(jax.nn.log_softmax(draft)[0, row, column] for row, column in known)
+        assert len(known) == 3
+    else:
+        mass = jax.nn.softmax(target)[..., ids].sum(-1)
+        expected = (mass * divergences.divergence(name)(target[..., ids], draft)).sum()
+    np.testing.assert_allclose(sums_of(logits, name).loss, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "cross_entropy"])
+def test_what_the_draft_lacks_counts_as_rejected(logits, name):
+    ids = ReducedTable(None).vocabulary.ids
+    target, draft = (np.asarray(jax.nn.softmax(table))[READ] for table in logits)
+    sums = sums_of(logits, name)
+    assert float(sums.tokens) == len(READ)
+    np.testing.assert_allclose(sums.outside, np.delete(target, ids, axis=1).sum(), rtol=1e-5)
+    np.testing.assert_allclose(sums.acceptance, np.minimum(target[:, ids], draft).sum(), rtol=1e-5)
+    assert sums.acceptance + sums.outside < len(READ)
+
+
+def test_the_gradient_of_the_forward_kl_is_that_of_its_finite_terms(logits):
+    ids, (target, draft) = ReducedTable(None).vocabulary.ids, (jnp.asarray(table) for table in logits)
+    loss = objective.Loss(ReducedTable(None), Table(None, logits_size=7), divergences.divergence("forward_kl"), 1.0, 4)
+    probs = jax.nn.softmax(target)[:, ids]
+    finite = lambda draft: -(probs * jax.nn.log_softmax(draft))[np.asarray(READ)].sum()
+    ours = jax.grad(lambda draft: loss({"table": draft}, {"table": target}, BATCH).loss)(draft)
+    np.testing.assert_allclose(ours, jax.grad(finite)(draft), atol=1e-5)
+
+
+def test_a_vocabulary_that_the_target_lacks_is_refused():
+    with pytest.raises(UserError, match="has id 6, and the target has only the ids 0 .. 4"):
+        objective.Loss(ReducedTable(None), Table(None, logits_size=5), None, 1.0, 4)

@@ -103,6 +103,8 @@ def test_with_any_draft_vocabulary_the_tokens_are_those_of_plain_decoding(target
 class Table(LanguageModel):
     """A "model" without context: the logits after a token are a row of its table."""
 
+    layers = 1
+
     def extend(self, params, cache, tokens, positions):
         return params["table"][tokens], cache
 

@@ -114,6 +114,9 @@ def lk_hybrid(target_logits: Logits, draft_logits: Logits) -> Float[Array, "B T"
 
 _ETA = 3.0
 
+# Divergences that are finite where the draft has probability 0 and the target does not; see `objective`.
+FINITE = ("reverse_kl", "jsd", "total_variation", "negative_log_acceptance")
+
 DIVERGENCES = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,

@@ -72,4 +72,5 @@ class Interval:
             "tokens_per_second": self.sums["tokens"] / max(seconds - self.since, 1e-9),
             "train_seconds": seconds,
         }
-        return {**line, "acceptance": self.sums["acceptance"] / tokens} if has_target else line
+        measured = ("acceptance", "outside") if has_target else ()
+        return line | {name: self.sums[name] / tokens for name in measured if name in self.sums}

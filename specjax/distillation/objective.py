@@ -11,6 +11,17 @@ are weighted by `Prediction.weight`, and means are weighted means over positions
 Draft and target may pad the vocabulary of one tokenizer to different sizes. The loss compares them on the ids that both
 have, after renormalising each distribution, so that every divergence is finite. For the acceptance, as in decoding, an
 id that the draft lacks has draft probability 0.
+
+A draft with a reduced head (`models.vocabulary`) lacks ids that the target does write. Let m be the target's
+probability of the ids S that the draft has:
+
+- The divergences in `divergences.FINITE` compare the two distributions over all ids. The ids outside of S count as one
+  id, because these divergences depend only on the sum of their target probabilities, 1 - m.
+- Any other divergence D, such as the forward KL, would be infinite; the loss is m * D(P given S, Q). Of the forward KL
+  this has the gradient of the finite terms, the sum over S of P log(P / Q). EAGLE-3 (arXiv 2503.01840) also compares
+  with P given S; it has no weight m, but leaves out positions whose most probable id is outside of S.
+- Hard labels outside of S add 0 to the loss; their positions count.
+- The acceptance counts ids outside of S as rejected, so m is its upper bound.
 """
 
 import dataclasses
@@ -20,6 +31,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from specjax.distillation import divergences
@@ -41,15 +53,14 @@ class Sums:
       loss: sum of the divergence or the cross-entropy.
       acceptance: sum of sum_v min(P, Q) at temperature 1; 0 without a target.
       tokens: sum of the weights; for a draft with one prediction this is the number of counted positions.
+      outside: sum of the target's probability of ids that a reduced draft lacks; None for other drafts, or if there is
+        no target.
     """
 
     loss: Any
     acceptance: Any
     tokens: Any
-
-    @classmethod
-    def zeros(cls) -> "Sums":
-        return cls(*(jnp.zeros((), jnp.float32) for _ in range(3)))
+    outside: Any = None
 
     def __add__(self, other: "Sums") -> "Sums":
         return jax.tree.map(jnp.add, self, other)
@@ -97,6 +108,8 @@ class Loss:
                 f'the divergence "{self.divergence.name}" compares with a target: set `target`, or loss.divergence to '
                 f'"{CROSS_ENTROPY}" for plain training'
             )
+        if self.draft.vocabulary is not None and self.target is not None:
+            self.draft.vocabulary.check(self.target.vocab_size)
         if not self.temperature > 0:
             raise UserError(f"loss.temperature is {self.temperature}; it must be above 0")
         if self.chunk < 1:
@@ -151,15 +164,23 @@ class Loss:
         chunks = jax.tree.map(functools.partial(_in_chunks, chunk=width), parts)
         add = lambda total, part: (total + chunk_sums(params, target_params, part), None)
         with jax.named_scope("heads"):
-            return jax.lax.scan(add, Sums.zeros(), chunks)[0]
+            return jax.lax.scan(add, self.zeros(), chunks)[0]
+
+    def zeros(self) -> Sums:
+        """The sums over no position."""
+        has_outside = self.target is not None and self.draft.vocabulary is not None
+        return Sums(*(jnp.zeros((), jnp.float32) for _ in range(4 if has_outside else 3)))
 
     def _chunk_sums(self, params: Params, target_params: Params | None, part: dict[str, Array]) -> Sums:
         """Computes the logits of one chunk of positions, and the sums over it."""
         part = {name: x if name == "draft" else x.reshape(x.shape[0], -1, *x.shape[3:]) for name, x in part.items()}
-        draft_logits, target_logits = self.draft.head(params, part["draft"]), None
+        draft_logits, target_logits = self.draft.column_logits(params, part["draft"]), None
         weights, overlap = part["weights"], jnp.zeros_like(part["weights"])
         if self.target is not None:
             target_logits = self.target.head(target_params, part["target"])
+        if self.draft.vocabulary is not None:
+            return self._reduced_sums(target_logits, draft_logits.astype(jnp.float32), part["labels"], weights)
+        if target_logits is not None:
             draft_logits = draft_logits[..., : target_logits.shape[-1]]
             padded = fit_logits(jax.lax.stop_gradient(draft_logits), target_logits.shape[-1])
             overlap = divergences.acceptance(target_logits, padded)
@@ -168,6 +189,34 @@ class Loss:
             weights = weights * (part["labels"] < draft_logits.shape[-1]).astype(weights.dtype)
         losses = self._losses(target_logits, draft_logits.astype(jnp.float32) / self.temperature, part["labels"])
         return Sums(jnp.sum(weights * losses), jnp.sum(weights * overlap), jnp.sum(weights))
+
+    def _reduced_sums(self, target_logits, draft_logits: Float[Array, "B C W"], labels, weights) -> Sums:
+        """The sums over a chunk, for a draft whose logits are those of the ids in its vocabulary."""
+        vocabulary, overlap, outside = self.draft.vocabulary, jnp.zeros_like(weights), None
+        scaled = draft_logits / self.temperature
+        never = jnp.full((*draft_logits.shape[:2], 1), -jnp.inf)
+        with_rest = lambda logits, rest: jnp.concatenate([logits, rest], axis=-1)
+
+        def with_others(logits):
+            """The target's logits of the ids in the vocabulary, and the one of all other ids together."""
+            is_other = np.isin(np.arange(logits.shape[-1]), vocabulary.ids, invert=True)[None, None]
+            others = jax.nn.logsumexp(jnp.where(is_other, logits, -jnp.inf), axis=-1, keepdims=True)
+            return with_rest(logits[..., vocabulary.ids], others)
+
+        if target_logits is not None:
+            at_1 = with_others(target_logits)
+            overlap = divergences.acceptance(at_1, with_rest(jax.lax.stop_gradient(draft_logits), never))
+            outside = jnp.sum(weights * jax.nn.softmax(at_1)[..., -1])
+            target = with_others(target_logits / self.temperature)
+        if self.divergence is None:
+            columns, has_column = vocabulary.columns(labels)
+            losses = jnp.where(has_column, self._losses(None, scaled, columns), 0)
+        elif self.divergence.name in divergences.FINITE:
+            losses = self.divergence(target, with_rest(scaled, never))
+        else:
+            mass = 1 - jax.nn.softmax(target)[..., -1]
+            losses = mass * self.divergence(target[..., :-1], scaled)
+        return Sums(jnp.sum(weights * losses), jnp.sum(weights * overlap), jnp.sum(weights), outside)
 
     def _losses(self, target_logits, draft_logits, labels) -> Float[Array, "B C"]:
         if self.divergence is not None:

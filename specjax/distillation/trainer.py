@@ -289,6 +289,8 @@ class Trainer:
             self._check_finite("validation loss", self.step, line["validation_loss"])
             if self.inputs.target is not None:
                 line["validation_acceptance"] = sum(float(part.acceptance) for part in sums) / tokens
+                if sums[0].outside is not None:
+                    line["validation_outside"] = sum(float(part.outside) for part in sums) / tokens
             self.validation.append({"step": self.step, **line})
             every = self.config.speculative_eval.every
             if self.evaluator is not None and every and self.step % every == 0:

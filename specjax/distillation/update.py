@@ -107,6 +107,7 @@ def make_step(
             "loss": sums.loss,
             "acceptance": sums.acceptance,
             "tokens": sums.tokens,
+            **({} if sums.outside is None else {"outside": sums.outside}),
             "grad_norm": optax.tree.norm(gradient),
             "learning_rate": rate(state.step),
         }
@@ -132,7 +133,7 @@ def _gradient_of_sum(loss, params, target_params, batch, accumulation, window):
         gradients, sums = gradient(params, microbatch)
         return jax.tree.map(jnp.add, carry, (sums, gradients)), None
 
-    zeros = (objective.Sums.zeros(), jax.tree.map(jnp.zeros_like, params))
+    zeros = (loss.zeros(), jax.tree.map(jnp.zeros_like, params))
     return jax.lax.scan(add, zeros, jax.tree.map(split, dict(batch)))[0]
 
 

@@ -246,6 +246,9 @@ def load_models(config: Any, load: Callable, load_adapter: Callable) -> tuple[di
             hub_model.check_pair(target, drafters[name])
         elif section.options.loads:
             drafters[name] = load_adapter(section.path, targets[section.target])
+        if name in drafters:
+            options = hub_model.with_end_ids(section.options, targets[section.target])
+            drafters[name] = hub_model.reduced(drafters[name], options.vocabulary)
     return targets, drafters
 
 
@@ -297,7 +300,8 @@ def make_cases(job: Job, setting: Setting) -> list[Case]:
     sampling = functools.partial(Sampling.of, setting.temperature, **cuts)
     cases = [Case(BASELINE, job.target, plain, None, setting.rule, None, exact, 0, None, sampling())]
     for name, section in read_drafters(job.config).items():
-        target, loaded, options = job.targets[section.target], job.drafters.get(name), section.options
+        target, loaded = job.targets[section.target], job.drafters.get(name)
+        options = hub_model.with_end_ids(section.options, target)
         chosen = [(key, rule, gammas) for key, rule, gammas in section.rules if rule.shared_noise == exact.shared_noise]
         for key, rule, gammas in chosen:
             for lenience, gamma in itertools.product(job.config.leniences if rule.lossy else (None,), gammas):

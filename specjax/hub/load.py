@@ -16,6 +16,7 @@ from specjax.hub.families import base, gemma, gpt2, gpt_neox, llama, mistral, op
 from specjax.hub.gguf_file import GgufTensor
 from specjax.hub.location import is_gguf, locate
 from specjax.hub.weights import Stored
+from specjax.models import vocabulary
 from specjax.models.config import DecoderConfig
 from specjax.models.language_model import LanguageModel, Params
 from specjax.models.table import model_of
@@ -133,7 +134,10 @@ def read_config(directory: str | Path, *, param_dtype: str, compute_dtype: str) 
         fields = json_files.read_json(path)
         family = _family(path, fields)
     with prefixed(f"{path}: "), json_files.reading("the description"):
-        return family, family.read_config(fields, param_dtype=param_dtype, compute_dtype=compute_dtype)
+        config = family.read_config(fields, param_dtype=param_dtype, compute_dtype=compute_dtype)
+        if (size := fields.get("draft_vocab_size")) is not None:
+            config = _with_vocabulary(config, size, path.parent)
+        return family, config
 
 
 def _family(path: Path, fields: dict[str, Any]) -> base.Family:
@@ -152,6 +156,16 @@ def _family(path: Path, fields: dict[str, Any]) -> base.Family:
     if fields.get("auto_map") is not None:
         logging.warning('%s: "auto_map" is ignored, because models of type %s are built in', path, model_type)
     return FAMILIES[model_type]
+
+
+def _with_vocabulary(config: DecoderConfig, size: Any, folder: Path) -> DecoderConfig:
+    """The config of a draft with a reduced head. Raises UserError unless its file in the folder has `size` ids."""
+    ids = vocabulary.draft_vocabulary(folder / vocabulary.FILE)
+    if len(ids) != size:
+        raise UserError(
+            f'"draft_vocab_size" is {size!r}, and {vocabulary.FILE} has {len(ids)} ids; copy both files again'
+        )
+    return model_of(config).reduced(ids).config
 
 
 def describe(directory: str | Path, *, param_dtype: str, compute_dtype: str) -> LanguageModel:

@@ -16,6 +16,7 @@ from specjax.hub import load as hub_load
 from specjax.hub import save as hub_save
 from specjax.hub.tokenizer import Tokenizer, check_same_tokens
 from specjax.models.language_model import LanguageModel, consecutive
+from specjax.models.vocabulary import DraftVocabulary
 from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError
 
@@ -129,6 +130,34 @@ def load_adapter(directory: str | Path, target: Model) -> hub_adapter.LoadedAtta
     loaded = hub_adapter.load(directory, target.decoder, shardings=shardings)
     loaded.check(target.fingerprint)
     return loaded
+
+
+def with_end_ids(options: Any, target: Model) -> Any:
+    """A drafter's options, whose draft vocabulary, if it has one, includes the ids that end the target's texts."""
+    if options.vocabulary is None or target.tokenizer is None:
+        return options
+    return dataclasses.replace(options, vocabulary=options.vocabulary.including(target.tokenizer.eos_ids))
+
+
+def reduced(
+    loaded: Model | hub_adapter.LoadedAttachment, vocabulary: DraftVocabulary | None
+) -> Model | hub_adapter.LoadedAttachment:
+    """A draft with a head over these ids alone, whose columns are copies of its head's; unchanged for None.
+
+    Raises:
+      UserError: for ids that its head lacks, for an encoder-decoder, and for an attachment trained with a vocabulary.
+    """
+    if vocabulary is None or loaded.network.vocabulary == vocabulary:
+        return loaded
+    if isinstance(loaded, hub_adapter.LoadedAttachment):
+        network, params = loaded.network.reduced(loaded.params, vocabulary)
+        return dataclasses.replace(loaded, network=network, params=params)
+    decoder = loaded.decoder.reduced(vocabulary)
+    kernel = loaded.decoder.head_kernel(loaded.params, vocabulary)
+    params = loaded.decoder.reduced_params(loaded.params, kernel)
+    if loaded.mesh is not None:
+        params = jax.device_put(params, meshes.shardings(decoder.axes(), loaded.mesh))
+    return dataclasses.replace(loaded, decoder=decoder, params=params)
 
 
 def check_pair(target: Model, draft: Model) -> None:

@@ -17,11 +17,12 @@ from specjax.hub import load as hub_load
 from specjax.hub import tokenizer_files, weights
 from specjax.hub.families import base
 from specjax.hub.tokenizer import Tokenizer
+from specjax.models import vocabulary
 from specjax.models.language_model import LanguageModel, Params
 from specjax.runtime.errors import UserError
 
 _GENERATION_FILE = "generation_config.json"
-FILES = (hub_load.CONFIG_FILE, weights.FILE, _GENERATION_FILE, *tokenizer_files.FILES)
+FILES = (hub_load.CONFIG_FILE, weights.FILE, _GENERATION_FILE, vocabulary.FILE, *tokenizer_files.FILES)
 # File names of the weights of a model with several shards.
 _SHARDED = re.compile(re.escape(weights.INDEX_FILE) + r"|model-\d{5}-of-\d{5}\.safetensors")
 # The usual limit of Hugging Face; common file systems and hubs accept such files.
@@ -184,6 +185,9 @@ def _write(directory: Path, config, tokenizer) -> None:
     eos = list(tokenizer.eos_ids) if len(tokenizer.eos_ids) > 1 else tokenizer.eos_ids[0]
     special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos, "pad_token_id": tokenizer.pad_id}
     fields = {**hub_load.FAMILIES[config.family].write_config(config), **special, "torch_dtype": config.param_dtype}
+    if config.draft_vocabulary is not None:
+        fields["draft_vocab_size"] = len(config.draft_vocabulary)
+        config.draft_vocabulary.save(directory / vocabulary.FILE)
     start = {key: fields[key] for key in ("decoder_start_token_id",) if key in fields}
     _write_json(directory / hub_load.CONFIG_FILE, fields)
     _write_json(directory / _GENERATION_FILE, {**special, **start})

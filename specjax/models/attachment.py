@@ -7,6 +7,7 @@ line in `models.table.ATTACHMENTS`. A user's own class needs no line: `model.ini
 import dataclasses
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
@@ -72,6 +73,23 @@ class Attachment(Network):
     @property
     def taps(self) -> tuple[int, ...]:
         raise NotImplementedError
+
+    @property
+    def vocabulary(self) -> DraftVocabulary | None:
+        """The ids of the columns of `head`; None for all."""
+        return self.config.vocabulary
+
+    def reduced(self, params: Params, vocabulary: DraftVocabulary) -> tuple["Attachment", Params]:
+        """This attachment, which has all ids, with these alone: its own heads, named `unembedding`, are cut to them."""
+        if self.vocabulary is not None:
+            raise UserError("the adapter was trained with a draft vocabulary; leave vocabulary out")
+
+        def cut(path, array):
+            own_head = any(entry.key == "unembedding" for entry in path)
+            return array[..., vocabulary.ids] if own_head else array
+
+        config = dataclasses.replace(self.config, vocabulary=vocabulary)
+        return dataclasses.replace(self, config=config), jax.tree_util.tree_map_with_path(cut, params)
 
     def init_on(self, key: Key[Array, ""], target: Decoder, target_params: Params) -> Params:
         """Parameters at step 0 of training; random by default, independent of the target's parameters."""
@@ -142,7 +160,7 @@ class AttachedDraft(LanguageModel):
 
     @property
     def vocabulary(self) -> DraftVocabulary | None:
-        return self.attachment.config.vocabulary
+        return self.attachment.vocabulary
 
     @property
     def predicts(self) -> tuple[Prediction, ...]:

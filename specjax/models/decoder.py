@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int
 
@@ -15,6 +16,7 @@ from specjax.models.rotary import angles, text_lengths
 from specjax.models.vocabulary import DraftVocabulary
 from specjax.runtime import mesh as meshes
 from specjax.runtime.dtypes import dtype_named
+from specjax.runtime.errors import UserError
 
 
 class DecoderModule(nnx.Module):
@@ -106,6 +108,11 @@ class Decoder(LanguageModel):
     def reduced(self, vocabulary):
         if vocabulary is None:
             return self
+        if self.vocabulary is not None and (absent := np.setdiff1d(vocabulary.ids, self.vocabulary.ids)).size:
+            raise UserError(
+                f"the head has only {len(self.vocabulary)} ids, and id {absent[0]} of the draft vocabulary is not one "
+                "of them; leave vocabulary out"
+            )
         config = dataclasses.replace(self.config, draft_vocabulary=vocabulary, tied_head=False)
         return dataclasses.replace(self, config=config)
 
@@ -114,7 +121,9 @@ class Decoder(LanguageModel):
             return None
         if self.config.tied_head:
             return params["embedding"][vocabulary.ids].T
-        return params["unembedding"]["kernel"][:, vocabulary.ids]
+        ids = vocabulary.ids
+        columns = ids if self.vocabulary is None else np.searchsorted(self.vocabulary.ids, ids)
+        return params["unembedding"]["kernel"][:, columns]
 
     def column_logits(self, params, hidden):
         return super().column_logits(params, hidden) if self.vocabulary is None else self.bind(params).head(hidden)

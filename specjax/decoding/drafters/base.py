@@ -194,12 +194,14 @@ class DrafterOptions:
         if empty, an evaluation measures them.
       loads: what the drafter's `path` names: "model", "attachment" (an adapter or heads), or "" for nothing.
       threshold: drafting stops after a token whose distribution has a largest probability below this; 0 never stops.
+      vocabulary: the only ids that the draft can draft; None for all.
     """
 
     adaptive: bool = False
     costs: Sequence[float] = ()
     loads: ClassVar[str] = ""
     threshold: ClassVar[float] = 0.0
+    vocabulary: ClassVar[DraftVocabulary | None] = None
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -249,7 +251,7 @@ class HeadOptions(StoppingOptions):
 
     Attributes:
       vocabulary: the only ids that the draft can draft, see `models.vocabulary.draft_vocabulary`; None or "" for all
-        that its head has. `hub.model.restrict` adds the ids that end a text, and cuts the head of what is loaded.
+        that its head has. `hub.model.with_end_ids` adds those that end a text, `hub.model.reduced` cuts what is loaded.
     """
 
     vocabulary: DraftVocabulary | Sequence[int] | str | None = None

@@ -29,7 +29,7 @@ class Kangaroo(HeadOptions):
 
     def build(self, target: LanguageModel, gamma: int, loaded: Adapter) -> "KangarooDrafter":
         layer = loaded.config.exit_layer
-        how = {"stops": self.stops, "adjusted": self.adjusted, "vocabulary": loaded.config.vocabulary}
+        how = {"stops": self.stops, "adjusted": self.adjusted, "vocabulary": loaded.vocabulary}
         return KangarooDrafter(target, layer, gamma, **how, adapter=loaded)
 
 

@@ -66,13 +66,13 @@ class MedusaDrafter(Drafter):
         return (self.target.layers,)
 
     def init(self, params, target_params, prefill: Prefill, row_keys) -> LastHidden:
-        vocabulary = None if self.heads.config.own_head else self.heads.config.vocabulary
+        vocabulary = None if self.heads.config.own_head else self.heads.vocabulary
         kernel = self.target.head_kernel(target_params, vocabulary)
         return LastHidden(_at(prefill.tap_states[0], prefill.text_lengths - 2), kernel)
 
     def propose(self, params, target_params, state: LastHidden, target_cache, context: Context):
         heads, params = self.heads.first(params, self.gamma)
-        vocabulary = heads.config.vocabulary
+        vocabulary = heads.vocabulary
         model = self.target if state.kernel is None else self.target.reduced(vocabulary)
 
         def first(_):

@@ -79,5 +79,7 @@ def build_drafter(options: DrafterOptions, target: LanguageModel, gamma: int, lo
         raise UserError(f"gamma must be 0 (plain decoding) or more, not {gamma}")
     if options.loads == "attachment" and not isinstance(options, options_class(loaded.drafter)):
         raise UserError(f'what is loaded is made for drafter "{loaded.drafter}", not for {options}; set kind to that')
+    if options.vocabulary is not None and loaded is not None and loaded.vocabulary != options.vocabulary:
+        raise ValueError("What is loaded must be cut to the draft vocabulary first, see hub.model.reduced.")
     drafter = options.build(target, gamma, loaded) if gamma else None
     return AdaptiveDrafter(drafter, gamma) if drafter is not None and options.adaptive else drafter
