@@ -4,12 +4,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from enumeration import EMITTED, Tables, block_distribution, composed_distribution, emitted_distribution
 from test_lossy import distribution_of_one_position, leeway
 from test_vocabularies import Table
 
+from specjax import api
 from specjax.decoding.rules import RULES, Lossless
 from specjax.distillation import divergences, objective
+from specjax.hub import model as hub_model
+from specjax.hub.tokenizer import train_byte_bpe
+from specjax.models.attachment import AttachedDraft, runtime_params
+from specjax.models.table import make_attachment
 from specjax.models.vocabulary import draft_vocabulary, most_written_ids
 from specjax.runtime.errors import UserError
 
@@ -188,3 +194,74 @@ def test_the_gradient_of_the_forward_kl_is_that_of_its_finite_terms(logits):
 def test_a_vocabulary_that_the_target_lacks_is_refused():
     with pytest.raises(UserError, match="has id 6, and the target has only the ids 0 .. 4"):
         objective.Loss(ReducedTable(None), Table(None, logits_size=5), None, 1.0, 4)
+
+
+# --- a draft cut from a full one, and its files --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def target():
+    tokenizer = train_byte_bpe(["a text of words, a text of lines"], 270)
+    return api.Model(*tiny.decoder(1, sharpness=2.0, vocab_size=tokenizer.vocab_size), tokenizer)
+
+
+IDS = (*range(97, 120), 258)
+
+
+def test_an_option_cuts_the_head_of_a_draft_and_the_end_of_a_text_is_always_in_it(target):
+    how = {"temperature": 0.0, "max_new_tokens": 12}
+    plain = api.generate(target, ["a text", "words"], **how)
+    draft = api.Draft(target, vocabulary=IDS)
+    assert api.generate(target, ["a text", "words"], drafter=draft, **how).tokens == plain.tokens
+    cut, options = draft.cut(target)
+    assert draft.cut(target)[0] is cut, "the head is cut once"
+    ids = sorted({*IDS, *target.tokenizer.eos_ids})
+    assert options.vocabulary.ids.tolist() == cut.decoder.vocabulary.ids.tolist() == ids
+    np.testing.assert_array_equal(cut.params["unembedding"]["kernel"], target.params["embedding"][np.asarray(ids)].T)
+    logits, full = cut.logits([[97, 98]]), target.logits([[97, 98]])
+    np.testing.assert_allclose(logits[..., ids], full[..., ids], atol=1e-5)
+    assert np.isneginf(np.delete(logits, ids, axis=-1)).all()
+    with pytest.raises(UserError, match="the head has only .* ids, and id 1 of the draft vocabulary is not one"):
+        hub_model.reduced(cut, draft_vocabulary([1, 97]))
+
+
+def test_a_reduced_draft_is_saved_with_its_ids_and_loads_again(target, tmp_path):
+    cut = hub_model.reduced(target, draft_vocabulary(IDS))
+    api.save(cut, tmp_path / "draft")
+    again = api.load(tmp_path / "draft", compute_dtype="float32")
+    assert again.decoder == cut.decoder
+    jax.tree.map(np.testing.assert_array_equal, again.params, cut.params)
+    assert draft_vocabulary(tmp_path / "draft") == cut.decoder.vocabulary
+    draft_vocabulary([1, 2]).save(tmp_path / "draft" / "draft_vocabulary.json")
+    with pytest.raises(UserError, match=r'config.json: "draft_vocab_size" is 24, and draft_vocabulary.json has 2 ids'):
+        api.load(tmp_path / "draft")
+
+
+@pytest.mark.parametrize("kind", ["adapter", "medusa"])
+@pytest.mark.parametrize("own_head", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_attachments_draft_from_a_reduced_vocabulary(target, tmp_path, kind, own_head):
+    options = {"exit_layer": 1, "kind": "none"} if kind == "adapter" else {"heads": 2}
+    options |= {"own_head": own_head, "vocabulary": IDS}
+    network = make_attachment(kind, target.decoder.config, options)
+    params = network.init_on(jax.random.key(0), target.decoder, target.params)
+    loaded = api.LoadedAttachment(network, params, target.fingerprint)
+    api.save_adapter(tmp_path / "adapter", loaded)
+    again = api.load_adapter(tmp_path / "adapter", target)
+    assert again.network == network
+    how = {"gamma": 2, "temperature": 0.0, "max_new_tokens": 8}
+    plain = api.generate(target, ["a text", "words"], temperature=0.0, max_new_tokens=8)
+    assert api.generate(target, ["a text", "words"], drafter=again, **how).tokens == plain.tokens
+    # A full one, cut by the option, drafts from the same logits.
+    full = make_attachment(kind, target.decoder.config, options | {"vocabulary": ""})
+    whole = full.init_on(jax.random.key(0), target.decoder, target.params)
+    cut, left = full.reduced(whole, network.vocabulary)
+    assert cut == network and jax.tree.map(jnp.shape, left) == jax.tree.map(jnp.shape, params)
+    hidden = jax.random.normal(jax.random.key(0), (2, 3, target.decoder.config.width))
+    both = [
+        AttachedDraft.of(each).head(runtime_params(AttachedDraft.of(each), values, target.params), hidden)
+        for each, values in ((full, whole), (cut, left))
+    ]
+    ids = np.asarray(IDS)
+    np.testing.assert_allclose(both[0][..., ids], both[1][..., ids], atol=1e-5)
+    with pytest.raises(UserError, match="trained with a draft vocabulary; leave vocabulary out"):
+        hub_model.reduced(again, draft_vocabulary([97]))

@@ -5,6 +5,7 @@ line in `models.table.ATTACHMENTS`. A user's own class needs no line: `model.ini
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -33,7 +34,7 @@ class AttachmentConfig:
     """
 
     target: DecoderConfig
-    vocabulary: DraftVocabulary | None = dataclasses.field(default=None, kw_only=True)
+    vocabulary: DraftVocabulary | Sequence[int] | str | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self):
         object.__setattr__(self, "vocabulary", draft_vocabulary(self.vocabulary))
