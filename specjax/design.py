@@ -16,9 +16,11 @@ import numpy as np
 from specjax.data import batches, tasks
 from specjax.decoding import batch
 from specjax.decoding.drafters.model import ModelDraft
+from specjax.distillation import cached_text
 from specjax.draft_design import advice, pruning, replay, shapes, what_if
 from specjax.evaluation import throughput
 from specjax.hub import model as hub_model
+from specjax.hub.tokenizer import Tokenizer
 from specjax.reporting import records, row_tables
 from specjax.runtime import cli, processes
 from specjax.runtime import config as configs
@@ -48,16 +50,7 @@ def finish(config: Any, workdir: str | Path, rows: list[dict]) -> dict:
 def prune(config: Any, workdir: Path) -> list[dict]:
     """Prunes a checkpoint to a shape by importance on calibration text; writes it to `workdir/export`."""
     source = hub_model.load(config.source, param_dtype=config.param_dtype, compute_dtype=config.compute_dtype)
-    calibration = config.calibration
-    rows = batches.training_batches(
-        tasks.load_task(config.task),
-        source.tokenizer,
-        batch_size=calibration.batch_size,
-        sequence_length=calibration.sequence_length,
-        prompt_length=(1, 1),
-        seed=config.seed,
-    )
-    texts = [(row["tokens"], row["lengths"]) for row in itertools.islice(rows, calibration.batches)]
+    texts = _calibration_texts(config, source.tokenizer)
     importance = pruning.importance(source.decoder, source.params, texts)
     sizes = {name: value for name, value in config.shape.to_dict().items() if value}
     shape = shapes.reshaped(source.decoder.config, **sizes)
@@ -73,6 +66,25 @@ def prune(config: Any, workdir: Path) -> list[dict]:
         "layer_importance": importance.layers.tolist(),
     }
     return [row]
+
+
+def _calibration_texts(config: Any, tokenizer: Tokenizer) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Batches of tokens and lengths: of stored text of the target, or of the task's training text."""
+    calibration = config.calibration
+    if calibration.text:
+        stored = cached_text.load(calibration.text)
+        rows = [stored.batch(config.seed, step, calibration.batch_size) for step in range(calibration.batches)]
+    else:
+        endless = batches.training_batches(
+            tasks.load_task(config.task),
+            tokenizer,
+            batch_size=calibration.batch_size,
+            sequence_length=calibration.sequence_length,
+            prompt_length=(1, 1),
+            seed=config.seed,
+        )
+        rows = list(itertools.islice(endless, calibration.batches))
+    return [(row["tokens"], row["lengths"]) for row in rows]
 
 
 def replayed(config: Any, workdir: Path) -> list[dict]:

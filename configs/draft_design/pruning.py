@@ -73,7 +73,8 @@ def pruned(shape: dict, variant: str) -> ConfigDict:
     section.param_dtype = "float32"
     section.compute_dtype = "auto"
     section.task = common.task(size=60_000 if variant else 0)  # whose training text decides what matters
-    section.calibration = ConfigDict({"batches": 8, "batch_size": 8, "sequence_length": 128})
+    # text: a folder of text that the binary target_text wrote, to use in place of the task's.
+    section.calibration = ConfigDict({"text": "", "batches": 8, "batch_size": 8, "sequence_length": 128})
     section.shape = ConfigDict(shape)  # what is left; 0, or a missing key, keeps the source's value
     if variant:
         section.calibration.update({"batches": 1, "batch_size": 2, "sequence_length": 32})
