@@ -16,11 +16,15 @@ CORE := $(addprefix tests/test_,rules.py sampling.py divergences.py loop.py exac
 # The slowest of them, left to `make test`.
 SPARED := another_vocabulary or fill_the_capacity or callers_arrays or depend_on_its_batch or after_every_block
 
-.PHONY: quickstart smoke test test-all test-peers check tables
+.PHONY: quickstart checkpoint smoke test test-all test-peers check tables
 .DEFAULT_GOAL := test
 
 quickstart: $(VENV)/.installed
 	$(RUN) -m specjax.main --config=configs/quickstart.py --workdir=runs/quickstart
+
+# A real chat model of 98 MB, in checkpoints/.
+checkpoint: $(RUN)
+	$(RUN) launch/checkpoint.py checkpoints
 
 # Under a minute on 2 cores.
 smoke: $(VENV)/.installed-dev

