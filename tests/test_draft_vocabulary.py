@@ -217,7 +217,7 @@ def test_an_option_cuts_the_head_of_a_draft_and_the_end_of_a_text_is_always_in_i
     assert draft.cut(target)[0] is cut, "the head is cut once"
     ids = sorted({*IDS, *target.tokenizer.eos_ids})
     assert options.vocabulary.ids.tolist() == cut.decoder.vocabulary.ids.tolist() == ids
-    np.testing.assert_array_equal(cut.params["unembedding"]["kernel"], target.params["embedding"][np.asarray(ids)].T)
+    np.testing.assert_array_equal(cut.params["unembedding"]["kernel"], target.params["embedding"][np.asarray(ids)])
     logits, full = cut.logits([[97, 98]]), target.logits([[97, 98]])
     np.testing.assert_allclose(logits[..., ids], full[..., ids], atol=1e-5)
     assert np.isneginf(np.delete(logits, ids, axis=-1)).all()

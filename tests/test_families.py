@@ -243,7 +243,7 @@ def test_phi3_files_fuse_queries_keys_and_values_and_gate_and_up(tmp_path):
     save(tmp_path / "export", decoder, params, train_byte_bpe(["some words\n"] * 9, 260))
     stored = load_file(tmp_path / "export" / "model.safetensors")
     attention, mlp = params["blocks"][0]["attention"], params["blocks"][0]["mlp"]
-    joined = lambda parts: np.concatenate([np.asarray(part["kernel"]).T for part in parts])
+    joined = lambda parts: np.concatenate([np.asarray(part["kernel"]) for part in parts])
     np.testing.assert_array_equal(
         stored["model.layers.0.self_attn.qkv_proj.weight"],
         joined([attention["query"], attention["key"], attention["value"]]),

@@ -216,22 +216,22 @@ def exported(family, directory, tokenizer, **fields):
     return params, load_file(directory / "model.safetensors")
 
 
-def test_gpt2_files_fuse_queries_keys_and_values_and_keep_kernels_unturned(tokenizer, tmp_path):
+def test_gpt2_files_fuse_queries_keys_and_values_and_store_kernels_by_input(tokenizer, tmp_path):
     params, stored = exported("gpt2", tmp_path / "export", tokenizer)
     attention, mlp = params["blocks"][1]["attention"], params["blocks"][1]["mlp"]
     parts = [attention[name] for name in ("query", "key", "value")]
     for kind, ours in (("weight", "kernel"), ("bias", "bias")):
-        joined = np.concatenate([np.asarray(part[ours]) for part in parts], axis=-1)
+        joined = np.concatenate([np.asarray(part[ours]).T for part in parts], axis=-1)
         np.testing.assert_array_equal(stored[f"transformer.h.1.attn.c_attn.{kind}"], joined)
-        np.testing.assert_array_equal(stored[f"transformer.h.1.mlp.c_proj.{kind}"], mlp["down"][ours])
+        np.testing.assert_array_equal(stored[f"transformer.h.1.mlp.c_proj.{kind}"], mlp["down"][ours].T)
 
 
 def test_neox_files_hold_query_key_and_value_of_one_head_after_another(tokenizer, tmp_path):
     params, stored = exported("gpt_neox", tmp_path / "export", tokenizer)
     attention = params["blocks"][1]["attention"]
     for kind, ours in (("weight", "kernel"), ("bias", "bias")):
-        turned = [np.asarray(attention[name][ours]).T for name in ("query", "key", "value")]
-        heads = [part[8 * head : 8 * head + 8] for head in range(4) for part in turned]
+        parts = [np.asarray(attention[name][ours]) for name in ("query", "key", "value")]
+        heads = [part[8 * head : 8 * head + 8] for head in range(4) for part in parts]
         fused = stored[f"gpt_neox.layers.1.attention.query_key_value.{kind}"]
         np.testing.assert_array_equal(fused, np.concatenate(heads))
 

@@ -189,26 +189,26 @@ def test_a_tied_embedding_stored_as_the_head_alone_is_loaded(copy, prefix):
     np.testing.assert_array_equal(params["embedding"], load_file(copy / "model.safetensors")["lm_head.weight"])
 
 
-def test_every_parameter_lies_under_its_name_kernels_turned(exported):
+def test_every_parameter_lies_under_its_name_kernels_as_they_are(exported):
     stored = load_file(exported / "model.safetensors")
     _, params = load(exported)
     expected = {
         "model.embed_tokens.weight": params["embedding"],
         "model.norm.weight": params["norm"]["scale"],
-        "lm_head.weight": params["unembedding"]["kernel"].T,
+        "lm_head.weight": params["unembedding"]["kernel"],
     }
     for layer, block in params["blocks"].items():
         attention, mlp = block["attention"], block["mlp"]
         named = {
             "input_layernorm": block["attention_norm"]["scale"],
-            "self_attn.q_proj": attention["query"]["kernel"].T,
-            "self_attn.k_proj": attention["key"]["kernel"].T,
-            "self_attn.v_proj": attention["value"]["kernel"].T,
-            "self_attn.o_proj": attention["output"]["kernel"].T,
+            "self_attn.q_proj": attention["query"]["kernel"],
+            "self_attn.k_proj": attention["key"]["kernel"],
+            "self_attn.v_proj": attention["value"]["kernel"],
+            "self_attn.o_proj": attention["output"]["kernel"],
             "post_attention_layernorm": block["mlp_norm"]["scale"],
-            "mlp.gate_proj": mlp["gate"]["kernel"].T,
-            "mlp.up_proj": mlp["up"]["kernel"].T,
-            "mlp.down_proj": mlp["down"]["kernel"].T,
+            "mlp.gate_proj": mlp["gate"]["kernel"],
+            "mlp.up_proj": mlp["up"]["kernel"],
+            "mlp.down_proj": mlp["down"]["kernel"],
         }
         expected.update({f"model.layers.{layer}.{name}.weight": leaf for name, leaf in named.items()})
     assert set(stored) == set(expected)

@@ -89,7 +89,7 @@ def test_the_adapter_is_what_the_paper_writes(models):
     hidden = np.asarray(jax.random.normal(jax.random.key(0), (1, 7, 16)))
     weights = jax.tree.map(np.asarray, adapter_params)
     norm = lambda x, gain: x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * gain
-    project = lambda x, name: x @ weights["attention"][name]["kernel"]
+    project = lambda x, name: x @ weights["attention"][name]["kernel"].T
     turn = np.arange(7)[:, None] / 1e4 ** (np.arange(0, 8, 2) / 8)[None]
 
     def rotated(x):  # [T, H]

@@ -174,14 +174,14 @@ def test_while_exporting_the_host_holds_about_one_shard_though_the_parameters_ar
 def test_of_a_fused_tensor_a_rank_reads_its_part_alone(tmp_path, monkeypatch, transposed, groups):
     """Queries, keys and values of 8 channels each, one after another or head by head, over a file of small pieces."""
     monkeypatch.setattr(hub_load, "_PIECE_BYTES", 64)
-    file = np.random.default_rng(0).normal(size=(24, 6) if transposed else (6, 24)).astype(np.float32)
+    file = np.random.default_rng(0).normal(size=(6, 24) if transposed else (24, 6)).astype(np.float32)
     save_file({"fused": file}, tmp_path / "file.safetensors")
     stored = Stored("fused", tmp_path / "file.safetensors", file.shape, "F32")
-    outputs = (file.T if transposed else file).reshape(6, groups, 3, 8 // groups)
+    outputs = (file.T if transposed else file).reshape(groups, 3, 8 // groups, 6)
     for number in range(3):
-        whole = outputs[:, :, number].reshape(6, 8)
+        whole = outputs[:, number].reshape(8, 6)
         tensor = base.Tensor("fused", (), transposed, base.Part(number * 8 // groups, 8 // groups, groups))
-        for rows, columns in [(slice(0, 6), slice(0, 8)), (slice(2, 5), slice(0, 8)), (slice(0, 6), slice(3, 7))]:
+        for rows, columns in [(slice(0, 8), slice(0, 6)), (slice(0, 8), slice(2, 5)), (slice(3, 7), slice(0, 6))]:
             part, read = hub_load._part(stored, tensor, (rows, columns), np.dtype("float32"))
             np.testing.assert_array_equal(part, whole[rows, columns])
             assert read == part.nbytes

@@ -43,7 +43,7 @@ def guesses(target, params, heads_params, tokens):
     hidden = np.asarray(target.normed(params, hidden))
     silu = lambda x: x / (1 + np.exp(-x))
     weights = [jax.tree.map(np.asarray, heads_params["heads"][k]) for k in range(HEADS)]
-    heads = [(hidden + silu(hidden @ head["block"]["kernel"])) @ head["unembedding"]["kernel"] for head in weights]
+    heads = [(hidden + silu(hidden @ head["block"]["kernel"].T)) @ head["unembedding"]["kernel"].T for head in weights]
     return np.stack(heads, axis=2)
 
 
@@ -165,7 +165,7 @@ def test_new_heads_begin_as_the_config_says(models):
     target, params, *_ = models
     draft, begun = further("medusa", target, params)
     assert draft.attachment.config.heads == 2
-    np.testing.assert_allclose(begun["heads"][1]["unembedding"]["kernel"], params["embedding"].T, atol=1e-5)
+    np.testing.assert_allclose(begun["heads"][1]["unembedding"]["kernel"], params["embedding"], atol=1e-5)
 
 
 # --- bad input -----------------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ def plain_forward(config: DecoderConfig, params, tokens):
         block = params["blocks"][layer]
         attention, mlp = block["attention"], block["mlp"]
         normed = norm(hidden, block["attention_norm"]["scale"])
-        split = lambda name, n: np.split(normed @ array(attention[name]["kernel"]), n, axis=1)  # noqa: B023
+        split = lambda name, n: np.split(normed @ array(attention[name]["kernel"]).T, n, axis=1)  # noqa: B023
         keys = [rotate(head) for head in split("key", config.kv_heads)]
         values = split("value", config.kv_heads)
         mixed = []
@@ -65,14 +65,15 @@ def plain_forward(config: DecoderConfig, params, tokens):
             scores = query @ keys[group].T / np.sqrt(config.head_size)
             weights = np.exp(np.where(np.tri(len(tokens)) > 0, scores, -np.inf))
             mixed.append(weights / weights.sum(-1, keepdims=True) @ values[group])
-        hidden = hidden + np.concatenate(mixed, axis=1) @ array(attention["output"]["kernel"])
+        hidden = hidden + np.concatenate(mixed, axis=1) @ array(attention["output"]["kernel"]).T
         normed = norm(hidden, block["mlp_norm"]["scale"])
-        gate = normed @ array(mlp["gate"]["kernel"])
-        hidden = hidden + (gate / (1 + np.exp(-gate)) * (normed @ array(mlp["up"]["kernel"]))) @ array(
-            mlp["down"]["kernel"]
+        gate = normed @ array(mlp["gate"]["kernel"]).T
+        hidden = (
+            hidden
+            + (gate / (1 + np.exp(-gate)) * (normed @ array(mlp["up"]["kernel"]).T)) @ array(mlp["down"]["kernel"]).T
         )
     normed = norm(hidden, params["norm"]["scale"])
-    return normed @ (array(params["embedding"]).T if config.tied_head else array(params["unembedding"]["kernel"]))
+    return normed @ array(params["embedding"] if config.tied_head else params["unembedding"]["kernel"]).T
 
 
 @pytest.mark.parametrize(
@@ -94,7 +95,7 @@ def test_the_forward_is_the_plain_writing_of_it(shape):
 
 def test_grouped_heads_are_shared_heads(grouped):
     model, params = grouped
-    repeat = lambda kernel: jnp.repeat(kernel.reshape(24, 2, 1, 8), 2, axis=2).reshape(24, 32)
+    repeat = lambda kernel: jnp.repeat(kernel.reshape(2, 1, 8, 24), 2, axis=1).reshape(32, 24)
     wide = jax.tree.map_with_path(
         lambda path, x: repeat(x) if {"key", "value"} & {getattr(entry, "key", None) for entry in path} else x,
         params,
@@ -292,9 +293,9 @@ def test_an_unknown_dtype_is_named_with_its_nearest():
 
 def test_a_projections_gradient_is_that_of_the_plain_product():
     keys = jax.random.split(jax.random.key(0), 3)
-    inputs, kernel, outer = (jax.random.normal(k, s) for k, s in zip(keys, [(2, 5, 3), (3, 4), (2, 5, 4)], strict=True))
+    inputs, kernel, outer = (jax.random.normal(k, s) for k, s in zip(keys, [(2, 5, 3), (4, 3), (2, 5, 4)], strict=True))
     pulled = lambda product: jax.vjp(product, inputs, kernel)[1](outer)
     for ours, plain in zip(
-        pulled(lambda *factors: layers._product(*factors, jnp.float32)), pulled(jnp.matmul), strict=True
+        pulled(lambda *factors: layers.product(*factors, jnp.float32)), pulled(lambda x, w: x @ w.T), strict=True
     ):
         np.testing.assert_allclose(ours, plain, rtol=1e-5)

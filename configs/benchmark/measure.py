@@ -138,11 +138,9 @@ def _matvec_loop(steps: int, kernels: Sequence[jax.Array], x: jax.Array) -> jax.
 
     def step(_, x):
         for kernel in kernels:
-            # [V, D] is the tied head, read as it lies; it is the only matrix with more rows than any layer's.
-            tied = kernel is kernels[0] and kernel.shape[1] == width
-            inputs = kernel.shape[1] if tied else kernel.shape[0]
+            inputs = kernel.shape[1]
             x = jnp.tile(x, (1, -(-inputs // x.shape[1])))[:, :inputs]
-            x = jnp.einsum("BD,VD->BV", x, kernel) if tied else x @ kernel
+            x = jnp.einsum("BI,OI->BO", x, kernel)
             # Scaled to size 1, so that no number becomes denormal, which is slow.
             x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x)) + 1e-6)
         return jnp.tile(x, (1, -(-width // x.shape[1])))[:, :width]

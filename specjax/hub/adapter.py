@@ -51,7 +51,13 @@ def fingerprint(decoder: LanguageModel, params: Params) -> str:
 @jax.jit
 def _samples(params: Params) -> Params:
     middle = lambda leaf: leaf[tuple(size // 2 for size in leaf.shape[:-1])]
-    return jax.tree.map(lambda leaf: middle(leaf)[:_SAMPLE].astype(jnp.bfloat16), params)
+    sample = lambda path, leaf: middle(_in_file(path, leaf))[:_SAMPLE].astype(jnp.bfloat16)
+    return jax.tree_util.tree_map_with_path(sample, params)
+
+
+def _in_file(path, leaf: Any) -> Any:
+    """The array as the files have it, or the inverse: there, kernels are [in, out]."""
+    return leaf.T if path[-1].key == "kernel" else leaf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +110,8 @@ def save(directory: str | Path, loaded: LoadedAttachment) -> None:
     }
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        save_file({_name(path): np.asarray(leaf) for path, leaf in leaves}, directory / weights.SPECJAX_ADAPTER_FILE)
+        arrays = {_name(path): np.ascontiguousarray(_in_file(path, np.asarray(leaf))) for path, leaf in leaves}
+        save_file(arrays, directory / weights.SPECJAX_ADAPTER_FILE)
         (directory / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{directory} cannot be written ({error}); make room or choose another place") from None
@@ -133,8 +140,10 @@ def load(directory: str | Path, target: LanguageModel, *, shardings=None) -> Loa
         raise UserError(f"there is no {path}; copy the adapter again")
     with reading(str(path), "is damaged or cut short"):
         stored = load_file(path)
+    abstract = adapter.abstract_params()
     expected = {
-        _name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(adapter.abstract_params())
+        _name(path): _in_file(path, np.empty(leaf.shape)).shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)
     }
     if expected != {name: values.shape for name, values in stored.items()}:
         raise UserError(
@@ -143,7 +152,7 @@ def load(directory: str | Path, target: LanguageModel, *, shardings=None) -> Loa
         )
     dtype = dtype_named(adapter.config.target.param_dtype)
     params = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jnp.asarray(stored[_name(path)]).astype(dtype), adapter.abstract_params()
+        lambda path, leaf: jnp.asarray(_in_file(path, stored[_name(path)])).astype(dtype), abstract
     )
     params = params if shardings is None else jax.device_put(params, shardings(adapter))
     return LoadedAttachment(adapter, params, trained_with)

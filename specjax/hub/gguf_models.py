@@ -139,7 +139,7 @@ def _with_names(family: base.Family) -> base.Family:
         layer = "blk.{}." if path.startswith("blocks.") else ""
         names[path] = f"{layer}{theirs}.{'bias' if kind == 'bias' else 'weight'}"
     ordered = {path: names[path] for path in family.names}
-    return dataclasses.replace(family, names=ordered, transposed=True, ignored=(_FREQUENCIES, _SHORT, _LONG))
+    return dataclasses.replace(family, names=ordered, transposed=False, ignored=(_FREQUENCIES, _SHORT, _LONG))
 
 
 @dataclasses.dataclass(frozen=True)

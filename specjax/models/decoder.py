@@ -120,10 +120,10 @@ class Decoder(LanguageModel):
         if vocabulary is None:
             return None
         if self.config.tied_head:
-            return params["embedding"][vocabulary.ids].T
+            return params["embedding"][vocabulary.ids]
         ids = vocabulary.ids
-        columns = ids if self.vocabulary is None else np.searchsorted(self.vocabulary.ids, ids)
-        return params["unembedding"]["kernel"][:, columns]
+        rows = ids if self.vocabulary is None else np.searchsorted(self.vocabulary.ids, ids)
+        return params["unembedding"]["kernel"][rows]
 
     def column_logits(self, params, hidden):
         return super().column_logits(params, hidden) if self.vocabulary is None else self.bind(params).head(hidden)

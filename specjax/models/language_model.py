@@ -151,11 +151,11 @@ class LanguageModel(Network):
             raise UserError("only a decoder-only model can draft from a reduced vocabulary; leave vocabulary out")
         return self
 
-    def head_kernel(self, params: Params, vocabulary: DraftVocabulary | None) -> Float[Array, "D W"] | None:
+    def head_kernel(self, params: Params, vocabulary: DraftVocabulary | None) -> Float[Array, "W D"] | None:
         """The columns of the head for the ids of `vocabulary`; None for None."""
         self.reduced(vocabulary)
 
-    def reduced_params(self, params: Params, kernel: Float[Array, "D W"] | None) -> Params:
+    def reduced_params(self, params: Params, kernel: Float[Array, "W D"] | None) -> Params:
         """The parameters of the `reduced` model, whose head is `kernel`; unchanged for None."""
         return params if kernel is None else {**params, "unembedding": {"kernel": kernel}}
 

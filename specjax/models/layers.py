@@ -22,27 +22,58 @@ _ACTIVATIONS = {
 }
 
 
+# On CPU, products with at most this many rows are computed as in `_few_rows`.
+_FEW_ROWS = 64
+
+
+def product(inputs: Float[Array, "B T I"], kernel: Float[Array, "O I"], dtype: DTypeLike) -> Float[Array, "B T O"]:
+    """`inputs @ kernel.T` in this dtype, computed from factors in the dtype of the inputs."""
+    kernel = kernel.astype(inputs.dtype)
+    if meshes.platform() == "cpu":
+        return _cpu_product(inputs, kernel, dtype)
+    return jnp.einsum("BTI,OI->BTO", inputs, kernel, preferred_element_type=dtype)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product(inputs, kernel, dtype):
-    """`inputs @ kernel` in this dtype, with a gradient that materialises both factors before multiplying them.
+def _cpu_product(inputs, kernel, dtype):
+    """`product` on CPU, with a gradient that materialises both factors before multiplying them.
 
-    Otherwise the CPU compiler fuses a strided transpose into the preceding operation, such as the activation's
-    gradient, which made a training step 10% slower.
+    Otherwise the compiler fuses a strided transpose into the preceding operation, such as the activation's gradient,
+    which made a training step 10% slower.
     """
-    return jnp.matmul(inputs, kernel, preferred_element_type=dtype)
+    if inputs.shape[0] * inputs.shape[1] <= _FEW_ROWS and jax.sharding.get_abstract_mesh().size <= 1:
+        return _few_rows(inputs.reshape(-1, inputs.shape[2]), kernel, dtype).reshape(*inputs.shape[:2], -1)
+    return jnp.einsum("BTI,OI->BTO", inputs, kernel, preferred_element_type=dtype)
 
 
-def _product_backward(dtype, saved, gradient):
+def _few_rows(rows: Float[Array, "R I"], kernel: Float[Array, "O I"], dtype: DTypeLike) -> Float[Array, "R O"]:
+    """`rows @ kernel.T` with the kernel as the left factor, which for 2 to 8 rows takes the CPU half the time.
+
+    Some numbers of rows are slow, so several are padded to a multiple of 4. The barriers keep the compiler from
+    exchanging the factors and from multiplying fewer rows.
+    """
+    count = rows.shape[0]
+    if count > 1:
+        rows = jax.lax.optimization_barrier(jnp.pad(rows, ((0, -count % 4), (0, 0))))
+    outputs = jnp.einsum("OI,RI->OR", kernel, rows, preferred_element_type=dtype)
+    return jax.lax.optimization_barrier(outputs)[:, :count].T
+
+
+def _cpu_product_backward(dtype, saved, gradient):
     inputs, kernel = saved
     inputs, gradient = jax.lax.optimization_barrier((inputs, gradient.astype(inputs.dtype)))
-    return jnp.einsum("BTO,IO->BTI", gradient, kernel), jnp.einsum("BTI,BTO->IO", inputs, gradient)
+    return jnp.einsum("BTO,OI->BTI", gradient, kernel), jnp.einsum("BTO,BTI->OI", gradient, inputs)
 
 
-_product.defvjp(lambda *factors: (_product(*factors), factors[:2]), _product_backward)
+_cpu_product.defvjp(lambda *factors: (_cpu_product(*factors), factors[:2]), _cpu_product_backward)
 
 
 class Linear(nnx.Module):
-    """`x @ kernel` with the kernel stored `[in, out]`, in the dtype of x; `logits` returns it in float32, unrounded."""
+    """`x @ kernel.T` in the dtype of x, with a kernel `[out, in]`; `logits` returns it in float32, unrounded.
+
+    Every row of the kernel is contiguous, which decoding on CPU needs (see `_few_rows`); so is that of an embedding,
+    which a tied head multiplies with.
+    """
 
     def __init__(
         self,
@@ -55,16 +86,12 @@ class Linear(nnx.Module):
         bias=False,
     ):
         kernel = jax.random.normal(rngs.params(), (inputs, outputs), jnp.float32) * scale
-        self.kernel = nnx.Param(kernel.astype(dtype_named(dtype)), axes=axes)
+        self.kernel = nnx.Param(kernel.astype(dtype_named(dtype)).T, axes=axes[::-1])
         self.bias = nnx.Param(jnp.zeros((outputs,), dtype_named(dtype)), axes=axes[1:]) if bias else None
 
     def __call__(self, inputs: Float[Array, "B T I"], dtype: DTypeLike | None = None) -> Float[Array, "B T O"]:
         dtype = dtype or inputs.dtype
-        factors = inputs, self.kernel[...].astype(inputs.dtype)
-        if meshes.platform() == "cpu":
-            outputs = _product(*factors, dtype)
-        else:
-            outputs = jnp.matmul(*factors, preferred_element_type=dtype)
+        outputs = product(inputs, self.kernel[...], dtype)
         return outputs if self.bias is None else outputs + self.bias[...].astype(dtype)[None, None]
 
     def logits(self, inputs: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
@@ -73,7 +100,7 @@ class Linear(nnx.Module):
 
 def tied_logits(hidden: Float[Array, "B T D"], embedding: Float[Array, "V D"]) -> Float[Array, "B T V"]:
     """Float32 logits of a head that is the transposed embedding."""
-    return jnp.einsum("BTD,VD->BTV", hidden, embedding.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    return product(hidden, embedding, jnp.float32)
 
 
 class RMSNorm(nnx.Module):

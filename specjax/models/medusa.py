@@ -96,7 +96,7 @@ class MedusaHeads(Attachment):
             kernel = target.with_vocab_size(self.config.target.vocab_size).unembed(target_params, unit)[0]
             if self.config.vocabulary is not None:
                 kernel = kernel[:, self.config.vocabulary.ids]
-            kernel = kernel.astype(dtype_named(self.config.target.param_dtype))
+            kernel = kernel.T.astype(dtype_named(self.config.target.param_dtype))
             params = {"heads": {k: {**head, "unembedding": {"kernel": kernel}} for k, head in params["heads"].items()}}
         return params
 

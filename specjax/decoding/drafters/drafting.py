@@ -32,10 +32,10 @@ class HeadState:
     """The state of a drafter that uses the target's head.
 
     Attributes:
-      kernel: the columns of the head for the ids of the drafter's `vocabulary`, gathered once per batch; None for all.
+      kernel: the head's rows for the ids of the drafter's `vocabulary`, gathered once per batch; None for all.
     """
 
-    kernel: Float[Array, "D W"] | None = axes("embed", "vocab")
+    kernel: Float[Array, "W D"] | None = axes("vocab", "embed")
 
 
 @jax.tree_util.register_dataclass

@@ -78,7 +78,7 @@ class EarlyExitDrafter(Drafter):
         """The target with the head of the draft."""
         return self.target.reduced(self.vocabulary)
 
-    def exit_params(self, target_params, kernel: Float[Array, "D W"] | None):
+    def exit_params(self, target_params, kernel: Float[Array, "W D"] | None):
         """The parameters of `exit_model`."""
         return self.target.reduced_params(target_params, kernel)
 

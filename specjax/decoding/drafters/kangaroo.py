@@ -48,7 +48,7 @@ class KangarooState:
 
     cache: Any
     exits: Float[Array, "B gamma_plus_1 D"] = axes(None, None, "embed")
-    kernel: Float[Array, "D W"] | None = axes("embed", "vocab")
+    kernel: Float[Array, "W D"] | None = axes("vocab", "embed")
     second_last: Int[Array, "B"] = axes("batch")
 
 

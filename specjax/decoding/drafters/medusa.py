@@ -40,7 +40,7 @@ class LastHidden:
     """
 
     hidden: Float[Array, "B 1 D"] = axes(None, None, "embed")
-    kernel: Float[Array, "D W"] | None = axes("embed", "vocab")
+    kernel: Float[Array, "W D"] | None = axes("vocab", "embed")
 
 
 @dataclasses.dataclass(frozen=True)

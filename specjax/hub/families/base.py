@@ -29,7 +29,7 @@ class Tensor(NamedTuple):
     Attributes:
       name: name of the tensor in the file; arrays that the file fuses share a name.
       path: path of the array in our parameter tree.
-      transposed: whether the file holds the transpose (our kernels are [in, out], most files have [out, in]).
+      transposed: whether the file holds the transpose (our kernels are [out, in], as in most files).
       part: location in a fused tensor; None if the tensor in the file holds only this array.
     """
 
@@ -116,7 +116,7 @@ class Family:
       names: path of each array, with {} for the layer number -> tensor name in the file. Entries for arrays that a
         model lacks (biases, an untied head) are ignored.
       parts: function from a config to the `Part` of each array in a fused tensor, by path as in `names`.
-      transposed: whether the file has kernels as [out, in].
+      transposed: whether the file has kernels as [in, out], except the head's.
       ignored: name endings of tensors in old checkpoints that are not parameters, such as causal masks.
       only: field -> its supported values; any other value is an error.
       absent: values for missing fields, if they differ from those in `fields`. Null values are kept.
@@ -130,7 +130,7 @@ class Family:
     fields: tuple[Field | Group, ...]
     names: Mapping[str, str]
     parts: Callable[[Any], Mapping[str, Part]] = lambda config: {}
-    transposed: bool = True
+    transposed: bool = False
     ignored: tuple[str, ...] = ()
     only: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     absent: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -184,7 +184,7 @@ def list_tensors(
     config: DecoderConfig,
     names: Mapping[str, str],
     *,
-    transposed: bool = True,
+    transposed: bool = False,
     parts: Mapping[str, Part] | None = None,
 ) -> list[Tensor]:
     """The tensors of a model with this config, from a table like `Family.names`, layer by layer.
@@ -204,7 +204,7 @@ def list_tensors(
         for layer, (template, name) in itertools.product(range(count), layered):
             path = tuple(int(key) if key.isdigit() else key for key in template.format(layer).split("."))
             if path in missing:
-                swapped = path[-1] == "kernel" and (transposed or root == "unembedding")
+                swapped = path[-1] == "kernel" and transposed and root != "unembedding"
                 tensors.append(Tensor(name.format(layer), path, swapped, (parts or {}).get(template)))
                 missing.remove(path)
     if missing:
@@ -253,7 +253,7 @@ def fused_outputs(tensors: Sequence[Tensor]) -> dict[str, int]:
 
 def output_axis(tensor: Tensor, dimensions: int) -> int:
     """The index of the output axis, along which tensors are fused, in the file's layout."""
-    return 0 if tensor.transposed else dimensions - 1
+    return dimensions - 1 if tensor.transposed else 0
 
 
 def shape_in_file(tensor: Tensor, shape: tuple[int, ...], outputs: Mapping[str, int]) -> tuple[int, ...]:

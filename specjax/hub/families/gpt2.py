@@ -43,7 +43,7 @@ FAMILY = base.Family(
         "unembedding.kernel": "lm_head.weight",
     },
     parts=_parts,
-    transposed=False,
+    transposed=True,
     ignored=(".attn.bias", ".attn.masked_bias"),  # causal masks
     # "reorder_and_upcast_attn" is about rounding alone: our scores are float32 anyway.
     only={"scale_attn_weights": (True, None), "scale_attn_by_inverse_layer_idx": (False, None)},
