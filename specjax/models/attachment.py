@@ -87,7 +87,7 @@ class Attachment(Network):
 
         def cut(path, array):
             own_head = any(entry.key == "unembedding" for entry in path)
-            return array[..., vocabulary.ids] if own_head else array
+            return array[vocabulary.ids] if own_head else array
 
         config = dataclasses.replace(self.config, vocabulary=vocabulary)
         return dataclasses.replace(self, config=config), jax.tree_util.tree_map_with_path(cut, params)
