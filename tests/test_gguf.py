@@ -238,6 +238,27 @@ def test_user_defined_tokens_are_matched_first_and_spaces_are_kept_together(tmp_
     assert tokenizer.decode(tokenizer.encode("a   b\n\n<table>  c")) == "a   b\n\n<table>  c"
 
 
+def test_phi3_puts_a_space_before_each_text_and_drops_the_line_break_after_a_special_token(tmp_path):
+    """As in the `tokenizer.json` of Phi-3-mini; the file says it only by its architecture."""
+    metadata = gguf_files.sentencepiece(toy_tokenizers.sentencepiece_model("llama"))
+    metadata["tokenizer.ggml.tokens"].append("<|user|>")
+    metadata["tokenizer.ggml.scores"].append(0.0)
+    metadata["tokenizer.ggml.token_type"].append(int(gguf.TokenType.CONTROL))
+    gguf_files.write(tmp_path / "m.gguf", "phi3", metadata, {})
+    tokenizer = Tokenizer.load(tmp_path / "m.gguf")
+    assert tokenizer.encode("<|user|>\nhello") == tokenizer.encode("<|user|>hello")
+    assert tokenizer.encode("<|user|>\nhello")[1:] == tokenizer.encode("hello")
+    assert tokenizer.encode("<s>\nhello") != tokenizer.encode("<s>hello")
+
+
+def test_a_window_in_each_layer_is_read(exported, tmp_path, tokenizer):
+    export(tmp_path / "model", *CASES["gemma3"], tokenizer)
+    for pattern, windows in (([True, False], (16, 0)), (2, (16, 0)), (1, ())):
+        gguf_files.convert(tmp_path / "model", tmp_path / "m.gguf", gemma3__attention__sliding_window_pattern=pattern)
+        _, config = hub_load.read_config(tmp_path / "m.gguf", param_dtype="float32", compute_dtype="float32")
+        assert config.windows == windows
+
+
 def test_end_tokens_bos_and_chat_template_come_from_the_metadata_and_survive_an_export(exported, tmp_path):
     metadata = gguf_files.byte_level(exported, "llama-bpe")
     keys = {"bos_token_id": 5, "eot_token_id": 7, "unknown_token_id": 0}
@@ -424,7 +445,8 @@ def test_a_damaged_file_ends_in_one_sentence(converted, tmp_path, damage, senten
         ({"llama__block_count": 3}, "lack blk.2.attn_k.weight, .* and 1 more tensors; its metadata describes others"),
         ({"llama__block_count": 1}, "hold blk.1.* unknown to the model of its metadata; convert it again"),
         ({"llama__embedding_length": 32}, "has shape .* where its metadata describes .*; convert it again"),
-        ({"llama__attention__head_count": [4, 2]}, '"llama.attention.head_count" must be a positive integer'),
+        ({"llama__attention__head_count": [4] * 90}, r'"llama.attention.head_count" must be a number, not \[4, 4'),
+        ({"llama__attention__temperature": [0.5] * 90}, r'"llama.attention.temperature" is \[0.5, 0.5'),
         ({"llama__expert_count": 8}, '"llama.expert_count" is 8, which is not supported'),
         ({"llama__rope__scaling__type": "ntk"}, '"llama.rope.scaling.type" is \'ntk\', which is not supported'),
         ({"llama__attention__value_length": 4}, '"llama.attention.value_length" differs'),

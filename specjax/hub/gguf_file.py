@@ -103,8 +103,9 @@ def read(path: Path) -> GgufFile:
     Raises:
       UserError: for a file that is missing, damaged, cut short, of another format or version, or one of several parts.
     """
-    with reading(str(path)):
-        status = path.stat()
+    if not path.is_file():
+        raise UserError(f"there is no file {path}; name a GGUF file or the directory of a checkpoint")
+    status = path.stat()
     return _read(path, status.st_size, status.st_mtime_ns)
 
 

@@ -67,13 +67,14 @@ _OPTIONAL = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "attention.layer_norm_epsilon": "layer_norm_epsilon",
     "attention.sliding_window": "sliding_window",
-    "attention.sliding_window_pattern": "sliding_window_pattern",
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
     "rope.freq_base_swa": "rope_local_base_freq",
 }
 # Keys that are read elsewhere in this file, and keys that have only one supported value (None: any).
+_PATTERN = "attention.sliding_window_pattern"
 _READ = (
+    _PATTERN,
     *("attention.head_count_kv", "attention.key_length", "rope.freq_base", "rope.dimension_count"),
     *("rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length"),
     *("rope.scaling.attn_factor", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"),
@@ -108,7 +109,9 @@ def family_and_fields(file: GgufFile) -> tuple[base.Family, dict[str, Any]]:
         if name == key or name in (*_INTEGERS, *_OPTIONAL, *_READ):
             continue
         if name not in _ONLY or _ONLY[name] not in (None, value):
-            raise UserError(f'"{key}" is {value!r}, which is not supported; take another checkpoint of this model')
+            raise UserError(
+                f'"{key}" is {_short(value)}, which is not supported; take another checkpoint of this model'
+            )
     family = FAMILIES[architecture]
     return _with_names(family), _Metadata(file, architecture).fields(family)
 
@@ -124,6 +127,12 @@ def tensors(file: GgufFile) -> dict[str, GgufTensor]:
         if "norm" in name and architecture.startswith("gemma"):
             listed[name] = tensor._replace(shift=-1.0)
     return listed
+
+
+def _short(value: Any) -> str:
+    """A metadata value in an error message."""
+    text = repr(value.tolist() if isinstance(value, np.ndarray) else value)
+    return text if len(text) <= 60 else f"{text[:60]} ..."
 
 
 def _with_names(family: base.Family) -> base.Family:
@@ -154,6 +163,8 @@ class _Metadata:
         key = f"{self.architecture}.{name}"
         if key not in self.file.metadata and absent is None:
             raise UserError(f'"{key}" is missing; convert the model again')
+        if isinstance(value := self.file.metadata.get(key), np.ndarray | list):
+            raise UserError(f'"{key}" must be a number, not {_short(value)}; layers that differ are not supported')
         return base.number(self.file.metadata, key, kind, absent=absent)
 
     def heads(self) -> dict[str, int]:
@@ -170,6 +181,11 @@ class _Metadata:
 
     def fields(self, family: base.Family) -> dict[str, Any]:
         fields = {field: self.number(name, int) for name, field in _INTEGERS.items()}
+        pattern = self.file.metadata.get(f"{self.architecture}.{_PATTERN}")
+        if isinstance(pattern, np.ndarray):  # whether each layer has a window, else every how many have none
+            fields["layer_types"] = [qwen.KINDS[bool(windowed)] for windowed in pattern]
+        elif pattern is not None:
+            fields["sliding_window_pattern"] = self.number(_PATTERN, int)
         for name, field in _OPTIONAL.items():
             if (value := self.file.metadata.get(f"{self.architecture}.{name}")) is not None:
                 fields[field] = self.number(name, type(value) if isinstance(value, int) else float)

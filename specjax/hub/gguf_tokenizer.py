@@ -24,6 +24,9 @@ _ROLES = {
 }
 _ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")  # of a text, a turn, a message
 
+# The special tokens of Phi-3 that do not include the whitespace to their right.
+_KEEP_SPACE = ("<unk>", "<s>", "<|endoftext|>")
+
 
 def _split(digits: str) -> list[dict[str, Any]]:
     """The splitting of Llama 3 and Qwen 2, which differ in how many digits stay together."""
@@ -90,9 +93,15 @@ def contents(file: GgufFile) -> dict[str, bytes]:
     if len(ids) < len(tokens):
         twice = next(token for index, token in enumerate(tokens) if ids[token] != index)
         raise UserError(f"{file.path}: its tokenizer has the token {twice!r} twice; convert the model again")
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    flags = dict.fromkeys(("single_word", "lstrip", "normalized"), False)
     fields["added_tokens"] = [
-        {"id": index, "content": tokens[index], **flags, "special": bool(types[index] != _USER_DEFINED)}
+        {
+            "id": index,
+            "content": tokens[index],
+            "special": bool(types[index] != _USER_DEFINED),
+            **flags,
+            "rstrip": kind == "llama" and _is_phi3(file) and tokens[index] not in _KEEP_SPACE,
+        }
         for index in np.flatnonzero(np.isin(types, (_UNKNOWN, _CONTROL, _USER_DEFINED))).tolist()
         if types[index] != _USER_DEFINED or tokens[index].strip(sentencepiece_backend.SPACE)
     ]
@@ -200,7 +209,16 @@ def _sentencepiece(read: _Reader, tokens: list[str], types: np.ndarray) -> dict[
         types[unknown] = _UNKNOWN
     pieces = [sentencepiece_backend.Piece(*piece) for piece in zip(tokens, first.tolist(), types.tolist(), strict=True)]
     prefix = read.value("add_space_prefix", bool, True)
-    return sentencepiece_backend.bpe(pieces, scheme="first" if prefix else "never")
+    fields = sentencepiece_backend.bpe(pieces, scheme="first" if prefix else "never")
+    if prefix and _is_phi3(read.file):  # a space before every text between special tokens, whatever it begins with
+        replace = {"type": "Replace", "pattern": {"String": " "}, "content": space}
+        steps = [{"type": "Prepend", "prepend": space}, replace]
+        fields |= {"normalizer": {"type": "Sequence", "normalizers": steps}, "pre_tokenizer": None}
+    return fields
+
+
+def _is_phi3(file: GgufFile) -> bool:
+    return file.metadata.get("general.architecture") == "phi3"
 
 
 def _template(tokens: list[str], roles: dict[str, int | None], around: list[str | None]) -> dict[str, Any] | None:
