@@ -7,6 +7,7 @@ converter (`convert_hf_to_gguf.py`) changes some values: it reorders the rows of
 
 import collections
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -72,12 +73,13 @@ _OPTIONAL = {
     "rope.freq_base_swa": "rope_local_base_freq",
 }
 # Keys that are read elsewhere in this file, and keys that have only one supported value (None: any).
+_SCALE = "rope.scaling.attn_factor"
+_BETAS = {f"rope.scaling.yarn_{name}": name for name in ("beta_fast", "beta_slow")}
 _PATTERN = "attention.sliding_window_pattern"
 _READ = (
-    _PATTERN,
+    *(_SCALE, *_BETAS, _PATTERN),
     *("attention.head_count_kv", "attention.key_length", "rope.freq_base", "rope.dimension_count"),
     *("rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length"),
-    *("rope.scaling.attn_factor", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"),
 )
 _ONLY = {
     **dict.fromkeys(("vocab_size", "attention.value_length", "rope.scaling.finetuned"), None),
@@ -167,44 +169,42 @@ class _Metadata:
             raise UserError(f'"{key}" must be a number, not {_short(value)}; layers that differ are not supported')
         return base.number(self.file.metadata, key, kind, absent=absent)
 
+    def get(self, name: str, absent: Any = None) -> Any:
+        return self.file.metadata.get(f"{self.architecture}.{name}", absent)
+
+    def optional(self, names: Mapping[str, str]) -> dict[str, int | float]:
+        """The positive numbers that the file has, by field; `names` are fields by key."""
+        kinds = {key: int if isinstance(self.get(key), int) else float for key in names if self.get(key) is not None}
+        return {names[key]: self.number(key, kind) for key, kind in kinds.items()}
+
     def heads(self) -> dict[str, int]:
         """The number of heads in each projection whose rows the file has in another order."""
         heads = self.number("attention.head_count", int)
         return {"attn_q": heads, "attn_k": self.number("attention.head_count_kv", int, heads)}
 
-    def head_size(self) -> int:
-        return self.number(
-            "attention.key_length",
-            int,
-            self.number("embedding_length", int) // self.number("attention.head_count", int) or 1,
-        )
-
     def fields(self, family: base.Family) -> dict[str, Any]:
         fields = {field: self.number(name, int) for name, field in _INTEGERS.items()}
-        pattern = self.file.metadata.get(f"{self.architecture}.{_PATTERN}")
+        fields |= self.optional(_OPTIONAL)
+        pattern = self.get(_PATTERN)
         if isinstance(pattern, np.ndarray):  # whether each layer has a window, else every how many have none
             fields["layer_types"] = [qwen.KINDS[bool(windowed)] for windowed in pattern]
         elif pattern is not None:
             fields["sliding_window_pattern"] = self.number(_PATTERN, int)
-        for name, field in _OPTIONAL.items():
-            if (value := self.file.metadata.get(f"{self.architecture}.{name}")) is not None:
-                fields[field] = self.number(name, type(value) if isinstance(value, int) else float)
-        size = self.head_size()
+        divided = max(fields["hidden_size"] // fields["num_attention_heads"], 1)
+        size = self.number("attention.key_length", int, divided)
         if self.number("attention.value_length", int, size) != size:
             raise UserError(
                 f'"{self.architecture}.attention.value_length" differs from "attention.key_length", which is not '
                 "supported; take another checkpoint of this model"
             )
-        scalar = size
-        if fields["num_hidden_layers"] == _SCALED_BY_WIDTH.get(self.architecture):
-            scalar = fields["hidden_size"] // fields["num_attention_heads"]
+        by_width = fields["num_hidden_layers"] == _SCALED_BY_WIDTH.get(self.architecture)
         if self.architecture == "gpt2":
             fields = {_GPT2.get(name, name): value for name, value in fields.items()}
         else:
             fields |= {
                 "num_key_value_heads": self.heads()["attn_k"],
                 "head_dim": size,
-                "query_pre_attn_scalar": scalar,
+                "query_pre_attn_scalar": divided if by_width else size,
                 "attention_bias": "blk.0.attn_q.bias" in self.file.tensors,
                 "mlp_bias": "blk.0.ffn_up.bias" in self.file.tensors,
                 **self._rotary(size, fields["max_position_embeddings"]),
@@ -239,12 +239,10 @@ class _Metadata:
         }
 
     def _scaling(self, rotated: int, original: int) -> dict[str, Any] | None:
-        kind = self.file.metadata.get(f"{self.architecture}.rope.scaling.type", "none")
+        kind = self.get("rope.scaling.type", "none")
         if _LONG in self.file.tensors:
             factors = {name: self._vector(tensor).tolist() for name, tensor in _LONGROPE.items()}
-            stated = f"{self.architecture}.rope.scaling.attn_factor" in self.file.metadata
-            scale = {"attention_factor": self.number("rope.scaling.attn_factor", float)} if stated else {}
-            return {"rope_type": "longrope", **factors, **scale}
+            return {"rope_type": "longrope", **factors, **self.optional({_SCALE: "attention_factor"})}
         if _FREQUENCIES in self.file.tensors:
             return self._llama3(rotated)
         if kind == "none":
@@ -254,12 +252,8 @@ class _Metadata:
                 f'"{self.architecture}.rope.scaling.type" is {kind!r}, which is not supported; linear and yarn are'
             )
         scaling = {"rope_type": kind, "factor": self.number("rope.scaling.factor", float)}
-        if kind == "yarn":
-            scaling["original_max_position_embeddings"] = original
-            for name in ("beta_fast", "beta_slow"):
-                if f"{self.architecture}.rope.scaling.yarn_{name}" in self.file.metadata:
-                    scaling[name] = self.number(f"rope.scaling.yarn_{name}", float)
-        return scaling
+        yarn = {"original_max_position_embeddings": original, **self.optional(_BETAS)} if kind == "yarn" else {}
+        return scaling | yarn
 
     def _llama3(self, rotated: int) -> dict[str, Any] | None:
         """The scaling whose frequencies are those of the file; None if they are not scaled."""

@@ -100,6 +100,24 @@ def test_greedy_texts_are_those_that_transformers_chooses_token_for_token(pair):
     print(f"{len(prompts)} texts, {sum(map(len, out.tokens))} tokens, {ties} ties")
 
 
+def test_drafters_write_the_plain_text_at_temperature_0(pair):
+    layers = pair.ours.decoder.config.layers
+    drafters = (api.NGram(), api.EarlyExit(exit_layer=layers // 2), api.SkipLayers(skipped=(layers // 2,)), pair.ours)
+    prompts = pair.prompts()[:12] + [[*prompt, 5] for prompt in pair.prompts()[:8]]
+    write = lambda drafter: api.generate(
+        pair.ours, prompts, drafter=drafter, temperature=0.0, max_new_tokens=24, batch_size=20
+    )
+    plain = write(None).tokens
+    for drafter in drafters:
+        out = write(drafter)
+        print(type(drafter).__name__, f"{out.stats.block_efficiency:.2f} tokens per call")
+        for prompt, ours, theirs in zip(prompts, plain, out.tokens, strict=True):
+            if ours != theirs:
+                place = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b)
+                logits = np.sort(np.asarray(pair.ours.logits([[*prompt, *ours[:place]]]))[0, -1])
+                assert logits[-1] - logits[-2] < TIE * logits.std(), (drafter, prompt, place)
+
+
 def test_ids_and_texts_equal_those_of_transformers(pair):
     """Also on random text. Where transformers leaves out a step of the model's own tokenizer, we add it there."""
     from tokenizers import normalizers, pre_tokenizers
