@@ -1,11 +1,17 @@
-"""Continues one prompt in the terminal while it is decoded, each token coloured by where it came from.
+"""Continues a prompt, or keeps a conversation, in the terminal, each token coloured by where it came from.
 
     python -m specjax.main --config=configs/generate.py --workdir=runs/generate \\
         --config.target=DIR --config.drafter.path=DIR --config.prompt="def main("
 
+    python -m specjax.main --config=configs/generate.py --workdir=runs/chat \\
+        --config.target=DIR --config.drafter.kind=ngram --config.chat=true
+
 Target and draft are Hugging Face checkpoints of any supported family with the same tokenizer. Without a draft set
 `--config.drafter.kind=ngram` or `early_exit` (the target drafts for itself), or `none` for plain decoding. Statistics
 follow the text and are written to results.json in the workdir. Each prompt needs a workdir of its own.
+
+A chat without a prompt answers each line of stdin.
+Ctrl-C ends an answer, /reset the conversation, Ctrl-D the program.
 
 Hardware: whatever holds both models. Time: loading, some seconds of compiling, then the text.
 `configs/generate.py:smoke` emits a few tokens.
@@ -32,7 +38,8 @@ def get_config(variant: str = "") -> ConfigDict:
     drafter |= {"shortest": 0, "longest": 0, "skipped": ()}
     config.drafter = ConfigDict(drafter)
     config.prompt = ""  # the text to continue
-    config.chat = False  # whether the tokenizer's chat template wraps the prompt as a user's turn
+    config.chat = False  # the chat template wraps the prompt as a user's turn; without a prompt, a conversation
+    config.system = ""  # the system message of a chat
     config.rule = "lossless"  # or coupled; lossy: lenient_linear, lenient_square, lenient_exp, typical
     config.lenience = 0.0  # of a lossy rule: in (0, 1], smaller accepts more; 0 for an exact rule
     config.gamma = 4  # most tokens drafted per block
@@ -45,6 +52,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.stop = ()  # strings before which the text ends
     config.samples = 1  # number of texts; the first one is printed while it is decoded
     config.logprobs = False  # whether results.json has the target's log-probability of every token
+    config.compare = False  # whether to decode as many tokens plainly afterwards, for the speed-up
     config.max_new_tokens = 200
     config.blocks_at_once = 4  # print after so many blocks; the device is not interrupted in between
     config.colours = "auto"  # always, never, or auto: where the output is a terminal

@@ -94,6 +94,7 @@ class Stats:
     counts: metrics.Counts
     seconds: float
     iterations: int
+    compile_seconds: float = 0.0
 
     @property
     def emitted_tokens(self) -> int:
@@ -116,7 +117,7 @@ class Stats:
 
     @property
     def tokens_per_second(self) -> float:
-        """Emitted tokens per second, including prefill, and compilation in the first call with a shape."""
+        """Emitted tokens per second, including prefill, without the compiling of a first call with a shape."""
         return self.emitted_tokens / self.seconds
 
 
@@ -162,7 +163,7 @@ def generate(
     logprobs: bool = False,
     sampling: str = "",
     blocks_at_once: int | None = None,
-    on_text: Callable[[Generation], None] | None = None,
+    on_text: Callable[[Generation], bool | None] | None = None,
     **removed: Any,
 ) -> Generation:
     """Continues prompts, speculatively if there is a drafter; further calls with the same shapes do not recompile.
@@ -180,7 +181,8 @@ def generate(
       samples: number of texts per prompt, each with its own random numbers; the first is that of `samples=1`.
       logprobs: whether to compute the log-probability of every emitted token, by one forward of the target per text.
       sampling: "checkpoint" takes temperature, top-k, top-p and min-p from generation_config.json; leave these out.
-      on_text: called with the result of the current batch so far, after every `blocks_at_once` blocks and at its end.
+      on_text: called with the result of the current batch so far, after every `blocks_at_once` blocks and at its end;
+        if it returns True, the batch ends there.
 
     Raises:
       UserError: for values of the wrong type or out of range, empty or too long prompts, ids outside the vocabulary,
@@ -372,6 +374,6 @@ def _generation(
         texts=list(map(stops.text, prompts, output.tokens)),
         tokens=output.tokens,
         origins=[[loop.ORIGINS[origin] for origin in row] for row in output.origins],
-        stats=Stats(counts=output.counts(), seconds=float(output.seconds.sum()), iterations=output.iterations),
+        stats=Stats(output.counts(), float(output.seconds.sum()), output.iterations, output.compile_seconds),
         lossy=plan.rule.lossy and plan.gamma > 0,
     )

@@ -151,7 +151,7 @@ def _samples(job: Job, setting: Setting, case: Case, output: Output) -> list[dic
     return [
         {
             "title": f"{case.name}, {rule}, temperature {setting.temperature:g}, gamma {case.gamma}",
-            "prompt": prompt.text,
+            "prompt": prompt.text + ("\n\n" if job.config.selection.chat else ""),
             "tokens": [
                 [piece, loop.ORIGINS[origin]]
                 for piece, origin in zip(pieces(tokens, after=job.target.context(prompt.tokens)), origins, strict=True)

@@ -1,11 +1,14 @@
-"""Continues one prompt and prints the text as it is decoded, each token in the colour of its origin.
+"""Continues a prompt, or keeps a conversation; prints text as it is decoded, each token in the colour of its origin.
 
-python -m specjax.generate --config=configs/generate.py --workdir=DIR [--config.section.key=value ...]
+python -m specjax.generate --config=configs/generate.py [--workdir=DIR] [--config.section.key=value ...]
 """
 
+import contextlib
 import functools
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,65 +24,54 @@ from specjax.runtime.errors import UserError
 # Terminal colours of the origins; a plain token has none.
 _COLOURS = {"accepted": "32", "recovered": "31", "bonus": "34"}
 
+# A line of a conversation that starts a new one.
+_RESET = "/reset"
+
 
 def run(config: Any, workdir: str | Path) -> dict:
-    """Prints the text to stdout as it is decoded, and statistics to stderr; returns the content of results.json.
+    """Prints text to stdout as it is decoded, and figures to stderr; returns the content of results.json.
+
+    With `config.chat` and an empty prompt it reads lines from stdin, and answers each in one conversation.
 
     Raises:
       UserError: for invalid models, settings or prompts.
     """
     mesh = meshes.make_mesh(config.mesh)
     dtypes = {"param_dtype": config.param_dtype, "compute_dtype": config.compute_dtype}
-    for key, value in (("target", config.target), ("prompt", config.prompt)):
-        if not value:
-            raise UserError(f"config.{key} is empty; give --config.{key}=...")
+    _check(config)
     target = api.load(config.target, mesh=mesh, **dtypes)
     drafter = _drafter(config.drafter, target, lambda path: api.load(path, mesh=mesh, **dtypes))
-    if config.chat:
-        prompt = target.tokenizer.apply_chat([{"role": "user", "content": config.prompt}])
-    else:
-        prompt = target.tokenizer.encode_prompt(config.prompt)
-    pieces = functools.partial(target.tokenizer.pieces, after=target.context(prompt))
-    printer = _Printer(pieces, config.colours)
-    out = api.generate(
-        target,
-        [prompt],
-        drafter=drafter,
-        gamma=config.gamma,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        min_p=config.min_p,
-        rule=config.rule if not config.lenience else api.Lossy(config.rule, config.lenience),
-        max_new_tokens=config.max_new_tokens,
-        batch_size=max(config.samples, 1),
-        seed=config.seed,
-        stop=config.stop,
-        samples=config.samples,
-        logprobs=config.logprobs,
-        sampling=config.sampling,
-        blocks_at_once=config.blocks_at_once,
-        on_text=printer,
+    write = lambda rows: records.write_results(
+        Path(workdir) / "results.json", binary="generate", config=configs.to_plain(config), rows=rows
     )
-    printer.end(out)
-    row = {
-        "prompt": config.prompt,
-        "rule": config.rule,
-        "lenience": config.lenience if out.lossy else None,
-        "text": out.texts[0],
-        "tokens": list(zip(pieces(out.tokens[0]), out.origins[0], strict=True)),
-        "emitted_tokens": out.stats.emitted_tokens,
-        "target_calls": out.stats.target_calls,
-        "block_efficiency": out.stats.block_efficiency,
-        "acceptance_rate": out.stats.acceptance_rate,
-        "tokens_per_second": out.stats.tokens_per_second,
-        "samples": out.texts,
-        "logprobs": out.logprobs and out.logprobs[0],
-    }
+    writer = _Writer(config, target, drafter)
+    if config.chat and not config.prompt:
+        return _converse(writer, write)
+    if config.chat:
+        ids = target.tokenizer.apply_chat(writer.asked([], config.prompt))
+    else:
+        ids = target.tokenizer.encode_prompt(config.prompt)
+    row = writer.write(config.prompt, ids)
+    if config.compare:
+        row |= writer.plain(ids, row)
     if processes.first():
-        print(_summary(row, printer.colours), file=sys.stderr)
-    path = Path(workdir) / "results.json"
-    return records.write_results(path, binary="generate", config=configs.to_plain(config), rows=[row])
+        print(_summary(row, writer.colours), file=sys.stderr)
+    return write([row])
+
+
+def _check(config: Any) -> None:
+    for key, value in (("target", config.target), ("prompt", config.prompt or config.chat)):
+        if not value:
+            raise UserError(f"config.{key} is empty; give --config.{key}=...")
+    if config.system and not config.chat:
+        raise UserError("config.system is for a chat; add --config.chat=true")
+    if config.colours not in ("auto", "always", "never"):
+        raise UserError(f'config.colours is "{config.colours}"; it is auto, always or never')
+    if config.chat and not config.prompt:
+        processes.refuse_several("a conversation")
+        for key, neutral in (("samples", 1), ("logprobs", False), ("compare", False)):
+            if config[key] != neutral:
+                raise UserError(f"config.{key} is for one prompt and not for a conversation; leave it at {neutral}")
 
 
 def _drafter(section: Any, target: Model, load: Callable[[str], Model]) -> Any:
@@ -96,14 +88,153 @@ def _drafter(section: Any, target: Model, load: Callable[[str], Model]) -> Any:
     return api.Draft(loaded, options)
 
 
+class _Writer:
+    """Continues prompts with the settings of a config, and prints the text as it is decoded."""
+
+    def __init__(self, config: Any, target: Model, drafter: Any):
+        self.config, self.target, self.drafter = config, target, drafter
+        self.colours = sys.stdout.isatty() if config.colours == "auto" else config.colours == "always"
+        keys = ("temperature", "top_k", "top_p", "min_p", "sampling", "max_new_tokens", "seed", "samples")
+        self._settings = {key: config[key] for key in keys} | {"batch_size": max(config.samples, 1)}
+
+    def asked(self, earlier: Sequence[Mapping[str, str]], text: str) -> list[Mapping[str, str]]:
+        """The messages of a conversation in which the user wrote `text` last."""
+        system = [{"role": "system", "content": self.config.system}] if self.config.system and not earlier else []
+        return [*system, *earlier, {"role": "user", "content": text}]
+
+    def write(self, prompt: str, ids: Sequence[int], stopped: Callable[[], Any] = lambda: False, **more: Any) -> dict:
+        """Prints the continuation of token ids. Returns the row of results.json.
+
+        Args:
+          prompt: what the user wrote.
+          stopped: whether to end the text; asked between blocks.
+          more: arguments of `api.generate` that replace those of the config.
+        """
+        config, tokenizer = self.config, self.target.tokenizer
+        pieces = functools.partial(tokenizer.pieces, after=self.target.context(ids))
+        printer = _Printer(pieces, self.colours)
+
+        def on_text(text: api.Generation) -> bool:
+            printer(text)
+            return bool(stopped())
+
+        settings = self._settings | dict(
+            drafter=self.drafter,
+            gamma=config.gamma,
+            rule=config.rule if not config.lenience else api.Lossy(config.rule, config.lenience),
+            # The token that ends a turn in the template ends it here too.
+            eos_ids=sorted({*tokenizer.eos_ids, tokenizer.end_id}) if config.chat else None,
+            stop=config.stop,
+            logprobs=config.logprobs,
+            blocks_at_once=config.blocks_at_once,
+            on_text=on_text,
+        )
+        out = api.generate(self.target, [ids], **settings | more)
+        printer.end(out)
+        stats = out.stats
+        return {
+            "prompt": prompt,
+            "prompt_tokens": len(ids),
+            "rule": config.rule,
+            "lenience": config.lenience if out.lossy else None,
+            "text": out.texts[0],
+            "tokens": list(zip(pieces(out.tokens[0]), out.origins[0], strict=True)),
+            "emitted_tokens": stats.emitted_tokens,
+            "target_calls": stats.target_calls,
+            "block_efficiency": stats.block_efficiency,
+            "acceptance_rate": stats.acceptance_rate,
+            "tokens_per_second": stats.tokens_per_second,
+            "compile_seconds": stats.compile_seconds,
+            "samples": out.texts,
+            "logprobs": out.logprobs and out.logprobs[0],
+        }
+
+    def plain(self, ids: Sequence[int], row: Mapping[str, Any]) -> dict:
+        """The speed of plain decoding of as many tokens from the same prompt, and the speed-up over it."""
+        same = {"max_new_tokens": max(row["emitted_tokens"] // self.config.samples, 1), "eos_ids": ()}
+        speed = api.generate(self.target, [ids], **self._settings | same).stats.tokens_per_second
+        return {"plain_tokens_per_second": speed, "speedup": row["tokens_per_second"] / speed}
+
+
+def _converse(writer: _Writer, write: Callable[[list[dict]], dict]) -> dict:
+    """Answers lines of stdin in one conversation; Ctrl-C ends an answer, Ctrl-D the program."""
+    config, tokenizer = writer.config, writer.target.tokenizer
+    positions = writer.target.decoder.config.max_positions
+    tokenizer.apply_chat(writer.asked([], "."))  # raises what is wrong with the template before anything is typed
+    messages, rows = [], []
+    results = write(rows)
+    for line in _lines():
+        if line == _RESET:
+            messages = []
+            continue
+        asked = writer.asked(messages, line)
+        ids = tokenizer.apply_chat(asked)
+        room = positions - len(ids)
+        if room < 1:
+            full = f"the conversation has {len(ids)} tokens and the model {positions} positions"
+            print(f"{full}; write {_RESET} to start anew", file=sys.stderr)
+            continue
+        more = {"max_new_tokens": min(room, config.max_new_tokens), "seed": config.seed + len(rows)}
+        with _interruptible() as interrupted:
+            try:
+                row = writer.write(line, ids, lambda received=interrupted: received, **more)
+            except KeyboardInterrupt:  # a second Ctrl-C; the turn is dropped
+                print(flush=True)
+                continue
+        messages = [*asked, {"role": "assistant", "content": row["text"]}]
+        print(_summary(row, writer.colours), file=sys.stderr)
+        rows.append(row)
+        results = write(rows)
+    return results
+
+
+def _lines() -> Iterator[str]:
+    """Lines of stdin without empty ones; on a terminal each is asked for, and Ctrl-C asks again."""
+    asks = sys.stdin.isatty()
+    if asks:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  lets `input` edit lines
+
+        print(f"Ctrl-C ends an answer, {_RESET} the conversation, Ctrl-D the program.", file=sys.stderr)
+    while True:
+        try:
+            line = input("> " if asks else "").strip()
+        except KeyboardInterrupt:
+            print()
+            continue
+        except EOFError:
+            if asks:
+                print()
+            return
+        if line:
+            yield line
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[list[int]]:
+    """A context in which the first Ctrl-C fills the list that it yields, and the second raises KeyboardInterrupt."""
+    received: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 class _Printer:
     """Prints the tokens that were emitted since the last call."""
 
-    def __init__(self, pieces: Callable[[Sequence[int]], list[str]], colours: str):
-        if colours not in ("auto", "always", "never"):
-            raise UserError(f'config.colours is "{colours}"; it is auto, always or never')
-        self.colours = sys.stdout.isatty() if colours == "auto" else colours == "always"
-        self._pieces = pieces
+    def __init__(self, pieces: Callable[[Sequence[int]], list[str]], colours: bool):
+        self._pieces, self._colours = pieces, colours
         self._printed = 0
 
     def __call__(self, text: api.Generation) -> None:
@@ -124,20 +255,25 @@ class _Printer:
         if not processes.first():
             return
         for piece, origin in list(zip(pieces, origins, strict=False))[self._printed :]:
-            colour = _COLOURS.get(origin) if self.colours else None
+            colour = _COLOURS.get(origin) if self._colours else None
             sys.stdout.write(f"\033[{colour}m{piece}\033[0m" if colour else piece)
         self._printed = len(pieces)
         sys.stdout.flush()
 
 
-def _summary(row: dict, colours: bool) -> str:
+def _summary(row: Mapping[str, Any], colours: bool) -> str:
+    """The figures of a row on one line."""
     parts = [
         f"{row['emitted_tokens']} tokens in {row['target_calls']} target calls",
         f"{row['block_efficiency']:.2f} tokens a call",
     ]
     if row["acceptance_rate"] is not None:
         parts.append(f"{row['acceptance_rate']:.0%} of the drafted tokens accepted")
-    parts.append(f"{row['tokens_per_second']:.1f} tokens/s, compiling included")
+    parts.append(f"{row['tokens_per_second']:.1f} tokens/s")
+    if "speedup" in row:
+        parts[-1] += f", {row['speedup']:.2f} times the plain {row['plain_tokens_per_second']:.1f}"
+    if row["compile_seconds"] >= 0.05:
+        parts.append(f"{row['compile_seconds']:.1f} s of compiling before")
     if row["lenience"] is not None:
         parts.append(f"{tables.rule_label(row)}: not the target's distribution")
     if colours:
@@ -146,4 +282,4 @@ def _summary(row: dict, colours: bool) -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(cli.launch(run, "specjax.generate"))
+    raise SystemExit(cli.launch(run, "specjax.generate", needs_workdir=False))

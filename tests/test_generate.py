@@ -1,8 +1,12 @@
-"""One prompt in the terminal: what is printed while it is decoded is what is decoded."""
+"""Prompts and conversations in the terminal: what is printed while it is decoded is what is decoded."""
 
+import io
 import itertools
 import json
+import os
 import re
+import signal
+import sys
 
 import pytest
 import tiny
@@ -13,6 +17,10 @@ from specjax.runtime import config as configs
 from specjax.runtime.errors import UserError
 
 TEXT = "the cat sat on the mat; the dög sat on the løg. " * 40
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] | trim + '. ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'a: ' }}{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +30,9 @@ def home(tmp_path_factory):
     for name, layers in (("target", 2), ("draft", 1)):
         decoder, params = tiny.decoder(layers, layers=layers, vocab_size=tokenizer.vocab_size)
         api.save(api.Model(decoder, params, tokenizer), home / name)
+        # A template that drops spaces, so that the text of a turn is not always encoded as it was emitted.
+        settings = json.loads((home / name / "tokenizer_config.json").read_text())
+        (home / name / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": TEMPLATE}))
     return home
 
 
@@ -75,7 +86,7 @@ def test_stopping_after_every_block_changes_nothing(home):
         ("drafter.kind", "modle", 'there is no drafter "modle"'),
         ("colours", "blue", 'config.colours is "blue"'),
         ("blocks_at_once", 0, "blocks_at_once must be 1 or more"),
-        ("chat", True, "a chat prompt for a model without a template"),
+        ("system", "Be brief.", "config.system is for a chat; add --config.chat=true"),
     ],
 )
 def test_what_is_missing_or_wrong_is_named(config, tmp_path, key, value, message):
@@ -83,3 +94,74 @@ def test_what_is_missing_or_wrong_is_named(config, tmp_path, key, value, message
     with pytest.raises(UserError, match=message):
         generate.run(config, tmp_path)
     assert not (tmp_path / "results.json").exists()
+
+
+def test_a_prompt_can_be_compared_with_plain_decoding(config, tmp_path, capsys):
+    config.drafter.kind, config.compare = "ngram", True
+    row = generate.run(config, tmp_path)["rows"][0]
+    assert row["speedup"] == pytest.approx(row["tokens_per_second"] / row["plain_tokens_per_second"])
+    message = capsys.readouterr().err
+    assert f"{row['tokens_per_second']:.1f} tokens/s, {row['speedup']:.2f} times the plain" in message
+    assert re.search(r"[0-9.]+ s of compiling before", message) and row["compile_seconds"] > 0
+
+
+def converse(config, tmp_path, monkeypatch, lines):
+    config.prompt, config.chat, config.temperature = "", True, 0.0
+    config.max_new_tokens, config.blocks_at_once = 12, 2
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    return generate.run(config, tmp_path)["rows"]
+
+
+def test_every_turn_of_a_conversation_is_the_text_of_the_whole_conversation(config, tmp_path, monkeypatch, capsys):
+    config.system, config.drafter.kind = "the mat", "ngram"
+    rows = converse(config, tmp_path, monkeypatch, ["the cat", "", " the dög ", "/reset", "sat on"])
+    printed, message = capsys.readouterr()
+    assert [row["prompt"] for row in rows] == ["the cat", "the dög", "sat on"]
+    assert rows == json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert printed == "".join("".join(piece for piece, _ in row["tokens"]) + "\n" for row in rows)
+    assert len(message.splitlines()) == 3
+    target = api.load(config.target)
+    system, earlier = {"role": "system", "content": "the mat"}, []
+    for number, row in enumerate(rows):
+        earlier = [] if number == 2 else earlier
+        messages = [system, *earlier, {"role": "user", "content": row["prompt"]}]
+        ids = target.tokenizer.apply_chat(messages)
+        out = api.generate(target, [ids], drafter="ngram", temperature=0.0, max_new_tokens=12)
+        assert (row["text"], row["prompt_tokens"]) == (out.texts[0], len(ids))
+        earlier = [*messages[1:], {"role": "assistant", "content": row["text"]}]
+
+
+def test_a_conversation_that_fills_the_positions_says_so_and_goes_on(config, tmp_path, monkeypatch, capsys):
+    config.drafter.kind = "none"
+    long = "xyzq" * 300
+    rows = converse(config, tmp_path, monkeypatch, [long, "the cat"])
+    assert [row["prompt"] for row in rows] == ["the cat"]
+    assert re.search(
+        "the conversation has [0-9]+ tokens and the model 512 positions; write /reset", capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(("key", "value"), [("samples", 2), ("logprobs", True), ("compare", True)])
+def test_a_conversation_refuses_what_is_for_one_prompt(config, tmp_path, monkeypatch, key, value):
+    config[key] = value
+    with pytest.raises(UserError, match=f"config.{key} is for one prompt"):
+        converse(config, tmp_path, monkeypatch, [])
+
+
+def test_an_answer_ends_where_the_listener_says(home):
+    target = api.load(home / "target")
+    how = dict(temperature=0.0, max_new_tokens=12, blocks_at_once=2)
+    seen = []
+    ended = api.generate(target, ["the cat"], **how, on_text=lambda text: seen.append(text) or len(seen) == 2)
+    whole = api.generate(target, ["the cat"], **how, on_text=lambda text: None)
+    assert len(seen) == 2 and len(ended.tokens[0]) == 4 and ended.tokens[0] == whole.tokens[0][:4]
+
+
+def test_the_first_interrupt_is_noted_and_the_second_ends_the_turn():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), generate._interruptible() as received:
+        assert not received
+        os.kill(os.getpid(), signal.SIGINT)
+        assert received == [signal.SIGINT]
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before

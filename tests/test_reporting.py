@@ -547,3 +547,15 @@ def test_targets_are_shown_without_the_folder_that_they_share(targets, shown):
     rows = [result_row(target=target) for target in targets]
     assert [line[0] for line in page.results_table(rows).lines] == shown
     assert [row["target"] for row in rows] == list(targets)
+
+
+def test_the_report_shows_where_time_goes():
+    timed = {"compile_seconds": 12.0, "prefill_seconds": 0.5, "decode_seconds": 2.0}
+    parts = {"draft_step_seconds": 0.0015, "target_step_seconds": 0.02, "verify_seconds": 0.03, "rule_seconds": 1e-4}
+    between = {"draft_step": [0.0014, 0.0016], "verify": None}
+    lines = [ROWS[0] | timed, ROWS[1] | timed | parts | {"part_seconds_ci": between}]
+    table = page.seconds_table(lines)
+    shown = dict(zip([column.heading for column in table.columns], table.lines[1], strict=True))
+    assert (shown["compile, s"], shown["prefill, s"], shown["decode, s"]) == ("12", "0.5", "2")
+    assert (shown["draft step, ms"], shown["verification, ms"]) == ("1.5 ± 0.1", "30")
+    assert table.lines[0][-1] == tables.NOTHING

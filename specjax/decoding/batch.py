@@ -156,7 +156,7 @@ def decode(
     put: Placer = HERE,
     size: int | None = None,
     blocks: int | None = None,
-    on_blocks: Callable[[BatchResult], None] | None = None,
+    on_blocks: Callable[[BatchResult], bool | None] | None = None,
     end_of: Callable[[Sequence[int], Sequence[int]], int | None] | None = None,
 ) -> BatchResult:
     """Continues one batch of prompts. Every process of a run must make the same call, and gets the complete result.
@@ -167,6 +167,7 @@ def decode(
       size: minimum number of rows of the compiled batch. Padding rows, also those added to divide evenly over devices,
         emit nothing and are not in the result's tokens.
       blocks: number of blocks between calls of `on_blocks` with the result so far; None runs all blocks at once.
+      on_blocks: if it returns True, all rows end there.
       end_of: (prompt, emitted tokens) -> number of these tokens at which the text ends, or None, as for stop strings.
         It is asked after every `blocks` blocks (by default `_END_BLOCKS`). Tokens and counts are those until the end;
         seconds, iterations and layer meters include all blocks that ran.
@@ -205,9 +206,8 @@ def decode(
             state = dataclasses.replace(state, done=put(done))
             result = _cut(plan.gamma, result, lengths_kept)
         result = _origins_only(result)
-        if on_blocks is not None:
-            on_blocks(result)
-        if blocks is None or done.all():
+        stopped = on_blocks is not None and on_blocks(result)
+        if blocks is None or stopped or done.all():
             if failures := int(result.statistics.failed_drafts.sum()):
                 message = "the draft's logits were not finite in %d of %d blocks, whose next token came from the target"
                 logging.warning(message, failures, int(result.statistics.target_calls.sum()))

@@ -64,6 +64,7 @@ class Row:
     ]
     speedup_ci: Annotated[list[float] | None, "its 95% interval, bootstrapped over batches or questions"]
     prefill_seconds: Annotated[float, "seconds of prefill, over all batches"]
+    decode_seconds: Annotated[float, "seconds of all blocks, over all batches"]
     compile_seconds: Annotated[float, "seconds of compiling, or of loading from JAX's cache, in no other seconds"]
     iterations: Annotated[int, "blocks that the batches ran; a batch runs as long as its slowest row"]
     target_layers_per_token: Annotated[
@@ -190,6 +191,7 @@ def measured(
     return {
         **metrics.evaluate_row(counts, timing, seed=seed),
         "iterations": output.iterations,
+        "decode_seconds": float(output.seconds.sum()) - output.prefill_seconds,
         "compile_seconds": output.compile_seconds,
         **batch.layers_per_token(output.batches, layers),
     }

@@ -22,8 +22,15 @@ ORIGINS = {
     "prompt": "given",
     "accepted": "drafted, and accepted by the target",
     "recovered": "sampled by the target after a rejection",
-    "bonus": "sampled by the target after a whole block was accepted",
+    "bonus": "sampled by the target after all drafted tokens, if any, were accepted",
     "plain": "decoded without a draft",
+}
+# Columns of the parts of a block.
+_PARTS = {
+    "draft_step": "draft step, ms",
+    "target_step": "target step, ms",
+    "verify": "verification, ms",
+    "rule": "rule, ms",
 }
 # Figures that would have more lines than this are left out, because they would be unreadable.
 MOST_LINES = 24
@@ -152,6 +159,8 @@ def run_sections(figures: Path, results: Mapping, stages: Mapping[str, Sequence[
             drawn.append(Figure(figures / "acceptance.png", caption))
         table = results_table(rows)
         sections.append(Section("Results", [Figures(drawn), table] if drawn else [table]))
+    if any(row.get("decode_seconds") for row in rows):
+        sections.append(Section("Where time goes", [seconds_table(rows)]))
     if results.get("comparisons"):
         intro = "Block efficiency on the same prompts; 95% intervals by paired bootstrap over prompts."
         sections.append(Section("Compared, prompt by prompt", [comparison_table(results["comparisons"])], intro))
@@ -253,6 +262,34 @@ def results_table(rows: Sequence[Mapping]) -> Table:
     if any(map(tables.is_lossy, rows)):
         caption += " Lossy rows do not follow the target's distribution and are never marked."
     return rows_table(tables.short_targets(rows), keys, best=frozenset(best.values()), caption=caption)
+
+
+def seconds_table(rows: Sequence[Mapping]) -> Table:
+    """A table of the seconds of each row, and of the milliseconds of a block's parts where they were measured."""
+    parts = [name for name in _PARTS if any(row.get(f"{name}_seconds") is not None for row in rows)]
+    lines = []
+    for row in rows:
+        cells = {}
+        for name in parts:
+            value, between = row.get(f"{name}_seconds"), (row.get("part_seconds_ci") or {}).get(name)
+            spread = f" ± {500 * (between[1] - between[0]):.2g}" if between else ""
+            cells[_PARTS[name]] = None if value is None else f"{1000 * value:.3g}{spread}"
+        lines.append(row | cells)
+    keys = [key for key in tables.summary_columns(rows) if key not in (*tables.SUMMARY, "quality")]
+    keys += ["drafter", "temperature", "gamma", "compile_seconds", "prefill_seconds", "decode_seconds"]
+    caption = "Compiling, or loading from the cache, is in no other seconds."
+    if parts:
+        caption += " The target's call is the rest of a block of this run; drafting and rule were timed separately."
+    columns = [*keys, *(_PARTS[name] for name in parts)]
+    table = rows_table(tables.short_targets(lines), columns, caption=caption)
+    numbers = set(_PARTS.values())
+    return dataclasses.replace(
+        table,
+        columns=[
+            Column(column.heading, column.text and key not in numbers)
+            for key, column in zip(columns, table.columns, strict=True)
+        ],
+    )
 
 
 def rows_table(rows: Sequence[Mapping], keys: Sequence[str], **more: Any) -> Table:

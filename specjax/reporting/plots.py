@@ -33,8 +33,9 @@ def speedup_figure(rows: Sequence[Mapping], path: str | Path, *, palette: Sequen
             axes.vlines(at, edges[:, 0], edges[:, 1], color=color, linewidth=1.2)
             predicted = [row.get("predicted_speedup") for row in members]
             if any(point is not None for point in predicted):
-                axes.plot(at, np.array(predicted, float), color=color, linestyle=DASHES, linewidth=1)
+                axes.plot(at, np.array(predicted, float), color=color, marker="_", linestyle=DASHES, linewidth=1)
         axes.set_xticks(gammas, [str(gamma) for gamma in gammas])
+        axes.set_xlim(gammas[0] - 0.5, gammas[-1] + 0.5)
         axes.set_xlabel("gamma (most tokens drafted per block)")
         axes.set_ylabel("speed-up")
 

@@ -29,6 +29,9 @@ HEADINGS = {
     "speedup": "speed-up",
     "predicted_speedup": "predicted",
     "identical_to_baseline": "identical",
+    "compile_seconds": "compile, s",
+    "prefill_seconds": "prefill, s",
+    "decode_seconds": "decode, s",
 }
 
 

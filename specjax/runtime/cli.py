@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -41,13 +42,20 @@ def asks_for_plan(argument: str) -> bool:
     return argument.partition("=")[0] == "--plan"
 
 
-def launch(run: Callable[[ConfigDict, str], Any], module: str, argv: Sequence[str] | None = None) -> int:
+def launch(
+    run: Callable[[ConfigDict, str], Any],
+    module: str,
+    argv: Sequence[str] | None = None,
+    *,
+    needs_workdir: bool = True,
+) -> int:
     """Parses a command line, runs a binary and returns its exit code, one of those in `--help`.
 
     Args:
       run: the binary's function `run(config, workdir)`.
       module: name of the binary's module, for `--help`.
       argv: arguments without the program's name; `sys.argv[1:]` by default.
+      needs_workdir: whether --workdir is required; without it, results go to a folder that is removed at the end.
 
     Raises:
       Exception: for a bug, in a run of one process. With several processes, this one prints the traceback and exits.
@@ -59,9 +67,10 @@ def launch(run: Callable[[ConfigDict, str], Any], module: str, argv: Sequence[st
         return 0
     try:
         joining, argv = processes.parse(argv)
-        config, workdir = parse(argv)
+        config, workdir = parse(argv, needs_workdir=needs_workdir)
         processes.start(joining, os.environ)
-        with stopping.stoppable(), configs.typed_keys(config), errors.writing(workdir):
+        folder = contextlib.nullcontext(workdir) if workdir else tempfile.TemporaryDirectory()
+        with stopping.stoppable(), folder as workdir, configs.typed_keys(config), errors.writing(workdir):
             processes.check_same_command(configs.to_plain(config), workdir)
             processes.check_shared(workdir)
             with configs.claimed(config, workdir):
