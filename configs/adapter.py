@@ -37,9 +37,11 @@ def get_config(variant: str = "") -> ConfigDict:
     config.text = "required:text:a file or a folder of text to train on"
     config.task = common.task("text", config.get_ref("text"))
     target = config.get_ref("target")
+    config.vocabulary = ""  # the only ids that the draft can draft: the export of configs/draft_design/vocabulary.py
 
     # On the corpus, with the target's probabilities. Of `model` only the dtypes are read: the shape is the target's.
     config.adapter = common.distillation(target, "medusa" if medusa else "adapter", steps=STEPS)
+    config.adapter.model.vocabulary = config.get_ref("vocabulary")
     config.adapter.data.update({"batch_size": 4, "fixed": 1.0, "draft": 0.0})
     config.adapter.train.update({"eval_every": STEPS // 2, "checkpoint_every": STEPS // 2})
     if medusa:
@@ -55,6 +57,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "early_exit": {
                 "kind": "early_exit",
                 "exit_layer": config.get_ref("exit_layer"),
+                "vocabulary": config.get_ref("vocabulary"),
                 "threshold": 0.3,
                 "rules": {"lossless": (4,)},
             },

@@ -61,6 +61,9 @@ def training(steps: int, learning_rate: float, *, seed: int = 0) -> ConfigDict:
             "rope_theta": 10000.0,
             "norm_epsilon": 1e-5,
             "tied_head": True,
+            # The only ids that the model can draft (its head is not tied then): a folder or a JSON file, as
+            # configs/draft_design/vocabulary.py writes it; "" for all.
+            "vocabulary": "",
             "param_dtype": "float32",  # of the export; during training the trained parameters are always float32
             "compute_dtype": "auto",  # of activations, the target's too: float32 on CPU, bfloat16 on accelerators
             "replicate": False,  # True: every device of the tensor axis holds all of the model (for a small draft)
@@ -145,6 +148,19 @@ def distillation(target: Any, init: Any, *, steps: int = 60, learning_rate: floa
     config.loss.divergence = "forward_kl"
     config.train.update({"eval_every": 30, "eval_batches": 4, "checkpoint_every": 30})
     config.train.best_metric = "validation_acceptance"
+    return config
+
+
+def draft_vocabulary(target: Any, size: Any, target_text: Any = "") -> ConfigDict:
+    """A stage that counts the ids of a target's text; `vocabulary` keys of later stages name it, as "stage:NAME".
+
+    Args:
+      target: the checkpoint whose ids are counted.
+      size: number of ids; those that end a text are always among them.
+      target_text: folder of text that the binary target_text wrote; "" counts the training text of the task.
+    """
+    config = ConfigDict({"binary": "design", "action": "vocabulary", "seed": 0, "task": task()})
+    config.update({"target": target, "size": size, "target_text": target_text})
     return config
 
 

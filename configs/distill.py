@@ -41,6 +41,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.text = "required:text:a file or a folder of text to train on"
     config.task = common.task("text", config.get_ref("text"))
     target = config.get_ref("target")
+    config.vocabulary = ""  # the only ids that the draft can draft: the export of configs/draft_design/vocabulary.py
     if new:
         # Heads are 64 wide; 8/3 of the width is usual for the MLP.
         config.shape = ConfigDict({"layers": 1, "width": 256, "heads": 4, "kv_heads": 4, "mlp_width": 704})
@@ -67,6 +68,8 @@ def get_config(variant: str = "") -> ConfigDict:
     }
     config.evaluation = common.evaluation(target, drafters)
     config.evaluation.compare = (("distilled", "undistilled"),)
+    for name in config.stages[:-1]:
+        config[name].model.vocabulary = config.get_ref("vocabulary")
     for name in config.stages:
         config[name].seed = config.get_ref("seed")
         config[name].mesh = common.reference(config.mesh)

@@ -33,9 +33,10 @@ def get_config(variant: str = "") -> ConfigDict:
     # skip_layers, "file.py:Class" for one of your own, or none. The other options belong to one kind each; 0 and ()
     # take their default. ngram matches `shortest` to `longest` tokens (2 to 4), early_exit drafts after `exit_layer`
     # layers (1), skip_layers leaves out the layers `skipped`. All but ngram end a block where the draft is less sure
-    # than `threshold` (0: never).
+    # than `threshold` (0: never), and can be cut to the ids in `vocabulary`, the folder that
+    # configs/draft_design/vocabulary.py exports ("": all).
     drafter = {"kind": "model", "path": "", "threshold": 0.0, "exit_layer": 0}
-    drafter |= {"shortest": 0, "longest": 0, "skipped": ()}
+    drafter |= {"shortest": 0, "longest": 0, "skipped": (), "vocabulary": ""}
     config.drafter = ConfigDict(drafter)
     config.prompt = ""  # the text to continue
     config.chat = False  # the chat template wraps the prompt as a user's turn; without a prompt, a conversation

@@ -1,4 +1,4 @@
-"""Runs an action of draft design: the throughput model, pruning, replays or advice.
+"""Runs an action of draft design: the throughput model, pruning, a draft's vocabulary, replays or advice.
 
     python -m specjax.main --config=configs/advise.py --workdir=runs/advice --config.target=DIR
 
@@ -17,10 +17,13 @@ from specjax.data import batches, tasks
 from specjax.decoding import batch
 from specjax.decoding.drafters.model import ModelDraft
 from specjax.distillation import cached_text
-from specjax.draft_design import advice, pruning, replay, shapes, what_if
+from specjax.draft_design import advice, pruning, replay, shapes, vocabulary, what_if
 from specjax.evaluation import throughput
+from specjax.hub import load as hub_load
 from specjax.hub import model as hub_model
 from specjax.hub.tokenizer import Tokenizer
+from specjax.models.vocabulary import FILE as VOCABULARY_FILE
+from specjax.models.vocabulary import draft_vocabulary, most_written_ids
 from specjax.reporting import records, row_tables
 from specjax.runtime import cli, processes
 from specjax.runtime import config as configs
@@ -55,12 +58,16 @@ def prune(config: Any, workdir: Path) -> list[dict]:
     sizes = {name: value for name, value in config.shape.to_dict().items() if value}
     shape = shapes.reshaped(source.decoder.config, **sizes)
     decoder, params = pruning.prune(source.decoder, source.params, shape, importance)
-    hub_model.save(hub_model.Model(decoder, params, source.tokenizer), workdir / "export")
+    ids = draft_vocabulary(config.vocabulary)
+    ids = ids and ids.including(source.tokenizer.eos_ids)
+    pruned = hub_model.reduced(hub_model.Model(decoder, params, source.tokenizer), ids)
+    hub_model.save(pruned, workdir / "export")
     row = {
         "table": "pruned",
         "source": config.source,
         **{key: getattr(shape, key) for key in ("layers", "width", "heads", "kv_heads", "mlp_width")},
-        "parameters": shapes.parameters(shape),
+        "draft_vocabulary": len(ids) if ids else None,
+        "parameters": pruned.decoder.num_params,
         "parameters_of_source": shapes.parameters(source.decoder.config),
         "calibration_tokens": int(sum(lengths.sum() for _, lengths in texts)),
         "layer_importance": importance.layers.tolist(),
@@ -85,6 +92,38 @@ def _calibration_texts(config: Any, tokenizer: Tokenizer) -> list[tuple[np.ndarr
         )
         rows = list(itertools.islice(endless, calibration.batches))
     return [(row["tokens"], row["lengths"]) for row in rows]
+
+
+def count_vocabulary(config: Any, workdir: Path) -> list[dict]:
+    """Counts the ids of a target's text; writes the `size` most frequent ones to `workdir/export`.
+
+    The text is that in `target_text`, or else the training text of the task: completions, or documents.
+    """
+    tokenizer = Tokenizer.load(config.target)
+    vocab_size = hub_load.describe(config.target, param_dtype="float32", compute_dtype="float32").vocab_size
+    if config.target_text:
+        written = cached_text.load(config.target_text)
+        if written.about["tokenizer"] != tokenizer.fingerprint():
+            raise UserError(
+                f"the text in {config.target_text} has another tokenizer than {config.target}; name its own"
+            )
+        bounds = zip(written.rows["tokens"], written.rows["loss_start"], written.rows["lengths"], strict=True)
+        texts = [tokens[start:end] for tokens, start, end in bounds]
+    else:
+        texts = tokenizer.encode_batch([example.completion for example in tasks.load_task(config.task).train])
+    counts = vocabulary.count_ids(texts, vocab_size)
+    chosen = most_written_ids(counts, config.size, tokenizer.eos_ids)
+    (workdir / "export").mkdir(parents=True, exist_ok=True)
+    chosen.save(workdir / "export" / VOCABULARY_FILE)
+    row = {
+        "table": "vocabulary",
+        "size": len(chosen),
+        "vocab_size": vocab_size,
+        "tokens": int(counts.sum()),
+        "written_ids": int((counts > 0).sum()),
+    }
+    shares = vocabulary.coverage(texts, vocab_size, tokenizer.eos_ids)
+    return [row, *({"table": "coverage", "size": size, "share_of_held_out_tokens": share} for size, share in shares)]
 
 
 def replayed(config: Any, workdir: Path) -> list[dict]:
@@ -252,6 +291,7 @@ def _acceptance(config: Any, target, draft, work: advice.Workload, gamma: int, t
 ACTIONS: dict[str, Callable[[Any, Path], list[dict]]] = {
     "what_if": what_if.run,
     "prune": prune,
+    "vocabulary": count_vocabulary,
     "replay": replayed,
     "advise": advise,
 }

@@ -28,6 +28,7 @@ from specjax.models.decoder import Decoder
 from specjax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from specjax.models.language_model import LanguageModel, Params
 from specjax.models.table import ATTACHMENTS, is_attachment, make_attachment
+from specjax.models.vocabulary import DraftVocabulary, draft_vocabulary
 from specjax.reporting import records
 from specjax.runtime import cli, dtypes, processes
 from specjax.runtime import config as configs
@@ -135,7 +136,8 @@ def _inputs(config: Any, task: tasks.Task, tokenizer: Tokenizer, mesh: jax.shard
     target, target_params = None, None
     if config.target:
         dtype = config.target_param_dtype or config.model.param_dtype
-        target, target_params = _load(config.target, config.model, tokenizer, mesh, param_dtype=dtype)
+        loaded = _load(config.target, config.model, tokenizer, mesh, param_dtype=dtype)
+        target, target_params = loaded.decoder, loaded.params
     draft, params = _draft(config, tokenizer, target, target_params, mesh)
     if target is not None and target.is_encoder_decoder != draft.is_encoder_decoder:
         raise UserError(
@@ -191,20 +193,26 @@ def _draft(
         loaded = hub_adapter.load(init, _required(target, init), shardings=shardings)
         loaded.check(hub_adapter.fingerprint(target, target_params))
         return AttachedDraft.of(loaded.network), loaded.params
+    ids = draft_vocabulary(model.vocabulary)
+    ids = ids and ids.including(tokenizer.eos_ids)
     if is_attachment(init):
-        draft = new_attached_draft(config, target)
+        draft = new_attached_draft(config, target, ids)
         start = lambda key, target_params: draft.attachment.init_on(key, target, target_params)
     elif init == RANDOM:
-        draft = random_model(model, tokenizer.vocab_size, tokenizer.pad_id)
+        draft = random_model(model, tokenizer.vocab_size, tokenizer.pad_id).reduced(ids)
         if not model.replicate:
             draft.check_split(mesh)
         start = lambda key, _: draft.init(key)
     else:
-        return _load(init, model, tokenizer, mesh, param_dtype=model.param_dtype, replicate=model.replicate)
+        loaded = _load(init, model, tokenizer, mesh, param_dtype=model.param_dtype, replicate=model.replicate)
+        loaded = hub_model.reduced(loaded, ids)
+        return loaded.decoder, loaded.params
     return draft, jax.jit(start, out_shardings=shardings(draft))(jax.random.key(config.seed), target_params)
 
 
-def new_attached_draft(config: Any, target: LanguageModel | None) -> AttachedDraft:
+def new_attached_draft(
+    config: Any, target: LanguageModel | None, vocabulary: DraftVocabulary | None = None
+) -> AttachedDraft:
     """The draft that consists of the target's first layers and the attachment named by `model.init`.
 
     Its options are in the config section with its name in `ATTACHMENTS`, or `attachment` for a user's own class.
@@ -213,7 +221,8 @@ def new_attached_draft(config: Any, target: LanguageModel | None) -> AttachedDra
     section = init if init in ATTACHMENTS else _ATTACHMENT
     if section not in config:
         raise UserError(f'model.init is "{init}", and its options are missing: add a section `{section}`')
-    return AttachedDraft.of(make_attachment(init, _required(target, init).config, config[section].to_dict()))
+    options = config[section].to_dict() | ({"vocabulary": vocabulary} if vocabulary else {})
+    return AttachedDraft.of(make_attachment(init, _required(target, init).config, options))
 
 
 def _required(target: LanguageModel | None, init: str) -> LanguageModel:
@@ -251,7 +260,7 @@ def _load(
     *,
     param_dtype: str,
     replicate: bool = False,
-) -> tuple[LanguageModel, Params]:
+) -> hub_model.Model:
     """Loads an export onto the mesh.
 
     Raises:
@@ -273,8 +282,7 @@ def _load(
             f"the tokenizer has {own.vocab_size} ids and the model in {directory} only {vocab_size}; "
             "take the tokenizer that the model was trained with"
         )
-    loaded = hub_model.load(directory, mesh=mesh, replicate=replicate, **dtypes_of)
-    return loaded.decoder, loaded.params
+    return hub_model.load(directory, mesh=mesh, replicate=replicate, **dtypes_of)
 
 
 if __name__ == "__main__":

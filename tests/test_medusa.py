@@ -134,7 +134,11 @@ def test_heads_learn_from_hard_labels_on_text_of_two_sources(tmp_path):
 
 
 def further(init, target, params):
-    sections = {"model": {"init": str(init), "replicate": False}, "medusa": {"heads": 2, "own_head": True}, "seed": 0}
+    sections = {
+        "model": {"init": str(init), "replicate": False, "vocabulary": ""},
+        "medusa": {"heads": 2, "own_head": True},
+        "seed": 0,
+    }
     return distill._draft(
         ConfigDict(sections), Tokenizer.__new__(Tokenizer), target, params, meshes.make_mesh(ConfigDict(ONE_DEVICE))
     )

@@ -62,6 +62,7 @@ def models(tmp_path_factory):
         "configs/advise.py": (pair[0], f"--config.drafts={home}/draft"),
         "configs/draft_design/build.py": (pair[0],),
         "configs/draft_design/prune.py": (pair[0], "--config.shape.mlp_width=8"),
+        "configs/draft_design/vocabulary.py": (pair[0],),
         "configs/draft_design/replay.py": (pair[0], f"--config.drafts={home}/draft"),
         "configs/draft_design/train.py": (pair[0], f"--config.tokenizer.path={home}/target"),
     }

@@ -26,10 +26,12 @@ def get_config(variant: str = "") -> ConfigDict:
     config.target = "required:target:the directory of the checkpoint to prune"
     # What is left; 0 is as in the checkpoint.
     config.shape = ConfigDict({"layers": 1, "width": 0, "heads": 0, "kv_heads": 0, "mlp_width": 0})
+    config.vocabulary = ""  # the only ids that the draft can draft: the export of configs/draft_design/vocabulary.py
     config.task = common.task(size=60_000 if variant else 0)
     config.pruned = pruning.pruned({}, variant)
     config.pruned.source = config.get_ref("target")
     config.pruned.shape = common.reference(config.shape)
+    config.pruned.vocabulary = config.get_ref("vocabulary")
     config.recovered = pruning.trained(config.get_ref("target"), "stage:pruned", variant)
     for section in (config.pruned, config.recovered):
         section.seed = config.get_ref("seed")

@@ -73,6 +73,7 @@ def pruned(shape: dict, variant: str) -> ConfigDict:
     section.param_dtype = "float32"
     section.compute_dtype = "auto"
     section.task = common.task(size=60_000 if variant else 0)  # whose training text decides what matters
+    section.vocabulary = ""  # the only ids that the draft can draft, see common.draft_vocabulary; "" for all
     # text: a folder of text that the binary target_text wrote, to use in place of the task's.
     section.calibration = ConfigDict({"text": "", "batches": 8, "batch_size": 8, "sequence_length": 128})
     section.shape = ConfigDict(shape)  # what is left; 0, or a missing key, keeps the source's value

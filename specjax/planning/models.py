@@ -12,6 +12,7 @@ from specjax.hub import load as hub_load
 from specjax.hub import model as hub_model
 from specjax.models.attachment import AttachedDraft, Attachment
 from specjax.models.language_model import LanguageModel, Network, Params
+from specjax.models.vocabulary import draft_vocabulary
 from specjax.runtime import dtypes
 from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError, nearest
@@ -70,14 +71,14 @@ class ModelCatalog:
         target = None
         if config.target:
             target = self.model(config.target, config.target_param_dtype or dtype_names[0], dtype_names[1])
-        init = config.model.init
+        init, ids = config.model.init, draft_vocabulary(config.model.vocabulary)
         if distill.is_attachment(init):
-            return distill.new_attached_draft(config, target), target
+            return distill.new_attached_draft(config, target, ids), target
         if init != distill.RANDOM:
-            return self.model(init, *dtype_names), target
+            return self.model(init, *dtype_names).reduced(ids), target
         section = config.model.copy_and_resolve_references()
         section.compute_dtype = "bfloat16" if section.compute_dtype == "auto" else section.compute_dtype
-        return distill.random_model(section, self._vocabulary(config.tokenizer), 0), target
+        return distill.random_model(section, self._vocabulary(config.tokenizer), 0).reduced(ids), target
 
     def _vocabulary(self, tokenizer: Any) -> int:
         if not tokenizer.path:
