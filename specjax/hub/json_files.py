@@ -43,6 +43,6 @@ def parse_json(name: str, data: bytes) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a file that holds a JSON object. Raises UserError, naming the file, if it is missing or not an object."""
     if not path.exists():
-        raise UserError(f"there is no {path}; name the directory of a Hugging Face checkpoint")
+        raise UserError(f"there is no {path}; name the directory of a Hugging Face checkpoint, or a GGUF file")
     with reading(str(path)):
         return parse_json(str(path), path.read_bytes())

@@ -98,8 +98,8 @@ def _files(directory: Path) -> list[Path]:
                 "tokenizer's files"
             )
         raise UserError(
-            f"there is neither {FILE} nor {INDEX_FILE} in {directory}; weights are read in the safetensors format "
-            "only, so convert other formats first"
+            f"there is neither {FILE} nor {INDEX_FILE} in {directory}; weights are read from safetensors and GGUF "
+            "files, so convert other formats first"
         )
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
