@@ -309,7 +309,8 @@ def hub(monkeypatch, tmp_path):
 
 def test_a_name_on_the_hub_loads_what_was_fetched(hub, exported, converted):
     hub.answer = exported
-    assert_trees_equal(hub_load.load("owner/name")[1], hub_load.load(exported)[1])
+    assert_trees_equal(api.load("owner/name").params, hub_load.load(exported)[1])
+    assert len(hub.asked) == 1
     repository, patterns = hub.asked[0]
     assert repository == "owner/name" and "config.json" in patterns and not any("bin" in p for p in patterns)
     hub.answer, hub.asked[:] = converted.parent, []

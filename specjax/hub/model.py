@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from specjax.hub import adapter as hub_adapter
 from specjax.hub import load as hub_load
 from specjax.hub import save as hub_save
+from specjax.hub.location import locate
 from specjax.hub.tokenizer import Tokenizer, check_same_tokens
 from specjax.models.language_model import LanguageModel, consecutive
 from specjax.models.vocabulary import DraftVocabulary
@@ -103,7 +104,7 @@ def load(
       UserError: for files that are missing or damaged, and for an unsupported model.
     """
     dtypes = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
-    shardings = None
+    directory, shardings = locate(directory), None
     if mesh is not None:
         described = hub_load.describe(directory, **dtypes)
         if not replicate:
