@@ -232,6 +232,11 @@ def test_a_reduced_draft_is_saved_with_its_ids_and_loads_again(target, tmp_path)
     assert again.decoder == cut.decoder
     jax.tree.map(np.testing.assert_array_equal, again.params, cut.params)
     assert draft_vocabulary(tmp_path / "draft") == cut.decoder.vocabulary
+    # Other programs read the directory with a full head. That of a draft cut from a tied head is the head before.
+    api.save(cut, tmp_path / "full", full_head=True)
+    full = api.load(tmp_path / "full", compute_dtype="float32")
+    assert full.decoder.vocabulary is None and not (tmp_path / "full" / "draft_vocabulary.json").exists()
+    np.testing.assert_allclose(full.logits([[97, 98]]), target.logits([[97, 98]]), atol=1e-5)
     draft_vocabulary([1, 2]).save(tmp_path / "draft" / "draft_vocabulary.json")
     with pytest.raises(UserError, match=r'config.json: "draft_vocab_size" is 24, and draft_vocabulary.json has 2 ids'):
         api.load(tmp_path / "draft")

@@ -114,9 +114,21 @@ def load(
     return Model(decoder, params, Tokenizer.load(directory), mesh)
 
 
-def save(model: Model, directory: str | Path) -> None:
-    """Writes a directory that `load` and Hugging Face transformers read."""
-    hub_save.save(directory, model.decoder, model.params, model.tokenizer)
+def save(model: Model, directory: str | Path, *, full_head: bool = False) -> None:
+    """Writes a directory that `load` and Hugging Face transformers read.
+
+    Args:
+      full_head: writes a draft with a reduced head with all ids, because other programs read no draft vocabulary. The
+        rows of the other ids are those of its embedding, which is what the head of a draft cut from a model with a tied
+        head had. Such a draft takes the time of a full head, and it can draft the other ids, so its acceptance differs
+        from that of the reduced one. In a draft whose head never was its embedding, these rows are arbitrary.
+    """
+    decoder, params = model.decoder, model.params
+    if full_head and decoder.vocabulary is not None:
+        rows = params["embedding"].at[decoder.vocabulary.ids].set(params["unembedding"]["kernel"])
+        params = decoder.reduced_params(params, rows)
+        decoder = dataclasses.replace(decoder, config=dataclasses.replace(decoder.config, draft_vocabulary=None))
+    hub_save.save(directory, decoder, params, model.tokenizer)
 
 
 def load_adapter(directory: str | Path, target: Model) -> hub_adapter.LoadedAttachment:
