@@ -131,6 +131,7 @@ class _Writer:
             max_new_tokens=data.generation.max_new_tokens,
             max_positions=self.target.decoder.config.max_positions,
         )
+        self.prompt_slots = batch.prompt_slots(self.prompts)
         self.method = self._method(config.drafter.gamma if self.draft else 0)
         fingerprints = self.target.fingerprint, self.target.tokenizer.fingerprint()
         settings = {"seed": config.seed, "count": config.count, "batch_size": data.batch_size}
@@ -171,7 +172,7 @@ class _Writer:
         prompts = self.prompts[first : first + count]
         openings = [decoder.start_text(prompt) for prompt in prompts]
         texts = [[*opening, *emitted] for opening, emitted in zip(openings, result.tokens[:count], strict=True)]
-        width = decoder.text_slots(self.method.plan.prompt_slots) + self.config.data.generation.max_new_tokens
+        width = decoder.text_slots(self.prompt_slots) + self.config.data.generation.max_new_tokens
         lengths = lambda rows: np.asarray([len(row) for row in rows], np.int32)
         rows = {
             "tokens": _padded(texts, width),
@@ -181,7 +182,7 @@ class _Writer:
             "seconds": np.asarray(result.seconds),
         }
         if decoder.is_encoder_decoder:
-            rows["sources"] = _padded(prompts, self.method.plan.prompt_slots)
+            rows["sources"] = _padded(prompts, self.prompt_slots)
         return rows
 
     def _check_states(self, layers: Sequence[int]) -> None:

@@ -10,7 +10,8 @@ import pytest
 import tiny
 
 from specjax import api, distill, evaluate
-from specjax.decoding.drafters.base import Prefill
+from specjax.decoding.drafters.base import Context, Prompts
+from specjax.decoding.sampling import Noise, Sampling, row_keys
 from specjax.distillation import divergences, objective
 from specjax.hub.tokenizer import train_byte_bpe
 from specjax.models.encoder_decoder import bucket_table
@@ -106,14 +107,14 @@ def test_the_prompt_is_drafted_from_by_lookup():
     target, _ = model(0)
     prompts, lengths = tiny.prompts(3, 12, 9, 24)
     plan = tiny.plan(target, "ngram", {"shortest": 1, "longest": 2}, gamma=2, slots=1, max_new=8, greedy=True)
-    state = plan.drafter.init(None, None, prefill(target, prompts, lengths, plan.capacity), None)
-    np.testing.assert_array_equal(state.lengths, lengths + 1)
-    for row, length in enumerate(np.asarray(lengths)):
-        assert state.tokens[row, : length + 1].tolist() == [*prompts[row, :length].tolist(), 0]
-
-
-def prefill(target, prompts, lengths, capacity):
-    return Prefill(prompts, lengths, *target.start_texts(prompts, lengths), (), capacity)
+    state = plan.drafter.start(None, None, Prompts(prompts, lengths, plan.capacity))
+    rows = np.arange(12)
+    pending, last = jnp.zeros_like(lengths), prompts[rows, lengths - 1]
+    tokens = jnp.zeros((12, plan.capacity), jnp.int32).at[:, 0].set(last)  # the text repeats the prompt's last token
+    noise = Noise(row_keys(0, rows), pending + 1, True, False)
+    context = Context(tokens[:, :2], pending + 1, pending == 0, noise, Sampling.of(0.0), tokens=tokens)
+    drafted = np.asarray(plan.drafter.propose(None, None, state, None, context)[0].num_drafted)
+    assert drafted.tolist() == [2] * 12
 
 
 @pytest.mark.slow

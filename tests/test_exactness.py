@@ -156,7 +156,8 @@ def test_every_gamma_equals_plain_decoding(pair, kind, rule, settings):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["model", "ngram", "early_exit"])
-def test_equality_holds_where_texts_outgrow_a_cache_prefix(pair, kind):
+def test_equality_holds_where_texts_outgrow_a_cache_prefix(pair, kind, monkeypatch):
+    monkeypatch.setattr(kv_cache, "_SHORTEST_PREFIX", 32)
     texts, lengths = tiny.prompts(8, 96, 50, VOCAB)
     longer = dataclasses.replace(pair, texts=texts, lengths=lengths)
     assert kv_cache.prefixes(capacity_for(96, 96, 3))[0] < 96 + 96

@@ -294,8 +294,13 @@ class GuessDrafter(Drafter):
     def taps(self):
         return self.attachment.taps
 
-    def init(self, params, target_params, prefill, row_keys):
-        return at(prefill.tap_states, prefill.text_lengths - 2)
+    def start(self, params, target_params, prompts):
+        config = self.target.config
+        none = jnp.zeros((prompts.lengths.shape[0], 1, config.width), config.compute_dtype)
+        return (none,) * len(self.taps)
+
+    def prefill(self, params, target_params, state, chunk):
+        return tuple(map(chunk.at_second_last, chunk.tap_states, state))
 
     def propose(self, params, target_params, state, target_cache, context):
         hidden, _ = self.attachment.extend(params, None, state, None)

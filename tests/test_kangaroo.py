@@ -20,6 +20,7 @@ from specjax.decoding.drafters.base import Context
 from specjax.decoding.drafters.drafting import draft
 from specjax.decoding.drafters.model import ModelDrafter
 from specjax.decoding.drafters.table import make_options
+from specjax.decoding.prefill import compiled_prefill
 from specjax.decoding.sampling import Noise, Sampling, row_keys
 from specjax.distillation import cached_text, divergences, objective, settings, trainer
 from specjax.hub.adapter import LoadedAttachment
@@ -247,7 +248,7 @@ def test_one_compile_serves_every_threshold(models, pair):
         adjust, limits = Sampling.of(0.0, threshold=threshold), row_limits(lossless.BATCH, 24)
         state = tiny.decode(plan, params, adapter_params, pair.texts, pair.lengths, limits, eos=EOS, adjust=adjust)
         drafted.append(int(state.statistics.drafted.sum()))
-        sizes.add((loop.compiled_prefill._cache_size(), loop.run._cache_size()))
+        sizes.add((compiled_prefill._cache_size(), loop.run._cache_size()))
     assert len(sizes) == 1
     assert drafted[0] > drafted[1] > drafted[2] >= drafted[3]
 

@@ -43,7 +43,8 @@ def decode(models, kind, gamma=GAMMA, rows=4, threshold=THRESHOLD):
     CALLS.clear()
     result = batch.decode(plan, params, draft_params, PROMPTS[:rows], max_new_tokens=MAX_NEW, eos_ids=(), **how)
     jax.effects_barrier()
-    return target.layers, result, sum(CALLS) - target.layers * rows * slots  # prefill left out
+    prefilled = rows * plan.chunk * -(-(max(map(len, PROMPTS[:rows])) - 1) // plan.chunk)
+    return target.layers, result, sum(CALLS) - target.layers * prefilled
 
 
 @pytest.mark.slow

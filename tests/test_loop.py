@@ -10,8 +10,9 @@ import tiny
 from lossless import one_block
 
 from specjax.decoding import loop
-from specjax.decoding.drafters.base import Context, Drafter, Prefill, Proposal
+from specjax.decoding.drafters.base import Context, Drafter, Prompts, Proposal
 from specjax.decoding.plan import capacity_for
+from specjax.decoding.prefill import PLAIN, PROMPT, compiled_prefill
 from specjax.decoding.rules import Lossless
 from specjax.decoding.sampling import Noise, Sampling, row_keys
 from specjax.models.decoder import Decoder
@@ -147,7 +148,7 @@ def test_one_compile_serves_every_prompt_length_and_every_traced_setting(models,
     plan, both = make_plan(models, kind, 3), (models[1], tiny.draft_params_of(kind, *models))
     texts, lengths = tiny.prompts(3, BATCH, SLOTS, VOCAB)
     tiny.decode(plan, *both, texts, lengths, MAX_NEW, eos=(5,))
-    compiled = loop.compiled_prefill._cache_size(), loop.run._cache_size()
+    compiled = compiled_prefill._cache_size(), loop.run._cache_size()
     settings = [
         Sampling.of(0.3),
         Sampling.of(1.5, top_k=3),
@@ -159,11 +160,11 @@ def test_one_compile_serves_every_prompt_length_and_every_traced_setting(models,
         tiny.decode(plan, *both, texts, lengths, 3 + i, eos=(i,), seed=i, adjust=adjust)
     equal_plan = make_plan(models, kind, 3)
     tiny.decode(equal_plan, *both, texts, lengths, np.arange(BATCH), eos=(1,))
-    assert (loop.compiled_prefill._cache_size(), loop.run._cache_size()) == compiled
+    assert (compiled_prefill._cache_size(), loop.run._cache_size()) == compiled
     # A capacity that no other test uses, so that this has to compile.
     other = make_plan(models, "ngram", 0, spare=1 + KINDS.index(kind))
     tiny.decode(other, *both, texts, lengths, MAX_NEW, eos=(5,))
-    assert (loop.compiled_prefill._cache_size(), loop.run._cache_size()) == (compiled[0] + 1, compiled[1] + 1)
+    assert (compiled_prefill._cache_size(), loop.run._cache_size()) == (compiled[0] + 1, compiled[1] + 1)
 
 
 # --- counts --------------------------------------------------------------------------------------------------------
@@ -184,7 +185,7 @@ def test_the_counts_agree_with_the_origins_and_with_each_other(models, kind):
     others = (np.isin(origins, (loop.RECOVERED, loop.BONUS)) & inside).sum(-1)
     assert np.all(others <= counts.target_calls)
     np.testing.assert_array_equal(accepted + others, emitted)
-    assert np.all(origins[width < np.asarray(lengths)[:, None]] == loop.PROMPT)
+    assert np.all(origins[width < np.asarray(lengths)[:, None]] == PROMPT)
     assert np.all(counts.accepted_at <= counts.drafted_at)
     assert np.all(counts.drafted_at.sum(-1) <= counts.drafted)
     assert np.all(counts.drafted <= 3 * counts.target_calls)
@@ -201,7 +202,7 @@ def test_the_baselines_calls_are_its_emitted_tokens(models):
     np.testing.assert_array_equal(np.asarray(state.statistics.target_calls), emitted)
     assert int(state.iterations) == emitted.max()
     for row, (start, end) in enumerate(zip(np.asarray(lengths), np.asarray(state.lengths), strict=True)):
-        assert np.all(np.asarray(state.origins)[row, start:end] == loop.PLAIN)
+        assert np.all(np.asarray(state.origins)[row, start:end] == PLAIN)
 
 
 def test_sample_is_the_loop_without_a_drafter(models):
@@ -253,7 +254,7 @@ class Script(Drafter):
     blocks: tuple
     gamma: int
 
-    def init(self, params, target_params, prefill, row_keys):
+    def start(self, params, target_params, prompts: Prompts):
         return jnp.zeros((), jnp.int32)
 
     def propose(self, params, target_params, state, target_cache, context: Context):
@@ -283,7 +284,7 @@ def test_a_scripted_decode_gives_the_exact_tokens_origins_and_counts():
         [13, 14, 15],
         [4, 5],
     ]
-    p, a, r, b = loop.PROMPT, loop.ACCEPTED, loop.RECOVERED, loop.BONUS
+    p, a, r, b = PROMPT, loop.ACCEPTED, loop.RECOVERED, loop.BONUS
     codes, ends = np.asarray(state.origins), np.asarray(state.lengths)
     # Each recovered token also holds the number of drafted tokens of its block.
     assert [(row[:n] // len(loop.ORIGINS)).tolist() for row, n in zip(codes, ends, strict=True)] == [
@@ -340,9 +341,10 @@ def test_ngram_copies_what_followed_the_longest_then_latest_match(models, shorte
     texts = jnp.asarray([text + [0] * (slots - len(text)) for text, _ in drafted], jnp.int32)
     lengths = jnp.asarray([len(text) for text, _ in drafted], jnp.int32)
     drafter = tiny.make_drafter("ngram", models[0], 3, {"shortest": shortest, "longest": longest})
-    state = drafter.init(None, None, Prefill(texts, lengths, texts, lengths, (), slots), None)
+    state = drafter.start(None, None, Prompts(texts, lengths, slots))
     noise = Noise(row_keys(0, jnp.arange(batch)), lengths, False, False)
-    context = Context(jnp.zeros((batch, 2), jnp.int32), lengths, jnp.ones((batch,), bool), noise, Sampling.of(1.0))
+    last_two, live = jnp.zeros((batch, 2), jnp.int32), jnp.ones((batch,), bool)
+    context = Context(last_two, lengths, live, noise, Sampling.of(1.0), tokens=texts)
     proposal, _, _ = jax.jit(lambda state, context: drafter.propose(None, None, state, None, context))(state, context)
     assert proposal.probs is None
     counts = np.asarray(proposal.num_drafted)

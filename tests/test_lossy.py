@@ -15,6 +15,7 @@ from enumeration import EnumeratedNoise, Tables, block_distribution, composed_di
 from specjax import api, evaluate
 from specjax.decoding import loop
 from specjax.decoding.drafters.base import Proposal
+from specjax.decoding.prefill import compiled_prefill
 from specjax.decoding.rules import RULES, Lossless, LossyInputs, Rule
 from specjax.decoding.sampling import Noise, Sampling, row_keys
 from specjax.hub.tokenizer import train_byte_bpe
@@ -245,10 +246,10 @@ def test_every_greedy_lossy_token_is_the_argmax_or_drafted_and_allowed(models):
 
 def test_one_compile_serves_every_lenience(models):
     decode(models, "lenient_exp", 0.5)
-    compiled = loop.compiled_prefill._cache_size(), loop.run._cache_size()
+    compiled = compiled_prefill._cache_size(), loop.run._cache_size()
     for lenience in (1.0, 0.25, 1e-6):
         decode(models, "lenient_exp", lenience)
-    assert (loop.compiled_prefill._cache_size(), loop.run._cache_size()) == compiled
+    assert (compiled_prefill._cache_size(), loop.run._cache_size()) == compiled
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ import tiny
 from ml_collections import ConfigDict
 
 from specjax.decoding import batch, identity, loop, sampling
+from specjax.decoding.prefill import state_axes
 from specjax.decoding.sampling import Sampling
 from specjax.distillation import divergences, objective, update
 from specjax.models import kv_cache
@@ -190,7 +191,7 @@ def test_caches_lie_where_the_rules_say(replicate):
             expected = jax.NamedSharding(slots.sharding.mesh, lies)
             assert slots.sharding.is_equivalent_to(expected, slots.ndim), slots.sharding
     # All that the loop carries lies where plans for chips take it to lie.
-    for x, names in zip(jax.tree.leaves(state), loop.state_axes(plan_of("greedy", replicate), state, 2), strict=True):
+    for x, names in zip(jax.tree.leaves(state), state_axes(plan_of("greedy", replicate), state, 2), strict=True):
         assert x.sharding.is_equivalent_to(jax.NamedSharding(x.sharding.mesh, meshes.spec(names)), x.ndim), x
 
 

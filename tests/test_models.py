@@ -1,7 +1,6 @@
 """The decoder: its forward against a plain writing of it, and every cached way through it against the forward."""
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -138,9 +137,9 @@ def test_cached_logits_equal_the_full_forward_at_every_chunking(grouped, chunks)
 def test_rows_at_different_positions_cross_the_cache_prefixes(grouped):
     """Rows start at different positions, and their slots cross one prefix or another while other rows stay below."""
     model, params = grouped
-    short, steps, batch = kv_cache.prefixes(10**6)[0], 20, 4
-    slots = 3 * short + 40
-    assert kv_cache.prefixes(slots) == [short, 2 * short, slots]
+    short, steps, batch = 128, 20, 4
+    slots = 4 * short + 3
+    assert kv_cache.prefixes(slots) == [short, slots]
     texts = jnp.asarray(np.random.default_rng(0).integers(0, model.vocab_size, (batch, slots)), jnp.int32)
     full = np.asarray(tiny.full_logits(model, params, texts))
     edge = short - steps  # the last start that stays inside the first prefix
@@ -157,12 +156,10 @@ def test_rows_at_different_positions_cross_the_cache_prefixes(grouped):
         np.testing.assert_allclose(logits, full[np.arange(batch)[:, None], np.asarray(positions)], **TIGHT)
 
 
-def test_prefixes_double_up_to_the_whole():
-    lengths = kv_cache.prefixes(1000)
-    assert lengths[-1] == 1000
-    assert all(b == 2 * a for a, b in itertools.pairwise(lengths[:-1]))
-    assert kv_cache.prefixes(2 * lengths[0] + 1) == [lengths[0], 2 * lengths[0] + 1]  # not one for the last slot
-    assert kv_cache.prefixes(lengths[0]) == [lengths[0]] and kv_cache.prefixes(5) == [5]
+def test_prefixes_are_quarters_of_quarters_of_the_capacity():
+    assert kv_cache.prefixes(512) == [128, 512] and kv_cache.prefixes(1024) == [256, 1024]
+    assert kv_cache.prefixes(8192) == [128, 512, 2048, 8192]
+    assert kv_cache.prefixes(511) == [511] and kv_cache.prefixes(5) == [5]
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SLICES = ("v5e:2x2", "v5p:2x2x1")
 MESH = {"data": 1, "fsdp": 2, "tensor": 2}
 # The vocabulary is a size that nothing else has.
-BATCH, PROMPT, CAPACITY, GAMMA, VOCABULARY = 4, 32, 256, 2, 1536
+BATCH, PROMPT, CHUNK, CAPACITY, GAMMA, VOCABULARY = 4, 32, 16, 256, 2, 1536
 pytestmark = pytest.mark.slow
 
 
@@ -113,10 +113,10 @@ def decoding(name: str, mesh) -> executables.DecodingStage:
     else:
         kind, how = options(target)[name]
     drafter = tiny.make_drafter(kind, target, gamma, how)
-    plan = loop.Plan(target, drafter, rules.rule_named("lossless"), gamma, CAPACITY, False)
+    plan = loop.Plan(target, drafter, rules.rule_named("lossless"), gamma, CAPACITY, False, chunk=CHUNK)
     sampling = Sampling.of(1.0, costs=(1.0,) * (gamma + 1) if how.get("adaptive") else None)
     own = how.get("model", how.get("adapter"))
-    return executables.DecodingStage(name, plan, own, sampling, mesh, BATCH, PROMPT)
+    return executables.DecodingStage(name, plan, own, sampling, mesh, BATCH, PROMPT, PROMPT)
 
 
 def training(name: str, mesh) -> executables.TrainingStage:

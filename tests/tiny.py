@@ -165,11 +165,13 @@ def plan(
     rule="lossless",
     greedy: bool = False,
     spare: int = 0,
+    chunk: int = 4,
 ) -> loop.Plan:
     """A Plan; `spare` is added to its capacity, `rule` is a name or the rule itself."""
     rule = rules.rule_named(rule) if isinstance(rule, str) else rule
     made = make_drafter(drafter, target, gamma, options or {}) if gamma else None
-    return loop.Plan(target, made, rule, gamma, capacity_for(slots, max_new, gamma) + spare, greedy, prompt_slots=slots)
+    capacity = capacity_for(slots, max_new, gamma, chunk) + spare
+    return loop.Plan(target, made, rule, gamma, capacity, greedy, chunk=chunk, prompt_slots=slots)
 
 
 def limits(batch: int, max_new, eos=NO_EOS) -> loop.Limits:

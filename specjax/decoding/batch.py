@@ -10,7 +10,8 @@ import numpy as np
 from absl import logging
 
 from specjax.decoding import loop
-from specjax.decoding.plan import Plan, padded_length
+from specjax.decoding.plan import Plan, capacity_for, padded_length
+from specjax.decoding.prefill import extend
 from specjax.decoding.sampling import Sampling, row_keys
 from specjax.decoding.statistics import Statistics
 from specjax.models import kv_cache
@@ -125,6 +126,37 @@ class Placer:
         return meshes.place(array, jax.NamedSharding(self.mesh, meshes.spec(axes)))
 
 
+@dataclasses.dataclass
+class Conversation:
+    """The caches that `decode` leaves, so that a later call prefills only what its texts add to the earlier ones.
+
+    Pass the same object to every call of one conversation, with the same models. The result is that of a call without
+    it. Caches are computed anew where they cannot be extended: if the plan or the number of rows changed (when a text
+    outgrows the capacity), for an encoder-decoder, and if rotary embeddings depend on the prompt's length.
+
+    Attributes:
+      plan: the plan of the last call.
+      state: its last state; None before the first call.
+      texts: the tokens of each row of the state: prompt and emitted tokens.
+    """
+
+    plan: Plan | None = None
+    state: loop.DecodeState | None = None
+    texts: Sequence[Sequence[int]] = ()
+
+    def take(self, plan: Plan, prompts: Sequence[Sequence[int]]) -> tuple[Any, np.ndarray]:
+        """The state to extend (or None), and how many first tokens of each prompt it holds. The caller donates it."""
+        state, self.state = self.state, None
+        starts = np.zeros((len(prompts),), np.int32)
+        usable = state is not None and self.plan == plan and len(state.lengths) == len(prompts)
+        if not usable or plan.target.is_encoder_decoder or kv_cache.depends_on_prompt(state):
+            return None, starts
+        for row, (old, new) in enumerate(zip(self.texts, prompts, strict=True)):
+            differs = (i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b)
+            starts[row] = next(differs, min(len(old), len(new)))
+        return state, starts
+
+
 # Places arrays on the default device.
 HERE = Placer()
 
@@ -158,6 +190,7 @@ def decode(
     blocks: int | None = None,
     on_blocks: Callable[[BatchResult], bool | None] | None = None,
     end_of: Callable[[Sequence[int], Sequence[int]], int | None] | None = None,
+    conversation: Conversation | None = None,
 ) -> BatchResult:
     """Continues one batch of prompts. Every process of a run must make the same call, and gets the complete result.
 
@@ -171,21 +204,19 @@ def decode(
       end_of: (prompt, emitted tokens) -> number of these tokens at which the text ends, or None, as for stop strings.
         It is asked after every `blocks` blocks (by default `_END_BLOCKS`). Tokens and counts are those until the end;
         seconds, iterations and layer meters include all blocks that ran.
+      conversation: keeps the caches for the next call, and has those of the last one.
 
     Raises:
       UserError: if the target's logits are not finite. A draft's are logged, and its token comes from the target.
     """
-    count = len(prompts)
-    rows = put.rows(max(size or 0, count))
-    slots = plan.prompt_slots or prompt_slots(prompts)
-    tokens, lengths = pad([*prompts, *[prompts[-1]] * (rows - count)], slots)
+    count, rows = len(prompts), put.rows(max(size or 0, len(prompts)))
     room = [max_new_tokens] * count + [0] * (rows - count)
     places = np.asarray([*indices, *[0] * (rows - count)], np.int32)
-    limits = make_limits(room, eos_ids, put)
-    tokens, lengths, keys = put(tokens), put(lengths), row_keys(seed, put(places))
-    jax.block_until_ready((tokens, lengths, keys, limits))
-    prefill = lambda: loop.prefill(plan, params, draft_params, tokens, lengths, keys)
-    state, prefill_seconds, compile_seconds = timed(prefill)
+    limits, conversation = make_limits(room, eos_ids, put), conversation or Conversation()
+    padded = [*prompts, *[prompts[-1]] * (rows - count)]
+    _check_room(plan, padded, max_new_tokens)
+    models, keys = (plan, params, draft_params), row_keys(seed, put(places))
+    state, prefill_seconds, compile_seconds = _prefilled(models, padded, keys, put, conversation)
     decode_seconds, iterations, lengths_kept = 0.0, 0, {}
     blocks = _END_BLOCKS if blocks is None and end_of is not None else blocks
     while True:
@@ -197,6 +228,7 @@ def decode(
         decode_seconds, compile_seconds = decode_seconds + seconds, compile_seconds + compiled
         seconds = {"decode_seconds": decode_seconds, "compile_seconds": compile_seconds}
         result, done = _result(state, count, prefill_seconds=prefill_seconds, **seconds)
+        emitted = result.tokens + [[]] * (rows - count)  # before a cut at a stop string
         _check_finite(plan, result.statistics, indices)
         if end_of is not None:
             for row, tokens in enumerate(result.tokens):
@@ -208,10 +240,39 @@ def decode(
         result = _origins_only(result)
         stopped = on_blocks is not None and on_blocks(result)
         if blocks is None or stopped or done.all():
-            if failures := int(result.statistics.failed_drafts.sum()):
-                message = "the draft's logits were not finite in %d of %d blocks, whose next token came from the target"
-                logging.warning(message, failures, int(result.statistics.target_calls.sum()))
+            _warn_of_failed_drafts(result.statistics)
+            texts = [[*prompt, *tokens] for prompt, tokens in zip(padded, emitted, strict=True)]
+            conversation.plan, conversation.state, conversation.texts = plan, state, texts
             return result
+
+
+def _prefilled(
+    models: tuple[Plan, Any, Any], prompts: Sequence[Sequence[int]], keys, put: Placer, conversation: Conversation
+) -> tuple[loop.DecodeState, float, float]:
+    """The state before the first block, from the conversation's caches if it has any, timed as by `timed`."""
+    plan = models[0]
+    tokens, lengths = pad(prompts, plan.prompt_slots or prompt_slots(prompts))
+    state, starts = conversation.take(plan, prompts)
+    tokens, lengths, starts = jax.block_until_ready((put(tokens), put(lengths), put(starts)))
+    jax.block_until_ready(keys)
+    if state is None:
+        return timed(lambda: loop.prefill(*models, tokens, lengths, keys))
+    state = dataclasses.replace(state, row_keys=keys)
+    return timed(lambda: extend(*models, state, tokens, lengths, starts))
+
+
+def _check_room(plan: Plan, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Raises ValueError if blocks or chunks would write past the caches, which `write_rows` would not notice."""
+    text_slots = plan.target.text_slots(max(map(len, prompts)))
+    needed = capacity_for(text_slots, max_new_tokens, plan.gamma, plan.chunk)
+    if needed > plan.capacity:
+        raise ValueError(f"texts that need {needed} slots do not fit a cache of {plan.capacity} slots")
+
+
+def _warn_of_failed_drafts(statistics: Statistics) -> None:
+    if failures := int(statistics.failed_drafts.sum()):
+        message = "the draft's logits were not finite in %d of %d blocks, whose next token came from the target"
+        logging.warning(message, failures, int(statistics.target_calls.sum()))
 
 
 def _check_finite(plan: Plan, statistics: Statistics, indices: Sequence[int]) -> None:

@@ -19,21 +19,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
-from specjax.decoding.drafters.base import Context, Outcome, Prefill, Proposal
+from specjax.decoding.drafters.base import Context, Outcome, Proposal
 from specjax.decoding.plan import Plan
+from specjax.decoding.prefill import ACCEPTED, BONUS, ORIGINS, RECOVERED, DecodeState, prefill, through_target
 from specjax.decoding.rules import LossyInputs
 from specjax.decoding.sampling import Noise, Sampling, finite_rows, probabilities
-from specjax.decoding.statistics import Statistics
 from specjax.models import kv_cache
-from specjax.models.language_model import LanguageModel, consecutive
-from specjax.runtime import mesh as meshes
-from specjax.runtime.mesh import axes, constrain
-
-# How a token came into the text; reports colour tokens by it.
-PROMPT, ACCEPTED, RECOVERED, BONUS, PLAIN = range(5)
-ORIGINS = ("prompt", "accepted", "recovered", "bonus", "plain")
+from specjax.models.language_model import LanguageModel
 
 
 @jax.tree_util.register_dataclass
@@ -50,134 +44,6 @@ class Limits:
     max_new_tokens: Int[Array, "B"]
     eos_ids: Int[Array, "E"]
     iterations: Int[Array, ""] | int = 2**31 - 1
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DecodeState:
-    """The state of decoding between blocks.
-
-    Attributes:
-      tokens: prompt and emitted tokens, `tokens[b, :lengths[b]]`; later slots are undefined.
-      origins: index into `ORIGINS` for each slot of `tokens`; for a recovered token, `len(ORIGINS)` times the number of
-        drafted tokens of its block is added.
-      lengths: number of committed tokens, including the pending one.
-      prompt_lengths: number of tokens before the first emitted one: the prompt's, or 1 for a start token.
-      done: whether the row has ended.
-      row_keys: one random key per row.
-      target_cache: the target's keys and values, valid below position `lengths - 1`, and its layer meter.
-      statistics: counts for each row.
-      iterations: number of blocks that the batch has run.
-      drafter_state: the drafter's own state.
-    """
-
-    tokens: Int[Array, "B S"] = axes("batch", None)
-    origins: Int[Array, "B S"] = axes("batch", None)
-    lengths: Int[Array, "B"] = axes("batch")
-    prompt_lengths: Int[Array, "B"] = axes("batch")
-    done: Bool[Array, "B"] = axes("batch")
-    row_keys: Key[Array, "B"] = axes("batch")
-    target_cache: Any
-    statistics: Statistics
-    iterations: Int[Array, ""] = axes()
-    drafter_state: Any
-
-    @property
-    def num_emitted(self) -> Int[Array, "B"]:
-        return self.lengths - self.prompt_lengths
-
-    @property
-    def pending(self) -> Int[Array, "B"]:
-        """The last committed token of each row."""
-        return jnp.take_along_axis(self.tokens, self.lengths[:, None] - 1, axis=1)[:, 0]
-
-
-def prefill(
-    plan: Plan,
-    params: Any,
-    draft_params: Any,
-    prompts: Int[Array, "B P"],
-    lengths: Int[Array, "B"],
-    row_keys: Key[Array, "B"],
-) -> DecodeState:
-    """Fills the caches with all tokens of each text but the last, which stays pending; emits nothing.
-
-    Prompts are right-padded and have at least one token. The models run on all columns, padding included; slots written
-    for the last token and for padding are rewritten before a query reads them.
-    """
-    # Prefill does not depend on the rule or the temperature, so plans that differ only in these share an executable.
-    plan = dataclasses.replace(plan, rule=None, greedy=True)
-    return compiled_prefill(plan, params, draft_params, prompts, lengths, row_keys)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def compiled_prefill(plan: Plan, params, draft_params, prompts, lengths, row_keys) -> DecodeState:
-    """The compiled part of `prefill`."""
-    prompts, lengths = constrain(prompts, ("batch", None)), constrain(lengths, ("batch",))
-    cache = _constrained(plan.target.start(params, prompts, lengths, plan.capacity))
-    texts, text_lengths = plan.target.start_texts(prompts, lengths)
-    with jax.named_scope("prefill"):
-        _, cache, tap_states = _through_target(plan, params, cache, texts, consecutive(texts), 0)
-    drafter_state = ()
-    if plan.gamma:
-        inputs = Prefill(prompts, lengths, texts, text_lengths, tap_states, plan.capacity)
-        with jax.named_scope("drafter_init"):
-            drafter_state = plan.drafter.init(draft_params, params, inputs, row_keys)
-    tokens = jnp.pad(texts, ((0, 0), (0, plan.capacity - texts.shape[1])))
-    cache, drafter_state = kv_cache.unmetered((cache, drafter_state))
-    state = DecodeState(
-        tokens=tokens,
-        origins=jnp.where(jnp.arange(plan.capacity)[None] < text_lengths[:, None], PROMPT, PLAIN).astype(jnp.int32),
-        lengths=text_lengths,
-        prompt_lengths=text_lengths,
-        done=jnp.zeros(lengths.shape, bool),
-        row_keys=row_keys,
-        target_cache=cache,
-        drafter_state=drafter_state,
-        statistics=Statistics.zeros(lengths.shape[0], plan.gamma),
-        iterations=jnp.zeros((), jnp.int32),
-    )
-    # Constrain the sharding of every array. Otherwise the compiler replicates a cache that is only written so far over
-    # the tensor axis, and its rows over `fsdp`.
-    return _constrained(state, state_axes(plan, state))
-
-
-def _constrained(tree: Any, tree_axes: list[tuple[str | None, ...]] | None = None) -> Any:
-    """Constrains the arrays of a tree to these logical axes, or to those that its dataclasses declare."""
-    arrays, structure = jax.tree.flatten(tree)
-    return jax.tree.unflatten(structure, map(constrain, arrays, tree_axes or meshes.declared_axes(tree)))
-
-
-def state_axes(plan: Plan, state: DecodeState, ways: int | None = None) -> list[tuple[str | None, ...]]:
-    """The logical axes of every array of the state, in the order of `jax.tree.leaves`.
-
-    Args:
-      ways: number of devices along the tensor axis; None is that of the current mesh.
-    """
-    ways = meshes.num_shards("kv_heads") if ways is None else ways
-    # The draft's heads are replicated if the plan says so, or if they do not divide over the devices.
-    whole = lambda name, size: name == "kv_heads" and (plan.replicate_draft or size % ways > 0)
-    declared, arrays = meshes.declared_axes(state), jax.tree.leaves(state.drafter_state)
-    first = len(declared) - len(arrays)  # the drafter's arrays come last
-    of_draft = [
-        tuple(None if whole(*axis) else axis[0] for axis in zip(names, x.shape, strict=True))
-        for names, x in zip(declared[first:], arrays, strict=True)
-    ]
-    return [*declared[:first], *of_draft]
-
-
-def _through_target(plan: Plan, params, cache, inputs, positions, first_layer: int):
-    """Runs the target's layers from `first_layer` on. Returns last hidden states, cache, and the states at each tap."""
-    tap_states = []
-    taps = sorted(plan.drafter.taps) if plan.drafter else []
-    # A drafter that resumes verification at its tapped layer has that layer's states itself.
-    for tap in [tap for tap in taps if tap > first_layer]:
-        inputs, cache = plan.target.extend(params, cache, inputs, positions, layers=(first_layer, tap))
-        tap_states.append(inputs)
-        first_layer = tap
-    span = (first_layer, plan.target.layers)
-    hidden, cache = plan.target.extend(params, cache, inputs, positions, layers=span)
-    return hidden, cache, tuple(tap_states)
 
 
 def propose(plan: Plan, params, draft_params, state: DecodeState, noise: Noise, sampling: Sampling):
@@ -215,7 +81,7 @@ def verify(plan: Plan, params, cache, pending: Int[Array, "B"], lengths: Int[Arr
         inputs, first_layer = proposal.resume_hidden, proposal.resume_layer
 
     def call(width, cache):
-        hidden, cache, tap_states = _through_target(
+        hidden, cache, tap_states = through_target(
             plan, params, cache, inputs[:, :width], positions[:, :width], first_layer
         )
         return cache, (plan.target.head(params, hidden), tap_states)

@@ -6,10 +6,17 @@ from collections.abc import Sequence
 from specjax.decoding.drafters.base import Drafter
 from specjax.decoding.rules import Lossless, Rule
 from specjax.models.language_model import LanguageModel
+from specjax.runtime import mesh as meshes
 
-# Padded prompt lengths and capacities are multiples of these, so that similar lengths share an executable.
+# Capacities are this times a power of 2, so that few executables serve all lengths.
+SMALLEST_CAPACITY = 512
+# Slots for the tokens of a block in a rounded capacity, so that gamma does not change it.
+_BLOCK_SLOTS = 64
+# Prompts of an encoder-decoder are padded to this times a power of 2, and texts of one forward to a multiple of it.
 PROMPT_MULTIPLE = 32
-CAPACITY_MULTIPLE = 64
+# Tokens per row in one call of prefill: few on CPU, where short prompts should start soon.
+_CHUNKS = {"cpu": 32}
+_LARGEST_CHUNK = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +31,7 @@ class Plan:
       capacity: number of cache slots and token slots of each row; see `capacity_for`.
       greedy: whether the temperature is 0.
       replicate_draft: every device of the tensor axis holds all of the draft, including all heads of its caches.
+      chunk: number of tokens of each row that one call of prefill runs on.
       prompt_slots: padded length of the prompts; 0 pads each batch to its own longest prompt. It is not compared,
         because the shape of the padded prompts determines the executable anyway.
     """
@@ -35,6 +43,7 @@ class Plan:
     capacity: int
     greedy: bool
     replicate_draft: bool = False
+    chunk: int = 1
     prompt_slots: int = dataclasses.field(default=0, compare=False)
 
     @classmethod
@@ -55,25 +64,34 @@ class Plan:
 
         Args:
           prompts: token ids of all prompts, or the number of tokens of the longest one.
-          round_up: whether to round prompt slots and capacity up to the multiples above.
+          round_up: whether to round capacity and prompt slots up; otherwise they are exact.
         """
         longest = prompts if isinstance(prompts, int) else max(len(prompt) for prompt in prompts)
-        slots = padded_length(longest) if round_up else longest
-        capacity = capacity_for(target.text_slots(slots), max_new_tokens, gamma)
+        text_slots = target.text_slots(longest)
+        chunk = min(_CHUNKS.get(meshes.platform(), _LARGEST_CHUNK), _LARGEST_CHUNK if round_up else text_slots)
+        slots = longest
+        capacity = capacity_for(text_slots, max_new_tokens, max(gamma, _BLOCK_SLOTS) if round_up else gamma, chunk)
         if round_up:
-            capacity = _round_up(capacity, CAPACITY_MULTIPLE)
-        return cls(target, drafter if gamma else None, rule, gamma, capacity, greedy, replicate_draft, slots)
+            capacity = power_of_two_times(SMALLEST_CAPACITY, capacity)
+            # Prefill of texts does not depend on their length; the encoder runs on all columns of the prompts.
+            slots = power_of_two_times(PROMPT_MULTIPLE, longest) if target.is_encoder_decoder else capacity
+        return cls(target, drafter if gamma else None, rule, gamma, capacity, greedy, replicate_draft, chunk, slots)
 
 
-def capacity_for(text_slots: int, max_new_tokens: int, gamma: int) -> int:
-    """The slots that a row needs: with one token left until its limit, a block still writes gamma + 1 slots."""
-    return text_slots + max_new_tokens + gamma + 1
+def capacity_for(text_slots: int, max_new_tokens: int, gamma: int, chunk: int = 1) -> int:
+    """The slots that a row needs for a text of `text_slots` tokens and its continuation.
+
+    With one token left until its limit, a block still writes gamma + 1 slots. A chunk of prefill may start at the last
+    token of the text.
+    """
+    return text_slots + max(max_new_tokens + gamma + 1, chunk - 1)
 
 
 def padded_length(tokens: int) -> int:
-    """The padded length of prompts of at most this many tokens."""
-    return _round_up(tokens, PROMPT_MULTIPLE)
+    """The padded length of texts of at most this many tokens that are computed in one forward."""
+    return -(-tokens // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
 
 
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+def power_of_two_times(smallest: int, least: int) -> int:
+    """The smallest of `smallest` * 1, 2, 4, 8, .. that is at least `least`."""
+    return smallest * 2 ** max(-(-least // smallest) - 1, 0).bit_length()

@@ -230,4 +230,9 @@ def row_keys(seed: int, indices: Int[Array | np.ndarray, "B"]) -> Key[Array, "B"
       UserError: for a seed that is not in 0 .. 2**32 - 1.
     """
     checks.seed("seed", seed)
-    return jax.vmap(lambda index: jax.random.fold_in(jax.random.key(seed), index))(jnp.asarray(indices))
+    return _row_keys(np.uint32(seed), indices)
+
+
+@jax.jit
+def _row_keys(seed, indices):
+    return jax.vmap(lambda index: jax.random.fold_in(jax.random.key(seed), index))(indices)

@@ -110,6 +110,12 @@ def meters(tree: Any) -> list[Meter]:
     return [node for node in jax.tree.leaves(tree, is_leaf=_is_meter) if _is_meter(node)]
 
 
+def depends_on_prompt(tree: Any) -> bool:
+    """Whether a cache of this tree has keys whose rotation depends on the length of the prompt."""
+    caches = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, Cache))
+    return any(isinstance(node, Cache) and node.prompt_lengths is not None for node in caches)
+
+
 def write_rows(array: jax.Array, new: jax.Array, start: Int[Array, "B"], *, axis: int) -> jax.Array:
     """Writes `new` into `array`, row b from index `start[b]` of `axis` on; axis 0 holds the rows.
 
@@ -124,13 +130,11 @@ def write_rows(array: jax.Array, new: jax.Array, start: Int[Array, "B"], *, axis
 
 
 def prefixes(capacity: int) -> list[int]:
-    """The lengths of cache prefixes that attention is compiled for: powers of two, and the full capacity.
+    """The lengths of cache prefixes that attention is compiled for: the capacity, a quarter of it, a sixteenth, ..
 
-    Prefixes of three quarters of the capacity or more are left out: each is compiled in every layer and saves little.
+    Each is compiled in every layer, so they are few.
     """
-    lengths = []
-    length = _SHORTEST_PREFIX
-    while 4 * length < 3 * capacity:
-        lengths.append(length)
-        length *= 2
-    return [*lengths, capacity]
+    lengths = [capacity]
+    while lengths[0] // 4 >= _SHORTEST_PREFIX:
+        lengths.insert(0, lengths[0] // 4)
+    return lengths

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.stages import Lowered
 
-from specjax.decoding import loop
+from specjax.decoding import loop, prefill
+from specjax.decoding.plan import Plan
 from specjax.distillation import data_sources, recipes, settings, trainer, update
 from specjax.distillation.steps import TrainingFunctions, make_functions
 from specjax.evaluation import cases
@@ -25,6 +27,8 @@ from specjax.runtime.mesh import AnyMesh
 _EOS = (0,)
 # Names of executables, usually in descending order of compile time.
 LONGEST_FIRST = ("decode block", "update", "prefill", "draft text")
+# The source of the loop over the chunks of prompts.
+_PREFILL_LOOP = re.compile(r"compiled_prefill\)/while$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +125,15 @@ def training_executables(stage: TrainingStage) -> Iterator[Executable]:
     shared = dict(resident=stage.resident, weights=matrices(stage.state.params, stage.teacher))
     fractions, width = data_sources.fractions_of(data), data.sequence_length
     prompts = rows(mesh, batch_size, stage.prompt_slots), rows(mesh, batch_size), jax.ShapeDtypeStruct((), jnp.int32)
-    trip_counts = lambda source: data.generation.max_new_tokens if source.count("/while") == 1 else None
+    how = dict(max_new_tokens=data.generation.max_new_tokens, greedy=True, round_up=False)
+    with meshes.use(mesh):
+        chunks = _chunks(stage.prompt_slots, Plan.for_prompts(stage.draft, stage.prompt_slots, **how))
+
+    def trip_counts(source: str) -> int | None:
+        if _PREFILL_LOOP.search(source):
+            return chunks
+        return data.generation.max_new_tokens if source.count("/while") == 1 else None
+
     writers = {"draft": (stage.steps.author, runtime_params(stage.draft, stage.state.params, stage.teacher))}
     if not data.target_path:
         writers["target"] = (stage.target, stage.teacher)
@@ -139,6 +151,11 @@ def training_executables(stage: TrainingStage) -> Iterator[Executable]:
     yield Executable("update", functools.partial(stage.steps.update.lower, stage.state, teacher, text), **shared)
 
 
+def _chunks(prompt: int, plan: Plan) -> int:
+    """Number of chunks in which a prompt of this many tokens is prefilled; the last token stays pending."""
+    return -(-(prompt - 1) // plan.chunk)
+
+
 # --- evaluation
 
 
@@ -149,16 +166,18 @@ class DecodingStage:
     Attributes:
       name: the drafter's name in the config.
       draft: the drafter's model or attachment; None if the drafter has no parameters.
-      slots: padded length of a prompt.
+      slots: number of columns of the padded prompts.
+      longest: number of tokens of a prompt.
     """
 
     name: str
-    plan: loop.Plan
+    plan: Plan
     draft: Network | None
     sampling: Any
     mesh: AnyMesh
     batch: int
     slots: int
+    longest: int
 
     @functools.cached_property
     def params(self) -> Any:
@@ -179,7 +198,7 @@ class DecodingStage:
 
     def lower_prefill(self) -> Lowered:
         """Lowers the prefill, as `loop.prefill` compiles it."""
-        return loop.compiled_prefill.lower(dataclasses.replace(self.plan, rule=None, greedy=True), *self._arguments)
+        return prefill.compiled_prefill.lower(dataclasses.replace(self.plan, rule=None, greedy=True), *self._arguments)
 
     @functools.cached_property
     def _layouts(self) -> dict[int, tuple]:
@@ -194,7 +213,7 @@ class DecodingStage:
 
             def leaves(*arguments):
                 state = loop.prefill(self.plan, *arguments)
-                traced.append((loop.state_axes(self.plan, state, ways), jax.tree.structure(state)))
+                traced.append((prefill.state_axes(self.plan, state, ways), jax.tree.structure(state)))
                 return jax.tree.leaves(state)
 
             self._layouts[ways] = jax.eval_shape(leaves, *bare), *traced[0]
@@ -250,13 +269,13 @@ def decodings(config: Any, catalog: ModelCatalog, mesh: AnyMesh) -> Iterator[Dec
             if case.rule == "lossless" and case.gamma > (largest[case.name].gamma if case.name in largest else 0):
                 largest[case.name] = case
         for name, case in largest.items():
-            plan = cases.make_plan(job, setting, case, longest)
+            with meshes.use(mesh):
+                plan = cases.make_plan(job, setting, case, longest)
             sampling = case.sampling
             if cases.needs_costs(case):
                 sampling = dataclasses.replace(sampling, costs=jnp.ones((case.gamma + 1,), jnp.float32))
-            yield DecodingStage(
-                name, plan, case.loaded and case.loaded.network, sampling, mesh, size, plan.prompt_slots
-            )
+            draft, slots = case.loaded and case.loaded.network, plan.prompt_slots
+            yield DecodingStage(name, plan, draft, sampling, mesh, size, slots, longest)
     if not any(section.rules.get("lossless") for section in config.drafters.values()):
         raise UserError("no drafter of this evaluation is run under the lossless rule; name a gamma of it")
 
@@ -265,7 +284,8 @@ def decoding_executables(decoding: DecodingStage) -> Iterator[Executable]:
     """The prefill, and the decoding loop, whose cost is that of one block with gamma drafted tokens."""
     weights = matrices(decoding.params, decoding.draft_params)
     shared = dict(resident=decoding.resident_on(decoding.mesh), weights=weights)
-    yield Executable("prefill", decoding.lower_prefill, creates=("cache",), **shared)
+    chunks = lambda source: _chunks(decoding.longest, decoding.plan) if _PREFILL_LOOP.search(source) else None
+    yield Executable("prefill", decoding.lower_prefill, trip_counts=chunks, creates=("cache",), **shared)
 
     def trip_counts(source: str) -> int | None:
         """Trip counts of the loops in one block: all gamma tokens are drafted, and one width of verification runs."""

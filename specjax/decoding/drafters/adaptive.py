@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from specjax.decoding.drafters.base import Context, Drafter, Outcome, Prefill
+from specjax.decoding.drafters.base import Chunk, Context, Drafter, Outcome, Prompts
 from specjax.runtime.errors import UserError
 from specjax.runtime.mesh import axes
 
@@ -102,11 +102,17 @@ class AdaptiveDrafter(Drafter):
     def taps(self):
         return self.inner.taps
 
-    def init(self, params, target_params, prefill: Prefill, row_keys):
-        batch = prefill.lengths.shape[0]
+    def start(self, params, target_params, prompts: Prompts):
+        batch = prompts.lengths.shape[0]
         nothing, none = jnp.zeros((batch, self.gamma), jnp.float32), jnp.zeros((batch,), jnp.int32)
-        inner = self.inner.init(params, target_params, prefill, row_keys)
+        inner = self.inner.start(params, target_params, prompts)
         return Evidence(inner, nothing, nothing, none, none, jnp.ones((), bool))
+
+    def prefill(self, params, target_params, state: Evidence, chunk: Chunk):
+        # If the inner drafter has not run for some blocks, it lacks their tokens until it catches up in the next block.
+        missing = jnp.minimum(state.first_missing, chunk.positions[:, 0])
+        inner = self.inner.prefill(params, target_params, state.inner, chunk)
+        return dataclasses.replace(state, inner=inner, first_missing=missing)
 
     def propose(self, params, target_params, state: Evidence, target_cache, context: Context):
         if context.sampling.costs is None:

@@ -24,24 +24,48 @@ from specjax.runtime.errors import UserError
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Prefill:
-    """The input of `Drafter.init`: the prompts, and what the target computed from them.
+class Prompts:
+    """The input of `Drafter.start`.
 
     Attributes:
-      prompts: right-padded token ids.
+      tokens: right-padded token ids. A decoder-only draft needs only their number of rows here; an encoder-decoder
+        encodes them.
       lengths: number of tokens of each prompt.
-      texts: the tokens to continue: the prompts themselves, or start tokens if the target is an encoder-decoder.
-      text_lengths: number of tokens of each text; the last one is pending (in no cache yet).
-      tap_states: the target's hidden states of the texts after each layer in the drafter's `taps`.
       capacity: number of slots per row that a cache of the drafter needs.
     """
 
-    prompts: Int[Array, "B P"]
+    tokens: Int[Array, "B P"]
     lengths: Int[Array, "B"]
-    texts: Int[Array, "B T"]
-    text_lengths: Int[Array, "B"]
-    tap_states: tuple[Float[Array, "B T D"], ...]
     capacity: int = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """The input of `Drafter.prefill`: consecutive tokens of each text, and what the target computed from them.
+
+    Texts are prefilled chunk by chunk, up to the token before the last one, which is pending. Tokens from the end of a
+    text on are padding: what a drafter's cache holds for them is rewritten before it is read.
+
+    Attributes:
+      tokens: token ids.
+      positions: their positions, consecutive in each row; usually not all tokens of the text, and in a row that is
+        complete from `lengths - 1` on.
+      lengths: number of tokens of each text.
+      tap_states: the target's hidden states of these tokens after each layer in the drafter's `taps`.
+    """
+
+    tokens: Int[Array, "B C"]
+    positions: Int[Array, "B C"]
+    lengths: Int[Array, "B"]
+    tap_states: tuple[Float[Array, "B C D"], ...]
+
+    def at_second_last(self, states: Float[Array, "B C D"], before: Float[Array, "B 1 D"]) -> Float[Array, "B 1 D"]:
+        """Of each row, the state of the text's second-last token; `before` if it is not in this chunk."""
+        index = self.lengths - 2 - self.positions[:, 0]
+        inside = (index >= 0) & (index < self.tokens.shape[1])
+        states = jax.numpy.take_along_axis(states, jax.numpy.where(inside, index, 0)[:, None, None], axis=1)
+        return jax.numpy.where(inside[:, None, None], states, before)
 
 
 @jax.tree_util.register_dataclass
@@ -58,7 +82,7 @@ class Context:
       max_drafted: with an adaptive draft length, the maximum number of tokens each row drafts; None means gamma.
       first_missing: with `max_drafted`, the position of each row's first token that may be missing in the drafter's own
         cache, because the drafter did not run in blocks in which no row drafted.
-      tokens: the committed text, `tokens[b, :lengths[b]]`.
+      tokens: the committed text, `tokens[b, :lengths[b]]`; for an encoder-decoder without the prompt.
       vocab_size: V, number of the target's ids.
     """
 
@@ -163,9 +187,18 @@ class Drafter:
     idles: bool = False
     scores: bool = False
 
-    def init(self, params: Any, target_params: Any, prefill: Prefill, row_keys: Any) -> Any:
-        """The drafter's state after prefill; `()` for a drafter without state."""
+    def start(self, params: Any, target_params: Any, prompts: Prompts) -> Any:
+        """The drafter's state before prefill, such as an empty cache; `()` for a drafter without state."""
         return ()
+
+    def prefill(self, params: Any, target_params: Any, state: Any, chunk: Chunk) -> Any:
+        """The drafter's state after one more chunk of the texts.
+
+        It has the arrays of `state` with the same shapes, because chunks run in a compiled loop. Texts of one token
+        have no chunk, and those of an encoder-decoder none either. After decoding, prefill may resume: with
+        new tokens at the end of the text, or from an earlier position on (see `prefill.extend`).
+        """
+        return state
 
     def propose(
         self, params: Any, target_params: Any, state: Any, target_cache: Any, context: Context

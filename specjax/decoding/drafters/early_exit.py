@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from specjax.decoding.drafters.base import Context, Drafter, HeadOptions, Prefill
+from specjax.decoding.drafters.base import Context, Drafter, HeadOptions, Prompts
 from specjax.decoding.drafters.drafting import HeadState, draft
 from specjax.models.language_model import LanguageModel, consecutive
 from specjax.models.vocabulary import DraftVocabulary
@@ -82,7 +82,7 @@ class EarlyExitDrafter(Drafter):
         """The parameters of `exit_model`."""
         return self.target.reduced_params(target_params, kernel)
 
-    def init(self, params, target_params, prefill: Prefill, row_keys) -> Any:
+    def start(self, params, target_params, prompts: Prompts) -> Any:
         return HeadState(self.target.head_kernel(target_params, self.vocabulary))
 
     def propose(self, params, target_params, state, target_cache, context: Context):

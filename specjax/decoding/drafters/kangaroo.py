@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from specjax.decoding.drafters.base import Context, HeadOptions, Outcome, Prefill
+from specjax.decoding.drafters.base import Chunk, Context, HeadOptions, Outcome, Prompts
 from specjax.decoding.drafters.drafting import catch_up
 from specjax.decoding.drafters.early_exit import EarlyExitDrafter
 from specjax.models import kv_cache
 from specjax.models.adapters import Adapter
 from specjax.models.language_model import LanguageModel, consecutive
+from specjax.runtime.dtypes import dtype_named
 from specjax.runtime.mesh import axes
 
 
@@ -67,14 +68,17 @@ class KangarooDrafter(EarlyExitDrafter):
     def taps(self):
         return (self.exit_layer,)
 
-    def init(self, params, target_params, prefill: Prefill, row_keys):
-        (states,) = prefill.tap_states
-        cache = self.adapter.start(states.shape[0], prefill.capacity)
-        _, cache = self.adapter.extend(params, cache, prefill.tap_states, consecutive(prefill.texts))
-        before = jnp.maximum(prefill.text_lengths - 2, 0)
-        exits = jnp.take_along_axis(states, before[:, None, None], axis=1)
-        exits = jnp.pad(exits, ((0, 0), (0, self.gamma), (0, 0)))
-        return KangarooState(cache, exits, self.kernel(target_params), jnp.zeros_like(before))
+    def start(self, params, target_params, prompts: Prompts):
+        config, batch = self.target.config, prompts.lengths.shape[0]
+        exits = jnp.zeros((batch, self.gamma + 1, config.width), dtype_named(config.compute_dtype))
+        cache = self.adapter.start(batch, prompts.capacity)
+        return KangarooState(cache, exits, self.kernel(target_params), jnp.zeros((batch,), jnp.int32))
+
+    def prefill(self, params, target_params, state: KangarooState, chunk: Chunk):
+        _, cache = self.adapter.extend(params, state.cache, chunk.tap_states, chunk.positions)
+        second_last = chunk.at_second_last(chunk.tap_states[0], state.exits[:, :1])
+        exits = jnp.concatenate([second_last, state.exits[:, 1:]], axis=1)
+        return KangarooState(cache, exits, state.kernel, jnp.zeros_like(state.second_last))
 
     def kernel(self, target_params):
         """The columns of the target's head that the adapter uses; None for all, or if it has its own head."""

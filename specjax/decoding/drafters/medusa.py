@@ -4,12 +4,13 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from specjax.decoding.drafters.base import Context, Drafter, HeadOptions, Outcome, Prefill
+from specjax.decoding.drafters.base import Chunk, Context, Drafter, HeadOptions, Outcome, Prompts
 from specjax.decoding.drafters.drafting import draft
 from specjax.models.language_model import LanguageModel
 from specjax.models.medusa import MedusaHeads
+from specjax.runtime.dtypes import dtype_named
 from specjax.runtime.errors import UserError
 from specjax.runtime.mesh import axes
 
@@ -49,8 +50,8 @@ class MedusaDrafter(Drafter):
 
     The target has not run on the pending token yet, so the state is that of the token before it, from the last
     verification. The target's own head predicts the pending token from this state, and head k the k-th token after it.
-    Given the state the drafted tokens are independent. If the text has one token, the first block uses the pending
-    token's own state, from prefill; its drafts are then poor.
+    Given the state the drafted tokens are independent. If the text has one token, there is no such state, and the first
+    block drafts from zeros.
 
     Attributes:
       stops: whether drafting stops at a low probability, see `draft`.
@@ -65,10 +66,14 @@ class MedusaDrafter(Drafter):
     def taps(self):
         return (self.target.layers,)
 
-    def init(self, params, target_params, prefill: Prefill, row_keys) -> LastHidden:
+    def start(self, params, target_params, prompts: Prompts) -> LastHidden:
+        config = self.target.config
+        hidden = jnp.zeros((prompts.lengths.shape[0], 1, config.width), dtype_named(config.compute_dtype))
         vocabulary = None if self.heads.config.own_head else self.heads.vocabulary
-        kernel = self.target.head_kernel(target_params, vocabulary)
-        return LastHidden(_at(prefill.tap_states[0], prefill.text_lengths - 2), kernel)
+        return LastHidden(hidden, self.target.head_kernel(target_params, vocabulary))
+
+    def prefill(self, params, target_params, state: LastHidden, chunk: Chunk) -> LastHidden:
+        return LastHidden(chunk.at_second_last(chunk.tap_states[0], state.hidden), state.kernel)
 
     def propose(self, params, target_params, state: LastHidden, target_cache, context: Context):
         heads, params = self.heads.first(params, self.gamma)
@@ -89,8 +94,5 @@ class MedusaDrafter(Drafter):
 
     def commit(self, params, state, outcome: Outcome):
         # The state of the token before the one that is pending now.
-        return LastHidden(_at(outcome.tap_states[0], outcome.num_emitted - 1), state.kernel)
-
-
-def _at(states: Float[Array, "B T D"], index: Int[Array, "B"]) -> Float[Array, "B 1 D"]:
-    return jnp.take_along_axis(states, jnp.maximum(index, 0)[:, None, None], axis=1)
+        index = jnp.maximum(outcome.num_emitted - 1, 0)
+        return LastHidden(jnp.take_along_axis(outcome.tap_states[0], index[:, None, None], axis=1), state.kernel)

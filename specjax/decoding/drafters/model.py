@@ -4,10 +4,10 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from specjax.decoding.drafters.base import Context, Drafter, HeadOptions, Prefill
+from specjax.decoding.drafters.base import Chunk, Context, Drafter, HeadOptions, Prompts
 from specjax.decoding.drafters.drafting import catch_up, draft
 from specjax.models import kv_cache
-from specjax.models.language_model import LanguageModel, consecutive
+from specjax.models.language_model import LanguageModel
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,9 +38,11 @@ class ModelDrafter(Drafter):
     gamma: int
     stops: bool = False
 
-    def init(self, params, target_params, prefill: Prefill, row_keys):
-        cache = self.model.start(params, prefill.prompts, prefill.lengths, prefill.capacity)
-        return self.model.extend(params, cache, prefill.texts, consecutive(prefill.texts))[1]
+    def start(self, params, target_params, prompts: Prompts):
+        return self.model.start(params, prompts.tokens, prompts.lengths, prompts.capacity)
+
+    def prefill(self, params, target_params, state, chunk: Chunk):
+        return self.model.extend(params, state, chunk.tokens, chunk.positions)[1]
 
     def propose(self, params, target_params, state, target_cache, context: Context):
         model = self.model

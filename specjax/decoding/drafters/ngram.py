@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from specjax.decoding.drafters.base import Context, Drafter, DrafterOptions, Outcome, Prefill, Proposal
+from specjax.decoding.drafters.base import Context, Drafter, DrafterOptions, Prompts, Proposal
 from specjax.models import kv_cache
 from specjax.models.language_model import LanguageModel
 from specjax.runtime.errors import UserError
@@ -15,15 +15,10 @@ from specjax.runtime.mesh import axes
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class History:
-    """Prompt and text of each row: `tokens[b, :lengths[b]]`.
+class Encoded:
+    """The encoder's prompts, `tokens[b, :lengths[b]]`, which precede the text."""
 
-    Attributes:
-      tokens: the committed text; for an encoder-decoder the encoder's prompt comes first.
-      lengths: number of these tokens in each row.
-    """
-
-    tokens: Int[Array, "B S"] = axes("batch", None)
+    tokens: Int[Array, "B P"] = axes("batch", None)
     lengths: Int[Array, "B"] = axes("batch")
 
 
@@ -44,7 +39,7 @@ class NGram(DrafterOptions):
             raise UserError(
                 f"ngram needs 1 <= shortest <= longest, not shortest={self.shortest}, longest={self.longest}"
             )
-        return NGramDrafter(gamma, self.shortest, self.longest)
+        return NGramDrafter(gamma, self.shortest, self.longest, target.is_encoder_decoder)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,22 +49,25 @@ class NGramDrafter(Drafter):
     If the text ends before gamma tokens are copied, the copy continues from its own beginning: the text then repeats
     with the distance to the match as its period. A match has `shortest` to `longest` tokens; without a match nothing is
     drafted. The proposal is deterministic, so its distribution is one-hot.
+
+    Attributes:
+      encodes: whether the target is an encoder-decoder, whose prompt is also searched.
     """
 
     gamma: int
     shortest: int
     longest: int
+    encodes: bool = False
 
-    def init(self, params, target_params, prefill: Prefill, row_keys):
-        if prefill.texts is prefill.prompts:
-            padding = prefill.capacity - prefill.prompts.shape[1]
-            return History(jnp.pad(prefill.prompts, ((0, 0), (0, padding))), prefill.lengths)
-        tokens = jnp.pad(prefill.prompts, ((0, 0), (0, prefill.capacity)))
-        tokens = kv_cache.write_rows(tokens, prefill.texts, prefill.lengths, axis=1)
-        return History(tokens, prefill.lengths + prefill.text_lengths)
+    def start(self, params, target_params, prompts: Prompts):
+        return Encoded(prompts.tokens, prompts.lengths) if self.encodes else ()
 
-    def propose(self, params, target_params, state: History, target_cache, context: Context):
-        tokens, lengths = state.tokens, state.lengths
+    def propose(self, params, target_params, state: Encoded | tuple[()], target_cache, context: Context):
+        tokens, lengths = context.tokens, context.lengths
+        if self.encodes:
+            tokens = jnp.pad(state.tokens, ((0, 0), (0, tokens.shape[1])))
+            tokens = kv_cache.write_rows(tokens, context.tokens, state.lengths, axis=1)
+            lengths = lengths + state.lengths
         ends = jnp.arange(tokens.shape[1])[None]
         matched = jnp.zeros_like(tokens)
         unbroken = ends < lengths[:, None] - 1
@@ -85,7 +83,3 @@ class NGramDrafter(Drafter):
         drafted = jnp.take_along_axis(tokens, jnp.minimum(source, tokens.shape[1] - 1), axis=1)
         proposal = Proposal(drafted, None, jnp.where(has_match, self.gamma, 0).astype(jnp.int32))
         return proposal, state, target_cache
-
-    def commit(self, params, state: History, outcome: Outcome):
-        tokens = kv_cache.write_rows(state.tokens, outcome.tokens, state.lengths, axis=1)
-        return History(tokens, state.lengths + outcome.num_emitted)

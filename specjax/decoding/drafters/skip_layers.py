@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
-from specjax.decoding.drafters.base import Context, Drafter, HeadOptions, Prefill
+from specjax.decoding.drafters.base import Context, Drafter, HeadOptions, Prompts
 from specjax.decoding.drafters.drafting import HeadState, draft
 from specjax.models.language_model import LanguageModel
 from specjax.models.vocabulary import DraftVocabulary
@@ -56,7 +56,7 @@ class SkipLayersDrafter(Drafter):
         edges = (-1, *self.skipped, self.target.layers)
         return tuple((lo + 1, hi) for lo, hi in itertools.pairwise(edges) if lo + 1 < hi)
 
-    def init(self, params, target_params, prefill: Prefill, row_keys) -> HeadState:
+    def start(self, params, target_params, prompts: Prompts) -> HeadState:
         return HeadState(self.target.head_kernel(target_params, self.vocabulary))
 
     def propose(self, params, target_params, state: HeadState, target_cache, context: Context):

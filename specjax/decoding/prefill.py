@@ -1,0 +1,237 @@
+"""The state of decoding, and prefill: the caches of texts are filled in chunks of one size.
+
+One compiled program serves prompts of every length, because it takes texts padded to the capacity and loops over as
+many chunks as the longest row needs. `extend` continues from caches that already hold the beginning of the texts, such
+as the earlier turns of a conversation.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, Key
+
+from specjax.decoding.drafters.base import Chunk, Prompts
+from specjax.decoding.plan import Plan
+from specjax.decoding.statistics import Statistics
+from specjax.models import kv_cache
+from specjax.runtime import mesh as meshes
+from specjax.runtime.mesh import axes, constrain
+
+# How a token came into the text; reports colour tokens by it.
+PROMPT, ACCEPTED, RECOVERED, BONUS, PLAIN = range(5)
+ORIGINS = ("prompt", "accepted", "recovered", "bonus", "plain")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """The state of decoding between blocks.
+
+    Attributes:
+      tokens: prompt and emitted tokens, `tokens[b, :lengths[b]]`; later slots are undefined.
+      origins: index into `ORIGINS` for each slot of `tokens`; for a recovered token, `len(ORIGINS)` times the number of
+        drafted tokens of its block is added.
+      lengths: number of committed tokens, including the pending one.
+      prompt_lengths: number of tokens before the first emitted one: the prompt's, or 1 for a start token.
+      done: whether the row has ended.
+      row_keys: one random key per row.
+      target_cache: the target's keys and values, valid below position `lengths - 1`, and its layer meter.
+      statistics: counts for each row.
+      iterations: number of blocks that the batch has run.
+      drafter_state: the drafter's own state.
+    """
+
+    tokens: Int[Array, "B S"] = axes("batch", None)
+    origins: Int[Array, "B S"] = axes("batch", None)
+    lengths: Int[Array, "B"] = axes("batch")
+    prompt_lengths: Int[Array, "B"] = axes("batch")
+    done: Bool[Array, "B"] = axes("batch")
+    row_keys: Key[Array, "B"] = axes("batch")
+    target_cache: Any
+    statistics: Statistics
+    iterations: Int[Array, ""] = axes()
+    drafter_state: Any
+
+    @property
+    def num_emitted(self) -> Int[Array, "B"]:
+        return self.lengths - self.prompt_lengths
+
+    @property
+    def pending(self) -> Int[Array, "B"]:
+        """The last committed token of each row."""
+        return jnp.take_along_axis(self.tokens, self.lengths[:, None] - 1, axis=1)[:, 0]
+
+
+def prefill(
+    plan: Plan,
+    params: Any,
+    draft_params: Any,
+    prompts: Int[Array, "B P"],
+    lengths: Int[Array, "B"],
+    row_keys: Key[Array, "B"],
+) -> DecodeState:
+    """Fills the caches with all tokens of each text but the last, which stays pending; emits nothing.
+
+    Prompts are right-padded and have at least one token; `Plan.prompt_slots` columns share one executable. The models
+    run on chunks of `plan.chunk` tokens of every row. Slots that a chunk writes past the end of a text are rewritten
+    before a query reads them.
+
+    Raises:
+      ValueError: if the prompts have more columns than the caches have slots.
+    """
+    return compiled_prefill(_only_prefill(plan), params, draft_params, prompts, lengths, row_keys)
+
+
+def extend(
+    plan: Plan,
+    params: Any,
+    draft_params: Any,
+    state: DecodeState,
+    texts: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+    starts: Int[Array, "B"],
+) -> DecodeState:
+    """Replaces the texts of a state and prefills only their new tokens. Donates `state`.
+
+    Rows are no longer done and have emitted nothing, counts are 0, and the random keys stay. Chunks start from position
+    `starts` or earlier, because the caches of a decoded text lack its last tokens. Not for encoder-decoders, nor for
+    rotary embeddings that depend on the prompt's length: their caches hold only the prompt that was prefilled.
+
+    Args:
+      texts: all tokens of each text, right-padded; `Plan.prompt_slots` columns share one executable.
+      lengths: number of these tokens, at least 1.
+      starts: number of first tokens of each text that are also the first ones in `state.tokens`.
+    """
+    return compiled_extend(_only_prefill(plan), params, draft_params, state, texts, lengths, starts)
+
+
+def _only_prefill(plan: Plan) -> Plan:
+    # Prefill does not depend on the rule or the temperature, so plans that differ only in these share an executable.
+    return dataclasses.replace(plan, rule=None, greedy=True)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def compiled_prefill(plan: Plan, params, draft_params, prompts, lengths, row_keys) -> DecodeState:
+    """The compiled part of `prefill`."""
+    prompts, lengths = constrain(prompts, ("batch", None)), constrain(lengths, ("batch",))
+    if plan.target.text_slots(prompts.shape[1]) > plan.capacity:
+        raise ValueError(f"prompts of {prompts.shape[1]} tokens do not fit a cache of {plan.capacity} slots")
+    cache = _constrained(plan.target.start(params, prompts, lengths, plan.capacity))
+    texts, text_lengths = plan.target.start_texts(prompts, lengths)
+    drafter_state = ()
+    if plan.gamma:
+        with jax.named_scope("drafter_start"):
+            drafter_state = plan.drafter.start(draft_params, params, Prompts(prompts, lengths, plan.capacity))
+    batch = lengths.shape[0]
+    state = DecodeState(
+        tokens=_padded(texts, plan.capacity),
+        origins=_prompt_origins(text_lengths, plan.capacity),
+        lengths=text_lengths,
+        prompt_lengths=text_lengths,
+        done=jnp.zeros((batch,), bool),
+        row_keys=row_keys,
+        target_cache=cache,
+        drafter_state=drafter_state,
+        statistics=Statistics.zeros(batch, plan.gamma),
+        iterations=jnp.zeros((), jnp.int32),
+    )
+    # The text of an encoder-decoder is one pending token.
+    if not plan.target.is_encoder_decoder:
+        state = _filled(plan, params, draft_params, state, jnp.zeros_like(lengths))
+    # Constrain the sharding of every array. Otherwise the compiler replicates a cache that is only written so far over
+    # the tensor axis, and its rows over `fsdp`.
+    return _constrained(state, state_axes(plan, state))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+def compiled_extend(plan: Plan, params, draft_params, state: DecodeState, texts, lengths, starts) -> DecodeState:
+    """The compiled part of `extend`."""
+    batch = lengths.shape[0]
+    # The target's cache lacks the pending token, the draft's also the one before it. The chunks must hold the new
+    # text's second-last token, whose hidden state some drafters need.
+    starts = jnp.maximum(jnp.minimum(starts, jnp.minimum(state.lengths, lengths) - 2), 0)
+    state = dataclasses.replace(
+        state,
+        tokens=_padded(texts, plan.capacity),
+        origins=_prompt_origins(lengths, plan.capacity),
+        lengths=lengths,
+        prompt_lengths=lengths,
+        done=jnp.zeros((batch,), bool),
+        statistics=Statistics.zeros(batch, plan.gamma),
+        iterations=jnp.zeros((), jnp.int32),
+    )
+    state = _filled(plan, params, draft_params, state, starts)
+    return _constrained(state, state_axes(plan, state))
+
+
+def _padded(texts: Int[Array, "B T"], capacity: int) -> Int[Array, "B S"]:
+    return jnp.pad(texts, ((0, 0), (0, capacity - texts.shape[1])))
+
+
+def _prompt_origins(lengths: Int[Array, "B"], capacity: int) -> Int[Array, "B S"]:
+    return jnp.where(jnp.arange(capacity)[None] < lengths[:, None], PROMPT, PLAIN).astype(jnp.int32)
+
+
+def _filled(plan: Plan, params, draft_params, state: DecodeState, starts: Int[Array, "B"]) -> DecodeState:
+    """Runs the models on the texts from `starts` on, chunk by chunk, with meters set to 0 at the end."""
+    ends = state.lengths - 1
+    offsets = jnp.arange(plan.chunk, dtype=jnp.int32)[None]
+
+    def run_chunk(carry):
+        starts, cache, drafter_state = carry
+        # A row that is complete writes the slots after its text, for which `capacity_for` leaves room.
+        positions = jnp.minimum(starts, ends)[:, None] + offsets
+        tokens = jnp.take_along_axis(state.tokens, jnp.minimum(positions, plan.capacity - 1), axis=1)
+        with jax.named_scope("prefill"):
+            _, cache, tap_states = through_target(plan, params, cache, tokens, positions, 0)
+        if plan.gamma:
+            chunk = Chunk(tokens, positions, state.lengths, tap_states)
+            with jax.named_scope("drafter_prefill"):
+                drafter_state = plan.drafter.prefill(draft_params, params, drafter_state, chunk)
+        return starts + plan.chunk, cache, drafter_state
+
+    carry = starts, state.target_cache, state.drafter_state
+    _, *filled = jax.lax.while_loop(lambda carry: jnp.any(carry[0] < ends), run_chunk, carry)
+    cache, drafter_state = kv_cache.unmetered(tuple(filled))
+    return dataclasses.replace(state, target_cache=cache, drafter_state=drafter_state)
+
+
+def through_target(plan: Plan, params, cache, inputs, positions, first_layer: int):
+    """Runs the target's layers from `first_layer` on. Returns last hidden states, cache, and the states at each tap."""
+    tap_states = []
+    taps = sorted(plan.drafter.taps) if plan.drafter else []
+    # A drafter that resumes verification at its tapped layer has that layer's states itself.
+    for tap in [tap for tap in taps if tap > first_layer]:
+        inputs, cache = plan.target.extend(params, cache, inputs, positions, layers=(first_layer, tap))
+        tap_states.append(inputs)
+        first_layer = tap
+    span = (first_layer, plan.target.layers)
+    hidden, cache = plan.target.extend(params, cache, inputs, positions, layers=span)
+    return hidden, cache, tuple(tap_states)
+
+
+def _constrained(tree: Any, tree_axes: list[tuple[str | None, ...]] | None = None) -> Any:
+    """Constrains the arrays of a tree to these logical axes, or to those that its dataclasses declare."""
+    arrays, structure = jax.tree.flatten(tree)
+    return jax.tree.unflatten(structure, map(constrain, arrays, tree_axes or meshes.declared_axes(tree)))
+
+
+def state_axes(plan: Plan, state: DecodeState, ways: int | None = None) -> list[tuple[str | None, ...]]:
+    """The logical axes of every array of the state, in the order of `jax.tree.leaves`.
+
+    Args:
+      ways: number of devices along the tensor axis; None is that of the current mesh.
+    """
+    ways = meshes.num_shards("kv_heads") if ways is None else ways
+    # The draft's heads are replicated if the plan says so, or if they do not divide over the devices.
+    whole = lambda name, size: name == "kv_heads" and (plan.replicate_draft or size % ways > 0)
+    declared, arrays = meshes.declared_axes(state), jax.tree.leaves(state.drafter_state)
+    first = len(declared) - len(arrays)  # the drafter's arrays come last
+    of_draft = [
+        tuple(None if whole(*axis) else axis[0] for axis in zip(names, x.shape, strict=True))
+        for names, x in zip(declared[first:], arrays, strict=True)
+    ]
+    return [*declared[:first], *of_draft]
