@@ -22,6 +22,7 @@ from specjax.evaluation.continuations import Stops, note_positions
 from specjax.evaluation.engine import Method
 from specjax.hub import model as hub_model
 from specjax.hub.adapter import LoadedAttachment
+from specjax.hub.location import locate
 from specjax.reporting import records
 from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError, nearest, prefixed
@@ -191,7 +192,8 @@ class Job:
     def batches_folder(self, workdir: Path) -> Path:
         """The folder for finished batches of a run, which differs for other weights in the models' directories."""
         places = [*self.targets, *(section.path for section in read_drafters(self.config).values() if section.path)]
-        files = [file for place in places for file in sorted(Path(place).glob("*.safetensors"))]
+        paths = [Path(locate(place)) for place in places]
+        files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.glob("*.safetensors")))]
         state = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         return workdir / "batches" / hashlib.sha256(str(state).encode()).hexdigest()[:16]
 
