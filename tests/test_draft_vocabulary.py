@@ -1,9 +1,12 @@
 """Drafts with a reduced vocabulary: exact as any other, trained with the map, exported with it."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_trainer
 import tiny
 from enumeration import EMITTED, Tables, block_distribution, composed_distribution, emitted_distribution
 from test_lossy import distribution_of_one_position, leeway
@@ -12,11 +15,13 @@ from test_vocabularies import Table
 from specjax import api
 from specjax.decoding.rules import RULES, Lossless
 from specjax.distillation import divergences, objective
+from specjax.draft_design import vocabulary
 from specjax.hub import model as hub_model
 from specjax.hub.tokenizer import train_byte_bpe
 from specjax.models.attachment import AttachedDraft, runtime_params
 from specjax.models.table import make_attachment
 from specjax.models.vocabulary import draft_vocabulary, most_written_ids
+from specjax.reporting import records
 from specjax.runtime.errors import UserError
 
 # --- the ids -------------------------------------------------------------------------------------------------------
@@ -28,6 +33,13 @@ def test_the_most_written_ids_hold_those_that_end_a_text():
     assert most_written_ids(counts, 4, [2]).ids.tolist() == [0, 2, 3, 4]
     assert most_written_ids(counts, 6, [2]).ids.tolist() == [0, 1, 2, 3, 4, 5]
     assert most_written_ids(counts, 2, [2, 5]).including([1, 5]).ids.tolist() == [1, 2, 5]
+
+
+def test_the_share_of_held_out_tokens_is_counted_on_every_tenth_text():
+    texts = [[1, 2], *[[3, 3, 300]] * 9, [3, 301]]
+    assert vocabulary.count_ids(texts, 512)[[1, 2, 3, 300, 301]].tolist() == [1, 1, 19, 9, 1]
+    # Texts 0 and 10 are held out. Among the 256 ids are 0, 3, 300, and the lowest of those that never occur.
+    assert vocabulary.coverage(texts, 512, [0]) == [(256, 0.75)]
 
 
 @pytest.mark.parametrize("size", [0, 1, 7])
@@ -270,3 +282,28 @@ def test_attachments_draft_from_a_reduced_vocabulary(target, tmp_path, kind, own
     np.testing.assert_allclose(both[0][..., ids], both[1][..., ids], atol=1e-5)
     with pytest.raises(UserError, match="trained with a draft vocabulary; leave vocabulary out"):
         hub_model.reduced(again, draft_vocabulary([97]))
+
+
+@pytest.mark.slow
+@pytest.mark.standard_promotion
+def test_a_reduced_draft_learns_on_its_own_text_which_has_no_other_ids(tmp_path):
+    steps = {"train.steps": 30, "train.eval_every": 30, "train.checkpoint_every": 30}
+    sources = {"data.fixed": 0.0, "data.draft": 1.0, "optimizer.accumulation": 2}
+    config = test_trainer.make_config(**steps, **sources)
+    inputs = test_trainer.make_inputs(config)
+    vocabulary = draft_vocabulary(range(0, inputs.target.vocab_size, 2))
+    draft = inputs.draft.reduced(vocabulary)
+    params = inputs.draft.reduced_params(inputs.params, inputs.draft.head_kernel(inputs.params, vocabulary))
+    inputs = dataclasses.replace(inputs, draft=draft, params=params)
+    run = test_trainer.make_trainer(config, tmp_path, inputs=inputs)
+    result = run.run()
+    batch, _ = run._text("draft", next(test_trainer.Rows()))
+    rows = zip(*(np.asarray(batch[name]) for name in ("tokens", "loss_start", "lengths")), strict=True)
+    written = np.concatenate([tokens[start:end] for tokens, start, end in rows])
+    assert len(written) and np.isin(written, vocabulary.ids).all()
+    first, last = result.validation[0], result.validation[-1]
+    assert last["validation_acceptance"] > first["validation_acceptance"]
+    assert 0.1 < last["validation_outside"] == pytest.approx(first["validation_outside"])
+    assert last["validation_acceptance"] < 1 - last["validation_outside"]
+    logged = [line for line in records.read_metrics(tmp_path / "metrics.jsonl") if "outside" in line]
+    assert logged and all(0 < line["outside"] < 1 - line["acceptance"] for line in logged)
