@@ -10,7 +10,7 @@ Target and draft are Hugging Face checkpoints of any supported family with the s
 `--config.drafter.kind=ngram` or `early_exit` (the target drafts for itself), or `none` for plain decoding. Statistics
 follow the text and are written to results.json in the workdir. Each prompt needs a workdir of its own.
 
-A chat without a prompt answers each line of stdin.
+A chat without a prompt answers each line of stdin. The caches of earlier turns are kept: only new text is prefilled.
 Ctrl-C ends an answer, /reset the conversation, Ctrl-D the program.
 
 Hardware: whatever holds both models. Time: loading, some seconds of compiling, then the text.

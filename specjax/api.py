@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from specjax.decoding import batch, loop
+from specjax.decoding.batch import Conversation as Conversation
 from specjax.decoding.drafters.adaptive import block_costs
 from specjax.decoding.drafters.base import DrafterOptions
 from specjax.decoding.drafters.early_exit import EarlyExit as EarlyExit
@@ -164,6 +165,7 @@ def generate(
     sampling: str = "",
     blocks_at_once: int | None = None,
     on_text: Callable[[Generation], bool | None] | None = None,
+    conversation: Conversation | None = None,
     **removed: Any,
 ) -> Generation:
     """Continues prompts, speculatively if there is a drafter; further calls with the same shapes do not recompile.
@@ -183,6 +185,8 @@ def generate(
       sampling: "checkpoint" takes temperature, top-k, top-p and min-p from generation_config.json; leave these out.
       on_text: called with the result of the current batch so far, after every `blocks_at_once` blocks and at its end;
         if it returns True, the batch ends there.
+      conversation: keeps the caches of one batch; a later call with it prefills only what its prompts add to those of
+        the earlier one and their new tokens.
 
     Raises:
       UserError: for values of the wrong type or out of range, empty or too long prompts, ids outside the vocabulary,
@@ -210,6 +214,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         eos_ids=target.tokenizer.eos_ids if eos_ids is None else _eos_ids(target, eos_ids),
         end_of=stops.end if stops.strings else None,
+        conversation=conversation,
     )
     made = _generation(target, plan, stops, ids, output)
     return dataclasses.replace(made, logprobs=log_probabilities(target, ids, made.tokens)) if logprobs else made

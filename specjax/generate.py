@@ -157,11 +157,11 @@ class _Writer:
 
 
 def _converse(writer: _Writer, write: Callable[[list[dict]], dict]) -> dict:
-    """Answers lines of stdin in one conversation; Ctrl-C ends an answer, Ctrl-D the program."""
+    """Answers lines of stdin in one conversation, whose caches are kept; Ctrl-C ends an answer, Ctrl-D the program."""
     config, tokenizer = writer.config, writer.target.tokenizer
     positions = writer.target.decoder.config.max_positions
     tokenizer.apply_chat(writer.asked([], "."))  # raises what is wrong with the template before anything is typed
-    messages, rows = [], []
+    messages, rows, caches = [], [], api.Conversation()
     results = write(rows)
     for line in _lines():
         if line == _RESET:
@@ -177,11 +177,11 @@ def _converse(writer: _Writer, write: Callable[[list[dict]], dict]) -> dict:
         more = {"max_new_tokens": min(room, config.max_new_tokens), "seed": config.seed + len(rows)}
         with _interruptible() as interrupted:
             try:
-                row = writer.write(line, ids, lambda received=interrupted: received, **more)
+                row = writer.write(line, ids, lambda received=interrupted: received, conversation=caches, **more)
             except KeyboardInterrupt:  # a second Ctrl-C; the turn is dropped
                 print(flush=True)
                 continue
-        messages = [*asked, {"role": "assistant", "content": row["text"]}]
+        messages, row["cached_tokens"] = [*asked, {"role": "assistant", "content": row["text"]}], caches.reused[0]
         print(_summary(row, writer.colours), file=sys.stderr)
         rows.append(row)
         results = write(rows)
@@ -274,6 +274,8 @@ def _summary(row: Mapping[str, Any], colours: bool) -> str:
         parts[-1] += f", {row['speedup']:.2f} times the plain {row['plain_tokens_per_second']:.1f}"
     if row["compile_seconds"] >= 0.05:
         parts.append(f"{row['compile_seconds']:.1f} s of compiling before")
+    if row.get("cached_tokens"):
+        parts.append(f"{row['cached_tokens']} of {row['prompt_tokens']} prompt tokens were in the cache")
     if row["lenience"] is not None:
         parts.append(f"{tables.rule_label(row)}: not the target's distribution")
     if colours:

@@ -12,6 +12,7 @@ import pytest
 import tiny
 
 from specjax import api, generate
+from specjax.decoding import batch
 from specjax.hub.tokenizer import train_byte_bpe
 from specjax.runtime import config as configs
 from specjax.runtime.errors import UserError
@@ -112,8 +113,13 @@ def converse(config, tmp_path, monkeypatch, lines):
     return generate.run(config, tmp_path)["rows"]
 
 
-def test_every_turn_of_a_conversation_is_the_text_of_the_whole_conversation(config, tmp_path, monkeypatch, capsys):
-    config.system, config.drafter.kind = "the mat", "ngram"
+@pytest.mark.parametrize("kind", ["ngram", pytest.param("model", marks=pytest.mark.slow)])
+def test_every_turn_of_a_conversation_is_the_text_of_the_whole_conversation(
+    config, tmp_path, monkeypatch, capsys, kind
+):
+    config.system, config.drafter.kind, extended = "the mat", kind, []
+    extend = batch.extend
+    monkeypatch.setattr(batch, "extend", lambda *args: extended.append(args[5:]) or extend(*args))
     rows = converse(config, tmp_path, monkeypatch, ["the cat", "", " the dög ", "/reset", "sat on"])
     printed, message = capsys.readouterr()
     assert [row["prompt"] for row in rows] == ["the cat", "the dög", "sat on"]
@@ -121,14 +127,21 @@ def test_every_turn_of_a_conversation_is_the_text_of_the_whole_conversation(conf
     assert printed == "".join("".join(piece for piece, _ in row["tokens"]) + "\n" for row in rows)
     assert len(message.splitlines()) == 3
     target = api.load(config.target)
+    drafter = api.load(config.drafter.path) if kind == "model" else kind
     system, earlier = {"role": "system", "content": "the mat"}, []
     for number, row in enumerate(rows):
         earlier = [] if number == 2 else earlier
         messages = [system, *earlier, {"role": "user", "content": row["prompt"]}]
         ids = target.tokenizer.apply_chat(messages)
-        out = api.generate(target, [ids], drafter="ngram", temperature=0.0, max_new_tokens=12)
+        out = api.generate(target, [ids], drafter=drafter, temperature=0.0, max_new_tokens=12)
         assert (row["text"], row["prompt_tokens"]) == (out.texts[0], len(ids))
         earlier = [*messages[1:], {"role": "assistant", "content": row["text"]}]
+    # Later turns extend the caches from the first token that differs: after a reset, the one after the system message.
+    cached = [row["cached_tokens"] for row in rows]
+    assert cached[0] == 0 and cached[1] > cached[2] > 0
+    assert [(int(lengths[0]), int(starts[0])) for lengths, starts in extended] == [
+        (row["prompt_tokens"], row["cached_tokens"]) for row in rows[1:]
+    ]
 
 
 def test_a_conversation_that_fills_the_positions_says_so_and_goes_on(config, tmp_path, monkeypatch, capsys):

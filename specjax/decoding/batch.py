@@ -138,11 +138,13 @@ class Conversation:
       plan: the plan of the last call.
       state: its last state; None before the first call.
       texts: the tokens of each row of the state: prompt and emitted tokens.
+      reused: number of first tokens of each prompt that the last call found in the caches.
     """
 
     plan: Plan | None = None
     state: loop.DecodeState | None = None
     texts: Sequence[Sequence[int]] = ()
+    reused: Sequence[int] = ()
 
     def take(self, plan: Plan, prompts: Sequence[Sequence[int]]) -> tuple[Any, np.ndarray]:
         """The state to extend (or None), and how many first tokens of each prompt it holds. The caller donates it."""
@@ -253,6 +255,7 @@ def _prefilled(
     plan = models[0]
     tokens, lengths = pad(prompts, plan.prompt_slots or prompt_slots(prompts))
     state, starts = conversation.take(plan, prompts)
+    conversation.reused = starts.tolist()
     tokens, lengths, starts = jax.block_until_ready((put(tokens), put(lengths), put(starts)))
     jax.block_until_ready(keys)
     if state is None:
