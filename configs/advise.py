@@ -41,7 +41,7 @@ def get_config(variant: str = "") -> ConfigDict:
     # The workload: prompts of the task's validation split.
     config.task = common.task()
     config.selection = ConfigDict({"count": 16, "length_min": 16, "length_max": 32})
-    config.param_dtype = "float32"
+    config.param_dtype = "auto"
     config.compute_dtype = "auto"  # float32 on CPU, bfloat16 on accelerators
     if variant == "smoke":
         config.layers, config.share, config.gammas, config.thresholds = (1,), 0.8, (1, 2), (0.3,)

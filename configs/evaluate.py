@@ -32,7 +32,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.prompts = ""  # file of prompts
     # "prompts" recognises the layout of the file; any other task evaluates on its own data.
     config.task = common.task("prompts", config.get_ref("prompts"))
-    config.param_dtype = "float32"  # in which parameters are stored: float32, bfloat16 or float16
+    config.param_dtype = "auto"  # of parameters in memory: float32, bfloat16, float16 or auto
     config.compute_dtype = "auto"  # of activations: float32 on CPU, bfloat16 on accelerators
     # How many prompts (0: all), their most tokens, and whether the tokenizer's chat template wraps each of them.
     config.selection = ConfigDict({"count": 0, "length_min": 1, "length_max": 1_000_000, "chat": False})

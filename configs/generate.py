@@ -57,7 +57,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.max_new_tokens = 200
     config.blocks_at_once = 4  # print after so many blocks; the device is not interrupted in between
     config.colours = "auto"  # always, never, or auto: where the output is a terminal
-    config.param_dtype = "float32"  # in which parameters are stored: float32, bfloat16 or float16
+    config.param_dtype = "auto"  # of parameters in memory: float32, bfloat16, float16 or auto
     config.compute_dtype = "auto"  # of activations: float32 on CPU, bfloat16 on accelerators
     if variant == "smoke":
         config.max_new_tokens = 12

@@ -19,6 +19,7 @@ from specjax.hub.load import load
 from specjax.hub.tokenizer import train_byte_bpe
 from specjax.hub.weights import Stored
 from specjax.models.decoder import Decoder
+from specjax.runtime import dtypes
 from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError
 
@@ -351,3 +352,14 @@ def test_a_shard_that_reads_back_differently_is_never_put_in_place(model, tokeni
 def test_a_limit_without_room_is_refused(model, tokenizer, tmp_path):
     with pytest.raises(UserError, match="max_shard_bytes must be at least 1"):
         hub_save.save(tmp_path / "export", *model, tokenizer, max_shard_bytes=0)
+
+
+@pytest.mark.parametrize(
+    "free, asked, dtype", [(1e12, "auto", "float32"), (10, "auto", "bfloat16"), (10, "float32", "float32")]
+)
+def test_16_bit_weights_become_float32_on_cpu_if_memory_allows_it(copy, monkeypatch, free, asked, dtype):
+    change_tensors(copy, lambda tensors: {name: t.astype(jnp.bfloat16) for name, t in tensors.items()})
+    monkeypatch.setattr(dtypes, "_free_bytes", lambda: free)
+    decoder, params = load(copy, param_dtype=asked)
+    assert decoder.config.param_dtype == dtype
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {dtype}

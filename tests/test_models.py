@@ -296,3 +296,13 @@ def test_a_projections_gradient_is_that_of_the_plain_product():
         pulled(lambda *factors: layers.product(*factors, jnp.float32)), pulled(lambda x, w: x @ w.T), strict=True
     ):
         np.testing.assert_allclose(ours, plain, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("rows", [1, 3, 5, 70])
+def test_a_product_with_a_16_bit_kernel_is_that_with_the_same_values_in_float32(rows, dtype, monkeypatch):
+    monkeypatch.setattr(layers, "_BLOCK_BYTES", 4 * 48 * 8)  # blocks of 8 outputs, the last of which overlaps
+    inputs, kernel = jax.random.normal(jax.random.key(0), (1, rows, 48)), jax.random.normal(jax.random.key(1), (37, 48))
+    kernel = kernel.astype(dtype)
+    expected = np.asarray(inputs, np.float64) @ np.asarray(kernel, np.float64).T
+    np.testing.assert_allclose(layers.product(inputs, kernel, jnp.float32), expected, rtol=1e-5, atol=1e-5)

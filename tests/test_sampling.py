@@ -8,7 +8,7 @@ import pytest
 import scipy.special
 import tiny
 
-from specjax.decoding.sampling import Noise, Sampling, Stream, probabilities, row_keys
+from specjax.decoding.sampling import Noise, Sampling, Stream, most_probable, probabilities, row_keys
 from specjax.runtime.errors import UserError
 
 
@@ -247,3 +247,9 @@ def test_the_loop_samples_the_references_distribution_over_151936_ids():
         statistic, freedom = lossless.chi_square(counts, expected)
         assert freedom > 2 and scipy.special.chdtrc(freedom, statistic) > 1e-4, cuts
         assert 0.1 < accepted / (rows * rounds) < 0.9, cuts
+
+
+def test_the_most_probable_token_is_the_first_of_the_largest():
+    scores = jnp.asarray([[0.0, 3.0, 3.0, -1.0], [-jnp.inf, -jnp.inf, -2.0, -2.0], [jnp.nan, 0.0, 0.0, 1.0]])
+    np.testing.assert_array_equal(most_probable(scores)[:2], [1, 2])
+    assert 0 <= int(most_probable(scores)[2]) < 4

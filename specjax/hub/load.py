@@ -1,5 +1,6 @@
 """Loads a model, tensor by tensor, from `config.json` and safetensors files or from a GGUF file."""
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,7 +64,7 @@ class Loaded(NamedTuple):
 def load(
     directory: str | Path,
     *,
-    param_dtype: str = "float32",
+    param_dtype: str = "auto",
     compute_dtype: str = "auto",
     shardings: Params | None = None,
 ) -> tuple[LanguageModel, Params]:
@@ -72,7 +73,7 @@ def load(
     Args:
       directory: holds `config.json` and `model.safetensors`, or shards and their index; or a GGUF file, or a name on
         the Hugging Face hub (see `location.locate`).
-      param_dtype: dtype of the parameters in memory; stored values are converted.
+      param_dtype: dtype of the parameters in memory; stored values are converted. "auto": `dtypes.auto_param_dtype`.
       compute_dtype: dtype of activations; "auto" is float32 on CPU and bfloat16 on accelerators.
       shardings: a tree like the parameters with a `jax.sharding.Sharding` for each; every process then reads only its
         own part of each tensor. None puts everything on the default device.
@@ -111,7 +112,7 @@ def stream(
 
     def arriving():
         for tensor in wanted:
-            shape, dtype = at(expected, tensor.path).shape, dtypes.dtype_named(param_dtype)
+            shape, dtype = at(expected, tensor.path).shape, dtypes.dtype_named(config.param_dtype)
             sharding = None if shardings is None else at(shardings, tensor.path)
             yield _read(stored[tensor.name], tensor, shape, np.dtype(dtype), sharding)
 
@@ -123,7 +124,8 @@ def read_config(directory: str | Path, *, param_dtype: str, compute_dtype: str) 
     the file's names of tensors. Raises UserError if the model is not supported."""
     path = locate(directory)
     compute_dtype = dtypes.compute_dtype(compute_dtype)
-    dtypes.dtype_named(param_dtype)
+    known = "float32" if param_dtype == "auto" else param_dtype
+    dtypes.dtype_named(known)
     if is_gguf(path):
         file = gguf_file.read(path)
         with prefixed(f"{path}: "), json_files.reading("its metadata"):
@@ -134,10 +136,25 @@ def read_config(directory: str | Path, *, param_dtype: str, compute_dtype: str) 
         fields = json_files.read_json(path)
         family = _family(path, fields)
     with prefixed(f"{path}: "), json_files.reading("the description"):
-        config = family.read_config(fields, param_dtype=param_dtype, compute_dtype=compute_dtype)
+        config = family.read_config(fields, param_dtype=known, compute_dtype=compute_dtype)
         if (size := fields.get("draft_vocab_size")) is not None:
             config = _with_vocabulary(config, size, path.parent)
-        return family, config
+    if param_dtype == "auto":
+        config = dataclasses.replace(config, param_dtype=_auto_dtype(path if is_gguf(path) else path.parent))
+    return family, config
+
+
+# Names of stored dtypes -> ours; anything else is quantised, or float64.
+_STORED = {"F32": "float32", "F64": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def _auto_dtype(path: Path) -> str:
+    """The dtype of parameters for "auto", from the types and sizes of the tensors at this path."""
+    files = gguf_models.tensors(gguf_file.read(path)) if is_gguf(path) else weights.stored_in(path)
+    sizes: dict[str, int] = {}
+    for tensor in files.values():
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + math.prod(tensor.shape)
+    return dtypes.auto_param_dtype(_STORED.get(max(sizes, key=sizes.get), "bfloat16"), sum(sizes.values()))
 
 
 def _family(path: Path, fields: dict[str, Any]) -> base.Family:

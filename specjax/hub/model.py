@@ -88,7 +88,7 @@ class Model:
 def load(
     directory: str | Path,
     *,
-    param_dtype: str = "float32",
+    param_dtype: str = "auto",
     compute_dtype: str = "auto",
     mesh: jax.sharding.Mesh | None = None,
     replicate: bool = False,
@@ -98,6 +98,7 @@ def load(
     Args:
       directory: a Hugging Face directory (`config.json`, `*.safetensors`, tokenizer), a GGUF file, or a name on the
         Hugging Face hub: "owner/name" or "owner/name/file.gguf".
+      param_dtype: see `runtime.dtypes.auto_param_dtype`.
       replicate: every device of the mesh's tensor axis holds the full model, for a small draft of a sharded target.
 
     Raises:

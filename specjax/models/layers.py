@@ -25,13 +25,15 @@ _ACTIVATIONS = {
 # On CPU, products with at most this many rows are computed as in `_few_rows`.
 _FEW_ROWS = 64
 
+# On CPU, 16-bit kernels are converted to float32 in blocks of this size, which stay in the processor's cache.
+_BLOCK_BYTES = 1 << 21
+
 
 def product(inputs: Float[Array, "B T I"], kernel: Float[Array, "O I"], dtype: DTypeLike) -> Float[Array, "B T O"]:
     """`inputs @ kernel.T` in this dtype, computed from factors in the dtype of the inputs."""
-    kernel = kernel.astype(inputs.dtype)
     if meshes.platform() == "cpu":
         return _cpu_product(inputs, kernel, dtype)
-    return jnp.einsum("BTI,OI->BTO", inputs, kernel, preferred_element_type=dtype)
+    return jnp.einsum("BTI,OI->BTO", inputs, kernel.astype(inputs.dtype), preferred_element_type=dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -42,27 +44,51 @@ def _cpu_product(inputs, kernel, dtype):
     which made a training step 10% slower.
     """
     if inputs.shape[0] * inputs.shape[1] <= _FEW_ROWS and jax.sharding.get_abstract_mesh().size <= 1:
+        kernel = kernel if inputs.dtype == jnp.float32 else kernel.astype(inputs.dtype)
         return _few_rows(inputs.reshape(-1, inputs.shape[2]), kernel, dtype).reshape(*inputs.shape[:2], -1)
-    return jnp.einsum("BTI,OI->BTO", inputs, kernel, preferred_element_type=dtype)
+    return jnp.einsum("BTI,OI->BTO", inputs, _converted(kernel, inputs.dtype), preferred_element_type=dtype)
 
 
 def _few_rows(rows: Float[Array, "R I"], kernel: Float[Array, "O I"], dtype: DTypeLike) -> Float[Array, "R O"]:
     """`rows @ kernel.T` with the kernel as the left factor, which for 2 to 8 rows takes the CPU half the time.
 
     Some numbers of rows are slow, so several are padded to a multiple of 4. The barriers keep the compiler from
-    exchanging the factors and from multiplying fewer rows.
+    exchanging the factors and from multiplying fewer rows. The compiler's own products of one row and a 16-bit kernel
+    read 1 GB/s, so these are converted block by block.
     """
-    count = rows.shape[0]
+    count, (outputs, width) = rows.shape[0], kernel.shape
     if count > 1:
         rows = jax.lax.optimization_barrier(jnp.pad(rows, ((0, -count % 4), (0, 0))))
-    outputs = jnp.einsum("OI,RI->OR", kernel, rows, preferred_element_type=dtype)
-    return jax.lax.optimization_barrier(outputs)[:, :count].T
+    if kernel.dtype == jnp.float32:
+        products = jnp.einsum("OI,RI->OR", kernel, rows)
+    else:
+        rows = rows.astype(jnp.float32)
+        size = min(max(_BLOCK_BYTES // (4 * width), 1), outputs)
+
+        def multiply(index, products):
+            start = jnp.minimum(index * size, outputs - size)  # the last block overlaps the one before it
+            block = _converted(jax.lax.dynamic_slice_in_dim(kernel, start, size), jnp.float32)
+            part = jnp.einsum("OI,RI->OR", jax.lax.optimization_barrier(block), rows)
+            return jax.lax.dynamic_update_slice_in_dim(products, part, start, 0)
+
+        start = jnp.zeros((outputs, rows.shape[0]), jnp.float32)
+        products = jax.lax.fori_loop(0, -(-outputs // size), multiply, start)
+    return jax.lax.optimization_barrier(products)[:, :count].T.astype(dtype)
+
+
+def _converted(kernel: Float[Array, "O I"], dtype: DTypeLike) -> Float[Array, "O I"]:
+    """The kernel in this dtype; bfloat16 to float32 by shifts, because XLA on CPU converts one value at a time."""
+    if kernel.dtype == jnp.bfloat16 and dtype == jnp.float32:
+        bits = jax.lax.bitcast_convert_type(kernel, jnp.uint16).astype(jnp.uint32)
+        return jax.lax.bitcast_convert_type(bits << 16, jnp.float32)
+    return kernel.astype(dtype)
 
 
 def _cpu_product_backward(dtype, saved, gradient):
     inputs, kernel = saved
     inputs, gradient = jax.lax.optimization_barrier((inputs, gradient.astype(inputs.dtype)))
-    return jnp.einsum("BTO,OI->BTI", gradient, kernel), jnp.einsum("BTO,BTI->OI", gradient, inputs)
+    to_inputs = jnp.einsum("BTO,OI->BTI", gradient, _converted(kernel, inputs.dtype))
+    return to_inputs, jnp.einsum("BTO,BTI->OI", gradient, inputs).astype(kernel.dtype)
 
 
 _cpu_product.defvjp(lambda *factors: (_cpu_product(*factors), factors[:2]), _cpu_product_backward)

@@ -46,7 +46,7 @@ class ModelCatalog:
 
     def model(self, name: str, param_dtype: str, compute_dtype: str) -> LanguageModel:
         """The model called `name` in these dtypes; "auto" is bfloat16, on every platform."""
-        compute_dtype = "bfloat16" if compute_dtype == "auto" else compute_dtype
+        param_dtype, compute_dtype = ("bfloat16" if d == "auto" else d for d in (param_dtype, compute_dtype))
         for dtype in (param_dtype, compute_dtype):
             dtypes.dtype_named(dtype)
         if not name.startswith(_STAGE):
