@@ -19,6 +19,7 @@ from specjax.hub.tokenizer import Tokenizer, check_same_tokens
 from specjax.models.language_model import LanguageModel, consecutive
 from specjax.models.vocabulary import DraftVocabulary
 from specjax.runtime import mesh as meshes
+from specjax.runtime import program_cache
 from specjax.runtime.errors import UserError
 
 
@@ -104,6 +105,7 @@ def load(
     Raises:
       UserError: for files that are missing or damaged, and for an unsupported model.
     """
+    program_cache.start()
     dtypes = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
     directory, shardings = locate(directory), None
     if mesh is not None:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from specjax.runtime import checks, errors, processes, stopping
+from specjax.runtime import checks, errors, processes, program_cache, stopping
 from specjax.runtime import config as configs
 from specjax.runtime.errors import UserError, nearest
 
@@ -68,6 +68,7 @@ def launch(
     try:
         joining, argv = processes.parse(argv)
         config, workdir = parse(argv, needs_workdir=needs_workdir)
+        program_cache.start()
         processes.start(joining, os.environ)
         folder = contextlib.nullcontext(workdir) if workdir else tempfile.TemporaryDirectory()
         with stopping.stoppable(), folder as workdir, configs.typed_keys(config), errors.writing(workdir):
