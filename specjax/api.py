@@ -185,8 +185,7 @@ def generate(
       sampling: "checkpoint" takes temperature, top-k, top-p and min-p from generation_config.json; leave these out.
       on_text: called with the result of the current batch so far, after every `blocks_at_once` blocks and at its end;
         if it returns True, the batch ends there.
-      conversation: keeps the caches of one batch; a later call with it prefills only what its prompts add to those of
-        the earlier one and their new tokens.
+      conversation: keeps the caches of one batch, which a later call with it extends by what its prompts add.
 
     Raises:
       UserError: for values of the wrong type or out of range, empty or too long prompts, ids outside the vocabulary,
@@ -201,22 +200,19 @@ def generate(
     adjust, ids = Sampling.of(temperature, top_k, top_p, **how), _ids(target, loaded, prompts, max_new_tokens)
     stops, limits = Stops.of(target, stop), {"max_new_tokens": max_new_tokens, "greedy": temperature == 0}
     plan = Plan.for_prompts(target.decoder, ids, drafter=proposer, gamma=gamma, rule=rule, **limits)
+    generation = functools.partial(_generation, target, plan, stops)
+    run = {"samples": samples, "batch_size": batch_size, "mesh": target.mesh, "seed": seed}
     ids, output = decode_all(
         Method(plan, target.params, None if loaded is None else loaded.params, adjust),
         ids,
-        samples=samples,
-        listener=lambda part: _listener(
-            functools.partial(_generation, target, plan, stops, part), blocks_at_once, on_text
-        ),
-        batch_size=batch_size,
-        mesh=target.mesh,
-        seed=seed,
+        listener=lambda part: _listener(functools.partial(generation, part), blocks_at_once, on_text),
         max_new_tokens=max_new_tokens,
         eos_ids=target.tokenizer.eos_ids if eos_ids is None else _eos_ids(target, eos_ids),
         end_of=stops.end if stops.strings else None,
         conversation=conversation,
+        **run,
     )
-    made = _generation(target, plan, stops, ids, output)
+    made = generation(ids, output)
     return dataclasses.replace(made, logprobs=log_probabilities(target, ids, made.tokens)) if logprobs else made
 
 
