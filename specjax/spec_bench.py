@@ -18,7 +18,7 @@ from specjax.data import spec_bench
 from specjax.data.spec_bench import Question
 from specjax.decoding import batch
 from specjax.evaluation import engine, rows
-from specjax.evaluation.cases import Case, Job, Setting, load_job, make_cases, make_methods
+from specjax.evaluation.cases import Case, Job, Setting, load_job, make_cases, make_methods, make_plan
 from specjax.evaluation.engine import Output
 from specjax.reporting import metrics, records, spec_bench_page, tables
 from specjax.reporting.spec_bench_page import OVERALL
@@ -26,9 +26,6 @@ from specjax.runtime import cli, processes
 from specjax.runtime import config as configs
 from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError, prefixed
-
-# Prompts are padded to a power of two, at least this, so that long prompts do not slow down short ones.
-_SHORTEST = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,17 +97,17 @@ def _selected(questions: Sequence[Question], per_category: int) -> list[Question
 
 
 def _answers(job: Job, setting: Setting, cases: list[Case], questions: Sequence[Question], folder: Path) -> Answers:
-    """Decodes all questions turn by turn, grouped by padded prompt length."""
+    """Decodes all questions turn by turn, grouped by capacity, so that long prompts do not slow down short ones."""
     answers = Answers.of(len(cases))
     for turn in range(max(len(question.turns) for question in questions)):
         groups: dict[int, dict[int, tuple[int, ...]]] = {}
         for number, question in enumerate(questions):
             if turn < len(question.turns):
                 prompt = _prompt(job, question, answers.select([number]).outputs[0].tokens)
-                slots = max(_SHORTEST, 1 << (len(prompt) - 1).bit_length())
-                groups.setdefault(slots, {})[number] = prompt
-        for slots, prompts in sorted(groups.items()):
-            _answer_group(job, setting, cases, slots, prompts, turn, len(questions), answers, folder)
+                capacity = make_plan(job, setting, cases[0], [prompt]).capacity
+                groups.setdefault(capacity, {})[number] = prompt
+        for capacity, prompts in sorted(groups.items()):
+            _answer_group(job, setting, cases, capacity, prompts, turn, len(questions), answers, folder)
     return answers
 
 
@@ -130,16 +127,16 @@ def _answer_group(
     job: Job,
     setting: Setting,
     cases: list[Case],
-    slots: int,
+    capacity: int,
     prompts: dict[int, tuple[int, ...]],
     turn: int,
     questions: int,
     answers: Answers,
     folder: Path,
 ) -> None:
-    """Decodes prompts of one padded length, given by question number, and appends the results to `answers`."""
+    """Decodes prompts of one capacity, given by question number, and appends the results to `answers`."""
     numbers, ids = list(prompts), list(prompts.values())
-    methods = make_methods(job, setting, cases, ids, slots)
+    methods = make_methods(job, setting, cases, ids)
     turns = engine.decode_in_turns(
         methods,
         ids,
@@ -148,7 +145,7 @@ def _answer_group(
         eos_ids=job.target.tokenizer.eos_ids,
         seed=job.config.seed,
         put=batch.Placer(job.target.mesh),
-        label=f"T={setting.temperature:g} turn {turn + 1}, prompts up to {slots} tokens",
+        label=f"T={setting.temperature:g} turn {turn + 1}, texts up to {capacity} tokens",
         indices=[number + turn * questions for number in numbers],
         end_of=job.end_of,
         folder=folder,

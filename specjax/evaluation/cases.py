@@ -336,17 +336,11 @@ def make_plan(job: Job, setting: Setting, case: Case, prompts: Sequence[Sequence
     )
 
 
-def make_methods(
-    job: Job, setting: Setting, cases: Sequence[Case], prompts: Sequence[Sequence[int]], longest: int | None = None
-) -> list[Method]:
-    """The method of each case for these prompts; measures block costs where they are needed and not in the config.
-
-    Args:
-      longest: number of prompt tokens to plan for; by default those of the longest of `prompts`.
-    """
+def make_methods(job: Job, setting: Setting, cases: Sequence[Case], prompts: Sequence[Sequence[int]]) -> list[Method]:
+    """The method of each case for these prompts; measures block costs where they are needed and not in the config."""
     put, methods = batch.Placer(job.target.mesh), []
     for case in cases:
-        plan = make_plan(job, setting, case, longest or prompts)
+        plan = make_plan(job, setting, case, prompts)
         method = Method(plan, case.target.params, case.loaded and case.loaded.params, case.sampling)
         if needs_costs(case):
             sizes = dict(max_new_tokens=job.config.max_new_tokens, batch_size=setting.batch_size)
