@@ -153,6 +153,12 @@ def _inputs(config: Any, task: tasks.Task, tokenizer: Tokenizer, mesh: jax.shard
         chat=data.chat,
     )
     process_rows = meshes.own_rows(mesh, data.batch_size) if jax.process_count() > 1 else None
+    text = _target_text(config, target, target_params, tokenizer) if data.target_path else None
+    if text is not None and not task.is_language_modelling and not any(each.completion for each in task.validation):
+        # Without completions in the data, stored answers of the target are what to validate on.
+        text, validation = text.held_out(config.train.eval_batches, data.batch_size, tuple(text.states))
+    else:
+        validation = batches.validation_batches(task, tokenizer, count=config.train.eval_batches, **layout)
     return TrainingInputs(
         draft=draft,
         params=params,
@@ -161,10 +167,10 @@ def _inputs(config: Any, task: tasks.Task, tokenizer: Tokenizer, mesh: jax.shard
         batches=batches.training_batches(
             task, tokenizer, own_rows=process_rows, prompts_alone=data.fixed == 0, **layout
         ),
-        validation=batches.validation_batches(task, tokenizer, count=config.train.eval_batches, **layout),
+        validation=validation,
         eos_ids=tokenizer.eos_ids,
         longest_prompt=data.prompt_length_max if task.is_language_modelling else data.sequence_length - 1,
-        target_text=_target_text(config, target, target_params, tokenizer) if data.target_path else None,
+        target_text=text,
         replicate=config.model.replicate,
     )
 

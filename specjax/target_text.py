@@ -5,8 +5,9 @@
 With a draft the text is decoded speculatively with an exact rule. The rule `coupled` emits the same tokens as plain
 decoding, so the text does not depend on the draft. An interrupted run resumes after its last batch.
 
-`config.states` lists layers after which the target's hidden states are stored with the text: training then need not run
-the target on it, neither for the loss (its last layer) nor for an attachment (the layers that it reads).
+`config.states` lists layers (-1 is the last one) after which the target's hidden states are stored with the text:
+training then need not run the target on it, neither for the loss (its last layer) nor for an attachment (the layers it
+reads).
 """
 
 import functools
@@ -122,7 +123,7 @@ class _Writer:
             raise UserError(
                 f"drafter.rule {config.drafter.rule} is lossy and would change the text; use lossless or coupled"
             )
-        self._check_states(config.states)
+        self.layers = self._layers_to_store(config.states)
         task = tasks.load_task(config.task)
         self.prompts = _prompts(config, task, self.target)
         batch.check_prompts(
@@ -135,7 +136,7 @@ class _Writer:
         self.method = self._method(config.drafter.gamma if self.draft else 0)
         fingerprints = self.target.fingerprint, self.target.tokenizer.fingerprint()
         settings = {"seed": config.seed, "count": config.count, "batch_size": data.batch_size}
-        settings |= {"rule": config.drafter.rule, "states": list(config.states)}
+        settings |= {"rule": config.drafter.rule, "states": list(self.layers)}
         self.about = cached_text.provenance(*fingerprints, config.task, data) | settings
 
     def _method(self, gamma: int) -> Method:
@@ -185,26 +186,28 @@ class _Writer:
             rows["sources"] = _padded(prompts, self.prompt_slots)
         return rows
 
-    def _check_states(self, layers: Sequence[int]) -> None:
+    def _layers_to_store(self, layers: Sequence[int]) -> tuple[int, ...]:
         decoder = self.target.decoder
         for layer in layers:
-            if not isinstance(layer, int) or not 1 <= layer <= decoder.layers:
-                raise UserError(f"states has the layer {layer}; this target's layers are 1 .. {decoder.layers}")
+            if not isinstance(layer, int) or layer == 0 or not -1 <= layer <= decoder.layers:
+                raise UserError(
+                    f"states has the layer {layer}; this target's layers are 1 .. {decoder.layers}, and -1 is the last"
+                )
         if layers and decoder.is_encoder_decoder:
             raise UserError("states of an encoder-decoder are not stored; leave states empty")
+        return tuple(sorted({decoder.layers if layer == -1 else layer for layer in layers}))
 
     def states(self, rows: dict[str, np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
         """Yields each layer of `config.states` with the target's states `[tokens, D]` after it, for these rows."""
-        layers = tuple(sorted(self.config.states))
-        if not layers:
+        if not self.layers:
             return
         count, longest = len(rows["lengths"]), int(rows["lengths"].max())
         tokens = rows["tokens"][:, : -(-longest // _WIDTH) * _WIDTH]
         put = batch.Placer(self.target.mesh)
         tokens = put(np.pad(tokens, ((0, put.rows(self.config.data.batch_size) - count), (0, 0))))
-        stored = _states(self.target.decoder, layers, self.target.params, tokens)
+        stored = _states(self.target.decoder, self.layers, self.target.params, tokens)
         inside = np.arange(tokens.shape[1])[None] < rows["lengths"][:, None]
-        for layer, states in zip(layers, stored, strict=True):
+        for layer, states in zip(self.layers, stored, strict=True):
             yield layer, processes.fetch(states)[:count][inside]
 
     def measure(self) -> dict:

@@ -204,7 +204,7 @@ def loss_and_gradient(sizes, replicate=False):
     rows = {"tokens": tokens, "lengths": lengths, "loss_start": starts, "prompt_lengths": starts}
     mesh, params, draft_params = placed(sizes, replicate)
     loss = objective.Loss(draft, target, divergences.divergence("forward_kl"), 1.0, 4)
-    gradient = jax.jit(lambda *arguments: update._gradient_of_sum(loss, *arguments, 1))
+    gradient = jax.jit(lambda *arguments: update._gradient_of_sum(loss, *arguments, 1, 0))
     with meshes.use(mesh):
         return jax.device_get(gradient(draft_params, params, update.shard(rows, mesh)))
 

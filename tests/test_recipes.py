@@ -215,6 +215,32 @@ def test_text_of_another_origin_is_refused(home, written, tmp_path, changes, mes
         distill.run(learning(home, written[0] / "export", **changes), tmp_path)
 
 
+def test_rows_of_a_batch_have_similar_lengths_and_no_needless_columns():
+    lengths = np.random.default_rng(0).integers(10, 500, 64).astype(np.int32)
+    tokens = np.repeat(np.arange(64, dtype=np.int32)[:, None], 500, 1)
+    text = cached_text.CachedText(Path(), {}, {"tokens": tokens, "lengths": lengths}, 0.0)
+    batches = [text.batch(0, step, 4) for step in range(64)]  # four passes
+    rows = np.concatenate([batch["tokens"][:, 0] for batch in batches]).reshape(4, 64)
+    np.testing.assert_array_equal(np.sort(rows, axis=1), np.tile(np.arange(64), (4, 1)))
+    widths = {batch["tokens"].shape[1] for batch in batches}
+    assert widths <= {128, 256, 384, 500} and len(widths) > 1
+    assert all(batch["tokens"].shape[1] >= batch["lengths"].max() for batch in batches)
+    spread = np.mean([np.ptp(batch["lengths"]) for batch in batches])
+    assert spread < 0.6 * np.mean([np.ptp(np.random.default_rng(n).choice(lengths, 4)) for n in range(64)])
+
+
+def test_held_out_rows_are_not_trained_on(with_states):
+    text, last = with_states
+    rest, (batch,) = text.held_out(1, 2, (last,))
+    assert len(rest) == len(text) - 2 == len(rest.states[last])
+    held = {row.tobytes() for row in text.rows["tokens"][-2:]}
+    assert {row.tobytes() for row in batch["tokens"]} == held
+    assert batch[cached_text.states_name(last)].shape[:2] == batch["tokens"].shape
+    assert not held & {row.tobytes() for step in range(3) for row in rest.batch(0, step, 1)["tokens"]}
+    with pytest.raises(UserError, match="has 5 rows, of which .* \\(4\\) are for validation; lower train.eval_batches"):
+        text.held_out(2, 2, ())
+
+
 def test_text_of_another_tokenizer_is_refused(written):
     text = cached_text.load(written[0] / "export")
     with pytest.raises(UserError, match="is of another tokenizer than this run's"):

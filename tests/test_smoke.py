@@ -1,6 +1,7 @@
 """Every config's smoke run, from the command line: what it leaves, what is skipped, what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import flags
@@ -38,6 +39,11 @@ def models(tmp_path_factory):
         decoder, params = tiny.decoder(layers, layers=layers, vocab_size=tokenizer.vocab_size)
         api.save(api.Model(decoder, params, tokenizer), home / name)
     (home / "prompts.txt").write_text("def main(\nimport os\nclass A:\nx = 1\n")
+    shutil.copytree(home / "target", home / "chat")
+    settings = json.loads((home / "chat/tokenizer_config.json").read_text())
+    settings["chat_template"] = "{% for message in messages %}# {{ message['content'] }}\n{% endfor %}"
+    (home / "chat/tokenizer_config.json").write_text(json.dumps(settings))
+    (home / "questions.txt").write_text("".join(f"What is {i} + {i}?\n" for i in range(30)))
     for name, layers in (("t5_target", 2), ("t5_draft", 1)):
         made, params = tiny.encoder_decoder(layers, layers=layers, vocab_size=tokenizer.vocab_size)
         api.save(api.Model(made, params, tokenizer), home / name)
@@ -54,6 +60,7 @@ def models(tmp_path_factory):
         "configs/distillspec/lm1b.py": (data["lm1b"],),
         "configs/distill.py": (target, f"--config.draft={home}/draft", text),
         "configs/distill.py:new-smoke": (target, text),
+        "configs/smollm2.py": (f"--config.target={home}/chat", f"--config.questions={home}/questions.txt"),
         "configs/adapter.py": (target, text),
         "configs/adapter.py:medusa-smoke": (target, text),
         "configs/evaluate.py": (*pair, f"--config.prompts={home}/prompts.txt"),

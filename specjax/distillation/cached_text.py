@@ -24,6 +24,8 @@ ABOUT_FILE = "about.json"
 _FORMAT = "specjax-target-text-2"
 # Separates these random numbers from others with the same seed.
 _STREAM = 0x7E87
+# Batches are cut to a multiple of this many columns, and rows are sorted by length within this many batches.
+_WIDTH, _GROUP = 128, 8
 # How an error describes a difference in each part of `provenance`.
 _PARTS = {
     "target": "of another target",
@@ -134,23 +136,57 @@ class CachedText:
                 'data.target_path to ""'
             )
 
+    def held_out(self, batches: int, batch_size: int, layers: Sequence[int]) -> tuple["CachedText", list[dict]]:
+        """The text without its last rows, and these as batches for validation, with the states after these layers.
+
+        Raises:
+          UserError: if there are not twice as many rows.
+        """
+        rows = len(self) - batches * batch_size
+        if 2 * rows < len(self):
+            raise UserError(
+                f"the text in {self.directory} has {len(self)} rows, of which train.eval_batches * data.batch_size "
+                f"({batches * batch_size}) are for validation; lower train.eval_batches or write more text"
+            )
+        part = lambda span: dataclasses.replace(
+            self,
+            rows={name: array[span] for name, array in self.rows.items()},
+            states={layer: states[span] for layer, states in self.states.items()},
+        )
+        rest, last = part(slice(0, rows)), part(slice(rows, None))
+        return rest, [last.batch(0, step, batch_size, layers) for step in range(batches)]
+
     def batch(self, seed: int, step: int, batch_size: int, layers: Sequence[int] = ()) -> dict[str, np.ndarray]:
         """The batch of a training step, a function of (seed, step); rows are shuffled differently in every epoch.
+
+        Rows of a batch have similar lengths; columns that none of them needs are left out, in multiples of `_WIDTH`.
 
         Args:
           layers: adds the states `[batch_size, T, D]` after each of these layers, under their `states_name`.
         """
         passes, places = np.divmod(step * batch_size + np.arange(batch_size), len(self))
-        orders = {
-            one: np.random.default_rng([seed, _STREAM, one]).permutation(len(self)) for one in set(passes.tolist())
-        }
+        orders = {one: self._order([seed, _STREAM, one], batch_size) for one in set(passes.tolist())}
         chosen = np.asarray([orders[one][place] for one, place in zip(passes.tolist(), places.tolist(), strict=True)])
         batch = {name: array[chosen] for name, array in self.rows.items()}
-        return batch | {states_name(layer): self._states(layer, chosen) for layer in layers}
+        width = -(-int(batch["lengths"].max()) // _WIDTH) * _WIDTH
+        batch["tokens"] = batch["tokens"][:, :width]
+        return batch | {states_name(layer): self._states(layer, chosen, batch["tokens"].shape[1]) for layer in layers}
 
-    def _states(self, layer: int, chosen: Int[np.ndarray, "B"]) -> Float16[np.ndarray, "B T D"]:
+    def _order(self, seed: Sequence[int], batch_size: int) -> Int[np.ndarray, "N"]:
+        """The rows of one pass: in random order, then sorted by length within groups of a few batches."""
+        rng, size = np.random.default_rng(seed), _GROUP * batch_size
+        order, batches = rng.permutation(len(self)), []
+        for group in np.split(order, range(size, len(order), size)):
+            group = group[np.argsort(self.rows["lengths"][group], kind="stable")]
+            parts = np.split(group, range(batch_size, len(group), batch_size))
+            # A part that is not a whole batch stays last, so that the others are batches.
+            batches += [parts[place] for place in rng.permutation(len(group) // batch_size)]
+            batches += parts[len(group) // batch_size :]
+        return np.concatenate(batches)
+
+    def _states(self, layer: int, chosen: Int[np.ndarray, "B"], width: int) -> Float16[np.ndarray, "B T D"]:
         rows = [self.states[layer][row] for row in chosen]
-        padded = np.zeros((len(rows), self.rows["tokens"].shape[1], rows[0].shape[1]), np.float16)
+        padded = np.zeros((len(rows), width, rows[0].shape[1]), np.float16)
         for into, states in zip(padded, rows, strict=True):
             into[: len(states)] = states
         return padded

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from specjax.runtime.errors import UserError, first_line
 
-_FORMAT = "specjax checkpoint 2"
+_FORMAT = "specjax checkpoint 3"
 
 
 class Checkpointer:
