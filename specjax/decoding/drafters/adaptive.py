@@ -112,7 +112,9 @@ class AdaptiveDrafter(Drafter):
         # If the inner drafter has not run for some blocks, it lacks their tokens until it catches up in the next block.
         missing = jnp.minimum(state.first_missing, chunk.positions[:, 0])
         inner = self.inner.prefill(params, target_params, state.inner, chunk)
-        return dataclasses.replace(state, inner=inner, first_missing=missing)
+        # A text that continues another one starts without its evidence, as a call without the earlier caches does.
+        nothing = jnp.zeros_like(state.reached)
+        return dataclasses.replace(state, inner=inner, reached=nothing, accepted=nothing, first_missing=missing)
 
     def propose(self, params, target_params, state: Evidence, target_cache, context: Context):
         if context.sampling.costs is None:
