@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from configs import common
 
-TARGET = "checkpoints/SmolLM2-135M-Instruct.gguf"
+TARGET = "checkpoints/smollm2-135m-instruct.gguf"
 
 
 def get_config(variant: str = "") -> ConfigDict:
