@@ -673,6 +673,7 @@ def distill_config(**overrides):
         param_dtype="float32",
         compute_dtype="auto",
         replicate=False,
+        vocabulary="",
     )
     config.target, config.target_param_dtype, config.recipe = "", "", ""
     config.update_from_flattened_dict(overrides)
