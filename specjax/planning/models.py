@@ -71,7 +71,12 @@ class ModelCatalog:
         target = None
         if config.target:
             target = self.model(config.target, config.target_param_dtype or dtype_names[0], dtype_names[1])
-        init, ids = config.model.init, draft_vocabulary(config.model.vocabulary)
+        ids = config.model.vocabulary
+        if str(ids).startswith(_STAGE):
+            raise UserError(
+                f'model.vocabulary is "{ids}", whose ids are not counted yet; run that stage first and name its export'
+            )
+        init, ids = config.model.init, draft_vocabulary(ids)
         if distill.is_attachment(init):
             return distill.new_attached_draft(config, target, ids), target
         if init != distill.RANDOM:

@@ -7,9 +7,6 @@ from pathlib import Path
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-# Programs that compile faster than this are not stored.
-_SECONDS = 0.3
-
 
 def start() -> None:
     """Turns the cache on, in `folder()`; without effect where JAX already has one, as with its own variables.
@@ -31,7 +28,8 @@ def start() -> None:
     jax.config.update("jax_compilation_cache_dir", str(place))
     compilation_cache.reset_cache()  # JAX looks at the setting only once, when it compiles first
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", _SECONDS)
+        # Small programs too: a call has tens of them, and JAX by default stores those that take a second or more.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def folder() -> Path | None:
