@@ -167,8 +167,8 @@ def reduced(
         return loaded
     if isinstance(jax.tree.leaves(loaded.params)[0], jax.ShapeDtypeStruct):
         raise UserError(
-            "a plan cannot cut the head of a draft to the ids in `vocabulary`; leave the option out, or name a draft that "
-            "was trained with it"
+            "a plan cannot cut the head of a draft to the ids in `vocabulary`; leave the option out, or name a draft "
+            "that was trained with it"
         )
     if isinstance(loaded, hub_adapter.LoadedAttachment):
         network, params = loaded.network.reduced(loaded.params, vocabulary)
