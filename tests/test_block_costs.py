@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from specjax.data import tasks
 from specjax.decoding import batch, loop
 from specjax.decoding.sampling import Sampling
-from specjax.evaluation import cases, latency, prediction
+from specjax.evaluation import cases, prediction
 from specjax.evaluation.engine import Method
 from specjax.hub.model import Model
 from specjax.hub.tokenizer import train_byte_bpe
@@ -24,16 +24,17 @@ def test_blocks_of_every_length_are_timed_by_one_executable_before_any_text(mode
     target, params, _, _ = models
     own, options = tiny.heads_params(target, params), {"adapter": tiny.heads(target), "adaptive": True}
     plan = tiny.plan(target, "medusa", options, gamma=2, slots=32, max_new=16, greedy=True, spare=32)
-    before = latency._draft_and_verify_loop._cache_size()
+    before = loop.run._cache_size()
     costs = prediction.measure_block_costs(
         Method(plan, params, own, Sampling.of(0.0)),
         [[1, 2, 3], [4, 5]],
         max_new_tokens=16,
         batch_size=2,
+        eos_ids=(),
         seed=0,
         put=batch.HERE,
     )
-    assert latency._draft_and_verify_loop._cache_size() == before + 1
+    assert loop.run._cache_size() == before + 1
     assert costs.shape == (3,) and np.all(np.asarray(costs) > 0) and costs.dtype == jnp.float32
     # They serve a run of that plan.
     texts, lengths = tiny.prompts(3, 2, 6, 24)

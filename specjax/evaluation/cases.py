@@ -344,8 +344,9 @@ def make_methods(job: Job, setting: Setting, cases: Sequence[Case], prompts: Seq
         method = Method(plan, case.target.params, case.loaded and case.loaded.params, case.sampling)
         if needs_costs(case):
             sizes = dict(max_new_tokens=job.config.max_new_tokens, batch_size=setting.batch_size)
+            how = dict(eos_ids=job.target.tokenizer.eos_ids, seed=job.config.seed, put=put)
             with meshes.use(job.target.mesh):
-                costs = prediction.measure_block_costs(method, prompts, **sizes, seed=job.config.seed, put=put)
+                costs = prediction.measure_block_costs(method, prompts, **sizes, **how)
             method = dataclasses.replace(method, sampling=dataclasses.replace(case.sampling, costs=costs))
         methods.append(method)
     return methods
