@@ -74,7 +74,8 @@ def test_the_histogram_has_each_accepted_and_each_first_refused_token_at_its_own
                 if origin in (loop.ACCEPTED, loop.RECOVERED):
                     expected["accepted" if origin == loop.ACCEPTED else "rejected"].append(sure[place])
     prompts = [np.asarray(texts)[row, : int(lengths[row])].tolist() for row in range(BATCH)]
-    result, _ = batch._result(state, len(lengths), 0.0, 0.0)
+    seconds = dict(prefill_seconds=0.0, decode_seconds=0.0, compile_seconds=0.0)
+    result, _ = batch._result(state, len(lengths), **seconds)
     method = Method(plan, params, adapter_params, adjust)
     outcome = confidence.histogram(method, prompts, Output([(BATCH, batch._origins_only(result))]))
     for fate, values in expected.items():
