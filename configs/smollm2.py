@@ -111,4 +111,9 @@ def _smoke(config: ConfigDict) -> ConfigDict:
     config.vocabulary.size = 64
     config.pruned.calibration.update({"batches": 1, "batch_size": 2})
     config.evaluation.selection.update({"count": 1, "length_max": 96})
+    config.evaluation.temperatures = (0.0,)
+    config.evaluation.drafters.draft.rules.lossless = (2,)
+    for name in ("medusa", "early_exit"):
+        del config.evaluation.drafters[name]
+    config.stages = tuple(name for name in config.stages if name != "medusa")
     return config
