@@ -22,7 +22,7 @@ _NEEDED = (
 def locate(name: str | Path) -> Path:
     """Returns the directory or the GGUF file of a checkpoint.
 
-    A directory without `config.json` stands for the only GGUF file in it. A text "owner/name" (not a Path) is looked up
+    Of a directory without `config.json` the only GGUF file is read. A text "owner/name" (not a Path) is looked up
     on the Hugging Face hub if no such path exists, and "owner/name/file.gguf" likewise; the hub's cache keeps what is
     fetched.
 
