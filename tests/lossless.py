@@ -139,8 +139,9 @@ def tie_gap(pair, row, text, position, state, adjust, greedy) -> float:
         uncut = np.sort(np.asarray(jax.nn.softmax(logits[0, 0] / adjust.temperature)))[::-1]
         support = int((probs > 0).sum())
         if support < len(uncut):
-            mass = uncut[:support].sum() / (uncut[: int(adjust.top_k)].sum() if int(adjust.top_k) else 1)
-            cut_gaps = [uncut[support - 1] - uncut[support], abs(mass - float(adjust.top_p))]
+            mass = uncut[:support].sum() / (1 if adjust.top_k is None else uncut[: int(adjust.top_k)].sum())
+            top_p = 1.0 if adjust.top_p is None else float(adjust.top_p)
+            cut_gaps = [uncut[support - 1] - uncut[support], abs(mass - top_p)]
     first, second = np.sort(scores)[::-1][:2]
     return min([float(first - second), *cut_gaps])
 

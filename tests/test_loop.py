@@ -149,15 +149,9 @@ def test_one_compile_serves_every_prompt_length_and_every_traced_setting(models,
     texts, lengths = tiny.prompts(3, BATCH, SLOTS, VOCAB)
     tiny.decode(plan, *both, texts, lengths, MAX_NEW, eos=(5,))
     compiled = compiled_prefill._cache_size(), loop.run._cache_size()
-    settings = [
-        Sampling.of(0.3),
-        Sampling.of(1.5, top_k=3),
-        Sampling.of(1.0, top_p=0.5),
-        Sampling.of(2.0, 7, 0.9),
-    ]
-    for i, adjust in enumerate(settings):
+    for i, temperature in enumerate((0.3, 2.0)):
         texts, lengths = tiny.prompts(20 + i, BATCH, SLOTS, VOCAB)
-        tiny.decode(plan, *both, texts, lengths, 3 + i, eos=(i,), seed=i, adjust=adjust)
+        tiny.decode(plan, *both, texts, lengths, 3 + i, eos=(i,), seed=i, adjust=Sampling.of(temperature))
     equal_plan = make_plan(models, kind, 3)
     tiny.decode(equal_plan, *both, texts, lengths, np.arange(BATCH), eos=(1,))
     assert (compiled_prefill._cache_size(), loop.run._cache_size()) == compiled

@@ -55,6 +55,18 @@ def test_min_p_keeps_a_share_of_the_largest_probability_after_the_other_cuts(min
     np.testing.assert_allclose(ours, expected, rtol=2e-5)
 
 
+def test_only_turning_a_cut_on_compiles_again_and_without_one_there_is_no_loop():
+    adjusted = jax.jit(lambda logits, sampling: probabilities(logits, sampling, greedy=False))
+    logits = jnp.zeros((1, 1, 30))
+    programs = []
+    for cuts in ({}, {"top_p": 0.5}, {"top_p": 0.9}, {"top_k": 3}, {"top_k": 4}, {"min_p": 0.1}, {"min_p": 0.2}):
+        adjusted(logits, Sampling.of(1.0, **cuts))
+        programs.append(adjusted._cache_size())
+    assert programs == [1, 2, 2, 3, 3, 4, 4]
+    loops = lambda **cuts: str(jax.make_jaxpr(adjusted)(logits, Sampling.of(1.0, **cuts))).count("scan[")
+    assert [loops(), loops(min_p=0.1), loops(top_p=0.5), loops(top_k=3), loops(top_k=3, top_p=0.5)] == [0, 0, 1, 1, 2]
+
+
 def test_ties_at_either_edge_are_all_kept():
     logits = jnp.log(jnp.asarray([[[0.3, 0.2, 0.2, 0.2, 0.1]]]))
     survivors = lambda **cut: (np.asarray(adjusted(logits, Sampling.of(1.0, **cut)))[0, 0] > 0).tolist()

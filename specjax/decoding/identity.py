@@ -54,7 +54,7 @@ def _judge(plan: Plan, params: Any, prompt, length, text, keys, position, chosen
         scores = noise.perturbed(probs, jnp.zeros((1,), jnp.int32))[0]
 
         def survives(token, change):  # the cuts, if its logit and the mass that they keep change by so much
-            top_p = jnp.where(sampling.top_p < 1, jnp.clip(sampling.top_p + change, 0, 1), 1)
+            top_p = None if sampling.top_p is None else jnp.clip(sampling.top_p + change, 0, 1)
             moved = dataclasses.replace(sampling, top_p=top_p)
             return probabilities(logits.at[0, 0, token].add(change), moved, greedy=False)[0, 0, token] > 0
 

@@ -28,6 +28,7 @@ from specjax.decoding.rules import LossyInputs
 from specjax.decoding.sampling import Noise, Sampling, finite_rows, probabilities
 from specjax.models import kv_cache
 from specjax.models.language_model import LanguageModel
+from specjax.runtime import mesh as meshes
 
 
 @jax.tree_util.register_dataclass
@@ -67,7 +68,8 @@ def verify(plan: Plan, params, cache, pending: Int[Array, "B"], lengths: Int[Arr
     """Runs the target once on `[pending, d_1 .. d_gamma]`, or from the hidden states that the proposal has for them.
 
     If the drafter can stop early, the call has only as many columns as the longest draft of the batch needs, rounded up
-    to one of `_widths`. For the other columns, logits and states are 0 and the cache is unchanged.
+    to one of `_widths`. For the other columns, logits and states are 0 and the cache is unchanged. On a GPU it has all
+    columns: choosing would make the host wait, and more columns take hardly any time.
 
     Returns:
       logits `[B, gamma + 1, V]`, the cache, and the hidden states `[B, gamma + 1, D]` after each tapped layer above
@@ -86,7 +88,7 @@ def verify(plan: Plan, params, cache, pending: Int[Array, "B"], lengths: Int[Arr
         )
         return cache, (plan.target.head(params, hidden), tap_states)
 
-    if plan.drafter is not None and plan.drafter.stops:
+    if plan.drafter is not None and plan.drafter.stops and meshes.platform() != "gpu":
         needed = jnp.max(proposal.num_drafted) + 1
         cache, (logits, tap_states) = _call_narrowest(call, _widths(plan), needed, cache)
     else:

@@ -29,22 +29,23 @@ class Stream(enum.IntEnum):
 class Sampling:
     """Numeric settings of sampling, of lossy rules and of when drafting stops.
 
-    All are traced, so changing a value does not recompile.
+    All are traced, so changing a value does not recompile. Turning top-k, top-p or min-p on or off does: a cut that is
+    off is None and takes no operation, and a conditional would make the host wait on a GPU.
 
     Attributes:
       temperature: divides the logits; 0 is greedy, which is compiled separately (`Plan.greedy`).
-      top_k: keep the k most probable tokens; 0 keeps all.
-      top_p: then keep the most probable tokens whose total probability reaches p; 1 keeps all.
-      min_p: then keep the tokens with at least this share of the largest probability; 0 keeps all.
+      top_k: keep the k most probable tokens; None keeps all.
+      top_p: then keep the most probable tokens whose total probability reaches p; None keeps all.
+      min_p: then keep the tokens with at least this share of the largest probability; None keeps all.
       lenience: epsilon of a lossy rule; smaller accepts more. Exact rules do not use it.
       threshold: drafting stops after a token whose distribution at temperature 1 has a largest probability below this.
       costs: cost of a block that drafts 0 .. gamma tokens, in any unit; None unless the draft length is adaptive.
     """
 
     temperature: Float[Array, ""]
-    top_k: Int[Array, ""]
-    top_p: Float[Array, ""]
-    min_p: Float[Array, ""]
+    top_k: Int[Array, ""] | None
+    top_p: Float[Array, ""] | None
+    min_p: Float[Array, ""] | None
     lenience: Float[Array, ""]
     threshold: Float[Array, ""]
     costs: Float[Array, "gamma_plus_1"] | None = None
@@ -61,7 +62,11 @@ class Sampling:
         threshold: float = 0.0,
         costs: Sequence[float] | None = None,
     ) -> "Sampling":
-        """Converts values to arrays. Raises UserError for a value out of range."""
+        """Converts values to arrays; top_k 0, top_p 1 and min_p 0 are off.
+
+        Raises:
+          UserError: for a value out of range.
+        """
         tiny = float(jnp.finfo(jnp.float32).tiny)  # devices flush smaller numbers to 0
         if temperature != 0 and not tiny <= temperature < float("inf"):
             raise UserError(f"temperature must be 0 (greedy) or a positive number, not {temperature}.")
@@ -77,20 +82,30 @@ class Sampling:
             raise UserError(f"threshold must lie in [0, 1] (0: never stop drafting), not {threshold}.")
         if costs is not None and not all(0 < cost < float("inf") for cost in costs):
             raise UserError(f"the costs of blocks must be positive numbers, not {tuple(costs)}.")
-        floats = map(jnp.float32, (top_p, min_p, lenience, threshold))
-        block_costs = None if costs is None else jnp.asarray(costs, jnp.float32)
-        return cls(jnp.float32(temperature), jnp.int32(top_k), *floats, block_costs)
+        return cls(
+            jnp.float32(temperature),
+            jnp.int32(top_k) if top_k else None,
+            jnp.float32(top_p) if top_p < 1 else None,
+            jnp.float32(min_p) if min_p else None,
+            jnp.float32(lenience),
+            jnp.float32(threshold),
+            None if costs is None else jnp.asarray(costs, jnp.float32),
+        )
 
 
 def _truncate(probs: Float[Array, "B T V"], sampling: Sampling) -> Float[Array, "B T V"]:
     """Cuts by top-k, then top-p, then min-p, and renormalises. All tokens tied at a cut-off are kept."""
-    edge = jnp.maximum(_edge(probs, sampling), sampling.min_p * jnp.max(probs, axis=-1, keepdims=True))
+    if sampling.top_k is None and sampling.top_p is None and sampling.min_p is None:
+        return probs
+    edge = _edge(probs, sampling)
+    if sampling.min_p is not None:
+        edge = jnp.maximum(edge, sampling.min_p * jnp.max(probs, axis=-1, keepdims=True))
     cut = jnp.where(probs >= edge, probs, 0)
     return cut / jnp.sum(cut, axis=-1, keepdims=True)
 
 
 def _edge(probs: Float[Array, "B T V"], sampling: Sampling) -> Float[Array, "B T 1"]:
-    """The smallest probability that top-k and top-p keep, found with sums only.
+    """The smallest probability that top-k and top-p keep, found with sums only; 0 without them.
 
     Sorting takes ten times as long on CPU at 150,000 ids, and would gather a vocabulary sharded over devices. The edge
     is the largest value such that the values at or above it are at least k, and then have a share p of the mass.
@@ -109,23 +124,19 @@ def _edge(probs: Float[Array, "B T V"], sampling: Sampling) -> Float[Array, "B T
 
         return jax.lax.fori_loop(0, 31, halve, (jnp.zeros_like(highest), highest))[0]
 
-    vocab = probs.shape[-1]
-    k = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, vocab), vocab)
-    lowest = lambda: jnp.zeros_like(highest)  # if a cut is off, it takes no pass over the vocabulary
-    count = lambda above: jnp.sum(above, axis=-1, keepdims=True, dtype=jnp.int32)
-    kth = jax.lax.cond(k < vocab, lambda: largest(lambda above: count(above) >= k), lowest)
-
-    def smallest():
-        left = jnp.where(bits >= kth, probs, 0)
+    edge, left = jnp.zeros_like(highest), probs
+    if sampling.top_k is not None:
+        k = jnp.minimum(sampling.top_k, probs.shape[-1])
+        edge = largest(lambda above: jnp.sum(above, axis=-1, keepdims=True, dtype=jnp.int32) >= k)
+        left = jnp.where(bits >= edge, probs, 0)
+    if sampling.top_p is not None:
         share = sampling.top_p * jnp.sum(left, axis=-1, keepdims=True)
 
         def enough(above):
             mass = jnp.sum(jnp.where(above, left, 0), axis=-1, keepdims=True)
             return (mass >= share) & (mass > 0)
 
-        return largest(enough)
-
-    edge = jnp.maximum(kth, jax.lax.cond(sampling.top_p < 1, smallest, lowest))
+        edge = jnp.maximum(edge, largest(enough))
     return jax.lax.bitcast_convert_type(edge, jnp.float32)
 
 
@@ -151,9 +162,7 @@ def probabilities(logits: Float[Array, "B T V"], sampling: Sampling, *, greedy: 
     logits = meshes.pin_last(logits.astype(jnp.float32), "vocab")
     # Subtract the maximum before dividing; otherwise a small temperature could overflow several logits to infinity.
     logits = logits - jnp.max(logits, axis=-1, keepdims=True)
-    probs = jax.nn.softmax(logits / sampling.temperature, axis=-1)
-    cuts = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
-    return jax.lax.cond(cuts, _truncate, lambda probs, _: probs, probs, sampling)
+    return _truncate(jax.nn.softmax(logits / sampling.temperature, axis=-1), sampling)
 
 
 @jax.tree_util.register_dataclass

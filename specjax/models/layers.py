@@ -223,9 +223,12 @@ def attend_to_prefix(queries, keys, values, positions, mask, *, window=0, bias=N
 
     So the cost of attention depends on the length of the text, not on the cache's capacity. The switch contains only
     attention, which reads the cache; a switch around the forward pass would copy the cache in every step.
+
+    On a GPU every switch makes the host wait for the device, once per layer, so attention reads all of the cache.
     """
     # T tokens occupy at least T slots, so shorter prefixes need no branch; each branch is compiled in every layer.
     lengths = [length for length in kv_cache.prefixes(keys.shape[2]) if length >= queries.shape[2]]
+    lengths = lengths[-1:] if meshes.platform() == "gpu" else lengths
 
     def branch(length):
         def run(queries, keys, values, positions, mask):

@@ -115,10 +115,7 @@ def draft(
         probs = jax.tree.map(append, draft.probs, probs)
         return _Draft(draft.offset + 1, token, counts, done, failed, append(draft.tokens, token), probs, carry)
 
-    def unfinished(draft: _Draft) -> Bool[Array, ""]:
-        inside = (draft.offset > 0) & (draft.offset < gamma)
-        return inside & ~jnp.all(draft.done) if may_end_early else inside
-
+    unfinished = lambda draft: (draft.offset > 0) & (draft.offset < gamma) & ~jnp.all(draft.done)
     draw_first = functools.partial(draw_next, lambda token, offset, carry: first(carry))
     progress = _empty(context, gamma, first, carry, may_end_early)
     if limit is None:
@@ -129,7 +126,11 @@ def draft(
         progress = dataclasses.replace(progress, done=progress.done | (limit <= 0))
         may_draft = lambda draft: (draft.offset == 0) & ~jnp.all(draft.done)
         progress = jax.lax.while_loop(may_draft, draw_first, progress)
-    progress = jax.lax.while_loop(unfinished, functools.partial(draw_next, step), progress)
+    draw_next = functools.partial(draw_next, step)
+    if may_end_early:
+        progress = jax.lax.while_loop(unfinished, draw_next, progress)
+    else:  # a number of iterations that is known at compile time, so the host need not wait for a predicate on a GPU
+        progress = jax.lax.fori_loop(1, gamma, lambda _, draft: draw_next(draft), progress)
     tokens, probs = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), (progress.tokens, progress.probs))
     failed = progress.failed & context.live
     return Proposal(tokens, probs, progress.counts, failed, vocabulary=vocabulary), progress.carry

@@ -1,0 +1,146 @@
+"""The decoding loop lowered for a GPU: where the host has to wait for the device. No GPU is needed.
+
+For every conditional, and for every loop whose number of iterations is not constant, XLA makes the host read a
+predicate from the GPU, which then idles.
+"""
+
+import collections
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+from jaxlib.mlir import ir
+
+from specjax.decoding import loop
+from specjax.decoding.sampling import Sampling, row_keys
+from specjax.models import kv_cache
+from specjax.runtime import mesh as meshes
+
+BATCH, SLOTS, GAMMA, CAPACITY = 2, 6, 3, 512
+GPU = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
+MESH = jax.sharding.AbstractMesh(
+    (1, 1, 1), meshes.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3, abstract_device=GPU
+)
+
+
+def operations(plan, arrays, structure) -> list:
+    """All operations of the program to which `loop.run` is lowered for a GPU."""
+    run = jax.jit(lambda *arrays: loop.run(plan, *jax.tree.unflatten(structure, arrays)))
+    with jax.sharding.use_abstract_mesh(MESH):
+        traced = run.trace(*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in map(jnp.asarray, arrays)))
+        module = traced.lower(lowering_platforms=("cuda",)).compiler_ir("stablehlo")
+    collected = []
+
+    def walk(operation):
+        collected.append(operation)
+        for region in operation.regions:
+            for block in region:
+                for inner in block:
+                    walk(inner.operation)
+
+    walk(module.operation)
+    return collected
+
+
+def waits(*arguments) -> dict[str, int]:
+    """Number of conditionals and of loops with a predicate in the program."""
+    counts = collections.Counter()
+    for operation in operations(*arguments):
+        if operation.name in ("stablehlo.case", "stablehlo.if"):
+            counts["conditionals"] += 1
+        elif operation.name == "stablehlo.while":
+            counts["constant" if has_constant_bound(operation) else "predicates"] += 1
+    return {"conditionals": counts["conditionals"], "predicates": counts["predicates"]}
+
+
+def has_constant_bound(loop_operation) -> bool:
+    """Whether a loop counts by a constant up to a constant, as those of `fori_loop` and `scan` do."""
+    condition, body = (region.blocks[0] for region in loop_operation.regions)
+    compared = condition.operations[len(condition.operations) - 1].operands[0].owner
+    if compared.name != "stablehlo.compare" or not is_constant(compared.operands[1]):
+        return False
+    counter = list(condition.arguments).index(compared.operands[0])
+    grown = body.operations[len(body.operations) - 1].operands[counter].owner
+    return grown.name == "stablehlo.add" and is_constant(grown.operands[1])
+
+
+def is_constant(value) -> bool:
+    return not isinstance(value.owner, ir.Block) and value.owner.name == "stablehlo.constant"
+
+
+def zeros_of(function, *args):
+    """The result of a function with zeros in all arrays, without a compilation."""
+    structures = []
+
+    def flattened(*args):
+        arrays, structure = jax.tree.flatten(function(*args))
+        structures.append(structure)
+        return arrays
+
+    shapes = jax.eval_shape(flattened, *args)
+    is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    zero = lambda x: jax.random.split(jax.random.key(0), x.shape) if is_key(x) else jnp.zeros(x.shape, x.dtype)
+    return jax.tree.unflatten(structures[0], map(zero, shapes))
+
+
+@functools.cache
+def models():
+    target, params = tiny.decoder(1)
+    adapter, adapter_params = tiny.adapter(target)
+    return target, params, adapter, adapter_params
+
+
+def arguments(kind: str, gamma: int = GAMMA, rule: str = "lossless", greedy: bool = False, sampling=None, **options):
+    """The arguments of `loop.run` as shapes; attention's switch would have two branches at this capacity."""
+    target, params, adapter, adapter_params = models()
+    options = {**tiny.drafter_options(kind, target, adapter=adapter), **options}
+    plan = tiny.plan(
+        target,
+        kind,
+        options,
+        gamma=gamma,
+        slots=SLOTS,
+        max_new=CAPACITY - SLOTS - gamma - 1,
+        rule=rule,
+        greedy=greedy,
+    )
+    assert len(kv_cache.prefixes(plan.capacity)) > 1
+    own = adapter_params if kind == "kangaroo" else tiny.draft_params_of(kind, target, params, params)
+    texts, lengths = tiny.prompts(3, BATCH, SLOTS, target.vocab_size)
+    sampling = Sampling.of(0.0 if greedy else 1.0, **(sampling or {}))
+    keys = row_keys(0, jnp.arange(BATCH))
+    start = lambda params, own: loop.prefill(plan, params, own, texts, lengths, keys)
+    return plan, *jax.tree.flatten((params, own, zeros_of(start, params, own), sampling, tiny.limits(BATCH, 8)))
+
+
+ONCE = {"conditionals": 0, "predicates": 1}
+SLOW = pytest.mark.slow
+FIXED = {
+    "plain": dict(kind="ngram", gamma=0, sampling={"top_p": 0.9}),
+    "greedy": dict(kind="model", greedy=True),
+    "sampled": dict(kind="model"),
+    "coupled": dict(kind="model", rule="coupled", sampling={"top_k": 5, "top_p": 0.9, "min_p": 0.1}),
+    "kangaroo": dict(kind="kangaroo", greedy=True),
+    "medusa": dict(kind="medusa", greedy=True),
+    "ngram": dict(kind="ngram", greedy=True),
+    "early_exit": dict(kind="early_exit", greedy=True),
+    "skip_layers": dict(kind="skip_layers", greedy=True),
+}
+
+
+@pytest.mark.parametrize("case", [*list(FIXED)[:5], *(pytest.param(case, marks=SLOW) for case in list(FIXED)[5:])])
+def test_a_block_of_a_fixed_draft_length_waits_once(case):
+    """For the predicate of the loop over blocks."""
+    assert waits(*arguments(**FIXED[case])) == ONCE
+
+
+@pytest.mark.parametrize("kind", ["model", pytest.param("kangaroo", marks=SLOW)])
+def test_a_draft_that_can_stop_waits_for_that_loops_predicate_too(kind):
+    assert waits(*arguments(kind, greedy=True, sampling={"threshold": 0.5}, threshold=0.5)) == {**ONCE, "predicates": 2}
+
+
+def test_an_adaptive_draft_waits_to_know_if_it_drafts_and_if_it_catches_up():
+    how = {"adaptive": True, "sampling": {"costs": (1.0,) * (GAMMA + 1)}}
+    assert waits(*arguments("model", greedy=True, **how)) == {**ONCE, "predicates": 4}
