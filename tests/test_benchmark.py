@@ -1,7 +1,12 @@
 """The benchmark measures what it says: every table is there, and what is compared is the same work."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import flags
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,6 +42,33 @@ def test_a_run_leaves_a_row_for_every_setting(tmp_path, capsys):
     assert len(of("context")) == len(config.context.contexts) + len(config.context.capacities)
     assert all(value > 0 for row in results["rows"] for key, value in row.items() if "second" in key)
     assert "verification" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_accelerators_script_leaves_a_record_of_every_part(tmp_path):
+    parts = ["bandwidth", "large_plain", "large_speculative", "greedy_identity", "on_policy_step", "profile"]
+    given = {"PYTHON": sys.executable, "SMOKE": "1", "SCALE": "5", "PARTS": " ".join(parts), "XLA_FLAGS": flags.QUICK}
+    script = CONFIG.parents[2] / "launch" / "accelerator.sh"
+    run = subprocess.run([script, tmp_path], env=os.environ | given, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert [line.split(":")[0] for line in run.stdout.splitlines()] == parts
+    rows = {name: json.loads((tmp_path / f"{name}.json").read_text())["rows"] for name in parts}
+    assert all(rows.values())
+    assert rows["greedy_identity"][0]["equal"] == rows["greedy_identity"][0]["of"]
+
+
+def test_a_table_that_outgrows_the_device_ends_with_a_line_and_the_next_one_runs(tmp_path, monkeypatch, caplog):
+    def outgrows(config):
+        yield {"model": "small", "seconds": 1.0}
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 99 bytes.")
+
+    fits = lambda config: [{"model": "next", "seconds": 2.0}]
+    monkeypatch.setattr(benchmark, "BENCHMARKS", {"outgrows": outgrows, "fits": fits})
+    config = smoke()
+    config.tables = ("outgrows", "fits")
+    rows = benchmark.run(config, tmp_path)["rows"]
+    assert [row["model"] for row in rows] == ["small", "next"]
+    assert "the device has no memory" in caplog.text
 
 
 def test_the_minimal_loop_emits_what_ours_emits():

@@ -8,22 +8,25 @@ turns, so that a slow phase of the machine affects all of them.
 
 import functools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 
+from configs.benchmark import measure_accelerator
+from configs.benchmark.measure_accelerator import random_model
 from configs.benchmark.measure_loading import loading
 from configs.benchmark.measure_memory import distillation_memory
+from configs.benchmark.measure_transformers import transformers_decoding, transformers_step
 from configs.benchmark.timed_steps import TimedStep, in_turns, step_case
 from specjax.decoding import loop
 from specjax.decoding.drafters.model import ModelDraft
 from specjax.decoding.drafters.table import build_drafter
 from specjax.decoding.plan import Plan
 from specjax.decoding.sampling import Sampling, row_keys
-from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder, Params
 from specjax.reporting import records, tables
 from specjax.runtime import cli, processes
@@ -46,14 +49,24 @@ def run(config: Any, workdir: str | Path) -> dict:
     if meshes.make_mesh(config.mesh).size > 1 and set(config.tables) - {"loading"}:
         raise UserError("all benchmarks but loading are of one device; set mesh.data, mesh.fsdp and mesh.tensor to 1")
     rows = []
+    write = lambda: records.write_results(
+        Path(workdir) / "results.json", binary="benchmark", config=configs.to_plain(config), rows=rows
+    )
     with progress(config.tables, total=len(config.tables), description="benchmark", unit="table") as bar:
         for name in bar:
-            measured = [{"benchmark": name, **row} for row in BENCHMARKS[name](config)]
-            columns = [key for key in measured[0] if key != "benchmark"]
+            measured = []
+            try:
+                for row in BENCHMARKS[name](config):
+                    measured.append({"benchmark": name, **row})
+                    rows.append(measured[-1])
+                    write()  # after every row, so that a run which is cut off leaves what it measured
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                logging.warning("%s ends here, because the device has no memory for its next row: %s", name, error)
+            columns = [key for key in (measured or [{}])[0] if key != "benchmark"]
             print(f"\n{tables.heading(name)}\n{tables.aligned_table(measured, columns)}", flush=True)
-            rows += measured
-    path = Path(workdir) / "results.json"
-    return records.write_results(path, binary="benchmark", config=configs.to_plain(config), rows=rows)
+    return write()
 
 
 def plain_decoding(config: Any) -> list[dict]:
@@ -64,7 +77,7 @@ def plain_decoding(config: Any) -> list[dict]:
     section, rows = config.plain, []
     new_tokens = section.new_tokens
     for name in section.models:
-        model, params = _model(config, name)
+        model, params = random_model(config, name)
         fresh, ours = _decoding(config, (model, params), None, section, 1, 0, 0)
         minimal = lambda state, model=model, params=params: _minimal_loop(
             model, new_tokens, params, state.target_cache, state.tokens, state.lengths[0]
@@ -163,7 +176,7 @@ def verification(config: Any) -> list[dict]:
 
 def _step_seconds(config: Any, name: str, settings: Sequence[tuple[int, int, int]]) -> tuple[int, list[list[float]]]:
     """A model's parameters, and its seconds per step for each (tokens, context, capacity), all in turns."""
-    (model, params), cases = _model(config, name), []
+    (model, params), cases = random_model(config, name), []
     for width, context, capacity in settings:
         if context + width - 1 > capacity:
             raise UserError(f"a context of {context} tokens and {width} more do not fit a capacity of {capacity}")
@@ -176,7 +189,7 @@ def _step_seconds(config: Any, name: str, settings: Sequence[tuple[int, int, int
 def blocks(config: Any) -> list[dict]:
     """Seconds of a block (propose, verify, rule, commit) of a model drafter, by gamma and batch size."""
     section, rows = config.blocks, []
-    target, draft = _model(config, section.target), _model(config, section.draft)
+    target, draft = random_model(config, section.target), random_model(config, section.draft)
     largest = max(section.gammas)
     for size in section.batch_sizes:
         cases = [_decoding(config, target, draft, section, size, gamma, largest) for gamma in section.gammas]
@@ -200,21 +213,22 @@ def context(config: Any) -> list[dict]:
     return rows
 
 
-BENCHMARKS: dict[str, Callable[[Any], list[dict]]] = {
+BENCHMARKS: dict[str, Callable[[Any], Iterable[dict]]] = {
     "plain_decoding": plain_decoding,
     "verification": verification,
     "blocks": blocks,
     "context": context,
     "distillation_memory": distillation_memory,
     "loading": loading,
+    "bandwidth": measure_accelerator.bandwidth,
+    "large_plain": measure_accelerator.large_plain,
+    "large_speculative": measure_accelerator.large_speculative,
+    "greedy_identity": measure_accelerator.greedy_identity,
+    "on_policy_step": measure_accelerator.on_policy_step,
+    "profile": measure_accelerator.profile,
+    "transformers_decoding": transformers_decoding,
+    "transformers_step": transformers_step,
 }
-
-
-def _model(config: Any, name: str) -> tuple[Decoder, Params]:
-    if name not in config.models:
-        raise UserError(f'the config describes no model "{name}"{nearest(name, config.models.keys())}')
-    model = Decoder(DecoderConfig.llama(**config.models[name].to_dict()))
-    return model, model.init(jax.random.key(config.seed))
 
 
 if __name__ == "__main__":
