@@ -258,7 +258,7 @@ def test_one_compile_serves_all_costs_and_a_draft_that_cannot_pay_runs_no_layer(
     for costs in ((0.01, 0.01), (0.3, 0.1), (2.0, 0.1)):
         adjust = Sampling.of(1.0, costs=block_costs(*costs, 3))
         state = tiny.decode(plan, params, draft, pair.texts[:64], pair.lengths[:64], 12, adjust=adjust)
-        sizes.add((compiled_prefill._cache_size(), loop.run._cache_size()))
+        sizes.add((compiled_prefill._cache_size(), loop.compiled_run._cache_size()))
         drafted.append(int(state.statistics.drafted.sum()))
         states.append(state)
     assert len(sizes) == 1

@@ -24,7 +24,7 @@ def test_blocks_of_every_length_are_timed_by_one_executable_before_any_text(mode
     target, params, _, _ = models
     own, options = tiny.heads_params(target, params), {"adapter": tiny.heads(target), "adaptive": True}
     plan = tiny.plan(target, "medusa", options, gamma=2, slots=32, max_new=16, greedy=True, spare=32)
-    before = loop.run._cache_size()
+    before = loop.compiled_run._cache_size()
     costs = prediction.measure_block_costs(
         Method(plan, params, own, Sampling.of(0.0)),
         [[1, 2, 3], [4, 5]],
@@ -34,7 +34,7 @@ def test_blocks_of_every_length_are_timed_by_one_executable_before_any_text(mode
         seed=0,
         put=batch.HERE,
     )
-    assert loop.run._cache_size() == before + 1
+    assert loop.compiled_run._cache_size() == before + 1
     assert costs.shape == (3,) and np.all(np.asarray(costs) > 0) and costs.dtype == jnp.float32
     # They serve a run of that plan.
     texts, lengths = tiny.prompts(3, 2, 6, 24)

@@ -9,6 +9,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import tiny
 from jaxlib.mlir import ir
@@ -144,3 +145,28 @@ def test_a_draft_that_can_stop_waits_for_that_loops_predicate_too(kind):
 def test_an_adaptive_draft_waits_to_know_if_it_drafts_and_if_it_catches_up():
     how = {"adaptive": True, "sampling": {"costs": (1.0,) * (GAMMA + 1)}}
     assert waits(*arguments("model", greedy=True, **how)) == {**ONCE, "predicates": 4}
+
+
+def test_a_text_that_outgrows_a_prefix_continues_in_the_next_one(monkeypatch):
+    """Texts and caches are those of one loop over all slots, also in the longer row, which ends first."""
+    target, params, _, _ = models()
+    plan = tiny.plan(target, "model", {"model": target}, gamma=GAMMA, slots=12, max_new=40, greedy=True)
+    limits = np.asarray([40, 20])  # with a draft that is always right, the row of 12 tokens ends at 32
+    how = plan, params, params, *tiny.prompts(3, BATCH, 12, target.vocab_size)
+    prefixes, run = [], loop.compiled_run
+    monkeypatch.setattr(meshes, "platform", lambda: "gpu")
+    monkeypatch.setattr(loop, "SMALLEST_CAPACITY", 16)
+    whole = tiny.decode(*how, limits)
+    monkeypatch.setattr(kv_cache, "prefixes", lambda capacity: [8, 32, capacity])
+    monkeypatch.setattr(loop, "compiled_run", lambda *args: prefixes.append(args[-1]) or run(*args))
+    by_prefix = tiny.decode(*how, limits)
+    assert prefixes == [32, plan.capacity]
+    assert tiny.texts_of(by_prefix) == tiny.texts_of(whole)
+    np.testing.assert_array_equal(by_prefix.statistics.accepted_at, whole.statistics.accepted_at)
+    for state in (by_prefix.target_cache, whole.target_cache), (by_prefix.drafter_state, whole.drafter_state):
+        one, other = (np.asarray(cache.keys[1]) for cache in state)
+        for row, length in enumerate(np.asarray(whole.lengths) - 2):
+            np.testing.assert_allclose(one[row, :, :length], other[row, :, :length], atol=1e-3)
+    assert loop.prefix_for(plan, whole) == plan.capacity
+    monkeypatch.setattr(meshes, "platform", lambda: "cpu")
+    assert loop.prefix_for(plan, by_prefix) == plan.capacity

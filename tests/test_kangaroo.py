@@ -248,7 +248,7 @@ def test_one_compile_serves_every_threshold(models, pair):
         adjust, limits = Sampling.of(0.0, threshold=threshold), row_limits(lossless.BATCH, 24)
         state = tiny.decode(plan, params, adapter_params, pair.texts, pair.lengths, limits, eos=EOS, adjust=adjust)
         drafted.append(int(state.statistics.drafted.sum()))
-        sizes.add((compiled_prefill._cache_size(), loop.run._cache_size()))
+        sizes.add((compiled_prefill._cache_size(), loop.compiled_run._cache_size()))
     assert len(sizes) == 1
     assert drafted[0] > drafted[1] > drafted[2] >= drafted[3]
 

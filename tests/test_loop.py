@@ -148,17 +148,17 @@ def test_one_compile_serves_every_prompt_length_and_every_traced_setting(models,
     plan, both = make_plan(models, kind, 3), (models[1], tiny.draft_params_of(kind, *models))
     texts, lengths = tiny.prompts(3, BATCH, SLOTS, VOCAB)
     tiny.decode(plan, *both, texts, lengths, MAX_NEW, eos=(5,))
-    compiled = compiled_prefill._cache_size(), loop.run._cache_size()
+    compiled = compiled_prefill._cache_size(), loop.compiled_run._cache_size()
     for i, temperature in enumerate((0.3, 2.0)):
         texts, lengths = tiny.prompts(20 + i, BATCH, SLOTS, VOCAB)
         tiny.decode(plan, *both, texts, lengths, 3 + i, eos=(i,), seed=i, adjust=Sampling.of(temperature))
     equal_plan = make_plan(models, kind, 3)
     tiny.decode(equal_plan, *both, texts, lengths, np.arange(BATCH), eos=(1,))
-    assert (compiled_prefill._cache_size(), loop.run._cache_size()) == compiled
+    assert (compiled_prefill._cache_size(), loop.compiled_run._cache_size()) == compiled
     # A capacity that no other test uses, so that this has to compile.
     other = make_plan(models, "ngram", 0, spare=1 + KINDS.index(kind))
     tiny.decode(other, *both, texts, lengths, MAX_NEW, eos=(5,))
-    assert (compiled_prefill._cache_size(), loop.run._cache_size()) == (compiled[0] + 1, compiled[1] + 1)
+    assert (compiled_prefill._cache_size(), loop.compiled_run._cache_size()) == (compiled[0] + 1, compiled[1] + 1)
 
 
 # --- counts --------------------------------------------------------------------------------------------------------

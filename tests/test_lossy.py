@@ -246,10 +246,10 @@ def test_every_greedy_lossy_token_is_the_argmax_or_drafted_and_allowed(models):
 
 def test_one_compile_serves_every_lenience(models):
     decode(models, "lenient_exp", 0.5)
-    compiled = compiled_prefill._cache_size(), loop.run._cache_size()
+    compiled = compiled_prefill._cache_size(), loop.compiled_run._cache_size()
     for lenience in (1.0, 0.25, 1e-6):
         decode(models, "lenient_exp", lenience)
-    assert (compiled_prefill._cache_size(), loop.run._cache_size()) == compiled
+    assert (compiled_prefill._cache_size(), loop.compiled_run._cache_size()) == compiled
 
 
 @dataclasses.dataclass(frozen=True)

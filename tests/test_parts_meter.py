@@ -83,11 +83,11 @@ def test_parts_are_timed_without_another_program_that_calls_the_target():
     prompts = [[1, 2, 3, 4], [4, 5, 6]]
     run = dict(max_new_tokens=8, eos_ids=(7,), seed=0)
     emitted = [method.decode(prompts, 0, 2, **run)[1].tokens for method in methods]
-    programs = latency.loop.run._cache_size(), latency._repeat._cache_size()
+    programs = latency.loop.compiled_run._cache_size(), latency._repeat._cache_size()
     how = dict(batch_size=2, eos_ids=(7,), seed=0, put=batch.HERE)
     meter = prediction.parts_meter(methods[0], methods[1:], prompts, emitted[0], **how)
     meter.keep_up(0.0)
-    assert (latency.loop.run._cache_size(), latency._repeat._cache_size() - 2) == programs
+    assert (latency.loop.compiled_run._cache_size(), latency._repeat._cache_size() - 2) == programs
     parts = meter.parts(methods[1].plan, [(1.0, 10)], [(1.0, 20)], 0)
     assert 0 <= parts.draft_step < 0.05 and 0 <= parts.rule < 0.1 and parts.verify <= 0.1
     assert len(meter._timings[methods[1].plan].drafting) == latency._REPEATS

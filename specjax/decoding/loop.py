@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from specjax.decoding.drafters.base import Context, Outcome, Proposal
-from specjax.decoding.plan import Plan
+from specjax.decoding.plan import SMALLEST_CAPACITY, Plan
 from specjax.decoding.prefill import ACCEPTED, BONUS, ORIGINS, RECOVERED, DecodeState, prefill, through_target
 from specjax.decoding.rules import LossyInputs
 from specjax.decoding.sampling import Noise, Sampling, finite_rows, probabilities
@@ -213,17 +213,49 @@ def block(
     return accept_and_commit(plan, draft_params, state, proposal, logits, taps, noise, sampling, limits)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
 def run(
     plan: Plan, params: Any, draft_params: Any, state: DecodeState, sampling: Sampling, limits: Limits
 ) -> DecodeState:
-    """Runs blocks in one `while_loop` until all rows have ended or `limits.iterations` is reached. Donates `state`."""
+    """Runs blocks until all rows have ended or `limits.iterations` is reached. Donates `state`.
+
+    On a GPU a compiled loop ends where the texts outgrow its prefix of the caches, and the next one takes over.
+    """
+    while True:
+        prefix = prefix_for(plan, state)
+        state = compiled_run(plan, params, draft_params, state, sampling, limits, prefix)
+        if prefix == plan.capacity or jnp.all(state.done) or state.iterations >= limits.iterations:
+            return state
+
+
+def prefix_for(plan: Plan, state: DecodeState) -> int:
+    """The number of first slots of the caches that the next block needs, as `compiled_run` takes it.
+
+    On a GPU it is the smallest of `kv_cache.prefixes`, at least the smallest capacity, with room for a block in every
+    row; so attention reads no more than this without a switch. Elsewhere, and under `jit`, it is the capacity.
+    """
+    prefixes = [length for length in kv_cache.prefixes(plan.capacity) if length >= SMALLEST_CAPACITY]
+    if len(prefixes) < 2 or meshes.platform() != "gpu" or isinstance(state.lengths, jax.core.Tracer):
+        return plan.capacity
+    longest = int(jnp.max(state.lengths))
+    return next((prefix for prefix in prefixes if longest + plan.gamma < prefix), plan.capacity)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 6), donate_argnums=3)
+def compiled_run(
+    plan: Plan, params: Any, draft_params: Any, state: DecodeState, sampling: Sampling, limits: Limits, prefix: int
+) -> DecodeState:
+    """`run` in one `while_loop` over copies of the first `prefix` slots of the caches; it also ends if these fill up.
+
+    Rows that have ended write slots too, so the longest of all rows counts.
+    """
     state = dataclasses.replace(state, done=state.done | (limits.max_new_tokens <= 0))
-    return jax.lax.while_loop(
-        lambda state: ~jnp.all(state.done) & (state.iterations < limits.iterations),
-        lambda state: block(plan, params, draft_params, state, sampling, limits),
-        state,
-    )
+
+    def unfinished(state: DecodeState):
+        unfinished = ~jnp.all(state.done) & (state.iterations < limits.iterations)
+        return unfinished if prefix == plan.capacity else unfinished & (jnp.max(state.lengths) + plan.gamma < prefix)
+
+    step = lambda state: block(plan, params, draft_params, state, sampling, limits)
+    return kv_cache.restored(state, jax.lax.while_loop(unfinished, step, kv_cache.shortened(state, prefix)))
 
 
 def sample(

@@ -104,8 +104,8 @@ def _noise(plan: Plan, state: loop.DecodeState) -> Noise:
     return Noise(state.row_keys, state.lengths, plan.greedy, plan.rule.shared_noise)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-def _repeat(plan, params, draft_params, state, example, sampling, limits, proposals, rules):
+@functools.partial(jax.jit, static_argnums=(0, 9), donate_argnums=3)
+def _repeat(plan, params, draft_params, state, example, sampling, limits, proposals, rules, prefix):
     """Runs `proposals` times the drafter, then `rules` times rule and commit on `example`, always at the same lengths.
 
     Each repetition depends on the previous one; otherwise the compiler would hoist it.
@@ -130,9 +130,10 @@ def _repeat(plan, params, draft_params, state, example, sampling, limits, propos
         after = loop.accept_and_commit(plan, draft_params, state, proposal, moved, taps, noise, sampling, limits)
         return dataclasses.replace(after, done=state.done, lengths=state.lengths)
 
+    after = kv_cache.shortened(state, prefix)
     if plan.gamma:
-        state = jax.lax.fori_loop(0, proposals, propose, state)
-    return jax.lax.fori_loop(0, rules, rule, state)
+        after = jax.lax.fori_loop(0, proposals, propose, after)
+    return kv_cache.restored(state, jax.lax.fori_loop(0, rules, rule, after))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +192,7 @@ class PartsMeter:
             rows.limits,
             jnp.int32(proposals),
             jnp.int32(rules),
+            loop.prefix_for(method.plan, state),
         )
         state = jax.block_until_ready(call(state, 1, 1))  # compiles
         step = jax.block_until_ready(rows.run(self._plain, step, 1))

@@ -94,6 +94,10 @@ def _is_meter(node: Any) -> bool:
     return isinstance(node, Meter)
 
 
+def _is_cache(node: Any) -> bool:
+    return isinstance(node, Cache)
+
+
 def counting(tree: Any, counted: Int[Array, "B"]) -> Any:
     """Sets `Meter.counted` in every meter of a tree, for the calls that follow."""
     change = lambda node: dataclasses.replace(node, counted=counted) if _is_meter(node) else node
@@ -112,8 +116,30 @@ def meters(tree: Any) -> list[Meter]:
 
 def depends_on_prompt(tree: Any) -> bool:
     """Whether a cache of this tree has keys whose rotation depends on the length of the prompt."""
-    caches = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, Cache))
-    return any(isinstance(node, Cache) and node.prompt_lengths is not None for node in caches)
+    caches = jax.tree.leaves(tree, is_leaf=_is_cache)
+    return any(_is_cache(node) and node.prompt_lengths is not None for node in caches)
+
+
+def shortened(tree: Any, slots: int) -> Any:
+    """Replaces every longer cache of a tree with a copy of its first slots."""
+    cut = lambda arrays: tuple(x[:, :, :slots] if x.shape[2] > slots else x for x in arrays)
+    change = lambda node: dataclasses.replace(node, keys=cut(node.keys), values=cut(node.values))
+    return jax.tree.map(lambda x: change(x) if _is_cache(x) else x, tree, is_leaf=_is_cache)
+
+
+def restored(tree: Any, short: Any) -> Any:
+    """`short` with the caches of `tree`, into whose first slots those of `short` are written."""
+    write = lambda old, new: tuple(
+        part if part.shape == x.shape else jax.lax.dynamic_update_slice_in_dim(x, part, 0, 2)
+        for x, part in zip(old, new, strict=True)
+    )
+
+    def change(old, new):
+        if not _is_cache(old):
+            return new
+        return dataclasses.replace(new, keys=write(old.keys, new.keys), values=write(old.values, new.values))
+
+    return jax.tree.map(change, tree, short, is_leaf=_is_cache)
 
 
 def write_rows(array: jax.Array, new: jax.Array, start: Int[Array, "B"], *, axis: int) -> jax.Array:

@@ -235,7 +235,9 @@ class DecodingStage:
         """Lowers the decoding loop, as `loop.run` compiles it."""
         limits = loop.Limits(rows(self.mesh, self.batch), replicated(jax.ShapeDtypeStruct((1,), jnp.int32), self.mesh))
         sampling = replicated(jax.eval_shape(lambda: self.sampling), self.mesh)
-        return loop.run.lower(self.plan, self.params, self.draft_params, self._state, sampling, limits)
+        return loop.compiled_run.lower(
+            self.plan, self.params, self.draft_params, self._state, sampling, limits, self.plan.capacity
+        )
 
     def resident_on(self, mesh: AnyMesh) -> dict[str, int]:
         """Bytes on one chip of a mesh while it decodes. Raises UserError if something does not divide over it."""
@@ -293,4 +295,6 @@ def decoding_executables(decoding: DecodingStage) -> Iterator[Executable]:
             return decoding.plan.gamma - 1  # the first token is drafted before the loop
         return hlo.ONE_OF_THEM if source.endswith("/verify/while") else None
 
-    yield Executable("decode block", decoding.lower_loop, trip_counts=trip_counts, loop="jit(run)/while", **shared)
+    yield Executable(
+        "decode block", decoding.lower_loop, trip_counts=trip_counts, loop="jit(compiled_run)/while", **shared
+    )
