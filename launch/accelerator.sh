@@ -55,8 +55,8 @@ tests=(tests/test_rules.py tests/test_sampling.py tests/test_divergences.py test
 [[ -z ${SMOKE:-} ]] || tests=(tests/test_rules.py)
 workers=$(($(nproc) > 4 ? $(nproc) - 4 : $(nproc)))
 # In float32, whose products a GPU would otherwise round to 10 bits.
-part 120 exactness env JAX_DEFAULT_MATMUL_PRECISION=highest XLA_PYTHON_CLIENT_PREALLOCATE=false \
-  "$python" -m pytest -q -n "$workers" --junitxml="$out/exactness.xml" -m "not slow and not peers" "${tests[@]}"
+part 120 exactness env SPECJAX_SPREAD_TESTS=1 JAX_DEFAULT_MATMUL_PRECISION=highest XLA_PYTHON_CLIENT_PREALLOCATE=false \
+  "$python" -m pytest -q -p no:benchmark -n "$workers" --junitxml="$out/exactness.xml" -m "not slow and not peers" "${tests[@]}"
 table 30 bandwidth
 table 120 large_plain
 table 120 large_speculative

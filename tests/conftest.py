@@ -32,6 +32,8 @@ LONGEST = ("test_tpu", "test_smoke", "test_notebook", "test_exactness", "test_tr
 # Each test of these files is a run of its own, up to a minute and a half long: any free worker takes the next one. The
 # tests of every other file share fixtures, so they stay on one worker.
 SPREAD = ("test_smoke.py", "test_notebook.py")
+# With this, each test of any file: on a GPU with many cores compiling takes longer than the fixtures.
+SPREAD_ALL = bool(os.environ.get("SPECJAX_SPREAD_TESTS"))
 
 
 @pytest.hookimpl(trylast=True)
@@ -55,7 +57,7 @@ def pytest_xdist_make_scheduler(config, log):
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             file = nodeid.split("::", 1)[0]
-            return nodeid if file.endswith(SPREAD) else file
+            return nodeid if SPREAD_ALL or file.endswith(SPREAD) else file
 
     config.option.loadscopereorder = False  # by number of tests, which says little about time
     return ByFile(config, log)
@@ -65,7 +67,7 @@ def pytest_xdist_make_scheduler(config, log):
 def one_worker(request, tmp_path_factory):
     """Check that one worker runs all of a file: a later pytest or xdist might ignore our scheduler unnoticed."""
     worker = os.environ.get("PYTEST_XDIST_WORKER")
-    if worker is None or request.path.name in SPREAD:
+    if worker is None or SPREAD_ALL or request.path.name in SPREAD:
         return
     note = tmp_path_factory.getbasetemp().parent / f"{request.path.stem}.worker"  # in the folder of all workers
     if note.exists():

@@ -5,6 +5,7 @@ predicate from the GPU, which then idles.
 """
 
 import collections
+import dataclasses
 import functools
 
 import jax
@@ -170,3 +171,28 @@ def test_a_text_that_outgrows_a_prefix_continues_in_the_next_one(monkeypatch):
     assert loop.prefix_for(plan, whole) == plan.capacity
     monkeypatch.setattr(meshes, "platform", lambda: "cpu")
     assert loop.prefix_for(plan, by_prefix) == plan.capacity
+
+
+@pytest.mark.parametrize("kind", ["ngram", pytest.param("model", marks=SLOW)])
+def test_blocks_after_the_end_change_nothing(monkeypatch, kind):
+    """A GPU runs several blocks before the host looks; texts, counts and the number of blocks are those of a CPU."""
+    target, params, _, _ = models()
+    own = tiny.decoder(2)[1] if kind == "model" else None
+    states = {}
+    for spare, platform in enumerate(("cpu", "gpu")):  # another capacity is another program
+        monkeypatch.setattr(meshes, "platform", lambda platform=platform: platform)
+        how = {"gamma": GAMMA, "slots": 6, "max_new": 21 + spare, "greedy": False}
+        plan = tiny.plan(target, kind, tiny.drafter_options(kind, target), **how)
+        for limit in (3, 2**31 - 1):
+            texts, lengths = tiny.prompts(3, BATCH, 6, target.vocab_size)
+            state = loop.prefill(plan, params, own, texts, lengths, row_keys(0, jnp.arange(BATCH)))
+            limits = dataclasses.replace(tiny.limits(BATCH, 21), iterations=jnp.int32(limit))
+            states[platform, limit] = loop.run(plan, params, own, state, Sampling.of(1.0), limits)
+    for limit in (3, 2**31 - 1):
+        on_cpu, on_gpu = (states[platform, limit] for platform in ("cpu", "gpu"))
+        assert tiny.texts_of(on_gpu) == tiny.texts_of(on_cpu)
+        assert int(on_gpu.iterations) == int(on_cpu.iterations)
+        assert on_gpu.done.tolist() == on_cpu.done.tolist() == [limit > 3] * BATCH
+        for one, other in zip(*map(jax.tree.leaves, (on_gpu.statistics, on_cpu.statistics)), strict=True):
+            np.testing.assert_array_equal(one, other)
+    assert int(states["gpu", 3].iterations) == 3

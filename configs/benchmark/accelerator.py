@@ -45,7 +45,7 @@ def get_config(variant: str = "") -> ConfigDict:
     identity = {"dtypes": ("float32", "bfloat16"), "target": "1B", "draft": "100M", "gamma": 4, "batch_size": 8}
     config.greedy_identity = ConfigDict(identity)
     config.on_policy_step = ConfigDict({"target": "1B", "draft": "100M", "batch_size": 16})
-    config.profile = ConfigDict({"target": "1B", "draft": "100M", "gamma": 4, "batch_size": 1})
+    config.profile = ConfigDict({"target": "1B", "draft": "100M", "gamma": 4, "batch_sizes": (1, 8)})
     config.transformers_decoding = ConfigDict(
         {"models": ("1B",), "drafts": ("100M",), "batch_sizes": (1, 8), "gamma": 4}
     )
@@ -83,6 +83,6 @@ def _smoke(config: ConfigDict) -> ConfigDict:
     )
     config.greedy_identity.update({"dtypes": ("float32",), "gamma": 2, "batch_size": 2})
     config.on_policy_step.batch_size = 2
-    config.profile.gamma = 2
+    config.profile.update({"gamma": 2, "batch_sizes": (1,)})
     config.transformers_decoding.update({"batch_sizes": (1,), "gamma": 2})
     return config

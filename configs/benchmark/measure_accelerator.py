@@ -3,6 +3,7 @@ speculative decoding adds, where the device waits for the host, and the time of 
 
 import functools
 import itertools
+import re
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +38,20 @@ def random_model(config: Any, name: str, dtype: str = "") -> tuple[Decoder, Any]
         raise UserError(f'the config describes no model "{name}"{nearest(name, config.models.keys())}')
     changed = {"param_dtype": dtype, "compute_dtype": dtype} if dtype else {}
     model = Decoder(DecoderConfig.llama(**config.models[name].to_dict() | changed))
-    return model, model.init(jax.random.key(config.seed))
+    leaves, structure = jax.tree.flatten(jax.eval_shape(model.init, jax.random.key(0)))
+    # A program for each shape: one program for all of them took a minute to compile on a GPU.
+    keys = jax.random.split(jax.random.key(config.seed), len(leaves))
+    return model, jax.tree.unflatten(
+        structure, [_random(key, x.shape, x.dtype) for key, x in zip(keys, leaves, strict=True)]
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _random(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Kernels that leave the size of their inputs as it is; gains of 1."""
+    if len(shape) < 2:
+        return jnp.ones(shape, dtype)
+    return (jax.random.normal(key, shape, jnp.float32) * shape[-1] ** -0.5).astype(dtype)
 
 
 def bandwidth(config: Any) -> list[dict]:
@@ -194,27 +208,23 @@ def greedy_identity(config: Any) -> Iterator[dict]:
 
 
 def profile(config: Any) -> Iterator[dict]:
-    """Decodes under JAX's profiler: the share of time in which the device computes, and its pauses in a block.
+    """Decodes under JAX's profiler: the share of time in which the device computes, its pauses, and what takes longest.
 
     On CPU there is no device to trace, so that only the number of blocks is reported.
     """
     section = config.profile
     target, draft = random_model(config, section.target), random_model(config, section.draft)
-    rows = _rows(config, target[0], section.batch_size)
-    for gamma in (0, section.gamma):
-        method = rows.method(target[1], draft if gamma else None, gamma, 1.0)
+    for size, gamma in itertools.product(section.batch_sizes, (0, section.gamma)):
+        rows = _rows(config, target[0], size)
+        method = rows.method(target[1], draft if gamma else None, gamma, 1.0 if gamma else 0.0)
         rows.run(method, rows.state(method))
         state = jax.block_until_ready(rows.state(method))
         with tempfile.TemporaryDirectory() as folder:
             with jax.profiler.trace(folder):
                 state = jax.block_until_ready(rows.run(method, state))
             spans = _device_spans(next(Path(folder).rglob("*.xplane.pb")))
-        yield {
-            "target": section.target,
-            "draft": section.draft if gamma else "",
-            "gamma": gamma,
-            **_activity(spans, int(state.iterations)),
-        }
+        row = {"target": section.target, "draft": section.draft if gamma else "", "batch_size": size, "gamma": gamma}
+        yield row | _activity(spans, int(state.iterations))
 
 
 # Pauses of the device longer than this, in microseconds, are counted.
@@ -231,27 +241,27 @@ def _device_spans(path: Path) -> list[tuple[float, float, str]]:
 
 
 def _activity(spans: Sequence[tuple[float, float, str]], blocks: int) -> dict:
+    """What the device did in a block; times in microseconds."""
     if not spans:
         return {"blocks": blocks}
     busy, last, pauses = 0.0, spans[0][0], []
-    for start, end, _ in spans:
+    totals: dict[str, list[float]] = {}
+    for start, end, name in spans:
         if start - last > _PAUSE:
             pauses.append(start - last)
         busy += max(0.0, end - max(start, last))
         last = max(last, end)
-    totals: dict[str, float] = {}
-    for start, end, name in spans:
-        totals[name] = totals.get(name, 0.0) + end - start
-    longest = sorted(totals.items(), key=lambda item: -item[1])[:12]
+        totals.setdefault(re.sub(r"[._]\d+$", "", name), []).append(end - start)
+    longest = sorted(totals.items(), key=lambda item: -sum(item[1]))[:24]
     return {
         "blocks": blocks,
         "busy_share": busy / (last - spans[0][0]),
-        "microseconds_per_block": (last - spans[0][0]) / blocks,
-        "operations_per_block": len(spans) / blocks,
-        "pauses_per_block": len(pauses) / blocks,
-        "paused_microseconds_per_block": sum(pauses) / blocks,
-        "copies_to_host_per_block": sum("D2H" in name or "DtoH" in name for _, _, name in spans) / blocks,
-        "longest": {name: total / blocks for name, total in longest},
+        "block": (last - spans[0][0]) / blocks,
+        "operations": len(spans) / blocks,
+        "pauses": len(pauses) / blocks,
+        "paused": sum(pauses) / blocks,
+        "copies_to_host": sum("D2H" in name or "DtoH" in name for _, _, name in spans) / blocks,
+        "longest": [{"name": name, "times": len(each) / blocks, "total": sum(each) / blocks} for name, each in longest],
     }
 
 
