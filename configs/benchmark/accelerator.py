@@ -38,17 +38,14 @@ def get_config(variant: str = "") -> ConfigDict:
         }
     )
     config.bandwidth = ConfigDict({"megabytes": 2048})
-    config.large_plain = ConfigDict({"models": ("1B", "8B"), "batch_sizes": (1, 8, 32)})
-    config.large_speculative = ConfigDict(
-        {"pairs": (("1B", "100M"), ("8B", "750M")), "gamma": 4, "batch_sizes": (1, 8), "temperatures": (0.0, 1.0)}
-    )
+    config.large_plain = ConfigDict({"models": ("8B", "1B"), "batch_sizes": (1, 8)})
+    speculative = {"pairs": (("8B", "750M"),), "gamma": 4, "batch_sizes": (1,), "temperatures": (1.0,)}
+    config.large_speculative = ConfigDict(speculative)
     identity = {"dtypes": ("float32", "bfloat16"), "target": "1B", "draft": "100M", "gamma": 4, "batch_size": 8}
     config.greedy_identity = ConfigDict(identity)
     config.on_policy_step = ConfigDict({"target": "1B", "draft": "100M", "batch_size": 16})
-    config.profile = ConfigDict({"target": "1B", "draft": "100M", "gamma": 4, "batch_sizes": (1, 8)})
-    config.transformers_decoding = ConfigDict(
-        {"models": ("1B",), "drafts": ("100M",), "batch_sizes": (1, 8), "gamma": 4}
-    )
+    config.profile = ConfigDict({"target": "1B", "draft": "100M", "gamma": 4, "batch_sizes": (1,)})
+    config.transformers_decoding = ConfigDict({"models": ("1B",), "drafts": ("100M",), "batch_sizes": (1,), "gamma": 4})
     return _smoke(config) if variant else config
 
 

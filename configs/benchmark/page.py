@@ -34,6 +34,11 @@ def benchmark(record: Mapping) -> str:
     return "\n\n".join(f"{tables.heading(name)}\n\n{markdown(rows)}" for name, rows in parts.items())
 
 
+def accelerator(record: Mapping) -> str:
+    """The tables of `benchmark`, and the device they are of."""
+    return f"{benchmark(record)}\n\n{provenance(record)}"
+
+
 def peers(record: Mapping) -> str:
     """Tokens per second of each system at its best setting, and what was run."""
     table = tables.markdown_table(record["rows"], ("system", "setting", "tokens_per_second"))
@@ -63,6 +68,8 @@ def peers_distillation(record: Mapping) -> str:
 TABLES = {
     "quickstart": quickstart,
     "benchmark": benchmark,
+    "accelerator_plain": accelerator,
+    "accelerator_profile": accelerator,
     "peers": peers,
     "peers_distillation": peers_distillation,
 }
