@@ -20,6 +20,7 @@ class EnumeratedNoise(Noise):
 
     def __init__(self, uniforms):
         self.values = uniforms
+        self.greedy = False
         self.weights = None
 
     def uniforms(self, count):

@@ -157,9 +157,8 @@ class PositionNoise(Noise):
         self.values, self.lengths = values, lengths
 
     def choose(self, weights, offsets, stream):
-        at = self.values[np.arange(len(self.lengths)), self.lengths + np.asarray(offsets)]
-        below = np.cumsum(np.asarray(weights), axis=-1) <= at[:, None]
-        return jnp.asarray(below.sum(-1), jnp.int32)
+        at = jnp.asarray(self.values, jnp.float32)[np.arange(len(self.lengths)), self.lengths + offsets]
+        return jnp.sum(jnp.cumsum(weights, axis=-1) <= at[:, None], axis=-1, dtype=jnp.int32)
 
 
 @pytest.mark.parametrize("mixed", [False, True])

@@ -117,6 +117,17 @@ def _from_residual(
     return noise.choose(residual, num_accepted, Stream.RECOVER)
 
 
+def _accept_choices(
+    noise: Noise, proposal: Proposal, target_probs: Float[Array, "B gamma_plus_1 V"]
+) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
+    """Accepts the drafted tokens that equal the target's choices; the token after them is the target's choice."""
+    gamma = proposal.tokens.shape[1]
+    choose = lambda probs, offset: noise.choose(probs, jnp.full_like(noise.lengths, offset), Stream.RECOVER)
+    chosen = jax.vmap(choose, (1, 0), 1)(target_probs, jnp.arange(gamma + 1, dtype=jnp.int32))
+    num_accepted = _num_accepted(chosen[:, :gamma] == proposal.tokens, proposal)
+    return num_accepted, jnp.take_along_axis(chosen, num_accepted[:, None], axis=1)[:, 0]
+
+
 @dataclasses.dataclass(frozen=True)
 class Lossless(Rule):
     """Speculative sampling (arXiv 2211.17192, algorithm 1): accept y iff r * draft(y) < target(y).
@@ -127,6 +138,8 @@ class Lossless(Rule):
     """
 
     def __call__(self, noise, proposal, target_probs, inputs):
+        if noise.greedy:
+            return _accept_choices(noise, proposal, target_probs)
         uniforms = noise.uniforms(proposal.tokens.shape[1])
         accepted = uniforms * _draft_at_tokens(proposal) < _at_tokens(target_probs, proposal)
         num_accepted = _num_accepted(accepted, proposal)
@@ -144,13 +157,7 @@ class Coupled(Rule):
     shared_noise = True
 
     def __call__(self, noise, proposal, target_probs, inputs):
-        batch, gamma = proposal.tokens.shape
-        choices = [
-            noise.choose(target_probs[:, i], jnp.full((batch,), i, jnp.int32), Stream.RECOVER) for i in range(gamma + 1)
-        ]
-        chosen = jnp.stack(choices, axis=1)
-        num_accepted = _num_accepted(chosen[:, :gamma] == proposal.tokens, proposal)
-        return num_accepted, jnp.take_along_axis(chosen, num_accepted[:, None], axis=1)[:, 0]
+        return _accept_choices(noise, proposal, target_probs)
 
 
 @dataclasses.dataclass(frozen=True)

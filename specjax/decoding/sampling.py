@@ -184,15 +184,14 @@ class Noise:
     greedy: bool = dataclasses.field(metadata={"static": True})
     shared: bool = dataclasses.field(metadata={"static": True})
 
-    def _keys(self, offsets: Int[Array, "B"], stream: Stream) -> Key[Array, "B"]:
+    def _keys(self, offsets: Int[Array, "B"] | Int[Array, ""], stream: Stream) -> Key[Array, "B"]:
         fold = jax.vmap(lambda key, position: jax.random.fold_in(jax.random.fold_in(key, position), stream))
         return fold(self.row_keys, self.lengths + offsets)
 
     def uniforms(self, count: int) -> Float[Array, "B count"]:
         """Uniform numbers in [0, 1) for accepting the first `count` drafted tokens of the block."""
-        keys = [self._keys(jnp.full_like(self.lengths, offset), Stream.ACCEPT) for offset in range(count)]
-        draws = [jax.vmap(jax.random.uniform)(key) for key in keys]
-        return jnp.stack(draws, axis=1) if draws else jnp.zeros((self.lengths.shape[0], 0), jnp.float32)
+        at = lambda offset: jax.vmap(jax.random.uniform)(self._keys(offset, Stream.ACCEPT))
+        return jax.vmap(at, out_axes=1)(jnp.arange(count, dtype=jnp.int32))
 
     def perturbed(self, weights: Float[Array, "B V"], offsets: Int[Array, "B"]) -> Float[Array, "B V"]:
         """Log-weights plus the Gumbel noise that draft and target share; their argmax is the rule `coupled`'s choice.

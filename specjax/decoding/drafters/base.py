@@ -15,11 +15,12 @@ from typing import Any, ClassVar
 import jax
 from jaxtyping import Array, Bool, Float, Int
 
-from specjax.decoding.sampling import Noise, Sampling, Stream, finite_rows, probabilities
+from specjax.decoding.sampling import Noise, Sampling, Stream, finite_rows, most_probable, probabilities
 from specjax.models.language_model import LanguageModel
 from specjax.models.vocabulary import DraftVocabulary, draft_vocabulary
 from specjax.runtime import checks
 from specjax.runtime.errors import UserError
+from specjax.runtime.mesh import pin_last
 
 
 @jax.tree_util.register_dataclass
@@ -109,17 +110,20 @@ class Context:
         Args:
           logits: over all ids, or over those of `vocabulary`.
         """
-        probs = probabilities(logits[:, None], self.sampling, greedy=self.noise.greedy)[:, 0]
+        if self.noise.greedy:
+            columns = most_probable(pin_last(logits, "vocab"))
+            return columns if vocabulary is None else jax.numpy.asarray(vocabulary.ids)[columns], None
+        probs = probabilities(logits[:, None], self.sampling, greedy=False)[:, 0]
         probs = jax.numpy.where(finite_rows(logits)[:, None], probs, 0)
         offsets = jax.numpy.full_like(self.lengths, offset)
         if vocabulary is None:
             tokens = self.noise.choose(probs, offsets, Stream.DRAFT)
-        elif self.noise.shared and not self.noise.greedy:  # the noise is that of the same ids in the target's draw
+        elif self.noise.shared:  # the noise is that of the same ids in the target's draw
             spread = vocabulary.spread(probs, self.vocab_size, 0.0)
             tokens = self.noise.choose(spread, offsets, Stream.DRAFT)
         else:
             tokens = jax.numpy.asarray(vocabulary.ids)[self.noise.choose(probs, offsets, Stream.DRAFT)]
-        return tokens, None if self.noise.greedy else probs
+        return tokens, probs
 
 
 @jax.tree_util.register_dataclass
