@@ -190,6 +190,8 @@ class Noise:
 
     def uniforms(self, count: int) -> Float[Array, "B count"]:
         """Uniform numbers in [0, 1) for accepting the first `count` drafted tokens of the block."""
+        if count == 0:
+            return jnp.zeros((self.lengths.shape[0], 0), jnp.float32)
         at = lambda offset: jax.vmap(jax.random.uniform)(self._keys(offset, Stream.ACCEPT))
         return jax.vmap(at, out_axes=1)(jnp.arange(count, dtype=jnp.int32))
 
