@@ -1,14 +1,16 @@
-"""Trains a Kangaroo adapter or Medusa heads for your checkpoint: a draft that shares the target's own layers.
+"""Trains a Kangaroo adapter, Medusa heads or an EAGLE-3 draft for your checkpoint: drafts on the target's states.
 
     python -m specjax.main --config=configs/adapter.py --workdir=runs/adapter \\
         --config.target=DIR --config.text=FILE
 
-`configs/adapter.py:medusa` trains Medusa heads in place of the adapter. The target is a Hugging Face checkpoint of a
-decoder-only family; it is not changed. The text is a file or a folder of files. For prompts with answers set
-`--config.task.name=prompt_completion`; configs/distillspec/README.md lists the layouts (conversations, Alpaca, ...).
+`configs/adapter.py:medusa` trains Medusa heads in place of the adapter, `configs/adapter.py:eagle3` an EAGLE-3 draft.
+The target is a Hugging Face checkpoint of a decoder-only family; it is not changed. The text is a file or a folder of
+files. For prompts with answers set `--config.task.name=prompt_completion`; configs/distillspec/README.md lists the
+layouts (conversations, Alpaca, ...).
 
 Kangaroo (arXiv 2404.18911) puts an adapter on the first `exit_layer` layers; Medusa-1 (arXiv 2401.10774, without its
-tree) puts heads on the last hidden state. The result is in runs/adapter/adapter/export: two small files that work with
+tree) puts heads on the last hidden state; EAGLE-3 (arXiv 2503.01840, as a chain) puts a layer on three of its states,
+which drafts token by token. The result is in runs/adapter/adapter/export: two small files that work with
 this target only (`api.load_adapter(DIR, target)`).
 
 Stages: `adapter`, and `evaluation` compared with plain decoding and with the same exit without an adapter.
@@ -16,7 +18,7 @@ Stages: `adapter`, and `evaluation` compared with plain decoding and with the sa
 Hardware: whatever holds the target; `--config.mesh.fsdp=8` splits it over 8 devices. Time: not timed. Expect text
 identical to plain decoding at temperature 0, and a speed-up if the target is deep: the paper exits after 1/16 to 1/10
 of the layers.
-`configs/adapter.py:smoke` and `configs/adapter.py:medusa-smoke` run in seconds with a small checkpoint.
+`configs/adapter.py:smoke`, `:medusa-smoke` and `:eagle3-smoke` run in seconds with a small checkpoint.
 """
 
 from ml_collections import ConfigDict
@@ -27,8 +29,8 @@ STEPS = 300
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    common.check_variant("adapter", variant, ("medusa", "smoke", "medusa-smoke"))
-    medusa = variant.startswith("medusa")
+    common.check_variant("adapter", variant, ("medusa", "eagle3", "smoke", "medusa-smoke", "eagle3-smoke"))
+    kind = variant.removesuffix("smoke").rstrip("-") or "adapter"
     config = ConfigDict()
     config.stages = ("adapter", "evaluation")
     config.seed = 0
@@ -40,11 +42,14 @@ def get_config(variant: str = "") -> ConfigDict:
     config.vocabulary = ""  # the only ids that the draft can draft: the export of configs/draft_design/vocabulary.py
 
     # On the corpus, with the target's probabilities. Of `model` only the dtypes are read: the shape is the target's.
-    config.adapter = common.distillation(target, "medusa" if medusa else "adapter", steps=STEPS)
+    config.adapter = common.distillation(target, kind, steps=STEPS)
     config.adapter.model.vocabulary = config.get_ref("vocabulary")
     config.adapter.data.update({"batch_size": 4, "fixed": 1.0, "draft": 0.0})
     config.adapter.train.update({"eval_every": STEPS // 2, "checkpoint_every": STEPS // 2})
-    if medusa:
+    if kind == "eagle3":
+        config.adapter.eagle3 = common.eagle3_draft()
+        drafters = {"eagle3": {"kind": "eagle3", "path": "stage:adapter", "rules": {"lossless": (2, 4)}}}
+    elif kind == "medusa":
         config.adapter.medusa = common.medusa_heads()
         drafters = {"medusa": {"kind": "medusa", "path": "stage:adapter", "rules": {"lossless": (2, 4)}}}
     else:

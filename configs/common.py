@@ -47,8 +47,8 @@ def training(steps: int, learning_rate: float, *, seed: int = 0) -> ConfigDict:
     config.tokenizer = ConfigDict({"path": "stage:target", "vocab_size": 1024})
     config.model = ConfigDict(
         {
-            # "random", or a checkpoint to continue from (its config.json then gives the shape). "adapter" and "medusa"
-            # train an attachment of the target, with the options in a section `adapter` or `medusa`.
+            # "random", or a checkpoint to continue from (its config.json then gives the shape). "adapter", "medusa" and
+            # "eagle3" train an attachment of the target, with the options in a section of that name.
             "init": "random",
             "encoder_layers": 0,  # above 0: an encoder-decoder like T5, without rope_theta and max_positions
             "layers": 1,
@@ -177,6 +177,18 @@ def kangaroo_adapter(exit_layer: Any, kind: str = "attention", own_head: bool = 
 def medusa_heads(heads: int = 4, own_head: bool = True) -> ConfigDict:
     """The section `medusa` of a training stage: Medusa-1 heads on the target's last hidden state (arXiv 2401.10774)."""
     return ConfigDict({"heads": heads, "own_head": own_head})
+
+
+def eagle3_draft(states_after: tuple[int, ...] = (), steps: int = 4) -> ConfigDict:
+    """The section `eagle3` of a training stage: a layer on three of the target's hidden states (arXiv 2503.01840).
+
+    Args:
+      states_after: numbers of layers after which the target's states are read; () is 2, L // 2 and L - 3 of L layers.
+      steps: number of tokens that training drafts from each position.
+    """
+    section = ConfigDict({"states_after": states_after, "steps": steps})
+    section.update({"norm_before_residual": False, "fc_norm": False, "norm_output": False})
+    return section
 
 
 def evaluation(target: Any, drafters: dict, *, seed: int = 1) -> ConfigDict:

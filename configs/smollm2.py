@@ -9,9 +9,10 @@ them is kept for the evaluation. Other questions for it: `--config.evaluation.ta
 `--config.evaluation.task.name=prompts`.
 
 Stages: `text`, the target's answers with its hidden states, written once; `vocabulary`, the ids that it wrote most;
-`pruned`, the target cut to `shape` with a head of these ids; `draft`, this draft distilled on the answers and on text
-of its own; `adapter`, a Kangaroo adapter (arXiv 2404.18911) on the same text; `medusa`, heads (arXiv 2401.10774); and
-`evaluation`, which compares plain decoding with all of these, with n-gram lookup and with early exit. The report is
+`eagle3`, an EAGLE-3 draft (arXiv 2503.01840) on the answers and their hidden states; `pruned`, the target cut to
+`shape` with a head of these ids; `draft`, this draft distilled on the answers and on text of its own; `adapter`, a
+Kangaroo adapter (arXiv 2404.18911) on the same text; `medusa`, heads (arXiv 2401.10774); and `evaluation`, which
+compares plain decoding with all of these, with n-gram lookup and with early exit. The report is
 runs/smollm2/report.html.
 
 Hardware: 2 CPU cores and 4 GiB. The same command resumes a stopped run.
@@ -23,12 +24,13 @@ from ml_collections import ConfigDict
 from configs import common
 
 TARGET = "checkpoints/smollm2-135m-instruct.gguf"
+STATES = (2, 15, 30)  # of the 30 layers
 
 
 def get_config(variant: str = "") -> ConfigDict:
     common.check_variant("smollm2", variant)
     config = ConfigDict()
-    config.stages = ("text", "vocabulary", "pruned", "draft", "adapter", "medusa", "evaluation")
+    config.stages = ("text", "vocabulary", "eagle3", "pruned", "draft", "adapter", "medusa", "evaluation")
     config.seed = 0
     config.mesh = common.mesh()  # devices along each axis, for all stages
     config.target = TARGET
@@ -45,6 +47,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.adapter.adapter = common.kangaroo_adapter(exit_layer)
     config.medusa = _training(target, "medusa", steps=200, learning_rate=1e-3)
     config.medusa.medusa = common.medusa_heads(heads=3)
+    config.eagle3 = _training(target, "eagle3", steps=400, learning_rate=1e-3)
+    config.eagle3.eagle3 = common.eagle3_draft(STATES, steps=3)
 
     config.text = ConfigDict({"binary": "target_text", "param_dtype": "float32", "compute_dtype": "auto"})
     config.text.update({"target": target, "mesh": common.mesh()})
@@ -52,7 +56,7 @@ def get_config(variant: str = "") -> ConfigDict:
     keys = ("batch_size", "sequence_length", "prompt_length_min", "prompt_length_max", "chat", "generation")
     config.text.data = ConfigDict({key: config.draft.data[key] for key in keys})
     config.text.count = 1280  # answers; questions are asked several times, with other random numbers
-    config.text.states = (2, -1)  # layers whose states are stored for training: the adapter's exit and the last one
+    config.text.states = STATES  # layers whose states are stored for training, the adapter's exit among them
     config.text.measure_batches = 1
     config.vocabulary = common.draft_vocabulary(target, 8192, "stage:text")
     config.pruned = ConfigDict(
@@ -88,6 +92,7 @@ def _evaluation(target, exit_layer) -> ConfigDict:
     reduced = {"vocabulary": "stage:vocabulary"}
     kinds = {
         "draft": {"kind": "model", "path": "stage:draft", "rules": {"lossless": (2, 3, 4)}},
+        "eagle3": {"kind": "eagle3", "path": "stage:eagle3", "rules": {"lossless": (2, 3, 4)}},
         "adapter": {"kind": "kangaroo", "path": "stage:adapter", "threshold": 0.3, "rules": {"lossless": (3, 5)}},
         "medusa": {"kind": "medusa", "path": "stage:medusa", "rules": {"lossless": (2,)}},
         "ngram": {"kind": "ngram", "rules": {"lossless": (4,)}},
@@ -95,24 +100,26 @@ def _evaluation(target, exit_layer) -> ConfigDict:
     }
     section = common.evaluation(target, kinds)
     section.selection.update({"count": 16, "length_min": 1, "length_max": 320, "chat": True})
-    section.compare = (("draft", "adapter"), ("draft", "ngram"))
+    section.compare = (("eagle3", "draft"), ("eagle3", "adapter"), ("eagle3", "ngram"))
     return section
 
 
 def _smoke(config: ConfigDict) -> ConfigDict:
     common.smoke(config)
-    for name in ("text", "draft", "adapter", "medusa"):
+    for name in ("text", "eagle3", "draft", "adapter", "medusa"):
         lengths = {"sequence_length": 128, "prompt_length_min": 4, "prompt_length_max": 96}
         config[name].data.update({"batch_size": 2, **lengths})
         config[name].data.generation.max_new_tokens = 12
     config.text.update({"count": 6, "states": (1, -1)})
     config.update({"exit_layer": 1})
+    config.eagle3.eagle3.update({"states_after": (1,), "steps": 2})
     config.shape.layers = 1
     config.vocabulary.size = 64
     config.pruned.calibration.update({"batches": 1, "batch_size": 2})
     config.evaluation.selection.update({"count": 1, "length_max": 96})
     config.evaluation.temperatures = (0.0,)
-    config.evaluation.drafters.draft.rules.lossless = (2,)
+    for name in ("draft", "eagle3"):
+        config.evaluation.drafters[name].rules.lossless = (2,)
     for name in ("medusa", "early_exit"):
         del config.evaluation.drafters[name]
     config.stages = tuple(name for name in config.stages if name != "medusa")

@@ -33,7 +33,7 @@ def sample_p_value(models, kind, adjust, rule="lossless", seed=0, **more):
     return p_value(plan, params, tiny.draft_params_of(kind, target, params, draft_params), adjust, seed)
 
 
-SLOW_KINDS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("skip_layers", "medusa")]
+SLOW_KINDS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("skip_layers", "medusa", "eagle3")]
 
 
 @pytest.mark.parametrize("kind", ["model", "ngram", "early_exit", *SLOW_KINDS])
@@ -146,11 +146,11 @@ def test_a_reduced_vocabulary_changes_no_token(pair, kind, rule, settings):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["model", "ngram", "early_exit", "skip_layers", "medusa"])
+@pytest.mark.parametrize("kind", ["model", "ngram", "early_exit", "skip_layers", "medusa", "eagle3"])
 @pytest.mark.parametrize("rule, settings", [("lossless", GREEDY), ("coupled", COUPLED)])
 def test_every_gamma_equals_plain_decoding(pair, kind, rule, settings):
     # These two draft by code that they share with drafters of which every gamma is tried.
-    gammas = (4,) if kind in ("skip_layers", "medusa") else (1, 2, 3, 4, 5)
+    gammas = (4,) if kind in ("skip_layers", "medusa", "eagle3") else (1, 2, 3, 4, 5)
     check_against_plain(pair, settings, [(kind, gamma, False) for gamma in gammas], rule)
 
 

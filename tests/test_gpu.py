@@ -126,6 +126,7 @@ FIXED = {
     "coupled": dict(kind="model", rule="coupled", sampling={"top_k": 5, "top_p": 0.9, "min_p": 0.1}),
     "kangaroo": dict(kind="kangaroo", greedy=True),
     "medusa": dict(kind="medusa", greedy=True),
+    "eagle3": dict(kind="eagle3", greedy=True),
     "ngram": dict(kind="ngram", greedy=True),
     "early_exit": dict(kind="early_exit", greedy=True),
     "skip_layers": dict(kind="skip_layers", greedy=True),

@@ -50,7 +50,9 @@ def turns(models, plan, draft, costs=None):
         texts = [[*text, *row[: 5 - turn], 7, 3, turn] for text, row in zip(texts, decoded[0].tokens, strict=True)]
 
 
-@pytest.mark.parametrize("kind", ["medusa", "kangaroo", "ngram", pytest.param("model", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", ["medusa", "eagle3", "kangaroo", "ngram", pytest.param("model", marks=pytest.mark.slow)]
+)
 def test_caches_that_are_extended_give_the_tokens_of_new_ones(models, kind):
     plan, draft = speculative(models, kind)
     prefilled = compiled_prefill._cache_size()

@@ -14,6 +14,7 @@ from specjax.decoding.sampling import Stream
 from specjax.models.adapters import Adapter, AdapterConfig
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
+from specjax.models.eagle3 import Eagle3Config, Eagle3Layer
 from specjax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from specjax.models.medusa import MedusaConfig, MedusaHeads
 
@@ -74,6 +75,13 @@ def adapter(target: Decoder, seed: int = 5, **changes):
     return made, jax.tree.map(spread, made.init(jax.random.key(seed)))
 
 
+def eagle3(target: Decoder, params=None, seed: int = 7, **changes):
+    """A random EAGLE-3 draft and its parameters, with the target's head if `params` is given, so it agrees at times."""
+    made = Eagle3Layer(Eagle3Config(target.config, **changes))
+    own = made.init(jax.random.key(seed)) if params is None else made.init_on(jax.random.key(seed), target, params)
+    return made, jax.tree.map(lambda x: 2 * x if x.ndim == 2 else x, own) | {"unembedding": own["unembedding"]}
+
+
 def target_and_draft():
     """A target, its parameters, and parameters of a draft of the same shape that agrees about half of the time."""
     target, params = decoder(1)
@@ -89,13 +97,16 @@ def drafter_options(kind: str, target, draft=None, adapter=None) -> dict:
         "early_exit": lambda: {"exit_layer": 1},
         "skip_layers": lambda: {"skipped": (0,)},
         "medusa": lambda: {"adapter": heads(target)},
+        "eagle3": lambda: {"adapter": eagle3(target)[0]},
         "kangaroo": lambda: {"adapter": adapter},
     }
     return options[kind]()
 
 
 def draft_params_of(kind: str, target, params, draft_params):
-    """`draft_params`, except for Medusa, whose heads are random ones (`heads_params`)."""
+    """`draft_params`, except for Medusa's heads (`heads_params`) and EAGLE-3 (`eagle3`)."""
+    if kind == "eagle3":
+        return eagle3(target, params)[1]
     return heads_params(target, params) if kind == "medusa" else draft_params
 
 

@@ -153,6 +153,8 @@ class Loss:
                 stored = _stored(batch, (target.layers,), target)
                 last = _trunk(target, target_params, prompts, tokens) if stored is None else stored[0]
                 parts["target"] = _ahead(jax.lax.stop_gradient(last), draft)
+                if len({offset for offset, _ in draft.predicts}) == 1:  # all predictions are of the same token
+                    parts["target"] = parts["target"][:, :, :1]
         furthest = max(offset for offset, _ in draft.predicts)
         if window and window + furthest < tokens.shape[1]:
             parts = _windows(parts, batch["loss_start"] - 1 - furthest, window + furthest)
@@ -178,6 +180,8 @@ class Loss:
         weights, overlap = part["weights"], jnp.zeros_like(part["weights"])
         if self.target is not None:
             target_logits = self.target.head(target_params, part["target"])
+            times = draft_logits.shape[1] // target_logits.shape[1]
+            target_logits = jnp.repeat(target_logits, times, axis=1)
         if self.draft.vocabulary is not None:
             return self._reduced_sums(target_logits, draft_logits.astype(jnp.float32), part["labels"], weights)
         if target_logits is not None:

@@ -7,6 +7,7 @@ from specjax.models.adapters import Adapter
 from specjax.models.attachment import Attachment
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
+from specjax.models.eagle3 import Eagle3Layer
 from specjax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from specjax.models.language_model import LanguageModel
 from specjax.models.medusa import MedusaHeads
@@ -14,7 +15,7 @@ from specjax.runtime.errors import UserError, nearest
 from specjax.runtime.extensions import named
 
 # Names are values of `model.init`, sections of a training config, and `type` in an exported `adapter_config.json`.
-ATTACHMENTS: dict[str, type[Attachment]] = {"adapter": Adapter, "medusa": MedusaHeads}
+ATTACHMENTS: dict[str, type[Attachment]] = {"adapter": Adapter, "medusa": MedusaHeads, "eagle3": Eagle3Layer}
 
 
 def model_of(config: DecoderConfig) -> LanguageModel:

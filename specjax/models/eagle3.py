@@ -1,0 +1,269 @@
+"""EAGLE-3 (arXiv 2503.01840): a decoder layer on hidden states of three of the target's layers, which then drafts from
+its own hidden states."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from specjax.models import kv_cache, layers
+from specjax.models.attachment import Attachment, AttachmentConfig, States
+from specjax.models.config import DecoderConfig
+from specjax.models.decoder import Decoder
+from specjax.models.language_model import Params, Prediction, consecutive, fit_logits
+from specjax.models.rotary import Rotary, angles, rotate, text_lengths
+from specjax.runtime import mesh as meshes
+from specjax.runtime.dtypes import dtype_named
+from specjax.runtime.errors import UserError
+
+# Weight of a drafting step's loss relative to the preceding step's.
+_DECAY = 0.8
+# Rotary base if the target has no rotary positions.
+_THETA = 1e4
+
+
+@dataclasses.dataclass(frozen=True)
+class Eagle3Config(AttachmentConfig):
+    """Options of an EAGLE-3 draft.
+
+    Attributes:
+      states_after: it reads the target's hidden states after these numbers of layers, in ascending order; () is
+        2, L // 2 and L - 3 of L layers. Checkpoints of other tools that list the layers whose *output* is read count
+        from 0: their layer i is i + 1 here.
+      steps: number of tokens that training drafts from each position (the paper's training-time test).
+      norm_before_residual: whether the layer's residual is the normed hidden state.
+      fc_norm: whether each of the target's states is normed before the projection (EAGLE-3.1).
+      norm_output: whether drafting continues from the normed output of the layer (EAGLE-3.1).
+    """
+
+    states_after: Sequence[int] = ()
+    steps: int = 4
+    norm_before_residual: bool = False
+    fc_norm: bool = False
+    norm_output: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        count = self.target.layers
+        after = tuple(self.states_after) or tuple(sorted({min(2, count), max(count // 2, 1), max(count - 3, 1)}))
+        object.__setattr__(self, "states_after", after)
+        if list(after) != sorted(set(after)) or not (after[0] >= 1 and after[-1] <= count):
+            raise UserError(
+                f"eagle3.states_after is {after}; give numbers of layers in ascending order, from 1 to the target's "
+                f"{count}"
+            )
+        if self.steps < 1:
+            raise UserError(f"eagle3.steps is {self.steps}; training must draft 1 token or more")
+
+    @property
+    def inner(self) -> DecoderConfig:
+        """The layer as a decoder: the target's sizes and rotary positions, RMS norms, no biases."""
+        target = self.target
+        return DecoderConfig(
+            vocab_size=target.vocab_size,
+            width=target.width,
+            layers=1,
+            heads=target.heads,
+            kv_heads=target.kv_heads,
+            head_size=target.head_size,
+            mlp_width=target.mlp_width,
+            max_positions=target.max_positions,
+            rotary=target.rotary or Rotary(_THETA, target.head_size),
+            norm_epsilon=target.norm_epsilon,
+            tied_head=False,
+            param_dtype=target.param_dtype,
+            compute_dtype=target.compute_dtype,
+        )
+
+
+class Eagle3Module(nnx.Module):
+    """Parameters and forward pass."""
+
+    def __init__(self, config: Eagle3Config, rngs: nnx.Rngs):
+        inner, width, count = config.inner, config.target.width, len(config.states_after)
+        make = functools.partial(layers.Linear, dtype=inner.param_dtype, rngs=rngs)
+        norm = lambda: layers.make_norm(inner, width)
+        self.state_norms = nnx.List([norm() for _ in range(count)]) if config.fc_norm else None
+        self.project = make(count * width, width, ("embed", None), (count * width) ** -0.5)
+        self.embedding_norm, self.hidden_norm = norm(), norm()
+        self.attention = layers.Attention(inner, 0, rngs)
+        # Queries, keys and values read the token's embedding and the hidden state, one after the other.
+        scale = (2 * width) ** -0.5
+        for name, heads, size in (
+            ("query", "heads", inner.heads),
+            ("key", "kv_heads", inner.kv_heads),
+            ("value", "kv_heads", inner.kv_heads),
+        ):
+            setattr(self.attention, name, make(2 * width, size * inner.head_size, ("embed", heads), scale))
+        self.mlp_norm, self.mlp, self.norm = norm(), layers.MLP(inner, rngs), norm()
+        columns = len(config.vocabulary or range(inner.vocab_size))
+        self.unembedding = make(width, columns, ("embed", "vocab"), width**-0.5)
+        self.config = config
+
+    def fuse(self, states):
+        if self.state_norms is not None:
+            states = [norm(state) for norm, state in zip(self.state_norms, states, strict=True)]
+        return self.project(jnp.concatenate(states, axis=-1))
+
+    def _inputs(self, embedded, hidden):
+        """The input of attention, and the residual."""
+        normed = self.hidden_norm(hidden)
+        residual = normed if self.config.norm_before_residual else hidden
+        return jnp.concatenate([self.embedding_norm(embedded), normed], axis=-1), residual
+
+    def _output(self, residual, mixed):
+        hidden = residual + mixed
+        return hidden + self.mlp(self.mlp_norm(hidden))
+
+    def fed_back(self, hidden):
+        return self.norm(hidden) if self.config.norm_output else hidden
+
+    def extend(self, cache, embedded, hidden, positions):
+        inputs, residual = self._inputs(embedded, hidden)
+        rotation = angles(self.config.inner.rotary, positions, text_lengths(positions))
+        slots = jnp.arange(cache.keys[0].shape[2])[None, None]
+        mask = _readable(slots, positions)
+        mixed, keys, values = self.attention(inputs, rotation, positions, mask, cache.keys[0], cache.values[0])
+        return self._output(residual, mixed), cache.with_layer(0, keys, values).metered(1, positions.shape[1])
+
+    def unrolled(self, embedded, fused, steps):
+        """The outputs of several drafting steps on whole texts, a list of `[B, T, D]`.
+
+        In step k, row t reads the output of step k - 1 in row t - 1. Its attention sees what decoding would: the keys
+        of step 1 in rows up to t - k + 1, and in each later row the key of the step that drafted it.
+        """
+        batch, length = fused.shape[:2]
+        positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (batch, length))
+        rotation = angles(self.config.inner.rotary, positions, text_lengths(positions))
+        split = functools.partial(layers.split_heads, size=self.config.inner.head_size)
+        slots = jnp.arange(length)[None, None]
+        keys, values, outputs, hidden = [], [], [], fused
+        for step in range(steps):
+            inputs, residual = self._inputs(embedded, _later(hidden, 1))
+            queries = rotate(split(self.attention.query(inputs)), rotation)
+            keys.append(rotate(split(self.attention.key(inputs)), rotation))
+            values.append(split(self.attention.value(inputs)))
+            visible = (slots <= positions[..., None] - step) & _readable(slots, positions)
+            own = [
+                (_later(k, step - j, axis=2), _later(v, step - j, axis=2)) for j, (k, v) in _after_first(keys, values)
+            ]
+            mixed = _attend(queries, keys[0], values[0], visible, own, layers.query_scale(self.config.inner))
+            outputs.append(self._output(residual, self.attention.output(layers.join_heads(mixed))))
+            hidden = self.fed_back(outputs[-1])
+        return outputs
+
+
+def _readable(slots, positions):
+    """Row 0 has no hidden state before it, so only itself may read it."""
+    return (slots > 0) | (positions[..., None] == 0)
+
+
+def _after_first(keys, values):
+    return list(enumerate(zip(keys, values, strict=True)))[1:]
+
+
+def _later(array, count, axis=1):
+    """Moves entries to later positions; zeros come in."""
+    if not count:
+        return array
+    moved = jnp.roll(array, count, axis)
+    index = jnp.arange(array.shape[axis]).reshape([-1 if i == axis else 1 for i in range(array.ndim)])
+    return jnp.where(index >= count, moved, 0)
+
+
+def _attend(queries, keys, values, visible, own, scale):
+    """Grouped-query attention to `keys` where visible, and of each pair in `own` to the entry of the query's row."""
+    batch, heads, length, size = queries.shape
+    grouped = queries.reshape(batch, keys.shape[1], -1, length, size)
+    dots = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    scores = dots("BKGTH,BKSH->BKGTS", grouped, keys) * scale
+    scores = [jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)]
+    scores += [dots("BKGTH,BKTH->BKGT", grouped, key)[..., None] * scale for key, _ in own]
+    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(values.dtype)
+    mixed = jnp.einsum("BKGTS,BKSH->BKGTH", weights[..., :length], values)
+    for index, (_, value) in enumerate(own):
+        mixed = mixed + weights[..., length + index, None] * value[:, :, None]
+    return mixed.reshape(batch, heads, length, size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Eagle3Layer(Attachment):
+    """The draft of EAGLE-3 (section 3.1). With g_t the projected states of the target at token t, e_t the embedding of
+    token t, and N norms,
+
+    a_t = h_{t-1} + Attention([N(e_t); N(h_{t-1})]), o_t = a_t + MLP(N(a_t)), logits = head(N(o_t)),
+
+    where h is g for tokens that the target has read, and o for tokens that were drafted since. The head is its own.
+    """
+
+    config: Eagle3Config
+    config_class = Eagle3Config
+    module = Eagle3Module
+    drafter = "eagle3"
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        return tuple(self.config.states_after)
+
+    @property
+    def predicts(self) -> tuple[Prediction, ...]:
+        return tuple(Prediction(0, _DECAY**step) for step in range(self.config.steps))
+
+    def init_on(self, key: Key[Array, ""], target: Decoder, target_params: Params) -> Params:
+        """Random parameters; head and final norm are copies of the target's, and g is the last of its states."""
+        params = self.init(key)
+        width, dtype = self.config.target.width, dtype_named(self.config.target.param_dtype)
+        unit = jnp.eye(width, dtype=jnp.float32)[None]
+        kernel = target.with_vocab_size(self.config.target.vocab_size).unembed(target_params, unit)[0]
+        if self.config.vocabulary is not None:
+            kernel = kernel[:, self.config.vocabulary.ids]
+        states = jnp.zeros_like(params["project"]["kernel"]).at[:, -width:].set(jnp.eye(width, dtype=dtype))
+        return params | {"unembedding": {"kernel": kernel.T.astype(dtype)}, "project": {"kernel": states}}
+
+    def start(self, batch: int, capacity: int) -> kv_cache.Cache:
+        return kv_cache.zeros(self.config.inner, batch, capacity)
+
+    def fuse(self, params: Params, states: States) -> Float[Array, "B T D"]:
+        """g, from the target's states after each of `taps`."""
+        return self.bind(params).fuse(states)
+
+    def draft_step(
+        self,
+        params: Params,
+        target_params: Params,
+        cache: kv_cache.Cache,
+        tokens: Int[Array, "B T"],
+        hidden: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+    ) -> tuple[Float[Array, "B T D"], kv_cache.Cache]:
+        """o at these tokens, from h at the token before each, and the cache with their keys and values."""
+        embedded = Decoder(self.config.target).bind(target_params).embed(tokens, positions)
+        return self.bind(params).extend(cache, embedded, hidden, positions)
+
+    def fed_back(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """h of a drafted token, from its o."""
+        return self.bind(params).fed_back(hidden)
+
+    def training_states(
+        self, params: Params, target: Decoder, target_params: Params, states: States, tokens: Int[Array, "B T"]
+    ) -> Float[Array, "B T E"]:
+        module = self.bind(params)
+        embedded = meshes.pin_rows(target.bind(target_params).embed(tokens, consecutive(tokens)))
+        fused = meshes.pin_rows(module.fuse(states))
+        return jnp.concatenate(module.unrolled(embedded, fused, self.config.steps), axis=-1)
+
+    def extend(self, params: Params, cache: Any, states: States, positions: Int[Array, "B T"]):
+        raise NotImplementedError("EAGLE-3 reads tokens too; call draft_step or training_states")
+
+    def head(
+        self, params: Params, target: Decoder, target_params: Params, hidden: Float[Array, "B T E"]
+    ) -> Float[Array, "B T_times_predictions W"]:
+        """Float32 logits of every step; those of one position are adjacent."""
+        module, batch = self.bind(params), hidden.shape[0]
+        logits = module.unembedding.logits(module.norm(hidden.reshape(batch, -1, self.config.target.width)))
+        return logits if self.config.vocabulary is not None else fit_logits(logits, target.vocab_size)
