@@ -13,7 +13,7 @@
 # Each part is a process with a time limit of its own, and writes its record at once: what has run stays if a later part
 # fails or the machine is taken away. OUT/PART.json is the record, OUT/PART.log what the part printed.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
 out=$(realpath -m "${1:-runs/accelerator}")
 mkdir -p "$out"
