@@ -13,7 +13,7 @@ from specjax.decoding.drafters.base import Context, Proposal
 from specjax.decoding.sampling import finite_rows
 from specjax.models import kv_cache
 from specjax.models.vocabulary import DraftVocabulary
-from specjax.runtime.mesh import axes, pin_last
+from specjax.runtime.mesh import axes, pin_last, platform
 
 # first(carry) -> (logits [B, W], carry): the draft's logits after the pending (last committed) token.
 First = Callable[[Any], tuple[Float[Array, "B W"], Any]]
@@ -81,8 +81,9 @@ def draft(
     A row is done after gamma tokens, after `context.max_drafted` tokens, or after a token whose distribution has a
     largest probability below `Sampling.threshold`. That token is still proposed, and stopping does not depend on its
     value, so the output distribution is the target's at any threshold. The loop runs for the whole batch until all rows
-    are done; tokens drawn in rows that are done are ignored. If no row may draft, not even `first` runs. A row whose
-    logits are not finite is done without a further token, so the next one comes from the target.
+    are done (on a GPU always gamma times, unless rows have limits); tokens drawn in rows that are done are ignored. If
+    no row may draft, not even `first` runs. A row whose logits are not finite is done without a further token, so the
+    next one comes from the target.
 
     Args:
       stops: whether the threshold is used.
@@ -94,7 +95,9 @@ def draft(
       the proposal and the final carry.
     """
     limit = context.max_drafted
-    may_end_early = stops or limit is not None
+    # On a GPU the device would wait for the host to read a predicate before every token, which on an H200 takes longer
+    # than a token of a small draft; so a draft that stops is computed to its end there.
+    may_end_early = limit is not None or (stops and platform() != "gpu")
 
     def draw_next(read, draft: _Draft) -> _Draft:
         """Draws one token in every row; `read(token, offset, carry)` computes the logits."""
