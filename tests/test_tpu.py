@@ -26,6 +26,7 @@ from specjax.decoding.sampling import Sampling
 from specjax.models.adapters import Adapter, AdapterConfig
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
+from specjax.models.eagle3 import Eagle3Config, Eagle3Layer
 from specjax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from specjax.models.medusa import MedusaConfig, MedusaHeads
 from specjax.planning import account, chips, executables, hlo
@@ -94,6 +95,7 @@ def options(target: Decoder) -> dict[str, tuple[str, dict]]:
         "skip_layers": ("skip_layers", {"skipped": (1,)}),
         "kangaroo": ("kangaroo", {"adapter": Adapter(AdapterConfig(of_target, 1))}),
         "medusa": ("medusa", {"adapter": MedusaHeads(MedusaConfig(of_target, GAMMA, own_head=False))}),
+        "eagle3": ("eagle3", {"adapter": Eagle3Layer(Eagle3Config(of_target))}),
     }
 
 

@@ -124,12 +124,15 @@ class Eagle3Module(nnx.Module):
         return self.norm(hidden) if self.config.norm_output else hidden
 
     def extend(self, cache, embedded, hidden, positions):
-        inputs, residual = self._inputs(embedded, hidden)
+        # Rows are not sharded here, because the compiler would gather complete weights to compute them.
+        pin = lambda x: meshes.constrain(x, (None, None, "embed"))
+        inputs, residual = map(pin, self._inputs(pin(embedded), pin(hidden)))
         rotation = angles(self.config.inner.rotary, positions, text_lengths(positions))
         slots = jnp.arange(cache.keys[0].shape[2])[None, None]
         mask = _readable(slots, positions)
         mixed, keys, values = self.attention(inputs, rotation, positions, mask, cache.keys[0], cache.values[0])
-        return self._output(residual, mixed), cache.with_layer(0, keys, values).metered(1, positions.shape[1])
+        hidden = pin(self._output(residual, pin(mixed)))
+        return hidden, cache.with_layer(0, keys, values).metered(1, positions.shape[1])
 
     def unrolled(self, embedded, fused, steps):
         """The outputs of several drafting steps on whole texts, a list of `[B, T, D]`.
