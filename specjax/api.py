@@ -184,8 +184,8 @@ def generate(
       samples: number of texts per prompt, each with its own random numbers; the first is that of `samples=1`.
       logprobs: whether to compute the log-probability of every emitted token, by one forward of the target per text.
       sampling: "checkpoint" takes temperature, top-k, top-p and min-p from generation_config.json; leave these out.
-      on_text: called with the result of the current batch so far, after every `blocks_at_once` blocks and at its end;
-        if it returns True, the batch ends there.
+      batch_size: number of texts decoded together; where one ends, the next starts, or with `on_text` the next batch.
+      on_text: called with the batch's result so far, after every `blocks_at_once` blocks and at its end; True ends it.
       conversation: keeps the caches of one batch, which a later call with it extends by what its prompts add.
 
     Raises:
@@ -206,7 +206,7 @@ def generate(
     ids, output = decode_all(
         Method(plan, target.params, None if loaded is None else loaded.params, adjust),
         ids,
-        listener=lambda part: _listener(functools.partial(generation, part), blocks_at_once, on_text),
+        listener=None if on_text is None else lambda part: _listener(generation, part, blocks_at_once, on_text),
         max_new_tokens=max_new_tokens,
         eos_ids=target.tokenizer.eos_ids if eos_ids is None else _eos_ids(target, eos_ids),
         end_of=stops.end if stops.strings else None,
@@ -357,15 +357,13 @@ def _eos_ids(target: Model, eos_ids: Any) -> list[int]:
     return ids
 
 
-def _listener(made: Callable, blocks_at_once: int | None, on_text) -> dict[str, Any]:
-    """The arguments of `batch.decode` that make it call `on_text` after every `blocks_at_once` blocks."""
-    if on_text is None:
-        return {}
+def _listener(generation: Callable, prompts: Sequence, blocks_at_once: int | None, on_text) -> dict[str, Any]:
+    """The arguments of `scheduler.decode` that make it call `on_text` after every `blocks_at_once` blocks."""
     if blocks_at_once is not None:
         checks.instance("blocks_at_once", blocks_at_once, int)
     if blocks_at_once is None or blocks_at_once < 1:
         raise UserError(f"blocks_at_once must be 1 or more for on_text to be called, not {blocks_at_once}")
-    return {"blocks": blocks_at_once, "on_blocks": lambda result: on_text(made(Output([(len(result.tokens), result)])))}
+    return {"blocks": blocks_at_once, "on_blocks": lambda result: on_text(generation(prompts, Output([result])))}
 
 
 def _generation(

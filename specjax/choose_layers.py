@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from specjax.data import batches, tasks
-from specjax.decoding import batch
+from specjax.decoding import batch, scheduler
 from specjax.decoding.plan import Plan
 from specjax.decoding.sampling import Sampling
 from specjax.draft_design import layer_search
@@ -76,7 +76,7 @@ def _texts(config: Any, target: hub_model.Model, sampling: Sampling):
     batch.check_prompts(ids, max_new_tokens=config.max_new_tokens, **limits)
     greedy = config.temperature == 0
     plan = Plan.for_prompts(target.decoder, ids, max_new_tokens=config.max_new_tokens, greedy=greedy)
-    result = batch.decode(
+    result = scheduler.decode(
         plan,
         target.params,
         None,

@@ -2,8 +2,8 @@
 
     python -m specjax.evaluate --config=FILE --workdir=DIR [--config.section.key=value ...]
 
-Plain decoding (gamma = 0, the same loop) and every drafter decode each batch in turn, in the same process, so that a
-slow phase of the machine affects all of them. A stopped run resumes after its last batch.
+Plain decoding (gamma = 0, the same loop) and every drafter decode each group of prompts in turn, in the same process,
+so that a slow phase of the machine affects all of them. A stopped run resumes after its last group.
 """
 
 import functools
@@ -96,7 +96,7 @@ def _decode_all(
 ) -> tuple[list[Output], list[PartSeconds | None]]:
     """Decodes with every case. Returns their outputs, and the seconds of their parts (None if not timed).
 
-    Parts are timed between batches, from a quarter of them on, when the length of texts is known.
+    Parts are timed between groups of prompts, from a quarter of them on, when the length of texts is known.
     """
     # Only plans that draft gamma tokens in every block are timed. Drafts of one shape have equal plans, timed once.
     constant = lambda case: case.gamma and not (case.section.options.threshold or case.section.options.adaptive)
@@ -106,7 +106,8 @@ def _decode_all(
     ]
     by_plan = {plan: method for plan, method in zip(timed, methods, strict=True) if plan}
     outputs, meter = [Output() for _ in cases], None
-    first = (-(-len(job.ids) // setting.batch_size) - 1) // 4
+    group = engine.group_size(len(job.ids), setting.batch_size)
+    first = (-(-len(job.ids) // group) - 1) // 4
     shared = dict(
         batch_size=setting.batch_size,
         eos_ids=job.target.tokenizer.eos_ids,
@@ -116,6 +117,7 @@ def _decode_all(
     turns = engine.decode_in_turns(
         methods,
         job.ids,
+        group=group,
         max_new_tokens=job.config.max_new_tokens,
         label=f"{setting.rule} T={setting.temperature:g} batch {setting.batch_size}",
         end_of=job.end_of,

@@ -141,6 +141,7 @@ def _answer_group(
         methods,
         ids,
         batch_size=1,
+        group=1,
         max_new_tokens=job.config.max_new_tokens,
         eos_ids=job.target.tokenizer.eos_ids,
         seed=job.config.seed,

@@ -3,7 +3,8 @@
     python -m specjax.target_text --config=FILE --workdir=DIR [--config.section.key=value ...]
 
 With a draft the text is decoded speculatively with an exact rule. The rule `coupled` emits the same tokens as plain
-decoding, so the text does not depend on the draft. An interrupted run resumes after its last batch.
+decoding, so the text does not depend on the draft. An interrupted run resumes: texts are written in batches as they
+end, and SIGTERM keeps those of batches that are not complete.
 
 `config.states` lists layers (-1 is the last one) after which the target's hidden states are stored with the text:
 training then need not run the target on it, neither for the loss (its last layer) nor for an attachment (the layers it
@@ -24,6 +25,7 @@ from specjax.decoding import batch, rules
 from specjax.decoding.drafters.model import ModelDraft
 from specjax.decoding.drafters.table import build_drafter
 from specjax.decoding.plan import Plan
+from specjax.decoding.results import Row
 from specjax.decoding.sampling import Sampling
 from specjax.distillation import cached_text
 from specjax.evaluation import engine
@@ -31,10 +33,11 @@ from specjax.evaluation.engine import Method, Output
 from specjax.hub import model as hub_model
 from specjax.models.language_model import LanguageModel, Params, consecutive
 from specjax.reporting import records
-from specjax.runtime import cli, processes
+from specjax.runtime import cli, processes, stopping
 from specjax.runtime import config as configs
 from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError
+from specjax.runtime.timing import progress
 
 
 def run(config: Any, workdir: str | Path) -> dict:
@@ -49,17 +52,8 @@ def run(config: Any, workdir: str | Path) -> dict:
     if processes.first():
         cached_text.begin(directory, writer.about)
     processes.meet("the folder of the text")
-    total = -(-config.count // config.data.batch_size)
-    written = processes.from_first([cached_text.rows_file(directory, number).exists() for number in range(total)])
-    missing = [number for number in range(total) if not written[number]]
     with meshes.use(writer.target.mesh):
-        for number, (result,) in writer.decode([writer.method], missing, workdir.name):
-            rows = writer.rows(number, *result)
-            for layer, states in writer.states(rows):
-                if processes.first():
-                    cached_text.write_states(directory, number, layer, states)
-            if processes.first():
-                cached_text.write_rows(directory, number, rows)
+        writer.write(directory)
         processes.meet("the text is written")
         measured = writer.measure()
     row = {**_settings(config), **_written(cached_text.load(directory)), **measured}
@@ -153,26 +147,65 @@ class _Writer:
         sampling = Sampling.of(generation.temperature, generation.top_k, generation.top_p)
         return Method(plan, self.target.params, self.draft.params if gamma else None, sampling)
 
-    def decode(self, methods: Sequence[Method], numbers: Sequence[int], label: str) -> Iterator:
-        """Continues the batches `numbers` of the prompts with each method, see `engine.decode_in_turns`."""
-        return engine.decode_in_turns(
-            methods,
-            self.prompts,
+    @property
+    def _decoding(self) -> dict[str, Any]:
+        """The settings of `scheduler.decode`."""
+        return dict(
             batch_size=self.config.data.batch_size,
             max_new_tokens=self.config.data.generation.max_new_tokens,
             eos_ids=self.target.tokenizer.eos_ids,
             seed=self.config.seed,
             put=batch.Placer(self.target.mesh),
-            label=label,
-            numbers=numbers,
         )
 
-    def rows(self, number: int, count: int, result: batch.BatchResult) -> dict[str, np.ndarray]:
+    def write(self, directory: Path) -> None:
+        """Continues the prompts whose texts are not in the directory, and writes each batch of them that is complete.
+
+        Raises:
+          Stopped: if the process was asked to stop; texts of batches that are not complete are kept in the directory.
+        """
+        size, count = self.config.data.batch_size, len(self.prompts)
+        files = [range(first, min(first + size, count)) for first in range(0, count, size)]
+        written = [cached_text.rows_file(directory, number).exists() for number in range(len(files))]
+        written = processes.from_first(np.asarray(written))
+        texts, earlier = cached_text.take_unwritten(directory)
+        missing = [number for number in range(count) if not written[number // size] and number not in texts]
+        stored = 0.0  # the seconds of the batches that this call has written
+
+        def on_end(place: int, row: Row, seconds: float) -> None:
+            nonlocal stored
+            bar.update(1)
+            number = missing[place] // size
+            texts[missing[place]] = row.tokens
+            if all(prompt in texts for prompt in files[number]):
+                emitted = [texts.pop(prompt) for prompt in files[number]]
+                self._write_batch(directory, number, emitted, earlier + seconds - stored)
+                stored = earlier + seconds
+            if stopping.stop_asked():
+                if processes.first():
+                    cached_text.keep_unwritten(directory, texts, earlier + seconds - stored)
+                raise stopping.Stopped
+
+        with progress(total=count, description=directory.parent.name, unit="text") as bar, stopping.holding():
+            bar.update(count - len(missing))
+            if missing:
+                prompts = [self.prompts[number] for number in missing]
+                self.method.decode(prompts, indices=missing, on_end=on_end, **self._decoding)
+
+    def _write_batch(self, directory: Path, number: int, emitted: Sequence[Sequence[int]], seconds: float) -> None:
+        rows = self.rows(number, emitted, seconds)
+        for layer, states in self.states(rows):
+            if processes.first():
+                cached_text.write_states(directory, number, layer, states)
+        if processes.first():
+            cached_text.write_rows(directory, number, rows)
+
+    def rows(self, number: int, emitted: Sequence[Sequence[int]], seconds: float) -> dict[str, np.ndarray]:
         """The arrays to store for a batch: those of `data.batches`, and the seconds that it took."""
         first, decoder = number * self.config.data.batch_size, self.target.decoder
-        prompts = self.prompts[first : first + count]
+        prompts = self.prompts[first : first + len(emitted)]
         openings = [decoder.start_text(prompt) for prompt in prompts]
-        texts = [[*opening, *emitted] for opening, emitted in zip(openings, result.tokens[:count], strict=True)]
+        texts = [[*opening, *tokens] for opening, tokens in zip(openings, emitted, strict=True)]
         width = decoder.text_slots(self.prompt_slots) + self.config.data.generation.max_new_tokens
         lengths = lambda rows: np.asarray([len(row) for row in rows], np.int32)
         rows = {
@@ -180,7 +213,7 @@ class _Writer:
             "lengths": lengths(texts),
             "loss_start": lengths(openings),
             "prompt_lengths": lengths(prompts),
-            "seconds": np.asarray(result.seconds),
+            "seconds": np.asarray(seconds),
         }
         if decoder.is_encoder_decoder:
             rows["sources"] = _padded(prompts, self.prompt_slots)
@@ -214,15 +247,17 @@ class _Writer:
         """Measures tokens per second with and without the draft on the first batches, and whether texts are equal."""
         if not self.method.plan.gamma:
             return {}
-        count = min(self.config.measure_batches, -(-len(self.prompts) // self.config.data.batch_size))
+        size = self.config.data.batch_size
+        prompts = self.prompts[: self.config.measure_batches * size]
+        how = {"group": engine.group_size(len(prompts), size), "label": "speed", **self._decoding}
         plain, drafted = Output(), Output()
-        for _, results in self.decode([self._method(0), self.method], range(count), "speed"):
+        for _, results in engine.decode_in_turns([self._method(0), self.method], prompts, **how):
             for output, result in zip((plain, drafted), results, strict=True):
                 output.batches.append(result)
         counts = drafted.counts()
         plain_speed, speed = (output.emitted / float(output.seconds.sum()) for output in (plain, drafted))
         return {
-            "measured_batches": count,
+            "measured_batches": -(-len(prompts) // size),
             "drafted_tokens_per_second": speed,
             "plain_tokens_per_second": plain_speed,
             "speedup": speed / plain_speed,

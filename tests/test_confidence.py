@@ -8,10 +8,12 @@ import tiny
 from lossless import VOCAB, one_block
 from test_kangaroo import BATCH, MAX_NEW, SLOTS, models, plan_of  # noqa: F401 (a fixture)
 
-from specjax.decoding import batch, loop
+from specjax.decoding import loop
 from specjax.decoding.drafters.base import Context
 from specjax.decoding.drafters.drafting import draft
+from specjax.decoding.results import BatchResult, Row
 from specjax.decoding.sampling import Noise, Sampling, row_keys
+from specjax.decoding.statistics import Statistics
 from specjax.evaluation import confidence
 from specjax.evaluation.engine import Method, Output
 
@@ -74,10 +76,13 @@ def test_the_histogram_has_each_accepted_and_each_first_refused_token_at_its_own
                 if origin in (loop.ACCEPTED, loop.RECOVERED):
                     expected["accepted" if origin == loop.ACCEPTED else "rejected"].append(sure[place])
     prompts = [np.asarray(texts)[row, : int(lengths[row])].tolist() for row in range(BATCH)]
-    seconds = dict(prefill_seconds=0.0, decode_seconds=0.0, compile_seconds=0.0)
-    result, _ = batch._result(state, len(lengths), **seconds)
+    spans = [slice(int(start), int(end)) for start, end in zip(state.prompt_lengths, state.lengths, strict=True)]
+    listed = lambda array: [row[span].tolist() for row, span in zip(np.asarray(array), spans, strict=True)]
+    counts = jax.tree.map(np.asarray, Statistics.zeros(1, plan.gamma))
+    rows = [Row(*pair, counts, {}, 0.0, 0.0) for pair in zip(listed(state.tokens), listed(state.origins), strict=True)]
+    result = BatchResult.of(rows, {}, prefill_seconds=0.0, decode_seconds=0.0, iterations=0, row_blocks=0)
     method = Method(plan, params, adapter_params, adjust)
-    outcome = confidence.histogram(method, prompts, Output([(BATCH, batch._origins_only(result))]))
+    outcome = confidence.histogram(method, prompts, Output([result]))
     for fate, values in expected.items():
         bins = np.minimum((np.asarray(values) * confidence.BINS).astype(int), confidence.BINS - 1)
         assert len(values) > 3

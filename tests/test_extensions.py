@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from specjax import api, evaluate, main
 from specjax.data import tasks
-from specjax.decoding import batch, rules
+from specjax.decoding import rules, scheduler
 from specjax.distillation import divergences
 from specjax.hub.tokenizer import train_byte_bpe
 from specjax.models.table import make_attachment
@@ -195,7 +195,7 @@ def test_a_rule_that_claims_to_be_exact_and_is_not_ends_the_run_after_its_record
 def test_a_stopped_evaluation_keeps_its_finished_batches(home, tmp_path, monkeypatch):
     config = evaluation(home, {"kind": f"{home}/mine.py:Repeat", "rules": {"lossless": (2,)}})
     whole = evaluate.run(config, tmp_path / "whole")["rows"]
-    decode, decoded = batch.decode, []
+    decode, decoded = scheduler.decode, []
 
     def stopped(*arguments, **settings):  # SIGTERM while the second batch is decoded
         decoded.append(settings["indices"])
@@ -203,7 +203,7 @@ def test_a_stopped_evaluation_keeps_its_finished_batches(home, tmp_path, monkeyp
             raise stopping.Stopped
         return decode(*arguments, **settings)
 
-    monkeypatch.setattr(batch, "decode", stopped)
+    monkeypatch.setattr(scheduler, "decode", stopped)
     with pytest.raises(stopping.Stopped):
         evaluate.run(config, tmp_path / "run")
     decoded[:] = range(10)

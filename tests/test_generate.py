@@ -13,7 +13,7 @@ import pytest
 import tiny
 
 from specjax import api, generate
-from specjax.decoding import batch
+from specjax.decoding import scheduler
 from specjax.hub.tokenizer import train_byte_bpe
 from specjax.runtime import config as configs
 from specjax.runtime.errors import UserError
@@ -120,8 +120,8 @@ def test_every_turn_of_a_conversation_is_the_text_of_the_whole_conversation(
     config, tmp_path, monkeypatch, capsys, kind
 ):
     config.system, config.drafter.kind, extended = "the mat", kind, []
-    extend = batch.extend
-    monkeypatch.setattr(batch, "extend", lambda *args: extended.append(args[5:]) or extend(*args))
+    extend = scheduler.extend
+    monkeypatch.setattr(scheduler, "extend", lambda *args: extended.append(args[5:]) or extend(*args))
     rows = converse(config, tmp_path, monkeypatch, ["the cat", "", " the dög ", "/reset", "sat on"])
     printed, message = capsys.readouterr()
     assert [row["prompt"] for row in rows] == ["the cat", "the dög", "sat on"]

@@ -8,7 +8,8 @@ import pytest
 import test_kangaroo
 import tiny
 
-from specjax.decoding import batch
+from specjax.decoding import batch, scheduler
+from specjax.decoding.results import layers_per_token
 from specjax.decoding.sampling import Sampling
 from specjax.models.decoder import Decoder
 from specjax.models.kv_cache import Cache, Meter
@@ -32,16 +33,18 @@ PROMPTS = [[3, 1, 2, 5], [7], [4, 4, 9, 1, 1, 2], [8, 2]]
 GAMMA, MAX_NEW, THRESHOLD = 3, 9, 0.6
 
 
-def decode(models, kind, gamma=GAMMA, rows=4, threshold=THRESHOLD):
+def decode(models, kind, gamma=GAMMA, rows=4, threshold=THRESHOLD, slots=None):
     _, params, adapter, adapter_params = models
     target = Witnessed(models[0].config)
     draft_params = adapter_params if kind == "kangaroo" else None
     options = {**tiny.drafter_options(kind, target, adapter=adapter), "threshold": threshold} if gamma else {}
-    slots = batch.prompt_slots(PROMPTS)
+    padded, slots = slots, batch.prompt_slots(PROMPTS)
     plan = tiny.plan(target, kind, options, gamma=gamma, slots=slots, max_new=MAX_NEW, greedy=True)
-    how = dict(indices=range(rows), seed=0, sampling=Sampling.of(0.0, threshold=threshold))
+    how = dict(indices=range(rows), slots=padded, seed=0, sampling=Sampling.of(0.0, threshold=threshold))
     CALLS.clear()
-    result = batch.decode(plan, params, draft_params, PROMPTS[:rows], max_new_tokens=MAX_NEW, eos_ids=(), **how)
+    result = scheduler.decode(
+        plan, params, draft_params, PROMPTS[:rows], max_new_tokens=MAX_NEW, eos_ids=(), slots=padded, **how
+    )
     jax.effects_barrier()
     prefilled = rows * plan.chunk * -(-(max(map(len, PROMPTS[:rows])) - 1) // plan.chunk)
     return target.layers, result, sum(CALLS) - target.layers * prefilled
@@ -50,7 +53,7 @@ def decode(models, kind, gamma=GAMMA, rows=4, threshold=THRESHOLD):
 @pytest.mark.slow
 def test_the_meters_agree_with_calls_counted_from_outside(models):
     layers, result, witnessed = decode(models, "skip_layers")
-    measured = batch.layers_per_token([(4, result)], layers)
+    measured = layers_per_token([result], layers)
     emitted = 4 * MAX_NEW
     assert measured["target_layers_per_token_padded"] * emitted == pytest.approx(witnessed)
     assert measured["target_layers_per_token"] < measured["target_layers_per_token_padded"]
@@ -60,31 +63,31 @@ def test_the_meters_agree_with_calls_counted_from_outside(models):
 def test_the_shared_layers_run_once_per_token_and_the_adapter_once_per_drafted_token(models):
     """A block of k drafted tokens runs all layers on k + 1 tokens and the adapter on k (arXiv 2404.18911)."""
     layers, result, witnessed = decode(models, "kangaroo", rows=1)
-    (target,), (adapter,) = result.executions["target"], result.executions["draft"]
-    counts = result.counts(1)
+    target, adapter = result.executions["target"], result.executions["draft"]
+    counts = result.counts()
     calls = int(counts["target_calls"][0])
     # What lies beyond the limit was drafted too: the statistics leave it out, the layers ran.
     drafted = int(adapter.own[0])
     assert 0 <= drafted - int(counts["drafted"][0]) <= GAMMA
     assert int(target.own[0]) == layers * (calls + drafted)
-    assert int(target.columns) == witnessed
+    assert target.padded == witnessed
     assert calls < drafted < GAMMA * calls, "blocks have to differ in length"
-    measured = batch.layers_per_token([(1, result)], layers)
+    measured = layers_per_token([result], layers)
     assert measured["draft_layers_per_token"] == pytest.approx(drafted / MAX_NEW)
     assert measured["target_layers_per_token"] >= measured["target_layers_per_token_once"]
 
 
 def test_plain_decoding_runs_every_layer_once_per_token(models):
     layers, result, witnessed = decode(models, "ngram", gamma=0, threshold=0.0)
-    measured = batch.layers_per_token([(4, result)], layers)
+    measured = layers_per_token([result], layers)
     assert measured["target_layers_per_token"] == measured["target_layers_per_token_padded"] == layers
     assert measured["target_layers_per_token_once"] == layers and measured["draft_layers_per_token"] == 0
     assert witnessed == layers * 4 * MAX_NEW
 
 
 def test_rows_that_fill_up_a_batch_run_but_do_not_count(models):
-    layers, result, _ = decode(models, "ngram", gamma=0, threshold=0.0)
-    measured = batch.layers_per_token([(3, result)], layers)
+    layers, result, _ = decode(models, "ngram", gamma=0, threshold=0.0, rows=3, slots=4)
+    measured = layers_per_token([result], layers)
     assert measured["target_layers_per_token"] == layers
     assert measured["target_layers_per_token_padded"] == pytest.approx(layers * 4 / 3)
 

@@ -359,7 +359,7 @@ def test_a_limit_without_room_is_refused(model, tokenizer, tmp_path):
 )
 def test_16_bit_weights_become_float32_on_cpu_if_memory_allows_it(copy, monkeypatch, free, asked, dtype):
     change_tensors(copy, lambda tensors: {name: t.astype(jnp.bfloat16) for name, t in tensors.items()})
-    monkeypatch.setattr(dtypes, "_free_bytes", lambda: free)
+    monkeypatch.setattr(dtypes.process_memory, "free_bytes", lambda devices: free)
     decoder, params = load(copy, param_dtype=asked)
     assert decoder.config.param_dtype == dtype
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {dtype}

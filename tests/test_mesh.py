@@ -15,7 +15,7 @@ import pytest
 import tiny
 from ml_collections import ConfigDict
 
-from specjax.decoding import batch, identity, loop, sampling
+from specjax.decoding import batch, identity, loop, sampling, scheduler
 from specjax.decoding.prefill import state_axes
 from specjax.decoding.sampling import Sampling
 from specjax.distillation import divergences, objective, update
@@ -76,21 +76,22 @@ def placed(sizes, replicate=False):
 
 
 @functools.cache
-def generated(sizes, way, replicate=False, count=8):
+def generated(sizes, way, replicate=False, count=8, slots=None):
     """What a batch of the first prompts came to on the mesh."""
     mesh, params, draft_params = placed(sizes, replicate)
     with meshes.use(mesh):
-        return batch.decode(
+        return scheduler.decode(
             plan_of(way, replicate),
             params,
             draft_params,
-            texts()[:count],
+            (texts() * 2)[:count],
             indices=range(count),
             seed=SEED,
             sampling=WAYS[way][2],
             max_new_tokens=MAX_NEW,
             eos_ids=(3,),
             put=batch.Placer(mesh),
+            slots=slots,
         )
 
 
@@ -98,12 +99,14 @@ def assert_same_tokens(alone, spread, way):
     """Token for token, but where the two best candidates are a tie; and then the same counts."""
     plan, rows = plan_of(way), len(spread.tokens)
     settings = dict(slots=plan.capacity, seed=SEED, sampling=WAYS[way][2])
-    result = identity.compare(plan, models()[0][1], texts()[:rows], alone.tokens[:rows], spread.tokens, **settings)
+    result = identity.compare(
+        plan, models()[0][1], (texts() * 2)[:rows], alone.tokens[:rows], spread.tokens, **settings
+    )
     assert all(difference["tie"] for difference in result["differences"]), result
     assert result["equal"] > 0 and any(len(row) > GAMMA + 1 for row in alone.tokens)
     if result["equal"] == result["of"]:
-        for name, counts in alone.counts(rows).items():
-            np.testing.assert_array_equal(spread.counts(rows)[name], counts)
+        for name, counts in alone.counts().items():
+            np.testing.assert_array_equal(spread.counts()[name], counts[:rows])
 
 
 @pytest.mark.slow
@@ -123,8 +126,17 @@ def test_prompts_that_do_not_divide_over_the_mesh_are_padded_and_none_counts_twi
     few = generated((2, 2, 2), "greedy", count=5)
     assert len(few.tokens) == len(few.origins) == 5
     assert_same_tokens(generated(ALONE, "greedy"), few, "greedy")
-    assert few.counts(5)["emitted"].sum() == sum(map(len, few.tokens))
-    assert few.statistics.target_calls[5:].sum() == 0, "rows without a prompt make no calls"
+    assert few.counts()["emitted"].sum() == sum(map(len, few.tokens))
+    assert len(few.statistics.target_calls) == 5 and few.row_blocks == 8 * few.iterations
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sizes", "slots"), [((1, 1, 8), 3), ((2, 2, 2), 8), ((2, 2, 2), 4)])
+def test_rows_on_a_mesh_take_the_next_prompts(sizes, slots):
+    """As many rows are refilled at once as are sharded over devices: 1 of 3, and 4 of 8; 4 of 4 start together."""
+    assert_same_tokens(
+        generated(ALONE, "greedy", count=16), generated(sizes, "greedy", count=16, slots=slots), "greedy"
+    )
 
 
 @pytest.mark.slow

@@ -82,7 +82,7 @@ def test_parts_are_timed_without_another_program_that_calls_the_target():
     methods.append(Method(make("medusa", 2, {"adapter": tiny.heads(TARGET)}), PARAMS, heads, Sampling.of(0.0)))
     prompts = [[1, 2, 3, 4], [4, 5, 6]]
     run = dict(max_new_tokens=8, eos_ids=(7,), seed=0)
-    emitted = [method.decode(prompts, 0, 2, **run)[1].tokens for method in methods]
+    emitted = [method.decode(prompts, 2, **run).tokens for method in methods]
     programs = latency.loop.compiled_run._cache_size(), latency._repeat._cache_size()
     how = dict(batch_size=2, eos_ids=(7,), seed=0, put=batch.HERE)
     meter = prediction.parts_meter(methods[0], methods[1:], prompts, emitted[0], **how)

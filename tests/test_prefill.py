@@ -8,7 +8,7 @@ import pytest
 import test_kangaroo
 import tiny
 
-from specjax.decoding import batch, loop
+from specjax.decoding import batch, loop, scheduler
 from specjax.decoding.drafters.adaptive import AdaptiveDrafter, block_costs
 from specjax.decoding.plan import Plan, power_of_two_times
 from specjax.decoding.prefill import compiled_prefill
@@ -42,7 +42,7 @@ def turns(models, plan, draft, costs=None):
     texts, conversation = [[1, 2, 3], [4] * 12, [9]], batch.Conversation()
     for turn in range(3):
         decoded = [
-            batch.decode(plan, models[1], draft, texts, max_new_tokens=NEW, conversation=caches, **how)
+            scheduler.decode(plan, models[1], draft, texts, max_new_tokens=NEW, conversation=caches, **how)
             for caches in (conversation, None)
         ]
         yield [each.tokens for each in decoded]
@@ -91,7 +91,7 @@ def test_texts_that_do_not_fit_are_refused(models):
     plan = dataclasses.replace(tiny.plan(models[0], gamma=0, slots=4, max_new=4), capacity=8, prompt_slots=8)
     how = {"indices": range(1), "seed": 0, "sampling": Sampling.of(1.0), "eos_ids": ()}
     with pytest.raises(ValueError, match="need 9 slots"):
-        batch.decode(plan, models[1], None, [[1, 2, 3, 4]], max_new_tokens=4, **how)
+        scheduler.decode(plan, models[1], None, [[1, 2, 3, 4]], max_new_tokens=4, **how)
     one = jnp.ones((1,), jnp.int32)
     with pytest.raises(ValueError, match="do not fit"):
         loop.prefill(plan, models[1], None, jnp.zeros((1, 9), jnp.int32), one, row_keys(0, one))

@@ -13,11 +13,12 @@ import tiny
 from configs.distillspec import recipe_sweep
 from configs.records import condense, sync
 from specjax import api, distill, main, target_text
-from specjax.decoding import loop, sampling
+from specjax.decoding import loop, sampling, scheduler
 from specjax.distillation import cached_text, recipes
 from specjax.hub.tokenizer import train_byte_bpe
 from specjax.models.language_model import consecutive
 from specjax.runtime import config as configs
+from specjax.runtime import stopping
 from specjax.runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -156,6 +157,20 @@ def test_interrupted_writing_resumes_and_ends_with_the_same_text(home, written, 
     target_text.run(writing(home), tmp_path)
     assert first.stat().st_mtime_ns == modified
     again = cached_text.load(tmp_path / "export")
+    assert all(np.array_equal(again.rows[name], whole.rows[name]) for name in whole.rows)
+
+
+def test_a_stopped_writer_keeps_the_texts_that_ended(home, written, tmp_path, monkeypatch):
+    ended, starts = [], []
+    monkeypatch.setattr(stopping, "stop_asked", lambda: ended.append(1) or len(ended) == 3)
+    with pytest.raises(stopping.Stopped):
+        target_text.run(writing(home, measure_batches=1), tmp_path)
+    monkeypatch.undo()
+    decode = scheduler.decode
+    monkeypatch.setattr(scheduler, "decode", lambda *args, **how: starts.append(how["indices"]) or decode(*args, **how))
+    target_text.run(writing(home), tmp_path)
+    assert len(starts[0]) == 5 - 3, "three texts are not decoded again"
+    whole, again = (cached_text.load(workdir / "export") for workdir in (written[0], tmp_path))
     assert all(np.array_equal(again.rows[name], whole.rows[name]) for name in whole.rows)
 
 

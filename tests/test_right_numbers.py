@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from specjax.decoding import batch
+from specjax.decoding import scheduler
 from specjax.decoding.sampling import Sampling, row_keys
 from specjax.models.adapters import Adapter, AdapterConfig
 from specjax.models.decoder import Decoder
@@ -31,7 +31,7 @@ def rotated(kind):
 def texts(plan, params, draft_params, prompts, new=14, greedy=True, **how):
     settings = dict(indices=range(len(prompts)), seed=0, eos_ids=(), max_new_tokens=new)
     sampling = Sampling.of(0.0 if greedy else 1.0)
-    return batch.decode(plan, params, draft_params, prompts, **{"sampling": sampling, **settings, **how})
+    return scheduler.decode(plan, params, draft_params, prompts, **{"sampling": sampling, **settings, **how})
 
 
 @pytest.mark.parametrize("kind", ROTARY)

@@ -123,3 +123,12 @@ def test_seconds_between_measured_gammas_are_interpolated():
 
 def test_the_memory_bound_speedup_weighs_the_draft_by_its_parameters():
     assert model.memory_bound_speedup(3.0, 4, target_params=80, draft_params=10) == 8 * 3.0 / 12
+
+
+def test_a_refilled_batch_takes_the_blocks_of_list_scheduling():
+    """Plain texts of 5, 2, 2 and 4 tokens in two rows: 5 + nothing, and 2 + 2 + 4."""
+    assert model.expected_refilled_rounds((), (5, 2, 2, 4), 2) == 8
+    ctar, tokens = (0.6, 0.3), (9, 14, 6)
+    assert model.expected_refilled_rounds(ctar, tokens, 3) == pytest.approx(
+        model.expected_rounds([ctar] * 3, tokens), rel=0.02
+    )

@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from specjax.decoding.drafters.base import Context, Outcome, Proposal
 from specjax.decoding.plan import SMALLEST_CAPACITY, Plan
@@ -40,11 +40,18 @@ class Limits:
       max_new_tokens: maximum number of tokens that each row emits.
       eos_ids: ids that end a row; -1 is padding. The EOS itself is emitted and counted, tokens after it are not.
       iterations: `run` returns once this many blocks ran since the prefill; a larger value then continues.
+      live: `run` returns once at most this many rows have not ended, so that other texts can take the place of those
+        that have (`prefill.refill`).
     """
 
     max_new_tokens: Int[Array, "B"]
     eos_ids: Int[Array, "E"]
     iterations: Int[Array, ""] | int = 2**31 - 1
+    live: Int[Array, ""] | int = 0
+
+    def reached(self, state: DecodeState) -> Bool[Array, ""]:
+        """Whether `run` returns before the next block."""
+        return (jnp.sum(~state.done) <= self.live) | (state.iterations >= self.iterations)
 
 
 def propose(plan: Plan, params, draft_params, state: DecodeState, noise: Noise, sampling: Sampling):
@@ -216,14 +223,14 @@ def block(
 def run(
     plan: Plan, params: Any, draft_params: Any, state: DecodeState, sampling: Sampling, limits: Limits
 ) -> DecodeState:
-    """Runs blocks until all rows have ended or `limits.iterations` is reached. Donates `state`.
+    """Runs blocks until all rows have ended or another limit is reached, see `Limits`. Donates `state`.
 
     On a GPU a compiled loop ends where the texts outgrow its prefix of the caches, and the next one takes over.
     """
     while True:
         prefix = prefix_for(plan, state)
         state = compiled_run(plan, params, draft_params, state, sampling, limits, prefix)
-        if prefix == plan.capacity or jnp.all(state.done) or state.iterations >= limits.iterations:
+        if prefix == plan.capacity or limits.reached(state):
             return state
 
 
@@ -265,7 +272,7 @@ def compiled_run(
     state = dataclasses.replace(state, done=state.done | (limits.max_new_tokens <= 0))
 
     def unfinished(state: DecodeState):
-        unfinished = ~jnp.all(state.done) & (state.iterations < limits.iterations)
+        unfinished = ~limits.reached(state)
         return unfinished if prefix == plan.capacity else unfinished & (jnp.max(state.lengths) <= longest)
 
     def if_unfinished(_, state: DecodeState) -> DecodeState:

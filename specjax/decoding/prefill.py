@@ -108,6 +108,40 @@ def extend(
     return compiled_extend(_only_prefill(plan), params, draft_params, state, texts, lengths, starts)
 
 
+def prefill_shapes(plan: Plan, params, draft_params, prompts, lengths, row_keys) -> list[Any]:
+    """The shapes and dtypes of the arrays of the state that `prefill` returns, in the order of `jax.tree.leaves`."""
+    arrays = prompts, lengths, row_keys
+    return compiled_prefill.trace(_only_prefill(plan), params, draft_params, *arrays).jaxpr.out_avals
+
+
+def refill(
+    plan: Plan,
+    params: Any,
+    draft_params: Any,
+    state: DecodeState,
+    prompts: Int[Array, "R P"],
+    lengths: Int[Array, "R"],
+    row_keys: Key[Array, "R"],
+    rows: Int[Array, "R"],
+) -> DecodeState:
+    """Prefills R prompts and replaces these rows of a state of B > R rows with them. Donates `state`.
+
+    Other rows, the number of blocks and the columns of the meters stay. Rows from B on are dropped, so that one
+    executable serves fewer prompts.
+    """
+    return compiled_refill(_only_prefill(plan), params, draft_params, state, prompts, lengths, row_keys, rows)
+
+
+def narrow(
+    plan: Plan, params: Any, draft_params: Any, state: DecodeState, prompt_slots: int, rows: Int[Array, "R"]
+) -> DecodeState:
+    """The state of these rows alone, of a state of B > 1 rows whose prompts were padded to `prompt_slots`."""
+    prompt = jax.ShapeDtypeStruct((1, prompt_slots), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    one = prefill_shapes(plan, params, draft_params, *prompt, state.row_keys[:1])
+    of_rows = tuple(x.shape != one.shape for x, one in zip(jax.tree.leaves(state), one, strict=True))
+    return _narrowed(state, rows, of_rows)
+
+
 def _only_prefill(plan: Plan) -> Plan:
     # Prefill does not depend on the rule or the temperature, so plans that differ only in these share an executable.
     return dataclasses.replace(plan, rule=None, greedy=True)
@@ -165,6 +199,28 @@ def compiled_extend(plan: Plan, params, draft_params, state: DecodeState, texts,
     )
     state = _filled(plan, params, draft_params, state, starts)
     return _constrained(state, state_axes(plan, state))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+def compiled_refill(plan: Plan, params, draft_params, state: DecodeState, prompts, lengths, row_keys, rows):
+    """The compiled part of `refill`."""
+    new = compiled_prefill(plan, params, draft_params, prompts, lengths, row_keys)
+
+    def replaced(old: jax.Array, new: jax.Array) -> jax.Array:
+        if old.shape == new.shape:  # it has no axis of rows
+            return old
+        if len(lengths) == 1:  # in place also on CPU, where a scatter is slow
+            return jax.lax.dynamic_update_slice_in_dim(old, new, rows[0], 0)
+        return old.at[rows].set(new, mode="drop")
+
+    state = jax.tree.map(replaced, state, new)
+    return _constrained(state, state_axes(plan, state))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _narrowed(state: DecodeState, rows: Int[Array, "R"], of_rows: tuple[bool, ...]) -> DecodeState:
+    arrays, structure = jax.tree.flatten(state)
+    return structure.unflatten(x[rows] if one else x for x, one in zip(arrays, of_rows, strict=True))
 
 
 def _padded(texts: Int[Array, "B T"], capacity: int) -> Int[Array, "B S"]:

@@ -21,6 +21,7 @@ from specjax.runtime.errors import UserError
 from specjax.runtime.files import write_atomically
 
 ABOUT_FILE = "about.json"
+_UNWRITTEN_FILE = "unwritten.json"
 _FORMAT = "specjax-target-text-2"
 # Separates these random numbers from others with the same seed.
 _STREAM = 0x7E87
@@ -93,6 +94,21 @@ def write_rows(directory: Path, number: int, rows: Mapping[str, np.ndarray]) -> 
     """Writes one batch atomically: after a kill, the file is complete or absent."""
     np.savez(content := io.BytesIO(), **rows)
     write_atomically(rows_file(directory, number), content.getvalue())
+
+
+def keep_unwritten(directory: Path, texts: Mapping[int, Sequence[int]], seconds: float) -> None:
+    """Keeps complete texts, by the number of their prompt, whose batches are not, and the seconds that they took."""
+    rows = [{"prompt": number, "tokens": list(tokens)} for number, tokens in texts.items()]
+    write_atomically(directory / _UNWRITTEN_FILE, json.dumps({"seconds": seconds, "rows": rows}))
+
+
+def take_unwritten(directory: Path) -> tuple[dict[int, list[int]], float]:
+    """The texts of `keep_unwritten` and their seconds; nothing if there are none."""
+    path = directory / _UNWRITTEN_FILE
+    if not path.exists():
+        return {}, 0.0
+    unwritten = json.loads(path.read_text(encoding="utf-8"))
+    return {row["prompt"]: row["tokens"] for row in unwritten["rows"]}, unwritten["seconds"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from specjax.data import batches, tasks
-from specjax.decoding import batch
+from specjax.decoding import batch, scheduler
 from specjax.decoding.drafters.base import Drafter
 from specjax.decoding.drafters.model import ModelDraft
 from specjax.decoding.drafters.table import build_drafter, make_options
@@ -49,7 +49,7 @@ def make_evaluator(
     put = batch.Placer(mesh)
 
     def evaluate(params: Any, step: int) -> dict[str, float]:
-        result = batch.decode(
+        result = scheduler.decode(
             plan,
             inputs.target_params,
             params,
@@ -61,7 +61,7 @@ def make_evaluator(
             eos_ids=tokenizer.eos_ids,
             put=put,
         )
-        counts = result.counts(len(ids))
+        counts = result.counts()
         return {"block_efficiency": float(counts["emitted"].sum() / counts["target_calls"].sum())}
 
     return evaluate

@@ -173,10 +173,10 @@ def score(
     texts = _texts(replay.prompts, replay.emitted, plan.capacity)
     output = Output()
     for first in range(0, len(texts), batch_size):
-        part = texts[first : first + batch_size]
+        prompts, part = (rows[first : first + batch_size] for rows in (replay.prompts, texts))
         part = jnp.asarray(np.concatenate([part, np.repeat(part[-1:], batch_size - len(part), axis=0)]))
         method = Method(plan, part, params, sampling)
-        output.batches.append(method.decode(replay.prompts, first, batch_size, **how))
+        output.batches.append(method.decode(prompts, batch_size, **how))
     return output.counts()
 
 

@@ -186,7 +186,7 @@ class Job:
 
     @property
     def end_of(self) -> Callable[[Sequence[int], Sequence[int]], int | None] | None:
-        """The argument of `batch.decode` that ends texts at stop strings; None without any."""
+        """The argument of `scheduler.decode` that ends texts at stop strings; None without any."""
         return self.stops.end if self.config.stop else None
 
     def batches_folder(self, workdir: Path) -> Path:

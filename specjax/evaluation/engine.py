@@ -1,4 +1,4 @@
-"""Decodes prompts batch by batch, each batch with several methods in turn, so that their times are comparable."""
+"""Decodes prompts with a method, or groups of prompts with several methods in turn, so that times are comparable."""
 
 import contextlib
 import dataclasses
@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from specjax.decoding import batch, identity
+from specjax.decoding import batch, identity, scheduler
 from specjax.decoding.plan import Plan
+from specjax.decoding.results import BatchResult, Executions, join_counts
 from specjax.decoding.sampling import Sampling
 from specjax.decoding.statistics import Statistics
-from specjax.models.kv_cache import Meter
 from specjax.reporting import metrics, records
 from specjax.runtime import mesh as meshes
 from specjax.runtime import processes, stopping
@@ -41,26 +41,20 @@ class Method:
     def decode(
         self,
         prompts: Sequence[Sequence[int]],
-        first: int,
         batch_size: int,
         *,
         indices: Sequence[int] | None = None,
         **settings: Any,
-    ) -> tuple[int, batch.BatchResult]:
-        """Decodes prompts `first .. first + batch_size - 1`; a shorter last batch is padded to the same shape.
+    ) -> BatchResult:
+        """Decodes prompts in a compiled batch of `batch_size` rows.
 
         Args:
-          prompts: all prompts of the run.
           indices: index of each prompt, which with `seed` determines its random numbers; by default that in `prompts`.
-          settings: further arguments of `batch.decode`.
-
-        Returns:
-          the number of rows that are not padding, and the result.
+          settings: further arguments of `scheduler.decode`.
         """
-        span = slice(first, first + batch_size)
-        part, places = prompts[span], (range(len(prompts)) if indices is None else indices)[span]
-        how = {"indices": places, "sampling": self.sampling, "size": batch_size, **settings}
-        return len(part), batch.decode(self.plan, self.params, self.draft_params, part, **how)
+        indices = range(len(prompts)) if indices is None else indices
+        how = {"indices": indices, "sampling": self.sampling, "slots": batch_size, **settings}
+        return scheduler.decode(self.plan, self.params, self.draft_params, prompts, **how)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,20 +62,20 @@ class Output:
     """The results of one method.
 
     Attributes:
-      batches: (number of prompts, result) of each batch; further rows of a result are padding.
+      batches: the result of each call of `scheduler.decode`.
     """
 
-    batches: list[tuple[int, batch.BatchResult]] = dataclasses.field(default_factory=list)
+    batches: list[BatchResult] = dataclasses.field(default_factory=list)
 
     @property
     def tokens(self) -> list[list[int]]:
         """Emitted ids of each prompt."""
-        return [row for rows, result in self.batches for row in result.tokens[:rows]]
+        return [row for result in self.batches for row in result.tokens]
 
     @property
     def origins(self) -> list[list[int]]:
         """The origin of each emitted token of each prompt, as an index into `loop.ORIGINS`."""
-        return [row for rows, result in self.batches for row in result.origins[:rows]]
+        return [row for result in self.batches for row in result.origins]
 
     @property
     def emitted(self) -> int:
@@ -90,29 +84,37 @@ class Output:
     @property
     def iterations(self) -> int:
         """Total number of blocks over all batches."""
-        return sum(result.iterations for _, result in self.batches)
+        return sum(result.iterations for result in self.batches)
 
     @property
     def seconds(self) -> Float[np.ndarray, "batches"]:
         """Wall-clock seconds of each batch, prefill included."""
-        return np.asarray([result.seconds for _, result in self.batches])
+        return np.asarray([result.seconds for result in self.batches])
 
     @property
     def prefill_seconds(self) -> float:
-        return sum(result.prefill_seconds for _, result in self.batches)
+        return sum(result.prefill_seconds for result in self.batches)
 
     @property
     def compile_seconds(self) -> float:
-        return sum(result.compile_seconds for _, result in self.batches)
+        return sum(result.compile_seconds for result in self.batches)
 
     @property
     def blocks(self) -> list[tuple[float, int]]:
         """Seconds of decoding and number of blocks of each batch."""
-        return [(result.decode_seconds, result.iterations) for _, result in self.batches]
+        return [(result.decode_seconds, result.iterations) for result in self.batches]
 
     def counts(self) -> metrics.Counts:
         """Counts of each prompt. Raises ValueError if they contradict each other."""
-        return metrics.Counts(**batch.join_counts([result.counts(rows) for rows, result in self.batches]))
+        return metrics.Counts(**join_counts([result.counts() for result in self.batches]))
+
+
+def group_size(prompts: int, batch_size: int) -> int:
+    """The number of prompts that `decode_in_turns` decodes at once: up to three for each row, if there are four groups.
+
+    More prompts per row leave fewer rows unused at the end of a group, and fewer groups to compute intervals from.
+    """
+    return batch_size * min(max(prompts // batch_size // 4, 1), 3) if batch_size > 1 else 1
 
 
 def decode_in_turns(
@@ -120,64 +122,65 @@ def decode_in_turns(
     prompts: Sequence[Sequence[int]],
     *,
     batch_size: int,
+    group: int,
     label: str,
-    numbers: Sequence[int] | None = None,
     indices: Sequence[int] | None = None,
     folder: Path | None = None,
     **settings: Any,
-) -> Iterator[tuple[int, list[tuple[int, batch.BatchResult]]]]:
-    """Decodes each batch of prompts with every method, and yields the results of a batch as soon as it is decoded.
+) -> Iterator[tuple[int, list[BatchResult]]]:
+    """Decodes each group of prompts with every method, and yields the results of a group as soon as it is decoded.
 
-    First every method decodes one block, which compiles. The order of the methods rotates from batch to batch, so that
-    none always follows the same one.
+    First every method decodes one block, which compiles. The order of the methods rotates from group to group, so that
+    none always follows the same one. Within a group, rows that end take the next prompt, as in `scheduler.decode`.
 
     Args:
+      group: number of prompts in a group, see `group_size`.
       label: label of the progress bar.
-      numbers: indices of the batches to decode; all of them by default.
       indices: see `Method.decode`.
-      folder: where finished batches are stored, so that a stopped run resumes; its name has to change with all that
+      folder: where finished groups are stored, so that a stopped run resumes; its name has to change with all that
         determines the results besides label, prompts and indices.
-      settings: `max_new_tokens`, `eos_ids`, `seed`, `put` and `end_of` of `batch.decode`.
+      settings: `max_new_tokens`, `eos_ids`, `seed`, `put` and `end_of` of `scheduler.decode`.
 
     Yields:
-      (batch number, for each method (number of prompts, result)).
+      (group number, for each method its result).
 
     Raises:
-      Stopped: between two batches, if the process was asked to stop.
+      Stopped: between two groups, if the process was asked to stop.
     """
-    total = -(-len(prompts) // batch_size)
-    numbers = range(total) if numbers is None else numbers
+    numbers = range(-(-len(prompts) // group))
     indices = range(len(prompts)) if indices is None else indices
+    span = lambda number: slice(number * group, (number + 1) * group)
 
-    def decode(method: Method, number: int, **how: Any) -> tuple[int, batch.BatchResult]:
-        return method.decode(prompts, number * batch_size, batch_size, indices=indices, **settings | how)
+    def decode(method: Method, number: int, **how: Any) -> BatchResult:
+        part = {"indices": indices[span(number)], **settings, **how}
+        return method.decode(prompts[span(number)], batch_size, **part)
 
     def path(number: int) -> Path:
-        span = slice(number * batch_size, (number + 1) * batch_size)
-        key = f"{label}{len(methods)}{[list(prompt) for prompt in prompts[span]]}{list(indices[span])}"
+        texts = [list(prompt) for prompt in prompts[span(number)]]
+        key = f"{label}{len(methods)}{texts}{list(indices[span(number)])}"
         return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
     paths = {} if folder is None else {number: path(number) for number in numbers}
     stored = processes.from_first([number for number, path in paths.items() if path.exists()])
     missing = [number for number in numbers if number not in stored]
     compiling = progress(methods if missing else (), description=f"{label}: compile", unit="case")
-    compiled = [decode(method, missing[0], max_new_tokens=1)[1].compile_seconds for method in compiling]
-    with progress(total=total * len(methods), description=label, unit="run") as bar:
-        bar.update((total - len(missing)) * len(methods))
-        for turn, number in enumerate(numbers):
+    compiled = [decode(method, missing[0], max_new_tokens=1).compile_seconds for method in compiling]
+    with progress(total=len(numbers) * len(methods), description=label, unit="run") as bar:
+        bar.update((len(numbers) - len(missing)) * len(methods))
+        for number in numbers:
             stopping.stop_if_asked()
             if number in stored:
-                yield number, _read_batch(paths[number])
+                yield number, _read_results(paths[number])
                 continue
             results: list[Any] = [None] * len(methods)
             for offset in range(len(methods)):
-                index = (turn + offset) % len(methods)
-                rows, result = decode(methods[index], number)
+                index = (number + offset) % len(methods)
+                result = decode(methods[index], number)
                 seconds = result.compile_seconds + (compiled[index] if number == missing[0] else 0.0)
-                results[index] = rows, dataclasses.replace(result, compile_seconds=seconds)
+                results[index] = dataclasses.replace(result, compile_seconds=seconds)
                 bar.update(1)
             if folder is not None and processes.first():
-                records.write_atomically(paths[number], json.dumps([_plain(*result) for result in results]))
+                records.write_atomically(paths[number], json.dumps(list(map(_plain, results))))
             yield number, results
 
 
@@ -193,43 +196,47 @@ def decode_all(
     batch_size: int,
     samples: int = 1,
     mesh: Any = None,
-    listener: Callable[[Sequence[Sequence[int]]], dict[str, Any]] = lambda part: {},
+    listener: Callable[[Sequence[Sequence[int]]], dict[str, Any]] | None = None,
     **settings: Any,
 ) -> tuple[list[Sequence[int]], Output]:
-    """Decodes every prompt `samples` times, batch by batch. Returns the prompt of each row, and the results.
+    """Decodes every prompt `samples` times. Returns the prompt of each row, and the results.
 
-    Each row has an index that determines its random numbers; sample 0 has the index of its prompt.
+    Rows that end take the next prompt. Each text has an index that determines its random numbers; sample 0 has the
+    index of its prompt.
 
     Args:
       samples: at most `MOST_SAMPLES`.
-      listener: for the prompts of a batch, further arguments of `batch.decode`, as are `settings`.
+      listener: decodes batch by batch: for the prompts of a batch, further arguments of `scheduler.decode`, as are
+        `settings`.
     """
     places = [number + sample * _SAMPLE for number in range(len(prompts)) for sample in range(samples)]
     rows, output, size = [prompts[place % _SAMPLE] for place in places], Output(), min(batch_size, len(places))
     with contextlib.nullcontext() if mesh is None else meshes.use(mesh):
-        for first in range(0, len(rows), size):
-            how = {"indices": places, "put": batch.Placer(mesh), **settings, **listener(rows[first : first + size])}
-            output.batches.append(method.decode(rows, first, size, **how))
+        for first in range(0, len(rows), len(rows) if listener is None else size):
+            span = slice(first, None if listener is None else first + size)
+            how = {"put": batch.Placer(mesh), **settings, **(listener(rows[span]) if listener else {})}
+            output.batches.append(method.decode(rows[span], size, indices=places[span], **how))
     return rows, output
 
 
-def _plain(rows: int, result: batch.BatchResult) -> dict[str, Any]:
-    """A batch's number of prompts and result as JSON types."""
-    arrays = lambda fields: {name: np.asarray(value).tolist() for name, value in vars(fields).items()}
-    executions = {name: [arrays(meter) for meter in meters] for name, meters in result.executions.items()}
-    return {"rows": rows, **vars(result), "statistics": arrays(result.statistics), "executions": executions}
+def _plain(result: BatchResult) -> dict[str, Any]:
+    """A result as JSON types."""
+    plain = lambda fields: {name: np.asarray(value).tolist() for name, value in vars(fields).items()}
+    executions = {name: plain(each) for name, each in result.executions.items()}
+    return vars(result) | {"statistics": plain(result.statistics), "executions": executions}
 
 
-def _read_batch(path: Path) -> list[tuple[int, batch.BatchResult]]:
+def _read_results(path: Path) -> list[BatchResult]:
     """The inverse of `_plain`, for a file with the results of all methods."""
     dtype = lambda name: bool if name == "failed" else np.int32
-    arrays = lambda kind, fields: kind(**{name: np.asarray(value, dtype(name)) for name, value in fields.items()})
     results = []
     for fields in json.loads(path.read_text(encoding="utf-8")):
-        rows = fields.pop("rows")
-        fields["statistics"] = arrays(Statistics, fields["statistics"])
-        meters = {name: [arrays(Meter, each) for each in listed] for name, listed in fields["executions"].items()}
-        results.append((rows, batch.BatchResult(**fields | {"executions": meters})))
+        statistics = {name: np.asarray(values, dtype(name)) for name, values in fields["statistics"].items()}
+        executions = {
+            name: Executions(np.asarray(each["own"], np.int32), each["padded"])
+            for name, each in fields["executions"].items()
+        }
+        results.append(BatchResult(**fields | {"statistics": Statistics(**statistics), "executions": executions}))
     return results
 
 

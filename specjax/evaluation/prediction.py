@@ -97,16 +97,20 @@ def uncut_ctar(counts: metrics.Counts, weights: Float[np.ndarray, "N"]) -> Float
     return np.cumprod((weights @ counts.accepted_at) / np.maximum(weights @ counts.drafted_at, 1))
 
 
-def expected_iterations(counts: metrics.Counts, batch_size: int) -> float:
-    """Expected number of blocks, summed over batches: a batch runs the maximum over its rows.
+def expected_iterations(counts: metrics.Counts, batch_size: int, group: int = 0) -> float:
+    """Expected number of blocks, summed over groups of prompts that were decoded in a batch of `batch_size` rows.
 
     Args:
-      counts: counts of all rows, in the order in which they were batched.
+      counts: counts of all prompts, in the order in which they were decoded.
+      group: number of prompts in a group; by default `batch_size`, so that each row decodes one.
     """
+    group = group or batch_size
     emitted = counts.emitted
     ctar = uncut_ctar(counts, np.ones(len(emitted))).tolist()
-    batches = [emitted[first : first + batch_size].tolist() for first in range(0, len(emitted), batch_size)]
-    return sum(throughput.expected_rounds([ctar] * len(tokens), tokens) for tokens in batches)
+    groups = [emitted[first : first + group].tolist() for first in range(0, len(emitted), group)]
+    if group > batch_size:
+        return sum(throughput.expected_refilled_rounds(ctar, tokens, batch_size) for tokens in groups)
+    return sum(throughput.expected_rounds([ctar] * len(tokens), tokens) for tokens in groups)
 
 
 def predict(
@@ -123,7 +127,8 @@ def predict(
       parts: seconds of the parts; None if they were not timed, and then every field but `expected_iterations` is None.
       draft_size: number of parameters of the draft; 0 for self-drafts, for which `mbsu` is None.
     """
-    expected, plain = (expected_iterations(each.counts(), batch_size) for each in (output, baseline))
+    group = max(len(result.tokens) for result in output.batches)
+    expected, plain = (expected_iterations(each.counts(), batch_size, group) for each in (output, baseline))
     names = [field.name for field in dataclasses.fields(throughput.PartSeconds) if field.name != "intervals"]
     fields: dict[str, Any] = {f"{name}_seconds": parts and getattr(parts, name) for name in names}
     fields |= {"expected_iterations": expected, "part_seconds_ci": parts and parts.intervals}

@@ -6,7 +6,7 @@ from typing import Annotated, Any, get_type_hints
 
 import numpy as np
 
-from specjax.decoding import batch
+from specjax.decoding.results import layers_per_token
 from specjax.decoding.sampling import Sampling
 from specjax.evaluation.cases import Case, Setting
 from specjax.evaluation.engine import Output
@@ -33,7 +33,10 @@ class Row:
     top_k: Annotated[int, "sampling from the k most probable tokens; 0 is off"]
     top_p: Annotated[float, "sampling from the smallest set of tokens with this probability; 1 is off"]
     min_p: Annotated[float, "sampling from tokens with this share of the largest probability or more; 0 is off"]
-    batch_size: Annotated[int, "prompts decoded together"]
+    batch_size: Annotated[
+        int,
+        "prompts decoded together; when one ends, the next of its group of prompts takes its place",
+    ]
     max_new_tokens: Annotated[int, "most tokens emitted per prompt"]
     seed: Annotated[int, "seed of prompt selection, sampling and bootstrap"]
     emitted_tokens: Annotated[int, "tokens that the user receives, the end token included, over all prompts"]
@@ -56,17 +59,17 @@ class Row:
     tokens_per_second: Annotated[float | None, "emitted / wall-clock seconds; prefill included, compiling excluded"]
     baseline_tokens_per_second: Annotated[
         float | None,
-        "the same of plain decoding (gamma = 0 in the same loop), interleaved batch by batch",
+        "the same of plain decoding (gamma = 0 in the same loop), interleaved group by group",
     ]
     speedup: Annotated[
         float | None,
         "tokens_per_second / baseline_tokens_per_second; the baseline is always plain decoding of the config's target",
     ]
-    speedup_ci: Annotated[list[float] | None, "its 95% interval, bootstrapped over batches or questions"]
-    prefill_seconds: Annotated[float, "seconds of prefill, over all batches"]
-    decode_seconds: Annotated[float, "seconds of all blocks, over all batches"]
+    speedup_ci: Annotated[list[float] | None, "its 95% interval, bootstrapped over groups of prompts or questions"]
+    prefill_seconds: Annotated[float, "seconds of prefill, over all groups of prompts"]
+    decode_seconds: Annotated[float, "seconds of all blocks, over all groups"]
     compile_seconds: Annotated[float, "seconds of compiling, or of loading from JAX's cache, in no other seconds"]
-    iterations: Annotated[int, "blocks that the batches ran; a batch runs as long as its slowest row"]
+    iterations: Annotated[int, "blocks that ran, over all groups; a group runs until its last text ends"]
     target_layers_per_token: Annotated[
         float,
         "executions of target layers per emitted token, drafting included, prefill excluded, on the rows' own tokens",
@@ -101,7 +104,7 @@ class EvaluationRow(Row):
 
     expected_iterations: Annotated[
         float,
-        "iterations expected from this acceptance and these lengths: for each batch the expected maximum over its rows",
+        "iterations expected from this acceptance and these lengths: for each group the expected end of its last text",
     ]
     quality: Annotated[dict[str, float], "the task's metrics over all prompts, each between 0 and 1"]
     quality_difference: Annotated[dict[str, float], "the same minus that of plain decoding on the same prompts"]
@@ -177,7 +180,7 @@ def measured(
         prompts and batches.
     """
     counts, of_batch = output.counts(), np.arange(len(output.batches)) if units is None else np.asarray(units)
-    of_prompt = np.repeat(of_batch, [rows for rows, _ in output.batches])
+    of_prompt = np.repeat(of_batch, [len(result.tokens) for result in output.batches])
     total = lambda seconds: np.bincount(of_batch, weights=seconds)
     emitted = plain.counts().emitted
     timing = metrics.Timing(
@@ -193,7 +196,7 @@ def measured(
         "iterations": output.iterations,
         "decode_seconds": float(output.seconds.sum()) - output.prefill_seconds,
         "compile_seconds": output.compile_seconds,
-        **batch.layers_per_token(output.batches, layers),
+        **layers_per_token(output.batches, layers),
     }
 
 

@@ -1,11 +1,10 @@
 """Converts names of dtypes in configs to JAX dtypes, and chooses dtypes."""
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 from absl import logging
 
+from specjax.runtime import process_memory
 from specjax.runtime.errors import UserError, nearest
 
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -42,17 +41,10 @@ def auto_param_dtype(stored: str, count: int) -> str:
     """
     if stored == "float32" or jax.default_backend() != "cpu":
         return stored
-    gigabytes, free = 4 * count / 1e9, _free_bytes() / 1e9
+    gigabytes, free = 4 * count / 1e9, process_memory.free_bytes(jax.local_devices()[:1]) / 1e9
     if gigabytes > _SHARE * free:
         message = "parameters stay in %s, because float32 would take %.1f GB and %.1f GB are free; decoding is slower"
         logging.warning(message, stored, gigabytes, free)
         return stored
     logging.info("parameters are converted from %s to float32, which decodes faster on CPU: %.1f GB", stored, gigabytes)
     return "float32"
-
-
-def _free_bytes() -> float:
-    """Bytes of memory that Linux can still give to processes; infinite on other systems."""
-    path = Path("/proc/meminfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), float("inf"))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tiny
 
-from specjax.decoding import batch
+from specjax.decoding import scheduler
 from specjax.decoding.plan import Plan
 from specjax.decoding.sampling import Sampling
 from specjax.hub.load import load
@@ -69,7 +69,7 @@ def test_logits_agree_on_prompts_longer_than_every_bucket(pair):
 def decoded(ours, prompts, drafter, gamma, options):
     made = tiny.make_drafter(drafter, ours.decoder, gamma, options) if gamma else None
     plan = Plan.for_prompts(ours.decoder, prompts, max_new_tokens=NEW, greedy=True, drafter=made, gamma=gamma)
-    result = batch.decode(
+    result = scheduler.decode(
         plan,
         ours.params,
         ours.params if drafter == "model" else None,

@@ -109,8 +109,10 @@ class AdaptiveDrafter(Drafter):
         return Evidence(inner, nothing, nothing, none, none, jnp.ones((), bool))
 
     def prefill(self, params, target_params, state: Evidence, chunk: Chunk):
-        # If the inner drafter has not run for some blocks, it lacks their tokens until it catches up in the next block.
-        missing = jnp.minimum(state.first_missing, chunk.positions[:, 0])
+        # If the inner drafter has not run for some blocks, it lacks their tokens until it catches up in the next block,
+        # unless the chunk includes them; the chunks that follow it reach up to the end of the text.
+        starts, ends = chunk.positions[:, 0], jnp.minimum(chunk.positions[:, -1] + 1, chunk.lengths - 1)
+        missing = jnp.where(starts <= state.first_missing, ends, state.first_missing)
         inner = self.inner.prefill(params, target_params, state.inner, chunk)
         # A text that continues another one starts without its evidence, as a call without the earlier caches does.
         nothing = jnp.zeros_like(state.reached)

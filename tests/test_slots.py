@@ -1,0 +1,138 @@
+"""Rows of a batch that take the next prompt when a text ends: texts, counts and times are those of one prompt alone."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import test_kangaroo
+import tiny
+
+from specjax.decoding import loop, scheduler
+from specjax.decoding.drafters.adaptive import AdaptiveDrafter, block_costs
+from specjax.decoding.prefill import compiled_prefill, compiled_refill, prefill_shapes
+from specjax.decoding.sampling import Sampling, row_keys
+from specjax.runtime import process_memory
+from specjax.runtime.errors import UserError
+
+models = test_kangaroo.models  # a fixture: target, its parameters, adapter, its parameters
+
+SLOTS, NEW, GAMMA, VOCAB, EOS = 3, 24, 3, 24, (5, 11)
+
+
+def prompts(count: int, seed: int = 0) -> list[list[int]]:
+    """Prompts of 1 to 17 tokens."""
+    random = np.random.default_rng(seed)
+    return [random.integers(0, VOCAB, 1 + 5 * number % 17).tolist() for number in range(count)]
+
+
+def speculative(models, kind, gamma=GAMMA, **changes):
+    target, params, adapter, adapter_params = models
+    options = tiny.drafter_options(kind, target, adapter=adapter)
+    own = {"kangaroo": adapter_params, "model": tiny.decoder(2)[1]}.get(kind)
+    own = tiny.draft_params_of(kind, target, params, None) if own is None and gamma else own
+    return tiny.plan(target, kind, options, gamma=gamma, slots=17, max_new=NEW, **changes), own
+
+
+def decode(models, plan, own, texts, **how):
+    settings = {"indices": range(len(texts)), "seed": 1, "sampling": Sampling.of(0.0 if plan.greedy else 1.0)}
+    return scheduler.decode(plan, models[1], own, texts, **settings | {"max_new_tokens": NEW, "eos_ids": EOS} | how)
+
+
+def counts_of(result, row=None):
+    rows = slice(None) if row is None else slice(row, row + 1)
+    return {name: values[rows].tolist() for name, values in result.counts().items()}
+
+
+def alone(models, plan, own, texts, **how):
+    """The result of each prompt in a batch of one."""
+    return [decode(models, plan, own, [text], indices=[i], **how) for i, text in enumerate(texts)]
+
+
+SLOW = pytest.mark.slow
+CASES = {
+    "plain": dict(kind="ngram", gamma=0),
+    "lossless": dict(kind="model", greedy=True),
+    "coupled": dict(kind="model", rule="coupled"),
+    "kangaroo": dict(kind="kangaroo", greedy=True),
+    "medusa": dict(kind="medusa", greedy=True),
+    "ngram": dict(kind="ngram", greedy=True),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_text_and_its_counts_do_not_depend_on_the_row_that_it_takes(models, case):
+    plan, own = speculative(models, **CASES[case])
+    texts = prompts(11)
+    result, single = decode(models, plan, own, texts, slots=SLOTS), alone(models, plan, own, texts)
+    assert len({len(row) for row in result.tokens}) > 3, "the texts have to be uneven"
+    assert result.tokens == [each.tokens[0] for each in single]
+    assert result.origins == [each.origins[0] for each in single]
+    for row, each in enumerate(single):
+        assert counts_of(result, row) == counts_of(each)
+        for name, executions in result.executions.items():
+            assert executions.own[row] == each.executions[name].own[0]
+    assert result.executions["target"].padded >= result.executions["target"].own.sum()
+
+
+def test_rows_are_useful_until_the_end_and_nothing_compiles_after_the_first_refills(models):
+    plan, own = speculative(models, "ngram", gamma=0)
+    texts, slots, how = prompts(64), 4, {"eos_ids": EOS[:1]}
+    first = decode(models, plan, own, texts[:18], slots=slots, **how)
+    programs = [each._cache_size() for each in (compiled_prefill, compiled_refill, loop.compiled_run)]
+    refilled = decode(models, plan, own, texts, slots=slots, **how)
+    assert [each._cache_size() for each in (compiled_prefill, compiled_refill, loop.compiled_run)] == programs
+    assert refilled.tokens[:18] == first.tokens
+    parts = [slice(first, first + slots) for first in range(0, 64, slots)]
+    fixed = [decode(models, plan, own, texts[part], indices=range(64)[part], **how) for part in parts]
+    assert [row for each in fixed for row in each.tokens] == refilled.tokens
+    calls = refilled.statistics.target_calls.sum()
+    assert calls / refilled.row_blocks >= 0.95 and calls / sum(each.row_blocks for each in fixed) <= 0.82
+    # The last texts ran in fewer rows.
+    assert refilled.row_blocks < slots * refilled.iterations
+    assert refilled.executions["target"].padded == plan.target.layers * refilled.row_blocks
+
+
+def test_an_adaptive_draft_does_not_catch_up_on_the_prompt_of_a_refilled_row(models):
+    plan, own = speculative(models, "model")
+    plan = dataclasses.replace(plan, drafter=AdaptiveDrafter(plan.drafter, GAMMA))
+    how = {"sampling": Sampling.of(1.0, costs=block_costs(0.3, 0.1, GAMMA))}
+    texts = prompts(7)
+    result, single = decode(models, plan, own, texts, slots=2, **how), alone(models, plan, own, texts, **how)
+    assert result.tokens == [each.tokens[0] for each in single]
+    assert [counts_of(result, row) for row in range(7)] == list(map(counts_of, single))
+
+
+def test_stop_strings_end_texts_of_refilled_rows_with_the_counts_until_there(models):
+    plan, own = speculative(models, "ngram", greedy=True)
+    ends = lambda prompt, tokens: next((place + 1 for place, token in enumerate(tokens) if token % 7 == 3), None)
+    texts, how = prompts(8), {"end_of": ends, "blocks": 2, "eos_ids": ()}
+    result, single = decode(models, plan, own, texts, slots=SLOTS, **how), alone(models, plan, own, texts, **how)
+    assert result.tokens == [each.tokens[0] for each in single] and {len(row) for row in result.tokens} != {NEW}
+    assert [counts_of(result, row) for row in range(8)] == list(map(counts_of, single))
+
+
+def test_a_text_that_does_not_end_does_not_hold_up_the_others(models):
+    """They are complete, with their times, when it ends; and its time is that of the whole run."""
+    plan, own = speculative(models, "ngram", gamma=0)
+    texts, ended, never = prompts(11), [], decode(models, plan, own, prompts(11), slots=SLOTS).tokens[0]
+    end_of = lambda prompt, tokens: 2 if tokens[:2] != never[:2] and len(tokens) > 1 else None
+    on_end = lambda number, row, seconds: ended.append((number, len(row.tokens), seconds))
+    how = {"end_of": end_of, "blocks": 1, "on_end": on_end, "eos_ids": ()}
+    result = decode(models, plan, own, texts, slots=SLOTS, **how)
+    assert [number for number, _, _ in ended] == [*range(1, 11), 0]
+    assert [count for _, count, _ in ended] == [2] * 10 + [NEW]
+    seconds = [at for _, _, at in ended]
+    assert seconds == sorted(seconds) and seconds[-1] == result.row_seconds[0] == pytest.approx(result.seconds)
+    for first, total in zip(result.first_token_seconds, result.row_seconds, strict=True):
+        assert 0 < first < total
+
+
+def test_rows_that_do_not_fit_in_memory_are_refused_with_the_number_that_does(models, monkeypatch):
+    plan, own = speculative(models, "ngram", gamma=0)
+    prompt = np.zeros((1, 17), np.int32), np.ones((1,), np.int32)
+    shapes = prefill_shapes(plan, models[1], None, *prompt, row_keys(0, np.arange(1)))
+    one = sum(x.size * x.dtype.itemsize for x in shapes)
+    monkeypatch.setattr(process_memory, "free_bytes", lambda devices: 5.4 * one)
+    assert len(decode(models, plan, own, prompts(11), slots=SLOTS).tokens) == 11
+    with pytest.raises(UserError, match="12 rows need .* GB for their caches, and .* are free, which is enough for 5;"):
+        decode(models, plan, own, prompts(11), slots=12)
