@@ -1,6 +1,7 @@
 """Rows of a batch that take the next prompt when a text ends: texts, counts and times are those of one prompt alone."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from specjax.decoding import loop, scheduler
 from specjax.decoding.drafters.adaptive import AdaptiveDrafter, block_costs
 from specjax.decoding.prefill import compiled_prefill, compiled_refill, prefill_shapes
 from specjax.decoding.sampling import Sampling, row_keys
+from specjax.models import kv_cache
+from specjax.runtime import mesh as meshes
 from specjax.runtime import process_memory
 from specjax.runtime.errors import UserError
 
@@ -136,3 +139,21 @@ def test_rows_that_do_not_fit_in_memory_are_refused_with_the_number_that_does(mo
     assert len(decode(models, plan, own, prompts(11), slots=SLOTS).tokens) == 11
     with pytest.raises(UserError, match="12 rows need .* GB for their caches, and .* are free, which is enough for 5;"):
         decode(models, plan, own, prompts(11), slots=12)
+
+
+def test_on_a_gpu_prefixes_follow_the_longest_row_and_refilled_rows_continue_in_them(models, monkeypatch):
+    """The loop runs four blocks at a time there, and returns in the middle of them when rows have ended."""
+    plan, own = speculative(models, "ngram", gamma=0)
+    long, short, prefixes, run = [1] * 17, prompts(4)[:2], [], loop.compiled_run
+    texts, how = [long, *short, *short, long, *short], {"slots": 2, "eos_ids": range(0, VOCAB, 3)}
+    on_cpu = decode(models, plan, own, texts, **how)
+    monkeypatch.setattr(meshes, "platform", lambda: "gpu")
+    monkeypatch.setattr(loop, "SMALLEST_CAPACITY", 16)
+    monkeypatch.setattr(kv_cache, "prefixes", lambda capacity: [8, 17, capacity])
+    monkeypatch.setattr(loop, "compiled_run", lambda *args: prefixes.append(args[-1]) or run(*args))
+    # Another capacity is another program.
+    on_gpu = decode(models, dataclasses.replace(plan, capacity=plan.capacity + 1), own, texts, **how)
+    assert on_gpu.tokens == on_cpu.tokens and on_gpu.iterations == on_cpu.iterations
+    assert [counts_of(on_gpu, row) for row in range(8)] == [counts_of(on_cpu, row) for row in range(8)]
+    changes = set(itertools.pairwise(prefixes))
+    assert changes >= {(17, plan.capacity + 1), (plan.capacity + 1, 17)}

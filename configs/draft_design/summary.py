@@ -68,7 +68,7 @@ def run(config: Any, workdir: str | Path) -> dict:
 def configuration(row: Mapping, draft: Mapping) -> dict:
     """One evaluate row with its draft, and the throughput that its parts predict.
 
-    A batch runs until its slowest row is done: its blocks are the expected maximum over rows, each row with the mean
+    Prompts run until the last of their group is done: their blocks are the expected ones, each row with the mean
     acceptance. A batch of one is predicted from the blocks of its own run and, for comparison, from expected ones.
     """
     predicted = dict.fromkeys(("predicted_tokens_per_second", "off_by", "off_by_with_expected_blocks"))

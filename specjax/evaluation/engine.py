@@ -88,7 +88,7 @@ class Output:
 
     @property
     def seconds(self) -> Float[np.ndarray, "batches"]:
-        """Wall-clock seconds of each batch, prefill included."""
+        """Wall-clock seconds of each result, prefill included."""
         return np.asarray([result.seconds for result in self.batches])
 
     @property
@@ -101,7 +101,7 @@ class Output:
 
     @property
     def blocks(self) -> list[tuple[float, int]]:
-        """Seconds of decoding and number of blocks of each batch."""
+        """Seconds of decoding and number of blocks of each result."""
         return [(result.decode_seconds, result.iterations) for result in self.batches]
 
     def counts(self) -> metrics.Counts:
