@@ -80,6 +80,8 @@ def _written(text: cached_text.CachedText) -> dict:
     return {"rows": len(text), "tokens": tokens, "seconds": text.seconds, "tokens_per_second": tokens / text.seconds}
 
 
+# Texts per row of the batch that are decoded, and in memory, at one time.
+_TEXTS_AT_ONCE = 64
 # Texts are cut to a multiple of this for their states, so that few widths are compiled.
 _WIDTH = 128
 
@@ -168,29 +170,29 @@ class _Writer:
         files = [range(first, min(first + size, count)) for first in range(0, count, size)]
         written = [cached_text.rows_file(directory, number).exists() for number in range(len(files))]
         written = processes.from_first(np.asarray(written))
-        texts, earlier = cached_text.take_unwritten(directory)
+        texts, unwritten = cached_text.take_unwritten(directory)  # `unwritten` seconds are in no batch yet
         missing = [number for number in range(count) if not written[number // size] and number not in texts]
-        stored = 0.0  # the seconds of the batches that this call has written
 
-        def on_end(place: int, row: Row, seconds: float) -> None:
-            nonlocal stored
+        def on_end(prompts: Sequence[int], place: int, row: Row, seconds: float) -> None:
+            nonlocal unwritten
             bar.update(1)
-            number = missing[place] // size
-            texts[missing[place]] = row.tokens
+            number = prompts[place] // size
+            texts[prompts[place]] = row.tokens
             if all(prompt in texts for prompt in files[number]):
                 emitted = [texts.pop(prompt) for prompt in files[number]]
-                self._write_batch(directory, number, emitted, earlier + seconds - stored)
-                stored = earlier + seconds
+                self._write_batch(directory, number, emitted, unwritten + seconds)
+                unwritten = -seconds
             if stopping.stop_asked():
                 if processes.first():
-                    cached_text.keep_unwritten(directory, texts, earlier + seconds - stored)
+                    cached_text.keep_unwritten(directory, texts, unwritten + seconds)
                 raise stopping.Stopped
 
         with progress(total=count, description=directory.parent.name, unit="text") as bar, stopping.holding():
             bar.update(count - len(missing))
-            if missing:
-                prompts = [self.prompts[number] for number in missing]
-                self.method.decode(prompts, indices=missing, on_end=on_end, **self._decoding)
+            for first in range(0, len(missing), _TEXTS_AT_ONCE * size):
+                part = missing[first : first + _TEXTS_AT_ONCE * size]
+                how = {"indices": part, "on_end": functools.partial(on_end, part), **self._decoding}
+                unwritten += self.method.decode([self.prompts[number] for number in part], **how).seconds
 
     def _write_batch(self, directory: Path, number: int, emitted: Sequence[Sequence[int]], seconds: float) -> None:
         rows = self.rows(number, emitted, seconds)

@@ -46,27 +46,28 @@ def counts_of(result, row=None):
     return {name: values[rows].tolist() for name, values in result.counts().items()}
 
 
-def alone(models, plan, own, texts, **how):
-    """The result of each prompt in a batch of one."""
-    return [decode(models, plan, own, [text], indices=[i], **how) for i, text in enumerate(texts)]
+def alone(models, plan, own, texts, slots=SLOTS, **how):
+    """The result of each prompt without others; the same program as in a batch by default, which compiles less."""
+    return [decode(models, plan, own, [text], indices=[i], slots=slots, **how) for i, text in enumerate(texts)]
 
 
 SLOW = pytest.mark.slow
 CASES = {
     "plain": dict(kind="ngram", gamma=0),
     "lossless": dict(kind="model", greedy=True),
-    "coupled": dict(kind="model", rule="coupled"),
     "kangaroo": dict(kind="kangaroo", greedy=True),
+    "coupled": dict(kind="model", rule="coupled"),
     "medusa": dict(kind="medusa", greedy=True),
     "ngram": dict(kind="ngram", greedy=True),
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*list(CASES)[:3], *(pytest.param(case, marks=SLOW) for case in list(CASES)[3:])])
 def test_a_text_and_its_counts_do_not_depend_on_the_row_that_it_takes(models, case):
     plan, own = speculative(models, **CASES[case])
     texts = prompts(11)
-    result, single = decode(models, plan, own, texts, slots=SLOTS), alone(models, plan, own, texts)
+    slots = SLOTS if plan.gamma else 1
+    result, single = decode(models, plan, own, texts, slots=SLOTS), alone(models, plan, own, texts, slots)
     assert len({len(row) for row in result.tokens}) > 3, "the texts have to be uneven"
     assert result.tokens == [each.tokens[0] for each in single]
     assert result.origins == [each.origins[0] for each in single]
@@ -79,14 +80,14 @@ def test_a_text_and_its_counts_do_not_depend_on_the_row_that_it_takes(models, ca
 
 def test_rows_are_useful_until_the_end_and_nothing_compiles_after_the_first_refills(models):
     plan, own = speculative(models, "ngram", gamma=0)
-    texts, slots, how = prompts(64), 4, {"eos_ids": EOS[:1]}
+    texts, slots, how = prompts(64), SLOTS, {"eos_ids": (17, 17)}
     first = decode(models, plan, own, texts[:18], slots=slots, **how)
     programs = [each._cache_size() for each in (compiled_prefill, compiled_refill, loop.compiled_run)]
     refilled = decode(models, plan, own, texts, slots=slots, **how)
     assert [each._cache_size() for each in (compiled_prefill, compiled_refill, loop.compiled_run)] == programs
     assert refilled.tokens[:18] == first.tokens
     parts = [slice(first, first + slots) for first in range(0, 64, slots)]
-    fixed = [decode(models, plan, own, texts[part], indices=range(64)[part], **how) for part in parts]
+    fixed = [decode(models, plan, own, texts[part], indices=range(64)[part], slots=slots, **how) for part in parts]
     assert [row for each in fixed for row in each.tokens] == refilled.tokens
     calls = refilled.statistics.target_calls.sum()
     assert calls / refilled.row_blocks >= 0.95 and calls / sum(each.row_blocks for each in fixed) <= 0.82
@@ -95,20 +96,21 @@ def test_rows_are_useful_until_the_end_and_nothing_compiles_after_the_first_refi
     assert refilled.executions["target"].padded == plan.target.layers * refilled.row_blocks
 
 
-def test_an_adaptive_draft_does_not_catch_up_on_the_prompt_of_a_refilled_row(models):
+@pytest.mark.slow
+def test_an_adaptive_draft_chooses_in_refilled_rows_what_it_chooses_alone(models):
     plan, own = speculative(models, "model")
     plan = dataclasses.replace(plan, drafter=AdaptiveDrafter(plan.drafter, GAMMA))
     how = {"sampling": Sampling.of(1.0, costs=block_costs(0.3, 0.1, GAMMA))}
     texts = prompts(7)
-    result, single = decode(models, plan, own, texts, slots=2, **how), alone(models, plan, own, texts, **how)
+    result, single = decode(models, plan, own, texts, slots=2, **how), alone(models, plan, own, texts, 2, **how)
     assert result.tokens == [each.tokens[0] for each in single]
     assert [counts_of(result, row) for row in range(7)] == list(map(counts_of, single))
 
 
 def test_stop_strings_end_texts_of_refilled_rows_with_the_counts_until_there(models):
-    plan, own = speculative(models, "ngram", greedy=True)
+    plan, own = speculative(models, **CASES["lossless"])
     ends = lambda prompt, tokens: next((place + 1 for place, token in enumerate(tokens) if token % 7 == 3), None)
-    texts, how = prompts(8), {"end_of": ends, "blocks": 2, "eos_ids": ()}
+    texts, how = prompts(8), {"end_of": ends, "blocks": 2, "eos_ids": (-1, -1)}
     result, single = decode(models, plan, own, texts, slots=SLOTS, **how), alone(models, plan, own, texts, **how)
     assert result.tokens == [each.tokens[0] for each in single] and {len(row) for row in result.tokens} != {NEW}
     assert [counts_of(result, row) for row in range(8)] == list(map(counts_of, single))
@@ -120,7 +122,7 @@ def test_a_text_that_does_not_end_does_not_hold_up_the_others(models):
     texts, ended, never = prompts(11), [], decode(models, plan, own, prompts(11), slots=SLOTS).tokens[0]
     end_of = lambda prompt, tokens: 2 if tokens[:2] != never[:2] and len(tokens) > 1 else None
     on_end = lambda number, row, seconds: ended.append((number, len(row.tokens), seconds))
-    how = {"end_of": end_of, "blocks": 1, "on_end": on_end, "eos_ids": ()}
+    how = {"end_of": end_of, "blocks": 1, "on_end": on_end, "eos_ids": (-1, -1)}
     result = decode(models, plan, own, texts, slots=SLOTS, **how)
     assert [number for number, _, _ in ended] == [*range(1, 11), 0]
     assert [count for _, count, _ in ended] == [2] * 10 + [NEW]
@@ -141,6 +143,7 @@ def test_rows_that_do_not_fit_in_memory_are_refused_with_the_number_that_does(mo
         decode(models, plan, own, prompts(11), slots=12)
 
 
+@pytest.mark.slow
 def test_on_a_gpu_prefixes_follow_the_longest_row_and_refilled_rows_continue_in_them(models, monkeypatch):
     """The loop runs four blocks at a time there, and returns in the middle of them when rows have ended."""
     plan, own = speculative(models, "ngram", gamma=0)
