@@ -12,6 +12,8 @@ from specjax.decoding import loop, scheduler
 from specjax.decoding.drafters.adaptive import AdaptiveDrafter, block_costs
 from specjax.decoding.prefill import compiled_prefill, compiled_refill, prefill_shapes
 from specjax.decoding.sampling import Sampling, row_keys
+from specjax.evaluation import rows
+from specjax.evaluation.engine import Output
 from specjax.models import kv_cache
 from specjax.runtime import mesh as meshes
 from specjax.runtime import process_memory
@@ -160,3 +162,17 @@ def test_on_a_gpu_prefixes_follow_the_longest_row_and_refilled_rows_continue_in_
     assert [counts_of(on_gpu, row) for row in range(8)] == [counts_of(on_cpu, row) for row in range(8)]
     changes = set(itertools.pairwise(prefixes))
     assert changes >= {(17, plan.capacity + 1), (plan.capacity + 1, 17)}
+
+
+def test_a_row_has_the_numbers_of_serving_engines(models):
+    plan, own = speculative(models, "ngram", greedy=True)
+    result = decode(models, plan, own, prompts(7), slots=SLOTS)
+    row = rows.measured(Output([result]), Output([result]), layers=2, seed=0)
+    serving = row["serving"]
+    assert serving["mean_acceptance_length"] == row["block_efficiency"] > 1
+    assert serving["draft_acceptance_rate"] == row["acceptance_rate"]
+    accepted = row["accepted_tokens"] / row["target_calls"]
+    assert sum(serving["per_position_acceptance_rates"]) == pytest.approx(accepted)
+    for name in ("ttft", "tpot"):
+        assert 0 < serving[f"median_{name}_ms"] <= serving[f"p99_{name}_ms"]
+    assert serving["p99_ttft_ms"] <= 1e3 * max(result.row_seconds)

@@ -96,6 +96,16 @@ class Output:
         return sum(result.prefill_seconds for result in self.batches)
 
     @property
+    def first_token_seconds(self) -> list[float]:
+        """For each prompt, see `BatchResult.first_token_seconds`."""
+        return [seconds for result in self.batches for seconds in result.first_token_seconds]
+
+    @property
+    def row_seconds(self) -> list[float]:
+        """For each prompt, see `BatchResult.row_seconds`."""
+        return [seconds for result in self.batches for seconds in result.row_seconds]
+
+    @property
     def compile_seconds(self) -> float:
         return sum(result.compile_seconds for result in self.batches)
 

@@ -86,6 +86,13 @@ class Row:
         float,
         "target_layers_per_token if no layer ran twice on a token: layers x (target calls + drafted) / emitted",
     ]
+    serving: Annotated[
+        dict[str, Any],
+        "the same run under the names of vLLM's benchmark: `output_throughput` (tokens_per_second), mean, median and "
+        "99th percentile of `ttft_ms` (until a text's first block ends) and `tpot_ms` (per token after it), "
+        "`mean_acceptance_length` (block_efficiency), `draft_acceptance_rate` (acceptance_rate) and "
+        "`per_position_acceptance_rates`, which are shares of all drafts, whether or not earlier tokens were accepted",
+    ]
     identical_to_baseline: Annotated[
         dict[str, Any] | None,
         "exact rules at temperature 0 or `coupled`: number of prompts whose tokens equal plain decoding's, and "
@@ -191,12 +198,32 @@ def measured(
             timing, unit_of_prompt=np.arange(len(timing.seconds)), baseline_emitted=_sums(emitted, of_prompt)
         )
         counts = metrics.Counts(**{name: _sums(values, of_prompt) for name, values in vars(counts).items()})
+    row = metrics.evaluate_row(counts, timing, seed=seed)
     return {
-        **metrics.evaluate_row(counts, timing, seed=seed),
+        **row,
+        "serving": _serving(row, output),
         "iterations": output.iterations,
         "decode_seconds": float(output.seconds.sum()) - output.prefill_seconds,
         "compile_seconds": output.compile_seconds,
         **layers_per_token(output.batches, layers),
+    }
+
+
+def _serving(row: dict[str, Any], output: Output) -> dict[str, Any]:
+    """See `Row.serving`."""
+    first, seconds = (np.asarray(values) for values in (output.first_token_seconds, output.row_seconds))
+    counts = output.counts()
+    # The first block emits several tokens, which nothing tells apart; their number is the mean one.
+    later = np.maximum(counts.emitted - counts.emitted / np.maximum(counts.target_calls, 1), 1)
+    milliseconds = {"ttft": 1e3 * first, "tpot": 1e3 * (seconds - first) / later}
+    how = {"mean": np.mean, "median": np.median, "p99": lambda values: np.percentile(values, 99)}
+    drafts = int(counts.target_calls.sum())
+    return {
+        "output_throughput": row["tokens_per_second"],
+        **{f"{name}_{of}_ms": float(take(values)) for of, values in milliseconds.items() for name, take in how.items()},
+        "mean_acceptance_length": row["block_efficiency"],
+        "draft_acceptance_rate": row["acceptance_rate"],
+        "per_position_acceptance_rates": [float(accepted) / max(drafts, 1) for accepted in counts.accepted_at.sum(0)],
     }
 
 

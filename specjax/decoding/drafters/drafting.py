@@ -81,9 +81,8 @@ def draft(
     A row is done after gamma tokens, after `context.max_drafted` tokens, or after a token whose distribution has a
     largest probability below `Sampling.threshold`. That token is still proposed, and stopping does not depend on its
     value, so the output distribution is the target's at any threshold. The loop runs for the whole batch until all rows
-    are done (on a GPU always gamma times, unless rows have limits); tokens drawn in rows that are done are ignored. If
-    no row may draft, not even `first` runs. A row whose logits are not finite is done without a further token, so the
-    next one comes from the target.
+    are done (on a GPU gamma times, unless rows have limits); tokens drawn in rows that are done are ignored. If no row
+    may draft, not even `first` runs. A row whose logits are not finite is done without a further token.
 
     Args:
       stops: whether the threshold is used.
@@ -95,8 +94,7 @@ def draft(
       the proposal and the final carry.
     """
     limit = context.max_drafted
-    # On a GPU the device would wait for the host to read a predicate before every token, which on an H200 takes longer
-    # than a token of a small draft; so a draft that stops is computed to its end there.
+    # A GPU would wait for the host to read a predicate before every token, longer than a small draft takes for a token.
     may_end_early = limit is not None or (stops and platform() != "gpu")
 
     def draw_next(read, draft: _Draft) -> _Draft:
@@ -132,7 +130,7 @@ def draft(
     draw_next = functools.partial(draw_next, step)
     if may_end_early:
         progress = jax.lax.while_loop(unfinished, draw_next, progress)
-    else:  # a number of iterations that is known at compile time, so the host need not wait for a predicate on a GPU
+    else:
         progress = jax.lax.fori_loop(1, gamma, lambda _, draft: draw_next(draft), progress)
     tokens, probs = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), (progress.tokens, progress.probs))
     failed = progress.failed & context.live
