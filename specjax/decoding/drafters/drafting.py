@@ -122,8 +122,7 @@ def draft(
     if limit is None:
         progress = draw_first(progress)
     else:
-        # Skips `first` if no row may draft. This is a conditional, written as a loop of at most one iteration because
-        # a loop updates the caches in place and `lax.cond` copies them.
+        # A conditional: as a loop of at most one iteration it updates the caches in place; `lax.cond` copies them.
         progress = dataclasses.replace(progress, done=progress.done | (limit <= 0))
         may_draft = lambda draft: (draft.offset == 0) & ~jnp.all(draft.done)
         progress = jax.lax.while_loop(may_draft, draw_first, progress)
