@@ -131,6 +131,8 @@ def _depth_rows(groups: Mapping[tuple, Sequence[Mapping]]) -> list[dict]:
             drafts = [row for seed, row in by_seed.items() if seed in deepest]
             timed = drafts[0]["draft_step_seconds"] is not None
             pairs = [(row, deepest[row["seed"]]) for row in drafts]
+            # A draft step can be lost in the noise of a busy machine, and its seconds are then 0.
+            comparable = timed and all(other["draft_step_seconds"] for _, other in pairs)
             mean = lambda key, drafts=drafts: statistics.fmean(row[key] for row in drafts)
             ratios = lambda key, pairs=pairs: [row[key] / other[key] for row, other in pairs]
             rows.append(
@@ -144,7 +146,7 @@ def _depth_rows(groups: Mapping[tuple, Sequence[Mapping]]) -> list[dict]:
                     "tokens_per_second": mean("tokens_per_second"),
                     **{f"{key}_over_deepest": Measured.over_seeds(ratios(key)).plus_minus for key in _BY_SEED},
                     # Drafts of one shape are timed once for all seeds, so there is no interval.
-                    "draft_step_over_deepest": statistics.fmean(ratios("draft_step_seconds")) if timed else None,
+                    "draft_step_over_deepest": statistics.fmean(ratios("draft_step_seconds")) if comparable else None,
                     **{f"{key}_by_seed": [row[key] for row in drafts] for key in _BY_SEED},
                 }
             )
