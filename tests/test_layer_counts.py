@@ -42,9 +42,7 @@ def decode(models, kind, gamma=GAMMA, rows=4, threshold=THRESHOLD, slots=None):
     plan = tiny.plan(target, kind, options, gamma=gamma, slots=slots, max_new=MAX_NEW, greedy=True)
     how = dict(indices=range(rows), slots=padded, seed=0, sampling=Sampling.of(0.0, threshold=threshold))
     CALLS.clear()
-    result = scheduler.decode(
-        plan, params, draft_params, PROMPTS[:rows], max_new_tokens=MAX_NEW, eos_ids=(), slots=padded, **how
-    )
+    result = scheduler.decode(plan, params, draft_params, PROMPTS[:rows], max_new_tokens=MAX_NEW, eos_ids=(), **how)
     jax.effects_barrier()
     prefilled = rows * plan.chunk * -(-(max(map(len, PROMPTS[:rows])) - 1) // plan.chunk)
     return target.layers, result, sum(CALLS) - target.layers * prefilled

@@ -83,11 +83,10 @@ def test_a_text_and_its_counts_do_not_depend_on_the_row_that_it_takes(models, ca
 def test_rows_are_useful_until_the_end_and_nothing_compiles_after_the_first_refills(models):
     plan, own = speculative(models, "ngram", gamma=0)
     texts, slots, how = prompts(64), SLOTS, {"eos_ids": (17, 17)}
-    first = decode(models, plan, own, texts[:18], slots=slots, **how)
+    decode(models, plan, own, texts, slots=slots, **how, seed=2)
     programs = [each._cache_size() for each in (compiled_prefill, compiled_refill, loop.compiled_run)]
     refilled = decode(models, plan, own, texts, slots=slots, **how)
     assert [each._cache_size() for each in (compiled_prefill, compiled_refill, loop.compiled_run)] == programs
-    assert refilled.tokens[:18] == first.tokens
     parts = [slice(first, first + slots) for first in range(0, 64, slots)]
     fixed = [decode(models, plan, own, texts[part], indices=range(64)[part], slots=slots, **how) for part in parts]
     assert [row for each in fixed for row in each.tokens] == refilled.tokens

@@ -29,9 +29,9 @@ _END_BLOCKS = 16
 # time.
 _SHARE_OF_A_REFILL = {"gpu": 1 / 8}
 _SMALLEST_SHARE = 1 / 16
-# On CPU, where a block takes longer with more rows, the last texts of at least this many per row run in fewer rows: a
-# half, and then a quarter, once so many are left. Few texts are not worth compiling these programs.
-_NARROWING = 4
+# On CPU, where a block takes longer with more rows, the last of many texts run in fewer rows: a half, and then a
+# quarter, once so few are left. Fewer texts in all, or per row, are not worth compiling these programs.
+_FEWEST_TEXTS, _FEWEST_TEXTS_PER_ROW, _NARROWEST = 64, 4, 4
 
 
 def decode(
@@ -116,8 +116,9 @@ class _Rows:
         self._width = plan.prompt_slots or prompt_slots(prompts)
         self._next = 0  # the next prompt to start
         self._smallest = rows  # number of rows down to which the batch may be narrowed
-        if put.rows(1) == 1 and meshes.platform() == "cpu" and len(prompts) >= _NARROWING * rows:
-            self._smallest = -(-rows // _NARROWING)
+        many = len(prompts) >= max(_FEWEST_TEXTS, _FEWEST_TEXTS_PER_ROW * rows)
+        if many and put.rows(1) == 1 and meshes.platform() == "cpu":
+            self._smallest = -(-rows // _NARROWEST)
         self.state, self.numbers = None, [None] * rows
         self.results = [Row.empty(plan.gamma)] * len(prompts)
         self._started = [0.0] * len(prompts)  # on the clock of all seconds of prefill and blocks
