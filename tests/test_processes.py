@@ -136,7 +136,7 @@ def alone(home):
 
 
 # What depends on the clock, and on how many processes there were.
-TIMED = re.compile("second|speed|mbsu|_ratio$|clock")
+TIMED = re.compile("second|speed|mbsu|_ratio$|clock|serving")
 
 
 def assert_same_end(workdir, reference):
