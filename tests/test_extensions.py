@@ -79,6 +79,7 @@ def test_a_users_task_that_is_none_is_refused(task_file, name, message):
         load_task(task_file, name)
 
 
+@pytest.mark.slow
 def test_a_users_task_trains_and_evaluates_a_model_from_a_config(task_file, tmp_path):
     config = configs.load(f"{ROOT}/configs/quickstart.py:smoke")
     config.stages = ("target", "evaluation")

@@ -427,6 +427,7 @@ def narrow_inputs(config, dtype, options=None):
     return dataclasses.replace(inputs, draft=draft, params=params, target=target, target_params=target_params)
 
 
+@pytest.mark.slow
 def test_training_in_bfloat16_reaches_the_loss_of_float32(tmp_path):
     steps = {f"train.{name}": 100 for name in ("steps", "eval_every", "checkpoint_every")}
     config = make_config(**steps, **{"optimizer.peak_learning_rate": 2e-3})
