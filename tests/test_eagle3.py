@@ -9,9 +9,11 @@ import pytest
 import tiny
 from lossless import one_block
 
+from configs import common
 from specjax.decoding import loop
 from specjax.decoding.sampling import Sampling, row_keys
-from specjax.distillation import divergences, objective
+from specjax.distillation import divergences, objective, settings
+from specjax.distillation.trainer import TrainingInputs
 from specjax.hub import adapter as hub_adapter
 from specjax.models.attachment import AttachedDraft, runtime_params
 from specjax.models.eagle3 import Eagle3Config, Eagle3Layer
@@ -127,6 +129,28 @@ def test_each_step_is_compared_with_the_target_at_its_own_token(target):
     np.testing.assert_allclose([float(sums.loss), float(sums.tokens)], [expected, weights], rtol=1e-4)
     gradient = jax.jit(jax.grad(lambda own: loss(own, params, batch).loss))(own)
     assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize("norm", ["rms", "rms_plus_one"])
+def test_head_and_gains_start_as_the_targets(norm):
+    """On the target's last state they give the target's distribution, whatever its gains are."""
+    target, params = tiny.decoder(1, norm=norm)
+    params = params | {"norm": {"scale": jnp.linspace(0.2, 3.0, 16)}}
+    network = Eagle3Layer(Eagle3Config(target.config))
+    own = network.init_on(jax.random.key(0), target, params)
+    states = jax.random.normal(jax.random.key(1), (1, 3, 16))
+    np.testing.assert_allclose(network.head(own, target, params, states), target.head(params, states), atol=1e-4)
+    last = network.fuse(own, tuple(jnp.zeros_like(states) for _ in network.taps[1:]) + (states,))
+    np.testing.assert_allclose(last, states, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_draft_that_reads_tokens_too_writes_no_text_for_training(target, steps):
+    network, own = tiny.eagle3(target[0], steps=steps)
+    inputs = TrainingInputs(AttachedDraft.of(network), own, *target, iter(()), [], (), 4)
+    config = common.distillation("", "eagle3")
+    with pytest.raises(UserError, match="writes no text; set data.draft to 0"):
+        settings.check(config, inputs)
 
 
 def test_what_is_saved_is_what_is_loaded(target, tmp_path):

@@ -60,6 +60,10 @@ def run(config: Any, workdir: str | Path) -> dict:
                     measured.append({"benchmark": name, **row})
                     rows.append(measured[-1])
                     write()  # after every row, so that a run which is cut off leaves what it measured
+            except ModuleNotFoundError as error:
+                if error.name not in ("torch", "transformers"):
+                    raise
+                logging.warning("%s is left out, because it needs the package %s", name, error.name)
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise

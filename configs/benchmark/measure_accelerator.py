@@ -189,12 +189,8 @@ def greedy_identity(config: Any) -> Iterator[dict]:
     """Greedy text with a draft against plain text: equal rows, ties by rounding, and other differences."""
     section = config.greedy_identity
     for dtype in section.dtypes:
-        changed = {
-            name: {**fields.to_dict(), "param_dtype": dtype, "compute_dtype": dtype}
-            for name, fields in config.models.items()
-        }
-        models = [Decoder(DecoderConfig.llama(**changed[name])) for name in (section.target, section.draft)]
-        params = [model.init(jax.random.key(config.seed)) for model in models]
+        made = [random_model(config, name, dtype) for name in (section.target, section.draft)]
+        models, params = zip(*made, strict=True)
         rows = _rows(config, models[0], section.batch_size)
         plain, texts = rows.method(params[0]), []
         method = rows.method(params[0], (models[1], params[1]), section.gamma)

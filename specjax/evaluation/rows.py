@@ -91,7 +91,7 @@ class Row:
         "the same run under the names of vLLM's benchmark: `output_throughput` (tokens_per_second), mean, median and "
         "99th percentile of `ttft_ms` (until a text's first block ends) and `tpot_ms` (per token after it), "
         "`mean_acceptance_length` (block_efficiency), `draft_acceptance_rate` (acceptance_rate) and "
-        "`per_position_acceptance_rates`, which are shares of all drafts, whether or not earlier tokens were accepted",
+        "`per_position_acceptance_rates`, which are of all target calls, whether or not earlier tokens were accepted",
     ]
     identical_to_baseline: Annotated[
         dict[str, Any] | None,
@@ -213,17 +213,17 @@ def _serving(row: dict[str, Any], output: Output) -> dict[str, Any]:
     """See `Row.serving`."""
     first, seconds = (np.asarray(values) for values in (output.first_token_seconds, output.row_seconds))
     counts = output.counts()
-    # The first block emits several tokens, which nothing tells apart; their number is the mean one.
+    # How many tokens a text's first block emitted is not recorded; it counts as a mean block.
     later = np.maximum(counts.emitted - counts.emitted / np.maximum(counts.target_calls, 1), 1)
     milliseconds = {"ttft": 1e3 * first, "tpot": 1e3 * (seconds - first) / later}
     how = {"mean": np.mean, "median": np.median, "p99": lambda values: np.percentile(values, 99)}
-    drafts = int(counts.target_calls.sum())
+    calls = max(int(counts.target_calls.sum()), 1)
     return {
         "output_throughput": row["tokens_per_second"],
         **{f"{name}_{of}_ms": float(take(values)) for of, values in milliseconds.items() for name, take in how.items()},
         "mean_acceptance_length": row["block_efficiency"],
         "draft_acceptance_rate": row["acceptance_rate"],
-        "per_position_acceptance_rates": [float(accepted) / max(drafts, 1) for accepted in counts.accepted_at.sum(0)],
+        "per_position_acceptance_rates": [float(accepted) / calls for accepted in counts.accepted_at.sum(0)],
     }
 
 

@@ -11,15 +11,12 @@ from specjax.models import kv_cache, layers
 from specjax.models.attachment import Attachment, AttachmentConfig, States
 from specjax.models.config import DecoderConfig
 from specjax.models.language_model import LanguageModel, Params, fit_logits
-from specjax.models.rotary import Rotary, angles, text_lengths
+from specjax.models.rotary import angles, text_lengths
 from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError, nearest
 
 KINDS = ("attention", "layer", "mlp", "none")
 _ATTENDING, _WITH_MLP = ("attention", "layer"), ("layer", "mlp")
-
-# Rotary base of an adapter whose target has no rotary positions.
-_THETA = 1e4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,24 +46,9 @@ class AdapterConfig(AttachmentConfig):
 
     @property
     def inner(self) -> DecoderConfig:
-        """The adapter as a decoder of one layer: the target's sizes and rotary positions, RMS norms, no biases."""
-        target = self.target
-        return DecoderConfig(
-            vocab_size=target.vocab_size,
-            width=target.width,
-            layers=1,
-            heads=target.heads,
-            kv_heads=target.kv_heads,
-            head_size=target.head_size,
-            mlp_width=target.width if self.kind == "mlp" else target.mlp_width,
-            max_positions=target.max_positions,
-            rotary=target.rotary or Rotary(_THETA, target.head_size),
-            norm_epsilon=target.norm_epsilon,
-            tied_head=not self.own_head,
-            param_dtype=target.param_dtype,
-            compute_dtype=target.compute_dtype,
-            gated_mlp=self.kind == "layer",
-        )
+        """The adapter as a decoder of one layer."""
+        width = self.target.width if self.kind == "mlp" else self.target.mlp_width
+        return self.one_layer(mlp_width=width, tied_head=not self.own_head, gated_mlp=self.kind == "layer")
 
 
 class AdapterModule(nnx.Module):

@@ -15,10 +15,15 @@ from jaxtyping import Array, Float, Int, Key
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
 from specjax.models.language_model import NEXT, LanguageModel, Network, Params, Prediction, consecutive
+from specjax.models.rotary import Rotary
 from specjax.models.vocabulary import DraftVocabulary, draft_vocabulary
+from specjax.runtime.dtypes import dtype_named
 from specjax.runtime.errors import UserError
 
 States = tuple[Float[Array, "B T D"], ...]
+
+# Rotary base of a layer whose target has no rotary positions.
+_THETA = 1e4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +50,13 @@ class AttachmentConfig:
                 "an adapter attaches to a decoder-only model, not to an encoder-decoder; take another target"
             )
 
+    def one_layer(self, **changes: Any) -> DecoderConfig:
+        """A decoder of one layer with the target's sizes and rotary positions, RMS norms and no biases."""
+        names = ("vocab_size", "width", "heads", "kv_heads", "head_size", "mlp_width", "max_positions", "norm_epsilon")
+        same = {name: getattr(self.target, name) for name in (*names, "param_dtype", "compute_dtype")}
+        rotary = self.target.rotary or Rotary(_THETA, self.target.head_size)
+        return DecoderConfig(**{"layers": 1, "rotary": rotary, "tied_head": False, **same, **changes})
+
     @classmethod
     def options(cls) -> list[str]:
         """Names of the fields besides the target."""
@@ -64,12 +76,14 @@ class Attachment(Network):
       taps: it reads the target's hidden states after this many layers, for each entry; in ascending order.
       predicts: the predictions of `head` at each position, in order. Text for on-policy training can be generated only
         with an attachment whose single prediction is the next token.
+      writes: whether `extend` is defined, which writing text needs too.
     """
 
     config: AttachmentConfig
     config_class: ClassVar[type[AttachmentConfig]]
     drafter: ClassVar[str | type]
     predicts: ClassVar[tuple[Prediction, ...]] = NEXT
+    writes: ClassVar[bool] = True
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -96,6 +110,15 @@ class Attachment(Network):
         """Parameters at step 0 of training; random by default, independent of the target's parameters."""
         del target, target_params
         return self.init(key)
+
+    def head_of_target(self, target: Decoder, target_params: Params) -> dict[str, Array]:
+        """The target's output projection, with the rows of the `vocabulary` alone, to start an own head from."""
+        config = self.config.target
+        unit = jnp.eye(config.width, dtype=jnp.float32)[None]
+        kernel = target.with_vocab_size(config.vocab_size).unembed(target_params, unit)[0]
+        if self.vocabulary is not None:
+            kernel = kernel[:, self.vocabulary.ids]
+        return {"kernel": kernel.T.astype(dtype_named(config.param_dtype))}
 
     def start(self, batch: int, capacity: int) -> Any:
         """An empty cache with `capacity` slots for `batch` rows; None if the attachment needs no cache."""

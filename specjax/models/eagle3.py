@@ -4,7 +4,6 @@ its own hidden states."""
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +15,12 @@ from specjax.models.attachment import Attachment, AttachmentConfig, States
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
 from specjax.models.language_model import Params, Prediction, consecutive, fit_logits
-from specjax.models.rotary import Rotary, angles, rotate, text_lengths
+from specjax.models.rotary import angles, rotate, text_lengths
 from specjax.runtime import mesh as meshes
-from specjax.runtime.dtypes import dtype_named
 from specjax.runtime.errors import UserError
 
 # Weight of a drafting step's loss relative to the preceding step's.
 _DECAY = 0.8
-# Rotary base if the target has no rotary positions.
-_THETA = 1e4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,23 +58,8 @@ class Eagle3Config(AttachmentConfig):
 
     @property
     def inner(self) -> DecoderConfig:
-        """The layer as a decoder: the target's sizes and rotary positions, RMS norms, no biases."""
-        target = self.target
-        return DecoderConfig(
-            vocab_size=target.vocab_size,
-            width=target.width,
-            layers=1,
-            heads=target.heads,
-            kv_heads=target.kv_heads,
-            head_size=target.head_size,
-            mlp_width=target.mlp_width,
-            max_positions=target.max_positions,
-            rotary=target.rotary or Rotary(_THETA, target.head_size),
-            norm_epsilon=target.norm_epsilon,
-            tied_head=False,
-            param_dtype=target.param_dtype,
-            compute_dtype=target.compute_dtype,
-        )
+        """The layer as a decoder."""
+        return self.one_layer()
 
 
 class Eagle3Module(nnx.Module):
@@ -91,15 +72,8 @@ class Eagle3Module(nnx.Module):
         self.state_norms = nnx.List([norm() for _ in range(count)]) if config.fc_norm else None
         self.project = make(count * width, width, ("embed", None), (count * width) ** -0.5)
         self.embedding_norm, self.hidden_norm = norm(), norm()
-        self.attention = layers.Attention(inner, 0, rngs)
-        # Queries, keys and values read the token's embedding and the hidden state, one after the other.
-        scale = (2 * width) ** -0.5
-        for name, heads, size in (
-            ("query", "heads", inner.heads),
-            ("key", "kv_heads", inner.kv_heads),
-            ("value", "kv_heads", inner.kv_heads),
-        ):
-            setattr(self.attention, name, make(2 * width, size * inner.head_size, ("embed", heads), scale))
+        # It reads the token's embedding and the hidden state, one after the other.
+        self.attention = layers.Attention(inner, 0, rngs, inputs=2 * width)
         self.mlp_norm, self.mlp, self.norm = norm(), layers.MLP(inner, rngs), norm()
         columns = len(config.vocabulary or range(inner.vocab_size))
         self.unembedding = make(width, columns, ("embed", "vocab"), width**-0.5)
@@ -208,6 +182,7 @@ class Eagle3Layer(Attachment):
     config_class = Eagle3Config
     module = Eagle3Module
     drafter = "eagle3"
+    writes = False  # it reads tokens besides the target's states
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -218,15 +193,15 @@ class Eagle3Layer(Attachment):
         return tuple(Prediction(0, _DECAY**step) for step in range(self.config.steps))
 
     def init_on(self, key: Key[Array, ""], target: Decoder, target_params: Params) -> Params:
-        """Random parameters; head and final norm are copies of the target's, and g is the last of its states."""
-        params = self.init(key)
-        width, dtype = self.config.target.width, dtype_named(self.config.target.param_dtype)
-        unit = jnp.eye(width, dtype=jnp.float32)[None]
-        kernel = target.with_vocab_size(self.config.target.vocab_size).unembed(target_params, unit)[0]
-        if self.config.vocabulary is not None:
-            kernel = kernel[:, self.config.vocabulary.ids]
-        states = jnp.zeros_like(params["project"]["kernel"]).at[:, -width:].set(jnp.eye(width, dtype=dtype))
-        return params | {"unembedding": {"kernel": kernel.T.astype(dtype)}, "project": {"kernel": states}}
+        """Random parameters; head and gains before it are copies of the target's, and g is the last of its states."""
+        params, width = self.init(key), self.config.target.width
+        states = jnp.zeros_like(params["project"]["kernel"])
+        states = states.at[:, -width:].set(jnp.eye(width, dtype=states.dtype))
+        params |= {"unembedding": self.head_of_target(target, target_params), "project": {"kernel": states}}
+        if self.config.target.norm != "layer":  # an RMS norm turns ones into its gains
+            gains = target.normed(target_params, jnp.ones((1, 1, width), jnp.float32))[0, 0]
+            params |= {"norm": {"scale": gains.astype(states.dtype)}}
+        return params
 
     def start(self, batch: int, capacity: int) -> kv_cache.Cache:
         return kv_cache.zeros(self.config.inner, batch, capacity)
@@ -259,9 +234,6 @@ class Eagle3Layer(Attachment):
         embedded = meshes.pin_rows(target.bind(target_params).embed(tokens, consecutive(tokens)))
         fused = meshes.pin_rows(module.fuse(states))
         return jnp.concatenate(module.unrolled(embedded, fused, self.config.steps), axis=-1)
-
-    def extend(self, params: Params, cache: Any, states: States, positions: Int[Array, "B T"]):
-        raise NotImplementedError("EAGLE-3 reads tokens too; call draft_step or training_states")
 
     def head(
         self, params: Params, target: Decoder, target_params: Params, hidden: Float[Array, "B T E"]

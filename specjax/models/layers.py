@@ -251,17 +251,19 @@ def query_scale(config: DecoderConfig) -> float:
     return config.head_size**-0.5 if config.query_scale is None else config.query_scale
 
 
-def projections(config: DecoderConfig, rngs: nnx.Rngs) -> tuple[Linear, Linear, Linear, Linear]:
-    """The query, key, value and output projections of an attention layer."""
+def projections(
+    config: DecoderConfig, rngs: nnx.Rngs, inputs: int | None = None
+) -> tuple[Linear, Linear, Linear, Linear]:
+    """The query, key, value and output projections of an attention layer; `inputs` is the width of what the first three
+    read, by default that of the config."""
     make = functools.partial(Linear, dtype=config.param_dtype, rngs=rngs)
-    scale, bias = config.width**-0.5, config.attention_bias
+    inputs = inputs or config.width
+    scale, bias = inputs**-0.5, config.attention_bias
     inner, kv_inner = config.heads * config.head_size, config.kv_heads * config.head_size
     # If the scores are not scaled by head_size ** -0.5, the initial query kernel is, so initial scores are the same.
-    query = make(
-        config.width, inner, ("embed", "heads"), scale * config.head_size**-0.5 / query_scale(config), bias=bias
-    )
-    key = make(config.width, kv_inner, ("embed", "kv_heads"), scale, bias=bias)
-    value = make(config.width, kv_inner, ("embed", "kv_heads"), scale, bias=bias)
+    query = make(inputs, inner, ("embed", "heads"), scale * config.head_size**-0.5 / query_scale(config), bias=bias)
+    key = make(inputs, kv_inner, ("embed", "kv_heads"), scale, bias=bias)
+    value = make(inputs, kv_inner, ("embed", "kv_heads"), scale, bias=bias)
     output_scale = (inner * 2 * config.layers) ** -0.5
     return query, key, value, make(inner, config.width, ("heads", "embed"), output_scale, bias=config.output_bias)
 
@@ -280,8 +282,8 @@ def join_heads(x: Float[Array, "B X T H"]) -> Float[Array, "B T I"]:
 class Attention(nnx.Module):
     """Causal grouped-query self-attention of one layer."""
 
-    def __init__(self, config: DecoderConfig, layer: int, rngs: nnx.Rngs):
-        self.query, self.key, self.value, self.output = projections(config, rngs)
+    def __init__(self, config: DecoderConfig, layer: int, rngs: nnx.Rngs, inputs: int | None = None):
+        self.query, self.key, self.value, self.output = projections(config, rngs, inputs)
         self.query_norm = make_norm(config, config.head_size) if config.qk_norm else None
         self.key_norm = make_norm(config, config.head_size) if config.qk_norm else None
         self.head_size = config.head_size

@@ -12,7 +12,6 @@ from jaxtyping import Array, Float, Int, Key
 from specjax.models import layers
 from specjax.models.attachment import Attachment, AttachmentConfig, States
 from specjax.models.language_model import LanguageModel, Params, Prediction, fit_logits
-from specjax.runtime.dtypes import dtype_named
 from specjax.runtime.errors import UserError
 
 # Weight of a head's loss relative to the preceding head's (section 2.2.1).
@@ -92,12 +91,8 @@ class MedusaHeads(Attachment):
         """Parameters at step 0 of training; the projections of `own_head` are copies of the target's."""
         params = self.init(key)
         if self.config.own_head:
-            unit = jnp.eye(self.config.target.width, dtype=jnp.float32)[None]
-            kernel = target.with_vocab_size(self.config.target.vocab_size).unembed(target_params, unit)[0]
-            if self.config.vocabulary is not None:
-                kernel = kernel[:, self.config.vocabulary.ids]
-            kernel = kernel.T.astype(dtype_named(self.config.target.param_dtype))
-            params = {"heads": {k: {**head, "unembedding": {"kernel": kernel}} for k, head in params["heads"].items()}}
+            own = self.head_of_target(target, target_params)
+            params = {"heads": {k: {**head, "unembedding": own} for k, head in params["heads"].items()}}
         return params
 
     def extend(
