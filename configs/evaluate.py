@@ -37,7 +37,7 @@ def get_config(variant: str = "") -> ConfigDict:
     # How many prompts (0: all), their most tokens, and whether the tokenizer's chat template wraps each of them.
     config.selection = ConfigDict({"count": 0, "length_min": 1, "length_max": 1_000_000, "chat": False})
     config.max_new_tokens = 128
-    config.batch_sizes = (1,)
+    config.batch_sizes = (1,)  # several, such as 1,2,4,8,16,32, give a table by concurrency
     config.temperatures = (0.0, 1.0)
     config.top_k = 0  # 0 is off
     config.top_p = 1.0  # 1 is off

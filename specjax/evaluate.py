@@ -23,6 +23,7 @@ from specjax.reporting import metrics, page, records, tables
 from specjax.runtime import cli, process_memory, processes
 from specjax.runtime import config as configs
 from specjax.runtime import mesh as meshes
+from specjax.runtime.files import write_atomically
 
 
 def run(config: Any, workdir: str | Path) -> dict:
@@ -50,11 +51,16 @@ def run(config: Any, workdir: str | Path) -> dict:
         binary="evaluate",
         config=configs.to_plain(config),
         rows=lines,
+        concurrency=tables.concurrency(lines),
         comparisons=metrics.comparisons(config.compare, counts, config.seed),
         samples=samples,
     )
     if processes.first():
         print(tables.summary_table(results["rows"]))
+        if by_concurrency := results["concurrency"]:
+            print("\n" + tables.aligned_table(by_concurrency, list(by_concurrency[0])))
+            table = tables.markdown_table(by_concurrency, list(by_concurrency[0]))
+            write_atomically(workdir / "concurrency.md", table + "\n")
         page.write_run(workdir, results, stages={})
         shutil.rmtree(workdir / "batches", ignore_errors=True)
     metrics.check_exact(results["rows"])

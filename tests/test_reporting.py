@@ -314,6 +314,22 @@ def test_a_lossy_row_says_so_in_every_table_even_among_its_like():
     assert "lossy" not in tables.summary_table([result_row(), result_row(lenience=None)])
 
 
+def test_several_batch_sizes_are_a_table_by_concurrency_in_serving_engines_words():
+    numbers = dict.fromkeys(("output_throughput", "mean_ttft_ms", "mean_tpot_ms", "mean_acceptance_length"), 2.0)
+    serving = {**numbers, "draft_acceptance_rate": 0.5, "per_position_acceptance_rates": [0.5, 0.25]}
+    row = result_row(gamma=2, batch_size=1, serving={**serving, "acceptance_histogram": [2, 1, 1]})
+    plain = result_row("none", 0, batch_size=1, serving={**serving, "per_position_acceptance_rates": []})
+    plain["serving"]["acceptance_histogram"] = [4]
+    assert tables.concurrency([plain, row]) == []
+    lossy = row | {"batch_size": 8, "rule": "typical", "lenience": 0.3}
+    rows = tables.concurrency([plain, row, plain | {"batch_size": 8}, lossy])
+    head, _, *lines = tables.aligned_table(rows, list(rows[0])).splitlines()
+    assert head.split()[:4] == ["concurrency", "drafter", "rule", "gamma"]
+    assert "unconditional, %  by position, conditional, %  calls by accepted tokens" in head
+    assert lines[1].split()[-7:] == ["50", "25", "50", "50", "2", "1", "1"] and lines[0].split()[-3:] == ["–", "–", "4"]
+    assert lines[3].startswith("          8  distilled  typical 0.3, lossy")
+
+
 def test_a_faster_lossy_row_is_neither_marked_nor_the_headline():
     rows = [result_row("none", 0), result_row(speedup=1.5), result_row(speedup=2.5, rule="typical", lenience=0.09)]
     assert page.results_table(rows).best == {1}

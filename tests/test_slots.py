@@ -171,7 +171,11 @@ def test_a_row_has_the_numbers_of_serving_engines(models):
     assert serving["mean_acceptance_length"] == row["block_efficiency"] > 1
     assert serving["draft_acceptance_rate"] == row["acceptance_rate"]
     accepted = row["accepted_tokens"] / row["target_calls"]
-    assert sum(serving["per_position_acceptance_rates"]) == pytest.approx(accepted)
+    unconditional, histogram = serving["per_position_acceptance_rates"], serving["acceptance_histogram"]
+    assert sum(unconditional) == pytest.approx(accepted)
+    assert sum(histogram) == row["target_calls"] and len(histogram) == 1 + plan.gamma and min(histogram) >= 0
+    assert np.dot(histogram, range(1 + plan.gamma)) == row["accepted_tokens"]
+    assert all(a <= b + 1e-9 for a, b in zip(unconditional, row["acceptance_by_position"], strict=True))
     for name in ("ttft", "tpot"):
         assert 0 < serving[f"median_{name}_ms"] <= serving[f"p99_{name}_ms"]
     assert serving["p99_ttft_ms"] <= 1e3 * max(result.row_seconds)

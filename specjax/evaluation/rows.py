@@ -90,8 +90,9 @@ class Row:
         dict[str, Any],
         "the same run under the names of vLLM's benchmark: `output_throughput` (tokens_per_second), mean, median and "
         "99th percentile of `ttft_ms` (until a text's first block ends) and `tpot_ms` (per token after it), "
-        "`mean_acceptance_length` (block_efficiency), `draft_acceptance_rate` (acceptance_rate) and "
-        "`per_position_acceptance_rates`, which are of all target calls, whether or not earlier tokens were accepted",
+        "`mean_acceptance_length` (block_efficiency), `draft_acceptance_rate` (acceptance_rate), "
+        "`per_position_acceptance_rates`, which are of all target calls, whether or not earlier tokens were accepted, "
+        "and `acceptance_histogram`, the numbers of target calls that accepted 0 .. gamma drafted tokens",
     ]
     identical_to_baseline: Annotated[
         dict[str, Any] | None,
@@ -217,13 +218,14 @@ def _serving(row: dict[str, Any], output: Output) -> dict[str, Any]:
     later = np.maximum(counts.emitted - counts.emitted / np.maximum(counts.target_calls, 1), 1)
     milliseconds = {"ttft": 1e3 * first, "tpot": 1e3 * (seconds - first) / later}
     how = {"mean": np.mean, "median": np.median, "p99": lambda values: np.percentile(values, 99)}
-    calls = max(int(counts.target_calls.sum()), 1)
+    reached = np.concatenate([[counts.target_calls.sum()], counts.accepted_at.sum(0)])  # accepted 0, 1, .. or more
     return {
         "output_throughput": row["tokens_per_second"],
         **{f"{name}_{of}_ms": float(take(values)) for of, values in milliseconds.items() for name, take in how.items()},
         "mean_acceptance_length": row["block_efficiency"],
         "draft_acceptance_rate": row["acceptance_rate"],
-        "per_position_acceptance_rates": [float(accepted) / calls for accepted in counts.accepted_at.sum(0)],
+        "per_position_acceptance_rates": (reached[1:] / max(reached[0], 1)).tolist(),
+        "acceptance_histogram": (-np.diff(reached, append=0)).tolist(),
     }
 
 

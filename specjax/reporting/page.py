@@ -159,6 +159,10 @@ def run_sections(figures: Path, results: Mapping, stages: Mapping[str, Sequence[
             drawn.append(Figure(figures / "acceptance.png", caption))
         table = results_table(rows)
         sections.append(Section("Results", [Figures(drawn), table] if drawn else [table]))
+    if results.get("concurrency"):
+        intro = "Texts decoded together, with the numbers that serving engines report."
+        table = rows_table(results["concurrency"], list(results["concurrency"][0]))
+        sections.append(Section("By concurrency", [table], intro))
     if any(row.get("decode_seconds") for row in rows):
         sections.append(Section("Where time goes", [seconds_table(rows)]))
     if results.get("comparisons"):

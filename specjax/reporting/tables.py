@@ -21,6 +21,19 @@ SUMMARY = (
     "predicted_speedup",
     "identical_to_baseline",
 )
+# Columns of the table by concurrency, as `concurrency` makes its rows; the numbers are those of a row's `serving`.
+_SERVING = (
+    "output_throughput",
+    "speedup",
+    "mean_ttft_ms",
+    "mean_tpot_ms",
+    "mean_acceptance_length",
+    "draft_acceptance_rate",
+    "per_position_acceptance_rates",
+    "acceptance_by_position",
+    "acceptance_histogram",
+)
+_PERCENT = ("per_position_acceptance_rates", "acceptance_by_position")
 HEADINGS = {
     "temperature": "T",
     "acceptance_rate": "acceptance",
@@ -32,12 +45,32 @@ HEADINGS = {
     "compile_seconds": "compile, s",
     "prefill_seconds": "prefill, s",
     "decode_seconds": "decode, s",
+    "output_throughput": "output tok/s",
+    "mean_ttft_ms": "TTFT, ms",
+    "mean_tpot_ms": "TPOT, ms",
+    "mean_acceptance_length": "acceptance length",
+    "draft_acceptance_rate": "draft acceptance",
+    "per_position_acceptance_rates": "by position, unconditional, %",
+    "acceptance_by_position": "by position, conditional, %",
+    "acceptance_histogram": "calls by accepted tokens",
 }
 
 
 def summary_table(rows: Sequence[Mapping]) -> str:
     """A table of main metrics for the terminal, with a column for each setting in which the rows differ."""
     return aligned_table(rows, summary_columns(rows))
+
+
+def concurrency(rows: Sequence[Mapping]) -> list[dict]:
+    """The rows of a table by concurrency, the batch size, with the numbers of serving engines; [] for one batch size.
+
+    Unconditional acceptance by position is of all target calls; conditional, of those that accepted all earlier tokens.
+    """
+    if len({row["batch_size"] for row in rows}) < 2:
+        return []
+    flat = [row | row["serving"] | {"concurrency": row["batch_size"], "rule": rule_label(row)} for row in rows]
+    keys = ("concurrency", "drafter", *varying(flat, ("task", "rule", "temperature")), "gamma", *_SERVING)
+    return [{key: row[key] for key in keys} for row in flat]
 
 
 def aligned_table(rows: Sequence[Mapping], columns: Sequence[str]) -> str:
@@ -119,6 +152,8 @@ def cell(row: Mapping, key: str) -> str:
         return rule_label(row)
     if key == "identical_to_baseline":
         return f"{value['equal']}/{value['of']}" + (f" ({differences_text(value)})" if value["differences"] else "")
+    if key in _PERCENT and value:
+        return " ".join(NOTHING if share is None else f"{100 * share:.0f}" for share in value)
     if key in ("block_efficiency", "acceptance_rate", "speedup", "predicted_speedup"):
         low_high = row.get(f"{key}_ci")
         return f"{value:.2f}" + (f" ± {(low_high[1] - low_high[0]) / 2:.2f}" if low_high else "")
