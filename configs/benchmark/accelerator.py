@@ -38,7 +38,7 @@ def get_config(variant: str = "") -> ConfigDict:
         }
     )
     config.bandwidth = ConfigDict({"megabytes": 2048})
-    config.large_plain = ConfigDict({"models": ("8B", "1B"), "batch_sizes": (1, 8)})
+    config.large_plain = ConfigDict({"models": ("8B", "1B"), "batch_sizes": (1, 32)})
     speculative = {"pairs": (("8B", "750M"),), "gamma": 4, "batch_sizes": (1,), "temperatures": (1.0,)}
     config.large_speculative = ConfigDict(speculative)
     identity = {"dtypes": ("float32", "bfloat16"), "target": "1B", "draft": "100M", "gamma": 4, "batch_size": 8}
