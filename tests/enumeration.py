@@ -1,6 +1,7 @@
 """Output distributions of rules by enumeration: every draft, acceptance and recovered token of small random models."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -31,6 +32,29 @@ class EnumeratedNoise(Noise):
         assert self.weights is None and stream == Stream.RECOVER
         self.weights, self.offsets = weights, offsets
         return jnp.zeros(weights.shape[:1], jnp.int32)
+
+
+class Outcomes(Noise):
+    """Enumerates whether each comparison `uniforms < threshold` holds, and records the thresholds: so no threshold has
+    to lie on a grid."""
+
+    __setattr__ = object.__setattr__
+
+    def __init__(self, holds):
+        self.values, self.greedy, self.weights = holds, False, None
+
+    def uniforms(self, count):
+        return self
+
+    def __mul__(self, factor):
+        self.factor = factor
+        return self
+
+    def __lt__(self, threshold):
+        self.threshold = threshold / getattr(self, "factor", 1)
+        return self.values > 0
+
+    choose = EnumeratedNoise.choose
 
 
 class Tables:
@@ -104,10 +128,9 @@ class Paths:
     targets: list
 
 
-def enumerate_paths(tables: Tables, one_hot: bool, depth: int) -> Paths:
-    """Every block that starts at a context of fewer than `depth` tokens."""
+def enumerate_paths(tables: Tables, one_hot: bool, depth: int, grid: list[float]) -> Paths:
+    """Every block that starts at a context of fewer than `depth` tokens, with all combinations of uniforms on `grid`."""
     gamma, vocab = tables.gamma, tables.vocab
-    grid = tables.grid(one_hot).tolist()
     rows = Paths([], [], [], [], [], [], [])
     for length in range(depth):
         for context in itertools.product(range(vocab), repeat=length):
@@ -127,37 +150,61 @@ def enumerate_paths(tables: Tables, one_hot: bool, depth: int) -> Paths:
     return rows
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _outcome(rule, vocabulary, thresholds, uniforms, tokens, probs, counts, targets, leeway):
+    """Of each row: accepted tokens, the next token's weights and its offset, and with `thresholds` these."""
+    noise = (Outcomes if thresholds else EnumeratedNoise)(uniforms)
+    accepted, _ = rule(noise, Proposal(tokens, probs, counts, vocabulary=vocabulary), targets, leeway)
+    return accepted, noise.weights, noise.offsets, noise.threshold if thresholds else None
+
+
 def block_distribution(
-    rule, tables: Tables, one_hot: bool, *, depth: int = EMITTED, leeway=None, jitted: bool = True, vocabulary=None
+    rule,
+    tables: Tables,
+    one_hot: bool,
+    *,
+    depth: int = EMITTED,
+    leeway=None,
+    jitted: bool = True,
+    vocabulary=None,
+    thresholds: bool = False,
 ):
     """Outcomes of one block under `rule`: {(context, accepted tokens): chance of them with each next token, `[V]`},
-    for every context of fewer than `depth` tokens. With a draft vocabulary the rule sees only its columns."""
+    for every context of fewer than `depth` tokens. With a draft vocabulary the rule sees only its columns. With
+    `thresholds` uniforms are not on a grid, see `Outcomes`."""
     gamma, vocab = tables.gamma, tables.vocab
-    rows = enumerate_paths(tables, one_hot, depth)
+    grid = [0.0, 1.0] if thresholds else tables.grid(one_hot).tolist()
+    rows = enumerate_paths(tables, one_hot, depth, grid)
     columns = slice(None) if vocabulary is None else vocabulary.ids
     batch = len(rows.contexts)
-    shaped = lambda x, *shape: np.asarray(x, np.float32).reshape(batch, *shape)
-
-    def outcome(uniforms, tokens, probs, counts, targets):
-        noise = EnumeratedNoise(uniforms)
-        accepted, _ = rule(noise, Proposal(tokens, probs, counts, vocabulary=vocabulary), targets, leeway)
-        return accepted, noise.weights, noise.offsets
-
-    accepted, weights, offsets = (jax.jit(outcome) if jitted else outcome)(
+    padded = 2 ** max(batch - 1, 255).bit_length()  # few shapes, so that few programs are compiled
+    pad = lambda x: np.pad(x, [(0, padded - batch)] + [(0, 0)] * (x.ndim - 1))
+    shaped = lambda x, *shape: pad(np.asarray(x, np.float32).reshape(batch, *shape))
+    accepted, weights, offsets, threshold = (_outcome if jitted else _outcome.__wrapped__)(
+        rule,
+        vocabulary,
+        thresholds,
         jnp.asarray(shaped(rows.uniforms, gamma)),
         jnp.asarray(shaped(rows.tokens, gamma), jnp.int32),
         None if one_hot else jnp.asarray(shaped(rows.probs, gamma, vocab)[..., columns]),
-        jnp.asarray(rows.counts, jnp.int32),
+        jnp.asarray(shaped(rows.counts), jnp.int32),
         jnp.asarray(shaped(rows.targets, gamma + 1, vocab)),
+        leeway,
     )
-    accepted, weights = np.asarray(accepted), np.asarray(weights, np.float64)
+    accepted, weights, offsets = np.asarray(accepted)[:batch], np.asarray(weights, np.float64)[:batch], offsets[:batch]
     np.testing.assert_array_equal(accepted, np.asarray(offsets))  # the draw is keyed to the position it fills
-    next_probs = weights / weights.sum(-1, keepdims=True)
+    chances = np.asarray(rows.chances)
+    if thresholds:
+        # 0 / 0: this many tokens are never all that is accepted, so any chance will do.
+        chance = np.nan_to_num(np.clip(np.asarray(threshold, np.float64)[:batch], 0, 1), nan=0.5)
+        holds, counted = np.asarray(rows.uniforms) > 0, np.arange(gamma)[None] < np.asarray(rows.counts)[:, None]
+        chances = chances * np.prod(np.where(counted, 2 * np.where(holds, chance, 1 - chance), 1), axis=1)
+    next_probs = weights / np.maximum(weights.sum(-1, keepdims=True), 1e-300)
     grouped = {}
     for i, context in enumerate(rows.contexts):
         key = (context, rows.tokens[i][: accepted[i]])
         total = grouped.setdefault(key, np.zeros(vocab))
-        total += rows.chances[i] * next_probs[i]
+        total += chances[i] * next_probs[i]
     return grouped
 
 

@@ -170,7 +170,7 @@ def compare_with_plain(pair, settings, drafts, rule, max_new=MAX_NEW):
     Yields:
       (plan, state) of each speculative decode, for assertions about its counts.
     """
-    limits, greedy = row_limits(pair.texts.shape[0], max_new), rule == "lossless"
+    limits, greedy = row_limits(pair.texts.shape[0], max_new), rule != "coupled"
     decode = lambda plan, draft_params, adjust: tiny.decode(
         plan, pair.params, draft_params, pair.texts, pair.lengths, limits, eos=EOS, seed=3, adjust=adjust
     )
@@ -194,7 +194,7 @@ def compare_with_plain(pair, settings, drafts, rule, max_new=MAX_NEW):
 @functools.partial(jax.jit, static_argnums=0)
 def one_block(plan, params, draft_params, state, limits, adjust):
     """`loop.block` that also returns the target's logits and the proposal: (state, logits, proposal)."""
-    noise = Noise(state.row_keys, state.lengths, plan.greedy, plan.rule.shared_noise)
+    noise = Noise(state.row_keys, state.lengths, plan.greedy, plan.rule.shared_noise, plan.rule.block_noise)
     proposal, state = loop.propose(plan, params, draft_params, state, noise, adjust)
     pending = jnp.take_along_axis(state.tokens, state.lengths[:, None] - 1, axis=1)[:, 0]
     logits, cache, taps = loop.verify(plan, params, state.target_cache, pending, state.lengths, proposal)

@@ -107,7 +107,7 @@ def pair():
 
 def check_against_plain(pair, settings, drafts, rule, max_new=MAX_NEW):
     """`compare_with_plain` with each (kind, gamma, draft is the target itself)."""
-    greedy = rule == "lossless"
+    greedy = rule != "coupled"
     entries = []
     for kind, gamma, is_target in drafts:
         draft_params = tiny.draft_params_of(kind, pair.target, pair.params, pair.draft_params)

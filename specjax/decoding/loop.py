@@ -211,7 +211,7 @@ def block(
     plan: Plan, params: Any, draft_params: Any, state: DecodeState, sampling: Sampling, limits: Limits
 ) -> DecodeState:
     """Runs one block: propose, verify, accept and commit. Rows that have ended are computed too but do not change."""
-    noise = Noise(state.row_keys, state.lengths, plan.greedy, plan.rule.shared_noise)
+    noise = Noise(state.row_keys, state.lengths, plan.greedy, plan.rule.shared_noise, plan.rule.block_noise)
     proposal, state = propose(plan, params, draft_params, state, noise, sampling)
     cache = kv_cache.counting(state.target_cache, jnp.where(state.done, 0, proposal.num_drafted + 1))
     with jax.named_scope("verify"):

@@ -40,10 +40,13 @@ class Rule:
 
     Attributes:
       shared_noise: whether draft and target use the same random numbers for a position, as plain decoding then does.
+      block_noise: whether each block has random numbers of its own, which a rule needs if drafted tokens after the
+        accepted ones influence how many are accepted; otherwise the next block uses those of the same positions again.
       lossy: whether the output distribution can differ from the target's; such a rule uses a lenience.
     """
 
     shared_noise: bool = False
+    block_noise: bool = False
     lossy: bool = False
 
     def __call__(
@@ -61,20 +64,31 @@ def _row_at(rows: Float[Array, "B R V"], index: Int[Array, "B"]) -> Float[Array,
     return jnp.take_along_axis(rows, index[:, None, None], axis=1)[:, 0]
 
 
+def _draft_rows(
+    proposal: Proposal,
+    tokens: Int[Array, "B R"],
+    probs: Float[Array, "B R W"] | None,
+    drafted: Bool[Array, "B R"],
+    vocab: int,
+) -> Float[Array, "B R V"]:
+    """The draft's distributions over all ids, from some rows of the proposal; zero where no token is drafted."""
+    if probs is None:
+        rows = jax.nn.one_hot(tokens, vocab)
+    else:
+        rows = probs if proposal.vocabulary is None else proposal.vocabulary.spread(probs, vocab, 0.0)
+    # `rows > 0` leaves out what is not a number.
+    return jnp.where(drafted[..., None] & (rows > 0), rows, 0)
+
+
 def _draft_row(proposal: Proposal, index: Int[Array, "B"], vocab: int) -> Float[Array, "B V"]:
     """The draft's distribution at `index`, zero from `num_drafted` on."""
     gamma = proposal.tokens.shape[1]
     if gamma == 0:
         return jnp.zeros((index.shape[0], vocab), jnp.float32)
-    inside = jnp.minimum(index, gamma - 1)
-    if proposal.probs is None:
-        row = jax.nn.one_hot(jnp.take_along_axis(proposal.tokens, inside[:, None], axis=1)[:, 0], vocab)
-    else:
-        row = _row_at(proposal.probs, inside)
-        if proposal.vocabulary is not None:
-            row = proposal.vocabulary.spread(row, vocab, 0.0)
-    # `row > 0` leaves out what is not a number.
-    return jnp.where((index < proposal.num_drafted)[:, None] & (row > 0), row, 0)
+    inside = jnp.minimum(index, gamma - 1)[:, None]
+    tokens = jnp.take_along_axis(proposal.tokens, inside, axis=1)
+    probs = None if proposal.probs is None else jnp.take_along_axis(proposal.probs, inside[..., None], axis=1)
+    return _draft_rows(proposal, tokens, probs, (index < proposal.num_drafted)[:, None], vocab)[:, 0]
 
 
 def _at_tokens(rows: Float[Array, "B R V"], proposal: Proposal) -> Float[Array, "B gamma"]:
@@ -105,11 +119,16 @@ def _num_accepted(accepted: Bool[Array, "B gamma"], proposal: Proposal) -> Int[A
 
 
 def _from_residual(
-    noise: Noise, proposal: Proposal, target_probs: Float[Array, "B gamma_plus_1 V"], num_accepted: Int[Array, "B"]
+    noise: Noise,
+    proposal: Proposal,
+    target_probs: Float[Array, "B gamma_plus_1 V"],
+    num_accepted: Int[Array, "B"],
+    scale: Float[Array, "B"] | None = None,
 ) -> Int[Array, "B"]:
-    """Draws the token after the accepted ones from the normalised max(target - draft, 0)."""
+    """Draws the token after the accepted ones from the normalised max(scale * target - draft, 0); None: scale 1."""
     target_row = _row_at(target_probs, num_accepted)
-    residual = jnp.maximum(target_row - _draft_row(proposal, num_accepted, target_probs.shape[-1]), 0)
+    scaled = target_row if scale is None else scale[:, None] * target_row
+    residual = jnp.maximum(scaled - _draft_row(proposal, num_accepted, target_probs.shape[-1]), 0)
     # After a rejection target < draft for some token, so target > draft for another one. Only rounding can make the
     # residual empty, if both distributions are equal except for the last bit; then draw from the target.
     empty = jnp.max(residual, axis=-1, keepdims=True) <= 0
@@ -144,6 +163,47 @@ class Lossless(Rule):
         accepted = uniforms * _draft_at_tokens(proposal) < _at_tokens(target_probs, proposal)
         num_accepted = _num_accepted(accepted, proposal)
         return num_accepted, _from_residual(noise, proposal, target_probs, num_accepted)
+
+
+@dataclasses.dataclass(frozen=True)
+class Block(Rule):
+    """Block verification (arXiv 2403.10444, algorithm 2): accepts the longest part of the draft that passes.
+
+    With p the target's and q the draft's distribution after the first i drafted tokens, and x the token drafted next,
+
+      w(0) = 1,   w(i + 1) = min(w(i) * p(x) / q(x), 1)
+      h(i) = R / (R + 1 - w(i)),   R = sum of max(w(i) * p - q, 0) over all tokens;   h(i) = w(i) after the last token
+
+    the first i tokens pass with probability h(i), independently, and the next token is drawn from max(w(i) * p - q, 0).
+    The output distribution is exactly the adjusted target's, also if the draft stops depending on the tokens drawn so
+    far: the first i tokens of a draft are accepted with probability w(i), at least that of `lossless`, the product of
+    all min(p(x) / q(x), 1). At temperature 0 the output is that of greedy decoding.
+    """
+
+    block_noise = True
+
+    def __call__(self, noise, proposal, target_probs, inputs):
+        if noise.greedy:
+            return _accept_choices(noise, proposal, target_probs)
+        tokens, gamma, vocab = proposal.tokens, proposal.tokens.shape[1], target_probs.shape[-1]
+        draft_at, target_at = _draft_at_tokens(proposal), _at_tokens(target_probs, proposal)
+        weights = [jnp.ones(tokens.shape[:1], jnp.float32)]
+        for i in range(gamma):
+            product = jnp.minimum(weights[-1] * target_at[:, i] / draft_at[:, i], 1)
+            weights.append(jnp.where(draft_at[:, i] > 0, product, 0))  # 0: not drawn, see `_num_accepted`
+        weights = jnp.stack(weights, axis=1)
+        index = jnp.arange(1, gamma + 1, dtype=jnp.int32)[None]
+        follows = index < proposal.num_drafted[:, None]  # whether a token is drafted after the first `index` ones
+        probs = None if proposal.probs is None else proposal.probs[:, 1:]
+        draft = _draft_rows(proposal, tokens[:, 1:], probs, follows[:, :-1], vocab)
+        mass = jnp.sum(jnp.maximum(weights[:, 1:-1, None] * target_probs[:, 1:-1] - draft, 0), axis=-1)
+        mass = jnp.pad(mass, ((0, 0), (0, min(gamma, 1))))
+        # A target that is not finite ends the draft, so that these rows fail as often as in plain decoding.
+        passes = jnp.where(follows & jnp.isfinite(mass), mass / (mass + (1 - weights[:, 1:])), weights[:, 1:])
+        passed = (noise.uniforms(gamma) < passes) & (index <= proposal.num_drafted[:, None])
+        num_accepted = jnp.max(jnp.where(passed, index, 0), axis=1, initial=0).astype(jnp.int32)
+        scale = jnp.take_along_axis(weights, num_accepted[:, None], axis=1)[:, 0]
+        return num_accepted, _from_residual(noise, proposal, target_probs, num_accepted, scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,6 +301,7 @@ class Typical(Rule):
 
 RULES: dict[str, Rule] = {
     "lossless": Lossless(),
+    "block": Block(),
     "coupled": Coupled(),
     "lenient_linear": Lenient(linear),
     "lenient_square": Lenient(square),

@@ -170,23 +170,29 @@ def probabilities(logits: Float[Array, "B T V"], sampling: Sampling, *, greedy: 
 class Noise:
     """Random numbers of one block, a pure function of (row key, position of the token, stream).
 
-    So a row's text does not depend on the other rows, its place in the batch or the mesh.
+    So a row's text does not depend on the other rows, its place in the batch or the mesh. A position whose drafted
+    token was refused has the same numbers in the next block, unless `by_block`.
 
     Attributes:
       row_keys: one key per row, folded from the run's seed and the prompt's index.
       lengths: position of the first token that this block can emit (the number of committed tokens).
       greedy: take the most probable token without random numbers.
       shared: draft and target use the same stream (the rule `coupled`).
+      by_block: the numbers also depend on `lengths`, so no two blocks have the same ones (the rule `block`).
     """
 
     row_keys: Key[Array, "B"]
     lengths: Int[Array, "B"]
     greedy: bool = dataclasses.field(metadata={"static": True})
     shared: bool = dataclasses.field(metadata={"static": True})
+    by_block: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def _keys(self, offsets: Int[Array, "B"] | Int[Array, ""], stream: Stream) -> Key[Array, "B"]:
         fold = jax.vmap(lambda key, position: jax.random.fold_in(jax.random.fold_in(key, position), stream))
-        return fold(self.row_keys, self.lengths + offsets)
+        if not self.by_block:
+            return fold(self.row_keys, self.lengths + offsets)
+        keys = fold(self.row_keys, self.lengths)
+        return jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(offsets, self.lengths.shape))
 
     def uniforms(self, count: int) -> Float[Array, "B count"]:
         """Uniform numbers in [0, 1) for accepting the first `count` drafted tokens of the block."""

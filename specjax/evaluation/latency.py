@@ -101,7 +101,7 @@ def forced_block_seconds(method: Method, rows: Rows) -> list[float]:
 
 
 def _noise(plan: Plan, state: loop.DecodeState) -> Noise:
-    return Noise(state.row_keys, state.lengths, plan.greedy, plan.rule.shared_noise)
+    return Noise(state.row_keys, state.lengths, plan.greedy, plan.rule.shared_noise, plan.rule.block_noise)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 9), donate_argnums=3)

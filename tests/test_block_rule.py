@@ -1,0 +1,122 @@
+"""Block verification is exact and accepts at least as many tokens as token verification, by enumeration."""
+
+import jax
+import jax.numpy as jnp
+import lossless
+import numpy as np
+import pytest
+import tiny
+from enumeration import EMITTED, EnumeratedNoise, Tables, block_distribution, emitted_distribution, mean_accepted
+from lossless import GREEDY, p_value
+from test_draft_vocabulary import Reduced
+from test_exactness import VOCAB, check_against_plain, pair, small  # noqa: F401
+from test_rules import Stopping
+
+from specjax.decoding.drafters.base import Proposal
+from specjax.decoding.rules import Block, Lossless
+from specjax.decoding.sampling import Noise, Sampling, Stream
+
+
+class Truncated(Tables):
+    """Distributions that are on no grid; with `cut`, only the most probable tokens of each have a probability."""
+
+    def __init__(self, seed, vocab, gamma, mixed, cut=0):
+        super().__init__(seed, vocab, gamma, mixed)
+        self.cut = cut
+
+    def _draw(self):
+        target = self.random.dirichlet(np.full(self.vocab, 0.8))
+        draft = 0.5 * target + 0.5 * self.random.dirichlet(np.full(self.vocab, 0.8))
+        shares = [np.where(row >= np.sort(row)[self.cut], row, 0) for row in (target, draft)]
+        target, draft = (row / row.sum() for row in shares)
+        count = self.random.integers(self.gamma + 1) if self.mixed else self.gamma
+        return target, draft, int(np.argmax(draft)), int(count)
+
+
+def blocks_of(rule, tables, one_hot, **how):
+    return block_distribution(rule, tables, one_hot, thresholds=True, **how)
+
+
+def check_exact(tables, one_hot=False, **how) -> float:
+    """Checks the joint distribution; returns how many more tokens a block accepts than with token verification."""
+    blocks, tokenwise = (blocks_of(rule, tables, one_hot, **how) for rule in (Block(), Lossless()))
+    target = tables.target_distribution((), EMITTED)
+    for grouped in (blocks, tokenwise):
+        np.testing.assert_allclose(emitted_distribution(grouped, tables.vocab), target, atol=1e-6)
+    return mean_accepted(blocks) - mean_accepted(tokenwise)
+
+
+@pytest.mark.parametrize("one_hot", [False, True], ids=["sampled", "one_hot"])
+def test_block_emits_the_targets_joint_distribution_and_accepts_at_least_as_many_tokens(one_hot):
+    tables = [Tables(0, 3, 0, False), Tables(1, 3, 1, True), Tables(2, 3, 2, True), Truncated(3, 3, 2, False)]
+    tables += [Truncated(4, 3, 2, True, cut=1), Truncated(5, 3, 2, False, cut=1), Truncated(6, 3, 3, False)]
+    gains = [check_exact(table, one_hot) for table in tables]
+    assert min(gains) > -1e-6
+    # A deterministic draft's ratios are at most 1, so for it both rules accept equally often.
+    assert max(gains) > 0.02 if not one_hot else max(gains) < 1e-6
+
+
+def test_a_block_accepts_the_first_tokens_with_the_running_minimum_of_the_products_of_ratios():
+    tables = Truncated(4, 3, 3, False)
+    expected = 0.0
+    for draft, chance, _ in tables.paths((), False):
+        weight = 1.0
+        for i, token in enumerate(draft):
+            weight = min(weight * tables.target(draft[:i])[token] / tables.draft(draft[:i])[token], 1)
+            expected += chance * weight
+    assert mean_accepted(blocks_of(Block(), tables, False, depth=1)) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_block_stays_exact_if_the_draft_stops_by_its_confidence(seed):
+    assert check_exact(Stopping(seed, 2)) > -1e-6
+
+
+def test_the_enumeration_catches_a_stop_that_looks_at_the_token_it_drops():
+    tables = Stopping(0, 2, peeks=True)
+    joint = emitted_distribution(blocks_of(Block(), tables, False), 4)
+    assert np.abs(joint - tables.target_distribution((), EMITTED)).max() > 1e-2
+
+
+@pytest.mark.parametrize("one_hot", [False, True], ids=["sampled", "one_hot"])
+def test_block_stays_exact_with_a_reduced_vocabulary(one_hot):
+    assert check_exact(Reduced(1, 4, 2, True), one_hot, vocabulary=Reduced.VOCABULARY) > -1e-6
+
+
+def test_a_target_that_is_not_finite_is_reached_as_often_as_the_tokens_before_it():
+    row = jnp.asarray([0.5, 0.25, 0.25])
+    target = jnp.stack([row, jnp.full((3,), jnp.nan), row])[None]
+    proposal = Proposal(jnp.asarray([[1, 0]], jnp.int32), jnp.full((1, 2, 3), 0.5), jnp.asarray([2], jnp.int32))
+    accepted = jax.jit(lambda uniforms: Block()(EnumeratedNoise(uniforms), proposal, target, None)[0])
+    for uniform, expected in ((0.49, 1), (0.51, 0)):  # the first token's ratio is one half
+        assert int(accepted(jnp.asarray([[uniform, 0.0]]))[0]) == expected
+
+
+def test_no_two_blocks_have_the_same_random_numbers():
+    @jax.jit
+    def draws(lengths):
+        keys = jnp.broadcast_to(jax.random.key(0), lengths.shape)
+        noise = Noise(keys, lengths, False, False, by_block=True)
+        drafted = [noise.choose(jnp.ones((4, 2**16)), jnp.full((4,), i), Stream.DRAFT) for i in range(3)]
+        return noise.uniforms(3), jnp.stack(drafted)
+
+    for values in draws(jnp.arange(4, dtype=jnp.int32)):
+        assert np.unique(values).size == 12
+
+
+SLOW = [
+    pytest.param(kind, marks=pytest.mark.slow) for kind in ("ngram", "early_exit", "skip_layers", "medusa", "eagle3")
+]
+
+
+@pytest.mark.parametrize("kind", ["model", *SLOW])
+def test_the_loop_samples_the_targets_distribution_by_blocks(small, kind):  # noqa: F811
+    target, params, draft, draft_params = small
+    plan = lossless.small_plan(target, kind, tiny.drafter_options(kind, target, draft), "block")
+    draft_params = tiny.draft_params_of(kind, target, params, draft_params)
+    assert p_value(plan, params, draft_params, Sampling.of(1.0)) > 1e-4
+    assert p_value(plan, params, draft_params, Sampling.of(0.7, top_k=4, top_p=0.85), seed=1) > 1e-4
+
+
+def test_at_temperature_0_blocks_equal_greedy_decoding(pair):  # noqa: F811
+    check_against_plain(pair, GREEDY, [("model", 3, False)], "block")
