@@ -129,7 +129,7 @@ class Paths:
 
 
 def enumerate_paths(tables: Tables, one_hot: bool, depth: int, grid: list[float]) -> Paths:
-    """Every block that starts at a context of fewer than `depth` tokens, with all combinations of uniforms on `grid`."""
+    """Every block that starts at a context of fewer than `depth` tokens, with all uniforms on `grid`."""
     gamma, vocab = tables.gamma, tables.vocab
     rows = Paths([], [], [], [], [], [], [])
     for length in range(depth):
