@@ -181,7 +181,9 @@ def test_of_a_fused_tensor_a_rank_reads_its_part_alone(tmp_path, monkeypatch, tr
     outputs = (file.T if transposed else file).reshape(groups, 3, 8 // groups, 6)
     for number in range(3):
         whole = outputs[:, number].reshape(8, 6)
-        tensor = base.Tensor("fused", (), transposed, base.Part(number * 8 // groups, 8 // groups, groups))
+        tensor = base.Tensor(
+            "fused", (), transposed, base.Part(number * 8 // groups, 8 // groups, 24 // groups, groups)
+        )
         for rows, columns in [(slice(0, 8), slice(0, 6)), (slice(0, 8), slice(2, 5)), (slice(3, 7), slice(0, 6))]:
             part, read = hub_load._part(stored, tensor, (rows, columns), np.dtype("float32"))
             np.testing.assert_array_equal(part, whole[rows, columns])

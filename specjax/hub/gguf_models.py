@@ -140,17 +140,10 @@ def _short(value: Any) -> str:
 def _with_names(family: base.Family) -> base.Family:
     """The family with the names that its tensors have in GGUF files."""
     counts = collections.Counter(family.names.values())
-    names = {"embedding": _EMBEDDING, "positions": "position_embd.weight", "unembedding.kernel": _HEAD}
-    for path, name in family.names.items():
-        if path in names:
-            continue
-        module, _, kind = path.removeprefix("blocks.{}.").rpartition(".")
-        fused = counts[name] > 1
-        theirs = _FUSED[module.partition(".")[0]] if fused else _MODULES.get(module, "output_norm")
-        layer = "blk.{}." if path.startswith("blocks.") else ""
-        names[path] = f"{layer}{theirs}.{'bias' if kind == 'bias' else 'weight'}"
-    ordered = {path: names[path] for path in family.names}
-    return dataclasses.replace(family, names=ordered, transposed=False, ignored=(_FREQUENCIES, _SHORT, _LONG))
+    fused = {path for path in _MODULES if counts[family.names.get(f"blocks.{{}}.{path}.kernel")] > 1}
+    modules = _MODULES | {path: _FUSED[path.partition(".")[0]] for path in fused}
+    names = base.tensor_names("token_embd", "blk", modules, "output_norm", "output", positions="position_embd")
+    return dataclasses.replace(family, names=names, transposed=False, ignored=(_FREQUENCIES, _SHORT, _LONG))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +160,7 @@ class _Metadata:
             raise UserError(f'"{key}" is missing; convert the model again')
         if isinstance(value := self.file.metadata.get(key), np.ndarray | list):
             raise UserError(f'"{key}" must be a number, not {_short(value)}; layers that differ are not supported')
-        return base.number(self.file.metadata, key, kind, absent=absent)
+        return base.value_of(self.file.metadata, key, kind, absent=absent)
 
     def get(self, name: str, absent: Any = None) -> Any:
         return self.file.metadata.get(f"{self.architecture}.{name}", absent)

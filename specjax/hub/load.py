@@ -97,7 +97,6 @@ def stream(
     family, config = read_config(directory, param_dtype=param_dtype, compute_dtype=compute_dtype)
     decoder = model_of(config)
     wanted = family.tensors(config)
-    outputs = base.fused_outputs(wanted)
     expected = decoder.abstract_params()
     names = {tensor.name for tensor in wanted}
     from_gguf = is_gguf(directory)
@@ -106,7 +105,7 @@ def stream(
     _check_names(directory, family, config, names, stored)
     for tensor in wanted:
         shape = at(expected, tensor.path).shape
-        _check_tensor(stored[tensor.name], base.shape_in_file(tensor, shape, outputs), *_DESCRIBED[from_gguf])
+        _check_tensor(stored[tensor.name], tensor.shape_in_file(shape), *_DESCRIBED[from_gguf])
         if shardings is not None:
             _check_sharding(at(shardings, tensor.path), shape, tensor.name)
 
@@ -303,14 +302,13 @@ def _read(stored: AnyStored, tensor: base.Tensor, shape: tuple[int, ...], dtype:
 def _part(stored: AnyStored, tensor: base.Tensor, index: tuple[slice, ...], dtype) -> tuple[np.ndarray, int]:
     """The part of a parameter at `index` in our layout and dtype, and the number of bytes read from the file."""
     part = np.empty([i.stop - i.start for i in index], dtype)
-    axis = base.output_axis(tensor, part.ndim)
+    axis = tensor.output_axis(part.ndim)
     in_file = part.T if tensor.transposed else part
     index = tuple(reversed(index)) if tensor.transposed else index
-    done = count = 0
+    count = 0
     with stored.open() as values:
-        for run in base.runs_in_file(tensor, index[axis], stored.shape[axis]):
-            into = in_file[(slice(None),) * axis + (slice(done, done + run.stop - run.start),)]
-            done += run.stop - run.start
+        for ours, run in tensor.runs(index[axis]):
+            into = in_file[(slice(None),) * axis + (ours,)]
             first = index[0].start if axis else run.start
             for piece in _pieces((*index[:axis], run, *index[axis + 1 :])):
                 count += _copy(stored, values[piece], into[piece[0].start - first : piece[0].stop - first])

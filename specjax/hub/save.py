@@ -145,22 +145,18 @@ def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
 
 def _tensors(listed: Sequence[base.Tensor], params: Params) -> dict[str, np.ndarray]:
     """The tensors as numpy arrays in the file's layout, by their names in the file."""
-    outputs = base.fused_outputs(listed)
     tensors: dict[str, np.ndarray] = {}
     for tensor in listed:
         values = _on_host(hub_load.at(params, tensor.path))
-        shape = base.shape_in_file(tensor, values.shape, outputs)
         # safetensors writes bytes in memory order, so a transposed view must be made contiguous first.
         laid_out = np.ascontiguousarray(values.T if tensor.transposed else values)
         if tensor.part is None:
             tensors[tensor.name] = laid_out
             continue
-        axis = base.output_axis(tensor, values.ndim)
-        fused, done = tensors.setdefault(tensor.name, np.empty(shape, values.dtype)), 0
-        for run in base.runs_in_file(tensor, slice(0, laid_out.shape[axis]), shape[axis]):
-            length = run.stop - run.start
-            fused[(slice(None),) * axis + (run,)] = laid_out[(slice(None),) * axis + (slice(done, done + length),)]
-            done += length
+        axis = tensor.output_axis(values.ndim)
+        fused = tensors.setdefault(tensor.name, np.empty(tensor.shape_in_file(values.shape), values.dtype))
+        for ours, run in tensor.runs(slice(0, laid_out.shape[axis])):
+            fused[(slice(None),) * axis + (run,)] = laid_out[(slice(None),) * axis + (ours,)]
     return tensors
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,11 +15,12 @@ from specjax.runtime.errors import UserError
 class Part(NamedTuple):
     """The location of one of our arrays in a fused tensor of the file, along the tensor's output axis.
 
-    The axis consists of `groups` runs of equal length; this array is entries `start .. start + size - 1` of each run.
+    The axis consists of `groups` runs of `length` entries; this array is entries `start .. start + size - 1` of each.
     """
 
     start: int
     size: int
+    length: int
     groups: int = 1
 
 
@@ -37,6 +38,33 @@ class Tensor(NamedTuple):
     path: tuple[str | int, ...]
     transposed: bool = False
     part: Part | None = None
+
+    def output_axis(self, dimensions: int) -> int:
+        """The index of the output axis, along which tensors are fused, in the file's layout."""
+        return dimensions - 1 if self.transposed else 0
+
+    def shape_in_file(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the file's tensor that holds our array of shape `shape`."""
+        lengths = tuple(reversed(shape)) if self.transposed else shape
+        if self.part is None:
+            return lengths
+        axis = self.output_axis(len(shape))
+        return (*lengths[:axis], self.part.length * self.part.groups, *lengths[axis + 1 :])
+
+    def runs(self, wanted: slice) -> list[tuple[slice, slice]]:
+        """Where the file's output axis holds slice `wanted` of our outputs; several runs if there are groups.
+
+        Each run is a slice of the wanted outputs, counted from `wanted.start`, and the slice of the file.
+        """
+        if self.part is None:
+            return [(slice(0, wanted.stop - wanted.start), wanted)]
+        start, size, length, _ = self.part
+        runs = []
+        for group in range(wanted.start // size, -(-wanted.stop // size)):
+            low, high = max(wanted.start, group * size), min(wanted.stop, (group + 1) * size)
+            shift = group * (length - size) + start
+            runs.append((slice(low - wanted.start, high - wanted.start), slice(low + shift, high + shift)))
+        return runs
 
 
 class Group(NamedTuple):
@@ -77,14 +105,9 @@ class Field(NamedTuple):
         if self.null is not None and fields.get(self.name, self) is None:
             return {self.attribute: self.null}
         if self.kind is str:
-            return {self.attribute: activation(fields, self.name, self.absent, self.values or ACTIVATIONS)}
+            return {self.attribute: choice(fields, self.name, self.absent, self.values or ACTIVATIONS)}
         lazy = callable(self.absent) and fields.get(self.name) is None
-        absent = self.absent(values) if lazy else self.absent
-        read = (
-            flag(fields, self.name, absent=absent)
-            if self.kind is bool
-            else number(fields, self.name, self.kind, absent=absent)
-        )
+        read = value_of(fields, self.name, self.kind, absent=self.absent(values) if lazy else self.absent)
         return {self.attribute: self.values[read] if self.values else read}
 
     def write(self, config: Any) -> dict[str, Any]:
@@ -93,16 +116,6 @@ class Field(NamedTuple):
         names = self.values or (ACTIVATIONS if self.kind is str else {})
         written = next((name for name, meaning in names.items() if meaning == value), value)
         return {self.name: None if self.null is not None and value == self.null else written}
-
-
-def derived(values: Callable[[dict[str, Any]], dict[str, Any]]) -> Group:
-    """A group of attributes that follow from those read before, without fields of their own."""
-    return Group(lambda fields, attributes: values(attributes), lambda config: {})
-
-
-def one_size_heads(width: str, heads: str) -> Group:
-    """As many key/value heads as heads, which share the width; the arguments are field names for the error message."""
-    return derived(lambda values: {"kv_heads": values["heads"], "head_size": head_size(values, width, heads)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,8 +162,29 @@ class Family:
         return self.names["unembedding.kernel"]
 
     def tensors(self, config: DecoderConfig) -> list[Tensor]:
-        """Every parameter array of a model with this config, in the order of computation; no head if it is tied."""
-        return list_tensors(config, self.names, transposed=self.transposed, parts=self.parts(config))
+        """Every parameter array of a model with this config, in the order of `names`, layer by layer.
+
+        Raises:
+          ValueError: if `names` lacks a parameter that the config describes.
+        """
+        params, parts = model_of(config).abstract_params(), self.parts(config)
+        missing = {
+            tuple(getattr(key, "key", None) for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(params)
+        }
+        tensors = []
+        # Consecutive entries whose paths have the same first component are the arrays of one layer.
+        for root, entries in itertools.groupby(self.names.items(), lambda entry: entry[0].partition(".")[0]):
+            layered = list(entries)
+            count = len(params.get(root, ())) if "{}" in layered[0][0] else 1
+            for layer, (template, name) in itertools.product(range(count), layered):
+                path = tuple(int(key) if key.isdigit() else key for key in template.format(layer).split("."))
+                if path in missing:
+                    swapped = path[-1] == "kernel" and self.transposed and root != "unembedding"
+                    tensors.append(Tensor(name.format(layer), path, swapped, parts.get(template)))
+                    missing.remove(path)
+        if missing:
+            raise ValueError(f"No tensor is named for {sorted(map(str, missing))[0]}.")
+        return tensors
 
     def read_config(self, fields: dict[str, Any], *, param_dtype: str, compute_dtype: str) -> DecoderConfig:
         """Converts the fields of a `config.json` to our config.
@@ -158,7 +192,13 @@ class Family:
         Raises:
           UserError: for a field that is missing, of the wrong type, or has an unsupported value.
         """
-        _refuse_other_arithmetic(fields, self.architecture, self.only)
+        architectures = fields.get("architectures")
+        if architectures is not None and architectures != [self.architecture]:
+            raise UserError(f'"architectures" is {architectures!r}, but only ["{self.architecture}"] is supported')
+        for name, allowed in {**_ONLY_EVERYWHERE, **self.only}.items():
+            if name in fields and fields[name] not in allowed:
+                listed = " or ".join("null" if value is None else repr(value) for value in allowed)
+                raise UserError(f'"{name}" is {fields[name]!r}, which is not supported; only {listed} can be loaded')
         fields = {**self.absent, **fields}
         values = dict(self.always)
         for field in self.fields:
@@ -180,36 +220,89 @@ class Family:
         return written | self.written
 
 
-def list_tensors(
-    config: DecoderConfig,
-    names: Mapping[str, str],
-    *,
-    transposed: bool = False,
-    parts: Mapping[str, Part] | None = None,
-) -> list[Tensor]:
-    """The tensors of a model with this config, from a table like `Family.names`, layer by layer.
+# --- parts of a family's table of fields ---------------------------------------------------------------------------
 
-    Raises:
-      ValueError: if the table lacks a parameter that the config describes.
+
+def derived(values: Callable[[dict[str, Any]], dict[str, Any]]) -> Group:
+    """A group of attributes that follow from those read before, without fields of their own."""
+    return Group(lambda fields, attributes: values(attributes), lambda config: {})
+
+
+def sizes(
+    width: str = "hidden_size",
+    mlp: str = "intermediate_size",
+    layers: str = "num_hidden_layers",
+    heads: str = "num_attention_heads",
+    **mlp_options: Any,
+) -> tuple[Field, ...]:
+    """The sizes that every decoder has; the arguments are their names in the file, and options of the MLP's field."""
+    return (
+        Field("vocab_size", "vocab_size"),
+        Field("width", width),
+        Field("mlp_width", mlp, **mlp_options),
+        Field("layers", layers),
+        Field("heads", heads),
+    )
+
+
+def head_size(values: dict[str, Any], width: str, heads: str, remedy: str = "correct either") -> int:
+    """The head size, which is width / heads; `width` and `heads` are field names for the error message."""
+    if values["width"] % values["heads"]:
+        raise UserError(f'"{width}" {values["width"]} is no multiple of "{heads}" {values["heads"]}; {remedy}')
+    return values["width"] // values["heads"]
+
+
+def one_size_heads(width: str = "hidden_size", heads: str = "num_attention_heads") -> Group:
+    """As many key/value heads as heads, which share the width; the arguments are field names for the error message."""
+    return derived(lambda values: {"kv_heads": values["heads"], "head_size": head_size(values, width, heads)})
+
+
+def biases(name: str, absent: bool, *attributes: str) -> tuple[Field, ...]:
+    """Attributes that have the same field, whether there are biases."""
+    return tuple(Field(attribute, name, bool, absent) for attribute in attributes)
+
+
+# --- parts of a family's table of tensors --------------------------------------------------------------------------
+
+
+def layer_names(layers: str, modules: Mapping[str, str], ours: str = "blocks") -> dict[str, str]:
+    """Entries of `Family.names` for the weights and biases of a layer's modules.
+
+    Args:
+      layers: start of the names in the file, before the layer number.
+      modules: path of each module in our layer -> its name in the file's layer.
+      ours: start of our paths, before the layer number.
     """
-    params = model_of(config).abstract_params()
-    missing = {
-        tuple(getattr(key, "key", None) for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(params)
+    kinds = lambda path: (("scale" if path.endswith("norm") else "kernel", "weight"), ("bias", "bias"))
+    return {
+        f"{ours}.{{}}.{path}.{kind}": f"{layers}.{{}}.{module}.{theirs}"
+        for path, module in modules.items()
+        for kind, theirs in kinds(path)
     }
-    tensors = []
-    # Consecutive entries whose paths have the same first component are the arrays of one layer.
-    for root, entries in itertools.groupby(names.items(), lambda entry: entry[0].partition(".")[0]):
-        layered = list(entries)
-        count = len(params.get(root, ())) if "{}" in layered[0][0] else 1
-        for layer, (template, name) in itertools.product(range(count), layered):
-            path = tuple(int(key) if key.isdigit() else key for key in template.format(layer).split("."))
-            if path in missing:
-                swapped = path[-1] == "kernel" and transposed and root != "unembedding"
-                tensors.append(Tensor(name.format(layer), path, swapped, (parts or {}).get(template)))
-                missing.remove(path)
-    if missing:
-        raise ValueError(f"No tensor is named for {sorted(map(str, missing))[0]}.")
-    return tensors
+
+
+def tensor_names(
+    embedding: str, layers: str, modules: Mapping[str, str], norm: str, head: str, **others: str
+) -> dict[str, str]:
+    """The `names` of a decoder's family.
+
+    Args:
+      embedding: the embedding in the file, like all these names without ".weight".
+      layers, modules: see `layer_names`.
+      norm: the last norm.
+      head: the output head.
+      others: our name -> name in the file, for "positions" and for projections of the embedding.
+    """
+    projections = {path: f"{name}.weight" for path, name in others.items() if path == "positions"}
+    projections |= {f"{path}.kernel": f"{name}.weight" for path, name in others.items() if path != "positions"}
+    return {
+        "embedding": f"{embedding}.weight",
+        **projections,
+        **layer_names(layers, modules),
+        "norm.scale": f"{norm}.weight",
+        "norm.bias": f"{norm}.bias",
+        "unembedding.kernel": f"{head}.weight",
+    }
 
 
 def fused(sizes: Mapping[str, int], groups: int = 1) -> dict[str, Part]:
@@ -221,91 +314,17 @@ def fused(sizes: Mapping[str, int], groups: int = 1) -> dict[str, Part]:
     """
     starts = itertools.accumulate(sizes.values(), initial=0)
     return {
-        f"blocks.{{}}.{path}.{kind}": Part(start, size, groups)
+        f"blocks.{{}}.{path}.{kind}": Part(start, size, sum(sizes.values()), groups)
         for (path, size), start in zip(sizes.items(), starts, strict=False)
         for kind in ("kernel", "bias")
     }
 
 
-def weight_and_bias(prefix: str, names: Sequence[tuple[str, str]], weight: str) -> dict[str, str]:
-    """Entries of `Family.names` for modules of a layer that have a weight and a bias.
-
-    Args:
-      prefix: start of the names in the file, before the layer number.
-      names: (name in the file, path below "blocks.{}") of each module.
-      weight: our name of the weight: "kernel" or "scale".
-    """
-    return {
-        f"blocks.{{}}.{path}.{ours}": f"{prefix}.{{}}.{name}.{kind}"
-        for name, path in names
-        for kind, ours in (("weight", weight), ("bias", "bias"))
-    }
-
-
-def fused_outputs(tensors: Sequence[Tensor]) -> dict[str, int]:
-    """The number of outputs of each fused tensor of the file, by its name."""
-    outputs: dict[str, int] = {}
-    for tensor in tensors:
-        if tensor.part is not None:
-            outputs[tensor.name] = outputs.get(tensor.name, 0) + tensor.part.size * tensor.part.groups
-    return outputs
-
-
-def output_axis(tensor: Tensor, dimensions: int) -> int:
-    """The index of the output axis, along which tensors are fused, in the file's layout."""
-    return dimensions - 1 if tensor.transposed else 0
-
-
-def shape_in_file(tensor: Tensor, shape: tuple[int, ...], outputs: Mapping[str, int]) -> tuple[int, ...]:
-    """The shape of the file's tensor that holds our array of shape `shape`; `outputs` comes from `fused_outputs`."""
-    lengths = tuple(reversed(shape)) if tensor.transposed else shape
-    if tensor.part is None:
-        return lengths
-    axis = output_axis(tensor, len(shape))
-    return (*lengths[:axis], outputs[tensor.name], *lengths[axis + 1 :])
-
-
-def runs_in_file(tensor: Tensor, wanted: slice, outputs: int) -> list[slice]:
-    """The slices of the file's output axis that hold slice `wanted` of our outputs; several if there are groups."""
-    if tensor.part is None:
-        return [wanted]
-    start, size, groups = tensor.part
-    if groups == 1:
-        return [slice(start + wanted.start, start + wanted.stop)]
-    runs = []
-    for group in range(wanted.start // size, -(-wanted.stop // size)):
-        low, high = max(wanted.start - group * size, 0), min(wanted.stop - group * size, size)
-        offset = group * (outputs // groups) + start
-        runs.append(slice(offset + low, offset + high))
-    return runs
-
+# --- values --------------------------------------------------------------------------------------------------------
 
 _LARGEST = 2**31 - 1  # of any number in a config.json
 _MOST_LAYERS = 1000  # real models have fewer; a damaged number must not make us describe millions
-
-
-def number(fields: Mapping[str, Any], name: str, kind: type, *, absent: Any = None) -> Any:
-    """`fields[name]` as a positive int or float; if missing or null, `absent`, or a UserError if `absent` is None."""
-    value = fields.get(name)
-    if value is None:
-        if absent is None:
-            raise UserError(f'"{name}" is missing; take the complete config.json of the checkpoint')
-        return absent
-    allowed = (int, float) if kind is float else (int,)
-    if isinstance(value, bool) or not isinstance(value, allowed) or not 0 < value <= _LARGEST:
-        raise UserError(f'"{name}" must be a positive {"number" if kind is float else "integer"}, not {value!r}')
-    return kind(value)
-
-
-def flag(fields: Mapping[str, Any], name: str, *, absent: bool) -> bool:
-    """`fields[name]` as a bool; `absent` if it is missing or null."""
-    value = fields.get(name)
-    if value is None:
-        return absent
-    if not isinstance(value, bool):
-        raise UserError(f'"{name}" must be true or false, not {value!r}')
-    return value
-
+_EXPECTED = {int: "a positive integer", float: "a positive number", bool: "true or false"}
 
 # Names of activations in config.json -> our names. Of several for one activation, the first is written.
 ACTIVATIONS = {
@@ -316,15 +335,6 @@ ACTIVATIONS = {
     "relu": "relu",
 }
 QUERY_KEY_VALUE = ("attention.query", "attention.key", "attention.value")
-
-
-def activation(fields: Mapping[str, Any], name: str, absent: str, names: Mapping[str, str]) -> str:
-    """Our name of the activation in a field; `absent` is the value of a missing field, and null is an error."""
-    value = fields.get(name, absent)
-    if value not in names:
-        raise UserError(f'"{name}" is {value!r}, which is not supported; only {", ".join(names)} can be loaded')
-    return names[value]
-
 
 # Fields that change what a model of any family computes, and their supported values. Each may be absent. Dropout rates
 # and initialiser scales are ignored, because they matter only in training.
@@ -339,19 +349,25 @@ _ONLY_EVERYWHERE = {
 }
 
 
-def _refuse_other_arithmetic(fields: Mapping[str, Any], architecture: str, only: Mapping[str, tuple[Any, ...]]) -> None:
-    """Raises UserError, naming the field, for a value that is not supported."""
-    architectures = fields.get("architectures")
-    if architectures is not None and architectures != [architecture]:
-        raise UserError(f'"architectures" is {architectures!r}, but only ["{architecture}"] is supported')
-    for name, allowed in {**_ONLY_EVERYWHERE, **only}.items():
-        if name in fields and fields[name] not in allowed:
-            listed = " or ".join("null" if value is None else repr(value) for value in allowed)
-            raise UserError(f'"{name}" is {fields[name]!r}, which is not supported; only {listed} can be loaded')
+def value_of(fields: Mapping[str, Any], name: str, kind: type, *, absent: Any = None) -> Any:
+    """`fields[name]` as a positive int or float, or as a bool.
+
+    If the field is missing or null, `absent`. Raises UserError if that is None, and for values of another kind.
+    """
+    value = fields.get(name)
+    if value is None:
+        if absent is None:
+            raise UserError(f'"{name}" is missing; take the complete config.json of the checkpoint')
+        return absent
+    number = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
+    if not (isinstance(value, bool) if kind is bool else number and 0 < value <= _LARGEST):
+        raise UserError(f'"{name}" must be {_EXPECTED[kind]}, not {value!r}')
+    return kind(value)
 
 
-def head_size(values: dict[str, Any], width: str, heads: str, remedy: str = "correct either") -> int:
-    """The head size, which is width / heads; `width` and `heads` are field names for the error message."""
-    if values["width"] % values["heads"]:
-        raise UserError(f'"{width}" {values["width"]} is no multiple of "{heads}" {values["heads"]}; {remedy}')
-    return values["width"] // values["heads"]
+def choice(fields: Mapping[str, Any], name: str, absent: str, names: Mapping[str, Any]) -> Any:
+    """The meaning in `names` of a field's value; `absent` is the value of a missing field, and null is an error."""
+    value = fields.get(name, absent)
+    if not isinstance(value, str) or value not in names:
+        raise UserError(f'"{name}" is {value!r}, which is not supported; only {", ".join(names)} can be loaded')
+    return names[value]

@@ -14,13 +14,11 @@ from specjax.models.config import DecoderConfig
 from specjax.runtime.errors import UserError
 
 _WINDOW = 4096
-_NORMS = {
-    "blocks.{}.attention_norm.scale": "model.layers.{}.input_layernorm.weight",
-    "blocks.{}.attention_output_norm.scale": "model.layers.{}.post_attention_layernorm.weight",
-    "blocks.{}.mlp_norm.scale": "model.layers.{}.pre_feedforward_layernorm.weight",
-    "blocks.{}.mlp_output_norm.scale": "model.layers.{}.post_feedforward_layernorm.weight",
+_FOUR_NORMS = {
+    "attention_output_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_output_norm": "post_feedforward_layernorm",
 }
-_NAMES_WITH_OUTPUT_NORMS = {**llama.FIRST, **_NORMS, **llama.NAMES, **_NORMS}
 _ONLY = {
     # In Gemma 1 files "gelu" means the tanh approximation. Later files use "hidden_activation" instead.
     "hidden_act": ("gelu_pytorch_tanh", "gelu", None),
@@ -37,30 +35,29 @@ def _windows(pattern: int) -> base.Group:
     """Without "layer_types", every layer has a window except each `pattern`-th."""
 
     def read(fields: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-        step = base.number(fields, "sliding_window_pattern", int, absent=pattern)
+        step = base.value_of(fields, "sliding_window_pattern", int, absent=pattern)
         kinds = fields.get("layer_types")
         if kinds is None:
             kinds = [qwen.KINDS[bool((layer + 1) % step)] for layer in range(values["layers"])]
         complete = {"sliding_window": _WINDOW, **fields, "layer_types": kinds, "use_sliding_window": True}
         return {"windows": qwen.windows_of(complete, [False] * values["layers"])}
 
-    return base.Group(read, _write_windows)
+    def write(config: DecoderConfig) -> dict[str, Any]:
+        written = qwen.written_windows(config)
+        # Readers want a number even if no layer has a window.
+        return {"sliding_window": written["sliding_window"] or _WINDOW, "layer_types": written["layer_types"]}
+
+    return base.Group(read, write)
 
 
 def _read_scale(fields: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    scalar = base.number(fields, "query_pre_attn_scalar", int, absent=256)
+    scalar = base.value_of(fields, "query_pre_attn_scalar", int, absent=256)
     return {"query_scale": None if scalar == values["head_size"] else scalar**-0.5}
 
 
 def _write_scale(config: DecoderConfig) -> dict[str, Any]:
     scale = config.query_scale
     return {"query_pre_attn_scalar": config.head_size if scale is None else round(scale**-2)}
-
-
-def _write_windows(config: DecoderConfig) -> dict[str, Any]:
-    written = qwen.written_windows(config)
-    # Readers want a number even if no layer has a window.
-    return {"sliding_window": written["sliding_window"] or _WINDOW, "layer_types": written["layer_types"]}
 
 
 _FINAL_SOFTCAP = Field("final_softcap", "final_logit_softcapping", float, 30.0, null=0.0)
@@ -124,7 +121,7 @@ GEMMA2 = dataclasses.replace(
     GEMMA,
     model_type="gemma2",
     architecture="Gemma2ForCausalLM",
-    names=_NAMES_WITH_OUTPUT_NORMS,
+    names=llama.names(llama.MODULES | _FOUR_NORMS),
     only=_ONLY,
     always={**_ALWAYS, "order": "both"},
     fields=(

@@ -2,30 +2,21 @@
 
 from specjax.hub.families import base
 from specjax.hub.families.base import Field
-from specjax.models.config import DecoderConfig
 
-_NORMS = (("ln_1", "attention_norm"), ("ln_2", "mlp_norm"))
-_LINEAR = (
-    *(("attn.c_attn", path) for path in base.QUERY_KEY_VALUE),
-    ("attn.c_proj", "attention.output"),
-    ("mlp.c_fc", "mlp.up"),
-    ("mlp.c_proj", "mlp.down"),
-)
-
-
-def _parts(config: DecoderConfig) -> dict[str, base.Part]:
-    return base.fused(dict.fromkeys(base.QUERY_KEY_VALUE, config.width))
-
+_MODULES = {
+    "attention_norm": "ln_1",
+    **dict.fromkeys(base.QUERY_KEY_VALUE, "attn.c_attn"),
+    "attention.output": "attn.c_proj",
+    "mlp_norm": "ln_2",
+    "mlp.up": "mlp.c_fc",
+    "mlp.down": "mlp.c_proj",
+}
 
 FAMILY = base.Family(
     model_type="gpt2",
     architecture="GPT2LMHeadModel",
     fields=(
-        Field("vocab_size", "vocab_size"),
-        Field("width", "n_embd"),
-        Field("mlp_width", "n_inner", absent=lambda values: 4 * values["width"]),
-        Field("layers", "n_layer"),
-        Field("heads", "n_head"),
+        *base.sizes("n_embd", "n_inner", "n_layer", "n_head", absent=lambda values: 4 * values["width"]),
         base.one_size_heads("n_embd", "n_head"),
         Field("max_positions", "n_positions", absent=1024),
         Field("norm_epsilon", "layer_norm_epsilon", float, 1e-5),
@@ -33,16 +24,10 @@ FAMILY = base.Family(
         Field("tied_head", "tie_word_embeddings", bool, True),
         base.derived(lambda values: {"learned_positions": values["max_positions"]}),
     ),
-    names={
-        "embedding": "transformer.wte.weight",
-        "positions": "transformer.wpe.weight",
-        **base.weight_and_bias("transformer.h", _NORMS, "scale"),
-        **base.weight_and_bias("transformer.h", _LINEAR, "kernel"),
-        "norm.scale": "transformer.ln_f.weight",
-        "norm.bias": "transformer.ln_f.bias",
-        "unembedding.kernel": "lm_head.weight",
-    },
-    parts=_parts,
+    names=base.tensor_names(
+        "transformer.wte", "transformer.h", _MODULES, "transformer.ln_f", "lm_head", positions="transformer.wpe"
+    ),
+    parts=lambda config: base.fused(dict.fromkeys(base.QUERY_KEY_VALUE, config.width)),
     transposed=True,
     ignored=(".attn.bias", ".attn.masked_bias"),  # causal masks
     # "reorder_and_upcast_attn" is about rounding alone: our scores are float32 anyway.

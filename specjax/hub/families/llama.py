@@ -3,32 +3,29 @@
 Families with similar files are defined as modified copies of this one.
 """
 
+from collections.abc import Mapping
+
 from specjax.hub.families import base, rotary_fields
 from specjax.hub.families.base import Field
 
-_PROJECTIONS = {
-    "self_attn.q_proj": "attention.query",
-    "self_attn.k_proj": "attention.key",
-    "self_attn.v_proj": "attention.value",
-    "self_attn.o_proj": "attention.output",
-    "mlp.gate_proj": "mlp.gate",
-    "mlp.up_proj": "mlp.up",
-    "mlp.down_proj": "mlp.down",
+MODULES = {
+    "attention_norm": "input_layernorm",
+    "attention.query": "self_attn.q_proj",
+    "attention.key": "self_attn.k_proj",
+    "attention.value": "self_attn.v_proj",
+    "attention.query_norm": "self_attn.q_norm",
+    "attention.key_norm": "self_attn.k_norm",
+    "attention.output": "self_attn.o_proj",
+    "mlp_norm": "post_attention_layernorm",
+    "mlp.gate": "mlp.gate_proj",
+    "mlp.up": "mlp.up_proj",
+    "mlp.down": "mlp.down_proj",
 }
-FIRST = {
-    "embedding": "model.embed_tokens.weight",
-    "blocks.{}.attention_norm.scale": "model.layers.{}.input_layernorm.weight",
-}
-NAMES = {
-    **FIRST,
-    "blocks.{}.mlp_norm.scale": "model.layers.{}.post_attention_layernorm.weight",
-    **{f"blocks.{{}}.{path}.kernel": f"model.layers.{{}}.{name}.weight" for name, path in _PROJECTIONS.items()},
-    **{f"blocks.{{}}.{path}.bias": f"model.layers.{{}}.{name}.bias" for name, path in _PROJECTIONS.items()},
-    "blocks.{}.attention.query_norm.scale": "model.layers.{}.self_attn.q_norm.weight",
-    "blocks.{}.attention.key_norm.scale": "model.layers.{}.self_attn.k_norm.weight",
-    "norm.scale": "model.norm.weight",
-    "unembedding.kernel": "lm_head.weight",
-}
+
+
+def names(modules: Mapping[str, str]) -> dict[str, str]:
+    """The tensor names of Llama's layout with these modules in a layer."""
+    return base.tensor_names("model.embed_tokens", "model.layers", modules, "model.norm", "lm_head")
 
 
 def fields(
@@ -40,11 +37,7 @@ def fields(
     """
     divided = lambda values: base.head_size(values, "hidden_size", "num_attention_heads", 'give "head_dim"')
     return (
-        Field("vocab_size", "vocab_size"),
-        Field("width", "hidden_size"),
-        Field("mlp_width", "intermediate_size"),
-        Field("layers", "num_hidden_layers"),
-        Field("heads", "num_attention_heads"),
+        *base.sizes(),
         Field("kv_heads", "num_key_value_heads", absent=kv_heads or (lambda values: values["heads"])),
         Field("head_size", "head_dim", absent=head_size or divided),
         Field("max_positions", "max_position_embeddings", absent=max_positions),
@@ -53,7 +46,7 @@ def fields(
     )
 
 
-ATTENTION_BIAS = tuple(Field(name, "attention_bias", bool, False) for name in ("attention_bias", "output_bias"))
+ATTENTION_BIAS = base.biases("attention_bias", False, "attention_bias", "output_bias")
 MLP_BIAS = Field("mlp_bias", "mlp_bias", bool, False)
 NO_BIAS = {"attention_bias": (False, None), "mlp_bias": (False, None)}
 
@@ -69,7 +62,7 @@ FAMILY = base.Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
     fields=(*fields(), *ATTENTION_BIAS, MLP_BIAS, rotary_fields.rotary()),
-    names=NAMES,
+    names=names(MODULES),
     ignored=("rotary_emb.inv_freq",),
     only={**ONLY, "sliding_window": (None,), "use_sliding_window": (False, None), "layer_types": (None,)},
     written={"hidden_act": "silu"},

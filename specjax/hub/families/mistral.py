@@ -7,7 +7,7 @@ from specjax.hub.families import base, llama, rotary_fields
 
 
 def _window(fields: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    size = base.number(fields, "sliding_window", int, absent=0)
+    size = base.value_of(fields, "sliding_window", int, absent=0)
     return {"windows": (size,) * values["layers"] if size else ()}
 
 

@@ -8,8 +8,8 @@ from specjax.models.config import DecoderConfig
 from specjax.runtime.errors import UserError
 
 _FUSED = {
-    "model.layers.{}.self_attn.qkv_proj.weight": ("attention.query", "attention.key", "attention.value"),
-    "model.layers.{}.mlp.gate_up_proj.weight": ("mlp.gate", "mlp.up"),
+    **dict.fromkeys(base.QUERY_KEY_VALUE, "self_attn.qkv_proj"),
+    **dict.fromkeys(("mlp.gate", "mlp.up"), "mlp.gate_up_proj"),
 }
 _ORIGINAL = "original_max_position_embeddings"
 _ROTARY = rotary_fields.rotary(partial=True)
@@ -18,7 +18,7 @@ _ROTARY = rotary_fields.rotary(partial=True)
 def _parts(config: DecoderConfig) -> dict[str, base.Part]:
     queries, keys = config.heads * config.head_size, config.kv_heads * config.head_size
     return {
-        **base.fused({"attention.query": queries, "attention.key": keys, "attention.value": keys}),
+        **base.fused(dict(zip(base.QUERY_KEY_VALUE, (queries, keys, keys), strict=True))),
         **base.fused({"mlp.gate": config.mlp_width, "mlp.up": config.mlp_width}),
     }
 
@@ -46,14 +46,8 @@ FAMILY = dataclasses.replace(
     model_type="phi3",
     architecture="Phi3ForCausalLM",
     fields=(*llama.fields(), base.Group(_read, _write), mistral.WINDOW),
-    names={
-        **llama.NAMES,
-        **{f"blocks.{{}}.{path}.kernel": name for name, paths in _FUSED.items() for path in paths},
-    },
+    names=llama.names(llama.MODULES | _FUSED),
     parts=_parts,
-    only={
-        **mistral.FAMILY.only,
-        "lm_head_bias": (False, None),
-    },
+    only={**mistral.FAMILY.only, "lm_head_bias": (False, None)},
     absent={"max_position_embeddings": 4096, _ORIGINAL: 4096, "rms_norm_eps": 1e-5},
 )

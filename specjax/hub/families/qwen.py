@@ -24,8 +24,8 @@ def windows_of(fields: dict[str, Any], windowed: Sequence[bool]) -> tuple[int, .
       UserError: naming the field that is wrong.
     """
     window = 0
-    if base.flag(fields, "use_sliding_window", absent=False):
-        window = base.number(fields, "sliding_window", int, absent=0)
+    if base.value_of(fields, "use_sliding_window", bool, absent=False):
+        window = base.value_of(fields, "sliding_window", int, absent=0)
     kinds = fields.get("layer_types")
     if kinds is None:
         kinds = [KINDS[bool(window) and layer] for layer in windowed]

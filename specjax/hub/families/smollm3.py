@@ -11,7 +11,7 @@ def _read(fields: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     """Which layers rotate (1 in "no_rope_layers": it does); without "layer_types", the others have the window."""
     rotates, layers = fields.get("no_rope_layers"), values["layers"]
     if rotates is None:
-        interval = base.number(fields, "no_rope_layer_interval", int)
+        interval = base.value_of(fields, "no_rope_layer_interval", int)
         rotates = [(layer + 1) % interval != 0 for layer in range(layers)]
     if not isinstance(rotates, list) or len(rotates) < layers or any(entry not in (0, 1) for entry in rotates):
         raise UserError(f'"no_rope_layers" must have a 0 or a 1 for each layer, not {rotates!r}')

@@ -11,23 +11,18 @@ from specjax.hub.families.base import Field
 from specjax.models.encoder_decoder import UNLIMITED, EncoderDecoderConfig
 from specjax.runtime.errors import UserError
 
-_ATTENTION = (("q", "query"), ("k", "key"), ("v", "value"), ("o", "output"))
-_MLP = (("wi_0", "gate"), ("wi_1", "up"), ("wo", "down"))
+_ATTENTION = {"query": "q", "key": "k", "value": "v", "output": "o"}
+_MLP = {"mlp.gate": "wi_0", "mlp.up": "wi_1", "mlp.down": "wo"}
 
 
-def _layer(stack: str, blocks: str, attentions: tuple[tuple[str, str], ...]) -> dict[str, str]:
-    """Entries of `Family.names` for a layer: its attentions in order, then its MLP, each preceded by its norm."""
+def _modules(**attentions: str) -> dict[str, str]:
+    """A layer's modules: its attentions in order, then its MLP, each preceded by its norm."""
     names = {}
-    for index, (module, path) in enumerate(attentions):
-        prefix = f"{stack}.block.{{}}.layer.{index}"
-        names[f"{blocks}.{{}}.{path}_norm.scale"] = f"{prefix}.layer_norm.weight"
-        names |= {
-            f"{blocks}.{{}}.{path}.{projection}.kernel": f"{prefix}.{module}.{name}.weight"
-            for name, projection in _ATTENTION
-        }
-    prefix = f"{stack}.block.{{}}.layer.{len(attentions)}"
-    names[f"{blocks}.{{}}.mlp_norm.scale"] = f"{prefix}.layer_norm.weight"
-    return names | {f"{blocks}.{{}}.mlp.{path}.kernel": f"{prefix}.DenseReluDense.{name}.weight" for name, path in _MLP}
+    for index, (path, module) in enumerate(attentions.items()):
+        names[f"{path}_norm"] = f"layer.{index}.layer_norm"
+        names |= {f"{path}.{ours}": f"layer.{index}.{module}.{name}" for ours, name in _ATTENTION.items()}
+    last = f"layer.{len(attentions)}"
+    return names | {"mlp_norm": f"{last}.layer_norm"} | {path: f"{last}.DenseReluDense.{n}" for path, n in _MLP.items()}
 
 
 _BIAS = "{}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
@@ -37,7 +32,7 @@ class _T5(base.Family):
     def tensors(self, config: EncoderDecoderConfig) -> list[base.Tensor]:
         """Every parameter array, in the order of computation; the MLP's up projection is called "wi" without a gate."""
         up = "wi_1" if config.gated_mlp else "wi"
-        return base.list_tensors(config, {path: name.replace("wi_1", up) for path, name in self.names.items()})
+        return [tensor._replace(name=tensor.name.replace("wi_1", up)) for tensor in super().tensors(config)]
 
 
 def _feed_forward(fields: dict[str, Any]) -> tuple[bool, str]:
@@ -51,7 +46,7 @@ def _feed_forward(fields: dict[str, Any]) -> tuple[bool, str]:
     stated = fields.get("dense_act_fn")
     if stated is not None and kind != "gated-gelu" and stated != name:
         raise UserError(f'"feed_forward_proj" {kind!r} and "dense_act_fn" {stated!r} disagree; keep one')
-    return bool(gated), base.activation({"feed_forward_proj": name}, "feed_forward_proj", "relu", base.ACTIVATIONS)
+    return bool(gated), base.choice({"feed_forward_proj": name}, "feed_forward_proj", "relu", base.ACTIVATIONS)
 
 
 def _read(fields: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
@@ -59,7 +54,7 @@ def _read(fields: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     start = fields.get("decoder_start_token_id", fields.get("pad_token_id"))
     if isinstance(start, bool) or not isinstance(start, int) or start < 0:
         raise UserError(f'"decoder_start_token_id" must be a token id, not {start!r}')
-    scaled = base.flag(fields, "scale_decoder_outputs", absent=values["tied_head"])
+    scaled = base.value_of(fields, "scale_decoder_outputs", bool, absent=values["tied_head"])
     return {
         "activation": activation,
         "gated_mlp": gated,
@@ -98,10 +93,10 @@ FAMILY = _T5(
     names={
         "embedding": "shared.weight",
         "encoder_bias.table": _BIAS.format("encoder"),
-        **_layer("encoder", "encoder_blocks", (("SelfAttention", "attention"),)),
+        **base.layer_names("encoder.block", _modules(attention="SelfAttention"), "encoder_blocks"),
         "encoder_norm.scale": "encoder.final_layer_norm.weight",
         "bias.table": _BIAS.format("decoder"),
-        **_layer("decoder", "blocks", (("SelfAttention", "attention"), ("EncDecAttention", "cross"))),
+        **base.layer_names("decoder.block", _modules(attention="SelfAttention", cross="EncDecAttention")),
         "norm.scale": "decoder.final_layer_norm.weight",
         "unembedding.kernel": "lm_head.weight",
     },
