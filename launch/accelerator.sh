@@ -9,6 +9,7 @@
 #   SMOKE=1  runs tiny shapes, on CPU too
 #   PARTS    the parts to run; all of them unless it is given
 #   SCALE    a number that all time limits are multiplied with, for a slower machine; 1 unless it is given
+#   SECONDS_IN_ALL   the limit of all parts together; 470 unless it is given
 #
 # Each part is a process with a time limit of its own, and writes its record at once: what has run stays if a later part
 # fails or the machine is taken away. OUT/PART.json is the record, OUT/PART.log what the part printed.
@@ -29,11 +30,13 @@ variant=${SMOKE:+:smoke}
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$out/programs}
 
 # part SECONDS NAME COMMAND..: runs a command with a time limit, prints how it ended.
-failed=0
+failed=0 budget=$((${SECONDS_IN_ALL:-470} * ${SCALE:-1}))
 part() {
-  local limit=$(($1 * ${SCALE:-1})) name=$2
+  local limit=$(($1 * ${SCALE:-1})) name=$2 left=$((budget - SECONDS))
   shift 2
   [[ " ${PARTS:-$name} " == *" $name "* ]] || return 0
+  ((left > 10)) || { echo "$name: left out, the $budget s of all parts are over"; failed=1; return 0; }
+  ((limit < left)) || limit=$left
   local began=$SECONDS code=0
   timeout --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1 || code=$?
   case $code in
@@ -44,26 +47,29 @@ part() {
   [[ $code == 0 ]] || failed=1
 }
 
-# table SECONDS NAME: a table of configs/benchmark/accelerator.py.
+# table SECONDS NAME [PREFIX..]: a table of configs/benchmark/accelerator.py.
 table() {
-  part "$1" "$2" "$python" -m specjax.main --config="configs/benchmark/accelerator.py$variant" \
-    --workdir="$out/$2" --config.tables="('$2',)"
-  [[ ! -f $out/$2/results.json ]] || cp "$out/$2/results.json" "$out/$2.json"
+  local limit=$1 name=$2
+  shift 2
+  part "$limit" "$name" "$@" "$python" -m specjax.main --config="configs/benchmark/accelerator.py$variant" \
+    --workdir="$out/$name" --config.tables="('$name',)"
+  [[ ! -f $out/$name/results.json ]] || cp "$out/$name/results.json" "$out/$name.json"
 }
 
 # A GPU compiles a tiny program for seconds, so a few tests: the rules, and the distribution of one drafter's text.
 chosen="test_rules or (test_the_loop_samples_the_targets_distribution and model)"
 [[ -z ${SMOKE:-} ]] || chosen=test_rules
-# In float32, whose products a GPU would otherwise round to 10 bits.
-part 70 exactness env SPECJAX_SPREAD_TESTS=1 JAX_DEFAULT_MATMUL_PRECISION=highest XLA_PYTHON_CLIENT_PREALLOCATE=false \
+# Float32 products are exact here; a GPU would otherwise round their inputs to 10 bits.
+exact=JAX_DEFAULT_MATMUL_PRECISION=highest
+part 70 exactness env SPECJAX_SPREAD_TESTS=1 "$exact" XLA_PYTHON_CLIENT_PREALLOCATE=false \
   "$python" -m pytest -q -p no:benchmark -n 4 --junitxml="$out/exactness.xml" -m "not slow and not peers" \
   -k "$chosen" tests/test_rules.py tests/test_exactness.py
 table 15 bandwidth
-table 100 large_plain
-table 90 large_speculative
-table 60 greedy_identity
-table 45 on_policy_step
+table 110 large_plain
+table 120 large_speculative
+table 90 transformers_decoding
+table 80 on_policy_step
+table 60 transformers_step
+table 60 greedy_identity env "$exact"
 table 60 profile
-table 45 transformers_decoding
-table 30 transformers_step
 exit "$failed"

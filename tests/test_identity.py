@@ -8,6 +8,7 @@ import tiny
 
 from specjax.decoding import identity
 from specjax.decoding.sampling import Sampling
+from specjax.runtime import dtypes
 
 PROMPT = [1, 2, 3, 4]
 
@@ -33,6 +34,22 @@ def test_the_tie_bound_fits_the_dtype_and_the_spread_of_the_logits(dtype):
     assert difference["tie_bound"] == pytest.approx(eps * logits.std(), rel=0.05)
     assert difference["top2_gap"] == pytest.approx(logits[0] - logits[1], abs=difference["tie_bound"])
     assert difference["tie"] == (difference["top2_gap"] <= difference["tie_bound"])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "platform", "precision", "bits"),
+    [
+        ("float32", "cpu", None, 23),
+        ("float32", "gpu", None, 10),
+        ("float32", "gpu", "highest", 23),
+        ("float32", "tpu", "default", 7),
+        ("float32", "tpu", "float32", 23),
+        ("bfloat16", "gpu", None, 7),
+        ("float16", "tpu", None, 10),
+    ],
+)
+def test_rounding_is_that_of_the_products_inputs(dtype, platform, precision, bits):
+    assert dtypes.rounding(dtype, platform, precision) == 2.0**-bits
 
 
 def test_a_token_far_from_the_best_is_no_tie_in_any_dtype():

@@ -28,12 +28,14 @@ def get_config(variant: str = "") -> ConfigDict:
     config.tables = ("bandwidth", "large_plain", "large_speculative", "greedy_identity", "on_policy_step", "profile")
     config.repeats = 3  # measurements of which the median is taken
     config.steps = 32  # calls of the target in one measurement of verification
-    config.prompt, config.new_tokens = 128, 128  # tokens of every prompt, and tokens written after it
+    # Tokens of every prompt, and tokens written after it: fewer than 256 together, so that one program decodes them all.
+    config.prompt, config.new_tokens = 128, 96
     config.models = ConfigDict(
         {
             "8B": _model(layers=32, width=4096, heads=32, head_size=128, mlp_width=14336, tied_head=False),
             "1B": _model(layers=16, width=2048, heads=32, head_size=64, mlp_width=8192),
             "750M": _model(layers=16, width=1536, heads=24, head_size=64, mlp_width=6144),
+            "30M": _model(layers=2, width=512, heads=8, head_size=64, mlp_width=2048),
             "100M": _model(layers=8, width=512, heads=8, head_size=64, mlp_width=2048),
         }
     )
@@ -41,7 +43,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.large_plain = ConfigDict({"models": ("8B", "1B"), "batch_sizes": (1, 32)})
     speculative = {"pairs": (("8B", "750M"),), "gamma": 4, "batch_sizes": (1,), "temperatures": (1.0,)}
     config.large_speculative = ConfigDict(speculative)
-    identity = {"dtypes": ("float32", "bfloat16"), "target": "1B", "draft": "100M", "gamma": 4, "batch_size": 8}
+    identity = {"dtypes": ("float32", "bfloat16"), "target": "100M", "draft": "30M", "gamma": 4, "batch_size": 8}
     config.greedy_identity = ConfigDict(identity)
     config.on_policy_step = ConfigDict({"target": "1B", "draft": "100M", "batch_size": 16})
     config.profile = ConfigDict({"target": "1B", "draft": "100M", "gamma": 4, "batch_sizes": (1,)})

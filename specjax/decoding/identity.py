@@ -20,18 +20,20 @@ from jaxtyping import Array, Float, Int
 from specjax.decoding.plan import Plan
 from specjax.decoding.sampling import Noise, Sampling, probabilities, row_keys
 from specjax.models.language_model import consecutive
+from specjax.runtime.dtypes import rounding
 
 
 def tie_bound(dtype: str, spread: Float[Array, "..."]) -> Float[Array, "..."]:
     """The difference of two logits below which rounding can exchange them.
 
-    It is 16 eps of the compute dtype, and at least 128 eps of float32 (sums of many terms), times the spread.
+    It is 16 eps of the compute dtype, and at least 128 eps of float32 (sums of many terms), times the spread. On GPUs
+    and TPUs float32 has the eps of what products round their inputs to, see `dtypes.rounding`.
 
     Args:
       dtype: name of the dtype of the activations.
       spread: standard deviation of the logits over the vocabulary.
     """
-    return max(16 * float(jnp.finfo(dtype).eps), 128 * float(jnp.finfo(jnp.float32).eps)) * spread
+    return max(16 * rounding(dtype), 128 * float(jnp.finfo(jnp.float32).eps)) * spread
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -32,6 +32,8 @@ _REPEATS, _RULES, _ROUNDS = 4, 4, 6
 # Rounds end when they have taken this share of the run's seconds, or when the intervals of drafting and rule are at
 # most this share of a plain step wide, on either side.
 _SHARE, _NARROW = 0.1, 0.01
+# Proposals in one timing on an accelerator, where one alone would wait for its own launch, unlike in a block.
+_PROPOSALS = 8
 # Blocks in one timing of whole blocks, if the cache has room for them.
 _BLOCKS = 8
 
@@ -152,8 +154,9 @@ class _Timings:
 class PartsMeter:
     """Times drafting and rules of plain decoding and of several methods, in rounds that can be spread over a run.
 
-    In a block the target's call drives the draft's weights out of the processor's cache. So a plain step precedes every
-    timed draft; the seconds of a dispatch without work are subtracted.
+    In a block the target's call drives the draft's weights out of the processor's cache. So on CPU a plain step precedes
+    every timed draft. On an accelerator several drafts are timed in one dispatch, as it launches them ahead of time in a
+    block. The seconds of a dispatch without work are subtracted.
     """
 
     def __init__(self, plain: Method, speculative: Sequence[Method], rows: Rows) -> None:
@@ -197,13 +200,14 @@ class PartsMeter:
         state = jax.block_until_ready(call(state, 1, 1))  # compiles
         step = jax.block_until_ready(rows.run(self._plain, step, 1))
         timings = self._timings[method.plan]
+        proposals = 1 if jax.default_backend() == "cpu" else _PROPOSALS
         for _ in range(_REPEATS):
             step, seconds, _ = timed(lambda step=step: rows.run(self._plain, rows.again(step), 1))
             self._steps.append(seconds)
-            state, drafting, _ = timed(lambda state=state: call(state, 1, 0))
+            state, drafting, _ = timed(lambda state=state: call(state, proposals, 0))
             state, idle, _ = timed(lambda state=state: call(state, 0, 0))
             state, rule, _ = timed(lambda state=state: call(state, 0, _RULES))
-            timings.drafting.append(drafting - idle if method.plan.gamma else 0.0)
+            timings.drafting.append((drafting - idle) / proposals if method.plan.gamma else 0.0)
             timings.rule.append((rule - idle) / _RULES)
 
     def time_blocks(self) -> list[list[tuple[float, int]]]:
