@@ -28,7 +28,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.tables = ("bandwidth", "large_plain", "large_speculative", "greedy_identity", "on_policy_step", "profile")
     config.repeats = 3  # measurements of which the median is taken
     config.steps = 32  # calls of the target in one measurement of verification
-    # Tokens of every prompt, and tokens written after it: fewer than 256 together, so that one program decodes them all.
+    # Tokens of every prompt, and tokens written after it: fewer than 256 together, so that one program decodes all.
     config.prompt, config.new_tokens = 128, 96
     config.models = ConfigDict(
         {

@@ -154,9 +154,9 @@ class _Timings:
 class PartsMeter:
     """Times drafting and rules of plain decoding and of several methods, in rounds that can be spread over a run.
 
-    In a block the target's call drives the draft's weights out of the processor's cache. So on CPU a plain step precedes
-    every timed draft. On an accelerator several drafts are timed in one dispatch, as it launches them ahead of time in a
-    block. The seconds of a dispatch without work are subtracted.
+    In a block the target's call drives the draft's weights out of the processor's cache. So on CPU a plain step
+    precedes every timed draft. On an accelerator several drafts are timed in one dispatch, as it launches them ahead of
+    time in a block. The seconds of a dispatch without work are subtracted.
     """
 
     def __init__(self, plain: Method, speculative: Sequence[Method], rows: Rows) -> None:
