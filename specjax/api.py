@@ -320,10 +320,7 @@ def _ids(target: Model, loaded: Any, prompts: Any, max_new_tokens: int) -> list[
     if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
         raise UserError(f"prompts must be a list of strings or of lists of token ids, not {prompts!r}; write [prompt]")
     ids = [_prompt_ids(target, number, prompt) for number, prompt in enumerate(prompts)]
-    config = target.decoder.config
-    batch.check_prompts(
-        ids, vocab_size=config.vocab_size, max_new_tokens=max_new_tokens, max_positions=config.max_positions
-    )
+    batch.check_prompts(ids, target.decoder, max_new_tokens)
     if isinstance(loaded, Model):
         note_positions("the draft", loaded.decoder, ids, max_new_tokens)
     return ids

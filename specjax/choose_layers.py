@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from specjax.data import batches, tasks
-from specjax.decoding import batch, scheduler
+from specjax.decoding import batch
 from specjax.decoding.plan import Plan
 from specjax.decoding.sampling import Sampling
 from specjax.draft_design import layer_search
+from specjax.evaluation.engine import Method, decode_all
 from specjax.hub import model as hub_model
 from specjax.reporting import records
 from specjax.runtime import cli
@@ -72,23 +73,19 @@ def _texts(config: Any, target: hub_model.Model, sampling: Sampling):
         seed=config.seed,
     )
     ids = [prompt.tokens for prompt in prompts]
-    limits = {"vocab_size": target.decoder.vocab_size, "max_positions": target.decoder.config.max_positions}
-    batch.check_prompts(ids, max_new_tokens=config.max_new_tokens, **limits)
-    greedy = config.temperature == 0
-    plan = Plan.for_prompts(target.decoder, ids, max_new_tokens=config.max_new_tokens, greedy=greedy)
-    result = scheduler.decode(
-        plan,
-        target.params,
-        None,
+    batch.check_prompts(ids, target.decoder, config.max_new_tokens)
+    how = {"max_new_tokens": config.max_new_tokens, "greedy": config.temperature == 0}
+    method = Method(Plan.for_prompts(target.decoder, ids, **how), target.params, None, sampling)
+    _, output = decode_all(
+        method,
         ids,
-        indices=range(len(ids)),
-        seed=config.seed,
-        sampling=sampling,
+        batch_size=len(ids),
+        mesh=target.mesh,
         max_new_tokens=config.max_new_tokens,
         eos_ids=target.tokenizer.eos_ids,
-        put=batch.Placer(target.mesh),
+        seed=config.seed,
     )
-    texts = [(*prompt, *emitted) for prompt, emitted in zip(ids, result.tokens, strict=True)]
+    texts = [(*prompt, *emitted) for prompt, emitted in zip(ids, output.tokens, strict=True)]
     tokens, lengths = batch.pad(texts, batch.prompt_slots(texts))
     return tokens, lengths, np.asarray([len(prompt) for prompt in ids], np.int32)
 

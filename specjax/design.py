@@ -52,7 +52,7 @@ def finish(config: Any, workdir: str | Path, rows: list[dict]) -> dict:
 
 def prune(config: Any, workdir: Path) -> list[dict]:
     """Prunes a checkpoint to a shape by importance on calibration text; writes it to `workdir/export`."""
-    source = hub_model.load(config.source, param_dtype=config.param_dtype, compute_dtype=config.compute_dtype)
+    source = _load(config, config.source)
     texts = _calibration_texts(config, source.tokenizer)
     importance = pruning.importance(source.decoder, source.params, texts)
     sizes = {name: value for name, value in config.shape.to_dict().items() if value}
@@ -259,9 +259,7 @@ def _workload(config: Any, target: hub_model.Model) -> advice.Workload:
     prompts = _replay(config, target).prompts if config.replay else _prompts(config, target)
     if not 1 <= config.batch_size <= len(prompts):
         raise UserError(f"batch_size must lie in 1 .. {len(prompts)}, the number of prompts, not {config.batch_size}")
-    shape = target.decoder.config
-    sizes = {"vocab_size": shape.vocab_size, "max_positions": shape.max_positions}
-    batch.check_prompts(prompts, max_new_tokens=config.max_new_tokens, **sizes)
+    batch.check_prompts(prompts, target.decoder, config.max_new_tokens)
     return advice.Workload(prompts, config.max_new_tokens, config.batch_size, config.temperature, config.seed)
 
 

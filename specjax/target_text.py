@@ -122,12 +122,7 @@ class _Writer:
         self.layers = self._layers_to_store(config.states)
         task = tasks.load_task(config.task)
         self.prompts = _prompts(config, task, self.target)
-        batch.check_prompts(
-            self.prompts,
-            vocab_size=self.target.decoder.vocab_size,
-            max_new_tokens=data.generation.max_new_tokens,
-            max_positions=self.target.decoder.config.max_positions,
-        )
+        batch.check_prompts(self.prompts, self.target.decoder, data.generation.max_new_tokens)
         self.prompt_slots = batch.prompt_slots(self.prompts)
         self.method = self._method(config.drafter.gamma if self.draft else 0)
         fingerprints = self.target.fingerprint, self.target.tokenizer.fingerprint()
@@ -209,17 +204,11 @@ class _Writer:
         openings = [decoder.start_text(prompt) for prompt in prompts]
         texts = [[*opening, *tokens] for opening, tokens in zip(openings, emitted, strict=True)]
         width = decoder.text_slots(self.prompt_slots) + self.config.data.generation.max_new_tokens
-        lengths = lambda rows: np.asarray([len(row) for row in rows], np.int32)
-        rows = {
-            "tokens": _padded(texts, width),
-            "lengths": lengths(texts),
-            "loss_start": lengths(openings),
-            "prompt_lengths": lengths(prompts),
-            "seconds": np.asarray(seconds),
-        }
-        if decoder.is_encoder_decoder:
-            rows["sources"] = _padded(prompts, self.prompt_slots)
-        return rows
+        tokens, lengths = batch.pad(texts, width)
+        sources, prompt_lengths = batch.pad(prompts, self.prompt_slots)
+        starts = np.asarray(list(map(len, openings)), np.int32)
+        rows = {"tokens": tokens, "lengths": lengths, "loss_start": starts, "prompt_lengths": prompt_lengths}
+        return rows | ({"sources": sources} if decoder.is_encoder_decoder else {}) | {"seconds": np.asarray(seconds)}
 
     def _layers_to_store(self, layers: Sequence[int]) -> tuple[int, ...]:
         decoder = self.target.decoder
@@ -288,13 +277,6 @@ def _prompts(config: Any, task: tasks.Task, target: hub_model.Model) -> list[lis
         tokens = part["sources" if decoder.is_encoder_decoder else "tokens"]
         prompts += [row[:length].tolist() for row, length in zip(tokens, part["prompt_lengths"], strict=True)]
     return prompts[: config.count]
-
-
-def _padded(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:
-    padded = np.zeros((len(rows), width), np.int32)
-    for number, row in enumerate(rows):
-        padded[number, : len(row)] = row
-    return padded
 
 
 if __name__ == "__main__":

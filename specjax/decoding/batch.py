@@ -11,6 +11,7 @@ import numpy as np
 from specjax.decoding import loop
 from specjax.decoding.plan import Plan, padded_length
 from specjax.models import kv_cache
+from specjax.models.language_model import LanguageModel
 from specjax.runtime import mesh as meshes
 from specjax.runtime import processes
 from specjax.runtime.errors import UserError
@@ -21,10 +22,9 @@ def prompt_slots(prompts: Sequence[Sequence[int]]) -> int:
     return padded_length(max(map(len, prompts)))
 
 
-def check_prompts(
-    prompts: Sequence[Sequence[int]], *, vocab_size: int, max_new_tokens: int, max_positions: int
-) -> None:
-    """Raises UserError for an empty prompt, an id outside the vocabulary, or a text that may exceed `max_positions`."""
+def check_prompts(prompts: Sequence[Sequence[int]], model: LanguageModel, max_new_tokens: int) -> None:
+    """Raises UserError for an empty prompt, an id that the model lacks, or a text that may exceed its positions."""
+    vocab_size, max_positions = model.vocab_size, model.config.max_positions
     if not prompts:
         raise UserError("There are no prompts to continue; give at least one.")
     if max_new_tokens < 1:

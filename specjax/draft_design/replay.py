@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import json
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,12 +94,7 @@ def record(
         raise UserError("only decoder-only targets can be recorded; use evaluate for drafts of an encoder-decoder")
     if not 0 <= top_k <= decoder.vocab_size:
         raise UserError(f"top_k must lie in 0 .. {decoder.vocab_size}, the vocabulary, not {top_k}")
-    batch.check_prompts(
-        prompts,
-        vocab_size=decoder.vocab_size,
-        max_new_tokens=max_new_tokens,
-        max_positions=decoder.config.max_positions,
-    )
+    batch.check_prompts(prompts, decoder, max_new_tokens)
     eos_ids = tuple(target.tokenizer.eos_ids)
     plan = Plan.for_prompts(decoder, prompts, max_new_tokens=max_new_tokens, greedy=True)
     how = {"seed": 0, "max_new_tokens": max_new_tokens, "eos_ids": eos_ids}
@@ -220,19 +215,15 @@ def agreement(replay: Replay, draft: Model, *, batch_size: int = 8) -> dict[str,
     replay.check_tokenizer(draft)
     model = draft.decoder.with_vocab_size(replay.vocab_size)
     slots = batch.prompt_slots(replay.prompts) + replay.max_new_tokens
-    texts = _texts(replay.prompts, replay.emitted, slots)
     scores: dict[str, list[np.ndarray]] = {"agrees": [], "surprise": [], "overlap": []}
-    for first in range(0, len(texts), batch_size):
-        logprobs = jax.nn.log_softmax(_forward(model, draft.params, jnp.asarray(texts[first : first + batch_size])))
-        for row, number in enumerate(range(first, min(first + batch_size, len(texts)))):
-            start, count = len(replay.prompts[number]), len(replay.emitted[number])
-            predicted = np.asarray(logprobs[row, start - 1 : start - 1 + count])
-            tokens = np.asarray(replay.emitted[number])
-            scores["agrees"].append((predicted.argmax(-1) == tokens).astype(np.float32))
-            scores["surprise"].append(-predicted[np.arange(count), tokens])
-            if replay.top_ids.shape[2]:
-                probs = np.exp(np.take_along_axis(predicted, replay.top_ids[number, :count], axis=1))
-                scores["overlap"].append(np.minimum(probs, replay.top_probs[number, :count]).sum(-1))
+    rows = _predictions(model, draft.params, replay.prompts, replay.emitted, slots, batch_size, jax.nn.log_softmax)
+    for number, predicted in rows:
+        tokens = np.asarray(replay.emitted[number])
+        scores["agrees"].append((predicted.argmax(-1) == tokens).astype(np.float32))
+        scores["surprise"].append(-predicted[np.arange(len(tokens)), tokens])
+        if replay.top_ids.shape[2]:
+            probs = np.exp(np.take_along_axis(predicted, replay.top_ids[number, : len(tokens)], axis=1))
+            scores["overlap"].append(np.minimum(probs, replay.top_probs[number, : len(tokens)]).sum(-1))
     return {name: np.concatenate(parts) if parts else np.zeros(0, np.float32) for name, parts in scores.items()}
 
 
@@ -242,20 +233,27 @@ def _forward(model: LanguageModel, params: Any, texts: Int[Array, "B S"]) -> Flo
     return model.head(params, hidden)
 
 
+def _predictions(model, params, prompts, emitted, slots: int, batch_size: int, of: Callable) -> Iterator[tuple]:
+    """Yields each prompt's number, and the rows of `of(logits)` that predict its emitted tokens."""
+    texts = _texts(prompts, emitted, slots)
+    for first in range(0, len(texts), batch_size):
+        values = of(_forward(model, params, jnp.asarray(texts[first : first + batch_size])))
+        for row, number in enumerate(range(first, min(first + batch_size, len(texts)))):
+            start = len(prompts[number]) - 1
+            span = slice(start, start + len(emitted[number]))
+            yield number, jax.tree.map(lambda array, row=row, span=span: np.asarray(array[row, span]), values)
+
+
 def _most_probable(target: Model, prompts, emitted, longest: int, batch_size: int, top_k: int):
     """Ids and probabilities `[P, T, k]` of the `top_k` most probable tokens at each emitted position."""
     ids = np.zeros((len(prompts), longest, top_k), np.int32)
     probs = np.zeros(ids.shape, np.float32)
     if top_k == 0:
         return ids, probs
-    texts = _texts(prompts, emitted, max(map(len, prompts)) + longest)
-    for first in range(0, len(texts), batch_size):
-        part = jnp.asarray(texts[first : first + batch_size])
-        best, best_ids = jax.lax.top_k(jax.nn.softmax(_forward(target.decoder, target.params, part)), top_k)
-        for row in range(len(part)):
-            start, count = len(prompts[first + row]), len(emitted[first + row])
-            span = slice(start - 1, start - 1 + count)
-            ids[first + row, :count], probs[first + row, :count] = best_ids[row, span], best[row, span]
+    slots, best = max(map(len, prompts)) + longest, lambda logits: jax.lax.top_k(jax.nn.softmax(logits), top_k)
+    rows = _predictions(target.decoder, target.params, prompts, emitted, slots, batch_size, best)
+    for number, (best_probs, best_ids) in rows:
+        ids[number, : len(best_ids)], probs[number, : len(best_ids)] = best_ids, best_probs
     return ids, probs
 
 

@@ -199,13 +199,8 @@ class Job:
 
     def check(self, prompts: Sequence[Sequence[int]]) -> None:
         """Raises UserError for prompts that a target cannot continue, see `batch.check_prompts`."""
-        decoders = [model.decoder for model in self.targets.values()]
-        batch.check_prompts(
-            prompts,
-            vocab_size=min(decoder.vocab_size for decoder in decoders),
-            max_new_tokens=self.config.max_new_tokens,
-            max_positions=min(decoder.config.max_positions for decoder in decoders),
-        )
+        for model in self.targets.values():
+            batch.check_prompts(prompts, model.decoder, self.config.max_new_tokens)
         for name, loaded in self.drafters.items():
             if isinstance(loaded, hub_model.Model):
                 note_positions(f"drafters.{name}", loaded.decoder, prompts, self.config.max_new_tokens)
