@@ -2,8 +2,10 @@
 
 import atexit
 import os
+import resource
 import shutil
 import tempfile
+from pathlib import Path
 
 import flags
 
@@ -75,11 +77,28 @@ def one_worker(request, tmp_path_factory):
     note.write_text(worker)
 
 
+# Files that count compiled programs, or change the code that is compiled: they share no programs with other files.
+ALONE = {
+    *("test_adaptive", "test_block_costs", "test_exactness", "test_gpu", "test_kangaroo", "test_loop", "test_lossy"),
+    *("test_models", "test_parts_meter", "test_prefill", "test_recipes", "test_skip_layers", "test_slots"),
+}
+# Bytes of a worker above which it drops its compiled programs after a file.
+MOST_BYTES = 2 << 30
+
+
 @pytest.fixture(autouse=True, scope="module")
-def compiled_programs():
-    """Drop compiled programs after each file; otherwise a worker grows to several gigabytes over some hundred files."""
+def compiled_programs(request):
+    """Keep compiled programs for the next file, small ones above all; but a worker would grow to several gigabytes."""
+    alone = request.path.stem in ALONE
+    if alone:
+        jax.clear_caches()
     yield
-    jax.clear_caches()
+    from specjax.runtime import process_memory
+
+    memory = Path("/proc/self/statm")
+    held = int(memory.read_text().split()[1]) * resource.getpagesize() if memory.exists() else MOST_BYTES
+    if alone or held >= MOST_BYTES or process_memory.crowded(0.3):
+        jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)

@@ -49,11 +49,6 @@ def _abstract(module: type, config: Any):
     return nnx.split(nnx.eval_shape(shaped))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _init(module: type, config: Any, key: jax.Array) -> Params:
-    return nnx.to_pure_dict(nnx.split(module(config, nnx.Rngs(params=key)))[1])
-
-
 @dataclasses.dataclass(frozen=True)
 class Network:
     """A network without parameters, hashable and static. Initial values, shapes and axes come from its NNX module.
@@ -72,8 +67,8 @@ class Network:
         return sum(math.prod(x.shape) for x in jax.tree.leaves(self.abstract_params()))
 
     def init(self, key: jax.Array) -> Params:
-        """Random parameters as a nested dict."""
-        return _init(self.module, self.config, key)
+        """Random parameters as a nested dict, drawn one by one: to compile a program for all takes seconds."""
+        return nnx.to_pure_dict(nnx.split(self.module(self.config, nnx.Rngs(params=key)))[1])
 
     def abstract_params(self) -> Params:
         """The tree of `init` as shapes and dtypes; nothing is allocated."""
