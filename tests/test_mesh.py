@@ -207,6 +207,22 @@ def test_caches_lie_where_the_rules_say(replicate):
         assert x.sharding.is_equivalent_to(jax.NamedSharding(x.sharding.mesh, meshes.spec(names)), x.ndim), x
 
 
+def test_on_tpus_each_device_writes_its_rows_of_a_cache_in_place(monkeypatch):
+    monkeypatch.setattr(meshes, "platform", lambda: "tpu")
+    mesh = mesh_of((2, 2, 2))
+    sharding = jax.NamedSharding(mesh, meshes.spec(kv_cache.AXES))
+    cache = jax.device_put(np.zeros((8, 2, 16, 4), np.float32), sharding)
+    new, start = np.ones((8, 2, 3, 4), np.float32), np.arange(8, dtype=np.int32)
+    write = jax.jit(functools.partial(kv_cache.write_rows, axis=2), donate_argnums=0, out_shardings=sharding)
+    with meshes.use(mesh):
+        compiled = write.lower(cache, new, start).compile()
+        written = np.asarray(compiled(cache, new, start))
+    text = compiled.as_text()
+    assert not re.search("all-|permute|scatter|while|copy", text) and text.count(" dynamic-update-slice(") == 2
+    expected = (np.arange(16) >= start[:, None]) & (np.arange(16) < start[:, None] + 3)
+    np.testing.assert_array_equal(written, np.broadcast_to(expected[:, None, :, None], written.shape))
+
+
 @functools.cache
 def loss_and_gradient(sizes, replicate=False):
     """Of one batch: the sums that validation takes, and the gradient that a step clips."""

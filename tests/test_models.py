@@ -1,6 +1,7 @@
 """The decoder: its forward against a plain writing of it, and every cached way through it against the forward."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import tiny
 from specjax.models import kv_cache, layers
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
+from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError
 
 TIGHT = {"atol": 1e-4, "rtol": 1e-4}
@@ -162,15 +164,19 @@ def test_prefixes_are_quarters_of_quarters_of_the_capacity():
     assert kv_cache.prefixes(511) == [511] and kv_cache.prefixes(5) == [5]
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_write_touches_only_the_named_slots_of_each_row(batch):
-    slots = jnp.arange(batch * 2 * 9 * 4, dtype=jnp.float32).reshape(batch, 2, 9, 4)
-    new = -jnp.ones((batch, 2, 3, 4))
-    start = jnp.asarray([6, 0, 2][:batch], jnp.int32)
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("shape", [(1, 2, 9, 4), (3, 2, 9, 4), (40, 2, 9, 4), (3, 9)])
+def test_write_touches_only_the_named_slots_of_each_row(monkeypatch, platform, shape):
+    monkeypatch.setattr(meshes, "platform", lambda: platform)
+    axis = min(len(shape) - 1, 2)
+    slots = jnp.arange(math.prod(shape), dtype=jnp.float32).reshape(shape)
+    new = -1 - jnp.arange(math.prod(shape) // 3, dtype=jnp.float32).reshape(*shape[:axis], 3, *shape[axis + 1 :])
+    start = jnp.arange(6, 6 * shape[0] + 6, 6, dtype=jnp.int32) % 7  # 6, 5, .., 0, 6, ..
     expected = np.asarray(slots).copy()
-    for row in range(batch):
-        expected[row, :, int(start[row]) : int(start[row]) + 3] = -1
-    np.testing.assert_array_equal(np.asarray(kv_cache.write_rows(slots, new, start, axis=2)), expected)
+    for row in range(shape[0]):
+        np.moveaxis(expected[row], axis - 1, 0)[start[row] : start[row] + 3] = np.moveaxis(new[row], axis - 1, 0)
+    write = jax.jit(lambda *arrays: kv_cache.write_rows(*arrays, axis=axis))  # for each platform traced anew
+    np.testing.assert_array_equal(write(slots, new, start), expected)
 
 
 def test_a_mask_hides_slots_with_and_without_a_cache(grouped):

@@ -14,6 +14,7 @@ from specjax.planning import hlo_text
 from specjax.planning.hlo_text import Computation, Instruction, root_of
 
 _KNOWN_TRIP_COUNT = re.compile(r'known_trip_count"?[:=]\s*\{"?n"?[:=]"?(\d+)')
+_ESTIMATED_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 # Instructions that run other computations; their work is that of the computations.
@@ -60,24 +61,27 @@ class Work:
       flops: floating-point operations of matrix products.
       bytes: bytes of main memory read and written.
       traffic: collectives by kind.
+      cycles: the TPU compiler's estimate, which leaves out collectives, prefetches and updates in place.
     """
 
     flops: float = 0.0
     bytes: float = 0.0
     traffic: Mapping[str, Traffic] = dataclasses.field(default_factory=dict)
+    cycles: float = 0.0
 
     @classmethod
     def total(cls, parts: Iterable[tuple[int, "Work"]]) -> "Work":
         """The sum of (number of executions, work) pairs."""
-        flops, moved, traffic = 0.0, 0.0, {}
+        flops, moved, traffic, cycles = 0.0, 0.0, {}, 0.0
         for times, work in parts:
             flops += times * work.flops
             moved += times * work.bytes
+            cycles += times * work.cycles
             for kind, x in work.traffic.items():
                 y = traffic.get(kind, Traffic())
                 counts = y.count + times * x.count, y.bytes + times * x.bytes, y.sent + times * x.sent
                 traffic[kind] = Traffic(*counts)
-        return cls(flops, moved, traffic)
+        return cls(flops, moved, traffic, cycles)
 
 
 class Execution(NamedTuple):
@@ -187,9 +191,10 @@ class Program:
             works = [
                 dataclasses.replace(self._work(*each), bytes=0.0) for each in lines if starts or not each[0].chained
             ]
-        return Work.total(
-            (1, x) for x in (Work(_flops(line, part), self._bytes(line, part), _traffic(line, part)), *works)
-        )
+        estimate = _ESTIMATED_CYCLES.search(line.rest)
+        cycles = float(estimate.group(1)) if estimate else 0.0
+        own = Work(_flops(line, part), self._bytes(line, part), _traffic(line, part), cycles)
+        return Work.total((1, x) for x in (own, *works))
 
     def _bytes(self, line: Instruction, part: Computation) -> float:
         """Bytes of main memory that an instruction reads and writes."""

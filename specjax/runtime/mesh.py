@@ -5,7 +5,7 @@ The axes of every parameter, cache and batch have names, the logical axes ("batc
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -165,6 +165,14 @@ def pin_rows(x: jax.Array) -> jax.Array:
     if num_shards("batch") == 1 or x.shape[0] % num_shards("batch"):
         return x
     return jax.lax.with_sharding_constraint(x, jax.P(MESH_AXES["batch"], *[None] * (x.ndim - 1)))
+
+
+def map_rows(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+    """Calls `function` on the rows that each device holds of these arrays, which must divide evenly."""
+    if num_shards("batch") == 1:
+        return function(*arrays)
+    rows = jax.P(MESH_AXES["batch"])
+    return jax.shard_map(function, in_specs=rows, out_specs=rows, axis_names={*MESH_AXES["batch"]})(*arrays)
 
 
 def num_shards(name: str) -> int:
