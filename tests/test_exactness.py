@@ -33,34 +33,36 @@ def sample_p_value(models, kind, adjust, rule="lossless", seed=0, **more):
     return p_value(plan, params, tiny.draft_params_of(kind, target, params, draft_params), adjust, seed)
 
 
+CUT = Sampling.of(0.7, top_k=4, top_p=0.85)
+# A setting with cuts is another program, of which one serves every temperature.
+SETTINGS = pytest.mark.parametrize(
+    "adjust", [pytest.param(Sampling.of(1.0), id="uncut", marks=pytest.mark.slow), pytest.param(CUT, id="cut")]
+)
 SLOW_KINDS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("skip_layers", "medusa", "eagle3")]
 
 
+@SETTINGS
 @pytest.mark.parametrize("kind", ["model", "ngram", "early_exit", *SLOW_KINDS])
-def test_the_loop_samples_the_targets_distribution(small, kind):
-    assert sample_p_value(small, kind, Sampling.of(1.0)) > 1e-4
-    # Temperature and cuts are traced: the same executable serves the adjusted distribution.
-    assert sample_p_value(small, kind, Sampling.of(0.7, top_k=4, top_p=0.85), seed=1) > 1e-4
+def test_the_loop_samples_the_targets_distribution(small, kind, adjust):
+    assert sample_p_value(small, kind, adjust, seed=1) > 1e-4
 
 
+@SETTINGS
 @pytest.mark.parametrize("padding", [-2, pytest.param(3, marks=pytest.mark.slow)])
-def test_a_draft_of_another_vocabulary_size_leaves_the_targets_distribution(small, padding):
+def test_a_draft_of_another_vocabulary_size_leaves_the_targets_distribution(small, padding, adjust):
     models = (*small[:2], *lossless.small_draft(lossless.SMALL_VOCAB + padding))
-    assert sample_p_value(models, "model", Sampling.of(1.0)) > 1e-4
-    assert sample_p_value(models, "model", Sampling.of(0.7, top_k=4, top_p=0.85), seed=1) > 1e-4
+    assert sample_p_value(models, "model", adjust, seed=1) > 1e-4
 
 
 REDUCED = draft_vocabulary([0, 2, 3])
 SLOW_REDUCED = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("model", "skip_layers")]
 
 
-@pytest.mark.parametrize(
-    "kind", ["early_exit", *(pytest.param(k, marks=pytest.mark.slow) for k in ("model", "skip_layers"))]
-)
-def test_a_reduced_vocabulary_leaves_the_targets_distribution(small, kind):
+@SETTINGS
+@pytest.mark.parametrize("kind", ["early_exit", *SLOW_REDUCED])
+def test_a_reduced_vocabulary_leaves_the_targets_distribution(small, kind, adjust):
     models, more = reduced_draft(*small, REDUCED) if kind == "model" else (small, {"vocabulary": REDUCED})
-    assert sample_p_value(models, kind, Sampling.of(1.0), **more) > 1e-4
-    assert sample_p_value(models, kind, Sampling.of(0.7, top_k=4, top_p=0.85), seed=1, **more) > 1e-4
+    assert sample_p_value(models, kind, adjust, seed=1, **more) > 1e-4
 
 
 def reduced_draft(target, params, draft, draft_params, vocabulary):
@@ -127,7 +129,8 @@ def test_greedy_speculative_equals_greedy_plain(pair):
 
 
 def test_coupled_equals_plain_decoding_with_the_same_noise(pair):
-    check_against_plain(pair, COUPLED, QUICK, "coupled")
+    check_against_plain(pair, COUPLED[:1], QUICK, "coupled")
+    check_against_plain(pair, COUPLED[1:], QUICK[:1], "coupled")  # each cut is another program for each draft
 
 
 @pytest.mark.parametrize(
