@@ -24,6 +24,10 @@ from specjax.runtime.errors import UserError
 # Terminal colours of the origins; a plain token has none.
 _COLOURS = {"accepted": "32", "recovered": "31", "bonus": "34"}
 
+# Attributes of `api.Stats` in a row of results.json.
+_FIGURES = ("emitted_tokens", "target_calls", "block_efficiency", "acceptance_rate")
+_FIGURES += ("tokens_per_second", "compile_seconds")
+
 # A line of a conversation that starts a new one.
 _RESET = "/reset"
 
@@ -131,7 +135,6 @@ class _Writer:
         )
         out = api.generate(self.target, [ids], **settings | more)
         printer.end(out)
-        stats = out.stats
         return {
             "prompt": prompt,
             "prompt_tokens": len(ids),
@@ -139,12 +142,7 @@ class _Writer:
             "lenience": config.lenience if out.lossy else None,
             "text": out.texts[0],
             "tokens": list(zip(pieces(out.tokens[0]), out.origins[0], strict=True)),
-            "emitted_tokens": stats.emitted_tokens,
-            "target_calls": stats.target_calls,
-            "block_efficiency": stats.block_efficiency,
-            "acceptance_rate": stats.acceptance_rate,
-            "tokens_per_second": stats.tokens_per_second,
-            "compile_seconds": stats.compile_seconds,
+            **{name: getattr(out.stats, name) for name in _FIGURES},
             "samples": out.texts,
             "logprobs": out.logprobs and out.logprobs[0],
         }

@@ -515,13 +515,13 @@ def test_sizes_that_make_no_sense_are_refused(tokenizer):
         (dict(prompt_length=(0, 4)), "1 <= min <= max, got 0 and 4"),
         (dict(prompt_length=(5, 4)), "1 <= min <= max, got 5 and 4"),
         (dict(prompt_length=(5, 32)), "leave nothing to continue in rows of 32"),
-        (dict(seed=-1), "seed must be in 0"),
+        (dict(seed=-1), "seed must lie in 0"),
     ]:
         with pytest.raises(UserError, match=message):
             batches(LANGUAGE, tokenizer, **changed)
     for changed, message in [
         (dict(count=0), "evaluation prompts must be at least 1, got 0"),
-        (dict(seed=-1), "seed must be in 0"),
+        (dict(seed=-1), "seed must lie in 0"),
     ]:
         with pytest.raises(UserError, match=message):
             evaluation_prompts(LANGUAGE, tokenizer, **{**dict(count=1, prompt_length=(1, 2), seed=0), **changed})

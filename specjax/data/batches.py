@@ -27,6 +27,7 @@ from specjax.data.layouts import Message
 from specjax.data.stream import Batch, Batches, Rows
 from specjax.data.tasks import Example, Task
 from specjax.hub.tokenizer import Tokenizer
+from specjax.runtime import checks
 from specjax.runtime.errors import UserError, prefixed
 
 Item = TypeVar("Item")
@@ -174,7 +175,7 @@ def evaluation_prompts(
         because the task does not cut prompts or `chat` is set.
     """
     _check_prompt_length(prompt_length)
-    _check_seed(seed)
+    checks.seed("seed", seed)
     if count < 0 or (count == 0 and task.is_language_modelling):
         raise UserError(f"the number of evaluation prompts must be at least 1, got {count}")
     if task.is_language_modelling:
@@ -231,7 +232,7 @@ class _Layout:
             raise UserError(f"batch_size must be at least 1, got {self.batch_size}")
         if self.sequence_length < 2:
             raise UserError(f"sequence_length must be at least 2, got {self.sequence_length}")
-        _check_seed(self.seed)
+        checks.seed("seed", self.seed)
         if self.chat and task.is_language_modelling:
             raise UserError(f'data.chat is set, and task "{task.name}" has documents, not prompts; set it to False')
         rows = self._packed if task.is_language_modelling else self._paired
@@ -371,8 +372,3 @@ def _check_prompt_length(prompt_length: tuple[int, int]) -> None:
     low, high = prompt_length
     if not 1 <= low <= high:
         raise UserError(f"prompt lengths must satisfy 1 <= min <= max, got {low} and {high}")
-
-
-def _check_seed(seed: int) -> None:
-    if not 0 <= seed < 2**32:
-        raise UserError(f"seed must be in 0 .. {2**32 - 1}, got {seed}")
