@@ -217,9 +217,7 @@ def test_the_loss_is_the_sum_over_counted_positions_of_whole_logits(divergence):
     draft, params, target, target_params = pair()
     tokens, lengths, loss_start = a_batch()
     sums = jax.jit(loss_of(divergence, chunk=12, temperature=0.5))(params, tokens, lengths, loss_start)
-    positions = jnp.broadcast_to(jnp.arange(10)[None], tokens.shape)
-    whole = lambda model, params: model.head(params, model.extend(params, None, tokens, positions)[0])
-    logits, wide = jax.jit(whole, static_argnums=0)(draft, params), whole(target, target_params)
+    logits, wide = (tiny_models.full_logits(*each, tokens) for each in ((draft, params), (target, target_params)))
     if divergence == "cross_entropy":
         losses = -jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1] / 0.5), tokens[:, 1:, None], 2)[..., 0]
         overlaps = jnp.zeros_like(losses)
@@ -283,7 +281,7 @@ def test_what_a_prompt_says_is_no_prediction_target():
     prompt = jnp.arange(10)[None] < loss_start[:, None] - 1
     other = jnp.where(prompt, (tokens + 1) % VOCAB, tokens)
     of = objective.Loss(Bigram(None), None, None, temperature=1.0, chunk=4)
-    run = lambda t: of(params, None, batch_of(t, lengths, loss_start))
+    run = jax.jit(lambda t: of(params, None, batch_of(t, lengths, loss_start)))
     np.testing.assert_array_equal(run(tokens).loss, run(other).loss)
     assert run(tokens).tokens == (10 - 4) + (7 - 3) + (4 - 3)
     first_target = tokens.at[0, 4].set((tokens[0, 4] + 1) % VOCAB)
@@ -294,7 +292,7 @@ def test_no_gradient_reaches_the_target():
     draft, params, target, target_params = pair()
     of = objective.Loss(draft, target, named("jsd", 0.5), temperature=1.0, chunk=4)
     loss = lambda target_params: of(params, target_params, batch_of(*a_batch())).loss
-    assert all((leaf == 0).all() for leaf in jax.tree.leaves(jax.grad(loss)(target_params)))
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(jax.jit(jax.grad(loss))(target_params)))
 
 
 def test_chunks_keep_whole_logits_out_of_memory():

@@ -108,8 +108,12 @@ def test_the_adapter_is_what_the_paper_writes(models):
     mixed = hidden[0] + project(np.concatenate(heads, axis=1), "output")
     logits = norm(mixed, weights["norm"]["scale"]) @ np.asarray(params["embedding"]).T
     positions = consecutive(jnp.zeros((1, 7), jnp.int32))
-    ours, _ = adapter.extend(adapter_params, None, (jnp.asarray(hidden),), positions)
-    ours = adapter.head(adapter_params, target, params, ours)
+
+    @jax.jit
+    def ours(own, params, hidden):
+        return adapter.head(own, target, params, adapter.extend(own, None, (hidden,), positions)[0])
+
+    ours = ours(adapter_params, params, jnp.asarray(hidden))
     np.testing.assert_allclose(np.asarray(ours)[0], logits, atol=1e-4)
 
 
