@@ -1,5 +1,7 @@
 """Block verification is exact and accepts at least as many tokens as token verification, by enumeration."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import lossless
@@ -9,12 +11,15 @@ import tiny
 from enumeration import EMITTED, EnumeratedNoise, Tables, block_distribution, emitted_distribution, mean_accepted
 from lossless import GREEDY, p_value
 from test_draft_vocabulary import Reduced
-from test_exactness import VOCAB, check_against_plain, pair, small  # noqa: F401
+from test_exactness import check_against_plain, pair, small  # noqa: F401
 from test_rules import Stopping
 
+from specjax.decoding import loop
 from specjax.decoding.drafters.base import Proposal
+from specjax.decoding.drafters.table import make_options
 from specjax.decoding.rules import Block, Lossless
-from specjax.decoding.sampling import Noise, Sampling, Stream
+from specjax.decoding.sampling import Noise, Sampling, Stream, row_keys
+from specjax.runtime.errors import UserError
 
 
 class Truncated(Tables):
@@ -104,18 +109,60 @@ def test_no_two_blocks_have_the_same_random_numbers():
         assert np.unique(values).size == 12
 
 
-SLOW = [
-    pytest.param(kind, marks=pytest.mark.slow) for kind in ("ngram", "early_exit", "skip_layers", "medusa", "eagle3")
-]
+KINDS = ("ngram", "early_exit", "skip_layers", "medusa", "eagle3", "model")
+GREEDY_DRAFTS = {"draft_sample_method": "greedy"}
 
 
-@pytest.mark.parametrize("kind", ["model", *SLOW])
-def test_the_loop_samples_the_targets_distribution_by_blocks(small, kind):  # noqa: F811
+def loop_p_values(small, kind, rule, options):  # noqa: F811
     target, params, draft, draft_params = small
-    plan = lossless.small_plan(target, kind, tiny.drafter_options(kind, target, draft), "block")
+    plan = lossless.small_plan(target, kind, tiny.drafter_options(kind, target, draft) | options, rule)
     draft_params = tiny.draft_params_of(kind, target, params, draft_params)
-    assert p_value(plan, params, draft_params, Sampling.of(1.0)) > 1e-4
-    assert p_value(plan, params, draft_params, Sampling.of(0.7, top_k=4, top_p=0.85), seed=1) > 1e-4
+    for seed, sampling in enumerate((Sampling.of(1.0), Sampling.of(0.7, top_k=4, top_p=0.85))):
+        yield p_value(plan, params, draft_params, sampling, seed)
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind != "model")) for kind in KINDS])
+def test_the_loop_samples_the_targets_distribution_by_blocks(small, kind):  # noqa: F811
+    assert min(loop_p_values(small, kind, "block", {})) > 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["lossless", "block"])
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_the_loop_samples_the_targets_distribution_with_greedy_drafts(small, kind, rule):  # noqa: F811
+    assert min(loop_p_values(small, kind, rule, GREEDY_DRAFTS)) > 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["model", "early_exit"])
+def test_the_loop_samples_the_targets_distribution_by_blocks_of_confident_drafts(small, kind):  # noqa: F811
+    stops = lambda sampling: dataclasses.replace(sampling, threshold=jnp.float32(0.3))
+    target, params, draft, draft_params = small
+    options = tiny.drafter_options(kind, target, draft) | {"threshold": 0.3}
+    plan = lossless.small_plan(target, kind, options, "block")
+    assert p_value(plan, params, draft_params, stops(Sampling.of(1.0)), 3) > 1e-4
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_with_greedy_drafts_proposals_have_no_distributions_at_any_temperature(small, adaptive):  # noqa: F811
+    target, params, draft, draft_params = small
+    sampling = Sampling.of(1.0, costs=(1.0, 1.0, 1.0) if adaptive else None)
+
+    def propose(method, batch=2):
+        options = tiny.drafter_options("model", target, draft) | {"draft_sample_method": method, "adaptive": adaptive}
+        plan = tiny.plan(target, "model", options, gamma=2, slots=4, max_new=8)
+        texts, lengths = jnp.ones((batch, 4), jnp.int32), jnp.full((batch,), 4, jnp.int32)
+        state = loop.prefill(plan, params, draft_params, texts, lengths, row_keys(0, jnp.arange(batch)))
+        noise = Noise(state.row_keys, state.lengths, False, False)
+        return loop.propose(plan, params, draft_params, state, noise, sampling)[0].probs
+
+    assert jax.eval_shape(lambda: propose("greedy")) is None
+    assert jax.eval_shape(lambda: propose("probabilistic")).shape == (2, 2, target.vocab_size)
+
+
+def test_an_unknown_way_to_draft_is_refused():
+    with pytest.raises(UserError, match="draft_sample_method.*probabilistic.*greedy.*'argmax'"):
+        make_options("early_exit", {"draft_sample_method": "argmax"})
 
 
 def test_at_temperature_0_blocks_equal_greedy_decoding(pair):  # noqa: F811

@@ -61,6 +61,7 @@ def propose(plan: Plan, params, draft_params, state: DecodeState, noise: Noise, 
         return Proposal(jnp.zeros((batch, 0), jnp.int32), None, jnp.zeros((batch,), jnp.int32)), state
     recent = jnp.maximum(state.lengths[:, None] + jnp.arange(-2, 0)[None], 0)
     last_two = jnp.take_along_axis(state.tokens, recent, axis=1)
+    noise = dataclasses.replace(noise, greedy=plan.greedy or plan.drafter.greedy)
     context = Context(
         last_two, state.lengths, ~state.done, noise, sampling, tokens=state.tokens, vocab_size=plan.target.vocab_size
     )

@@ -173,7 +173,12 @@ class Outcome:
     tap_states: tuple[Any, ...]
 
 
-class Drafter:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _DrafterFields:
+    greedy: bool = False
+
+
+class Drafter(_DrafterFields):
     """Base class of drafters. Subclasses are frozen dataclasses, because they are static arguments of compiled code.
 
     Attributes:
@@ -183,6 +188,7 @@ class Drafter:
         the narrowest that has a column for every drafted token.
       idles: whether a block may have no drafted token in any row. Verification is then also compiled for one column.
       scores: whether `score` is defined.
+      greedy: whether it drafts the most probable tokens at any temperature; `Context.noise` is then greedy.
     """
 
     gamma: int
@@ -221,6 +227,10 @@ class Drafter:
         raise NotImplementedError
 
 
+# vLLM's names; its default is "greedy".
+SAMPLE_METHODS = ("probabilistic", "greedy")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DrafterOptions:
     """Base class of the options of a drafter; the fields of a subclass are the keys of a drafter's config section.
@@ -232,6 +242,7 @@ class DrafterOptions:
       loads: what the drafter's `path` names: "model", "attachment" (an adapter or heads), or "" for nothing.
       threshold: drafting stops after a token whose distribution has a largest probability below this; 0 never stops.
       vocabulary: the only ids that the draft can draft; None for all.
+      draft_sample_method: how tokens are drafted above temperature 0, see `StoppingOptions`.
     """
 
     adaptive: bool = False
@@ -239,6 +250,7 @@ class DrafterOptions:
     loads: ClassVar[str] = ""
     threshold: ClassVar[float] = 0.0
     vocabulary: ClassVar[DraftVocabulary | None] = None
+    draft_sample_method: ClassVar[str] = SAMPLE_METHODS[0]
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -272,9 +284,19 @@ class StoppingOptions(DrafterOptions):
     Attributes:
       threshold: a row's draft ends after the first token whose distribution at temperature 1 has a largest probability
         below this; 0 always drafts gamma tokens.
+      draft_sample_method: "probabilistic" draws tokens from the draft's adjusted distributions; "greedy" drafts the
+        most probable ones at any temperature, which takes less time.
     """
 
     threshold: float = 0.0
+    draft_sample_method: str = SAMPLE_METHODS[0]
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.draft_sample_method not in SAMPLE_METHODS:
+            raise UserError(
+                f'draft_sample_method must be "probabilistic" or "greedy", not {self.draft_sample_method!r}'
+            )
 
     @property
     def stops(self) -> bool:
