@@ -43,7 +43,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.top_p = 1.0  # 1 is off
     config.min_p = 0.0  # 0 is off
     config.stop = ()  # strings before which texts end
-    # Gammas to run under each rule. `coupled` runs at temperatures above 0, where it must repeat plain decoding token
+    # Gammas to run under each rule. `block` is `lossless` with more accepted tokens per block. `coupled` runs at temperatures above 0, where it must repeat plain decoding token
     # for token. Lossy rules run at every one of `leniences`. A rule of your own is {"NAME": {"rule": "file.py:Class",
     # "gammas": (4,)}}.
     rules = {"lossless": (2, 4, 6), "coupled": (4,)}
@@ -51,12 +51,12 @@ def get_config(variant: str = "") -> ConfigDict:
     config.leniences = (0.7, 0.5, 0.3)  # in (0, 1]; smaller accepts more
     # Kinds: model, kangaroo, medusa and eagle3 (with a path), ngram (shortest, longest), early_exit (exit_layer),
     # skip_layers (skipped: layers left out, or the workdir of configs/kangaroo/choose_layers.py), or "file.py:Class".
-    # All but ngram may have a `threshold`. With `adaptive: True` each row drafts as many tokens, up to gamma, as have
+    # Each may have a `threshold`. With `adaptive: True` each row drafts as many tokens, up to gamma, as have
     # paid so far, by `costs` of a drafted token and of verifying it, relative to a plain step; () measures them first.
     config.drafters = ConfigDict(
         {
             "draft": {"kind": "model", "path": config.drafter.get_ref("path"), "rules": rules},
-            "ngram": {"kind": "ngram", "shortest": 2, "longest": 4, "rules": {"lossless": (4,)}},
+            "ngram": {"kind": "ngram", "shortest": 1, "longest": 16, "rules": {"lossless": (4,)}},
         }
     )
     config.compare = (("draft", "ngram"),)  # pairs whose block efficiencies are compared prompt by prompt

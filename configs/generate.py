@@ -31,9 +31,9 @@ def get_config(variant: str = "") -> ConfigDict:
     config.target = ""  # directory of the target
     # kind: model (path: the draft's directory), kangaroo, medusa or eagle3 (path: the adapter's), ngram, early_exit,
     # skip_layers, "file.py:Class" for one of your own, or none. The other options belong to one kind each; 0 and ()
-    # take their default. ngram matches `shortest` to `longest` tokens (2 to 4), early_exit drafts after `exit_layer`
-    # layers (1), skip_layers leaves out the layers `skipped`. All but ngram end a block where the draft is less sure
-    # than `threshold` (0: never), and can be cut to the ids in `vocabulary`, the folder that
+    # take their default. ngram matches `shortest` to `longest` tokens (1 to 16), early_exit drafts after `exit_layer`
+    # layers (1), skip_layers leaves out the layers `skipped`. A block ends where the draft is less sure than `threshold`
+    # (0: never). All but ngram can be cut to the ids in `vocabulary`, the folder that
     # configs/draft_design/vocabulary.py exports ("": all).
     drafter = {"kind": "model", "path": "", "threshold": 0.0, "exit_layer": 0}
     drafter |= {"shortest": 0, "longest": 0, "skipped": (), "vocabulary": ""}
@@ -41,7 +41,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.prompt = ""  # the text to continue
     config.chat = False  # the chat template wraps the prompt as a user's turn; without a prompt, a conversation
     config.system = ""  # the system message of a chat
-    config.rule = "lossless"  # or coupled; lossy: lenient_linear, lenient_square, lenient_exp, typical
+    config.rule = "lossless"  # or block, coupled; lossy: lenient_linear, lenient_square, lenient_exp, typical
     config.lenience = 0.0  # of a lossy rule: in (0, 1], smaller accepts more; 0 for an exact rule
     config.gamma = 4  # most tokens drafted per block
     config.temperature = 1.0

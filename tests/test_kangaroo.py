@@ -385,8 +385,8 @@ def test_impossible_layers_kinds_and_thresholds_are_refused_in_one_sentence(mode
     for threshold in (-0.1, 1.5, float("nan")):
         with pytest.raises(UserError, match=rf"threshold must lie in \[0, 1\] .*, not {threshold}"):
             Sampling.of(threshold=threshold)
-    with pytest.raises(UserError, match='threshold is an option of "model", .*, not of "ngram"; leave it out'):
-        make_options("ngram", {"shortest": 1, "longest": 2, "threshold": 0.5})
+    with pytest.raises(UserError, match='vocabulary is an option of "model", .*, not of "ngram"; leave it out'):
+        make_options("ngram", {"shortest": 1, "longest": 2, "vocabulary": (1, 2)})
 
 
 # --- files and the Python interface ----------------------------------------------------------------------------------
