@@ -43,9 +43,9 @@ def get_config(variant: str = "") -> ConfigDict:
     config.top_p = 1.0  # 1 is off
     config.min_p = 0.0  # 0 is off
     config.stop = ()  # strings before which texts end
-    # Gammas to run under each rule. `block` is `lossless` with more accepted tokens per block. `coupled` runs at temperatures above 0, where it must repeat plain decoding token
-    # for token. Lossy rules run at every one of `leniences`. A rule of your own is {"NAME": {"rule": "file.py:Class",
-    # "gammas": (4,)}}.
+    # Gammas to run under each rule. `block` is exact like `lossless` and accepts more when sampling. `coupled` runs at
+    # temperatures above 0, where it must repeat plain decoding token for token. Lossy rules run at every one of
+    # `leniences`. A rule of your own is {"NAME": {"rule": "file.py:Class", "gammas": (4,)}}.
     rules = {"lossless": (2, 4, 6), "coupled": (4,)}
     rules |= {"lenient_linear": (), "lenient_square": (), "lenient_exp": (), "typical": ()}
     config.leniences = (0.7, 0.5, 0.3)  # in (0, 1]; smaller accepts more
