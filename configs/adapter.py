@@ -1,24 +1,26 @@
-"""Trains a Kangaroo adapter, Medusa heads or an EAGLE-3 draft for your checkpoint: drafts on the target's states.
+"""Trains a Kangaroo adapter, Medusa heads, an EAGLE-3 or a block-parallel draft for your checkpoint, on its states.
 
     python -m specjax.main --config=configs/adapter.py --workdir=runs/adapter \\
         --config.target=DIR --config.text=FILE
 
-`configs/adapter.py:medusa` trains Medusa heads in place of the adapter, `configs/adapter.py:eagle3` an EAGLE-3 draft.
+`configs/adapter.py:medusa` trains Medusa heads in place of the adapter, `configs/adapter.py:eagle3` an EAGLE-3 draft,
+and `configs/adapter.py:block_parallel` a draft that writes a block in one forward, as DFlash does.
 The target is a Hugging Face checkpoint of a decoder-only family; it is not changed. The text is a file or a folder of
 files. For prompts with answers set `--config.task.name=prompt_completion`; configs/distillspec/README.md lists the
 layouts (conversations, Alpaca, ...).
 
 Kangaroo (arXiv 2404.18911) puts an adapter on the first `exit_layer` layers; Medusa-1 (arXiv 2401.10774, without its
 tree) puts heads on the last hidden state; EAGLE-3 (arXiv 2503.01840, as a chain) puts a layer on three of its states,
-which drafts token by token. The result is in runs/adapter/adapter/export: two small files that work with
-this target only (`api.load_adapter(DIR, target)`).
+which drafts token by token; the block-parallel draft has layers of its own that read five of them. The result is in
+runs/adapter/adapter/export: two small files that work with this target only (`api.load_adapter(DIR, target)`).
 
 Stages: `adapter`, and `evaluation` compared with plain decoding and with the same exit without an adapter.
 
 Hardware: whatever holds the target; `--config.mesh.fsdp=8` splits it over 8 devices. Time: not timed. Expect text
 identical to plain decoding at temperature 0, and a speed-up if the target is deep: the paper exits after 1/16 to 1/10
 of the layers.
-`configs/adapter.py:smoke`, `:medusa-smoke` and `:eagle3-smoke` run in seconds with a small checkpoint.
+`configs/adapter.py:smoke`, `:medusa-smoke`, `:eagle3-smoke` and `:block_parallel-smoke` run in seconds with a small
+checkpoint.
 """
 
 from ml_collections import ConfigDict
@@ -29,7 +31,8 @@ STEPS = 300
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    common.check_variant("adapter", variant, ("medusa", "eagle3", "smoke", "medusa-smoke", "eagle3-smoke"))
+    kinds = ("medusa", "eagle3", "block_parallel")
+    common.check_variant("adapter", variant, (*kinds, "smoke", *(f"{kind}-smoke" for kind in kinds)))
     kind = variant.removesuffix("smoke").rstrip("-") or "adapter"
     config = ConfigDict()
     config.stages = ("adapter", "evaluation")
@@ -49,6 +52,9 @@ def get_config(variant: str = "") -> ConfigDict:
     if kind == "eagle3":
         config.adapter.eagle3 = common.eagle3_draft()
         drafters = {"eagle3": {"kind": "eagle3", "path": "stage:adapter", "rules": {"lossless": (2, 4)}}}
+    elif kind == "block_parallel":
+        config.adapter.block_parallel = common.block_parallel_draft()
+        drafters = {kind: {"kind": kind, "path": "stage:adapter", "rules": {"lossless": (3, 7)}}}
     elif kind == "medusa":
         config.adapter.medusa = common.medusa_heads()
         drafters = {"medusa": {"kind": "medusa", "path": "stage:adapter", "rules": {"lossless": (2, 4)}}}

@@ -47,8 +47,8 @@ def training(steps: int, learning_rate: float, *, seed: int = 0) -> ConfigDict:
     config.tokenizer = ConfigDict({"path": "stage:target", "vocab_size": 1024})
     config.model = ConfigDict(
         {
-            # "random", or a checkpoint to continue from (its config.json then gives the shape). "adapter", "medusa" and
-            # "eagle3" train an attachment of the target, with the options in a section of that name.
+            # "random", or a checkpoint to continue from (its config.json then gives the shape). "adapter", "medusa",
+            # "eagle3" and "block_parallel" train an attachment of the target; a section of that name has the options.
             "init": "random",
             "encoder_layers": 0,  # above 0: an encoder-decoder like T5, without rope_theta and max_positions
             "layers": 1,
@@ -190,6 +190,19 @@ def eagle3_draft(states_after: tuple[int, ...] = (), steps: int = 4) -> ConfigDi
     # The target's states are large, and as a residual they slow the layer down: after 30 steps on SmolLM2's text the
     # acceptance was 0.16 with the norm and 0.14 without.
     section.norm_before_residual = True
+    return section
+
+
+def block_parallel_draft(states_after: tuple[int, ...] = (), layers: int = 2, block_size: int = 8) -> ConfigDict:
+    """The section `block_parallel` of a training stage: layers that draft a block in one forward, as DFlash does.
+
+    Args:
+      states_after: numbers of layers after which the target's states are read; () is five, evenly spaced.
+      layers: number of the draft's own layers.
+      block_size: tokens of a block, the last committed one among them.
+    """
+    section = ConfigDict({"states_after": states_after, "layers": layers, "block_size": block_size})
+    section.mask_id = -1  # the id whose embedding stands for a token to draft; -1 is the target's last
     return section
 
 

@@ -49,8 +49,9 @@ def get_config(variant: str = "") -> ConfigDict:
     rules = {"lossless": (2, 4, 6), "coupled": (4,)}
     rules |= {"lenient_linear": (), "lenient_square": (), "lenient_exp": (), "typical": ()}
     config.leniences = (0.7, 0.5, 0.3)  # in (0, 1]; smaller accepts more
-    # Kinds: model, kangaroo, medusa and eagle3 (with a path), ngram (shortest, longest), early_exit (exit_layer),
-    # skip_layers (skipped: layers left out, or the workdir of configs/kangaroo/choose_layers.py), or "file.py:Class".
+    # Kinds: model, kangaroo, medusa, eagle3 and block_parallel (with a path), ngram (shortest, longest), early_exit
+    # (exit_layer), skip_layers (skipped: layers left out, or the workdir of configs/kangaroo/choose_layers.py), or
+    # "file.py:Class".
     # Each may have a `threshold`. With `adaptive: True` each row drafts as many tokens, up to gamma, as have
     # paid so far, by `costs` of a drafted token and of verifying it, relative to a plain step; () measures them first.
     config.drafters = ConfigDict(

@@ -19,6 +19,7 @@ from specjax.decoding import batch, loop
 from specjax.decoding.batch import Conversation as Conversation
 from specjax.decoding.drafters.adaptive import block_costs
 from specjax.decoding.drafters.base import DrafterOptions
+from specjax.decoding.drafters.block_parallel import BlockParallelDraft as BlockParallelDraft
 from specjax.decoding.drafters.eagle3 import Eagle3 as Eagle3
 from specjax.decoding.drafters.early_exit import EarlyExit as EarlyExit
 from specjax.decoding.drafters.kangaroo import Kangaroo as Kangaroo

@@ -242,7 +242,11 @@ def check_against_plain(models, pair, drafts, settings, rule, costs):
 @pytest.mark.parametrize(
     ("rule", "settings", "kinds"),
     [
-        ("lossless", GREEDY, [("kangaroo", 4, 0.6), ("medusa", 4, 0.0), ("eagle3", 4, 0.0), ("ngram", 4, 0.0)]),
+        (
+            "lossless",
+            GREEDY,
+            [("kangaroo", 4, 0.6), *((kind, 4, 0.0) for kind in ("medusa", "eagle3", "block_parallel", "ngram"))],
+        ),
         ("coupled", COUPLED[:1], [("model", 3, 0.0)]),
     ],
 )

@@ -38,7 +38,9 @@ CUT = Sampling.of(0.7, top_k=4, top_p=0.85)
 SETTINGS = pytest.mark.parametrize(
     "adjust", [pytest.param(Sampling.of(1.0), id="uncut", marks=pytest.mark.slow), pytest.param(CUT, id="cut")]
 )
-SLOW_KINDS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("skip_layers", "medusa", "eagle3")]
+# Drafters that share the code of drafting with others.
+SHARING = ("skip_layers", "medusa", "eagle3", "block_parallel")
+SLOW_KINDS = [pytest.param(kind, marks=pytest.mark.slow) for kind in SHARING]
 
 
 @SETTINGS
@@ -149,11 +151,10 @@ def test_a_reduced_vocabulary_changes_no_token(pair, kind, rule, settings):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["model", "ngram", "early_exit", "skip_layers", "medusa", "eagle3"])
+@pytest.mark.parametrize("kind", ["model", "ngram", "early_exit", *SHARING])
 @pytest.mark.parametrize("rule, settings", [("lossless", GREEDY), ("coupled", COUPLED)])
 def test_every_gamma_equals_plain_decoding(pair, kind, rule, settings):
-    # These two draft by code that they share with drafters of which every gamma is tried.
-    gammas = (4,) if kind in ("skip_layers", "medusa", "eagle3") else (1, 2, 3, 4, 5)
+    gammas = (4,) if kind in SHARING else (1, 2, 3, 4, 5)
     check_against_plain(pair, settings, [(kind, gamma, False) for gamma in gammas], rule)
 
 

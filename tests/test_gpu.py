@@ -127,6 +127,7 @@ FIXED = {
     "kangaroo": dict(kind="kangaroo", greedy=True),
     "medusa": dict(kind="medusa", greedy=True),
     "eagle3": dict(kind="eagle3", greedy=True),
+    "block_parallel": dict(kind="block_parallel", greedy=True),
     "ngram": dict(kind="ngram", greedy=True),
     "early_exit": dict(kind="early_exit", greedy=True),
     "skip_layers": dict(kind="skip_layers", greedy=True),

@@ -26,6 +26,7 @@ from specjax.decoding import loop, rules
 from specjax.decoding.sampling import Sampling
 from specjax.models import kv_cache
 from specjax.models.adapters import Adapter, AdapterConfig
+from specjax.models.block_parallel import BlockParallel, BlockParallelConfig
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
 from specjax.models.eagle3 import Eagle3Config, Eagle3Layer
@@ -98,6 +99,7 @@ def options(target: Decoder) -> dict[str, tuple[str, dict]]:
         "kangaroo": ("kangaroo", {"adapter": Adapter(AdapterConfig(of_target, 1))}),
         "medusa": ("medusa", {"adapter": MedusaHeads(MedusaConfig(of_target, GAMMA, own_head=False))}),
         "eagle3": ("eagle3", {"adapter": Eagle3Layer(Eagle3Config(of_target))}),
+        "block_parallel": ("block_parallel", {"adapter": BlockParallel(BlockParallelConfig(of_target))}),
     }
 
 

@@ -12,6 +12,7 @@ from specjax.decoding.drafters.table import build_drafter, make_options, options
 from specjax.decoding.plan import capacity_for
 from specjax.decoding.sampling import Stream
 from specjax.models.adapters import Adapter, AdapterConfig
+from specjax.models.block_parallel import BlockParallel, BlockParallelConfig
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
 from specjax.models.eagle3 import Eagle3Config, Eagle3Layer
@@ -82,6 +83,13 @@ def eagle3(target: Decoder, params=None, seed: int = 7, **changes):
     return made, jax.tree.map(lambda x: 2 * x if x.ndim == 2 else x, own) | {"unembedding": own["unembedding"]}
 
 
+def block_parallel(target: Decoder, params=None, seed: int = 7, **changes):
+    """A random block-parallel draft and its parameters; it uses the target's head."""
+    made = BlockParallel(BlockParallelConfig(target.config, **{"layers": 2, "block_size": 6, **changes}))
+    own = made.init(jax.random.key(seed)) if params is None else made.init_on(jax.random.key(seed), target, params)
+    return made, jax.tree.map(lambda x: 2 * x if x.ndim == 2 else x, own)
+
+
 def target_and_draft():
     """A target, its parameters, and parameters of a draft of the same shape that agrees about half of the time."""
     target, params = decoder(1)
@@ -98,15 +106,16 @@ def drafter_options(kind: str, target, draft=None, adapter=None) -> dict:
         "skip_layers": lambda: {"skipped": (0,)},
         "medusa": lambda: {"adapter": heads(target)},
         "eagle3": lambda: {"adapter": eagle3(target)[0]},
+        "block_parallel": lambda: {"adapter": block_parallel(target)[0]},
         "kangaroo": lambda: {"adapter": adapter},
     }
     return options[kind]()
 
 
 def draft_params_of(kind: str, target, params, draft_params):
-    """`draft_params`, except for Medusa's heads (`heads_params`) and EAGLE-3 (`eagle3`)."""
-    if kind == "eagle3":
-        return eagle3(target, params)[1]
+    """`draft_params`, except for drafts on the target's states, which have their own."""
+    if kind in ("eagle3", "block_parallel"):
+        return {"eagle3": eagle3, "block_parallel": block_parallel}[kind](target, params)[1]
     return heads_params(target, params) if kind == "medusa" else draft_params
 
 

@@ -73,7 +73,7 @@ def refuse_adapter(directory: Path) -> None:
     if (directory / SPECJAX_ADAPTER_FILE).exists():
         raise UserError(
             f"{directory} holds an adapter ({SPECJAX_ADAPTER_FILE}) that drafts for another model; load that model, "
-            "and give this directory to the drafter of kind kangaroo, medusa or eagle3"
+            "and give this directory to the drafter of kind kangaroo, medusa, eagle3 or block_parallel"
         )
     for name in _ADAPTER_FILES:
         if (directory / name).exists():

@@ -57,10 +57,24 @@ class AttachmentConfig:
         rotary = self.target.rotary or Rotary(_THETA, self.target.head_size)
         return DecoderConfig(**{"layers": 1, "rotary": rotary, "tied_head": False, **same, **changes})
 
+    def check_states(self, section: str, after: Sequence[int]) -> None:
+        """Checks the numbers of layers after which an attachment reads states; `section` names it in the error."""
+        if list(after) != sorted(set(after)) or not (after[0] >= 1 and after[-1] <= self.target.layers):
+            raise UserError(
+                f"{section}.states_after is {after}; give numbers of layers in ascending order, from 1 to the target's "
+                f"{self.target.layers}"
+            )
+
     @classmethod
     def options(cls) -> list[str]:
         """Names of the fields besides the target."""
         return [field.name for field in dataclasses.fields(cls) if field.name != "target"]
+
+
+def last_state(kernel: Float[Array, "D I"]) -> Float[Array, "D I"]:
+    """A kernel of this shape that projects several states `[.., I]` of width D to the last of them."""
+    width = kernel.shape[0]
+    return jnp.zeros_like(kernel).at[:, -width:].set(jnp.eye(width, dtype=kernel.dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +133,13 @@ class Attachment(Network):
         if self.vocabulary is not None:
             kernel = kernel[:, self.vocabulary.ids]
         return {"kernel": kernel.T.astype(dtype_named(config.param_dtype))}
+
+    def gains_of_target(self, target: Decoder, target_params: Params) -> Float[Array, "D"] | None:
+        """The gains of the target's final norm, to start an RMS norm before the head from; None for a layer norm."""
+        if self.config.target.norm == "layer":
+            return None
+        ones = jnp.ones((1, 1, self.config.target.width), jnp.float32)  # an RMS norm turns ones into its gains
+        return target.normed(target_params, ones)[0, 0].astype(dtype_named(self.config.target.param_dtype))
 
     def start(self, batch: int, capacity: int) -> Any:
         """An empty cache with `capacity` slots for `batch` rows; None if the attachment needs no cache."""

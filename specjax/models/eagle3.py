@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from specjax.models import kv_cache, layers
-from specjax.models.attachment import Attachment, AttachmentConfig, States
+from specjax.models.attachment import Attachment, AttachmentConfig, States, last_state
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
 from specjax.models.language_model import Params, Prediction, consecutive, fit_logits
@@ -48,11 +48,7 @@ class Eagle3Config(AttachmentConfig):
         count = self.target.layers
         after = tuple(self.states_after) or tuple(sorted({min(2, count), max(count // 2, 1), max(count - 3, 1)}))
         object.__setattr__(self, "states_after", after)
-        if list(after) != sorted(set(after)) or not (after[0] >= 1 and after[-1] <= count):
-            raise UserError(
-                f"eagle3.states_after is {after}; give numbers of layers in ascending order, from 1 to the target's "
-                f"{count}"
-            )
+        self.check_states("eagle3", after)
         if self.steps < 1:
             raise UserError(f"eagle3.steps is {self.steps}; training must draft 1 token or more")
 
@@ -194,14 +190,11 @@ class Eagle3Layer(Attachment):
 
     def init_on(self, key: Key[Array, ""], target: Decoder, target_params: Params) -> Params:
         """Random parameters; head and gains before it are copies of the target's, and g is the last of its states."""
-        params, width = self.init(key), self.config.target.width
-        states = jnp.zeros_like(params["project"]["kernel"])
-        states = states.at[:, -width:].set(jnp.eye(width, dtype=states.dtype))
-        params |= {"unembedding": self.head_of_target(target, target_params), "project": {"kernel": states}}
-        if self.config.target.norm != "layer":  # an RMS norm turns ones into its gains
-            gains = target.normed(target_params, jnp.ones((1, 1, width), jnp.float32))[0, 0]
-            params |= {"norm": {"scale": gains.astype(states.dtype)}}
-        return params
+        params = self.init(key)
+        params |= {"unembedding": self.head_of_target(target, target_params)}
+        params |= {"project": {"kernel": last_state(params["project"]["kernel"])}}
+        gains = self.gains_of_target(target, target_params)
+        return params if gains is None else params | {"norm": {"scale": gains}}
 
     def start(self, batch: int, capacity: int) -> kv_cache.Cache:
         return kv_cache.zeros(self.config.inner, batch, capacity)

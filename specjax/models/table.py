@@ -5,6 +5,7 @@ from typing import Any
 
 from specjax.models.adapters import Adapter
 from specjax.models.attachment import Attachment
+from specjax.models.block_parallel import BlockParallel
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
 from specjax.models.eagle3 import Eagle3Layer
@@ -15,7 +16,12 @@ from specjax.runtime.errors import UserError, nearest
 from specjax.runtime.extensions import named
 
 # Names are values of `model.init`, sections of a training config, and `type` in an exported `adapter_config.json`.
-ATTACHMENTS: dict[str, type[Attachment]] = {"adapter": Adapter, "medusa": MedusaHeads, "eagle3": Eagle3Layer}
+ATTACHMENTS: dict[str, type[Attachment]] = {
+    "adapter": Adapter,
+    "medusa": MedusaHeads,
+    "eagle3": Eagle3Layer,
+    "block_parallel": BlockParallel,
+}
 
 
 def model_of(config: DecoderConfig) -> LanguageModel:

@@ -6,6 +6,7 @@ from typing import Any
 
 from specjax.decoding.drafters.adaptive import AdaptiveDrafter
 from specjax.decoding.drafters.base import Drafter, DrafterOptions
+from specjax.decoding.drafters.block_parallel import BlockParallelDraft
 from specjax.decoding.drafters.eagle3 import Eagle3
 from specjax.decoding.drafters.early_exit import EarlyExit
 from specjax.decoding.drafters.kangaroo import Kangaroo
@@ -26,6 +27,7 @@ DRAFTERS: dict[str, type[DrafterOptions]] = {
     "kangaroo": Kangaroo,
     "medusa": Medusa,
     "eagle3": Eagle3,
+    "block_parallel": BlockParallelDraft,
 }
 
 

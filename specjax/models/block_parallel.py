@@ -1,0 +1,247 @@
+"""A draft that writes a whole block in one forward (DFlash): layers in which an anchor token and mask tokens attend to
+each other and to keys and values made from hidden states of several of the target's layers."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from specjax.models import kv_cache, layers
+from specjax.models.attachment import Attachment, AttachmentConfig, States, last_state
+from specjax.models.config import DecoderConfig
+from specjax.models.decoder import Decoder
+from specjax.models.language_model import Params, Prediction, consecutive
+from specjax.models.rotary import angles, rotate, text_lengths
+from specjax.runtime import mesh as meshes
+from specjax.runtime.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockParallelConfig(AttachmentConfig):
+    """Options of a block-parallel draft.
+
+    Attributes:
+      states_after: it reads the target's hidden states after these numbers of layers, in ascending order; () is five
+        (at most) that are evenly spaced from layer 2 to L - 3 of L layers.
+      layers: number of the draft's own layers.
+      block_size: tokens of a block: the anchor, which is the last committed token, and the drafted ones.
+      mask_id: the id whose embedding stands for a token that is drafted; -1 is the last id of the target.
+    """
+
+    states_after: Sequence[int] = ()
+    layers: int = 2
+    block_size: int = 8
+    mask_id: int = -1
+
+    def __post_init__(self):
+        super().__post_init__()
+        count, vocab_size = self.target.layers, self.target.vocab_size
+        object.__setattr__(self, "states_after", tuple(self.states_after) or _evenly_spaced(count))
+        self.check_states("block_parallel", self.states_after)
+        if self.layers < 1:
+            raise UserError(f"block_parallel.layers is {self.layers}; the draft needs 1 layer or more")
+        if self.block_size < 2:
+            raise UserError(
+                f"block_parallel.block_size is {self.block_size}; it counts the last committed token, so give 2 or more"
+            )
+        if not -1 <= self.mask_id < vocab_size:
+            raise UserError(
+                f"block_parallel.mask_id is {self.mask_id}; give an id below {vocab_size}, or -1 for the target's last"
+            )
+
+    @property
+    def inner(self) -> DecoderConfig:
+        """The layers as a decoder: RMS norms, those of queries and keys included."""
+        return self.one_layer(layers=self.layers, qk_norm=True)
+
+    @property
+    def drafted(self) -> int:
+        """Number of tokens that a block drafts."""
+        return self.block_size - 1
+
+
+def _evenly_spaced(count: int) -> tuple[int, ...]:
+    first, last = min(2, count), max(count - 3, 1)
+    return tuple(sorted({round(first + (last - first) * i / 4) for i in range(5)}))
+
+
+class BlockParallelModule(nnx.Module):
+    """Parameters and forward pass."""
+
+    def __init__(self, config: BlockParallelConfig, rngs: nnx.Rngs):
+        inner, width, count = config.inner, config.target.width, len(config.states_after)
+        sizes, axes = (count * width, width), ("embed", None)
+        self.project = layers.Linear(*sizes, axes, (count * width) ** -0.5, dtype=inner.param_dtype, rngs=rngs)
+        self.hidden_norm, self.norm = layers.make_norm(inner, width), layers.make_norm(inner, width)
+        self.blocks = nnx.List([layers.Block(inner, layer, rngs) for layer in range(config.layers)])
+        self.config = config
+
+    def fuse(self, states):
+        return self.hidden_norm(self.project(jnp.concatenate(states, axis=-1)))
+
+    def _keys(self, block, inputs, rotation):
+        """Keys and values `[B, K, T, H]` of one layer."""
+        split = functools.partial(layers.split_heads, size=self.config.inner.head_size)
+        attention = block.attention
+        keys = attention.key_norm(split(attention.key(inputs)))
+        return rotate(keys, rotation), split(attention.value(inputs))
+
+    def read(self, fused, positions):
+        """Keys and values of the target's tokens, (keys, values) of each layer."""
+        rotation = angles(self.config.inner.rotary, positions, text_lengths(positions))
+        return [self._keys(block, fused, rotation) for block in self.blocks]
+
+    def draft(self, context, embedded, positions, visible):
+        """The draft's output at every token of each block.
+
+        Args:
+          context: (keys, values) `[B, K, S, H]` of the target's tokens, for each layer.
+          embedded: `[B, T, N, D]`, T blocks of N tokens.
+          positions: `[B, T, N]`, their positions in the text.
+          visible: `[B, T, S]`, which of the target's tokens each block reads.
+        """
+        shape, inner = embedded.shape, self.config.inner
+        flat = lambda x: x.reshape(x.shape[0], -1, *x.shape[3:])
+        pin = lambda x: meshes.constrain(x, ("batch", None, "embed")) if shape[1] > 1 else _unsharded_rows(x)
+        rotation = angles(inner.rotary, flat(positions), text_lengths(flat(positions)))
+        hidden = pin(flat(embedded))
+        for block, (keys, values) in zip(self.blocks, context, strict=True):
+            inputs = block.attention_norm(hidden)
+            queries = block.attention.query_norm(layers.split_heads(block.attention.query(inputs), inner.head_size))
+            own = self._keys(block, inputs, rotation)
+            in_blocks = lambda x: x.reshape(*x.shape[:2], *shape[1:3], x.shape[3])
+            queries, own = in_blocks(rotate(queries, rotation)), map(in_blocks, own)
+            mixed = _attend(queries, keys, values, visible, *own, layers.query_scale(inner))
+            hidden = hidden + pin(block.attention.output(layers.join_heads(mixed)))
+            hidden = hidden + pin(block.mlp(block.mlp_norm(hidden)))
+        return hidden.reshape(shape)
+
+
+def _unsharded_rows(array):
+    """Rows are not sharded in decoding, because the compiler would gather complete weights to compute them."""
+    return meshes.constrain(array, (None, None, "embed"))
+
+
+def _attend(queries, keys, values, visible, own_keys, own_values, scale):
+    """Grouped-query attention of the tokens of each block to the context where visible, and to all of their block.
+
+    Args:
+      queries: `[B, N, T, M, H]`, M tokens of T blocks.
+      keys, values: `[B, K, S, H]`.
+      visible: `[B, T, S]`.
+      own_keys, own_values: `[B, K, T, M, H]`.
+
+    Returns:
+      `[B, N, T * M, H]`.
+    """
+    batch, heads, blocks, tokens, size = queries.shape
+    slots = keys.shape[2]
+    grouped = queries.reshape(batch, keys.shape[1], -1, blocks, tokens, size)
+    dots = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    scores = dots("BKGTMH,BKSH->BKGTMS", grouped, keys) * scale
+    scores = jnp.where(visible[:, None, None, :, None], scores, jnp.finfo(jnp.float32).min)
+    own = dots("BKGTMH,BKTNH->BKGTMN", grouped, own_keys) * scale
+    weights = jax.nn.softmax(jnp.concatenate([scores, own], axis=-1), axis=-1).astype(values.dtype)
+    mixed = jnp.einsum("BKGTMS,BKSH->BKGTMH", weights[..., :slots], values)
+    mixed = mixed + jnp.einsum("BKGTMN,BKTNH->BKGTMH", weights[..., slots:], own_values)
+    return mixed.reshape(batch, heads, blocks * tokens, size)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockParallel(Attachment):
+    """The draft of DFlash. With g_s the projected and normed states of the target at token s, every layer has the keys
+    and values of g_s, for all tokens s before the anchor, besides those of the block's own tokens, which all see each
+    other. The output at the k-th mask token predicts the k-th token after the anchor, independent of the tokens
+    between. Embedding and head are the target's.
+
+    Training drafts from every token of a text (published trainers draw some at random to save memory), with the weight
+    exp(-(k - 1) / (block_size - 1)) for the k-th token.
+    """
+
+    config: BlockParallelConfig
+    config_class = BlockParallelConfig
+    module = BlockParallelModule
+    drafter = "block_parallel"
+    writes = False  # it reads tokens besides the target's states
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        return tuple(self.config.states_after)
+
+    @property
+    def predicts(self) -> tuple[Prediction, ...]:
+        count = self.config.drafted
+        return tuple(Prediction(k, math.exp(-k / count)) for k in range(count))
+
+    def init_on(self, key: Key[Array, ""], target: Decoder, target_params: Params) -> Params:
+        """Random layers; the last of the target's states is g before its norm, and the gains before the head are the
+        target's."""
+        params = self.init(key)
+        params |= {"project": {"kernel": last_state(params["project"]["kernel"])}}
+        gains = self.gains_of_target(target, target_params)
+        return params if gains is None else params | {"norm": {"scale": gains}}
+
+    def start(self, batch: int, capacity: int) -> kv_cache.Cache:
+        return kv_cache.zeros(self.config.inner, batch, capacity)
+
+    def read(
+        self, params: Params, cache: kv_cache.Cache, states: States, positions: Int[Array, "B T"]
+    ) -> kv_cache.Cache:
+        """The cache with keys and values of the target's states at these consecutive positions."""
+        module = self.bind(params)
+        fused = _unsharded_rows(module.fuse([_unsharded_rows(state) for state in states]))
+        for layer, new in enumerate(module.read(fused, positions)):
+            old = cache.keys[layer], cache.values[layer]
+            written = (kv_cache.write_rows(*pair, positions[:, 0], axis=2) for pair in zip(old, new, strict=True))
+            cache = cache.with_layer(layer, *written)
+        return cache
+
+    def draft(
+        self,
+        params: Params,
+        target: Decoder,
+        target_params: Params,
+        cache: kv_cache.Cache,
+        tokens: Int[Array, "B"],
+        positions: Int[Array, "B"],
+    ) -> tuple[Float[Array, "B drafted D"], kv_cache.Cache]:
+        """The input of `head` for every drafted token, after these tokens; the cache holds what comes before them."""
+        slots = jnp.arange(cache.keys[0].shape[2], dtype=jnp.int32)
+        embedded, places = self._block(target, target_params, tokens[:, None], positions[:, None])
+        visible = slots[None, None] < positions[:, None, None]
+        context = list(zip(cache.keys, cache.values, strict=True))
+        hidden = self.bind(params).draft(context, embedded, places, visible)
+        return hidden[:, 0, 1:], cache.metered(self.config.layers, self.config.block_size)
+
+    def _block(self, target, target_params, tokens, positions):
+        """Embeddings `[B, T, N, D]` and positions `[B, T, N]` of the blocks that start with these tokens `[B, T]`."""
+        config = self.config
+        mask = config.mask_id % config.target.vocab_size
+        masks = jnp.full((*tokens.shape, config.drafted), mask, tokens.dtype)
+        blocks = jnp.concatenate([tokens[..., None], masks], axis=-1)
+        places = positions[..., None] + jnp.arange(config.block_size, dtype=jnp.int32)[None, None]
+        flat = lambda x: x.reshape(x.shape[0], -1)
+        embedded = target.bind(target_params).embed(flat(blocks), flat(places))
+        return embedded.reshape(*blocks.shape, -1), places
+
+    def training_states(
+        self, params: Params, target: Decoder, target_params: Params, states: States, tokens: Int[Array, "B T"]
+    ) -> Float[Array, "B T E"]:
+        module, positions = self.bind(params), consecutive(tokens)
+        context = module.read(meshes.pin_rows(module.fuse(states)), positions)
+        embedded, places = self._block(target, target_params, tokens, positions)
+        visible = jnp.broadcast_to(positions[:, None, :] < positions[..., None], (*tokens.shape, tokens.shape[1]))
+        hidden = module.draft(context, embedded, places, visible)
+        return hidden[:, :, 1:].reshape(*tokens.shape, -1)
+
+    def head(
+        self, params: Params, target: Decoder, target_params: Params, hidden: Float[Array, "B T E"]
+    ) -> Float[Array, "B T_times_predictions W"]:
+        """Float32 logits of every drafted token; those of one anchor are adjacent."""
+        hidden = hidden.reshape(hidden.shape[0], -1, self.config.target.width)
+        return target.unembed(target_params, self.bind(params).norm(hidden))
