@@ -33,9 +33,7 @@ def run(config: Any, workdir: str | Path) -> dict:
       UserError: for invalid models, prompts or settings.
     """
     mesh = meshes.make_mesh(config.mesh)
-    target = hub_model.load(
-        config.target, param_dtype=config.param_dtype, compute_dtype=config.compute_dtype, mesh=mesh
-    )
+    target = hub_model.loader(config, mesh)(config.target)
     sampling = Sampling.of(config.temperature)
     with meshes.use(mesh):
         tokens, lengths, starts = _texts(config, target, sampling)

@@ -52,7 +52,7 @@ def finish(config: Any, workdir: str | Path, rows: list[dict]) -> dict:
 
 def prune(config: Any, workdir: Path) -> list[dict]:
     """Prunes a checkpoint to a shape by importance on calibration text; writes it to `workdir/export`."""
-    source = _load(config, config.source)
+    source = hub_model.loader(config)(config.source)
     texts = _calibration_texts(config, source.tokenizer)
     importance = pruning.importance(source.decoder, source.params, texts)
     sizes = {name: value for name, value in config.shape.to_dict().items() if value}
@@ -148,7 +148,7 @@ def replayed(config: Any, workdir: Path) -> list[dict]:
         }
     ]
     for path in config.drafts:
-        draft = _load(config, path)
+        draft = hub_model.loader(config)(path)
         about = {"draft": path, "parameters": draft.decoder.num_params}
         scores = replay.agreement(stored, draft, batch_size=config.batch_size)
         rows.append(
@@ -179,13 +179,9 @@ def replayed(config: Any, workdir: Path) -> list[dict]:
     return rows
 
 
-def _load(config: Any, path: str) -> hub_model.Model:
-    return hub_model.load(path, param_dtype=config.param_dtype, compute_dtype=config.compute_dtype)
-
-
 def _recorded(config: Any) -> replay.Replay:
     """Records the target's greedy text. The target is freed on return, before a draft is loaded."""
-    target = _load(config, config.target)
+    target = hub_model.loader(config)(config.target)
     lengths = {"max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size, "top_k": config.top_k}
     return replay.record(target, _prompts(config, target), **lengths)
 
@@ -208,7 +204,7 @@ def advise(config: Any, workdir: Path) -> list[dict]:
     The acceptance of existing drafts is measured; for other shapes it is the range in the config.
     """
     low, high = _check_advise(config)
-    target = _load(config, config.target)
+    target = hub_model.loader(config)(config.target)
     if target.decoder.is_encoder_decoder:
         raise UserError("advice is for decoder-only targets; measure an encoder-decoder's drafts with evaluate")
     work = _workload(config, target)
@@ -217,7 +213,7 @@ def advise(config: Any, workdir: Path) -> list[dict]:
     thresholds = config.thresholds if config.batch_size == 1 else ()
     candidates = []
     for path in config.drafts:
-        draft = _load(config, path)
+        draft = hub_model.loader(config)(path)
         hub_model.check_pair(target, draft)
         acceptance = {eta: _acceptance(config, target, draft, work, gamma, eta) for eta in (0.0, *thresholds)}
         candidates.append((advice.Candidate(path, draft.decoder, acceptance, {}, True), draft.params))

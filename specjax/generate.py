@@ -14,7 +14,7 @@ from typing import Any
 
 from specjax import api
 from specjax.decoding.drafters.table import make_options
-from specjax.hub.model import Model
+from specjax.hub import model as hub_model
 from specjax.reporting import records, tables
 from specjax.runtime import cli, processes
 from specjax.runtime import config as configs
@@ -41,10 +41,10 @@ def run(config: Any, workdir: str | Path) -> dict:
       UserError: for invalid models, settings or prompts.
     """
     mesh = meshes.make_mesh(config.mesh)
-    dtypes = {"param_dtype": config.param_dtype, "compute_dtype": config.compute_dtype}
     _check(config)
-    target = api.load(config.target, mesh=mesh, **dtypes)
-    drafter = _drafter(config.drafter, target, lambda path: api.load(path, mesh=mesh, **dtypes))
+    load = hub_model.loader(config, mesh)
+    target = load(config.target)
+    drafter = _drafter(config.drafter, target, load)
     write = lambda rows: records.write_results(
         Path(workdir) / "results.json", binary="generate", config=configs.to_plain(config), rows=rows
     )
@@ -78,7 +78,7 @@ def _check(config: Any) -> None:
                 raise UserError(f"config.{key} is for one prompt and not for a conversation; leave it at {neutral}")
 
 
-def _drafter(section: Any, target: Model, load: Callable[[str], Model]) -> Any:
+def _drafter(section: Any, target: hub_model.Model, load: Callable[[str], hub_model.Model]) -> Any:
     """The `drafter` argument of `api.generate` for a config section; options with value 0 or () are not passed."""
     if section.kind == "none":
         return None
@@ -95,7 +95,7 @@ def _drafter(section: Any, target: Model, load: Callable[[str], Model]) -> Any:
 class _Writer:
     """Continues prompts with the settings of a config, and prints the text as it is decoded."""
 
-    def __init__(self, config: Any, target: Model, drafter: Any):
+    def __init__(self, config: Any, target: hub_model.Model, drafter: Any):
         self.config, self.target, self.drafter = config, target, drafter
         self.colours = sys.stdout.isatty() if config.colours == "auto" else config.colours == "always"
         keys = ("temperature", "top_k", "top_p", "min_p", "sampling", "max_new_tokens", "seed", "samples")

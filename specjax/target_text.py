@@ -104,9 +104,7 @@ class _Writer:
 
     def __init__(self, config: Any):
         mesh, data = meshes.make_mesh(config.mesh), config.data
-        load = lambda path: hub_model.load(
-            path, param_dtype=config.param_dtype, compute_dtype=config.compute_dtype, mesh=mesh
-        )
+        load = hub_model.loader(config, mesh)
         self.config, self.target, self.draft = config, load(config.target), None
         if config.drafter.path:
             self.draft = load(config.drafter.path)

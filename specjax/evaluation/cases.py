@@ -212,14 +212,9 @@ def load_job(config: Any) -> Job:
     Raises:
       UserError: for missing or damaged models, incompatible models, and lossy rules without leniences.
     """
-    targets, drafters = load_models(config, loader(config), hub_model.load_adapter)
+    load = hub_model.loader(config, meshes.make_mesh(config.mesh))
+    targets, drafters = load_models(config, load, hub_model.load_adapter)
     return Job(config, targets, tasks.load_task(config.task), [], drafters)
-
-
-def loader(config: Any) -> Callable[..., hub_model.Model]:
-    """`hub.model.load` with the mesh and dtypes of a config."""
-    dtypes = {"param_dtype": config.param_dtype, "compute_dtype": config.compute_dtype}
-    return functools.partial(hub_model.load, mesh=meshes.make_mesh(config.mesh), **dtypes)
 
 
 def load_models(config: Any, load: Callable, load_adapter: Callable) -> tuple[dict, dict]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,11 @@ def load(
         shardings = meshes.shardings(described.axes(replicate=replicate), mesh)
     decoder, params = hub_load.load(directory, shardings=shardings, **dtypes)
     return Model(decoder, params, Tokenizer.load(directory), mesh)
+
+
+def loader(config: Any, mesh: jax.sharding.Mesh | None = None) -> Callable[..., Model]:
+    """`load` with the dtypes of a config, onto a mesh."""
+    return functools.partial(load, param_dtype=config.param_dtype, compute_dtype=config.compute_dtype, mesh=mesh)
 
 
 def save(model: Model, directory: str | Path, *, full_head: bool = False) -> None:
