@@ -16,7 +16,7 @@ CORE := $(addprefix tests/test_,rules.py sampling.py divergences.py loop.py exac
 # The slowest of them, left to `make test`.
 SPARED := another_vocabulary or fill_the_capacity or callers_arrays or depend_on_its_batch or after_every_block
 
-.PHONY: quickstart checkpoint accelerator smoke test test-all test-peers check tables
+.PHONY: quickstart checkpoint accelerator smoke test test-all test-peers speculators check tables
 .DEFAULT_GOAL := test
 
 quickstart: $(VENV)/.installed
@@ -40,9 +40,19 @@ test: $(VENV)/.installed-dev
 test-all: check $(VENV)/.installed-tpu-compiler
 	$(PYTEST) -n $(WORKERS) -m "not peers"
 
-test-peers: $(VENV)/.installed-peers
+test-peers: $(VENV)/.installed-peers speculators
 	$(PYTEST) -n $(WORKERS) -m "peers and not slow" $(TIMED:%=--ignore=%) tests/peers
 	$(PYTEST) -m peers $(TIMED)
+
+# The package with the draft models of vLLM's project, for tests/peers/test_speculators.py; of its own dependencies,
+# only what these models import. Its transformers is older than the peers', so it has an environment of its own.
+speculators: $(VENV)-speculators/.installed
+
+$(VENV)-speculators/.installed: requirements-speculators.txt | $(RUN)
+	$(PYTHON) -m venv $(VENV)-speculators
+	$(VENV)-speculators/bin/python -m pip install --quiet --requirement $<
+	$(VENV)-speculators/bin/python -m pip install --quiet --no-deps speculators==0.9.0 hs-connectors==0.9.0
+	touch $@
 
 check: $(VENV)/.installed-dev
 	$(RUN) -m ruff format --check .

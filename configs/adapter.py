@@ -12,7 +12,8 @@ layouts (conversations, Alpaca, ...).
 Kangaroo (arXiv 2404.18911) puts an adapter on the first `exit_layer` layers; Medusa-1 (arXiv 2401.10774, without its
 tree) puts heads on the last hidden state; EAGLE-3 (arXiv 2503.01840, as a chain) puts a layer on three of its states,
 which drafts token by token; the block-parallel draft has layers of its own that read five of them. The result is in
-runs/adapter/adapter/export: two small files that work with this target only (`api.load_adapter(DIR, target)`).
+runs/adapter/adapter/export: small files that work with this target only (`api.load_adapter(DIR, target)`); vLLM serves
+those of EAGLE-3 (configs/export/README.md).
 
 Stages: `adapter`, and `evaluation` compared with plain decoding and with the same exit without an adapter.
 

@@ -36,7 +36,7 @@ def get_config(variant: str = "") -> ConfigDict:
     # than `threshold` (0: never). All but ngram can be cut to the ids in `vocabulary`, the folder that
     # configs/draft_design/vocabulary.py exports ("": all).
     drafter = {"kind": "model", "path": "", "threshold": 0.0, "exit_layer": 0}
-    drafter |= {"shortest": 0, "longest": 0, "skipped": (), "vocabulary": ""}
+    drafter |= {"shortest": 0, "longest": 0, "skipped": (), "vocabulary": "", "states_after": ()}
     config.drafter = ConfigDict(drafter)
     config.prompt = ""  # the text to continue
     config.chat = False  # the chat template wraps the prompt as a user's turn; without a prompt, a conversation

@@ -76,18 +76,19 @@ def run(config: Any, workdir: str | Path) -> dict:
         # A loaded draft that lacks ids keeps its own tokenizer.
         tokenizer = Tokenizer.load(config.model.init)
     params = jax.jit(functools.partial(update.cast, dtype=config.model.param_dtype))(result.params)
-    _export(workdir / "export", inputs, processes.fetch_to_first(params), tokenizer)
+    _export(workdir / "export", inputs, processes.fetch_to_first(params), tokenizer, config.target)
     rows = [_row(config, inputs.draft, result)]
     path = workdir / "results.json"
     return records.write_results(path, binary="distill", config=configs.to_plain(config), rows=rows)
 
 
-def _export(directory: Path, inputs: TrainingInputs, params: Params, tokenizer: Tokenizer) -> None:
+def _export(directory: Path, inputs: TrainingInputs, params: Params, tokenizer: Tokenizer, target_name: str) -> None:
     """Writes the trained model or attachment; only process 0 has all parameters, and writes."""
     if isinstance(inputs.draft, AttachedDraft):
         target = hub_adapter.fingerprint(inputs.target, inputs.target_params)  # collective: every process calls this
         if processes.first():
-            hub_adapter.save(directory, hub_adapter.LoadedAttachment(inputs.draft.attachment, params, target))
+            loaded = hub_adapter.LoadedAttachment(inputs.draft.attachment, params, target)
+            hub_adapter.save(directory, loaded, target_name=target_name)
     elif processes.first():
         hub_save.save(directory, inputs.draft, params, tokenizer)
 
@@ -196,7 +197,8 @@ def _draft(
     model, init = config.model, config.model.init
     shardings = lambda network: meshes.shardings(network.axes(replicate=model.replicate), mesh)
     if hub_adapter.holds_one(init):
-        loaded = hub_adapter.load(init, _required(target, init), shardings=shardings)
+        after = config.eagle3.states_after if "eagle3" in config else ()
+        loaded = hub_adapter.load(init, _required(target, init), target_params, states_after=after, shardings=shardings)
         loaded.check(hub_adapter.fingerprint(target, target_params))
         return AttachedDraft.of(loaded.network), loaded.params
     ids = draft_vocabulary(model.vocabulary)

@@ -88,7 +88,10 @@ def _drafter(section: Any, target: hub_model.Model, load: Callable[[str], hub_mo
         return options
     if not section.path:
         raise UserError("config.drafter.path is empty; name the draft's directory, or another drafter.kind")
-    loaded = load(section.path) if options.loads == "model" else api.load_adapter(section.path, target)
+    if options.loads == "model":
+        loaded = load(section.path)
+    else:
+        loaded = api.load_adapter(section.path, target, states_after=options.states_after)
     return api.Draft(loaded, options)
 
 

@@ -25,6 +25,15 @@ VOCAB, SLOTS, MAX_NEW, BATCH, STEPS = 24, 6, 20, 8, 3
 OPTIONS = [
     {"norm_before_residual": True, "fc_norm": True, "norm_output": True},
     pytest.param({}, marks=pytest.mark.slow),
+    pytest.param(
+        {
+            "layer": dataclasses.replace(tiny.config(layers=1, heads=4, qk_norm=True), attention_bias=True),
+            "own_embedding": True,
+            "norm_before_fc": True,
+        },
+        marks=pytest.mark.slow,
+        id="of other tools",
+    ),
 ]
 
 

@@ -222,7 +222,7 @@ def load_models(config: Any, load: Callable, load_adapter: Callable) -> tuple[di
 
     Args:
       load: (path) -> Model; for a draft model also takes `replicate`.
-      load_adapter: (path, target) -> LoadedAttachment.
+      load_adapter: (path, target, states_after=...) -> LoadedAttachment.
 
     Raises:
       UserError: for incompatible models, and lossy rules without leniences.
@@ -237,7 +237,9 @@ def load_models(config: Any, load: Callable, load_adapter: Callable) -> tuple[di
             drafters[name] = load(section.path, replicate=section.replicate)
             hub_model.check_pair(target, drafters[name])
         elif section.options.loads:
-            drafters[name] = load_adapter(section.path, targets[section.target])
+            how = {"states_after": section.options.states_after}
+            with prefixed(f"drafters.{name}: "):
+                drafters[name] = load_adapter(section.path, targets[section.target], **how)
         if name in drafters:
             options = hub_model.with_end_ids(section.options, targets[section.target])
             drafters[name] = hub_model.reduced(drafters[name], options.vocabulary)

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr
+from jaxtyping import Array, Float
 
-from specjax.hub import weights
+from specjax.hub import eagle3_files, weights
 from specjax.hub.json_files import read_json, reading
+from specjax.hub.location import locate
 from specjax.models.attachment import Attachment
+from specjax.models.eagle3 import Eagle3Layer
 from specjax.models.language_model import LanguageModel, Params
 from specjax.models.table import ATTACHMENTS, make_attachment
 from specjax.runtime import processes
@@ -67,7 +71,7 @@ class LoadedAttachment:
     Attributes:
       network: the attachment without parameters; `hub.model.Model` has this attribute too.
       params: its parameters.
-      target: fingerprint of the target that it was trained with.
+      target: fingerprint of the target that it was trained with; "" for a draft from other tools, which has none.
     """
 
     network: Attachment
@@ -75,22 +79,25 @@ class LoadedAttachment:
     target: str
 
     def check(self, target: str) -> None:
-        """Raises UserError unless `target` is the fingerprint of the target that it was trained with."""
-        if target != self.target:
+        """Raises UserError if the fingerprint is known and `target` is another one."""
+        if self.target and target != self.target:
             raise UserError(
                 f"this adapter belongs to another target (fingerprint {self.target[:8]}, this model's is "
                 f"{target[:8]}); load the target with which it was trained, as float32 or bfloat16"
             )
 
 
-def save(directory: str | Path, loaded: LoadedAttachment) -> None:
-    """Writes `adapter.safetensors` and `adapter_config.json`, replacing an earlier adapter's.
+def save(directory: str | Path, loaded: LoadedAttachment, *, target_name: str | None = None) -> None:
+    """Writes `adapter.safetensors` and `adapter_config.json`, replacing an earlier adapter's; for EAGLE-3, the files
+    that vLLM reads (see `save_eagle3`, also for `target_name`).
 
     Raises:
       UserError: if the directory holds other files or cannot be written.
     """
     from safetensors.numpy import save_file
 
+    if type(loaded.network) is Eagle3Layer:
+        return save_eagle3(directory, loaded, target_name=target_name)
     directory, network, config = Path(directory), type(loaded.network), loaded.network.config
     others = sorted(
         {path.name for path in directory.iterdir()} - {CONFIG_FILE, weights.SPECJAX_ADAPTER_FILE}
@@ -117,15 +124,55 @@ def save(directory: str | Path, loaded: LoadedAttachment) -> None:
         raise UserError(f"{directory} cannot be written ({error}); make room or choose another place") from None
 
 
+def save_eagle3(
+    directory: str | Path,
+    loaded: LoadedAttachment,
+    *,
+    layout: str = "speculators",
+    target_name: str | None = None,
+    embedding: Float[Array, "V D"] | None = None,
+) -> None:
+    """Writes an EAGLE-3 draft in a layout that other programs load, with `speculative_config.json` for vLLM.
+
+    Args:
+      layout: "speculators" for vLLM, or "sglang" for SGLang, SpecForge and vLLM.
+      target_name: path or hub name of the target, which readers of the layout "speculators" may look up.
+      embedding: the target's, to be stored with the draft, as the package `speculators` expects it; engines do without.
+
+    Raises:
+      UserError: for other attachments, if the layout cannot hold the draft, or if the directory holds other files or
+        cannot be written.
+    """
+    if not isinstance(loaded.network, Eagle3Layer):
+        raise UserError("other programs load EAGLE-3 drafts only; save this adapter with api.save_adapter")
+    leaves = jax.tree_util.tree_leaves_with_path(loaded.params)
+    arrays = {_name(path): np.asarray(leaf) for path, leaf in leaves}
+    how = {"layout": layout, "fingerprint": loaded.target, "target_name": target_name}
+    if embedding is not None:
+        arrays.setdefault("embedding", np.asarray(embedding))
+    eagle3_files.save(directory, loaded.network.config, arrays, **how)
+
+
 def holds_one(directory: str | Path) -> bool:
-    """Whether specjax wrote an adapter to this directory."""
-    return (Path(directory) / weights.SPECJAX_ADAPTER_FILE).is_file()
+    """Whether the directory holds an adapter of specjax, or a published draft that attaches to a target."""
+    return (Path(directory) / weights.SPECJAX_ADAPTER_FILE).is_file() or eagle3_files.holds_one(directory)
 
 
-def load(directory: str | Path, target: LanguageModel, *, shardings=None) -> LoadedAttachment:
+def load(
+    directory: str | Path,
+    target: LanguageModel,
+    target_params: Params | None = None,
+    *,
+    states_after: Sequence[int] = (),
+    shardings=None,
+) -> LoadedAttachment:
     """Reads an adapter and checks that its sizes match the target's; the caller checks the fingerprint.
 
     Args:
+      directory: what `save` wrote, or an EAGLE-3 draft from other tools, in a directory or on the Hugging Face hub.
+      target_params: with them, a draft that stores a copy of the target's embedding shares it with the target.
+      states_after: of an EAGLE-3 draft, the numbers of layers after which it reads the target's states, where its files
+        do not say it; () where they do.
       shardings: a function from the attachment to a tree of shardings; None puts it on the default device.
 
     Raises:
@@ -133,45 +180,57 @@ def load(directory: str | Path, target: LanguageModel, *, shardings=None) -> Loa
     """
     from safetensors.numpy import load_file
 
-    directory = Path(directory)
-    adapter, trained_with = describe(directory, target)
-    path = directory / weights.SPECJAX_ADAPTER_FILE
-    if not holds_one(directory):
-        raise UserError(f"there is no {path}; copy the adapter again")
-    with reading(str(path), "is damaged or cut short"):
-        stored = load_file(path)
+    directory = locate(directory)
+    published = eagle3_files.holds_one(directory)
+    if published:
+        adapter, trained_with, tensors = eagle3_files.describe(directory, target.config, target_params, states_after)
+    else:
+        adapter, trained_with = describe(directory, target, states_after)
     abstract = adapter.abstract_params()
-    expected = {
-        _name(path): _in_file(path, np.empty(leaf.shape)).shape
-        for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)
-    }
-    if expected != {name: values.shape for name, values in stored.items()}:
-        raise UserError(
-            f"the tensors in {path} have other names or shapes than this adapter on this target; load the target "
-            "with which it was trained"
-        )
+    leaves = jax.tree_util.tree_leaves_with_path(abstract)
+    if published:
+        stored = eagle3_files.read_arrays(directory, tensors, {_name(path): leaf.shape for path, leaf in leaves})
+        in_memory = lambda path: stored[_name(path)]
+    else:
+        path = directory / weights.SPECJAX_ADAPTER_FILE
+        if not path.is_file():
+            raise UserError(f"there is no {path}; copy the adapter again")
+        with reading(str(path), "is damaged or cut short"):
+            stored = load_file(path)
+        expected = {_name(path): _in_file(path, np.empty(leaf.shape)).shape for path, leaf in leaves}
+        if expected != {name: values.shape for name, values in stored.items()}:
+            raise UserError(
+                f"the tensors in {path} have other names or shapes than this adapter on this target; load the target "
+                "with which it was trained"
+            )
+        in_memory = lambda path: _in_file(path, stored[_name(path)])
     dtype = dtype_named(adapter.config.target.param_dtype)
-    params = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jnp.asarray(_in_file(path, stored[_name(path)])).astype(dtype), abstract
-    )
+    params = jax.tree_util.tree_map_with_path(lambda path, _: jnp.asarray(in_memory(path)).astype(dtype), abstract)
     params = params if shardings is None else jax.device_put(params, shardings(adapter))
     return LoadedAttachment(adapter, params, trained_with)
 
 
-def describe(directory: Path, target: LanguageModel) -> tuple[Attachment, str]:
-    """Reads `adapter_config.json`: the attachment for this target, and the fingerprint of the target it belongs to.
+def describe(directory: str | Path, target: LanguageModel, states_after: Sequence[int] = ()) -> tuple[Attachment, str]:
+    """The attachment in a directory for this target, and the fingerprint of the target it belongs to, "" if unknown.
 
-    The file's `type` is a key of `ATTACHMENTS`, or "path/to/file.py:Name" of a user's own class; default: "adapter".
+    In `adapter_config.json`, `type` is a key of `ATTACHMENTS`, or "path/to/file.py:Name" of a user's own class; without
+    it, the type is "adapter".
 
     Raises:
       UserError: for a file that is missing, damaged or not from specjax, or whose class cannot be found.
     """
+    directory = locate(directory)
+    if eagle3_files.holds_one(directory):
+        return eagle3_files.describe(directory, target.config, states_after=states_after)[:2]
     path, fields = directory / CONFIG_FILE, read_json(directory / CONFIG_FILE)
     if fields.get("format") != _FORMAT:
         raise UserError(f'{path} has no "format": "{_FORMAT}"; name a directory that specjax wrote an adapter to')
     options = {name: value for name, value in fields.items() if name not in _FIELDS}
     with prefixed(f"{path}: "), reading("the description"):
-        return make_attachment(fields.get("type", "adapter"), target.config, options), fields["target"]["fingerprint"]
+        attachment = make_attachment(fields.get("type", "adapter"), target.config, options)
+        if states_after and tuple(states_after) != attachment.taps:
+            raise UserError(f"states_after is {tuple(states_after)}, and the file says {attachment.taps}; leave it out")
+        return attachment, fields["target"]["fingerprint"]
 
 
 def _name(path) -> str:

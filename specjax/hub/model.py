@@ -16,6 +16,7 @@ from specjax.hub import load as hub_load
 from specjax.hub import save as hub_save
 from specjax.hub.location import locate
 from specjax.hub.tokenizer import Tokenizer, check_same_tokens
+from specjax.hub.tokenizer_files import JSON_FILE, SENTENCEPIECE_FILES
 from specjax.models.language_model import LanguageModel, consecutive
 from specjax.models.vocabulary import DraftVocabulary
 from specjax.runtime import mesh as meshes
@@ -139,8 +140,15 @@ def save(model: Model, directory: str | Path, *, full_head: bool = False) -> Non
     hub_save.save(directory, decoder, params, model.tokenizer)
 
 
-def load_adapter(directory: str | Path, target: Model) -> hub_adapter.LoadedAttachment:
+def load_adapter(
+    directory: str | Path, target: Model, *, states_after: Sequence[int] = ()
+) -> hub_adapter.LoadedAttachment:
     """Loads an adapter that was trained on this target onto the target's devices.
+
+    Args:
+      directory: an adapter or heads of specjax, or an EAGLE-3 draft in the layout of SGLang and SpecForge or of
+        `speculators`, here or on the Hugging Face hub.
+      states_after: for EAGLE-3 drafts whose files leave open what their layer ids mean, see `hub.adapter.load`.
 
     Raises:
       UserError: for files that are missing or damaged, and for an adapter of another target.
@@ -148,8 +156,11 @@ def load_adapter(directory: str | Path, target: Model) -> hub_adapter.LoadedAtta
     shardings = None
     if target.mesh is not None:
         shardings = lambda adapter: meshes.shardings(adapter.axes(), target.mesh)
-    loaded = hub_adapter.load(directory, target.decoder, shardings=shardings)
+    directory = locate(directory)
+    loaded = hub_adapter.load(directory, target.decoder, target.params, states_after=states_after, shardings=shardings)
     loaded.check(target.fingerprint)
+    if any((directory / name).is_file() for name in (JSON_FILE, *SENTENCEPIECE_FILES)):
+        check_same_tokens(target.tokenizer, Tokenizer.load(directory))
     return loaded
 
 

@@ -1,11 +1,12 @@
 """Writes a model as a Hugging Face directory that transformers and `hub.load` read."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,6 @@ def save(
       UserError: if the directory holds other files or cannot be written, the tokenizer has more ids than the model, or
         the parameters are not those of the decoder.
     """
-    directory = Path(directory).absolute()
-    _check_target(directory)
     config = decoder.config
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
@@ -61,30 +60,41 @@ def save(
     if max_shard_bytes < 1:
         raise UserError(f"max_shard_bytes must be at least 1, got {max_shard_bytes}")
     _check_params(decoder, params)
+    with replacing(directory, lambda name: name in FILES or bool(_SHARDED.fullmatch(name))) as new:
+        _write(new, config, tokenizer)
+        _write_weights(new, decoder, params, max_shard_bytes)
+
+
+@contextlib.contextmanager
+def replacing(directory: str | Path, is_ours: Callable[[str], bool]) -> Iterator[Path]:
+    """A context with an empty folder to write to, which then takes the place of `directory`.
+
+    Args:
+      is_ours: whether a file of this name belongs to an earlier export.
+
+    Raises:
+      UserError: if the directory holds other files, or cannot be written.
+    """
+    directory = Path(directory).absolute()
+    if directory.exists():
+        if not directory.is_dir():
+            raise UserError(f"{directory} is a file; name a directory to export to")
+        others = sorted(entry.name for entry in directory.iterdir() if not is_ours(entry.name))
+        if others:
+            raise UserError(f"{directory} holds files of another kind ({others[0]}); export to a directory of its own")
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     except OSError as error:
         raise UserError(f"{directory.parent} cannot be written ({error}); choose another place") from None
     try:
-        _write(temporary / "new", config, tokenizer)
-        _write_weights(temporary / "new", decoder, params, max_shard_bytes)
+        (temporary / "new").mkdir()
+        yield temporary / "new"
         _replace(directory, temporary)
     except OSError as error:
         raise UserError(f"{directory} cannot be written ({error}); make room or choose another place") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _check_target(directory: Path) -> None:
-    """Raises UserError if the directory holds anything but an earlier export."""
-    if not directory.exists():
-        return
-    if not directory.is_dir():
-        raise UserError(f"{directory} is a file; name a directory to export to")
-    others = sorted(e.name for e in directory.iterdir() if e.name not in FILES and not _SHARDED.fullmatch(e.name))
-    if others:
-        raise UserError(f"{directory} holds files of another kind ({others[0]}); export to a directory of its own")
 
 
 def _check_params(decoder: LanguageModel, params: Params) -> None:

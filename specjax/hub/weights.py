@@ -13,6 +13,12 @@ INDEX_FILE = "model.safetensors.index.json"
 
 SPECJAX_ADAPTER_FILE = "adapter.safetensors"
 
+# What to do with a directory that holds an adapter.
+ATTACH = (
+    "load that model, and give this directory to the drafter of kind kangaroo, medusa, eagle3 or block_parallel "
+    "(api.load_adapter(DIRECTORY, target))"
+)
+
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 
@@ -72,8 +78,7 @@ def refuse_adapter(directory: Path) -> None:
     """Raises UserError if the directory holds an adapter, which is not a complete model."""
     if (directory / SPECJAX_ADAPTER_FILE).exists():
         raise UserError(
-            f"{directory} holds an adapter ({SPECJAX_ADAPTER_FILE}) that drafts for another model; load that model, "
-            "and give this directory to the drafter of kind kangaroo, medusa, eagle3 or block_parallel"
+            f"{directory} holds an adapter ({SPECJAX_ADAPTER_FILE}) that drafts for another model; {ATTACH}"
         )
     for name in _ADAPTER_FILES:
         if (directory / name).exists():

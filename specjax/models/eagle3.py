@@ -14,9 +14,10 @@ from specjax.models import kv_cache, layers
 from specjax.models.attachment import Attachment, AttachmentConfig, States, last_state
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
-from specjax.models.language_model import Params, Prediction, consecutive, fit_logits
+from specjax.models.language_model import Params, Prediction, consecutive, fit_logits, look_up
 from specjax.models.rotary import angles, rotate, text_lengths
 from specjax.runtime import mesh as meshes
+from specjax.runtime.dtypes import dtype_named
 from specjax.runtime.errors import UserError
 
 # Weight of a drafting step's loss relative to the preceding step's.
@@ -35,6 +36,11 @@ class Eagle3Config(AttachmentConfig):
       norm_before_residual: whether the layer's residual is the normed hidden state.
       fc_norm: whether each of the target's states is normed before the projection (EAGLE-3.1).
       norm_output: whether drafting continues from the normed output of the layer (EAGLE-3.1).
+      norm_before_fc: whether one norm over all of the target's states together precedes the projection.
+      layer: sizes, rotary positions and biases of the layer; None is `one_layer` of the target.
+      own_embedding: whether the draft has a table of token embeddings; by default it reads the target's.
+
+    The last three have no keys in a config: only drafts of other tools differ in them (see `hub.eagle3_files`).
     """
 
     states_after: Sequence[int] = ()
@@ -42,6 +48,9 @@ class Eagle3Config(AttachmentConfig):
     norm_before_residual: bool = False
     fc_norm: bool = False
     norm_output: bool = False
+    norm_before_fc: bool = False
+    layer: DecoderConfig | None = None
+    own_embedding: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -52,21 +61,32 @@ class Eagle3Config(AttachmentConfig):
         if self.steps < 1:
             raise UserError(f"eagle3.steps is {self.steps}; training must draft 1 token or more")
 
+    @classmethod
+    def options(cls) -> list[str]:
+        """Names of the fields that a config sets."""
+        return [name for name in super().options() if name not in ("norm_before_fc", "layer", "own_embedding")]
+
     @property
     def inner(self) -> DecoderConfig:
-        """The layer as a decoder."""
-        return self.one_layer()
+        """The layer as a decoder, in the target's dtypes."""
+        same = {name: getattr(self.target, name) for name in ("param_dtype", "compute_dtype")}
+        return self.one_layer() if self.layer is None else dataclasses.replace(self.layer, **same)
 
 
 class Eagle3Module(nnx.Module):
     """Parameters and forward pass."""
 
     def __init__(self, config: Eagle3Config, rngs: nnx.Rngs):
-        inner, width, count = config.inner, config.target.width, len(config.states_after)
+        inner, width, count = config.inner, config.inner.width, len(config.states_after)
+        states = count * config.target.width
         make = functools.partial(layers.Linear, dtype=inner.param_dtype, rngs=rngs)
-        norm = lambda: layers.make_norm(inner, width)
-        self.state_norms = nnx.List([norm() for _ in range(count)]) if config.fc_norm else None
-        self.project = make(count * width, width, ("embed", None), (count * width) ** -0.5)
+        norm = lambda size=width: layers.make_norm(inner, size)
+        self.state_norms = nnx.List([norm(config.target.width) for _ in range(count)]) if config.fc_norm else None
+        self.states_norm = norm(states) if config.norm_before_fc else None
+        if config.own_embedding:
+            table = jax.random.normal(rngs.params(), (inner.vocab_size, width), jnp.float32) * width**-0.5
+            self.embedding = nnx.Param(table.astype(dtype_named(inner.param_dtype)), axes=("vocab", "embed"))
+        self.project = make(states, width, ("embed", None), states**-0.5)
         self.embedding_norm, self.hidden_norm = norm(), norm()
         # It reads the token's embedding and the hidden state, one after the other.
         self.attention = layers.Attention(inner, 0, rngs, inputs=2 * width)
@@ -78,7 +98,11 @@ class Eagle3Module(nnx.Module):
     def fuse(self, states):
         if self.state_norms is not None:
             states = [norm(state) for norm, state in zip(self.state_norms, states, strict=True)]
-        return self.project(jnp.concatenate(states, axis=-1))
+        states = jnp.concatenate(states, axis=-1)
+        return self.project(states if self.states_norm is None else self.states_norm(states))
+
+    def embed(self, tokens):
+        return look_up(self.embedding[...], tokens).astype(dtype_named(self.config.inner.compute_dtype))
 
     def _inputs(self, embedded, hidden):
         """The input of attention, and the residual."""
@@ -118,15 +142,19 @@ class Eagle3Module(nnx.Module):
         keys, values, outputs, hidden = [], [], [], fused
         for step in range(steps):
             inputs, residual = self._inputs(embedded, _later(hidden, 1))
-            queries = rotate(split(self.attention.query(inputs)), rotation)
-            keys.append(rotate(split(self.attention.key(inputs)), rotation))
-            values.append(split(self.attention.value(inputs)))
+            attention = self.attention
+            query, key = split(attention.query(inputs)), split(attention.key(inputs))
+            if attention.query_norm is not None:
+                query, key = attention.query_norm(query), attention.key_norm(key)
+            queries = rotate(query, rotation)
+            keys.append(rotate(key, rotation))
+            values.append(split(attention.value(inputs)))
             visible = (slots <= positions[..., None] - step) & _readable(slots, positions)
             own = [
                 (_later(k, step - j, axis=2), _later(v, step - j, axis=2)) for j, (k, v) in _after_first(keys, values)
             ]
             mixed = _attend(queries, keys[0], values[0], visible, own, layers.query_scale(self.config.inner))
-            outputs.append(self._output(residual, self.attention.output(layers.join_heads(mixed))))
+            outputs.append(self._output(residual, attention.output(layers.join_heads(mixed))))
             hidden = self.fed_back(outputs[-1])
         return outputs
 
@@ -199,9 +227,18 @@ class Eagle3Layer(Attachment):
     def start(self, batch: int, capacity: int) -> kv_cache.Cache:
         return kv_cache.zeros(self.config.inner, batch, capacity)
 
-    def fuse(self, params: Params, states: States) -> Float[Array, "B T D"]:
-        """g, from the target's states after each of `taps`."""
+    def fuse(self, params: Params, states: States) -> Float[Array, "B T E"]:
+        """g, of the layer's width, from the target's states after each of `taps`."""
         return self.bind(params).fuse(states)
+
+    def embed(
+        self, params: Params, target: Decoder, target_params: Params, tokens: Int[Array, "B T"], positions
+    ) -> Float[Array, "B T D"]:
+        """The tokens' embeddings from the draft's own table, or from the target's without its scale, as engines do."""
+        if self.config.own_embedding:
+            return self.bind(params).embed(tokens)
+        config = dataclasses.replace(target.config, embedding_scale=1.0)
+        return dataclasses.replace(target, config=config).bind(target_params).embed(tokens, positions)
 
     def draft_step(
         self,
@@ -213,7 +250,7 @@ class Eagle3Layer(Attachment):
         positions: Int[Array, "B T"],
     ) -> tuple[Float[Array, "B T D"], kv_cache.Cache]:
         """o at these tokens, from h at the token before each, and the cache with their keys and values."""
-        embedded = Decoder(self.config.target).bind(target_params).embed(tokens, positions)
+        embedded = self.embed(params, Decoder(self.config.target), target_params, tokens, positions)
         return self.bind(params).extend(cache, embedded, hidden, positions)
 
     def fed_back(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -224,7 +261,7 @@ class Eagle3Layer(Attachment):
         self, params: Params, target: Decoder, target_params: Params, states: States, tokens: Int[Array, "B T"]
     ) -> Float[Array, "B T E"]:
         module = self.bind(params)
-        embedded = meshes.pin_rows(target.bind(target_params).embed(tokens, consecutive(tokens)))
+        embedded = meshes.pin_rows(self.embed(params, target, target_params, tokens, consecutive(tokens)))
         fused = meshes.pin_rows(module.fuse(states))
         return jnp.concatenate(module.unrolled(embedded, fused, self.config.steps), axis=-1)
 
@@ -233,5 +270,5 @@ class Eagle3Layer(Attachment):
     ) -> Float[Array, "B T_times_predictions W"]:
         """Float32 logits of every step; those of one position are adjacent."""
         module, batch = self.bind(params), hidden.shape[0]
-        logits = module.unembedding.logits(module.norm(hidden.reshape(batch, -1, self.config.target.width)))
+        logits = module.unembedding.logits(module.norm(hidden.reshape(batch, -1, self.config.inner.width)))
         return logits if self.config.vocabulary is not None else fit_logits(logits, target.vocab_size)

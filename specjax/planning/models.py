@@ -1,7 +1,7 @@
 """The models of a config as shapes with shardings, from `config.json` files or from earlier stages of the plan."""
 
 import dataclasses
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -55,10 +55,10 @@ class ModelCatalog:
         config = dataclasses.replace(model.config, param_dtype=param_dtype, compute_dtype=compute_dtype)
         return dataclasses.replace(model, config=config)
 
-    def attachment(self, name: str, target: LanguageModel) -> Attachment:
-        """The attachment called `name`, for this target."""
+    def attachment(self, name: str, target: LanguageModel, states_after: Sequence[int] = ()) -> Attachment:
+        """The attachment called `name`, for this target; `states_after` as in `hub.adapter.load`."""
         if not name.startswith(_STAGE):
-            return hub_adapter.describe(Path(name), target)[0]
+            return hub_adapter.describe(name, target, states_after)[0]
         draft = self._of_stage(name)
         if not isinstance(draft, AttachedDraft):
             raise UserError(f'"{name}" trains a separate model, not an adapter; set its model.init to "adapter"')
@@ -103,9 +103,11 @@ class ModelCatalog:
             model.check_split(mesh)
         return hub_model.Model(model, placed(model, mesh, replicate=replicate), None, mesh)
 
-    def attached(self, name: str, target: hub_model.Model) -> hub_adapter.LoadedAttachment:
+    def attached(
+        self, name: str, target: hub_model.Model, states_after: Sequence[int] = ()
+    ) -> hub_adapter.LoadedAttachment:
         """An adapter as an evaluation loads it, with shapes in place of parameters."""
-        attachment = self.attachment(name, target.decoder)
+        attachment = self.attachment(name, target.decoder, states_after)
         return hub_adapter.LoadedAttachment(attachment, placed(attachment, target.mesh), "")
 
 

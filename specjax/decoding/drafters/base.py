@@ -240,6 +240,7 @@ class DrafterOptions:
       costs: for `adaptive`, the seconds of drafting one token and of verifying it, relative to a plain decoding step;
         if empty, an evaluation measures them.
       loads: what the drafter's `path` names: "model", "attachment" (an adapter or heads), or "" for nothing.
+      states_after: for loading a draft whose files leave open which of the target's states it reads, see `Eagle3`.
       threshold: drafting stops after a token whose distribution has a largest probability below this; 0 never stops.
       vocabulary: the only ids that the draft can draft; None for all.
       draft_sample_method: how tokens are drafted above temperature 0, see `StoppingOptions`.
@@ -248,6 +249,7 @@ class DrafterOptions:
     adaptive: bool = False
     costs: Sequence[float] = ()
     loads: ClassVar[str] = ""
+    states_after: ClassVar[Sequence[int]] = ()
     threshold: ClassVar[float] = 0.0
     vocabulary: ClassVar[DraftVocabulary | None] = None
     draft_sample_method: ClassVar[str] = SAMPLE_METHODS[0]

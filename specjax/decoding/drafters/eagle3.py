@@ -1,6 +1,7 @@
 """EAGLE-3 (arXiv 2503.01840) as a chain: one layer on the target's hidden states drafts from its own states."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,16 +14,28 @@ from specjax.models import kv_cache
 from specjax.models.eagle3 import Eagle3Layer
 from specjax.models.language_model import LanguageModel
 from specjax.runtime.dtypes import dtype_named
+from specjax.runtime.errors import UserError
 from specjax.runtime.mesh import axes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Eagle3(HeadOptions):
-    """Options of an EAGLE-3 draft."""
+    """Options of an EAGLE-3 draft.
 
+    Attributes:
+      states_after: the numbers of layers after which it reads the target's states; () for what its files say. Those of
+        other tools do not always say it, see `hub.eagle3_config`.
+    """
+
+    states_after: Sequence[int] = ()
     loads = "attachment"
 
     def build(self, target: LanguageModel, gamma: int, loaded: Eagle3Layer) -> "Eagle3Drafter":
+        if self.states_after and self.states_after != loaded.taps:
+            raise UserError(
+                f"states_after is {self.states_after}, and the draft was loaded with {loaded.taps}; give it to "
+                "api.load_adapter too"
+            )
         return Eagle3Drafter(target, loaded, gamma, self.stops)
 
 
@@ -66,7 +79,7 @@ class Eagle3Drafter(Drafter):
         return self.network.taps
 
     def start(self, params, target_params, prompts: Prompts) -> Eagle3State:
-        config, batch = self.target.config, prompts.lengths.shape[0]
+        config, batch = self.network.config.inner, prompts.lengths.shape[0]
         features = jnp.zeros((batch, prompts.capacity, config.width), dtype_named(config.compute_dtype))
         return Eagle3State(self.network.start(batch, prompts.capacity), features)
 

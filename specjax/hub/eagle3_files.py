@@ -1,0 +1,190 @@
+"""Reads and writes directories of EAGLE-3 drafts in published layouts, see `hub.eagle3_config`."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specjax.hub import eagle3_config, weights
+from specjax.hub import load as hub_load
+from specjax.hub import save as hub_save
+from specjax.hub.json_files import read_json, reading
+from specjax.hub.weights import Stored
+from specjax.models.config import DecoderConfig
+from specjax.models.eagle3 import Eagle3Config, Eagle3Layer
+from specjax.models.language_model import Params
+from specjax.models.vocabulary import DraftVocabulary, draft_vocabulary
+from specjax.runtime.errors import UserError, prefixed
+
+# What `vllm serve --speculative-config` takes.
+ENGINE_FILE = "speculative_config.json"
+FILES = (hub_load.CONFIG_FILE, weights.FILE, ENGINE_FILE)
+_EMBEDDING = "embed_tokens.weight"
+# Path of our array -> name of the tensor, in the layout "speculators".
+_LAYER = {
+    "embedding_norm.scale": "input_layernorm.weight",
+    "hidden_norm.scale": "hidden_norm.weight",
+    "mlp_norm.scale": "post_attention_layernorm.weight",
+    "attention.query_norm.scale": "self_attn.q_norm.weight",
+    "attention.key_norm.scale": "self_attn.k_norm.weight",
+    **{
+        f"{ours}.{kind}": f"{name}.{'weight' if kind == 'kernel' else kind}"
+        for ours, name in (
+            *(("attention.query", "self_attn.q_proj"), ("attention.key", "self_attn.k_proj")),
+            *(("attention.value", "self_attn.v_proj"), ("attention.output", "self_attn.o_proj")),
+            *(("mlp.gate", "mlp.gate_proj"), ("mlp.up", "mlp.up_proj"), ("mlp.down", "mlp.down_proj")),
+        )
+        for kind in ("kernel", "bias")
+    },
+}
+_OTHERS = {
+    "project.kernel": "fc.weight",
+    "states_norm.scale": "input_norm.weight",
+    "norm.scale": "norm.weight",
+    "unembedding.kernel": "lm_head.weight",
+    "embedding": _EMBEDDING,
+}
+# Tensors that are not parameters of the draft: the target's, and tables that follow from the config.
+_IGNORED = ("verifier_lm_head.weight", "verifier_norm.weight", "rotary_emb.inv_freq", "mask_hidden")
+
+
+def tensor_name(path: str, layout: str = "speculators") -> str:
+    """The name of the tensor that holds our array at this path, keys joined by dots."""
+    if path in _OTHERS:
+        return _OTHERS[path]
+    if path.startswith("state_norms."):
+        return f"fc_norm.{path.split('.')[1]}.weight"
+    return ("midlayer." if layout == "sglang" else "layers.0.") + _LAYER[path]
+
+
+def holds_one(directory: str | Path) -> bool:
+    """Whether the directory holds a draft of any architecture that attaches to a target."""
+    path = Path(directory) / hub_load.CONFIG_FILE
+    return path.is_file() and eagle3_config.is_draft(read_json(path))
+
+
+def describe(
+    directory: Path, target: DecoderConfig, target_params: Params | None = None, states_after: Sequence[int] = ()
+) -> tuple[Eagle3Layer, str, dict[str, Stored]]:
+    """The draft in a directory without its parameters, its target's fingerprint, and the stored tensors by name.
+
+    Args:
+      target_params: with them, a stored copy of the target's embedding is not part of the draft.
+      states_after: see `eagle3_config.read`.
+
+    Returns:
+      the fingerprint is "" if the files do not say it; names are those of `tensor_name`.
+
+    Raises:
+      UserError: for damaged files, another architecture, and a draft of another target (which of hidden size,
+        tokenizer, layers).
+    """
+    path = directory / hub_load.CONFIG_FILE
+    fields = read_json(path)
+    with prefixed(f"{path}: "):
+        eagle3_config.layout_of(fields)
+    stored = {
+        name.removeprefix("model.").replace("midlayer.", "layers.0."): tensor
+        for name, tensor in weights.stored_in(directory).items()
+        if not name.endswith(_IGNORED)
+    }
+    to_draft = stored.pop("t2d", None)
+    size = to_draft and to_draft.shape[0]
+    vocabulary = _vocabulary(directory, stored.pop("d2t", None), to_draft, size or target.vocab_size)
+    own = _EMBEDDING in stored and not _is_targets(stored[_EMBEDDING], target_params)
+    if not own:
+        stored.pop(_EMBEDDING, None)
+    how = {"vocab_size": size, "vocabulary": vocabulary, "own_embedding": own, "states_after": states_after}
+    with prefixed(f"{path}: "), reading("the description"):
+        config = eagle3_config.read(fields, target, **how)
+        fingerprint = fields.get(eagle3_config.OURS, {}).get("target", {}).get("fingerprint", "")
+    return Eagle3Layer(config), fingerprint, stored
+
+
+def _vocabulary(
+    directory: Path, offsets: Stored | None, to_draft: Stored | None, vocab_size: int
+) -> DraftVocabulary | None:
+    """The ids of the head's columns, which "d2t" holds as id - column. "t2d" marks the same ids among the target's."""
+    if offsets is None:
+        return None
+    ids = _values(offsets).astype(np.int64)
+    ids = ids + np.arange(len(ids))
+    if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
+        worst = ids.min() if ids.min() < 0 else ids.max()
+        raise UserError(
+            f"d2t in {directory} names id {worst}, and the target has the ids 0 .. {vocab_size - 1}; take the draft "
+            "of this target"
+        )
+    with prefixed(f"d2t in {directory}: "):
+        vocabulary = draft_vocabulary(ids)
+    if to_draft is not None and not np.array_equal(np.flatnonzero(_values(to_draft)), ids):
+        raise UserError(f"d2t and t2d in {directory} name different ids; copy the draft again")
+    return None if len(ids) == vocab_size else vocabulary
+
+
+def _values(stored: Stored) -> np.ndarray:
+    with reading(str(stored.file), "is damaged or cut short"), stored.open() as values:
+        return values[...]
+
+
+def _is_targets(stored: Stored, target_params: Params | None) -> bool:
+    """Whether a stored embedding is the target's, in bfloat16, or was never written (all of it is NaN)."""
+    if target_params is None or stored.shape != target_params["embedding"].shape:
+        return False
+    rounded = lambda table: jnp.asarray(table).astype(jnp.bfloat16)
+    same = lambda ours, theirs: jnp.all(rounded(ours) == rounded(theirs)) | jnp.all(jnp.isnan(theirs))
+    return bool(jax.jit(same)(target_params["embedding"], _values(stored)))
+
+
+def read_arrays(directory: Path, stored: Mapping[str, Stored], shapes: Mapping[str, tuple]) -> dict[str, np.ndarray]:
+    """The values of each array by our path. Raises UserError for tensors of other names or shapes."""
+    expected = {tensor_name(path): shape for path, shape in shapes.items()}
+    for name in sorted(expected.keys() ^ stored.keys()):
+        how = "lack" if name in expected else "also hold"
+        raise UserError(f"the weights in {directory} {how} {name}; take the complete directory of the draft")
+    for name, shape in expected.items():
+        if stored[name].shape != shape:
+            raise UserError(
+                f"{name} in {directory} has shape {list(stored[name].shape)} where its config and this target describe "
+                f"{list(shape)}; load the target that it was trained for"
+            )
+    return {path: _values(stored[tensor_name(path)]) for path in shapes}
+
+
+def save(
+    directory: str | Path,
+    config: Eagle3Config,
+    arrays: Mapping[str, np.ndarray],
+    *,
+    layout: str,
+    fingerprint: str,
+    target_name: str | None = None,
+) -> None:
+    """Writes a draft's directory, with a file for `vllm serve --speculative-config`.
+
+    Args:
+      arrays: the parameters by path, in the layout of memory.
+      layout, fingerprint, target_name: see `eagle3_config.write`.
+
+    Raises:
+      UserError: if the layout cannot hold the draft, or the directory holds other files or cannot be written.
+    """
+    from safetensors.numpy import save_file
+
+    directory = Path(directory).absolute()
+    architecture = hub_load.FAMILIES[config.target.family].architecture
+    fields = eagle3_config.write(
+        config, layout, fingerprint=fingerprint, target_name=target_name, target_architecture=architecture
+    )
+    tensors = {tensor_name(path, layout): np.ascontiguousarray(values) for path, values in arrays.items()}
+    if config.vocabulary is not None:
+        ids = config.vocabulary.ids.astype(np.int64)
+        tensors |= {"d2t": ids - np.arange(len(ids)), "t2d": np.isin(np.arange(config.target.vocab_size), ids)}
+    engine = {"method": "eagle3", "model": str(directory), "num_speculative_tokens": config.steps}
+    with hub_save.replacing(directory, FILES.__contains__) as new:
+        save_file(tensors, new / weights.FILE, metadata={"format": "pt"})
+        for name, content in ((hub_load.CONFIG_FILE, fields), (ENGINE_FILE, engine)):
+            (new / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
