@@ -74,7 +74,7 @@ def read(
     layout, ours = layout_of(fields), fields.get(OURS) or {}
     layer = _layer(fields, layout)
     eagle = fields.get("eagle_config") or {}
-    width = base.number(fields, "target_hidden_size", int, absent=layer.width)
+    width = base.value_of(fields, "target_hidden_size", int, absent=layer.width)
     size = vocab_size or layer.vocab_size
     if width != target.width:
         raise UserError(f"the draft reads hidden states of size {width}, this target's have {target.width}; {_RETRAIN}")
@@ -89,7 +89,7 @@ def read(
         raise UserError('"use_aux_hidden_state" is false, which is not supported; only drafts on several layers are')
     if layout == "speculators" and "norm_before_residual" not in fields:
         raise UserError('"norm_before_residual" is missing, and programs assume different values; add it')
-    switches = {name: base.flag({**eagle, **fields}, name, absent=False) for name in _SWITCHES}
+    switches = {name: base.value_of({**eagle, **fields}, name, bool, absent=False) for name in _SWITCHES}
     if switches["fc_norm"] and switches["norm_before_fc"]:
         raise UserError('"fc_norm" and "norm_before_fc" are both true; one of them is wrong')
     after = _states_after(fields, layout, target.layers, tuple(states_after))

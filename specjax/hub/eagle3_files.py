@@ -11,6 +11,7 @@ import numpy as np
 from specjax.hub import eagle3_config, weights
 from specjax.hub import load as hub_load
 from specjax.hub import save as hub_save
+from specjax.hub.families import llama
 from specjax.hub.json_files import read_json, reading
 from specjax.hub.weights import Stored
 from specjax.models.config import DecoderConfig
@@ -23,23 +24,8 @@ from specjax.runtime.errors import UserError, prefixed
 ENGINE_FILE = "speculative_config.json"
 FILES = (hub_load.CONFIG_FILE, weights.FILE, ENGINE_FILE)
 _EMBEDDING = "embed_tokens.weight"
-# Path of our array -> name of the tensor, in the layout "speculators".
-_LAYER = {
-    "embedding_norm.scale": "input_layernorm.weight",
-    "hidden_norm.scale": "hidden_norm.weight",
-    "mlp_norm.scale": "post_attention_layernorm.weight",
-    "attention.query_norm.scale": "self_attn.q_norm.weight",
-    "attention.key_norm.scale": "self_attn.k_norm.weight",
-    **{
-        f"{ours}.{kind}": f"{name}.{'weight' if kind == 'kernel' else kind}"
-        for ours, name in (
-            *(("attention.query", "self_attn.q_proj"), ("attention.key", "self_attn.k_proj")),
-            *(("attention.value", "self_attn.v_proj"), ("attention.output", "self_attn.o_proj")),
-            *(("mlp.gate", "mlp.gate_proj"), ("mlp.up", "mlp.up_proj"), ("mlp.down", "mlp.down_proj")),
-        )
-        for kind in ("kernel", "bias")
-    },
-}
+# Path of our module -> its name in the layer; of our array outside the layer -> the name of its tensor.
+_LAYER = llama.MODULES | {"embedding_norm": "input_layernorm", "hidden_norm": "hidden_norm"}
 _OTHERS = {
     "project.kernel": "fc.weight",
     "states_norm.scale": "input_norm.weight",
@@ -57,7 +43,9 @@ def tensor_name(path: str, layout: str = "speculators") -> str:
         return _OTHERS[path]
     if path.startswith("state_norms."):
         return f"fc_norm.{path.split('.')[1]}.weight"
-    return ("midlayer." if layout == "sglang" else "layers.0.") + _LAYER[path]
+    module, _, kind = path.rpartition(".")
+    layer = "midlayer" if layout == "sglang" else "layers.0"
+    return f"{layer}.{_LAYER[module]}.{'bias' if kind == 'bias' else 'weight'}"
 
 
 def holds_one(directory: str | Path) -> bool:
