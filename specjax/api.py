@@ -180,8 +180,7 @@ def generate(
         "early_exit" or `EarlyExit(exit_layer=2)`, `SkipLayers(skipped=(1, 3))`; or None for plain decoding.
       gamma: maximum number of drafted tokens per block.
       min_p: sample from tokens with at least this share of the largest probability, after top_k and top_p; 0 is off.
-      rule: "lossless", "block", "coupled", `Lossy("typical", 0.5)` or another lossy rule of `RULES`, or an exact Rule
-        of yours.
+      rule: "lossless", "block", "coupled", `Lossy("typical", 0.5)` or another of `RULES`, or an exact Rule of yours.
       eos_ids: ids that end a text; None uses the tokenizer's, () uses none.
       stop: strings before which a text ends, also where they span several tokens.
       samples: number of texts per prompt, each with its own random numbers; the first is that of `samples=1`.
