@@ -52,8 +52,9 @@ def get_config(variant: str = "") -> ConfigDict:
     # Kinds: model, kangaroo, medusa, eagle3 and block_parallel (with a path), ngram (shortest, longest), early_exit
     # (exit_layer), skip_layers (skipped: layers left out, or the workdir of configs/kangaroo/choose_layers.py), or
     # "file.py:Class". eagle3 reads drafts of other tools too, see configs/export/README.md for its `states_after`.
-    # Each may have a `threshold`. With `adaptive: True` each row drafts as many tokens, up to gamma, as have
-    # paid so far, by `costs` of a drafted token and of verifying it, relative to a plain step; () measures them first.
+    # Each may have a `threshold`. With `adaptive: True` each block drafts as many tokens, up to gamma, as pay in the
+    # batch by its acceptance so far and `costs` of a drafted token and of verifying it, relative to a plain step; ()
+    # measures them first.
     config.drafters = ConfigDict(
         {
             "draft": {"kind": "model", "path": config.drafter.get_ref("path"), "rules": rules},

@@ -1,6 +1,7 @@
 """The adaptive draft length: its output distribution, what it learns from, when it stops and retries, what it costs."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,11 @@ import pytest
 import test_kangaroo
 import tiny
 from enumeration import Tables, block_distribution
-from lossless import COUPLED, EOS, GREEDY, SMALL_GAMMA, compare_with_plain, one_block, p_value
+from lossless import COUPLED, GREEDY, SMALL_GAMMA, compare_with_plain, one_block, p_value
 
 from specjax.decoding import loop
 from specjax.decoding.drafters import adaptive
-from specjax.decoding.drafters.adaptive import AdaptiveDrafter, Evidence, best_lengths, block_costs
+from specjax.decoding.drafters.adaptive import AdaptiveDrafter, Evidence, best_width, block_costs
 from specjax.decoding.drafters.base import Drafter, Outcome, Proposal
 from specjax.decoding.prefill import compiled_prefill
 from specjax.decoding.rules import Lossless
@@ -28,8 +29,12 @@ GAMMA = 4
 # --- what is picked ------------------------------------------------------------------------------------------------
 
 
-def picked(reached, accepted, costs):
-    return int(best_lengths(*(jnp.asarray([x], jnp.float32) for x in (reached, accepted)), jnp.asarray(costs))[0])
+def picked(reached, accepted, costs, live=None, available=None):
+    """The width of a block of one row, or of rows if counts are of several."""
+    reached, accepted = (np.atleast_2d(np.asarray(each, np.float32)) for each in (reached, accepted))
+    live = np.ones(len(reached), bool) if live is None else np.asarray(live)
+    available = np.asarray([GAMMA] * len(reached) if available is None else available, np.int32)
+    return int(jax.jit(best_width)(*map(jnp.asarray, (reached, accepted, live, available, costs))))
 
 
 def test_the_length_picked_is_the_one_that_emits_most_at_its_cost():
@@ -55,6 +60,36 @@ def test_acceptance_lengthens_the_draft_and_cost_shortens_it():
     assert by_cost == sorted(by_cost, reverse=True) and by_cost[0] == GAMMA and by_cost[-1] == 0
     # Heads that are right about the next token and wrong beyond it draft one.
     assert picked(seen, seen * [0.9, 0.05, 0.05, 0.05], costs) == 1
+
+
+def test_rows_share_the_width_that_emits_most_in_all_of_them():
+    random, hope = np.random.default_rng(1), 2
+    for _ in range(30):
+        reached = random.uniform(0, 20, (3, GAMMA))
+        accepted = reached * random.uniform(0, 1, (3, 1))
+        live, available = random.random(3) < 0.7, random.integers(0, GAMMA + 1, 3)
+        costs = np.cumsum(random.uniform(0.05, 0.7, GAMMA + 1)) + 1
+        emitted = np.zeros(GAMMA + 1)
+        for row in np.flatnonzero(live):
+            others = [other for other in range(3) if other != row]
+            mean = (accepted[others].sum() + hope) / (reached[others].sum() + hope)
+            rate = (accepted[row].sum() + hope * mean) / (reached[row].sum() + hope)
+            shares = (accepted[row] + hope * rate) / (reached[row] + hope)
+            stands = [np.prod(shares[:width]) if width <= available[row] else 0 for width in range(1, GAMMA + 1)]
+            emitted += 1 + np.append(0, np.cumsum(stands))
+        assert picked(reached, accepted, costs, live, available) == int(np.argmax(emitted / costs))
+
+
+def test_a_batch_drafts_if_enough_of_its_rows_gain():
+    seen, costs = np.full((4, GAMMA), 20.0), block_costs(0.3, 0.1, GAMMA)
+    rates = np.array([[0.9], [0.0], [0.0], [0.0]])
+    assert picked(seen[:1], rates[:1] * seen[:1], costs) == GAMMA and picked(seen[1:], rates[1:] * seen[1:], costs) == 0
+    assert picked(seen, rates * seen, costs) == 0, "one row of four does not pay for the others"
+    assert picked(seen, rates * seen, costs, live=[True, True, False, False]) > 0, "rows that have ended do not count"
+    # A text that has just started is expected to be like the others, not to have every token accepted.
+    assert picked(seen * [[0], [1], [1], [1]], 0 * seen, costs, live=[True, False, False, False]) == 0
+    # Where only one row has anything to draft, it has to pay for all.
+    assert picked(seen, 0.6 * seen, costs) > 0 and picked(seen, 0.6 * seen, costs, available=[GAMMA, 0, 0, 0]) == 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,17 +128,41 @@ def test_only_positions_that_were_reached_count():
 
 
 def test_a_row_whose_drafts_are_rejected_stops_drafting_and_retries_now_and_then():
-    drafter, costs, state = AdaptiveDrafter(Anything(GAMMA), GAMMA), jnp.asarray(block_costs(0.4, 0.1, GAMMA)), fresh(2)
-    lengths = []
-    for block in range(200):
-        most = np.asarray(best_lengths(state.reached, state.accepted, costs))
-        lengths.append(most.tolist())
-        # Row 0 is always rejected; row 1 is rejected until block 100, and then never.
-        state = after_block(drafter, state, most, [0, most[1] if block >= 100 else 0])
-    rejected, changing = np.asarray(lengths).T
+    costs, widths = block_costs(0.4, 0.1, GAMMA), []
+    after = jax.jit(functools.partial(after_block, AdaptiveDrafter(Anything(GAMMA), GAMMA)))
+    for change in (1000, 100):  # always rejected, or until block 100, and then never
+        state = fresh(1)
+        for block in range(200):
+            widths.append(picked(state.reached, state.accepted, costs))
+            state = after(state, np.asarray(widths[-1:]), np.asarray([widths[-1] if block >= change else 0]))
+    rejected, changing = np.asarray(widths).reshape(2, 200)
     assert rejected[0] == GAMMA and (rejected[20:] == 0).mean() > 0.85
     assert (rejected[-50:] > 0).any(), "it has to retry"
     assert (changing[-50:] == GAMMA).all(), "it has to notice that drafting pays now"
+
+
+@jax.jit
+def speed(rates, costs, fixed):
+    """Tokens per cost of 600 blocks of rows with these acceptance rates, at a fixed width, or an adaptive one (-1)."""
+    drafter, every = AdaptiveDrafter(Anything(GAMMA), GAMMA), jnp.ones(len(rates), bool)
+
+    def block(state, key):
+        full = jnp.full(len(rates), GAMMA)
+        width = jnp.where(fixed < 0, best_width(state.reached, state.accepted, every, full, costs), fixed)
+        passes = (jax.random.uniform(key, (len(rates), GAMMA)) < rates[:, None]) & (jnp.arange(GAMMA)[None] < width)
+        accepted = jnp.cumprod(passes, axis=1).sum(1)
+        return after_block(drafter, state, jnp.full(len(rates), width), accepted), (jnp.sum(accepted + 1), costs[width])
+
+    _, (emitted, cost) = jax.lax.scan(block, fresh(len(rates)), jax.random.split(jax.random.key(0), 600))
+    return jnp.sum(emitted).astype(jnp.float32) / jnp.sum(cost)
+
+
+@pytest.mark.parametrize("rates", [(0.9, 0.3, 0.9, 0.3), (0.2, 0.3, 0.5, 0.6), (0.3, 0.1, 0.2, 0.1)])
+def test_a_batch_that_adapts_is_as_fast_as_with_the_best_fixed_width(rates):
+    for draft, column in ((0.05, 0.05), (0.12, 0.15), (0.15, 0.4)):  # more per column, as in larger batches
+        costs = jnp.asarray(block_costs(draft, column, GAMMA), jnp.float32)
+        speeds = [float(speed(jnp.asarray(rates), costs, width)) for width in (-1, *range(GAMMA + 1))]
+        assert speeds[0] >= 0.97 * max(speeds)
 
 
 def test_a_draft_that_cannot_pay_is_never_tried_and_a_free_one_always():
@@ -125,45 +184,51 @@ class Forced(Tables):
 
 
 def adaptive_distribution(tables, laws, pick, learn, state, context, emitted):
-    """The joint law of the next tokens where each block's length is picked from what the blocks before it did."""
+    """The joint law of a row's next tokens where each block's width is picked from what both rows did before it.
+
+    The other row accepts all or nothing, by chance.
+    """
     if emitted == 0:
         return np.ones(())
     joint = np.zeros((tables.vocab,) * emitted)
-    length = pick(state)
-    for (start, accepted), chances in laws[length].items():
+    width = pick(state)
+    for (start, accepted), chances in laws[width].items():
         if start != context:
             continue
         if len(accepted) >= emitted:
             joint[accepted[:emitted]] += chances.sum()
             continue
-        after = learn(state, length, len(accepted))
-        for token in np.flatnonzero(chances):
-            rest = emitted - len(accepted) - 1
-            further = adaptive_distribution(tables, laws, pick, learn, after, (*context, *accepted, int(token)), rest)
-            joint[(*accepted, token)] += chances[token] * further
+        rest = emitted - len(accepted) - 1
+        for other in (0, width):
+            after = learn(state, width, [len(accepted), other]) if rest else state
+            for token in np.flatnonzero(chances):
+                text = (*context, *accepted, int(token))
+                further = adaptive_distribution(tables, laws, pick, learn, after, text, rest)
+                joint[(*accepted, token)] += 0.5 * chances[token] * further
     return joint
 
 
 @pytest.mark.parametrize("one_hot", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["sampled", "one_hot"])
-def test_the_joint_distribution_is_the_targets_whatever_was_accepted_before(one_hot):
+def test_the_joint_distribution_is_the_targets_whatever_was_accepted_before_in_the_batch(one_hot):
     gamma, emitted = 2, 4
     tables = Forced(5, 3, gamma, False)
     tables.target_distribution((), emitted)  # draws every context once, whatever is drafted
     laws = []
     for tables.count in range(gamma + 1):
         laws.append(block_distribution(Lossless(), tables, one_hot, depth=emitted))
-    drafter, costs = AdaptiveDrafter(Anything(gamma), gamma), jnp.asarray(block_costs(0.3, 0.1, gamma), jnp.float32)
-    lengths = {}
+    drafter, costs, widths = AdaptiveDrafter(Anything(gamma), gamma), jnp.asarray(block_costs(0.4, 0.2, gamma)), {}
+    pick_of = jax.jit(lambda state: best_width(state.reached, state.accepted, jnp.ones(2, bool), full, costs))
+    full, learn_of = jnp.full(2, gamma), jax.jit(functools.partial(after_block, drafter))
 
     def pick(state):
-        length = int(best_lengths(state.reached, state.accepted, costs)[0])
-        lengths[length] = lengths.get(length, 0) + 1
-        return length
+        width = int(pick_of(state))
+        widths[width] = widths.get(width, 0) + 1
+        return width
 
-    learn = lambda state, length, accepted: after_block(drafter, state, [length], [accepted])
-    law = adaptive_distribution(tables, laws, pick, learn, fresh(1, gamma), (), emitted)
+    learn = lambda state, width, accepted: learn_of(state, jnp.full(2, width), jnp.asarray(accepted))
+    law = adaptive_distribution(tables, laws, pick, learn, fresh(2, gamma), (), emitted)
     np.testing.assert_allclose(law, tables.target_distribution((), emitted), atol=1e-6)
-    assert set(lengths) == {0, 1, 2}, "every length has to occur"
+    assert set(widths) == {0, 1, 2}, "every width has to occur"
 
 
 @pytest.fixture(scope="module")
@@ -297,22 +362,6 @@ def test_a_draft_that_sat_out_blocks_fills_its_cache_before_it_drafts_again(mode
         drafted = tiny.full_logits(target, own, jnp.asarray(text))
     draft_probs = np.asarray(jax.nn.softmax(drafted, axis=-1))[batch[:, None], at[:, :-1]]
     np.testing.assert_allclose(np.asarray(proposal.probs), draft_probs, atol=1e-4)
-
-
-@pytest.mark.slow
-def test_a_rows_text_does_not_depend_on_its_batch(models, pair):
-    _, params, _, _ = models
-    plan, draft = plan_and_params(models, pair, "kangaroo", gamma=3)
-    adjust = Sampling.of(1.0, costs=block_costs(0.3, 0.1, 3))
-    run = lambda rows: tiny.texts_of(
-        tiny.decode(
-            plan, params, draft, pair.texts[rows], pair.lengths[rows], 24, eos=EOS, seed=2, adjust=adjust, indices=rows
-        )
-    )
-    rows = np.random.default_rng(0).permutation(64)
-    few = np.sort(rows[:16])
-    whole, part = run(rows), run(few)
-    assert part == [whole[list(rows).index(row)] for row in few]
 
 
 # --- bad input -----------------------------------------------------------------------------------------------------

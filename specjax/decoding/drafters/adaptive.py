@@ -1,6 +1,7 @@
-"""An adaptive draft length: in every block each row chooses its own from past acceptance and the cost of blocks."""
+"""An adaptive draft length: each block of a batch has the width that pays, by past acceptance and costs of blocks."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -39,23 +40,35 @@ class Evidence:
     ran: Bool[Array, ""] = axes()
 
 
-def best_lengths(
-    reached: Float[Array, "B gamma"], accepted: Float[Array, "B gamma"], costs: Float[Array, "gamma_plus_1"]
-) -> Int[Array, "B"]:
-    """The draft length g in 0 .. gamma of each row that maximises expected emitted tokens / cost of the block.
+def best_width(
+    reached: Float[Array, "B gamma"],
+    accepted: Float[Array, "B gamma"],
+    live: Bool[Array, "B"],
+    available: Int[Array, "B"],
+    costs: Float[Array, "gamma_plus_1"],
+) -> Int[Array, ""]:
+    """The number of drafted tokens g in 0 .. gamma of the next block of a batch; 0 is a plain decoding step.
 
-    The acceptance rate share_i of position i is its observed rate, shrunk towards the row's rate over all positions,
-    which is shrunk towards 1 (h is the pseudo-count `_HOPE`):
+    It maximises the expected emitted tokens of all live rows / cost of the block of the batch. Row b drafts
+    min(g, available_b) tokens, because more columns in a row cost nothing once another row needs them.
 
-        row = (sum accepted + h) / (sum reached + h),   share_i = (accepted_i + h * row) / (reached_i + h)
+    The acceptance rate share_bi of position i is its observed rate in the row, shrunk towards the row's rate over all
+    positions, which is shrunk towards the rate of all other rows, and that towards 1 (h is the pseudo-count `_HOPE`):
 
-    With independent positions, a block that drafts g tokens emits 1 + share_1 + .. + share_1 * .. * share_g on average.
+        others_b = (sum of the other rows' accepted + h) / (sum of the other rows' reached + h)
+        row_b = (sum_i accepted_bi + h * others_b) / (sum_i reached_bi + h)
+        share_bi = (accepted_bi + h * row_b) / (reached_bi + h)
+
+    With independent positions, row b emits 1 + share_b1 + .. + share_b1 * .. * share_bg tokens on average.
     """
-    row = (jnp.sum(accepted, axis=1, keepdims=True) + _HOPE) / (jnp.sum(reached, axis=1, keepdims=True) + _HOPE)
-    shares = (accepted + _HOPE * row) / (reached + _HOPE)
+    by_row = lambda counts: jnp.sum(counts, axis=1, keepdims=True)
+    others = lambda counts: jnp.sum(counts) - by_row(counts) + _HOPE
+    row = (by_row(accepted) + _HOPE * others(accepted) / others(reached)) / (by_row(reached) + _HOPE)
+    can_draft = jnp.arange(reached.shape[1])[None] < available[:, None]
+    shares = jnp.where(can_draft, (accepted + _HOPE * row) / (reached + _HOPE), 0)
     further = jnp.cumsum(jnp.cumprod(shares, axis=1), axis=1)
-    emitted = 1 + jnp.pad(further, ((0, 0), (1, 0)))
-    return jnp.argmax(emitted / costs[None], axis=1).astype(jnp.int32)
+    emitted = jnp.where(live[:, None], 1 + jnp.pad(further, ((0, 0), (1, 0))), 0)
+    return jnp.argmax(jnp.sum(emitted, axis=0) / costs).astype(jnp.int32)
 
 
 def block_costs(draft: float, column: float, gamma: int) -> tuple[float, ...]:
@@ -78,16 +91,16 @@ def block_costs(draft: float, column: float, gamma: int) -> tuple[float, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class AdaptiveDrafter(Drafter):
-    """Wraps another drafter and lets each row draft the number of tokens, 0 .. gamma, that `best_lengths` computes.
+    """Wraps another drafter and lets it draft as many tokens in each block, 0 .. gamma, as `best_width` computes.
 
-    Counts decay, so a row that has stopped drafting occasionally tries again; it never drafts if that would be slower
+    Counts decay, so a batch that has stopped drafting occasionally tries again; it never drafts if that would be slower
     even with all tokens accepted. If no row of the batch drafts, the inner drafter does not run, and in a later block
     `Context.first_missing` tells it from which token on to fill its cache.
 
-    The output distribution is unchanged, because the length is fixed before the block by the row's own emitted tokens
-    and acceptance. Positions after a rejection are not counted: the next block draws new tokens there with the same
-    random numbers, so they must not influence its length. No row depends on other rows, but a batch takes as long as
-    its longest block. At a fixed seed the sampled text depends on the costs, and measured costs differ between runs.
+    The output distribution is unchanged, because the width is fixed before the block by emitted tokens and acceptance
+    of all rows. Positions after a rejection are not counted: the next block draws new tokens there with the same
+    random numbers, so they must not influence its width. At a fixed seed and a temperature above 0, text under
+    `lossless` depends on the costs, which differ between runs if they are measured, and on the other rows of the batch.
 
     Attributes:
       inner: the drafter that is wrapped.
@@ -121,11 +134,15 @@ class AdaptiveDrafter(Drafter):
     def propose(self, params, target_params, state: Evidence, target_cache, context: Context):
         if context.sampling.costs is None:
             raise ValueError("An adaptive draft length needs the costs of blocks: Sampling.of(..., costs=...).")
-        lengths = best_lengths(state.reached, state.accepted, context.sampling.costs)
+        draft = functools.partial(self.inner.propose, params, target_params, state.inner, target_cache)
+        looked_up = draft(context) if self.inner.looks_up else None
+        available = looked_up[0].num_drafted if looked_up else jnp.full_like(context.lengths, self.gamma)
+        width = best_width(state.reached, state.accepted, context.live, available, context.sampling.costs)
+        lengths = jnp.minimum(width, available)
         # If the inner drafter ran in the last block, its cache lacks at most the last two tokens, which `first` feeds.
         first_missing = jnp.where(state.ran, context.lengths - 2, state.first_missing)
         context = dataclasses.replace(context, max_drafted=lengths, first_missing=first_missing)
-        proposal, inner, target_cache = self.inner.propose(params, target_params, state.inner, target_cache, context)
+        proposal, inner, target_cache = looked_up or draft(context)
         drafted = jnp.where(context.live, jnp.minimum(proposal.num_drafted, lengths), 0)
         proposal = dataclasses.replace(proposal, num_drafted=drafted)
         ran = jnp.any(context.live & (lengths > 0))

@@ -187,6 +187,8 @@ class Drafter(_DrafterFields):
       stops: whether rows often draft fewer than gamma tokens. Verification is then compiled for several widths and runs
         the narrowest that has a column for every drafted token.
       idles: whether a block may have no drafted token in any row. Verification is then also compiled for one column.
+      looks_up: whether `propose` runs no model, so that a proposal depends on committed tokens alone. An adaptive draft
+        length is then chosen knowing how many tokens each row can draft.
       scores: whether `score` is defined.
       greedy: whether it drafts the most probable tokens at any temperature; `Context.noise` is then greedy.
     """
@@ -195,6 +197,7 @@ class Drafter(_DrafterFields):
     taps: tuple[int, ...] = ()
     stops: bool = False
     idles: bool = False
+    looks_up: bool = False
     scores: bool = False
 
     def start(self, params: Any, target_params: Any, prompts: Prompts) -> Any:
@@ -236,7 +239,7 @@ class DrafterOptions:
     """Base class of the options of a drafter; the fields of a subclass are the keys of a drafter's config section.
 
     Attributes:
-      adaptive: whether each row chooses its draft length, 0 .. gamma, in every block (see `AdaptiveDrafter`).
+      adaptive: whether each block drafts as many tokens, 0 .. gamma, as pay in the batch (see `AdaptiveDrafter`).
       costs: for `adaptive`, the seconds of drafting one token and of verifying it, relative to a plain decoding step;
         if empty, an evaluation measures them.
       loads: what the drafter's `path` names: "model", "attachment" (an adapter or heads), or "" for nothing.

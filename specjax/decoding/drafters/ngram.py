@@ -72,6 +72,7 @@ class NGramDrafter(Drafter):
     longest: int
     encodes: bool = False
     stops: bool = False
+    looks_up = True
 
     @property
     def idles(self):
