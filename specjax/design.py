@@ -16,6 +16,7 @@ import numpy as np
 from specjax.data import batches, tasks
 from specjax.decoding import batch
 from specjax.decoding.drafters.model import ModelDraft
+from specjax.decoding.drafters.ngram import NGram
 from specjax.distillation import cached_text
 from specjax.draft_design import advice, pruning, replay, shapes, vocabulary, what_if
 from specjax.evaluation import throughput
@@ -199,7 +200,8 @@ def _prompts(config: Any, target: hub_model.Model) -> tuple[tuple[int, ...], ...
 
 
 def advise(config: Any, workdir: Path) -> list[dict]:
-    """Times the target and every candidate draft, and recommends a draft, gamma and threshold, or plain decoding.
+    """Times the target and every candidate draft, and recommends for each batch size a draft, gamma and threshold, or
+    plain decoding. With `check` it measures whether that is the fastest.
 
     The acceptance of existing drafts is measured; for other shapes it is the range in the config.
     """
@@ -208,29 +210,34 @@ def advise(config: Any, workdir: Path) -> list[dict]:
     if target.decoder.is_encoder_decoder:
         raise UserError("advice is for decoder-only targets; measure an encoder-decoder's drafts with evaluate")
     work = _workload(config, target)
-    gamma, shape = max(config.gammas), target.decoder.config
-    untrained = advice.untrained(shape, config.layers, config.share, advice.stated(low, high, gamma), config.seed)
-    thresholds = config.thresholds if config.batch_size == 1 else ()
-    candidates = []
-    for path in config.drafts:
-        draft = hub_model.loader(config)(path)
-        hub_model.check_pair(target, draft)
+    gamma, drafts, candidates = max(config.gammas), {}, []
+    for name in config.drafts:
+        drafts[name] = draft = None if name == advice.LOOKUP else hub_model.loader(config)(name)
+        if draft is not None:
+            hub_model.check_pair(target, draft)
+        thresholds = config.thresholds if draft is not None and 1 in work.batch_sizes else ()
         acceptance = {eta: _acceptance(config, target, draft, work, gamma, eta) for eta in (0.0, *thresholds)}
-        candidates.append((advice.Candidate(path, draft.decoder, acceptance, {}, True), draft.params))
-    candidates += untrained
-    drafts = [(candidate.decoder, params) for candidate, params in candidates]
-    timed = advice.time_parts(target.decoder, target.params, drafts, work, config.gammas)
-    by_name = {
-        candidate.name: dataclasses.replace(candidate, parts=parts)
-        for (candidate, _), parts in zip(candidates, timed, strict=True)
-    }
-    rows = [row for candidate in by_name.values() for row in candidate.options(work)]
-    advised, reasons = advice.recommend(rows), advice.reasons(rows)
-    if config.drafts and len(thresholds) < len(config.thresholds):
-        reasons.append("thresholds were not considered: in a batch a block takes as long as the row that drafts most")
-    if advised["pays"]:
-        reasons.append(advice.command(config.target, config.task, advised, by_name[advised["draft"]]))
-    rows = [*rows, advised, *({"table": "reasons", "because": reason} for reason in reasons)]
+        candidates.append(advice.Candidate(name, draft and draft.decoder, acceptance, {}, True))
+    expected = advice.stated(low, high, gamma)
+    untrained = advice.untrained(target.decoder.config, config.layers, config.share, expected, config.seed)
+    models = [*drafts.values(), *(dataclasses.replace(target, decoder=c.decoder, params=p) for c, p in untrained)]
+    timed = advice.time_parts(target, models, work, config.gammas)
+    candidates += [candidate for candidate, _ in untrained]
+    candidates = [dataclasses.replace(each, parts=parts) for each, parts in zip(candidates, timed, strict=True)]
+    rows = [row for candidate in candidates for row in candidate.options(work)]
+    advised, reasons = [], []
+    for size in work.batch_sizes:
+        mine = [row for row in rows if row["batch_size"] == size]
+        advised.append(advice.recommend(mine))
+        because = advice.reasons(mine)
+        if size > 1 and config.drafts and config.thresholds:
+            because.append("thresholds were not considered: a block takes as long as the row that drafts most")
+        if advised[-1]["pays"]:
+            (chosen,) = [each for each in candidates if each.name == advised[-1]["draft"]]
+            because.append(advice.command(config.target, config.task, advised[-1], chosen))
+        reasons += [{"table": "reasons", "batch_size": size, "because": reason} for reason in because]
+    checked, verdicts = advice.check(target, drafts, work, rows) if config.check else ([], [])
+    rows = [*rows, *advised, *reasons, *checked, *verdicts]
     advice.write_report(config, workdir, rows)
     return rows
 
@@ -239,10 +246,14 @@ def _check_advise(config: Any) -> tuple[float, float]:
     """Checks the settings before anything is loaded. Returns the acceptance range of untrained shapes."""
     if not config.target:
         raise UserError("config.target is empty; give --config.target=DIR")
+    if config.check and not config.drafts:
+        raise UserError("check decodes with drafts that exist, and there are none; set drafts, or check to False")
     if not config.drafts and not config.layers:
         raise UserError("there is no candidate; set drafts, or layers for shapes that are not trained yet")
     if not config.gammas or min(config.gammas) < 1:
         raise UserError(f"gammas are {config.gammas}; set one or more numbers of drafted tokens from 1, such as 1,2,4")
+    if not config.batch_sizes:
+        raise UserError("batch_sizes is empty; set one or more numbers of prompts that are decoded together")
     if config.share <= 0:
         raise UserError(f"share is {config.share}; set a fraction of the target's parameters above 0, such as 0.1")
     ends = config.acceptance
@@ -253,10 +264,11 @@ def _check_advise(config: Any) -> tuple[float, float]:
 
 def _workload(config: Any, target: hub_model.Model) -> advice.Workload:
     prompts = _replay(config, target).prompts if config.replay else _prompts(config, target)
-    if not 1 <= config.batch_size <= len(prompts):
-        raise UserError(f"batch_size must lie in 1 .. {len(prompts)}, the number of prompts, not {config.batch_size}")
+    for size in config.batch_sizes:
+        if not 1 <= size <= len(prompts):
+            raise UserError(f"batch_sizes must lie in 1 .. {len(prompts)}, the number of prompts, not {size}")
     batch.check_prompts(prompts, target.decoder, config.max_new_tokens)
-    return advice.Workload(prompts, config.max_new_tokens, config.batch_size, config.temperature, config.seed)
+    return advice.Workload(prompts, config.max_new_tokens, tuple(config.batch_sizes), config.temperature, config.seed)
 
 
 def _replay(config: Any, target: hub_model.Model) -> replay.Replay:
@@ -275,11 +287,11 @@ def _replay(config: Any, target: hub_model.Model) -> replay.Replay:
 def _acceptance(config: Any, target, draft, work: advice.Workload, gamma: int, threshold: float) -> advice.Acceptance:
     """Measures a draft's acceptance, on the replay if the config names one, and otherwise by decoding."""
     if config.replay:
-        stored, options = _replay(config, target), ModelDraft(threshold=threshold)
-        counts = replay.score(stored, options, gamma, draft=draft, batch_size=work.batch_size)
+        stored, options = _replay(config, target), NGram() if draft is None else ModelDraft(threshold=threshold)
+        counts = replay.score(stored, options, gamma, draft=draft, batch_size=max(work.batch_sizes))
     else:
         counts = advice.decode(target, draft, work, gamma, threshold)
-    return advice.measured(counts, seed=config.seed, batch_size=work.batch_size)
+    return advice.measured(counts, seed=config.seed)
 
 
 ACTIONS: dict[str, Callable[[Any, Path], list[dict]]] = {

@@ -27,16 +27,16 @@ from specjax.runtime import config as configs
 from specjax.runtime.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-WORK = advice.Workload(((1, 2),), max_new_tokens=1000, batch_size=1, temperature=0.0, seed=0)
+WORK = advice.Workload(((1, 2),), max_new_tokens=1000, batch_sizes=(1,), temperature=0.0, seed=0)
 TASK = ConfigDict({"name": "text", "path": "a.txt"})
 OPT = dataclasses.replace(
     tiny.config(), family="opt", rotary=None, learned_positions=64, position_offset=2, norm="layer", gated_mlp=False
 )
 
 
-def candidate(step: float, acceptance, *, trained=True, name="a"):
+def candidate(step: float, acceptance, *, trained=True, name="a", sizes=(1,)):
     """Blocks of 10 ms plain, 11 and 12 ms of verification at gamma 1 and 2."""
-    parts = {g: PartSeconds(step, 9e-3, (10 + g) * 1e-3, 0.0, 1e-3) for g in (1, 2)}
+    parts = {(size, g): PartSeconds(step, 9e-3, (10 + g) * 1e-3, 0.0, 1e-3) for size in sizes for g in (1, 2)}
     return advice.Candidate(name, Decoder(tiny.config()), acceptance, parts, trained)
 
 
@@ -119,22 +119,36 @@ def test_acceptance_is_measured_as_ratios_of_sums():
     result = advice.measured(counts, seed=0)
     assert result.ctar == pytest.approx((0.6, 0.2)) and result.drafted == 1.6
     assert result.low[0] <= 0.6 <= result.high[0]
-    assert result.uneven == 1  # of one row there is nothing to be unlike
-    # Three blocks for both; were they equal, rows of six and three tokens would take as many as the model expects.
-    expected = throughput.expected_rounds([(0.6, 0.2)] * 2, [6, 3])
-    assert advice.measured(counts, seed=0, batch_size=2).uneven == pytest.approx(max(1, 3 / expected))
-    slow = {"target_calls": np.array([7, 2]), "emitted": np.array([10, 3]), "drafted": np.array([14, 4])}
-    expected = throughput.expected_rounds([(0.6, 0.2)] * 2, [10, 3])
-    uneven = advice.measured(dataclasses.replace(counts, **slow), seed=0, batch_size=2).uneven
-    assert uneven == pytest.approx(7 / expected) and uneven > 1.05
+    assert result.tokens == (6, 3) and result.texts.shape == (2, 2)
 
 
 def test_rows_that_are_unlike_slow_a_batch_down():
-    even = advice.Acceptance((0.8, 0.6), (0.7, 0.4), (0.9, 0.8), 2.0)
-    pair = dataclasses.replace(WORK, batch_size=2)
-    speeds = lambda known: [row["tokens_per_second"] for row in candidate(1e-3, {0.0: known}).options(pair)]
-    slower = speeds(dataclasses.replace(even, uneven=1.25))
-    assert slower == pytest.approx([speed / 1.25 for speed in speeds(even)])
+    even = advice.Acceptance((0.5, 0.25), (0.4, 0.16), (0.6, 0.36), 2.0, np.array([[0.5, 0.25]] * 2), (40, 40))
+    unlike = dataclasses.replace(even, texts=np.array([[0.9, 0.45], [0.1, 0.05]]))
+    pair = dataclasses.replace(WORK, batch_sizes=(1, 2))
+    rows = {key: candidate(1e-3, {0.0: each}, sizes=(1, 2)).options(pair) for key, each in (("e", even), ("u", unlike))}
+    speeds = {key: [row["tokens_per_second"] for row in value] for key, value in rows.items()}
+    assert [row["batch_size"] for row in rows["e"]] == [1, 1, 2, 2]
+    # One after the other, only the sum of their blocks counts; together, those of the slower one.
+    expected = [80 / (throughput.expected_rounds([ctar[:2]], [40]) * 14e-3) for ctar in ((0.9, 0.45), (0.1, 0.05))]
+    assert speeds["u"][1] == pytest.approx(1 / sum(1 / speed for speed in expected))
+    assert speeds["u"][3] == pytest.approx(expected[1], rel=0.02) and speeds["u"][3] < 0.8 * speeds["e"][3]
+
+
+def test_each_batch_size_gets_its_verdict_which_a_check_judges():
+    lines = [
+        {"draft": "", "gamma": 0, "measured": 100.0},
+        {"draft": "a", "gamma": 1, "measured": 99.0},
+        {"draft": "a", "gamma": 2, "measured": 106.0},
+    ]
+    rows = candidate(1e-3, {0.0: advice.stated(0.1, 0.2, 2)}).options(WORK)
+    plain = advice._verdict(advice.recommend(rows), lines)
+    assert (plain["batch_size"], plain["gamma"], plain["fastest_gamma"], plain["right"]) == (1, 0, 2, False)
+    assert plain["predicted_speedup"] == 1 and plain["share_of_fastest"] == pytest.approx(100 / 106)
+    rows = candidate(1e-3, {0.0: advice.stated(0.7, 0.9, 2)}).options(WORK)
+    verdict = advice._verdict(advice.recommend(rows), lines)
+    assert (verdict["draft"], verdict["gamma"], verdict["right"]) == ("a", 2, True)
+    assert verdict["measured_speedup"] == pytest.approx(1.06) and verdict["predicted_speedup"] > 1.4
 
 
 @pytest.mark.slow
@@ -155,7 +169,8 @@ def test_what_advice_cannot_be_given_on_is_refused(tmp_path):
         ({"gammas": ()}, r"gammas are \(\); set one or more"),
         ({"share": 0.0}, "share is 0.0; set a fraction"),
         ({"share": 1e-6}, "no shape of 1 layers in these proportions"),
-        ({"batch_size": 3}, r"batch_size must lie in 1 .. 2, the number of prompts, not 3"),
+        ({"batch_sizes": (1, 3)}, r"batch_sizes must lie in 1 .. 2, the number of prompts, not 3"),
+        ({"check": True}, "check decodes with drafts that exist, and there are none; set drafts"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
         ({"max_new_tokens": 600}, "exceed the model's 512 positions; shorten the prompt or lower max_new_tokens"),
     ):

@@ -48,3 +48,20 @@ def test_for_a_drafter_of_varying_lengths_the_measured_blocks_are_used_unchanged
     ctar = prediction.uncut_ctar(counts, np.ones(200))
     np.testing.assert_array_equal(ctar, counts.emitted_more_than.sum(0) / counts.target_calls.sum())
     assert prediction.expected_iterations(counts, 1) == pytest.approx(counts.target_calls.sum(), rel=0.02)
+
+
+def test_texts_of_unlike_acceptance_are_predicted_to_slow_a_batch_down():
+    parts = [counted(acceptance, 60, 40) for acceptance in (0.3, 0.9)]
+    order = np.argsort(np.tile(np.arange(40), 2), kind="stable")
+    join = lambda name: np.concatenate([getattr(part, name) for part in parts])[order]
+    counts = metrics.Counts(**{name: join(name) for name in vars(parts[0])})
+    taken = counts.target_calls.reshape(-1, 4).max(1).sum()
+    assert prediction.expected_iterations(counts, 4) == pytest.approx(taken, rel=0.05)
+    ctars = prediction.text_ctars(counts)
+    low, high = ctars[::2].mean(0), ctars[1::2].mean(0)
+    assert low[0] == pytest.approx(0.3, abs=0.05) and high[0] == pytest.approx(0.9, abs=0.05)
+    # Texts that differ by chance alone are all like their mean.
+    alike = prediction.text_ctars(counted(0.6, 60, 400))
+    assert alike[:, 0].std() < 0.02 and alike[:, 0].mean() == pytest.approx(0.6, abs=0.02)
+    assert prediction.text_ctars(counted(1.0, 60, 2)).tolist() == [[1.0] * GAMMA] * 2
+    assert prediction.text_ctars(counted(0.0, 60, 2)).max() < 1e-6

@@ -51,12 +51,18 @@ def test_shared_layers_run_once_on_every_token_of_a_block():
 
 def test_a_batch_runs_as_long_as_its_slowest_row():
     # Two tokens at gamma 1, accepted half of the time: one block or two, so 1.5; of two rows, 2 - 1/4.
-    assert model.expected_rounds([(0.5,)], 2) == 1.5
-    assert model.expected_rounds([(0.5,), (0.5,)], 2) == 1.75
-    assert model.expected_rounds([(1.0,), (0.0,)], 4) == 4.0
-    assert model.expected_rounds([(), ()], 7) == 7.0
+    assert model.expected_rounds([(0.5,)], (2,)) == 1.5
+    assert model.expected_rounds([(0.5,), (0.5,)], (2, 2)) == 1.75
+    assert model.expected_rounds([(1.0,), (0.0,)], (4, 4)) == 4.0
+    assert model.expected_rounds([(), ()], (7, 7)) == 7.0
     assert model.expected_rounds([(0.5,), ()], (2, 1)) == 1.5
-    assert model.batch_throughput([(0.5, 0.1), (0.5, 0.1)], COSTS, 1, 2) == pytest.approx(4 / (1.75 * 12))
+    pair = [(0.5, 0.1), (0.5, 0.1)]
+    assert model.batch_throughput(pair, (2, 2), COSTS, 1) == pytest.approx(4 / (1.75 * 12))
+    # Two rows of unlike acceptance take longer than two of their mean.
+    unlike = model.batch_throughput([(0.9,), (0.1,)], (8, 8), COSTS, 1)
+    assert unlike < 0.9 * model.batch_throughput([(0.5,), (0.5,)], (8, 8), COSTS, 1)
+    # Groups of texts that follow each other.
+    assert model.batch_throughput(2 * pair, (2,) * 4, COSTS, 1, 2, group=2) == pytest.approx(8 / (3.5 * 12))
 
 
 def test_expected_rounds_are_those_of_enumerated_blocks():
@@ -76,7 +82,7 @@ def test_expected_rounds_are_those_of_enumerated_blocks():
     laws = [rounds_of(law) for law in chances]
     pairs = itertools.product(enumerate(laws[0]), enumerate(laws[1]))
     expected = sum(max(a, b) * p * q for (a, p), (b, q) in pairs)
-    assert model.expected_rounds(ctars, tokens) == pytest.approx(expected)
+    assert model.expected_rounds(ctars, (tokens, tokens)) == pytest.approx(expected)
 
 
 def test_the_best_gamma_is_found_and_is_0_where_speculation_does_not_pay():
@@ -127,8 +133,10 @@ def test_the_memory_bound_speedup_weighs_the_draft_by_its_parameters():
 
 def test_a_refilled_batch_takes_the_blocks_of_list_scheduling():
     """Plain texts of 5, 2, 2 and 4 tokens in two rows: 5 + nothing, and 2 + 2 + 4."""
-    assert model.expected_refilled_rounds((), (5, 2, 2, 4), 2) == 8
+    assert model.expected_rounds([()] * 4, (5, 2, 2, 4), 2) == 8
     ctar, tokens = (0.6, 0.3), (9, 14, 6)
-    assert model.expected_refilled_rounds(ctar, tokens, 3) == pytest.approx(
-        model.expected_rounds([ctar] * 3, tokens), rel=0.02
-    )
+    alone = [model.expected_rounds([ctar], [count]) for count in tokens]
+    assert model.expected_rounds([ctar] * 3, tokens, 1) == pytest.approx(sum(alone))
+    # The last text waits in a row of its own for nobody, so the sampled estimate is that of two rows, which is exact.
+    exact = model.expected_rounds([ctar] * 2, tokens[:2])
+    assert model.expected_rounds([ctar] * 3, (*tokens[:2], 0), 2) == pytest.approx(exact, rel=0.02)

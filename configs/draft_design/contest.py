@@ -155,7 +155,7 @@ def _advised(group: Sequence[Mapping], drafts: Mapping[str, Mapping]) -> Entry:
     differed, at its largest gamma.
     """
     some = group[0]
-    work = advice.Workload((), some["max_new_tokens"], some["batch_size"], some["temperature"], seed=0)
+    work = advice.Workload((), some["max_new_tokens"], (some["batch_size"],), some["temperature"], seed=0)
     options = []
     for name in dict.fromkeys(row["drafter"] for row in group if row["gamma"]):
         rows = {row["gamma"]: row for row in group if row["drafter"] == name}
@@ -163,9 +163,10 @@ def _advised(group: Sequence[Mapping], drafts: Mapping[str, Mapping]) -> Entry:
         ctar = throughput.by_position(longest["acceptance_by_position"])
         slowest = max(1.0, longest["iterations"] / longest["expected_iterations"])
         uneven = slowest if longest["batch_size"] > 1 else 1.0
-        acceptance = advice.Acceptance(ctar, ctar, ctar, float(longest["gamma"]), uneven)
-        parts = {gamma: parts_of(row) for gamma, row in rows.items()}
-        options += advice.Candidate(name, drafts[name]["decoder"], {0.0: acceptance}, parts, True).options(work)
+        acceptance = advice.Acceptance(ctar, ctar, ctar, float(longest["gamma"]))
+        parts = {(some["batch_size"], gamma): parts_of(row) for gamma, row in rows.items()}
+        mine = advice.Candidate(name, drafts[name]["decoder"], {0.0: acceptance}, parts, True).options(work)
+        options += [row | {"tokens_per_second": row["tokens_per_second"] / uneven} for row in mine]
     best = advice.recommend(options)
     plain = next(row["drafter"] for row in group if not row["gamma"])
     return Entry(best["draft"], best["gamma"]) if best["pays"] else Entry(plain, 0)

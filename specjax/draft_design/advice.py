@@ -6,26 +6,31 @@ for shapes that are not trained yet the user gives a range. The throughput model
 
 import dataclasses
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from specjax.decoding import batch
 from specjax.decoding.drafters.model import ModelDraft
+from specjax.decoding.drafters.ngram import NGram
 from specjax.decoding.drafters.table import build_drafter
 from specjax.decoding.plan import Plan
 from specjax.decoding.sampling import Sampling
 from specjax.draft_design import shapes
 from specjax.evaluation import prediction, throughput
-from specjax.evaluation.engine import Method, decode_all
+from specjax.evaluation.engine import Method, Output, decode_all, decode_in_turns, group_size
 from specjax.hub.model import Model
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
-from specjax.models.language_model import LanguageModel, Params
+from specjax.models.language_model import Params
 from specjax.reporting import metrics, page, plots, records, row_tables
+
+# The name of n-gram lookup among the drafts.
+LOOKUP = "ngram"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,22 +40,24 @@ class Workload:
     Attributes:
       prompts: token ids of each prompt.
       max_new_tokens: maximum number of new tokens per prompt.
-      batch_size: number of prompts that are decoded together.
+      batch_sizes: numbers of prompts that are decoded together; each gets its own advice.
       temperature: sampling temperature.
       seed: seed of sampling.
     """
 
     prompts: tuple[tuple[int, ...], ...]
     max_new_tokens: int
-    batch_size: int
+    batch_sizes: tuple[int, ...]
     temperature: float
     seed: int
 
-    def plan(self, target: LanguageModel, draft: LanguageModel | None, gamma: int, threshold: float) -> Plan:
-        """The plan that decodes this workload with a target and a draft; without a draft if `draft` is None."""
-        drafter = build_drafter(ModelDraft(threshold=threshold), target, gamma, draft)
+    def method(self, target: Model, draft: Model | None, gamma: int, threshold: float = 0.0) -> Method:
+        """Decodes this workload with a target and a draft, or with n-gram lookup if `draft` is None."""
+        options = NGram() if draft is None else ModelDraft(threshold=threshold)
+        drafter = build_drafter(options, target.decoder, gamma, draft and draft.decoder)
         how = {"max_new_tokens": self.max_new_tokens, "greedy": self.temperature == 0}
-        return Plan.for_prompts(target, self.prompts, drafter=drafter, gamma=gamma, **how)
+        plan = Plan.for_prompts(target.decoder, self.prompts, drafter=drafter, gamma=gamma, **how)
+        return Method(plan, target.params, draft and draft.params, Sampling.of(self.temperature, threshold=threshold))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,15 +69,16 @@ class Acceptance:
       low: lower end of its 95% interval, or of the range that the user gave.
       high: upper end of the interval or range.
       drafted: mean number of drafted tokens per block; gamma without early stops.
-      uneven: number of blocks that batches ran / number expected if all rows had the same acceptance; at least 1, as a
-        batch runs as long as its slowest row. It is measured at the largest gamma.
+      texts: `ctar` of each text, see `prediction.text_ctars`; None if it is that of all.
+      tokens: number of tokens of each text; None if it is the workload's maximum.
     """
 
     ctar: tuple[float, ...]
     low: tuple[float, ...]
     high: tuple[float, ...]
     drafted: float
-    uneven: float = 1.0
+    texts: Float[np.ndarray, "N gamma"] | None = None
+    tokens: tuple[int, ...] | None = None
 
 
 def stated(low: float, high: float, gamma: int) -> Acceptance:
@@ -79,7 +87,7 @@ def stated(low: float, high: float, gamma: int) -> Acceptance:
     return Acceptance(middle, throughput.iid(low, gamma), throughput.iid(high, gamma), float(gamma))
 
 
-def measured(counts: metrics.Counts, *, seed: int, batch_size: int = 1) -> Acceptance:
+def measured(counts: metrics.Counts, *, seed: int) -> Acceptance:
     """The acceptance in the counts of a run at the largest gamma, with a bootstrap interval over prompts."""
     ctar = tuple(prediction.uncut_ctar(counts, np.ones(len(counts.emitted))).tolist())
     ratios = lambda weights: {str(w): chance for w, chance in enumerate(prediction.uncut_ctar(counts, weights))}
@@ -87,103 +95,105 @@ def measured(counts: metrics.Counts, *, seed: int, batch_size: int = 1) -> Accep
     ends = [intervals[str(w)] or (ctar[w], ctar[w]) for w in range(len(ctar))]
     low, high = (tuple(float(end[side]) for end in ends) for side in (0, 1))
     drafted = float(counts.drafted.sum() / counts.target_calls.sum())
-    firsts = range(0, len(counts.emitted), batch_size)
-    taken = sum(int(counts.target_calls[first : first + batch_size].max()) for first in firsts)
-    expected = prediction.expected_iterations(counts, batch_size)
-    return Acceptance(ctar, low, high, drafted, max(1.0, taken / expected) if batch_size > 1 else 1.0)
+    return Acceptance(ctar, low, high, drafted, prediction.text_ctars(counts), tuple(counts.emitted.tolist()))
 
 
-def decode(target: Model, draft: Model, work: Workload, gamma: int, threshold: float) -> metrics.Counts:
-    """Decodes the workload speculatively and returns the counts."""
-    plan = work.plan(target.decoder, draft.decoder, gamma, threshold)
-    method = Method(plan, target.params, draft.params, Sampling.of(work.temperature, threshold=threshold))
+def decode(target: Model, draft: Model | None, work: Workload, gamma: int, threshold: float) -> metrics.Counts:
+    """Decodes the workload speculatively, at its largest batch size, and returns the counts."""
     how = {"max_new_tokens": work.max_new_tokens, "eos_ids": target.tokenizer.eos_ids, "seed": work.seed}
-    return decode_all(method, work.prompts, batch_size=work.batch_size, **how)[1].counts()
+    method = work.method(target, draft, gamma, threshold)
+    return decode_all(method, work.prompts, batch_size=max(work.batch_sizes), **how)[1].counts()
 
 
 def time_parts(
-    target: LanguageModel,
-    params: Params,
-    drafts: Sequence[tuple[LanguageModel, Params]],
-    work: Workload,
-    gammas: Sequence[int],
-) -> list[dict[int, throughput.PartSeconds]]:
-    """Times the parts of a block at the workload's mean context length; returns seconds by gamma for each draft.
+    target: Model, drafts: Sequence[Model | None], work: Workload, gammas: Sequence[int]
+) -> list[dict[tuple[int, int], throughput.PartSeconds]]:
+    """Times the parts of a block at the workload's mean context length.
 
-    All drafts and gammas are timed in alternation.
+    All drafts and gammas are timed in alternation. None is n-gram lookup.
+
+    Returns:
+      seconds by (batch size, gamma) for each draft.
     """
-    method = lambda draft, its, gamma: Method(
-        work.plan(target, draft, gamma, 0.0), params, its, Sampling.of(work.temperature)
-    )
-    plain = method(None, None, 0)
-    speculative = {(i, gamma): method(*draft, gamma) for i, draft in enumerate(drafts) for gamma in gammas}
+    parts: list[dict] = [{} for _ in drafts]
+    plain = work.method(target, None, 0)
+    speculative = {(i, gamma): work.method(target, draft, gamma) for i, draft in enumerate(drafts) for gamma in gammas}
     emitted = [tuple(prompt[:1]) * work.max_new_tokens for prompt in work.prompts]  # the time depends on their number
-    how = {"batch_size": work.batch_size, "eos_ids": (-1,), "seed": work.seed, "put": batch.HERE}
-    meter = prediction.parts_meter(plain, list(speculative.values()), work.prompts, emitted, **how)
-    meter.keep_up(float("inf"))
-    blocks, *timed = meter.time_blocks()
-    parts = lambda method, of: meter.parts(method.plan, of, blocks, work.seed)
-    by_key = dict(zip(speculative, map(parts, speculative.values(), timed), strict=True))
-    return [{gamma: by_key[i, gamma] for gamma in gammas} for i in range(len(drafts))]
+    for size in work.batch_sizes:
+        how = {"batch_size": size, "eos_ids": (-1,), "seed": work.seed, "put": batch.HERE}
+        meter = prediction.parts_meter(plain, list(speculative.values()), work.prompts, emitted, **how)
+        meter.keep_up(float("inf"))
+        # The faster half of the rounds: in the others, the machine also did something else.
+        blocks, *timed = [sorted(pairs)[: -(-len(pairs) // 2)] for pairs in meter.time_blocks()]
+        for (i, gamma), of in zip(speculative, timed, strict=True):
+            parts[i][size, gamma] = meter.parts(speculative[i, gamma].plan, of, blocks, work.seed)
+    return parts
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A draft model that could be recommended.
+    """A draft that could be recommended.
 
     Attributes:
-      name: its directory, or the name of its shape.
-      decoder: the model, without parameters.
+      name: its directory, or the name of its shape; `LOOKUP` for n-gram lookup.
+      decoder: the model, without parameters; None for n-gram lookup.
       acceptance: its acceptance by confidence threshold; 0 means no early stop.
-      parts: seconds of a block's parts, by gamma.
+      parts: seconds of a block's parts, by batch size and gamma.
       trained: whether the draft exists already.
     """
 
     name: str
-    decoder: Decoder
+    decoder: Decoder | None
     acceptance: dict[float, Acceptance]
-    parts: dict[int, throughput.PartSeconds]
+    parts: dict[tuple[int, int], throughput.PartSeconds]
     trained: bool
 
     def options(self, work: Workload) -> list[dict]:
-        """A row of predictions for each timed gamma, and for each threshold at the largest gamma.
+        """A row of predictions for each batch size and timed gamma, and for each threshold at the largest gamma.
 
         The cost with a threshold is computed from the mean number of drafted tokens. This is right only at batch size
         1, because in a batch a block takes as long as the row that drafts most.
         """
+        longest = max(gamma for _, gamma in self.parts)
         return [
-            self._option(work, gamma, threshold, acceptance)
-            for gamma in self.parts
+            self._option(work, size, gamma, threshold, acceptance)
+            for size, gamma in self.parts
             for threshold, acceptance in self.acceptance.items()
-            if threshold == 0 or gamma == max(self.parts)
+            if threshold == 0 or (size == 1 and gamma == longest)
         ]
 
-    def _option(self, work: Workload, gamma: int, threshold: float, acceptance: Acceptance) -> dict:
-        costs = self._costs(gamma, acceptance.drafted if threshold else float(gamma))
-        plain = self.parts[gamma].baseline
-        speeds = [
-            throughput.batch_throughput([ctar[:gamma]] * work.batch_size, costs, gamma, work.max_new_tokens)
-            / acceptance.uneven
-            for ctar in (acceptance.ctar, acceptance.low, acceptance.high)
-        ]
+    def _option(self, work: Workload, size: int, gamma: int, threshold: float, acceptance: Acceptance) -> dict:
+        costs = self._costs(size, gamma, acceptance.drafted if threshold else float(gamma))
+        parts = self.parts[size, gamma]
+        tokens = acceptance.tokens or (work.max_new_tokens,) * max(len(work.prompts), size)
+        texts = np.tile(acceptance.ctar, (len(tokens), 1)) if acceptance.texts is None else acceptance.texts
+
+        def speed(ctar: Sequence[float]) -> float:
+            scaled = np.minimum(texts * np.divide(ctar, np.maximum(acceptance.ctar, 1e-9)), 1)[:, :gamma]
+            return throughput.batch_throughput(scaled.tolist(), tokens, costs, gamma, size, group)
+
+        group = group_size(len(tokens), size)
+        speeds = [speed(ctar) for ctar in (acceptance.ctar, acceptance.low, acceptance.high)]
+        plain = throughput.batch_throughput([()] * len(tokens), tokens, costs, 0, size, group)
         return {
             "table": "candidates",
             "draft": self.name,
             "trained": self.trained,
             "temperature": work.temperature,
-            **{key: getattr(self.decoder.config, key) for key in ("layers", "width", "heads")},
-            "parameters": shapes.parameters(self.decoder.config),
+            "batch_size": size,
+            **{key: self.decoder and getattr(self.decoder.config, key) for key in ("layers", "width", "heads")},
+            "parameters": self.decoder and shapes.parameters(self.decoder.config),
             "gamma": gamma,
             "threshold": threshold,
             "block_efficiency": throughput.emitted(acceptance.ctar, gamma),
-            "draft_milliseconds": 1e3 * self.parts[gamma].draft_step,
-            "verify_milliseconds": 1e3 * self.parts[gamma].verify,
-            "plain_milliseconds": 1e3 * plain,
+            "draft_milliseconds": 1e3 * parts.draft_step,
+            "verify_milliseconds": 1e3 * parts.verify,
+            "plain_milliseconds": 1e3 * parts.baseline,
             "tokens_per_second": speeds[0],
             "tokens_per_second_low": speeds[1],
             "tokens_per_second_high": speeds[2],
-            "plain_tokens_per_second": work.batch_size / plain,
-            "break_even_block_efficiency": costs.block(gamma) / plain,
+            "plain_tokens_per_second": plain,
+            "break_even_block_efficiency": costs.block(gamma) / parts.baseline,
             "break_even_acceptance": throughput.break_even_acceptance(costs, gamma),
             **{
                 f"{part}_10_percent_better": gain
@@ -191,28 +201,29 @@ class Candidate:
             },
         }
 
-    def _costs(self, gamma: int, drafted: float) -> throughput.Costs:
+    def _costs(self, size: int, gamma: int, drafted: float) -> throughput.Costs:
         """The costs of a block in which `drafted` tokens are drafted, interpolated between the timed gammas."""
-        verify = {0: self.parts[gamma].baseline, **{g: parts.verify + parts.rule for g, parts in self.parts.items()}}
+        verify = {g: parts.verify + parts.rule for (of, g), parts in self.parts.items() if of == size}
+        verify[0] = self.parts[size, gamma].baseline
         target = float(np.interp(drafted, sorted(verify), [verify[g] for g in sorted(verify)]))
-        step = self.parts[gamma].draft_step * drafted / gamma
+        step = self.parts[size, gamma].draft_step * drafted / gamma
         return throughput.Costs(step, (verify[0], *[target] * gamma))
 
 
 def recommend(rows: Sequence[dict]) -> dict:
-    """The advice row, which is the fastest of the candidate rows, with gamma 0 if plain decoding is faster."""
+    """The advice row for a batch size: the fastest of its candidate rows, with gamma 0 if plain decoding is faster."""
     best = max(rows, key=lambda row: row["tokens_per_second"])
     plain = best["plain_tokens_per_second"]
     pays = best["tokens_per_second"] > plain
     speeds = ("tokens_per_second", "tokens_per_second_low", "tokens_per_second_high")
     chosen = best if pays else {**best, "gamma": 0, "threshold": 0.0, **dict.fromkeys(speeds, plain)}
-    keys = ("draft", "trained", "temperature", "layers", "width", "heads", "parameters", "gamma", "threshold", *speeds)
-    keys += ("plain_tokens_per_second", "break_even_acceptance")
+    keys = ("batch_size", "draft", "trained", "temperature", "layers", "width", "heads", "parameters", "gamma")
+    keys += ("threshold", *speeds, "plain_tokens_per_second", "break_even_acceptance")
     return {"table": "advice", "pays": pays, **{key: chosen[key] for key in keys}}
 
 
 def reasons(rows: Sequence[dict]) -> list[str]:
-    """Sentences that explain why the fastest row is recommended, or why plain decoding is."""
+    """Sentences that explain why the fastest row of a batch size is recommended, or why plain decoding is."""
     best = max(rows, key=lambda row: row["tokens_per_second"])
     plain, low = best["plain_tokens_per_second"], best["tokens_per_second_low"]
     speedup, enough = best["tokens_per_second"] / plain, best["break_even_acceptance"]
@@ -240,6 +251,62 @@ def reasons(rows: Sequence[dict]) -> list[str]:
     ]
 
 
+# A recommendation is right if it is at least this share of the fastest.
+_RIGHT = 0.95
+
+
+def check(
+    target: Model, drafts: Mapping[str, Model | None], work: Workload, rows: Sequence[dict]
+) -> tuple[list[dict], list[dict]]:
+    """Decodes the workload plainly and as in each candidate row of a draft that exists, in turns at each batch size.
+
+    Returns:
+      rows of the table `check`: predicted and measured tokens per second of decoding, without prefill;
+      rows of the table `verdicts`: for each batch size what is recommended and what was fastest, and whether the former
+      is within 5% of the latter.
+    """
+    checked, verdicts = [], []
+    for size in work.batch_sizes:
+        mine = [row for row in rows if row["batch_size"] == size and row["draft"] in drafts and not row["threshold"]]
+        advised, plain = recommend(mine), {"draft": "", "gamma": 0}
+        entries = [plain | {"tokens_per_second": advised["plain_tokens_per_second"]}, *mine]
+        methods = [work.method(target, drafts.get(entry["draft"]), entry["gamma"]) for entry in entries]
+        how = {"batch_size": size, "group": group_size(len(work.prompts), size), "label": f"check batch {size}"}
+        how |= {"max_new_tokens": work.max_new_tokens, "eos_ids": target.tokenizer.eos_ids, "seed": work.seed}
+        outputs = [Output() for _ in methods]
+        for _, results in decode_in_turns(methods, work.prompts, **how):
+            for output, result in zip(outputs, results, strict=True):
+                output.batches.append(result)
+        lines = []
+        for entry, output in zip(entries, outputs, strict=True):
+            predicted, measured = entry["tokens_per_second"], output.emitted / sum(each for each, _ in output.blocks)
+            line = {"batch_size": size, "draft": entry["draft"], "gamma": entry["gamma"], "predicted": predicted}
+            lines.append({"table": "check", **line, "measured": measured, "ratio": measured / predicted})
+        checked += lines
+        verdicts.append(_verdict(advised, lines))
+    return checked, verdicts
+
+
+def _verdict(advised: Mapping, lines: Sequence[Mapping]) -> dict:
+    """What is recommended at a batch size, and what was fastest in the lines of `check`."""
+    chosen = lambda line: (line["draft"], line["gamma"]) == (advised["draft"], advised["gamma"])
+    (mine,) = [line for line in lines if (chosen(line) if advised["pays"] else not line["gamma"])]
+    fastest = max(lines, key=lambda line: line["measured"])
+    share = mine["measured"] / fastest["measured"]
+    return {
+        "table": "verdicts",
+        "batch_size": advised["batch_size"],
+        "draft": mine["draft"],
+        "gamma": mine["gamma"],
+        "predicted_speedup": advised["tokens_per_second"] / advised["plain_tokens_per_second"],
+        "measured_speedup": mine["measured"] / lines[0]["measured"],
+        "fastest_draft": fastest["draft"],
+        "fastest_gamma": fastest["gamma"],
+        "share_of_fastest": share,
+        "right": share >= _RIGHT,
+    }
+
+
 def untrained(
     target: DecoderConfig, layers: Sequence[int], share: float, acceptance: Acceptance, seed: int
 ) -> list[tuple[Candidate, Params]]:
@@ -263,7 +330,8 @@ def command(target: str, task: Any, row: dict, candidate: Candidate) -> str:
     """The shell command that decodes with the recommended draft, or that trains it if it does not exist yet."""
     overrides: dict[str, Any] = {"target": target}
     if candidate.trained:
-        overrides |= {"drafter.path": candidate.name, "gamma": row["gamma"], "drafter.threshold": row["threshold"]}
+        place = "drafter.path" if candidate.decoder else "drafter.kind"
+        overrides |= {place: candidate.name, "gamma": row["gamma"], "drafter.threshold": row["threshold"]}
         overrides |= {"temperature": row["temperature"], "prompt": "def main("}
         config, workdir = "configs/generate.py", "generate"
     else:
@@ -280,13 +348,14 @@ def command(target: str, task: Any, row: dict, candidate: Candidate) -> str:
 
 def write_report(config: Any, workdir: Path, rows: Sequence[dict]) -> None:
     """Writes report.html: throughput of each candidate by gamma, and all tables."""
-    curves: dict[str, list[tuple[int, float]]] = {}
+    curves: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for row in rows:
         if row["table"] == "candidates" and not row["threshold"]:
-            curve = curves.setdefault(row["draft"], [(0, row["plain_tokens_per_second"])])
+            panel = curves.setdefault(f"expected, batch size {row['batch_size']}", {})
+            curve = panel.setdefault(row["draft"], [(0, row["plain_tokens_per_second"])])
             curve.append((row["gamma"], row["tokens_per_second"]))
     path = workdir / "figures" / "throughput.png"
-    plots.lines_figure({"expected": curves}, path, labels=[("gamma", "tokens per second")], from_zero=True)
+    plots.lines_figure(curves, path, labels=[("gamma", "tokens per second")] * len(curves), from_zero=True)
     caption = "Expected tokens per second by gamma, without a confidence stop; 0 is plain decoding."
     figure = page.Section("Throughput", [page.Figures([page.Figure(path, caption)])])
     page.write_report(

@@ -46,7 +46,9 @@ def measure_block_costs(
       prompts: the prompts of the run.
       how: `batch_size`, `eos_ids`, `seed` and `put` of the run.
     """
-    rows = _example_rows(method.plan, prompts, prompts, max_new_tokens // 2, **how)
+    # Texts that repeat themselves, so that a lookup of earlier text has as many tokens to draft as are forced.
+    half = max(int(np.mean([len(prompt) for prompt in prompts])) // 2, 1)
+    rows = _example_rows(method.plan, prompts, [prompt[:half] for prompt in prompts], max_new_tokens // 2, **how)
     seconds = np.asarray(latency.forced_block_seconds(method, rows), np.float32)
     return jnp.asarray(processes.from_first(seconds))  # all processes must use the same costs
 
@@ -88,13 +90,51 @@ def uncut_ctar(counts: metrics.Counts, weights: Float[np.ndarray, "N"]) -> Float
     Args:
       weights: how often to count each row.
     """
-    gamma, texts = counts.drafted_at.shape[1], len(counts.emitted)
-    # If a drafter always drafts gamma tokens, at least gamma - 1, gamma - 2, .. are counted in the last blocks of a
-    # text, and one more block may be cut at an EOS.
-    cut_at_most = texts * gamma * (gamma + 1) // 2
-    if counts.drafted.sum() < gamma * counts.target_calls.sum() - cut_at_most:
+    if _drafts_fewer(counts):
         return (weights @ counts.emitted_more_than) / (weights @ counts.target_calls)
     return np.cumprod((weights @ counts.accepted_at) / np.maximum(weights @ counts.drafted_at, 1))
+
+
+def _drafts_fewer(counts: metrics.Counts) -> bool:
+    """Whether blocks drafted fewer than gamma tokens for another reason than the end of a text.
+
+    If a drafter always drafts gamma tokens, at least gamma - 1, gamma - 2, .. are counted in the last blocks of a text,
+    and one more block may be cut at an EOS.
+    """
+    gamma, texts = counts.drafted_at.shape[1], len(counts.emitted)
+    return bool(counts.drafted.sum() < gamma * counts.target_calls.sum() - texts * gamma * (gamma + 1) // 2)
+
+
+# Rounds of fitting factors of texts and rates of positions in turn.
+_ROUNDS = 10
+
+
+def text_ctars(counts: metrics.Counts) -> Float[np.ndarray, "N gamma"]:
+    """`ctar` of each text: a text accepts position i at the rate factor_text * rate_i, with factors shrunk to 1.
+
+    Factors and rates are fitted in turn, because later positions are reached more often in texts that accept much:
+
+        rate_i = sum over texts of accepted / sum over texts of factor * tried
+        factor = (accepted + h) / (sum over positions of rate_i * tried + h)
+
+    The pseudo-count h is the method-of-moments estimate of a beta-binomial model of the texts' rates over all
+    positions: the more texts differ beyond chance, the smaller it is.
+    """
+    if fewer := _drafts_fewer(counts):
+        accepted, tried = counts.emitted_more_than, np.tile(counts.target_calls[:, None], counts.drafted_at.shape[1])
+    else:
+        accepted, tried = counts.accepted_at, counts.drafted_at
+    of_text, tries = accepted.sum(1), np.maximum(tried.sum(1), 1)
+    rate = of_text.sum() / tries.sum()
+    chance = rate * (1 - rate)
+    differs = np.average((of_text / tries - rate) ** 2, weights=tries) - chance * len(tries) / tries.sum()
+    shrinkage = rate * np.clip(chance / max(differs, 1e-9) - 1, 0, 1e6) + 1e-9
+    factors = np.ones(len(tries))
+    for _ in range(_ROUNDS):
+        rates = accepted.sum(0) / np.maximum(factors @ tried, 1e-9)
+        factors = (of_text + shrinkage) / (tried @ rates + shrinkage)
+    scaled = np.minimum(factors[:, None] * rates, 1)
+    return scaled if fewer else np.cumprod(scaled, axis=1)
 
 
 def expected_iterations(counts: metrics.Counts, batch_size: int, group: int = 0) -> float:
@@ -104,13 +144,9 @@ def expected_iterations(counts: metrics.Counts, batch_size: int, group: int = 0)
       counts: counts of all prompts, in the order in which they were decoded.
       group: number of prompts in a group; by default `batch_size`, so that each row decodes one.
     """
-    group = group or batch_size
-    emitted = counts.emitted
-    ctar = uncut_ctar(counts, np.ones(len(emitted))).tolist()
-    groups = [emitted[first : first + group].tolist() for first in range(0, len(emitted), group)]
-    if group > batch_size:
-        return sum(throughput.expected_refilled_rounds(ctar, tokens, batch_size) for tokens in groups)
-    return sum(throughput.expected_rounds([ctar] * len(tokens), tokens) for tokens in groups)
+    ctars, emitted, group = text_ctars(counts).tolist(), counts.emitted.tolist(), group or batch_size
+    spans = [slice(first, first + group) for first in range(0, len(emitted), group)]
+    return sum(throughput.expected_rounds(ctars[span], emitted[span], batch_size) for span in spans)
 
 
 def predict(

@@ -9,6 +9,7 @@ which is approximate, and exact if all positions have the same acceptance.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -94,46 +95,38 @@ def speedup(ctar: Sequence[float], costs: Costs, gamma: int) -> float:
     return throughput(ctar, costs, gamma) * costs.block(0)
 
 
-def expected_rounds(ctars: Sequence[Sequence[float]], tokens: int | Sequence[int]) -> float:
-    """Expected number of blocks until every row of a batch has emitted its tokens.
-
-    Exact if blocks are independent, and identically distributed in a row: P(all rows done after r blocks) is the
-    product over rows of P(r blocks emit enough tokens).
-
-    Args:
-      ctars: `ctar` of each row.
-      tokens: number of tokens that each row emits; one number for all rows, or one per row.
-    """
-    wanted = [tokens] * len(ctars) if isinstance(tokens, int) else list(tokens)
-    running = np.zeros((len(ctars), max(wanted, default=0)))
-    for row, (ctar, count) in enumerate(zip(ctars, wanted, strict=True)):
-        running[row, :count] = _still_running(ctar, count)
-    return float(np.sum(1.0 - np.prod(1.0 - running, axis=0)))
-
-
 # Number of samples in an estimate of the blocks of a refilled batch, which then varies by well below 1%.
 _SAMPLES = 400
 
 
-def expected_refilled_rounds(ctar: Sequence[float], tokens: Sequence[int], rows: int) -> float:
-    """Expected number of blocks until all texts are complete, if a row whose text ends takes the next one.
+def expected_rounds(ctars: Sequence[Sequence[float]], tokens: Sequence[int], rows: int | None = None) -> float:
+    """Expected number of blocks until a batch has completed all texts, if a row whose text ends takes the next one.
 
-    It is estimated from samples of each text's number of blocks, with the assumptions of `expected_rounds`.
+    Blocks are assumed to be independent, and identically distributed in a text. It is exact for one row, and for as
+    many rows as texts: P(all done after r blocks) is the product over texts of P(r blocks emit enough tokens).
+    Otherwise it is estimated from samples of each text's number of blocks.
 
     Args:
-      ctar: `ctar` of every text.
+      ctars: `ctar` of each text.
       tokens: number of tokens of each text, in the order in which they start.
-      rows: number of rows of the batch.
+      rows: number of rows of the batch; by default as many as texts.
     """
+    running = np.zeros((len(tokens), max(tokens, default=0)))
+    for text, (ctar, count) in enumerate(zip(ctars, tokens, strict=True)):
+        running[text, :count] = _still_running(tuple(ctar), count)
+    if rows is None or rows >= len(tokens):
+        return float(np.sum(1.0 - np.prod(1.0 - running, axis=0)))
+    if rows == 1:
+        return float(np.sum(running))
     draws = np.random.default_rng(0).random((_SAMPLES, len(tokens)))
     ends, each = np.zeros((_SAMPLES, rows), int), np.arange(_SAMPLES)
-    for text, count in enumerate(tokens):
-        rounds = (draws[:, text : text + 1] < _still_running(ctar, count)).sum(1)
-        ends[each, ends.argmin(1)] += rounds
+    for text in range(len(tokens)):
+        ends[each, ends.argmin(1)] += (draws[:, text : text + 1] < running[text]).sum(1)
     return float(ends.max(1).mean())
 
 
-def _still_running(ctar: Sequence[float], tokens: int) -> np.ndarray:
+@functools.lru_cache(4096)
+def _still_running(ctar: tuple[float, ...], tokens: int) -> np.ndarray:
     """For r = 0 .. tokens - 1, the probability that r blocks emit fewer than `tokens` tokens; a block emits >= 1."""
     block = -np.diff((1.0, *ctar, 0.0))  # probability that a block emits 1, 2, .. gamma + 1 tokens
     total = np.zeros(tokens)  # probability of each total so far below `tokens`
@@ -145,15 +138,23 @@ def _still_running(ctar: Sequence[float], tokens: int) -> np.ndarray:
     return running
 
 
-def batch_throughput(ctars: Sequence[Sequence[float]], costs: Costs, gamma: int, tokens: int) -> float:
-    """Tokens per second of a batch whose rows emit `tokens` each; the batch runs as long as its slowest row.
+def batch_throughput(
+    ctars: Sequence[Sequence[float]],
+    tokens: Sequence[int],
+    costs: Costs,
+    gamma: int,
+    rows: int | None = None,
+    group: int | None = None,
+) -> float:
+    """Tokens per second of a batch, see `expected_rounds`.
 
     Args:
-      ctars: `ctar` of each row.
       costs: costs of a block of the whole batch.
+      group: number of texts of which the last must end before the next group starts; by default all.
     """
-    rounds = expected_rounds([_upto(ctar, gamma) for ctar in ctars], tokens)
-    return len(ctars) * tokens / (rounds * costs.block(gamma))
+    ctars, group = [_upto(ctar, gamma) for ctar in ctars], group or len(tokens)
+    spans = [slice(first, first + group) for first in range(0, len(tokens), group)]
+    return sum(tokens) / (sum(expected_rounds(ctars[span], tokens[span], rows) for span in spans) * costs.block(gamma))
 
 
 def best_gamma(ctar: Sequence[float], costs: Costs, longest: int | None = None) -> int:
