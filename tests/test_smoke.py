@@ -69,7 +69,12 @@ def models(tmp_path_factory):
         "configs/evaluate.py": (*pair, f"--config.prompts={home}/prompts.txt"),
         "configs/kangaroo/choose_layers.py": (f"--config.target={home}/target",),
         "configs/generate.py": (*pair, "--config.prompt=def main("),
-        "configs/advise.py": (pair[0], f"--config.drafts={home}/draft"),
+        "configs/advise.py": (
+            pair[0],
+            f"--config.drafts={home}/draft,ngram",
+            "--config.batch_sizes=1,2",
+            "--config.check=True",
+        ),
         "configs/draft_design/build.py": (pair[0],),
         "configs/draft_design/prune.py": (pair[0], "--config.shape.mlp_width=8"),
         "configs/draft_design/vocabulary.py": (pair[0],),
