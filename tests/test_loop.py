@@ -199,7 +199,9 @@ def test_the_baselines_calls_are_its_emitted_tokens(models):
         assert np.all(np.asarray(state.origins)[row, start:end] == PLAIN)
 
 
-def test_sample_is_the_loop_without_a_drafter(models):
+@pytest.mark.parametrize("fewest", [1000, 2], ids=["together", "last_half_in_half_the_rows"])
+def test_sample_is_the_loop_without_a_drafter(models, monkeypatch, fewest):
+    monkeypatch.setattr(loop, "_FEWEST_HALVED", fewest)
     target, params, _ = models
     texts, lengths = tiny.prompts(3, BATCH, SLOTS, VOCAB)
     keys = row_keys(2, jnp.arange(BATCH))

@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from specjax.decoding.drafters.base import Context, Outcome, Proposal
 from specjax.decoding.plan import SMALLEST_CAPACITY, Plan
-from specjax.decoding.prefill import ACCEPTED, BONUS, ORIGINS, RECOVERED, DecodeState, prefill, through_target
+from specjax.decoding.prefill import ACCEPTED, BONUS, ORIGINS, RECOVERED, DecodeState, narrow, prefill, through_target
 from specjax.decoding.rules import LossyInputs
 from specjax.decoding.sampling import Noise, Sampling, finite_rows, probabilities
 from specjax.models import kv_cache
@@ -289,6 +289,11 @@ def compiled_run(
     return kv_cache.restored(state, jax.lax.while_loop(unfinished, step, kv_cache.shortened(state, prefix)))
 
 
+# On CPU, where a block takes longer with more rows, the last half of so many texts of `sample` or more runs in half of
+# the rows.
+_FEWEST_HALVED = 16
+
+
 def sample(
     model: LanguageModel,
     params: Any,
@@ -310,7 +315,15 @@ def sample(
     plan = Plan.for_prompts(model, slots, max_new_tokens=max_new_tokens, greedy=greedy, round_up=False)
     limits = Limits(jnp.full((batch,), max_new_tokens, jnp.int32), jnp.asarray(eos_ids or (-1,), jnp.int32))
     state = prefill(plan, params, None, prompts, lengths, row_keys)
-    state = run(plan, params, None, state, sampling, limits)
+    halves = meshes.platform() == "cpu" and meshes.num_shards("batch") == 1 and batch >= _FEWEST_HALVED
+    half = batch // 2 if halves else 0
+    state = run(plan, params, None, state, sampling, dataclasses.replace(limits, live=half))
+    tokens, ends = state.tokens, state.lengths
+    if half:
+        rows = jnp.argsort(state.done, stable=True)[:half]  # those that have not ended
+        limits = dataclasses.replace(limits, max_new_tokens=limits.max_new_tokens[:half])
+        state = run(plan, params, None, narrow(plan, params, None, state, slots, rows), sampling, limits)
+        tokens, ends = tokens.at[rows].set(state.tokens), ends.at[rows].set(state.lengths)
     width = model.text_slots(slots) + max_new_tokens
     index = jnp.arange(width, dtype=jnp.int32)[None]
-    return jnp.where(index < state.lengths[:, None], state.tokens[:, :width], 0), state.lengths
+    return jnp.where(index < ends[:, None], tokens[:, :width], 0), ends
