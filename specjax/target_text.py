@@ -164,10 +164,11 @@ class _Writer:
         written = [cached_text.rows_file(directory, number).exists() for number in range(len(files))]
         written = processes.from_first(np.asarray(written))
         texts, unwritten = cached_text.take_unwritten(directory)  # `unwritten` seconds are in no batch yet
+        resumed = bool(texts)
         missing = [number for number in range(count) if not written[number // size] and number not in texts]
 
         def on_end(prompts: Sequence[int], place: int, row: Row, seconds: float) -> None:
-            nonlocal unwritten
+            nonlocal unwritten, resumed
             bar.update(1)
             number = prompts[place] // size
             texts[prompts[place]] = row.tokens
@@ -175,6 +176,9 @@ class _Writer:
                 emitted = [texts.pop(prompt) for prompt in files[number]]
                 self._write_batch(directory, number, emitted, unwritten + seconds)
                 unwritten = -seconds
+                if resumed and processes.first():  # their seconds are in this batch
+                    cached_text.keep_unwritten(directory, texts, 0.0)
+                    resumed = bool(texts)
             if stopping.stop_asked():
                 if processes.first():
                     cached_text.keep_unwritten(directory, texts, unwritten + seconds)

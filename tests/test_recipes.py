@@ -170,6 +170,7 @@ def test_a_stopped_writer_keeps_the_texts_that_ended(home, written, tmp_path, mo
     monkeypatch.setattr(scheduler, "decode", lambda *args, **how: starts.append(how["indices"]) or decode(*args, **how))
     target_text.run(writing(home), tmp_path)
     assert len(starts[0]) == 5 - 3, "three texts are not decoded again"
+    assert not cached_text.take_unwritten(tmp_path / "export")[0], "a next resumption would count them twice"
     whole, again = (cached_text.load(workdir / "export") for workdir in (written[0], tmp_path))
     assert all(np.array_equal(again.rows[name], whole.rows[name]) for name in whole.rows)
 
