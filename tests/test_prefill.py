@@ -17,6 +17,7 @@ from specjax.decoding.sampling import Sampling, row_keys
 models = test_kangaroo.models  # a fixture: target, its parameters, adapter, its parameters
 
 GAMMA, NEW, VOCAB = 3, 12, 24
+SLOW = pytest.mark.slow
 
 
 def speculative(models, kind, **changes):
@@ -26,14 +27,16 @@ def speculative(models, kind, **changes):
     return tiny.plan(target, kind, options, gamma=GAMMA, max_new=NEW, **{"slots": 30, **changes}), draft
 
 
-@pytest.mark.parametrize("kind", ["kangaroo", pytest.param("model", marks=pytest.mark.slow)])
-def test_the_size_of_chunks_does_not_change_the_text(models, kind):
+@pytest.mark.parametrize(
+    "kind, chunks", [("kangaroo", (7, 40)), *(pytest.param(k, (1, 7, 40), marks=SLOW) for k in ("kangaroo", "model"))]
+)
+def test_the_size_of_chunks_does_not_change_the_text(models, kind, chunks):
     texts, lengths = tiny.prompts(3, 4, 30, VOCAB)
     decoded = []
-    for chunk in (1, 7, 40):
+    for chunk in chunks:
         plan, draft = speculative(models, kind, greedy=True, chunk=chunk)
         decoded.append(tiny.texts_of(tiny.decode(plan, models[1], draft, texts, lengths, NEW)))
-    assert decoded[0] == decoded[1] == decoded[2]
+    assert all(texts == decoded[0] for texts in decoded)
 
 
 def turns(models, plan, draft, costs=None):

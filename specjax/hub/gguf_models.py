@@ -49,21 +49,15 @@ _MODULES = {
 }
 _FUSED = {"attention": "attn_qkv", "mlp": "ffn_up"}
 
-# Metadata keys, without the architecture -> fields of a `config.json`. GPT-2 has names of its own.
+# Metadata keys, without the architecture -> attributes of our config, whose fields the family knows.
 _INTEGERS = {
-    "embedding_length": "hidden_size",
-    "block_count": "num_hidden_layers",
-    "feed_forward_length": "intermediate_size",
-    "attention.head_count": "num_attention_heads",
-    "context_length": "max_position_embeddings",
+    "embedding_length": "width",
+    "block_count": "layers",
+    "feed_forward_length": "mlp_width",
+    "attention.head_count": "heads",
+    "context_length": "max_positions",
 }
-_GPT2 = {
-    "hidden_size": "n_embd",
-    "num_hidden_layers": "n_layer",
-    "intermediate_size": "n_inner",
-    "num_attention_heads": "n_head",
-    "max_position_embeddings": "n_positions",
-}
+# Metadata keys, without the architecture -> fields of a `config.json`.
 _OPTIONAL = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "attention.layer_norm_epsilon": "layer_norm_epsilon",
@@ -176,31 +170,30 @@ class _Metadata:
         return {"attn_q": heads, "attn_k": self.number("attention.head_count_kv", int, heads)}
 
     def fields(self, family: base.Family) -> dict[str, Any]:
-        fields = {field: self.number(name, int) for name, field in _INTEGERS.items()}
-        fields |= self.optional(_OPTIONAL)
+        sizes = {attribute: self.number(key, int) for key, attribute in _INTEGERS.items()}
+        names = {field.attribute: field.name for field in family.fields if isinstance(field, base.Field)}
+        fields = {names[attribute]: size for attribute, size in sizes.items()} | self.optional(_OPTIONAL)
         pattern = self.get(_PATTERN)
         if isinstance(pattern, np.ndarray):  # whether each layer has a window, else every how many have none
             fields["layer_types"] = [qwen.KINDS[bool(windowed)] for windowed in pattern]
         elif pattern is not None:
             fields["sliding_window_pattern"] = self.number(_PATTERN, int)
-        divided = max(fields["hidden_size"] // fields["num_attention_heads"], 1)
+        divided = max(sizes["width"] // sizes["heads"], 1)
         size = self.number("attention.key_length", int, divided)
         if self.number("attention.value_length", int, size) != size:
             raise UserError(
                 f'"{self.architecture}.attention.value_length" differs from "attention.key_length", which is not '
                 "supported; take another checkpoint of this model"
             )
-        by_width = fields["num_hidden_layers"] == _SCALED_BY_WIDTH.get(self.architecture)
-        if self.architecture == "gpt2":
-            fields = {_GPT2.get(name, name): value for name, value in fields.items()}
-        else:
+        by_width = sizes["layers"] == _SCALED_BY_WIDTH.get(self.architecture)
+        if self.architecture != "gpt2":
             fields |= {
                 "num_key_value_heads": self.heads()["attn_k"],
                 "head_dim": size,
                 "query_pre_attn_scalar": divided if by_width else size,
                 "attention_bias": "blk.0.attn_q.bias" in self.file.tensors,
                 "mlp_bias": "blk.0.ffn_up.bias" in self.file.tensors,
-                **self._rotary(size, fields["max_position_embeddings"]),
+                **self._rotary(size, sizes["max_positions"]),
             }
         vocabulary = self.file.tensors.get(_EMBEDDING)
         if vocabulary is None:
