@@ -80,7 +80,7 @@ def one_worker(request, tmp_path_factory):
 # Files that count compiled programs, or change the code that is compiled: they share no programs with other files.
 ALONE = {
     *("test_adaptive", "test_block_costs", "test_exactness", "test_gpu", "test_kangaroo", "test_loop", "test_lossy"),
-    *("test_models", "test_parts_meter", "test_prefill", "test_recipes", "test_skip_layers", "test_slots"),
+    *("test_mesh", "test_models", "test_parts_meter", "test_prefill", "test_recipes", "test_skip_layers", "test_slots"),
 }
 # Bytes of a worker above which it drops its compiled programs after a file.
 MOST_BYTES = 2 << 30

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import conftest
 import pytest
 from ml_collections import ConfigDict
 
@@ -248,3 +249,12 @@ def test_the_launcher_prints_every_command_and_runs_none():
 def test_the_launcher_names_what_is_missing():
     done = launch("--dry_run", "--project=p")
     assert done.returncode == 2 and "--zone is missing" in done.stderr
+
+
+def test_files_that_count_or_change_compiled_programs_share_none_with_others():
+    counted = r"\b(compiled_\w+|_acceptance|_repeat)\._cache_size\(\)"
+    changed = r"setattr\((kv_cache|layers|loop|meshes|plan|prefill|sampling|rules|decoder|rotary), "
+    files = {
+        path.stem for path in (ROOT / "tests").glob("test_*.py") if re.search(f"{counted}|{changed}", path.read_text())
+    }
+    assert files <= conftest.ALONE, f"add {sorted(files - conftest.ALONE)} to ALONE in tests/conftest.py"
