@@ -43,6 +43,10 @@ SHARING = ("skip_layers", "medusa", "eagle3", "block_parallel")
 SLOW_KINDS = [pytest.param(kind, marks=pytest.mark.slow) for kind in SHARING]
 
 
+def test_the_loop_samples_the_targets_distribution_at_temperature_1(small):
+    assert sample_p_value(small, "model", Sampling.of(1.0)) > 1e-4
+
+
 @SETTINGS
 @pytest.mark.parametrize("kind", ["model", "ngram", "early_exit", *SLOW_KINDS])
 def test_the_loop_samples_the_targets_distribution(small, kind, adjust):
