@@ -29,7 +29,7 @@ _DRAFTS = re.compile("Eagle|EAGLE|DFlash|DSpark|Medusa|MTP|Speculator|DraftModel
 # Switches of the architecture that have the same names in the files.
 _SWITCHES = ("norm_before_residual", "fc_norm", "norm_output", "norm_before_fc")
 _FAMILIES = {"llama": llama.FAMILY, "qwen3": qwen.QWEN3}
-_RETRAIN = "load the target that it was trained for"
+_OTHER_TARGET = "load the target that it was trained for"
 
 
 def is_draft(fields: Mapping[str, Any]) -> bool:
@@ -77,14 +77,18 @@ def read(
     width = base.value_of(fields, "target_hidden_size", int, absent=layer.width)
     size = vocab_size or layer.vocab_size
     if width != target.width:
-        raise UserError(f"the draft reads hidden states of size {width}, this target's have {target.width}; {_RETRAIN}")
+        raise UserError(
+            f"the draft reads hidden states of size {width}, this target's have {target.width}; {_OTHER_TARGET}"
+        )
     if size != target.vocab_size:
         raise UserError(
-            f"the draft is for a tokenizer of {size} ids, and this target has {target.vocab_size}; {_RETRAIN}"
+            f"the draft is for a tokenizer of {size} ids, and this target has {target.vocab_size}; {_OTHER_TARGET}"
         )
     layers = ours.get("target", {}).get("layers", target.layers)
     if layers != target.layers:
-        raise UserError(f"the draft is for a target of {layers} layers, and this one has {target.layers}; {_RETRAIN}")
+        raise UserError(
+            f"the draft is for a target of {layers} layers, and this one has {target.layers}; {_OTHER_TARGET}"
+        )
     if eagle.get("use_aux_hidden_state") is False:
         raise UserError('"use_aux_hidden_state" is false, which is not supported; only drafts on several layers are')
     if layout == "speculators" and "norm_before_residual" not in fields:
@@ -94,7 +98,7 @@ def read(
         raise UserError('"fc_norm" and "norm_before_fc" are both true; one of them is wrong')
     after = _states_after(fields, layout, target.layers, tuple(states_after))
     if after[-1] > target.layers:
-        raise UserError(f"the draft reads the state after layer {after[-1]} of {target.layers}; {_RETRAIN}")
+        raise UserError(f"the draft reads the state after layer {after[-1]} of {target.layers}; {_OTHER_TARGET}")
     config = Eagle3Config(
         target,
         states_after=after,
