@@ -30,7 +30,7 @@ from specjax.models.language_model import LanguageModel, Params
 from specjax.models.table import ATTACHMENTS, is_attachment, make_attachment
 from specjax.models.vocabulary import DraftVocabulary, draft_vocabulary
 from specjax.reporting import records
-from specjax.runtime import cli, dtypes, processes
+from specjax.runtime import checks, cli, dtypes, processes
 from specjax.runtime import config as configs
 from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError
@@ -58,6 +58,7 @@ def run(config: Any, workdir: str | Path) -> dict:
     """
     workdir, config = Path(workdir), recipes.expand(config)
     settings.check_numbers(config)
+    checks.instance("model.remat", config.model.remat, bool)
     configs.check_data(config, workdir)
     min_seconds = _min_seconds(config.train.min_seconds_of)
     mesh = meshes.make_mesh(config.mesh)
@@ -140,6 +141,7 @@ def _inputs(config: Any, task: tasks.Task, tokenizer: Tokenizer, mesh: jax.shard
         loaded = _load(config.target, config.model, tokenizer, mesh, param_dtype=dtype)
         target, target_params = loaded.decoder, loaded.params
     draft, params = _draft(config, tokenizer, target, target_params, mesh)
+    draft = draft.with_remat(config.model.remat)
     if target is not None and target.is_encoder_decoder != draft.is_encoder_decoder:
         raise UserError(
             f"either the target in {config.target} or the model to train is an encoder-decoder, but not both; "

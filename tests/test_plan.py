@@ -193,6 +193,13 @@ def test_more_devices_with_as_many_rows_each_hold_and_send_no_more(tmp_path, enc
     assert sent_by_eight < 2 * sent_by_two  # of a whole copy 7/8 come from others, in place of 1/2
 
 
+def test_remat_is_refused_unless_it_is_true_or_false(tmp_path):
+    section = pair(directory(tmp_path / "target"), directory(tmp_path / "draft"), (1, 1, 1)).distilled
+    section.model = ConfigDict({**section.model, "remat": "layers"})
+    with pytest.raises(UserError, match="model.remat must be True or False, not 'layers'"):
+        executables.training(section, ModelCatalog(), meshes.make_mesh(section.mesh))
+
+
 @pytest.mark.standard_promotion
 @pytest.mark.parametrize("mesh", [(2, 2, 2), pytest.param((1, 4, 2), marks=pytest.mark.slow)], ids=str)
 def test_bytes_of_a_decoder_and_its_draft_are_those_of_a_run(tmp_path, mesh):

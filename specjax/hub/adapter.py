@@ -40,7 +40,7 @@ def fingerprint(decoder: LanguageModel, params: Params) -> str:
     fingerprint in float16 may differ.
     """
     fields = dataclasses.asdict(decoder.config)
-    for name in ("param_dtype", "compute_dtype"):
+    for name in ("param_dtype", "compute_dtype", "remat"):
         del fields[name]
     if fields.pop("draft_vocabulary"):
         fields["draft_vocabulary"] = decoder.vocabulary.ids.tolist()

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, Key
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
 from specjax.models.language_model import NEXT, LanguageModel, Network, Params, Prediction, consecutive
+from specjax.models.layers import recomputed
 from specjax.models.rotary import Rotary
 from specjax.models.vocabulary import DraftVocabulary, draft_vocabulary
 from specjax.runtime.dtypes import dtype_named
@@ -53,7 +54,7 @@ class AttachmentConfig:
     def one_layer(self, **changes: Any) -> DecoderConfig:
         """A decoder of one layer with the target's sizes and rotary positions, RMS norms and no biases."""
         names = ("vocab_size", "width", "heads", "kv_heads", "head_size", "mlp_width", "max_positions", "norm_epsilon")
-        same = {name: getattr(self.target, name) for name in (*names, "param_dtype", "compute_dtype")}
+        same = {name: getattr(self.target, name) for name in (*names, "param_dtype", "compute_dtype", "remat")}
         rotary = self.target.rotary or Rotary(_THETA, self.target.head_size)
         return DecoderConfig(**{"layers": 1, "rotary": rotary, "tied_head": False, **same, **changes})
 
@@ -169,7 +170,8 @@ class Attachment(Network):
         concatenates the states of all steps along the last axis, and `predicts` has one entry per step.
         """
         del target, target_params
-        return self.extend(params, None, states, consecutive(tokens))[0]
+        extend = lambda params, states: self.extend(params, None, states, consecutive(tokens))[0]
+        return recomputed(extend, self.config.target.remat)(params, states)
 
     def head(
         self, params: Params, target: Decoder, target_params: Params, hidden: Float[Array, "B T E"]
@@ -210,6 +212,10 @@ class AttachedDraft(LanguageModel):
     @property
     def predicts(self) -> tuple[Prediction, ...]:
         return self.attachment.predicts
+
+    def with_remat(self, remat: bool) -> "AttachedDraft":
+        config = dataclasses.replace(self.attachment.config, target=dataclasses.replace(self.config, remat=remat))
+        return AttachedDraft.of(dataclasses.replace(self.attachment, config=config))
 
     @property
     def layers(self) -> int:

@@ -29,6 +29,7 @@ class DecoderConfig:
       tied_head: whether the output head is the transposed embedding.
       param_dtype: dtype of the parameters.
       compute_dtype: dtype of activations and caches; logits are always float32.
+      remat: whether the backward pass computes each layer again instead of holding what is between its operations.
       family: `model_type` of the family in `hub.families` in whose format the model is exported.
       norm: "rms", "rms_plus_one" (Gemma: the gain is 1 + weight) or "layer" (with mean and bias).
       activation: activation function of the MLP: "silu", "gelu", "gelu_tanh" or "relu".
@@ -66,6 +67,7 @@ class DecoderConfig:
     tied_head: bool
     param_dtype: str
     compute_dtype: str
+    remat: bool = False
     family: str = "llama"
     norm: str = "rms"
     activation: str = "silu"

@@ -69,7 +69,8 @@ class DecoderModule(nnx.Module):
             rotation = local if local is not None and config.window(layer) else everywhere
             rotation = rotation if config.uses_rotary(layer) else None
             with jax.named_scope(f"layer_{layer}"):
-                hidden, keys, values = self.blocks[layer](hidden, rotation, positions, mask, keys, values)
+                block = layers.recomputed(self.blocks[layer], config.remat and cache is None)
+                hidden, keys, values = block(hidden, rotation, positions, mask, keys, values)
                 hidden = pin(hidden)
             if cache is not None:
                 cache = cache.with_layer(layer, keys, values).metered(1, hidden.shape[1])

@@ -138,24 +138,27 @@ class Eagle3Module(nnx.Module):
         positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (batch, length))
         rotation = angles(self.config.inner.rotary, positions, text_lengths(positions))
         split = functools.partial(layers.split_heads, size=self.config.inner.head_size)
-        slots = jnp.arange(length)[None, None]
-        keys, values, outputs, hidden = [], [], [], fused
-        for step in range(steps):
+        scale, keys, values, outputs, hidden = layers.query_scale(self.config.inner), [], [], [], fused
+
+        def draft(step, hidden, keys, values):
             inputs, residual = self._inputs(embedded, _later(hidden, 1))
             attention = self.attention
             query, key = split(attention.query(inputs)), split(attention.key(inputs))
             if attention.query_norm is not None:
                 query, key = attention.query_norm(query), attention.key_norm(key)
-            queries = rotate(query, rotation)
-            keys.append(rotate(key, rotation))
-            values.append(split(attention.value(inputs)))
-            visible = (slots <= positions[..., None] - step) & _readable(slots, positions)
+            keys, values = [*keys, rotate(key, rotation)], [*values, split(attention.value(inputs))]
             own = [
                 (_later(k, step - j, axis=2), _later(v, step - j, axis=2)) for j, (k, v) in _after_first(keys, values)
             ]
-            mixed = _attend(queries, keys[0], values[0], visible, own, layers.query_scale(self.config.inner))
-            outputs.append(self._output(residual, attention.output(layers.join_heads(mixed))))
-            hidden = self.fed_back(outputs[-1])
+            mixed = _attend(rotate(query, rotation), keys[0], values[0], positions, own, step, scale)
+            output = self._output(residual, attention.output(layers.join_heads(mixed)))
+            return output, keys[-1], values[-1]
+
+        for step in range(steps):
+            run = layers.recomputed(functools.partial(draft, step), self.config.inner.remat)
+            output, *added = run(hidden, keys, values)
+            hidden, outputs = self.fed_back(output), [*outputs, output]
+            keys, values = [*keys, added[0]], [*values, added[1]]
         return outputs
 
 
@@ -177,19 +180,27 @@ def _later(array, count, axis=1):
     return jnp.where(index >= count, moved, 0)
 
 
-def _attend(queries, keys, values, visible, own, scale):
-    """Grouped-query attention to `keys` where visible, and of each pair in `own` to the entry of the query's row."""
-    batch, heads, length, size = queries.shape
-    grouped = queries.reshape(batch, keys.shape[1], -1, length, size)
+def _attend(queries, keys, values, positions, own, step, scale):
+    """Grouped-query attention in a drafting step to the `keys` of step 1, and of each pair in `own` to the entry of the
+    query's row."""
+    dtype, length = queries.dtype, keys.shape[2]
     dots = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    scores = dots("BKGTH,BKSH->BKGTS", grouped, keys) * scale
-    scores = [jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)]
-    scores += [dots("BKGTH,BKTH->BKGT", grouped, key)[..., None] * scale for key, _ in own]
-    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(values.dtype)
-    mixed = jnp.einsum("BKGTS,BKSH->BKGTH", weights[..., :length], values)
-    for index, (_, value) in enumerate(own):
-        mixed = mixed + weights[..., length + index, None] * value[:, :, None]
-    return mixed.reshape(batch, heads, length, size)
+    keys, values = keys.astype(jnp.float32), values.astype(jnp.float32)  # see `layers.by_queries`
+
+    def attend_some(queries, positions, own):
+        positions, slots = positions[..., 0], jnp.arange(length)[None, None]
+        visible = (slots <= positions[..., None] - step) & _readable(slots, positions)
+        grouped = queries.reshape(queries.shape[0], keys.shape[1], -1, *queries.shape[2:])
+        scores = dots("BKGTH,BKSH->BKGTS", grouped, keys.astype(dtype)) * scale
+        scores = [jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)]
+        scores += [dots("BKGTH,BKTH->BKGT", grouped, key)[..., None] * scale for key, _ in own]
+        weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(dtype)
+        mixed = jnp.einsum("BKGTS,BKSH->BKGTH", weights[..., :length], values.astype(dtype))
+        for index, (_, value) in enumerate(own):
+            mixed = mixed + weights[..., length + index, None] * value[:, :, None]
+        return mixed.reshape(queries.shape)
+
+    return layers.by_queries(attend_some, length, queries, positions[..., None], own)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -135,7 +135,9 @@ class CrossAttention(nnx.Module):
 
     def __call__(self, inputs, keys, values, visible):
         queries = layers.split_heads(self.query(inputs), self.head_size)
-        return self.output(layers.join_heads(layers.attend(queries, keys, values, visible, scale=self.scale)))
+        keys, values = keys.astype(jnp.float32), values.astype(jnp.float32)  # see `by_queries`
+        attend = lambda queries: layers.attend(queries, keys, values, visible, scale=self.scale)
+        return self.output(layers.join_heads(layers.by_queries(attend, keys.shape[2], queries)))
 
 
 class DecoderBlock(nnx.Module):
@@ -185,9 +187,8 @@ class EncoderDecoderModule(nnx.Module):
         bias = self.encoder_bias(positions[:1], positions[:1])
         for layer, block in enumerate(self.encoder_blocks):
             with jax.named_scope(f"encoder_layer_{layer}"):
-                hidden, _, _ = block(
-                    meshes.pin_rows(hidden), None, positions, is_prompt, None, None, bias=bias, causal=False
-                )
+                run = layers.recomputed(functools.partial(block, causal=False), self.config.remat)
+                hidden, _, _ = run(meshes.pin_rows(hidden), None, positions, is_prompt, None, None, bias=bias)
         return self.encoder_norm(meshes.pin_rows(hidden))
 
     def remember(self, prompts, lengths):
@@ -198,7 +199,7 @@ class EncoderDecoderModule(nnx.Module):
         hidden = self.embed(inputs) if jnp.issubdtype(inputs.dtype, jnp.integer) else inputs
         own = cache.own
         slots = jnp.arange(cache.cross_keys[0].shape[2], dtype=jnp.int32)[None, None]
-        visible = jnp.broadcast_to(slots < cache.lengths[:, None, None], (*positions.shape, slots.shape[2]))
+        visible = slots < cache.lengths[:, None, None]
         if own is None:  # positions are consecutive, so the distances are the same in every row
             bias = self.bias(positions[:1], positions[:1])
         else:
@@ -207,7 +208,8 @@ class EncoderDecoderModule(nnx.Module):
             keys, values = (None, None) if own is None else (own.keys[layer], own.values[layer])
             cross = cache.cross_keys[layer], cache.cross_values[layer]
             with jax.named_scope(f"layer_{layer}"):
-                hidden, keys, values = self.blocks[layer](hidden, positions, mask, keys, values, bias, *cross, visible)
+                run = layers.recomputed(self.blocks[layer], self.config.remat and own is None)
+                hidden, keys, values = run(hidden, positions, mask, keys, values, bias, *cross, visible)
                 hidden = meshes.pin_rows(hidden) if own is None else hidden
             if own is not None:
                 own = own.with_layer(layer, keys, values).metered(1, hidden.shape[1])

@@ -136,6 +136,10 @@ class LanguageModel(Network):
         """
         return dataclasses.replace(self, logits_size=None if vocab_size == self.config.vocab_size else vocab_size)
 
+    def with_remat(self, remat: bool) -> "LanguageModel":
+        """This model, whose backward pass computes each layer again if `remat` is true, see `DecoderConfig`."""
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, remat=remat))
+
     def reduced(self, vocabulary: DraftVocabulary | None) -> "LanguageModel":
         """This model with a head over the ids of `vocabulary` alone, see `reduced_params`; unchanged for None.
 

@@ -1,6 +1,8 @@
 """Building blocks of the models: projections, norms, attention over a cache prefix, MLP."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -185,12 +187,14 @@ def attend(
     """Grouped-query softmax attention to the slots where `visible` [B, T, S] is true; weights in float32.
 
     Args:
+      keys: in any dtype; they are converted to that of the queries, and values too.
       scale: factor on the dot products of queries and keys.
       softcap: scores become softcap * tanh(scores / softcap), arXiv 2408.00118; 0 is off.
       bias: added to the scores; its batch axis may be 1.
     """
     batch, heads, steps, size = queries.shape
     kv_heads = keys.shape[1]
+    keys, values = keys.astype(queries.dtype), values.astype(queries.dtype)
     # One product for each key head, whose rows are the group's query heads and the T tokens: [B, K, G*T, H].
     grouped = queries.reshape(batch, kv_heads, (heads // kv_heads) * steps, size)
     scores = jnp.einsum("BKRH,BKSH->BKRS", grouped, keys, preferred_element_type=jnp.float32)
@@ -205,6 +209,49 @@ def attend(
     weights = weights.reshape(batch, kv_heads, (heads // kv_heads) * steps, -1)
     mixed = jnp.einsum("BKRS,BKSH->BKRH", weights, values)
     return mixed.reshape(batch, heads, steps, size)
+
+
+# At most this many scores of each head are in memory at a time, unless blocks would have fewer queries than this.
+_SCORES, _FEWEST_QUERIES = 1 << 20, 64
+
+
+def by_queries(
+    attend_some: Callable, slots: int, queries: Float[Array, "B N T H"], *others: Any
+) -> Float[Array, "B N T H"]:
+    """`attend_some(queries, *others)`, for long texts in blocks of queries, so that scores `[T, S]` never exist.
+
+    The blocks run one after the other, and again in the backward pass. Keys and values that `attend_some` closes over
+    get the sum of the blocks' gradients in their own dtype, which should be float32.
+
+    Args:
+      attend_some: attention of any of the T queries.
+      slots: S, the number of slots that each query is compared with.
+      others: further arguments, trees of arrays that all have the queries on axis -2, or 1 there for all queries.
+    """
+    rows, length = queries.shape[0], queries.shape[-2]
+    rows = max(rows // meshes.num_shards("batch"), 1)
+    block = max(_SCORES // (rows * slots), _FEWEST_QUERIES)
+    if length <= block:
+        return attend_some(queries, *others)
+    count = -(-length // block)
+    block = -(-length // count)
+
+    def split(x):
+        if x.shape[-2] == 1:
+            return None
+        x = jnp.pad(x, [*[(0, 0)] * (x.ndim - 2), (0, count * block - length), (0, 0)])
+        return jnp.moveaxis(x.reshape(*x.shape[:-2], count, block, x.shape[-1]), -3, 0)
+
+    arguments, structure = jax.tree.flatten((queries, *others))
+
+    # prevent_cse is not needed inside a scan, and its barriers would only cost time.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def run(blocks):
+        chosen = [x if part is None else part for x, part in zip(arguments, blocks, strict=True)]
+        return attend_some(*jax.tree.unflatten(structure, chosen))
+
+    mixed = jnp.moveaxis(jax.lax.map(run, list(map(split, arguments))), 0, -3)
+    return mixed.reshape(*mixed.shape[:-3], count * block, mixed.shape[-1])[..., :length, :]
 
 
 def visible_slots(positions, slots, mask, window: int, causal: bool = True):
@@ -232,10 +279,14 @@ def attend_to_prefix(queries, keys, values, positions, mask, *, window=0, bias=N
 
     def branch(length):
         def run(queries, keys, values, positions, mask):
-            slots = jnp.arange(length)[None, None]
             added = None if bias is None else bias[..., :length]
-            visible = visible_slots(positions, slots, mask, window)
-            return attend(queries, keys[:, :, :length], values[:, :, :length], visible, bias=added, **how)
+            keys, values, slots = keys[:, :, :length], values[:, :, :length], jnp.arange(length)[None, None]
+
+            def attend_some(queries, positions, mask, added):
+                visible = visible_slots(positions[..., 0], slots, mask, window)
+                return attend(queries, keys, values, visible, bias=added, **how)
+
+            return by_queries(attend_some, length, queries, positions[..., None], mask, added)
 
         return run
 
@@ -244,6 +295,17 @@ def attend_to_prefix(queries, keys, values, positions, mask, *, window=0, bias=N
     needed = jnp.max(positions) + 1
     index = jnp.sum(needed > jnp.asarray(lengths[:-1], needed.dtype))
     return jax.lax.switch(index, [branch(n) for n in lengths], queries, keys, values, positions, mask)
+
+
+def attend_to_text(queries, keys, values, positions, mask, *, window=0, bias=None, causal=True, **how):
+    """`attend` of the tokens of a text to each other, without a cache."""
+    slots, keys, values = positions[:, None], keys.astype(jnp.float32), values.astype(jnp.float32)
+
+    def attend_some(queries, positions, mask, bias):
+        visible = visible_slots(positions[..., 0], slots, mask, window, causal)
+        return attend(queries, keys, values, visible, bias=bias, **how)
+
+    return by_queries(attend_some, slots.shape[2], queries, positions[..., None], mask, bias)
 
 
 def query_scale(config: DecoderConfig) -> float:
@@ -304,13 +366,13 @@ class Attention(nnx.Module):
             queries, new_keys = self.query_norm(queries), self.key_norm(new_keys)
         if angles is not None:
             queries, new_keys = rotate(queries, angles), rotate(new_keys, angles)
+        how = {"window": self.window, "bias": bias, **self.how}
         if keys is None:
-            visible = visible_slots(positions, positions[:, None], mask, self.window, causal)
-            mixed = attend(queries, new_keys, new_values, visible, bias=bias, **self.how)
+            mixed = attend_to_text(queries, new_keys, new_values, positions, mask, causal=causal, **how)
         else:
             keys = kv_cache.write_rows(keys, new_keys, positions[:, 0], axis=2)
             values = kv_cache.write_rows(values, new_values, positions[:, 0], axis=2)
-            mixed = attend_to_prefix(queries, keys, values, positions, mask, window=self.window, bias=bias, **self.how)
+            mixed = attend_to_prefix(queries, keys, values, positions, mask, **how)
         return self.output(join_heads(mixed)), keys, values
 
 
@@ -359,3 +421,8 @@ class Block(nnx.Module):
             return hidden + self.mlp_output_norm(self.mlp(self.mlp_norm(hidden))), keys, values
         hidden = hidden + mixed
         return hidden + self.mlp(self.mlp_norm(hidden)), keys, values
+
+
+def recomputed(block: Callable, remat: bool) -> Callable:
+    """`block`, which with `remat` holds only its inputs for the backward pass, and there computes the rest again."""
+    return jax.checkpoint(block) if remat else block

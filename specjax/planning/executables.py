@@ -19,6 +19,7 @@ from specjax.models.attachment import runtime_params
 from specjax.models.language_model import LanguageModel, Network
 from specjax.planning import hlo
 from specjax.planning.models import ModelCatalog, placed, replicated, rows
+from specjax.runtime import checks
 from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError
 from specjax.runtime.mesh import AnyMesh
@@ -103,7 +104,9 @@ def training(config: Any, catalog: ModelCatalog, mesh: AnyMesh) -> TrainingStage
       UserError: for inconsistent settings, and if a model or batch does not divide over the mesh.
     """
     config = recipes.expand(config)
+    checks.instance("model.remat", config.model.remat, bool)
     draft, target = catalog.trained(config)
+    draft = draft.with_remat(config.model.remat)
     for model in (None if config.model.replicate else draft, target):
         if model is not None:
             model.check_split(mesh)
