@@ -197,7 +197,7 @@ def _draft(
 ) -> tuple[LanguageModel, Params]:
     """The model or attachment to train, with its parameters at step 0, which are loaded from an export or new."""
     model, init = config.model, config.model.init
-    shardings = lambda network: meshes.shardings(network.axes(replicate=model.replicate), mesh)
+    shardings = lambda network: network.shardings(mesh, replicate=model.replicate)
     if hub_adapter.holds_one(init):
         after = config.eagle3.states_after if "eagle3" in config else ()
         loaded = hub_adapter.load(init, _required(target, init), target_params, states_after=after, shardings=shardings)
@@ -210,8 +210,6 @@ def _draft(
         start = lambda key, target_params: draft.attachment.init_on(key, target, target_params)
     elif init == RANDOM:
         draft = random_model(model, tokenizer.vocab_size, tokenizer.pad_id).reduced(ids)
-        if not model.replicate:
-            draft.check_split(mesh)
         start = lambda key, _: draft.init(key)
     else:
         loaded = _load(init, model, tokenizer, mesh, param_dtype=model.param_dtype, replicate=model.replicate)

@@ -140,8 +140,8 @@ def test_a_mesh_that_does_not_fit_is_refused_with_its_numbers():
     with pytest.raises(UserError, match="every axis needs at least 1"):
         mesh_of(0, 8, 1)
     mesh = mesh_of(1, 2, 4)
-    with pytest.raises(UserError, match=r'"mlp" of size 6 .* mesh.tensor = 4; let that be one of 1, 2, 3, 6'):
-        meshes.shard({"kernel": jnp.zeros((4, 6))}, {"kernel": ("embed", "mlp")}, mesh)
+    with pytest.raises(UserError, match=r'"embed" of size 9 .* mesh.fsdp = 2; let that be one of 1, 3, 9'):
+        meshes.shard({"kernel": jnp.zeros((9, 8))}, {"kernel": ("embed", "mlp")}, mesh)
     with pytest.raises(ValueError, match="without a rule: width"):
         meshes.spec(("width",))
 

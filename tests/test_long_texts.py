@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from specjax.distillation import divergences, objective
-from specjax.models import layers
+from specjax.models import attention
 from specjax.models.attachment import AttachedDraft
 from specjax.models.language_model import consecutive
 from specjax.models.rotary import Rotary
@@ -61,8 +61,8 @@ def assert_close(first, second):
 def test_blocks_of_queries_and_layers_computed_again_give_the_same_gradient(kind, monkeypatch):
     """23 tokens in blocks of 4, the last one of 3."""
     expected = loss_and_gradient(kind)
-    monkeypatch.setattr(layers, "_SCORES", 1)
-    monkeypatch.setattr(layers, "_FEWEST_QUERIES", 4)
+    monkeypatch.setattr(attention, "_SCORES", 1)
+    monkeypatch.setattr(attention, "_FEWEST_QUERIES", 4)
     assert_close(loss_and_gradient(kind, remat=True), expected)
 
 
@@ -73,8 +73,8 @@ def test_chunks_of_a_long_prompt_attend_in_blocks_too(monkeypatch):
         lambda: model.extend(params, model.start(params, tokens, jnp.full(2, LENGTH), 32), tokens, consecutive(tokens))
     )()
     expected, _ = run()
-    monkeypatch.setattr(layers, "_SCORES", 1)
-    monkeypatch.setattr(layers, "_FEWEST_QUERIES", 4)
+    monkeypatch.setattr(attention, "_SCORES", 1)
+    monkeypatch.setattr(attention, "_FEWEST_QUERIES", 4)
     np.testing.assert_allclose(run()[0], expected, rtol=1e-5, atol=1e-5)
 
 
@@ -99,6 +99,19 @@ def test_layers_that_are_computed_again_hold_only_their_inputs():
         held.append(size(residuals) - size(shapes))
     one_state = 4 * 2 * 64 * model.config.width
     assert held[1] < 2 * 6 * one_state < held[0] / 4
+
+
+def test_layers_that_are_computed_again_need_less_memory_on_cpu():
+    model, tokens = tiny.decoder(0, layers=6)[0], jax.ShapeDtypeStruct((4, 128), jnp.int32)
+    needed = []
+    for remat in (False, True):
+        again = model.with_remat(remat)
+        trunk = lambda params, tokens, again=again: jnp.sum(
+            again.extend(params, None, tokens, consecutive(tokens))[0] ** 2
+        )
+        compiled = jax.jit(jax.grad(trunk)).lower(model.abstract_params(), tokens).compile()
+        needed.append(compiled.memory_analysis().temp_size_in_bytes)
+    assert needed[1] < 0.5 * needed[0]
 
 
 def test_an_attachment_keeps_its_target_if_layers_are_computed_again():

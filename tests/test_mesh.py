@@ -203,7 +203,7 @@ def test_caches_lie_where_the_rules_say(replicate):
             expected = jax.NamedSharding(slots.sharding.mesh, lies)
             assert slots.sharding.is_equivalent_to(expected, slots.ndim), slots.sharding
     # All that the loop carries lies where plans for chips take it to lie.
-    for x, names in zip(jax.tree.leaves(state), state_axes(plan_of("greedy", replicate), state, 2), strict=True):
+    for x, names in zip(jax.tree.leaves(state), state_axes(plan_of("greedy", replicate), state), strict=True):
         assert x.sharding.is_equivalent_to(jax.NamedSharding(x.sharding.mesh, meshes.spec(names)), x.ndim), x
 
 
@@ -266,19 +266,57 @@ def test_a_mesh_that_does_not_match_the_devices_is_refused_with_their_number(siz
         mesh_of(sizes)
 
 
-@pytest.mark.parametrize(
-    ("shape", "message"),
-    [
-        ({"kv_heads": 2}, r"does not divide key/value heads 2 of this model; let it be one of 1, 2$"),
-        ({"heads": 4, "kv_heads": 4}, r"does not divide heads 4 and key/value heads 4 .* one of 1, 2, 4$"),
-        ({"vocab_size": 100}, r"does not divide vocabulary 100 of this model; let it be one of 1, 2, 4$"),
-    ],
-)
-def test_what_does_not_divide_over_the_tensor_axis_is_named_with_what_would(shape, message):
-    model = tiny.decoder(0, **{**SHAPE, **shape})[0]
-    with pytest.raises(UserError, match=message):
-        model.check_split(mesh_of((1, 1, 8)))
-    model.check_split(mesh_of((8, 1, 1)))
+# Shapes of which the tensor axis does not divide something, and what is logged.
+UNDIVIDED = {
+    "one key/value head": (dict(SHAPE, kv_heads=1, vocab_size=97), "key/value heads 1 and vocabulary 97"),
+    "few heads": (dict(SHAPE, heads=4, kv_heads=2), "heads 4 and key/value heads 2"),
+}
+
+
+@pytest.mark.parametrize("case", UNDIVIDED)
+def test_what_the_tensor_axis_does_not_divide_is_replicated_and_logged(case, caplog):
+    shape, message = UNDIVIDED[case]
+    target, mesh = tiny.decoder(0, **shape)[0], mesh_of((1, 1, 8))
+    attached = tiny.adapter(target)[0], tiny.heads(target, 1), tiny.eagle3(target)[0]
+    for network in (target, *attached):
+        caplog.clear()
+        specs = jax.tree.map(lambda x: x.spec, network.shardings(mesh))
+        logged = " ".join(caplog.messages)
+        if network is target:
+            assert f"mesh.tensor 8 does not divide {message}; every device" in logged
+            attention = specs["blocks"][0]["attention"]
+        elif "attention" in specs:
+            assert "key/value heads" in logged
+            attention = specs["attention"]
+        split = {name: "tensor" in jax.tree.leaves(tuple(attention[name]["kernel"])) for name in ("query", "key")}
+        assert split == {"query": shape["heads"] == 8, "key": False}
+    caplog.clear()
+    jax.tree.map(lambda x: x, target.shardings(mesh_of((8, 1, 1))))
+    assert not caplog.messages
+
+
+@pytest.fixture
+def undivided(request, monkeypatch):
+    """Within the test, `models` are of this case of UNDIVIDED."""
+    functions = models, plan_of, generated, loss_and_gradient
+    shape = UNDIVIDED[request.param][0]
+    monkeypatch.setitem(globals(), "SHAPE", shape)
+    monkeypatch.setitem(globals(), "VOCAB", shape["vocab_size"])
+    for function in functions:
+        function.cache_clear()
+    yield
+    for function in functions:
+        function.cache_clear()
+
+
+@pytest.mark.slow
+@pytest.mark.standard_promotion
+@pytest.mark.parametrize("undivided", UNDIVIDED, indirect=True)
+def test_a_mesh_that_replicates_what_it_does_not_divide_says_what_one_device_says(undivided):
+    sizes = 1, 1, 8
+    assert_same_tokens(generated(ALONE, "sampled"), generated(sizes, "sampled"), "sampled")
+    assert_same_loss(loss_and_gradient(ALONE), loss_and_gradient(sizes))
+    assert not gathered(decode_step(sizes, "greedy")[0])
 
 
 def test_slices_cut_the_data_axis_first_and_never_the_tensor_axis():

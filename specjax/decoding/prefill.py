@@ -275,19 +275,10 @@ def _constrained(tree: Any, tree_axes: list[tuple[str | None, ...]] | None = Non
     return jax.tree.unflatten(structure, map(constrain, arrays, tree_axes or meshes.declared_axes(tree)))
 
 
-def state_axes(plan: Plan, state: DecodeState, ways: int | None = None) -> list[tuple[str | None, ...]]:
-    """The logical axes of every array of the state, in the order of `jax.tree.leaves`.
-
-    Args:
-      ways: number of devices along the tensor axis; None is that of the current mesh.
-    """
-    ways = meshes.num_shards("kv_heads") if ways is None else ways
-    # The draft's heads are replicated if the plan says so, or if they do not divide over the devices.
-    whole = lambda name, size: name == "kv_heads" and (plan.replicate_draft or size % ways > 0)
+def state_axes(plan: Plan, state: DecodeState) -> list[tuple[str | None, ...]]:
+    """The logical axes of every array of the state, in the order of `jax.tree.leaves`."""
     declared, arrays = meshes.declared_axes(state), jax.tree.leaves(state.drafter_state)
     first = len(declared) - len(arrays)  # the drafter's arrays come last
-    of_draft = [
-        tuple(None if whole(*axis) else axis[0] for axis in zip(names, x.shape, strict=True))
-        for names, x in zip(declared[first:], arrays, strict=True)
-    ]
+    whole = lambda name: name == "kv_heads" and plan.replicate_draft
+    of_draft = [tuple(None if whole(name) else name for name in names) for names in declared[first:]]
     return [*declared[:first], *of_draft]

@@ -110,10 +110,7 @@ def load(
     dtypes = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
     directory, shardings = locate(directory), None
     if mesh is not None:
-        described = hub_load.describe(directory, **dtypes)
-        if not replicate:
-            described.check_split(mesh)
-        shardings = meshes.shardings(described.axes(replicate=replicate), mesh)
+        shardings = hub_load.describe(directory, **dtypes).shardings(mesh, replicate=replicate)
     decoder, params = hub_load.load(directory, shardings=shardings, **dtypes)
     return Model(decoder, params, Tokenizer.load(directory), mesh)
 
@@ -155,7 +152,7 @@ def load_adapter(
     """
     shardings = None
     if target.mesh is not None:
-        shardings = lambda adapter: meshes.shardings(adapter.axes(), target.mesh)
+        shardings = lambda adapter: adapter.shardings(target.mesh)
     directory = locate(directory)
     loaded = hub_adapter.load(directory, target.decoder, target.params, states_after=states_after, shardings=shardings)
     loaded.check(target.fingerprint)
@@ -193,7 +190,7 @@ def reduced(
     kernel = loaded.decoder.head_kernel(loaded.params, vocabulary)
     params = loaded.decoder.reduced_params(loaded.params, kernel)
     if loaded.mesh is not None:
-        params = jax.device_put(params, meshes.shardings(decoder.axes(), loaded.mesh))
+        params = jax.device_put(params, decoder.shardings(loaded.mesh))
     return dataclasses.replace(loaded, decoder=decoder, params=params)
 
 

@@ -170,8 +170,8 @@ class Attachment(Network):
         concatenates the states of all steps along the last axis, and `predicts` has one entry per step.
         """
         del target, target_params
-        extend = lambda params, states: self.extend(params, None, states, consecutive(tokens))[0]
-        return recomputed(extend, self.config.target.remat)(params, states)
+        extend = lambda *states: self.extend(params, None, states, consecutive(tokens))[0]
+        return recomputed(extend, self.config.target.remat)(*states)
 
     def head(
         self, params: Params, target: Decoder, target_params: Params, hidden: Float[Array, "B T E"]

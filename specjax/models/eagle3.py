@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from specjax.models import kv_cache, layers
+from specjax.models import attention, kv_cache, layers
 from specjax.models.attachment import Attachment, AttachmentConfig, States, last_state
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
@@ -185,7 +185,7 @@ def _attend(queries, keys, values, positions, own, step, scale):
     query's row."""
     dtype, length = queries.dtype, keys.shape[2]
     dots = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    keys, values = keys.astype(jnp.float32), values.astype(jnp.float32)  # see `layers.by_queries`
+    keys, values = keys.astype(jnp.float32), values.astype(jnp.float32)  # see `attention.by_queries`
 
     def attend_some(queries, positions, own):
         positions, slots = positions[..., 0], jnp.arange(length)[None, None]
@@ -200,7 +200,7 @@ def _attend(queries, keys, values, positions, own, step, scale):
             mixed = mixed + weights[..., length + index, None] * value[:, :, None]
         return mixed.reshape(queries.shape)
 
-    return layers.by_queries(attend_some, length, queries, positions[..., None], own)
+    return attention.by_queries(attend_some, length, queries, positions[..., None], own)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from specjax.models import kv_cache, layers
+from specjax.models import attention, kv_cache, layers
 from specjax.models.config import DecoderConfig
 from specjax.models.language_model import LanguageModel, Params, consecutive, look_up
 from specjax.runtime import mesh as meshes
@@ -136,8 +136,8 @@ class CrossAttention(nnx.Module):
     def __call__(self, inputs, keys, values, visible):
         queries = layers.split_heads(self.query(inputs), self.head_size)
         keys, values = keys.astype(jnp.float32), values.astype(jnp.float32)  # see `by_queries`
-        attend = lambda queries: layers.attend(queries, keys, values, visible, scale=self.scale)
-        return self.output(layers.join_heads(layers.by_queries(attend, keys.shape[2], queries)))
+        attend = lambda queries: attention.attend(queries, keys, values, visible, scale=self.scale)
+        return self.output(layers.join_heads(attention.by_queries(attend, keys.shape[2], queries)))
 
 
 class DecoderBlock(nnx.Module):
@@ -187,8 +187,8 @@ class EncoderDecoderModule(nnx.Module):
         bias = self.encoder_bias(positions[:1], positions[:1])
         for layer, block in enumerate(self.encoder_blocks):
             with jax.named_scope(f"encoder_layer_{layer}"):
-                run = layers.recomputed(functools.partial(block, causal=False), self.config.remat)
-                hidden, _, _ = run(meshes.pin_rows(hidden), None, positions, is_prompt, None, None, bias=bias)
+                run = layers.recomputed(functools.partial(block, causal=False, bias=bias), self.config.remat)
+                hidden, _, _ = run(meshes.pin_rows(hidden), None, positions, is_prompt, None, None)
         return self.encoder_norm(meshes.pin_rows(hidden))
 
     def remember(self, prompts, lengths):

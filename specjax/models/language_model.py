@@ -88,6 +88,19 @@ class Network:
         axes = nnx.to_pure_dict(named)
         return meshes.replicated_over_tensor(axes) if replicate else axes
 
+    def shardings(self, mesh: meshes.AnyMesh, *, replicate: bool = False) -> Params:
+        """The tree of `init` with the sharding of each array; logs what the mesh's tensor axis does not divide.
+
+        Args:
+          replicate: as in `axes`.
+
+        Raises:
+          UserError: if the mesh's axis `fsdp` does not divide the width.
+        """
+        shapes, axes = self.abstract_params(), self.axes(replicate=replicate)
+        meshes.report_replicated(axes, shapes, mesh)
+        return meshes.shardings(axes, mesh, shapes=shapes)
+
     def bind(self, params: Params) -> Any:
         """The NNX module with these parameters."""
         return nnx.merge(_abstract(self.module, self.config)[0], params)
@@ -165,16 +178,6 @@ class LanguageModel(Network):
         tables = [params["positions"]] if self.config.learned_positions else []
         tables += [] if self.config.tied_head else [params["embedding"]]
         return self.num_params - sum(math.prod(table.shape) for table in tables)
-
-    def check_split(self, mesh: jax.sharding.Mesh) -> None:
-        """Raises UserError if heads, MLP or vocabulary do not divide evenly over the mesh's tensor axis."""
-        config = self.config
-        sizes = {
-            "heads": config.heads,
-            "key/value heads": config.kv_heads,
-            "vocabulary": len(self.vocabulary or range(config.vocab_size)),
-        }
-        meshes.check_split({**sizes, "MLP width": config.mlp_width}, mesh)
 
     def start_text(self, prompt: Sequence[int]) -> list[int]:
         """The tokens with which the text of this prompt starts: the prompt itself, or a start token."""

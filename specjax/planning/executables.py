@@ -107,9 +107,6 @@ def training(config: Any, catalog: ModelCatalog, mesh: AnyMesh) -> TrainingStage
     checks.instance("model.remat", config.model.remat, bool)
     draft, target = catalog.trained(config)
     draft = draft.with_remat(config.model.remat)
-    for model in (None if config.model.replicate else draft, target):
-        if model is not None:
-            model.check_split(mesh)
     params = draft.abstract_params()
     optimizer = update.make_optimizer(config.optimizer, config.train.steps)
     state = update.abstract_state(params, draft.axes(replicate=config.model.replicate), optimizer, mesh)
@@ -204,35 +201,31 @@ class DecodingStage:
         return prefill.compiled_prefill.lower(dataclasses.replace(self.plan, rule=None, greedy=True), *self._arguments)
 
     @functools.cached_property
-    def _layouts(self) -> dict[int, tuple]:
-        return {}
+    def _layout(self) -> tuple[list[jax.ShapeDtypeStruct], list[tuple[str | None, ...]], Any]:
+        """Shapes and logical axes of all arrays of the DecodeState that the prefill returns, and its structure."""
+        bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._arguments)
+        traced = []
 
-    def _layout(self, mesh: AnyMesh) -> tuple[list[jax.ShapeDtypeStruct], list[tuple[str | None, ...]]]:
-        """Shapes with shardings, and logical axes, of all arrays of the DecodeState that the prefill returns."""
-        ways = mesh.shape["tensor"]
-        if ways not in self._layouts:
-            bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._arguments)
-            traced = []
+        def leaves(*arguments):
+            state = loop.prefill(self.plan, *arguments)
+            traced.append((prefill.state_axes(self.plan, state), jax.tree.structure(state)))
+            return jax.tree.leaves(state)
 
-            def leaves(*arguments):
-                state = loop.prefill(self.plan, *arguments)
-                traced.append((prefill.state_axes(self.plan, state, ways), jax.tree.structure(state)))
-                return jax.tree.leaves(state)
+        return jax.eval_shape(leaves, *bare), *traced[0]
 
-            self._layouts[ways] = jax.eval_shape(leaves, *bare), *traced[0]
-        shapes, axes, _ = self._layouts[ways]
+    def _arrays_on(self, mesh: AnyMesh) -> list[jax.ShapeDtypeStruct]:
+        """The arrays of the DecodeState as shapes with shardings."""
         place = lambda x, names: meshes.abstract(x, meshes.shardings(names, mesh, shapes=x))
-        return list(map(place, shapes, axes)), axes
+        return list(map(place, *self._layout[:2]))
 
     def caches_on(self, mesh: AnyMesh) -> list[jax.ShapeDtypeStruct]:
-        """Shapes of the keys and values of target and draft. Raises UserError if they do not divide over the mesh."""
-        return [x for x, axes in zip(*self._layout(mesh), strict=True) if "slots" in axes]
+        """Shapes of the keys and values of target and draft. Raises UserError if the rows do not divide over it."""
+        return [x for x, axes in zip(self._arrays_on(mesh), self._layout[1], strict=True) if "slots" in axes]
 
     @property
     def _state(self) -> loop.DecodeState:
         """The DecodeState that the prefill returns, as shapes with shardings."""
-        shapes, _ = self._layout(self.mesh)
-        return jax.tree.unflatten(self._layouts[self.mesh.shape["tensor"]][2], shapes)
+        return jax.tree.unflatten(self._layout[2], self._arrays_on(self.mesh))
 
     def lower_loop(self) -> Lowered:
         """Lowers the decoding loop, as `loop.run` compiles it."""

@@ -28,7 +28,7 @@ def placed(model: Network, mesh: AnyMesh, *, replicate: bool = False) -> Params:
       replicate: every device of the tensor axis holds all parameters.
 
     Raises:
-      UserError: if a sharded axis does not divide evenly.
+      UserError: if the mesh's axis `fsdp` does not divide the width.
     """
     shapes = model.abstract_params()
     return meshes.abstract(shapes, meshes.shardings(model.axes(replicate=replicate), mesh, shapes=shapes))
@@ -99,8 +99,6 @@ class ModelCatalog:
     def loaded(self, name: str, config: Any, mesh: AnyMesh, *, replicate: bool = False) -> hub_model.Model:
         """A model as an evaluation loads it, with shapes in place of parameters."""
         model = self.model(name, config.param_dtype, config.compute_dtype)
-        if not replicate:
-            model.check_split(mesh)
         return hub_model.Model(model, placed(model, mesh, replicate=replicate), None, mesh)
 
     def attached(

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from jax.experimental import mesh_utils
 
 from specjax.runtime.errors import UserError
@@ -32,6 +33,25 @@ MESH_AXES: dict[str, tuple[str, ...] | None] = {
     "layers": None,
     "norm": None,
 }
+
+
+# The words of messages for the logical axes that the tensor axis splits.
+_WORDS = {"heads": "heads", "kv_heads": "key/value heads", "mlp": "MLP width", "vocab": "vocabulary"}
+
+
+class Parts(str):
+    """The name of a logical axis that is split only between its parts, such as the heads of a projection.
+
+    Attributes:
+      count: number of parts.
+    """
+
+    count: int
+
+    def __new__(cls, name: str, count: int) -> "Parts":
+        self = super().__new__(cls, name)
+        self.count = count
+        return self
 
 
 def sizes_of(config: Any) -> tuple[int, int, int]:
@@ -113,19 +133,17 @@ def shardings(axes_tree: Any, mesh: AnyMesh, shapes: Any = None) -> Any:
     Args:
       axes_tree: a tree of tuples of logical axes, one name (or None) for each dimension.
       mesh: the mesh of the shardings.
-      shapes: a matching tree of arrays or ShapeDtypeStructs whose dimensions are checked; None checks nothing.
+      shapes: a matching tree of arrays or ShapeDtypeStructs; axes that the tensor axis does not divide are then
+        replicated, see `divided`. None checks nothing.
 
     Raises:
-      UserError: if a dimension does not divide evenly over its mesh axes.
+      UserError: if a dimension does not divide evenly over the axes `data` and `fsdp`.
     """
     if shapes is None:
         return jax.tree.map(lambda axes: jax.NamedSharding(mesh, spec(axes)), axes_tree, is_leaf=_is_axes)
 
-    def checked(x: Any, axes: tuple[str | None, ...]) -> jax.NamedSharding:
-        check_divisible(x.shape, axes, mesh.shape)
-        return jax.NamedSharding(mesh, spec(axes))
-
-    return jax.tree.map(checked, shapes, axes_tree)
+    place = lambda x, axes: jax.NamedSharding(mesh, spec(divided(x.shape, axes, mesh.shape)))
+    return jax.tree.map(place, shapes, axes_tree)
 
 
 def abstract(shapes: Any, placed: Any) -> Any:
@@ -145,7 +163,7 @@ def platform() -> str:
 
 
 def shard(tree: Any, axes_tree: Any, mesh: jax.sharding.Mesh) -> Any:
-    """Shards arrays over the mesh by their logical axes. Raises UserError if a dimension does not divide evenly."""
+    """Shards arrays over the mesh by their logical axes, see `shardings`."""
     return jax.device_put(tree, shardings(axes_tree, mesh, shapes=tree))
 
 
@@ -194,7 +212,7 @@ def own_rows(mesh: jax.sharding.Mesh, count: int) -> tuple[int, ...]:
     Raises:
       UserError: if the batch does not divide evenly over the mesh.
     """
-    check_divisible((count,), ("batch",), mesh.shape)
+    divided((count,), ("batch",), mesh.shape)
     sharding = jax.NamedSharding(mesh, spec(("batch",)))
     places = sharding.addressable_devices_indices_map((count,)).values()
     return tuple(sorted({row for place in places for row in range(*place[0].indices(count))}))
@@ -204,8 +222,7 @@ def place_rows(array: np.ndarray, count: int, mesh: jax.sharding.Mesh) -> jax.Ar
     """Shards a batch of `count` rows over the mesh; `array` has all rows or only this process's `own_rows`."""
     axes = ("batch", *[None] * (array.ndim - 1))
     shape = (count, *array.shape[1:])
-    check_divisible(shape, axes, mesh.shape)
-    sharding = jax.NamedSharding(mesh, spec(axes))
+    sharding = jax.NamedSharding(mesh, spec(divided(shape, axes, mesh.shape)))
     local = range(count) if len(array) == count else own_rows(mesh, count)
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
@@ -220,8 +237,7 @@ def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    check_divisible(x.shape, axes, mesh.shape)
-    return jax.lax.with_sharding_constraint(x, spec(axes))
+    return jax.lax.with_sharding_constraint(x, spec(divided(x.shape, axes, mesh.shape)))
 
 
 def replicated_over_tensor(axes_tree: Any) -> Any:
@@ -230,44 +246,47 @@ def replicated_over_tensor(axes_tree: Any) -> Any:
     return jax.tree.map(lambda axes: tuple(map(replicated, axes)), axes_tree, is_leaf=_is_axes)
 
 
-def check_divisible(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh_shape: Any) -> None:
-    """Raises UserError if a dimension does not divide evenly over its mesh axes.
+def divided(
+    shape: tuple[int, ...], axes: tuple[str | None, ...], mesh_shape: Mapping[str, int]
+) -> tuple[str | None, ...]:
+    """An array's logical axes, with None for those that the mesh's tensor axis does not divide: they are replicated.
 
     Args:
       shape: the array's shape.
       axes: its logical axes.
       mesh_shape: mesh axis -> size.
+
+    Raises:
+      UserError: if a dimension does not divide evenly over the axes `data` and `fsdp`.
     """
     if len(shape) != len(axes):
         raise ValueError(f"An array of shape {tuple(shape)} has {len(shape)} axes, not {axes}.")
+    result = []
     for size, name in zip(shape, axes, strict=True):
         over = () if name is None else (MESH_AXES[name] or ())
         num_shards = math.prod(mesh_shape[axis] for axis in over)
-        if size % num_shards:
+        parts = name.count if isinstance(name, Parts) else size
+        if over != ("tensor",) and parts % num_shards:
             divisors = ", ".join(str(d) for d in range(1, size + 1) if size % d == 0)
             product = " * ".join(f"mesh.{axis}" for axis in over)
             raise UserError(
                 f'axis "{name}" of size {size} does not split evenly over {product} = {num_shards}; '
                 f"let that be one of {divisors}, or the size a multiple of {num_shards}"
             )
+        result.append(None if parts % num_shards else name)
+    return tuple(result)
 
 
-def check_split(sizes: Mapping[str, int], mesh: jax.sharding.Mesh) -> None:
-    """Checks that a model splits evenly over the tensor axis.
-
-    Args:
-      sizes: name -> size of each part that is split: heads, vocabulary, ...
-
-    Raises:
-      UserError: with the sizes of `mesh.tensor` that would work.
-    """
-    tensor, common = mesh.shape["tensor"], math.gcd(*sizes.values())
-    uneven = [f"{name} {size}" for name, size in sizes.items() if size % tensor]
-    if uneven:
-        working = ", ".join(str(d) for d in range(1, common + 1) if common % d == 0)
-        raise UserError(
-            f"mesh.tensor {tensor} does not divide {' and '.join(uneven)} of this model; let it be one of {working}"
-        )
+def report_replicated(axes_tree: Any, shapes: Any, mesh: AnyMesh) -> None:
+    """Logs which axes of these parameters are replicated because the mesh's tensor axis does not divide them."""
+    replicated = set()
+    for x, names in zip(jax.tree.leaves(shapes), jax.tree.leaves(axes_tree, is_leaf=_is_axes), strict=True):
+        for size, before, after in zip(x.shape, names, divided(x.shape, names, mesh.shape), strict=True):
+            if before != after:
+                replicated.add(f"{_WORDS[before]} {before.count if isinstance(before, Parts) else size}")
+    if replicated:
+        message = "mesh.tensor %d does not divide %s; every device of this axis holds a copy of their parameters"
+        logging.warning(message, mesh.shape["tensor"], " and ".join(sorted(replicated)))
 
 
 def axes(*names: str | None) -> Any:
