@@ -269,6 +269,7 @@ def test_a_mesh_that_does_not_match_the_devices_is_refused_with_their_number(siz
 # Shapes of which the tensor axis does not divide something, and what is logged.
 UNDIVIDED = {
     "one key/value head": (dict(SHAPE, kv_heads=1, vocab_size=97), "key/value heads 1 and vocabulary 97"),
+    "two key/value heads": (dict(SHAPE, kv_heads=2), "key/value heads 2"),
     "few heads": (dict(SHAPE, heads=4, kv_heads=2), "heads 4 and key/value heads 2"),
 }
 

@@ -239,6 +239,7 @@ class Attention(nnx.Module):
         else:
             keys = kv_cache.write_rows(keys, new_keys, positions[:, 0], axis=2)
             values = kv_cache.write_rows(values, new_values, positions[:, 0], axis=2)
+            keys, values = (meshes.pin_undivided(x, 1, "kv_heads") for x in (keys, values))
             mixed = attention.attend_to_prefix(queries, keys, values, positions, mask, **how)
         return self.output(join_heads(mixed)), keys, values
 

@@ -174,6 +174,17 @@ def pin_last(x: jax.Array, name: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, jax.P(*[jax.P.UNCONSTRAINED] * (x.ndim - 1), MESH_AXES[name]))
 
 
+def pin_undivided(x: jax.Array, axis: int, name: str) -> jax.Array:
+    """Replicates an axis, if logical axis `name` does not divide it; the compiler shards the other axes.
+
+    Otherwise the compiler would split new keys as far as it can, and gather the cache after writing them into it.
+    """
+    if x.shape[axis] % num_shards(name) == 0:
+        return x
+    free = [jax.P.UNCONSTRAINED] * x.ndim
+    return jax.lax.with_sharding_constraint(x, jax.P(*free[:axis], None, *free[axis + 1 :]))
+
+
 def pin_rows(x: jax.Array) -> jax.Array:
     """Shards activations by rows only, like a batch, if the rows divide evenly.
 
