@@ -673,6 +673,7 @@ def distill_config(**overrides):
         tied_head=True,
         param_dtype="float32",
         compute_dtype="auto",
+        remat=False,
         replicate=False,
         vocabulary="",
     )
