@@ -112,8 +112,8 @@ class EvaluationRow(Row):
 
     expected_iterations: Annotated[
         float,
-        "iterations expected from each text's acceptance, shrunk to that of all, and length: for each group the expected "
-        "end of its last text",
+        "iterations expected from each text's acceptance, shrunk to that of all, and length: for each group the "
+        "expected end of its last text",
     ]
     quality: Annotated[dict[str, float], "the task's metrics over all prompts, each between 0 and 1"]
     quality_difference: Annotated[dict[str, float], "the same minus that of plain decoding on the same prompts"]
