@@ -16,7 +16,7 @@ from specjax.models.language_model import consecutive
 from specjax.models.rotary import Rotary
 
 LENGTH, VOCABULARY = 23, 24
-SLOW = pytest.mark.slow
+SLOW, SELDOM = pytest.mark.slow, ("encoder_decoder", "kangaroo", "block_parallel")
 
 
 def batch():
@@ -36,9 +36,9 @@ def draft_and_target(kind):
     if kind == "eagle3":
         layer, params = tiny.eagle3(target, steps=2)
         return AttachedDraft.of(layer), params, target, target_params, batch()
-    if kind == "kangaroo":
-        adapter, params = tiny.adapter(target)
-        return AttachedDraft.of(adapter), params, target, target_params, batch()
+    if kind in ("kangaroo", "block_parallel"):
+        attachment, params = tiny.adapter(target) if kind == "kangaroo" else tiny.block_parallel(target)
+        return AttachedDraft.of(attachment), params, target, target_params, batch()
     # Windows, a softcap and two rotary embeddings, as in Gemma.
     options = dict(heads=4, kv_heads=2, windows=(0, 5), attention_softcap=2.0, local_rotary=Rotary(1e3, 8))
     return *tiny.decoder(0, **options), target, target_params, batch()
@@ -55,9 +55,7 @@ def assert_close(first, second):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5 * np.abs(other).max())
 
 
-@pytest.mark.parametrize(
-    "kind", ["decoder", "eagle3", *(pytest.param(kind, marks=SLOW) for kind in ("encoder_decoder", "kangaroo"))]
-)
+@pytest.mark.parametrize("kind", ["decoder", "eagle3", *(pytest.param(kind, marks=SLOW) for kind in SELDOM)])
 def test_blocks_of_queries_and_layers_computed_again_give_the_same_gradient(kind, monkeypatch):
     """23 tokens in blocks of 4, the last one of 3."""
     expected = loss_and_gradient(kind)

@@ -54,8 +54,8 @@ _SCORES, _FEWEST_QUERIES = 1 << 20, 64
 
 
 def by_queries(
-    attend_some: Callable, slots: int, queries: Float[Array, "B N T H"], *others: Any
-) -> Float[Array, "B N T H"]:
+    attend_some: Callable, slots: int, queries: Float[Array, "*X T H"], *others: Any
+) -> Float[Array, "*X T H"]:
     """`attend_some(queries, *others)`, for long texts in blocks of queries, so that scores `[T, S]` never exist.
 
     The blocks run one after the other, and again in the backward pass. Keys and values that `attend_some` closes over

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from specjax.models import kv_cache, layers
+from specjax.models import attention, kv_cache, layers
 from specjax.models.attachment import Attachment, AttachmentConfig, States, last_state
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
@@ -110,7 +110,8 @@ class BlockParallelModule(nnx.Module):
         pin = lambda x: meshes.constrain(x, ("batch", None, "embed")) if shape[1] > 1 else _unsharded_rows(x)
         rotation = angles(inner.rotary, flat(positions), text_lengths(flat(positions)))
         hidden = pin(flat(embedded))
-        for block, (keys, values) in zip(self.blocks, context, strict=True):
+
+        def run(block, hidden, keys, values):
             inputs = block.attention_norm(hidden)
             queries = block.attention.query_norm(layers.split_heads(block.attention.query(inputs), inner.head_size))
             own = self._keys(block, inputs, rotation)
@@ -118,7 +119,10 @@ class BlockParallelModule(nnx.Module):
             queries, own = in_blocks(rotate(queries, rotation)), map(in_blocks, own)
             mixed = _attend(queries, keys, values, visible, *own, layers.query_scale(inner))
             hidden = hidden + pin(block.attention.output(layers.join_heads(mixed)))
-            hidden = hidden + pin(block.mlp(block.mlp_norm(hidden)))
+            return hidden + pin(block.mlp(block.mlp_norm(hidden)))
+
+        for block, (keys, values) in zip(self.blocks, context, strict=True):
+            hidden = layers.recomputed(functools.partial(run, block), inner.remat)(hidden, keys, values)
         return hidden.reshape(shape)
 
 
@@ -140,16 +144,24 @@ def _attend(queries, keys, values, visible, own_keys, own_values, scale):
       `[B, N, T * M, H]`.
     """
     batch, heads, blocks, tokens, size = queries.shape
-    slots = keys.shape[2]
-    grouped = queries.reshape(batch, keys.shape[1], -1, blocks, tokens, size)
+    dtype, slots = queries.dtype, keys.shape[2]
+    keys, values = keys.astype(jnp.float32), values.astype(jnp.float32)  # see `attention.by_queries`
     dots = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    scores = dots("BKGTMH,BKSH->BKGTMS", grouped, keys) * scale
-    scores = jnp.where(visible[:, None, None, :, None], scores, jnp.finfo(jnp.float32).min)
-    own = dots("BKGTMH,BKTNH->BKGTMN", grouped, own_keys) * scale
-    weights = jax.nn.softmax(jnp.concatenate([scores, own], axis=-1), axis=-1).astype(values.dtype)
-    mixed = jnp.einsum("BKGTMS,BKSH->BKGTMH", weights[..., :slots], values)
-    mixed = mixed + jnp.einsum("BKGTMN,BKTNH->BKGTMH", weights[..., slots:], own_values)
-    return mixed.reshape(batch, heads, blocks * tokens, size)
+
+    def attend_some(queries, visible, own_keys, own_values):
+        grouped = queries.reshape(batch, keys.shape[1], -1, *queries.shape[2:])
+        scores = dots("BKGMTH,BKSH->BKGMTS", grouped, keys.astype(dtype)) * scale
+        scores = jnp.where(visible[:, None, None, None], scores, jnp.finfo(jnp.float32).min)
+        own = dots("BKGMTH,BKNTH->BKGMTN", grouped, own_keys) * scale
+        weights = jax.nn.softmax(jnp.concatenate([scores, own], axis=-1), axis=-1).astype(dtype)
+        mixed = jnp.einsum("BKGMTS,BKSH->BKGMTH", weights[..., :slots], values.astype(dtype))
+        mixed = mixed + jnp.einsum("BKGMTN,BKNTH->BKGMTH", weights[..., slots:], own_values)
+        return mixed.reshape(queries.shape)
+
+    blocks_last = lambda x: x.swapaxes(2, 3)
+    arguments = blocks_last(queries), visible, blocks_last(own_keys), blocks_last(own_values)
+    mixed = attention.by_queries(attend_some, tokens * slots, *arguments)
+    return blocks_last(mixed).reshape(batch, heads, blocks * tokens, size)
 
 
 @dataclasses.dataclass(frozen=True)
