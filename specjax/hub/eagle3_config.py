@@ -34,8 +34,8 @@ _OTHER_TARGET = "load the target that it was trained for"
 
 def is_draft(fields: Mapping[str, Any]) -> bool:
     """Whether a `config.json` describes a draft that attaches to a target, of this or another architecture."""
-    names = fields.get("architectures") or []
-    return _TYPE in fields or any(_DRAFTS.search(str(name)) for name in names)
+    names = fields.get("architectures")
+    return _TYPE in fields or (isinstance(names, list) and any(_DRAFTS.search(str(name)) for name in names))
 
 
 def layout_of(fields: Mapping[str, Any]) -> str:
