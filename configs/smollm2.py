@@ -15,14 +15,14 @@ Kangaroo adapter (arXiv 2404.18911) on the same text; `medusa`, heads (arXiv 240
 compares plain decoding with all of these, with n-gram lookup and with early exit. The report is
 runs/smollm2/report.html.
 
-Hardware: 2 CPU cores and 4 GiB, or a GPU. The same command resumes a stopped run. Time: hours on two cores, where a step
-of `draft` takes 6 s and one of `eagle3` 9 s; on an H200, `text` with 3,000 answers took 112 s and `eagle3` with 400 steps
-of 64 rows 61 s, of which 14 s were training.
+Hardware: 2 CPU cores and 4 GiB, or a GPU. The same command resumes a stopped run. Time: hours on two cores, where a
+step of `draft` takes 6 s and one of `eagle3` 9 s; on an H200, `text` with 3,000 answers took 112 s, and `eagle3` with
+400 steps of 64 rows 61 s, of which 14 s were training.
 
-Expect text identical to plain decoding, and no speed-up yet: that EAGLE-3 draft, with Spec-Bench's and 2,000 of GSM8K's
-questions, reached an acceptance of 0.45 on held-out answers. On 16 other questions of Spec-Bench it emitted 1.47 tokens a
-call at temperature 0 and 1.57 at 1 (gamma 3, all greedy texts identical), and two CPU cores break even at about 1.65. The
-acceptance on its training text was 0.51 and both were still rising, so it wants more text and more steps.
+Expect text identical to plain decoding, and no speed-up yet: that EAGLE-3 draft, with questions of Spec-Bench and 2,000
+of GSM8K, reached an acceptance of 0.45 on held-out answers. On 16 other questions of Spec-Bench it emitted 1.47 tokens
+a call at temperature 0 and 1.57 at 1 (gamma 3, all greedy texts identical); two CPU cores break even at about 1.65. The
+acceptance on the text that it learned was 0.51, and both were still rising, so it wants more text and more steps.
 `configs/smollm2.py:smoke` takes a few questions and steps; give it a tiny target.
 """
 
