@@ -35,7 +35,7 @@ from specjax.evaluation.continuations import Stops, log_probabilities, note_posi
 from specjax.evaluation.engine import MOST_SAMPLES, Method, Output, decode_all
 from specjax.hub.adapter import LoadedAttachment
 from specjax.hub.adapter import save as save_adapter  # noqa: F401
-from specjax.hub.adapter import save_eagle3 as save_eagle3
+from specjax.hub.adapter import save_for_engines as save_for_engines
 from specjax.hub.model import Model, check_pair, reduced, with_end_ids
 from specjax.hub.model import load as load
 from specjax.hub.model import load_adapter as load_adapter

@@ -15,7 +15,7 @@ from specjax import api
 from specjax.decoding.drafters.table import build_drafter
 from specjax.evaluation import cases
 from specjax.hub import adapter as hub_adapter
-from specjax.hub import eagle3_config, eagle3_files
+from specjax.hub import draft_files, eagle3_config
 from specjax.hub import load as hub_load
 from specjax.hub.adapter import LoadedAttachment
 from specjax.hub.tokenizer import train_byte_bpe
@@ -45,7 +45,7 @@ def published(draft, tmp_path):
 
     def write(layout="sglang", *, remove=(), tensors=None, **changes):
         directory = tmp_path / layout
-        hub_adapter.save_eagle3(directory, draft, layout=layout, target_name="owner/target")
+        hub_adapter.save_for_engines(directory, draft, layout=layout, target_name="owner/target")
         path = directory / "config.json"
         fields = json.loads(path.read_text()) | changes
         kept = {name: value for name, value in fields.items() if name not in ("specjax", *remove)}
@@ -67,7 +67,7 @@ def parameters_equal(left, right):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_draft_reads_back_from_either_layout_with_and_without_our_key(target, draft, published, tmp_path, layout):
-    hub_adapter.save_eagle3(tmp_path / "ours", draft, layout=layout)
+    hub_adapter.save_for_engines(tmp_path / "ours", draft, layout=layout)
     ours = hub_adapter.load(tmp_path / "ours", target[0])
     assert (ours.network, ours.target) == (draft.network, "fingerprint")
     theirs = hub_adapter.load(published(layout), target[0])
@@ -107,7 +107,6 @@ def test_default_layers_need_no_ids_and_others_have_those_that_vllm_reads(target
     [
         ("sglang", {"norm_before_residual": True}, "SGLang ignores norm_before_residual.*or export with layout"),
         ("sglang", {"states_after": (1, 4, 5)}, "that start with 1 as outputs"),
-        ("gguf", {}, 'must be one of sglang, speculators, not "gguf"'),
     ],
 )
 def test_what_a_layout_cannot_say_is_not_exported(target, layout, options, message):
@@ -117,10 +116,12 @@ def test_what_a_layout_cannot_say_is_not_exported(target, layout, options, messa
         )
 
 
-def test_only_eagle3_is_exported_for_other_programs(target, tmp_path):
+def test_what_other_programs_do_not_load_is_not_exported_for_them(target, draft, tmp_path):
     heads = LoadedAttachment(tiny.heads(target[0]), {}, "")
-    with pytest.raises(UserError, match=r"other programs load EAGLE-3 drafts only; save this adapter with api\.save_"):
-        api.save_eagle3(tmp_path / "heads", heads)
+    with pytest.raises(UserError, match=r"load EAGLE-3 and block-parallel drafts only; save this adapter with api"):
+        api.save_for_engines(tmp_path / "heads", heads)
+    with pytest.raises(UserError, match='the layout of this draft must be one of speculators, sglang, not "gguf"'):
+        api.save_for_engines(tmp_path / "draft", draft, layout="gguf")
 
 
 EAGLE = {"eagle_config": {"use_aux_hidden_state": True, eagle3_config.IDS: [1, 3, 4]}}
@@ -198,7 +199,7 @@ def test_a_bad_map_of_the_draft_vocabulary_is_refused(target, published, offsets
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["DFlashDraftModel"]}, r"\['DFlashDraftModel'\] are unknown; the known ones have .*Eagle3"),
+        ({"architectures": ["DSparkModel"]}, r"\['DSparkModel'\] are unknown; the known ones are .*Eagle3.*DFlash"),
         ({"speculators_model_type": "peagle"}, "\"speculators_model_type\" 'peagle' are unknown; the known ones"),
         ({"num_hidden_layers": 2}, "has 2 layers or a window, which is not supported"),
         ({"model_type": "phi3"}, "layer of type 'phi3' is not supported; the supported are llama, qwen3"),
@@ -245,7 +246,7 @@ def test_a_stored_copy_of_the_targets_embedding_is_not_loaded(target, draft, tmp
     """Any other embedding is the draft's own."""
     decoder, params = target
     for name, scale in (("same", 1.0), ("other", 1.5)):
-        hub_adapter.save_eagle3(tmp_path / name, draft, embedding=scale * params["embedding"])
+        hub_adapter.save_for_engines(tmp_path / name, draft, embedding=scale * params["embedding"])
         loaded = hub_adapter.load(tmp_path / name, decoder, params)
         assert loaded.network.config.own_embedding == (name == "other") == ("embedding" in loaded.params)
     np.testing.assert_array_equal(loaded.params["embedding"], 1.5 * params["embedding"])
@@ -261,7 +262,7 @@ def narrow(target, tmp_path):
     network, own = tiny.eagle3(decoder, **options)
     own["attention"]["query"]["bias"] = jax.numpy.arange(32.0)
     saved = LoadedAttachment(network, own, "")
-    hub_adapter.save_eagle3(tmp_path / "draft", saved)
+    hub_adapter.save_for_engines(tmp_path / "draft", saved)
     return saved, hub_adapter.load(tmp_path / "draft", decoder, params)
 
 
@@ -270,7 +271,7 @@ def test_a_draft_of_another_shape_than_the_targets_layers_reads_back(narrow, tmp
     assert loaded.network == saved.network and parameters_equal(loaded.params, saved.params)
     assert "input_norm.weight" in load_file(tmp_path / "draft" / TENSORS)
     with pytest.raises(UserError, match="no norms of queries and keys, or export with layout"):
-        hub_adapter.save_eagle3(tmp_path / "sglang", loaded, layout="sglang")
+        hub_adapter.save_for_engines(tmp_path / "sglang", loaded, layout="sglang")
 
 
 @pytest.mark.slow
@@ -306,7 +307,7 @@ def test_a_config_names_the_layers_of_a_draft_that_leaves_them_open(target, publ
 
 def test_training_exports_the_published_layout(target, draft, tmp_path):
     hub_adapter.save(tmp_path / "export", draft, target_name="owner/target")
-    assert {path.name for path in (tmp_path / "export").iterdir()} == set(eagle3_files.FILES)
+    assert {path.name for path in (tmp_path / "export").iterdir()} == set(draft_files.FILES)
     fields = json.loads((tmp_path / "export" / "config.json").read_text())
     assert fields["speculators_config"]["verifier"] == {
         "name_or_path": "owner/target",

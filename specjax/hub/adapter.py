@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ import numpy as np
 from jax.tree_util import keystr
 from jaxtyping import Array, Float
 
-from specjax.hub import eagle3_files, weights
+from specjax.hub import dflash_config, draft_files, weights
 from specjax.hub.json_files import read_json, reading
 from specjax.hub.location import locate
 from specjax.models.attachment import Attachment
-from specjax.models.eagle3 import Eagle3Layer
+from specjax.models.block_parallel import BlockParallel
 from specjax.models.language_model import LanguageModel, Params
 from specjax.models.table import ATTACHMENTS, make_attachment
 from specjax.runtime import processes
@@ -88,16 +89,27 @@ class LoadedAttachment:
 
 
 def save(directory: str | Path, loaded: LoadedAttachment, *, target_name: str | None = None) -> None:
-    """Writes `adapter.safetensors` and `adapter_config.json`, replacing an earlier adapter's; for EAGLE-3, the files
-    that vLLM reads (see `save_eagle3`, also for `target_name`).
+    """Writes an EAGLE-3 or block-parallel draft as vLLM reads it (see `save_for_engines`, also for `target_name`), and
+    other attachments to `adapter.safetensors` and `adapter_config.json`; replaces what an earlier call wrote.
+
+    A block-parallel draft that vLLM's files cannot hold is written as other attachments are; the log says why.
 
     Raises:
       UserError: if the directory holds other files or cannot be written.
     """
+    network = loaded.network
+    if draft_files.format_of(network) is None:
+        return _save_ours(directory, loaded)
+    ours = type(network) is BlockParallel and network.config.layer is None  # it has a file of ours too
+    if ours and (reason := dflash_config.obstacle(network.config)):
+        logging.warning("%s is written for specjax alone: %s", directory, reason)
+        return _save_ours(directory, loaded)
+    save_for_engines(directory, loaded, target_name=target_name)
+
+
+def _save_ours(directory: str | Path, loaded: LoadedAttachment) -> None:
     from safetensors.numpy import save_file
 
-    if type(loaded.network) is Eagle3Layer:
-        return save_eagle3(directory, loaded, target_name=target_name)
     directory, network, config = Path(directory), type(loaded.network), loaded.network.config
     others = sorted(
         {path.name for path in directory.iterdir()} - {CONFIG_FILE, weights.SPECJAX_ADAPTER_FILE}
@@ -124,38 +136,42 @@ def save(directory: str | Path, loaded: LoadedAttachment, *, target_name: str | 
         raise UserError(f"{directory} cannot be written ({error}); make room or choose another place") from None
 
 
-def save_eagle3(
+def save_for_engines(
     directory: str | Path,
     loaded: LoadedAttachment,
     *,
-    layout: str = "speculators",
+    layout: str = "",
     target_name: str | None = None,
     embedding: Float[Array, "V D"] | None = None,
 ) -> None:
-    """Writes an EAGLE-3 draft in a layout that other programs load, with `speculative_config.json` for vLLM.
+    """Writes an EAGLE-3 or block-parallel draft as other programs load it, with `speculative_config.json` for vLLM.
 
     Args:
-      layout: "speculators" for vLLM, or "sglang" for SGLang, SpecForge and vLLM.
+      layout: for EAGLE-3 "speculators" (the default) for vLLM, or "sglang" for SGLang, SpecForge and vLLM; for a
+        block-parallel draft "z-lab", the layout of DFlash.
       target_name: path or hub name of the target, which readers of the layout "speculators" may look up.
-      embedding: the target's, to be stored with the draft, as the package `speculators` expects it; engines do without.
+      embedding: the target's, to be stored with the draft, as the package `speculators` expects EAGLE-3 drafts; engines
+        do without.
 
     Raises:
       UserError: for other attachments, if the layout cannot hold the draft, or if the directory holds other files or
         cannot be written.
     """
-    if not isinstance(loaded.network, Eagle3Layer):
-        raise UserError("other programs load EAGLE-3 drafts only; save this adapter with api.save_adapter")
+    if draft_files.format_of(loaded.network) is None:
+        raise UserError(
+            "other programs load EAGLE-3 and block-parallel drafts only; save this adapter with api.save_adapter"
+        )
     leaves = jax.tree_util.tree_leaves_with_path(loaded.params)
     arrays = {_name(path): np.asarray(leaf) for path, leaf in leaves}
     how = {"layout": layout, "fingerprint": loaded.target, "target_name": target_name}
     if embedding is not None:
         arrays.setdefault("embedding", np.asarray(embedding))
-    eagle3_files.save(directory, loaded.network.config, arrays, **how)
+    draft_files.save(directory, loaded.network, arrays, **how)
 
 
 def holds_one(directory: str | Path) -> bool:
     """Whether the directory holds an adapter of specjax, or a published draft that attaches to a target."""
-    return (Path(directory) / weights.SPECJAX_ADAPTER_FILE).is_file() or eagle3_files.holds_one(directory)
+    return (Path(directory) / weights.SPECJAX_ADAPTER_FILE).is_file() or draft_files.holds_one(directory)
 
 
 def load(
@@ -169,7 +185,7 @@ def load(
     """Reads an adapter and checks that its sizes match the target's; the caller checks the fingerprint.
 
     Args:
-      directory: what `save` wrote, or an EAGLE-3 draft from other tools, in a directory or on the Hugging Face hub.
+      directory: what `save` wrote, or a published EAGLE-3 or DFlash draft, in a directory or on the Hugging Face hub.
       target_params: with them, a draft that stores a copy of the target's embedding shares it with the target.
       states_after: of an EAGLE-3 draft, the numbers of layers after which it reads the target's states, where its files
         do not say it; () where they do.
@@ -181,15 +197,15 @@ def load(
     from safetensors.numpy import load_file
 
     directory = locate(directory)
-    published = eagle3_files.holds_one(directory)
+    published = draft_files.holds_one(directory)
     if published:
-        adapter, trained_with, tensors = eagle3_files.describe(directory, target.config, target_params, states_after)
+        adapter, trained_with, tensors = draft_files.describe(directory, target.config, target_params, states_after)
     else:
         adapter, trained_with = describe(directory, target, states_after)
     abstract = adapter.abstract_params()
     leaves = jax.tree_util.tree_leaves_with_path(abstract)
     if published:
-        stored = eagle3_files.read_arrays(directory, tensors, {_name(path): leaf.shape for path, leaf in leaves})
+        stored = draft_files.read_arrays(directory, adapter, tensors, {_name(path): x.shape for path, x in leaves})
         in_memory = lambda path: stored[_name(path)]
     else:
         path = directory / weights.SPECJAX_ADAPTER_FILE
@@ -220,8 +236,8 @@ def describe(directory: str | Path, target: LanguageModel, states_after: Sequenc
       UserError: for a file that is missing, damaged or not from specjax, or whose class cannot be found.
     """
     directory = locate(directory)
-    if eagle3_files.holds_one(directory):
-        return eagle3_files.describe(directory, target.config, states_after=states_after)[:2]
+    if draft_files.holds_one(directory):
+        return draft_files.describe(directory, target.config, states_after=states_after)[:2]
     path, fields = directory / CONFIG_FILE, read_json(directory / CONFIG_FILE)
     if fields.get("format") != _FORMAT:
         raise UserError(f'{path} has no "format": "{_FORMAT}"; name a directory that specjax wrote an adapter to')

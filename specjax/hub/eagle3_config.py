@@ -7,53 +7,47 @@ means the input of layer i (counted from 0), in others its output. The input of 
 which is what `states_after` lists everywhere in specjax.
 """
 
-import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from specjax.hub.families import base, llama, qwen
+from specjax.hub import draft_config
+from specjax.hub.draft_config import FAMILIES, OTHER_TARGET, OURS, TYPE
+from specjax.hub.families import base, llama
 from specjax.hub.json_files import reading
 from specjax.models.config import DecoderConfig
-from specjax.models.eagle3 import Eagle3Config
+from specjax.models.eagle3 import Eagle3Config, Eagle3Layer
 from specjax.models.vocabulary import DraftVocabulary
-from specjax.runtime.errors import UserError, prefixed
+from specjax.runtime.errors import UserError
 
 ARCHITECTURES = {"sglang": "LlamaForCausalLMEagle3", "speculators": "Eagle3Speculator"}
 IDS = "eagle_aux_hidden_state_layer_ids"
-# The key under which our exports hold what no other program reads.
-OURS = "specjax"
-_TYPE = "speculators_model_type"
-# Parts of the class names of drafts that attach to a target.
-_DRAFTS = re.compile("Eagle|EAGLE|DFlash|DSpark|Medusa|MTP|Speculator|DraftModel")
 # Switches of the architecture that have the same names in the files.
 _SWITCHES = ("norm_before_residual", "fc_norm", "norm_output", "norm_before_fc")
-_FAMILIES = {"llama": llama.FAMILY, "qwen3": qwen.QWEN3}
-_OTHER_TARGET = "load the target that it was trained for"
+# Path of our module -> its name in the layer; of our array outside the layer -> the name of its tensor.
+_LAYER = llama.MODULES | {"embedding_norm": "input_layernorm", "hidden_norm": "hidden_norm"}
+_OTHERS = {
+    "project.kernel": "fc.weight",
+    "states_norm.scale": "input_norm.weight",
+    "norm.scale": "norm.weight",
+    "unembedding.kernel": "lm_head.weight",
+    "embedding": "embed_tokens.weight",
+}
 
 
-def is_draft(fields: Mapping[str, Any]) -> bool:
-    """Whether a `config.json` describes a draft that attaches to a target, of this or another architecture."""
-    names = fields.get("architectures")
-    return _TYPE in fields or (isinstance(names, list) and any(_DRAFTS.search(str(name)) for name in names))
-
-
-def layout_of(fields: Mapping[str, Any]) -> str:
-    """The layout of a draft's `config.json`, a key of `ARCHITECTURES`. Raises UserError for another architecture."""
-    if fields.get(_TYPE) == "eagle3":
-        return "speculators"
-    names = fields.get("architectures")
-    if _TYPE not in fields and names in ([ARCHITECTURES["sglang"]], ["Eagle3LlamaForCausalLM"]):
-        return "sglang"
-    kind = f'"{_TYPE}" {fields[_TYPE]!r}' if _TYPE in fields else f'"architectures" {names!r}'
-    raise UserError(
-        f'drafts with {kind} are unknown; the known ones have "architectures": ["{ARCHITECTURES["sglang"]}"] or '
-        f'"{_TYPE}": "eagle3"'
-    )
+def tensor_name(path: str, layout: str) -> str:
+    """See `draft_config.Format`."""
+    if path in _OTHERS:
+        return _OTHERS[path]
+    if path.startswith("state_norms."):
+        return f"fc_norm.{path.split('.')[1]}.weight"
+    module, _, kind = path.rpartition(".")
+    layer = "midlayer" if layout == "sglang" else "layers.0"
+    return f"{layer}.{_LAYER[module]}.{'bias' if kind == 'bias' else 'weight'}"
 
 
 def read(
     fields: Mapping[str, Any],
+    layout: str,
     target: DecoderConfig,
     *,
     vocab_size: int | None,
@@ -65,30 +59,20 @@ def read(
 
     Args:
       fields: the `config.json`.
+      layout: a key of `ARCHITECTURES`.
       vocab_size: the number of the target's ids according to the draft's tensors; None if they do not say.
       states_after: see `Eagle3Config`; needed where the files do not say what their layer ids mean.
 
     Raises:
       UserError: for a draft of another target or of an unsupported architecture, and for ambiguous layer ids.
     """
-    layout, ours = layout_of(fields), fields.get(OURS) or {}
-    layer = _layer(fields, layout)
+    ours = fields.get(OURS) or {}
+    layer = draft_config.read_layers(fields.get("transformer_layer_config") if layout == "speculators" else fields)
+    if layer.layers != 1 or layer.windows:
+        raise UserError(f"the draft has {layer.layers} layers or a window, which is not supported; one full layer is")
     eagle = fields.get("eagle_config") or {}
     width = base.value_of(fields, "target_hidden_size", int, absent=layer.width)
-    size = vocab_size or layer.vocab_size
-    if width != target.width:
-        raise UserError(
-            f"the draft reads hidden states of size {width}, this target's have {target.width}; {_OTHER_TARGET}"
-        )
-    if size != target.vocab_size:
-        raise UserError(
-            f"the draft is for a tokenizer of {size} ids, and this target has {target.vocab_size}; {_OTHER_TARGET}"
-        )
-    layers = ours.get("target", {}).get("layers", target.layers)
-    if layers != target.layers:
-        raise UserError(
-            f"the draft is for a target of {layers} layers, and this one has {target.layers}; {_OTHER_TARGET}"
-        )
+    draft_config.check_target(target, fields, width=width, vocab_size=vocab_size or layer.vocab_size)
     if eagle.get("use_aux_hidden_state") is False:
         raise UserError('"use_aux_hidden_state" is false, which is not supported; only drafts on several layers are')
     if layout == "speculators" and "norm_before_residual" not in fields:
@@ -98,7 +82,7 @@ def read(
         raise UserError('"fc_norm" and "norm_before_fc" are both true; one of them is wrong')
     after = _states_after(fields, layout, target.layers, tuple(states_after))
     if after[-1] > target.layers:
-        raise UserError(f"the draft reads the state after layer {after[-1]} of {target.layers}; {_OTHER_TARGET}")
+        raise UserError(f"the draft reads the state after layer {after[-1]} of {target.layers}; {OTHER_TARGET}")
     config = Eagle3Config(
         target,
         states_after=after,
@@ -107,25 +91,7 @@ def read(
         own_embedding=own_embedding,
         **switches,
     )
-    same = {name: getattr(config.inner, name) for name in ("vocab_size", "family", "param_dtype", "compute_dtype")}
-    layer = dataclasses.replace(layer, **same)
-    return config if layer == config.inner else dataclasses.replace(config, layer=layer)
-
-
-def _layer(fields: Mapping[str, Any], layout: str) -> DecoderConfig:
-    """The draft's layer as a decoder, in arbitrary dtypes."""
-    described = fields.get("transformer_layer_config") if layout == "speculators" else fields
-    if not isinstance(described, Mapping) or described.get("model_type") not in _FAMILIES:
-        kind = described.get("model_type") if isinstance(described, Mapping) else described
-        raise UserError(f"a draft's layer of type {kind!r} is not supported; the supported are {', '.join(_FAMILIES)}")
-    family = _FAMILIES[described["model_type"]]
-    described = {name: value for name, value in described.items() if name != "architectures"}
-    layer = family.read_config(
-        {**described, "tie_word_embeddings": False}, param_dtype="float32", compute_dtype="float32"
-    )
-    if layer.layers != 1 or layer.windows:
-        raise UserError(f"the draft has {layer.layers} layers or a window, which is not supported; one full layer is")
-    return layer
+    return draft_config.with_layer(config, layer)
 
 
 def _states_after(fields: Mapping[str, Any], layout: str, layers: int, asked: tuple[int, ...]) -> tuple[int, ...]:
@@ -161,17 +127,14 @@ def write(
       target_architecture: its class in transformers.
 
     Raises:
-      UserError: for an unknown layout, and for a draft that programs reading it would compute differently.
+      UserError: for a draft that programs reading it would compute differently.
     """
-    if layout not in ARCHITECTURES:
-        raise UserError(f'the layout must be one of {", ".join(ARCHITECTURES)}, not "{layout}"')
     inner, after = config.inner, config.states_after
-    with prefixed("the draft cannot be exported: "):
-        if config.target.learned_positions or config.target.embedding_width:
-            raise UserError("other programs read token embeddings without learned positions; take another target")
-        if layout == "sglang":
-            _check_sglang(config)
-    layer = _FAMILIES["qwen3" if inner.qk_norm else "llama"].write_config(inner)
+    if config.target.learned_positions or config.target.embedding_width:
+        raise UserError(draft_config.EMBEDDINGS)
+    if layout == "sglang":
+        _check_sglang(config)
+    layer = FAMILIES["qwen3" if inner.qk_norm else "llama"].write_config(inner)
     fields = {
         "architectures": [ARCHITECTURES[layout]],
         "draft_vocab_size": len(config.vocabulary or range(inner.vocab_size)),
@@ -180,7 +143,7 @@ def write(
         OURS: {
             "states_after": list(after),
             "steps": config.steps,
-            "target": {"fingerprint": fingerprint, "family": config.target.family, "layers": config.target.layers},
+            "target": draft_config.of_target(config.target, fingerprint),
         },
     }
     if inner.width != config.target.width:
@@ -194,7 +157,7 @@ def write(
         proposal = {"proposal_type": "greedy", "speculative_tokens": config.steps}
         proposal |= {"verifier_accept_k": 1, "accept_tolerance": 0.0}
         fields |= {
-            _TYPE: "eagle3",
+            TYPE: "eagle3",
             IDS: list(after),
             "tie_word_embeddings": False,
             "transformer_layer_config": {name: value for name, value in layer.items() if name != "architectures"},
@@ -205,9 +168,9 @@ def write(
                 "verifier": {"name_or_path": target_name, "architectures": [target_architecture]},
             },
         }
-    with prefixed("the draft cannot be exported: "), reading("its description"):
+    with reading("its description"):
         what = {"vocab_size": None, "vocabulary": config.vocabulary, "own_embedding": config.own_embedding}
-        if read(fields, config.target, **what).inner != inner:
+        if read(fields, layout, config.target, **what).inner != inner:
             raise RuntimeError(f"The export of {config} reads back differently.")
     return fields
 
@@ -223,3 +186,15 @@ def _check_sglang(config: Eagle3Config) -> None:
         wrong = "SGLang's draft layer has no biases and no norms of queries and keys"
     if wrong:
         raise UserError(f'{wrong}, or export with layout "speculators" for vLLM')
+
+
+FORMAT = draft_config.Format(
+    method="eagle3",
+    network=Eagle3Layer,
+    classes={"LlamaForCausalLMEagle3": "sglang", "Eagle3LlamaForCausalLM": "sglang"},
+    layouts=("speculators", "sglang"),
+    read=read,
+    write=write,
+    tensor_name=tensor_name,
+    most=lambda config: config.steps,
+)

@@ -12,7 +12,7 @@ import numpy as np
 from absl import logging
 from flax import traverse_util
 
-from specjax.hub import eagle3_config, gguf_file, gguf_models, json_files, weights
+from specjax.hub import draft_config, gguf_file, gguf_models, json_files, weights
 from specjax.hub.families import base, gemma, gpt2, gpt_neox, llama, mistral, opt, phi3, qwen, smollm3, t5
 from specjax.hub.gguf_file import GgufTensor
 from specjax.hub.location import is_gguf, locate
@@ -133,7 +133,7 @@ def read_config(directory: str | Path, *, param_dtype: str, compute_dtype: str) 
         weights.refuse_adapter(path)
         path = path / CONFIG_FILE
         fields = json_files.read_json(path)
-        if eagle3_config.is_draft(fields):
+        if draft_config.is_draft(fields):
             raise UserError(f"{path.parent} holds a draft on another model's states; {weights.ATTACH}")
         family = _family(path, fields)
     with prefixed(f"{path}: "), json_files.reading("the description"):

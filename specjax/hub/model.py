@@ -143,8 +143,8 @@ def load_adapter(
     """Loads an adapter that was trained on this target onto the target's devices.
 
     Args:
-      directory: an adapter or heads of specjax, or an EAGLE-3 draft in the layout of SGLang and SpecForge or of
-        `speculators`, here or on the Hugging Face hub.
+      directory: an adapter or heads of specjax, or a published draft, here or on the Hugging Face hub: EAGLE-3 in the
+        layout of SGLang and SpecForge, DFlash in that of its authors, or either in that of `speculators`.
       states_after: for EAGLE-3 drafts whose files leave open what their layer ids mean, see `hub.adapter.load`.
 
     Raises:

@@ -25,6 +25,7 @@ States = tuple[Float[Array, "B T D"], ...]
 
 # Rotary base of a layer whose target has no rotary positions.
 _THETA = 1e4
+_COMPUTED = ("param_dtype", "compute_dtype", "remat")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +55,13 @@ class AttachmentConfig:
     def one_layer(self, **changes: Any) -> DecoderConfig:
         """A decoder of one layer with the target's sizes and rotary positions, RMS norms and no biases."""
         names = ("vocab_size", "width", "heads", "kv_heads", "head_size", "mlp_width", "max_positions", "norm_epsilon")
-        same = {name: getattr(self.target, name) for name in (*names, "param_dtype", "compute_dtype", "remat")}
+        same = {name: getattr(self.target, name) for name in (*names, *_COMPUTED)}
         rotary = self.target.rotary or Rotary(_THETA, self.target.head_size)
         return DecoderConfig(**{"layers": 1, "rotary": rotary, "tied_head": False, **same, **changes})
+
+    def computed_as_target(self, layer: DecoderConfig) -> DecoderConfig:
+        """This layer in the target's dtypes, computed again in the backward pass if the target's layers are."""
+        return dataclasses.replace(layer, **{name: getattr(self.target, name) for name in _COMPUTED})
 
     def check_states(self, section: str, after: Sequence[int]) -> None:
         """Checks the numbers of layers after which an attachment reads states; `section` names it in the error."""

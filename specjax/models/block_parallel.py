@@ -27,16 +27,19 @@ class BlockParallelConfig(AttachmentConfig):
 
     Attributes:
       states_after: it reads the target's hidden states after these numbers of layers, in ascending order; () is five
-        (at most) that are evenly spaced from layer 2 to L - 3 of L layers.
+        (at most) that are evenly spaced from layer 2 to L - 2 of L layers, as in published drafts.
       layers: number of the draft's own layers.
       block_size: tokens of a block: the anchor, which is the last committed token, and the drafted ones.
       mask_id: the id whose embedding stands for a token that is drafted; -1 is the last id of the target.
+      layer: sizes, rotary positions and biases of its layers; None is `one_layer` of the target. It has no key in a
+        config: only drafts of other tools differ (see `hub.dflash_config`).
     """
 
     states_after: Sequence[int] = ()
     layers: int = 2
     block_size: int = 8
     mask_id: int = -1
+    layer: DecoderConfig | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -54,10 +57,17 @@ class BlockParallelConfig(AttachmentConfig):
                 f"block_parallel.mask_id is {self.mask_id}; give an id below {vocab_size}, or -1 for the target's last"
             )
 
+    @classmethod
+    def options(cls) -> list[str]:
+        """Names of the fields that a config sets."""
+        return [name for name in super().options() if name != "layer"]
+
     @property
     def inner(self) -> DecoderConfig:
-        """The layers as a decoder: RMS norms, those of queries and keys included."""
-        return self.one_layer(layers=self.layers, qk_norm=True)
+        """The layers as a decoder, in the target's dtypes: RMS norms, those of queries and keys included."""
+        if self.layer is None:
+            return self.one_layer(layers=self.layers, qk_norm=True)
+        return self.computed_as_target(self.layer)
 
     @property
     def drafted(self) -> int:
@@ -66,8 +76,8 @@ class BlockParallelConfig(AttachmentConfig):
 
 
 def _evenly_spaced(count: int) -> tuple[int, ...]:
-    first, last = min(2, count), max(count - 3, 1)
-    return tuple(sorted({round(first + (last - first) * i / 4) for i in range(5)}))
+    first, last = min(2, count), max(count - 2, 1)
+    return tuple(sorted({1 + round(first - 1 + (last - first) * i / 4) for i in range(5)}))
 
 
 class BlockParallelModule(nnx.Module):

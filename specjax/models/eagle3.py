@@ -40,7 +40,7 @@ class Eagle3Config(AttachmentConfig):
       layer: sizes, rotary positions and biases of the layer; None is `one_layer` of the target.
       own_embedding: whether the draft has a table of token embeddings; by default it reads the target's.
 
-    The last three have no keys in a config: only drafts of other tools differ in them (see `hub.eagle3_files`).
+    The last three have no keys in a config: only drafts of other tools differ in them (see `hub.eagle3_config`).
     """
 
     states_after: Sequence[int] = ()
@@ -69,8 +69,7 @@ class Eagle3Config(AttachmentConfig):
     @property
     def inner(self) -> DecoderConfig:
         """The layer as a decoder, in the target's dtypes."""
-        same = {name: getattr(self.target, name) for name in ("param_dtype", "compute_dtype")}
-        return self.one_layer() if self.layer is None else dataclasses.replace(self.layer, **same)
+        return self.one_layer() if self.layer is None else self.computed_as_target(self.layer)
 
 
 class Eagle3Module(nnx.Module):

@@ -1,4 +1,4 @@
-"""EAGLE-3 drafts and the package `speculators`: each reads what the other writes, and both compute the same logits.
+"""EAGLE-3 and DFlash drafts and the package `speculators`: each reads what the other writes, with the same logits.
 
 The package needs an older transformers, so it runs in an environment of its own: `make speculators` installs it.
 """
@@ -47,6 +47,20 @@ THEIRS = {
     "qwen3": {"layer": {**_LLAMA, "model_type": "qwen3", "attention_bias": True}, "ids": [], "fc_norm": True},
     "embedding": {"layer": {**_LLAMA, "rope_theta": 5e4}, "ids": IDS, "embed_requires_grad": True},
 }
+# The same for DFlash: options of the drafts that we write; of those that the package writes.
+OUR_BLOCKS = {
+    "plain": {"states_after": (2, 5, 7), "block_size": 4, "mask_id": 290},
+    "layers": {"states_after": (1,), "block_size": 3, "layers": 3},
+}
+_QWEN = {**_LLAMA, "model_type": "qwen3", "num_hidden_layers": 2}
+THEIR_BLOCKS = {
+    "defaults": {"layer": _QWEN, "block_size": 4, "mask_token_id": 7},
+    "sizes": {
+        "layer": {**_QWEN, "attention_bias": True, "num_key_value_heads": 1, "rope_theta": 5e4, "rms_norm_eps": 1e-3},
+        "block_size": 3,
+        "mask_token_id": 0,
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +86,12 @@ def _states(decoder, taps, params, tokens):
     return tuple(states)
 
 
+def with_random_gains(params, seed=3):
+    keys = iter(jax.random.split(jax.random.key(seed), 40))
+    gain = lambda x: x * jax.random.uniform(next(keys), x.shape, minval=0.5, maxval=2.0) if x.ndim == 1 else x
+    return jax.tree.map(gain, params)
+
+
 def text(target, network):
     """Tokens of a text, and the target's states that the draft reads."""
     tokens = jax.random.randint(jax.random.key(0), (1, LENGTH), 0, VOCAB)
@@ -79,12 +99,12 @@ def text(target, network):
 
 
 def unrolled(target, loaded):
-    """Our logits `[T, steps, W]`."""
+    """Our logits `[T, predictions, W]`."""
     tokens, states = text(target, loaded.network)
     draft = AttachedDraft.of(loaded.network)
     params = runtime_params(draft, loaded.params, target.params)
     run = jax.jit(lambda params: draft.column_logits(params, draft.from_states(params, states, tokens))[0])
-    return np.asarray(run(params)).reshape(LENGTH, loaded.network.config.steps, -1)
+    return np.asarray(run(params)).reshape(LENGTH, len(loaded.network.predicts), -1)
 
 
 def save_inputs(path, target, network):
@@ -101,13 +121,10 @@ def exported(target, tmp_path_factory):
     drafts, commands = {}, []
     for name, (options, layout) in OURS.items():
         network, own = tiny.eagle3(target.decoder, target.params, steps=STEPS, **{"states_after": AFTER, **options})
-        keys = iter(jax.random.split(jax.random.key(3), 20))
-        gain = lambda x, keys=keys: x * jax.random.uniform(next(keys), x.shape, minval=0.5, maxval=2.0)
-        own = jax.tree.map(lambda x, gain=gain: gain(x) if x.ndim == 1 else x, own)
-        drafts[name] = hub_adapter.LoadedAttachment(network, own, target.fingerprint)
+        drafts[name] = hub_adapter.LoadedAttachment(network, with_random_gains(own), target.fingerprint)
         place = folder / name
         how = {"target_name": str(folder / "target"), "embedding": target.params["embedding"]}
-        api.save_eagle3(place, drafts[name], layout=layout, **how)
+        api.save_for_engines(place, drafts[name], layout=layout, **how)
         save_inputs(folder / f"{name}.npz", target, network)
         if layout == "sglang":
             commands.append(["convert", str(place), str(folder / "target"), f"{place}_converted"])
@@ -154,3 +171,68 @@ def test_a_draft_that_the_package_wrote_has_its_logits_here_and_drafts(target, w
     compare(unrolled(target, loaded), theirs)
     generate = functools.partial(api.generate, target, [[5, 6, 7]], temperature=0.0, max_new_tokens=12, eos_ids=())
     assert generate(drafter=loaded).tokens == generate().tokens
+
+
+def save_text(path, target, network):
+    tokens, states = text(target, network)
+    states = np.asarray(jnp.concatenate(states, axis=-1))[0]
+    np.savez(path, tokens=np.asarray(tokens[0], np.int64), states=states)
+
+
+def compare_blocks(target, loaded, path):
+    """Every block's logits at its mask tokens; the package skips anchors whose block exceeds the text."""
+    theirs = np.load(path)
+    assert theirs["states_after"].tolist() == list(loaded.network.taps)
+    np.testing.assert_array_equal(theirs["anchors"], np.arange(LENGTH - loaded.network.config.block_size))
+    np.testing.assert_allclose(unrolled(target, loaded)[theirs["anchors"]], theirs["logits"], atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def exported_blocks(target, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("our_blocks")
+    api.save(target, folder / "target")
+    drafts, commands = {}, []
+    for name, options in OUR_BLOCKS.items():
+        network, own = tiny.block_parallel(target.decoder, target.params, **options)
+        drafts[name] = hub_adapter.LoadedAttachment(network, with_random_gains(own), target.fingerprint)
+        api.save_for_engines(folder / name, drafts[name])
+        save_text(folder / f"{name}.npz", target, network)
+        place = f"{folder / name}_converted"
+        commands.append(["dflash_convert", str(folder / name), str(folder / "target"), place])
+        commands.append(["dflash_logits", place, str(folder / f"{name}.npz"), str(folder / f"{name}_out.npz")])
+    run(folder, commands)
+    return {name: (loaded, folder / f"{name}_out.npz") for name, loaded in drafts.items()}
+
+
+@pytest.mark.parametrize("name", OUR_BLOCKS)
+def test_the_package_computes_the_logits_of_the_block_parallel_drafts_that_we_write(target, exported_blocks, name):
+    """Through its converter of the authors' layout, which also says which of the target's states it takes."""
+    compare_blocks(target, *exported_blocks[name])
+
+
+@pytest.fixture(scope="module")
+def written_blocks(target, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("their_blocks")
+    api.save(target, folder / "target")
+    common = {"target": str(folder / "target"), "aux_hidden_state_layer_ids": AFTER}
+    places = {name: str(folder / name) for name in THEIR_BLOCKS}
+    run(folder, [["dflash_write", places[name], {**common, **options}] for name, options in THEIR_BLOCKS.items()])
+    drafts = {name: api.load_adapter(folder / name, target) for name in THEIR_BLOCKS}
+    for name, loaded in drafts.items():
+        save_text(folder / f"{name}.npz", target, loaded.network)
+    run(folder, [["dflash_logits", place, f"{place}.npz", f"{place}_out.npz"] for place in places.values()])
+    outputs = {name: folder / f"{name}_out.npz" for name in THEIR_BLOCKS}
+    return {name: (drafts[name], outputs[name]) for name in THEIR_BLOCKS}
+
+
+@pytest.mark.parametrize("name", THEIR_BLOCKS)
+def test_a_dflash_draft_that_the_package_wrote_has_its_logits_here_and_drafts(target, written_blocks, name, tmp_path):
+    """It is then exported in the authors' layout, and reads back."""
+    loaded, path = written_blocks[name]
+    compare_blocks(target, loaded, path)
+    generate = functools.partial(api.generate, target, [[5, 6, 7]], temperature=0.0, max_new_tokens=12, eos_ids=())
+    assert generate(drafter=loaded, gamma=2).tokens == generate().tokens
+    api.save_for_engines(tmp_path / "draft", loaded)
+    again = api.load_adapter(tmp_path / "draft", target)
+    assert again.network == loaded.network
+    jax.tree.map(np.testing.assert_array_equal, again.params, loaded.params)

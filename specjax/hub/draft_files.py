@@ -1,21 +1,22 @@
-"""Reads and writes directories of EAGLE-3 drafts in published layouts, see `hub.eagle3_config`."""
+"""Reads and writes directories of drafts in published layouts, see `hub.eagle3_config` and `hub.dflash_config`."""
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specjax.hub import eagle3_config, weights
+from specjax.hub import dflash_config, draft_config, eagle3_config, weights
 from specjax.hub import load as hub_load
 from specjax.hub import save as hub_save
-from specjax.hub.families import llama
+from specjax.hub.draft_config import Format
 from specjax.hub.json_files import read_json, reading
 from specjax.hub.weights import Stored
+from specjax.models.attachment import Attachment
 from specjax.models.config import DecoderConfig
-from specjax.models.eagle3 import Eagle3Config, Eagle3Layer
 from specjax.models.language_model import Params
 from specjax.models.vocabulary import DraftVocabulary, draft_vocabulary
 from specjax.runtime.errors import UserError, prefixed
@@ -23,48 +24,29 @@ from specjax.runtime.errors import UserError, prefixed
 # What `vllm serve --speculative-config` takes.
 ENGINE_FILE = "speculative_config.json"
 FILES = (hub_load.CONFIG_FILE, weights.FILE, ENGINE_FILE)
+FORMATS = (eagle3_config.FORMAT, dflash_config.FORMAT)
 _EMBEDDING = "embed_tokens.weight"
-# Path of our module -> its name in the layer; of our array outside the layer -> the name of its tensor.
-_LAYER = llama.MODULES | {"embedding_norm": "input_layernorm", "hidden_norm": "hidden_norm"}
-_OTHERS = {
-    "project.kernel": "fc.weight",
-    "states_norm.scale": "input_norm.weight",
-    "norm.scale": "norm.weight",
-    "unembedding.kernel": "lm_head.weight",
-    "embedding": _EMBEDDING,
-}
 # Tensors that are not parameters of the draft: the target's, and tables that follow from the config.
 _IGNORED = ("verifier_lm_head.weight", "verifier_norm.weight", "rotary_emb.inv_freq", "mask_hidden")
-
-
-def tensor_name(path: str, layout: str = "speculators") -> str:
-    """The name of the tensor that holds our array at this path, keys joined by dots."""
-    if path in _OTHERS:
-        return _OTHERS[path]
-    if path.startswith("state_norms."):
-        return f"fc_norm.{path.split('.')[1]}.weight"
-    module, _, kind = path.rpartition(".")
-    layer = "midlayer" if layout == "sglang" else "layers.0"
-    return f"{layer}.{_LAYER[module]}.{'bias' if kind == 'bias' else 'weight'}"
 
 
 def holds_one(directory: str | Path) -> bool:
     """Whether the directory holds a draft of any architecture that attaches to a target."""
     path = Path(directory) / hub_load.CONFIG_FILE
-    return path.is_file() and eagle3_config.is_draft(read_json(path))
+    return path.is_file() and draft_config.is_draft(read_json(path))
 
 
 def describe(
     directory: Path, target: DecoderConfig, target_params: Params | None = None, states_after: Sequence[int] = ()
-) -> tuple[Eagle3Layer, str, dict[str, Stored]]:
+) -> tuple[Attachment, str, dict[str, Stored]]:
     """The draft in a directory without its parameters, its target's fingerprint, and the stored tensors by name.
 
     Args:
       target_params: with them, a stored copy of the target's embedding is not part of the draft.
-      states_after: see `eagle3_config.read`.
+      states_after: see `hub.adapter.load`.
 
     Returns:
-      the fingerprint is "" if the files do not say it; names are those of `tensor_name`.
+      the fingerprint is "" if the files do not say it; names are those of `Format.tensor_name`.
 
     Raises:
       UserError: for damaged files, another architecture, and a draft of another target (which of hidden size,
@@ -73,7 +55,7 @@ def describe(
     path = directory / hub_load.CONFIG_FILE
     fields = read_json(path)
     with prefixed(f"{path}: "):
-        eagle3_config.layout_of(fields)
+        form, layout = _format_of(fields)
     stored = {
         name.removeprefix("model.").replace("midlayer.", "layers.0."): tensor
         for name, tensor in weights.stored_in(directory).items()
@@ -87,9 +69,23 @@ def describe(
         stored.pop(_EMBEDDING, None)
     how = {"vocab_size": size, "vocabulary": vocabulary, "own_embedding": own, "states_after": states_after}
     with prefixed(f"{path}: "), reading("the description"):
-        config = eagle3_config.read(fields, target, **how)
-        fingerprint = fields.get(eagle3_config.OURS, {}).get("target", {}).get("fingerprint", "")
-    return Eagle3Layer(config), fingerprint, stored
+        config = form.read(fields, layout, target, **how)
+        fingerprint = fields.get(draft_config.OURS, {}).get("target", {}).get("fingerprint", "")
+    return form.network(config), fingerprint, stored
+
+
+def _format_of(fields: Mapping[str, Any]) -> tuple[Format, str]:
+    """The architecture and the layout of a draft's `config.json`. Raises UserError if no format has them."""
+    names = fields.get("architectures")
+    for form in FORMATS:
+        if draft_config.TYPE in fields:
+            if fields[draft_config.TYPE] == form.method:
+                return form, "speculators"
+        elif isinstance(names, list) and len(names) == 1 and names[0] in form.classes:
+            return form, form.classes[names[0]]
+    key = draft_config.TYPE if draft_config.TYPE in fields else "architectures"
+    known = (f'"{next(iter(form.classes))}" ({draft_config.TYPE} "{form.method}")' for form in FORMATS)
+    raise UserError(f'drafts with "{key}" {fields.get(key)!r} are unknown; the known ones are {", ".join(known)}')
 
 
 def _vocabulary(
@@ -127,9 +123,13 @@ def _is_targets(stored: Stored, target_params: Params | None) -> bool:
     return bool(jax.jit(same)(target_params["embedding"], _values(stored)))
 
 
-def read_arrays(directory: Path, stored: Mapping[str, Stored], shapes: Mapping[str, tuple]) -> dict[str, np.ndarray]:
+def read_arrays(
+    directory: Path, network: Attachment, stored: Mapping[str, Stored], shapes: Mapping[str, tuple]
+) -> dict[str, np.ndarray]:
     """The values of each array by our path. Raises UserError for tensors of other names or shapes."""
-    expected = {tensor_name(path): shape for path, shape in shapes.items()}
+    form = format_of(network)
+    names = {path: form.tensor_name(path, "speculators") for path in shapes}
+    expected = {names[path]: shape for path, shape in shapes.items()}
     for name in sorted(expected.keys() ^ stored.keys()):
         how = "lack" if name in expected else "also hold"
         raise UserError(f"the weights in {directory} {how} {name}; take the complete directory of the draft")
@@ -139,12 +139,17 @@ def read_arrays(directory: Path, stored: Mapping[str, Stored], shapes: Mapping[s
                 f"{name} in {directory} has shape {list(stored[name].shape)} where its config and this target describe "
                 f"{list(shape)}; load the target that it was trained for"
             )
-    return {path: _values(stored[tensor_name(path)]) for path in shapes}
+    return {path: _values(stored[name]) for path, name in names.items()}
+
+
+def format_of(network: Attachment) -> Format | None:
+    """The format in which other programs load an attachment; None if there is none."""
+    return next((form for form in FORMATS if type(network) is form.network), None)
 
 
 def save(
     directory: str | Path,
-    config: Eagle3Config,
+    network: Attachment,
     arrays: Mapping[str, np.ndarray],
     *,
     layout: str,
@@ -155,23 +160,29 @@ def save(
 
     Args:
       arrays: the parameters by path, in the layout of memory.
-      layout, fingerprint, target_name: see `eagle3_config.write`.
+      layout: one of its format's; "" is the first of them.
+      fingerprint: of the target, see `hub.adapter.fingerprint`.
+      target_name: path or hub name of the target, for readers of the layout "speculators"; None leaves it open.
 
     Raises:
-      UserError: if the layout cannot hold the draft, or the directory holds other files or cannot be written.
+      UserError: for an unknown layout, if the layout cannot hold the draft, or if the directory holds other files or
+        cannot be written.
     """
     from safetensors.numpy import save_file
 
-    directory = Path(directory).absolute()
+    directory, config, form = Path(directory).absolute(), network.config, format_of(network)
+    layout = layout or form.layouts[0]
+    if layout not in form.layouts:
+        raise UserError(f'the layout of this draft must be one of {", ".join(form.layouts)}, not "{layout}"')
     architecture = hub_load.FAMILIES[config.target.family].architecture
-    fields = eagle3_config.write(
-        config, layout, fingerprint=fingerprint, target_name=target_name, target_architecture=architecture
-    )
-    tensors = {tensor_name(path, layout): np.ascontiguousarray(values) for path, values in arrays.items()}
+    how = {"fingerprint": fingerprint, "target_name": target_name, "target_architecture": architecture}
+    with prefixed("the draft cannot be exported: "):
+        fields = form.write(config, layout, **how)
+    tensors = {form.tensor_name(path, layout): np.ascontiguousarray(values) for path, values in arrays.items()}
     if config.vocabulary is not None:
         ids = config.vocabulary.ids.astype(np.int64)
         tensors |= {"d2t": ids - np.arange(len(ids)), "t2d": np.isin(np.arange(config.target.vocab_size), ids)}
-    engine = {"method": "eagle3", "model": str(directory), "num_speculative_tokens": config.steps}
+    engine = {"method": form.method, "model": str(directory), "num_speculative_tokens": form.most(config)}
     with hub_save.replacing(directory, FILES.__contains__) as new:
         save_file(tensors, new / weights.FILE, metadata={"format": "pt"})
         for name, content in ((hub_load.CONFIG_FILE, fields), (ENGINE_FILE, engine)):
