@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from specjax.models import kv_cache, layers
+from specjax.models import attention, kv_cache, layers
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
 from specjax.runtime import mesh as meshes
@@ -177,6 +177,20 @@ def test_write_touches_only_the_named_slots_of_each_row(monkeypatch, platform, s
         np.moveaxis(expected[row], axis - 1, 0)[start[row] : start[row] + 3] = np.moveaxis(new[row], axis - 1, 0)
     write = jax.jit(lambda *arrays: kv_cache.write_rows(*arrays, axis=axis))  # for each platform traced anew
     np.testing.assert_array_equal(write(slots, new, start), expected)
+
+
+def test_a_single_row_on_a_tpu_is_multiplied_together_with_others_that_change_nothing(monkeypatch):
+    """A single row of the batch, and of queries for each key head."""
+    draw = lambda *shape: jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+    results = []
+    for platform in ("cpu", "tpu"):
+        monkeypatch.setattr(meshes, "platform", lambda platform=platform: platform)
+        attend = jax.jit(lambda *inputs: attention.attend(*inputs, scale=0.5, bias=draw(1, 2, 1, 8)))
+        mixed = attend(draw(3, 2, 1, 4), draw(3, 2, 8, 4), draw(3, 2, 8, 4), jnp.arange(8)[None, None] < 5)
+        multiply = jax.jit(lambda *inputs: layers.product(*inputs, jnp.float32))
+        results.append((mixed, multiply(draw(1, 1, 8), draw(5, 8))))
+    for on_cpu, on_tpu in zip(*results, strict=True):
+        np.testing.assert_allclose(on_tpu, on_cpu, **TIGHT)
 
 
 def test_a_mask_hides_slots_with_and_without_a_cache(grouped):

@@ -6,12 +6,14 @@ CPU. By hand, for one case or for all of them:
     python tests/test_tpu.py v5e:2x2 kangaroo
 """
 
+import collections
 import dataclasses
 import functools
 import hashlib
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -103,7 +105,7 @@ def options(target: Decoder) -> dict[str, tuple[str, dict]]:
     }
 
 
-DRAFTERS = (*options(decoder(2)), "t5")
+DRAFTERS = (*options(decoder(2)), "t5", "one_row")
 # Compiled as a run is; the others with the least effort, in a fifth of the time.
 THOROUGHLY = ("model", "planted", "rows", "scattered")
 TRAINED = ("supervised", "distilled", "adapter", "t5_distilled")
@@ -111,9 +113,12 @@ TRAINED = ("supervised", "distilled", "adapter", "t5_distilled")
 
 def decoding(name: str, mesh) -> executables.DecodingStage:
     target, gamma = (ReadsTheOldCache(decoder(1).config) if name == "planted" else decoder(2)), GAMMA
-    batch = 4 * BATCH if name in ("rows", "scattered") else BATCH
+    batch = {"rows": 4 * BATCH, "scattered": 4 * BATCH, "one_row": MESH["fsdp"]}.get(name, BATCH)
     if name in ("planted", "rows", "scattered"):
         kind, how = "ngram", {"shortest": 1, "longest": 2}
+    elif name == "one_row":  # of a batch on each device, and of queries for each key head
+        target = decoder(2, kv_heads=4)
+        kind, how = "model", {"model": decoder(1, kv_heads=4)}
     elif name == "t5":
         target = encoder_decoder(1)
         kind, how = "model", {"model": encoder_decoder(1)}
@@ -184,7 +189,11 @@ def decode_report(name: str, mesh) -> dict:
         assert compiled is not None, reason
         seconds.append(took)
     program = account.program_of(compiled)
-    block = hlo.total(program.iteration(step.loop, step.trip_counts))
+    executions = program.iteration(step.loop, step.trip_counts)
+    block, products = hlo.total(executions), collections.Counter()
+    for execution in executions:
+        if einsum := re.search(r"\b[A-Z]+,[A-Z]+->[A-Z]+\b", execution.source):
+            products[einsum.group()] += execution.work.flops
     return {
         "aliased": account.Memory.of(compiled).aliased,
         "cache_bytes": meshes.local_bytes(described.caches_on(mesh)),
@@ -195,6 +204,7 @@ def decode_report(name: str, mesh) -> dict:
         "scatters": sorted({line.source for line in program.inside_loops() if "scatter" in line.source}),
         "weights": account.gathered_weights(program, step),
         "parts": {scope: dataclasses.asdict(work) for scope, work in account.parts_of(program, step).items()},
+        "products": products,
         "bytes": block.bytes,
         "cycles": block.cycles,
         "outside": account.outside_loop(program, step).bytes,
@@ -266,6 +276,8 @@ def test_a_drafter_decodes_on_a_slice_without_copying_a_cache_or_gathering_logit
     assert result["aliased"] >= result["cache_bytes"] > 0  # donated: there is one cache, not two
     assert result["planned_cache_bytes"] == result["cache_bytes"]
     assert result["vocabulary"] == result["weights"] == []  # nothing whole is put together, turn by turn
+    # All are matrix products. One of a single row would be multiplied and summed by vector instructions.
+    assert min(result["products"].values()) > 0
     assert all(seconds > 0 for seconds in result["seconds"])
     assert {"propose", "verify", "rule"} <= set(result["parts"])
     assert sum(of["bytes"] for of in result["parts"].values()) == pytest.approx(result["bytes"])
