@@ -8,15 +8,19 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from ml_collections import ConfigDict
 from safetensors.numpy import load_file, save_file
 
 from specjax import api
+from specjax.decoding.drafters.table import build_drafter
+from specjax.evaluation import cases
 from specjax.hub import adapter as hub_adapter
 from specjax.hub import dflash_config, draft_files
 from specjax.hub.adapter import LoadedAttachment
 from specjax.hub.tokenizer import train_byte_bpe
 from specjax.models.block_parallel import BlockParallel, BlockParallelConfig
 from specjax.models.decoder import Decoder
+from specjax.models.rotary import Rotary
 from specjax.models.vocabulary import draft_vocabulary
 from specjax.runtime.errors import UserError
 
@@ -83,6 +87,46 @@ def test_the_files_have_the_published_names(draft, tmp_path):
     assert tensors["fc.weight"].shape == (16, 48)
 
 
+def test_the_published_description_of_a_draft_for_qwen3_8b_is_read():
+    """Sizes, states and mask token are those that its authors publish; all other fields leave the draft as it is."""
+    sizes = {"vocab_size": 151936, "width": 4096, "heads": 32, "kv_heads": 8, "mlp_width": 12288, "qk_norm": True}
+    target = tiny.config(layers=36, rope_theta=1e6, **sizes)
+    target = dataclasses.replace(target, head_size=128, rotary=Rotary(1e6, 128), max_positions=40960, norm_epsilon=1e-6)
+    fields = {
+        "architectures": ["DFlashDraftModel"],
+        "auto_map": {"AutoModel": "dflash.DFlashDraftModel"},
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 151643,
+        "dtype": "bfloat16",
+        "block_size": 16,
+        "dflash_config": {"mask_token_id": 151669, "target_layer_ids": [1, 9, 17, 25, 33]},
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "layer_types": ["full_attention"] * 5,
+        "max_position_embeddings": 40960,
+        "max_window_layers": 5,
+        "model_type": "qwen3",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 5,
+        "num_key_value_heads": 8,
+        "num_target_layers": 36,
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    }
+    assert draft_files.described_format(fields) == (dflash_config.FORMAT, "z-lab")
+    config = dflash_config.read(fields, "z-lab", target)
+    assert config == BlockParallelConfig(target, layers=5, block_size=16, mask_id=151669)  # layers follow the target
+    assert config.states_after == (2, 10, 18, 26, 34)
+
+
 def test_vllm_is_told_the_draft_and_the_tokens_after_the_anchor(draft, tmp_path):
     hub_adapter.save(tmp_path / "draft", draft)
     engine = json.loads((tmp_path / "draft" / "speculative_config.json").read_text())
@@ -95,6 +139,7 @@ def test_vllm_is_told_the_draft_and_the_tokens_after_the_anchor(draft, tmp_path)
         ({"width": 32}, "reads hidden states of size 16, this target's have 32; load the target that it was trained"),
         ({"vocab_size": 30}, "for a tokenizer of 24 ids, and this target has 30; load the target"),
         ({"layers": 12}, "for a target of 8 layers, and this one has 12; load the target"),
+        ({"embedding_scale": 4.0}, "programs do not agree whether its embeddings are scaled"),
     ],
 )
 def test_a_draft_of_another_target_is_refused_by_what_differs(published, changes, message):
@@ -217,3 +262,14 @@ def test_the_layer_ids_of_the_package_speculators_are_inputs(target, published):
     assert config.states_after == (2, 4, 7)
     with pytest.raises(UserError, match='"sample_from_anchor": True, which is not supported'):
         dflash_config.read(described | {"sample_from_anchor": True}, "speculators", target[0].config)
+
+
+def test_a_configs_path_names_a_published_draft(target, published):
+    section = {"kind": "block_parallel", "path": str(published()), "rules": {"lossless": (2,)}}
+    config = ConfigDict({"target": "target", "leniences": (), "drafters": {"mine": section}})
+    load_adapter = lambda path, model, states_after: hub_adapter.load(path, model.decoder, states_after=states_after)
+    _, drafters = cases.load_models(config, lambda path: api.Model(*target, None), load_adapter)
+    built = build_drafter(api.BlockParallelDraft(), target[0], 3, drafters["mine"].network)
+    assert (built.taps, built.gamma) == ((2, 4, 7), 3)
+    with pytest.raises(UserError, match='made for drafter "block_parallel", not for .*set kind to that'):
+        build_drafter(api.Eagle3(), target[0], 3, drafters["mine"].network)

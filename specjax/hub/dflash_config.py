@@ -70,6 +70,8 @@ def read(
     draft_config.check_target(target, fields, width=layer.width, vocab_size=size, layers=count)
     if vocabulary is not None or base.value_of(fields, "draft_vocab_size", int, absent=size) != size:
         raise UserError("the draft has a reduced vocabulary, which is not supported; DFlash shares the target's head")
+    if reason := _of_target(target):
+        raise UserError(reason)
     if own_embedding:
         raise UserError("the draft has another embedding than the target's; load the target that it was trained for")
     for name, value in drafting.items():
@@ -111,11 +113,8 @@ def _states_after(drafting: Mapping[str, Any], layers: int) -> tuple[int, ...]:
     return after
 
 
-def obstacle(config: BlockParallelConfig) -> str:
-    """Why the layout cannot hold a draft, or why programs that read it would compute another; "" if they would not."""
-    target = config.target
-    if config.vocabulary is not None:
-        return "it has a reduced vocabulary, and the layout has none; train without block_parallel.vocabulary"
+def _of_target(target: DecoderConfig) -> str:
+    """Why programs draft differently for a target, "" if they do not."""
     if target.learned_positions or target.embedding_width:
         return draft_config.EMBEDDINGS
     if target.embedding_scale != 1 or target.final_softcap:
@@ -123,6 +122,16 @@ def obstacle(config: BlockParallelConfig) -> str:
             "programs do not agree whether its embeddings are scaled and its logits capped as the target's; take "
             "another target"
         )
+    return ""
+
+
+def obstacle(config: BlockParallelConfig) -> str:
+    """Why the layout cannot hold a draft, or why programs that read it would compute another; "" if they would not."""
+    target = config.target
+    if config.vocabulary is not None:
+        return "it has a reduced vocabulary, and the layout has none; train without block_parallel.vocabulary"
+    if reason := _of_target(target):
+        return reason
     if config.inner.rotary.size != config.inner.head_size:
         return "DFlash rotates all channels of a head, and this target does not; take another target"
     return _LAST.format(target.layers) if target.layers in config.states_after else ""

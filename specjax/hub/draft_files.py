@@ -55,7 +55,7 @@ def describe(
     path = directory / hub_load.CONFIG_FILE
     fields = read_json(path)
     with prefixed(f"{path}: "):
-        form, layout = _format_of(fields)
+        form, layout = described_format(fields)
     stored = {
         name.removeprefix("model.").replace("midlayer.", "layers.0."): tensor
         for name, tensor in weights.stored_in(directory).items()
@@ -74,7 +74,7 @@ def describe(
     return form.network(config), fingerprint, stored
 
 
-def _format_of(fields: Mapping[str, Any]) -> tuple[Format, str]:
+def described_format(fields: Mapping[str, Any]) -> tuple[Format, str]:
     """The architecture and the layout of a draft's `config.json`. Raises UserError if no format has them."""
     names = fields.get("architectures")
     for form in FORMATS:
