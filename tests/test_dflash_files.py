@@ -179,6 +179,11 @@ def test_a_description_that_is_not_supported_is_refused(target, published, chang
     assert str(error.value).startswith(f"{directory}/config.json: ") and "\n" not in str(error.value)
 
 
+def test_an_embedding_is_not_exported(target, draft, tmp_path):
+    with pytest.raises(UserError, match="the layout of DFlash holds no embedding; leave embedding out"):
+        api.save_for_engines(tmp_path / "draft", draft, embedding=target[1]["embedding"])
+
+
 def test_layers_of_the_users_own_choice_must_be_those_of_the_files(target, published):
     assert hub_adapter.load(published(), target[0], states_after=(2, 4, 7)).network.taps == (2, 4, 7)
     with pytest.raises(UserError, match=r"states_after is \(1, 3, 6\), and the draft's files say \(2, 4, 7\); leave"):

@@ -165,6 +165,8 @@ def save_for_engines(
     arrays = {_name(path): np.asarray(leaf) for path, leaf in leaves}
     how = {"layout": layout, "fingerprint": loaded.target, "target_name": target_name}
     if embedding is not None:
+        if type(loaded.network) is BlockParallel:
+            raise UserError("the layout of DFlash holds no embedding; leave embedding out")
         arrays.setdefault("embedding", np.asarray(embedding))
     draft_files.save(directory, loaded.network, arrays, **how)
 
