@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 from specjax.runtime import mesh as meshes
@@ -175,6 +176,8 @@ def _write_one_by_one(array, new, start, *, axis):
     for row in range(array.shape[0]):
         at = [start[row] if index == axis else row if index == 0 else 0 for index in range(array.ndim)]
         array = jax.lax.dynamic_update_slice(array, new[row : row + 1], at, allow_negative_indices=False)
+    if meshes.platform() == "tpu":  # in a loop the compiler would otherwise choose another layout, and copy the cache
+        array = with_layout_constraint(array, Layout(tuple(range(array.ndim))))
     return array
 
 
