@@ -77,11 +77,6 @@ def one_worker(request, tmp_path_factory):
     note.write_text(worker)
 
 
-# Files that count compiled programs, or change the code that is compiled: they share no programs with other files.
-ALONE = {
-    *("test_adaptive", "test_block_costs", "test_exactness", "test_gpu", "test_kangaroo", "test_loop", "test_lossy"),
-    *("test_mesh", "test_models", "test_parts_meter", "test_prefill", "test_recipes", "test_skip_layers", "test_slots"),
-}
 # Bytes of a worker above which it drops its compiled programs after a file.
 MOST_BYTES = 2 << 30
 
@@ -89,7 +84,7 @@ MOST_BYTES = 2 << 30
 @pytest.fixture(autouse=True, scope="module")
 def compiled_programs(request):
     """Keep compiled programs for the next file, small ones above all; but a worker would grow to several gigabytes."""
-    alone = request.path.stem in ALONE
+    alone = request.path.stem in flags.ALONE
     if alone:
         jax.clear_caches()
     yield

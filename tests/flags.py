@@ -1,4 +1,4 @@
-"""XLA's flags under test. Most of the time of tests is compilation, for models that then run for milliseconds."""
+"""How tests compile, which takes most of their time: models then run for milliseconds."""
 
 import importlib.metadata
 
@@ -11,3 +11,9 @@ if importlib.metadata.version("jax").startswith("0.10."):
     # Its older way to compile what is fused takes two thirds of the time; later versions have only the newer one, and
     # end at a flag that they do not know.
     QUICK += " --xla_cpu_use_fusion_emitters=false"
+
+# Files that count compiled programs, or change the code that is compiled: they share no programs with other files.
+ALONE = {
+    *("test_adaptive", "test_block_costs", "test_exactness", "test_gpu", "test_kangaroo", "test_loop", "test_lossy"),
+    *("test_mesh", "test_models", "test_parts_meter", "test_prefill", "test_recipes", "test_skip_layers", "test_slots"),
+}

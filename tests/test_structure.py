@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import conftest
+import flags
 import pytest
 from ml_collections import ConfigDict
 
@@ -257,4 +257,4 @@ def test_files_that_count_or_change_compiled_programs_share_none_with_others():
     files = {
         path.stem for path in (ROOT / "tests").glob("test_*.py") if re.search(f"{counted}|{changed}", path.read_text())
     }
-    assert files <= conftest.ALONE, f"add {sorted(files - conftest.ALONE)} to ALONE in tests/conftest.py"
+    assert files <= flags.ALONE, f"add {sorted(files - flags.ALONE)} to ALONE in tests/flags.py"
