@@ -44,12 +44,25 @@ def test_a_run_leaves_a_row_for_every_setting(tmp_path, capsys):
     assert "verification" in capsys.readouterr().out
 
 
+def accelerator(folder: Path, **settings: str) -> subprocess.CompletedProcess:
+    """The script's smoke run with these settings."""
+    settings |= {"PYTHON": sys.executable, "SMOKE": "1", "XLA_FLAGS": flags.QUICK}
+    script = CONFIG.parents[2] / "launch" / "accelerator.sh"
+    return subprocess.run([script, folder], env=os.environ | settings, capture_output=True, text=True, check=False)
+
+
+def test_the_accelerators_script_leaves_out_parts_for_which_no_time_is_left(tmp_path):
+    run = accelerator(tmp_path, SECONDS_IN_ALL="9", PARTS="bandwidth profile")
+    assert run.returncode == 1
+    assert run.stdout.splitlines() == [
+        f"{part}: left out, the 9 s of all parts are over" for part in ("bandwidth", "profile")
+    ]
+
+
 @pytest.mark.slow
 def test_the_accelerators_script_leaves_a_record_of_every_part(tmp_path):
-    parts = ["bandwidth", "large_plain", "large_speculative", "greedy_identity", "on_policy_step", "profile"]
-    given = {"PYTHON": sys.executable, "SMOKE": "1", "SCALE": "5", "PARTS": " ".join(parts), "XLA_FLAGS": flags.QUICK}
-    script = CONFIG.parents[2] / "launch" / "accelerator.sh"
-    run = subprocess.run([script, tmp_path], env=os.environ | given, capture_output=True, text=True, check=False)
+    parts = ["bandwidth", "large_plain", "large_speculative", "on_policy_step", "greedy_identity", "profile"]
+    run = accelerator(tmp_path, SCALE="5", PARTS=" ".join(parts))
     assert run.returncode == 0, run.stdout + run.stderr
     assert [line.split(":")[0] for line in run.stdout.splitlines()] == parts
     rows = {name: json.loads((tmp_path / f"{name}.json").read_text())["rows"] for name in parts}
