@@ -19,10 +19,12 @@ Hardware: 2 CPU cores and 4 GiB, or a GPU. The same command resumes a stopped ru
 step of `draft` takes 6 s and one of `eagle3` 9 s; on an H200, `text` with 3,000 answers took 112 s, and `eagle3` with
 400 steps of 64 rows 61 s, of which 14 s were training.
 
-Expect text identical to plain decoding, and no speed-up yet: that EAGLE-3 draft, with questions of Spec-Bench and 2,000
-of GSM8K, reached an acceptance of 0.45 on held-out answers. On 16 other questions of Spec-Bench it emitted 1.47 tokens
-a call at temperature 0 and 1.57 at 1 (gamma 3, all greedy texts identical); two CPU cores break even at about 1.65. The
-acceptance on the text that it learned was 0.51, and both were still rising, so it wants more text and more steps.
+Expect text identical to plain decoding. On 20 other questions of Spec-Bench (13 at temperature 1) and two CPU cores,
+that EAGLE-3 draft, which had learnt from questions of Spec-Bench and 2,000 of GSM8K, was 1.12 [1.07, 1.17] times as
+fast as plain decoding at temperature 0 (gamma 1) and 1.15 [1.09, 1.22] at 1 (gamma 2). N-gram lookup with a threshold
+of 0.35, which learns nothing, was 1.31 [1.19, 1.48] and 1.00 [0.97, 1.03] times as fast. All greedy texts were equal.
+The draft's acceptance was 0.45 on held-out answers and 0.51 on those that it learnt, and both were still rising, so it
+wants more text and more steps.
 `configs/smollm2.py:smoke` takes a few questions and steps; give it a tiny target.
 """
 
@@ -99,10 +101,10 @@ def _evaluation(target, exit_layer) -> ConfigDict:
     reduced = {"vocabulary": "stage:vocabulary"}
     kinds = {
         "draft": {"kind": "model", "path": "stage:draft", "rules": {"lossless": (2, 3, 4)}},
-        "eagle3": {"kind": "eagle3", "path": "stage:eagle3", "rules": {"lossless": (2, 3, 4)}},
+        "eagle3": {"kind": "eagle3", "path": "stage:eagle3", "rules": {"lossless": (1, 2, 3)}},
         "adapter": {"kind": "kangaroo", "path": "stage:adapter", "threshold": 0.3, "rules": {"lossless": (3, 5)}},
         "medusa": {"kind": "medusa", "path": "stage:medusa", "rules": {"lossless": (2,)}},
-        "ngram": {"kind": "ngram", "rules": {"lossless": (4,)}},
+        "ngram": {"kind": "ngram", "threshold": 0.35, "rules": {"lossless": (4,)}},
         "early_exit": {"kind": "early_exit", "exit_layer": exit_layer, "rules": {"lossless": (2,)}} | reduced,
     }
     section = common.evaluation(target, kinds)
