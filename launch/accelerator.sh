@@ -57,7 +57,7 @@ table() {
 }
 
 # A GPU compiles a tiny program for seconds, so a few tests: the rules, and the distribution of one drafter's text.
-chosen="test_rules or (test_the_loop_samples_the_targets_distribution and model)"
+chosen="test_rules or at_temperature_1 or (test_the_loop_samples_the_targets_distribution and model)"
 [[ -z ${SMOKE:-} ]] || chosen=test_rules
 # Float32 products are exact here; a GPU would otherwise round their inputs to 10 bits.
 exact=JAX_DEFAULT_MATMUL_PRECISION=highest

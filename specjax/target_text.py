@@ -164,7 +164,7 @@ class _Writer:
         written = [cached_text.rows_file(directory, number).exists() for number in range(len(files))]
         written = processes.from_first(np.asarray(written))
         texts, unwritten = cached_text.take_unwritten(directory)  # `unwritten` seconds are in no batch yet
-        resumed = bool(texts)
+        resumed = bool(texts or unwritten)
         missing = [number for number in range(count) if not written[number // size] and number not in texts]
 
         def on_end(prompts: Sequence[int], place: int, row: Row, seconds: float) -> None:

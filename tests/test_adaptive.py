@@ -75,8 +75,8 @@ def test_rows_share_the_width_that_emits_most_in_all_of_them():
             mean = (accepted[others].sum() + hope) / (reached[others].sum() + hope)
             rate = (accepted[row].sum() + hope * mean) / (reached[row].sum() + hope)
             shares = (accepted[row] + hope * rate) / (reached[row] + hope)
-            stands = [np.prod(shares[:width]) if width <= available[row] else 0 for width in range(1, GAMMA + 1)]
-            emitted += 1 + np.append(0, np.cumsum(stands))
+            chances = [np.prod(shares[:width]) if width <= available[row] else 0 for width in range(1, GAMMA + 1)]
+            emitted += 1 + np.append(0, np.cumsum(chances))
         assert picked(reached, accepted, costs, live, available) == int(np.argmax(emitted / costs))
 
 

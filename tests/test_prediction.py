@@ -61,7 +61,7 @@ def test_texts_of_unlike_acceptance_are_predicted_to_slow_a_batch_down():
     low, high = ctars[::2].mean(0), ctars[1::2].mean(0)
     assert low[0] == pytest.approx(0.3, abs=0.05) and high[0] == pytest.approx(0.9, abs=0.05)
     # Texts that differ by chance alone are all like their mean.
-    alike = prediction.text_ctars(counted(0.6, 60, 400))
-    assert alike[:, 0].std() < 0.02 and alike[:, 0].mean() == pytest.approx(0.6, abs=0.02)
+    same = prediction.text_ctars(counted(0.6, 60, 400))
+    assert same[:, 0].std() < 0.02 and same[:, 0].mean() == pytest.approx(0.6, abs=0.02)
     assert prediction.text_ctars(counted(1.0, 60, 2)).tolist() == [[1.0] * GAMMA] * 2
     assert prediction.text_ctars(counted(0.0, 60, 2)).max() < 1e-6

@@ -99,9 +99,9 @@ def write_rows(directory: Path, number: int, rows: Mapping[str, np.ndarray]) -> 
 def keep_unwritten(directory: Path, texts: Mapping[int, Sequence[int]], seconds: float) -> None:
     """Keeps complete texts, by the number of their prompt, whose batches are not, and the seconds that they took.
 
-    They replace what was kept before; without a text nothing is.
+    They replace what was kept before; without texts and seconds nothing is.
     """
-    if not texts:
+    if not texts and not seconds:
         (directory / _UNWRITTEN_FILE).unlink(missing_ok=True)
         return
     rows = [{"prompt": number, "tokens": list(tokens)} for number, tokens in texts.items()]

@@ -107,6 +107,8 @@ def _drafts_fewer(counts: metrics.Counts) -> bool:
 
 # Rounds of fitting factors of texts and rates of positions in turn.
 _ROUNDS = 10
+# Keeps quotients finite; and the pseudo-count of texts that share one rate.
+_TINY, _ALL_SHARED = 1e-9, 1e6
 
 
 def text_ctars(counts: metrics.Counts) -> Float[np.ndarray, "N gamma"]:
@@ -128,10 +130,10 @@ def text_ctars(counts: metrics.Counts) -> Float[np.ndarray, "N gamma"]:
     rate = of_text.sum() / tries.sum()
     chance = rate * (1 - rate)
     differs = np.average((of_text / tries - rate) ** 2, weights=tries) - chance * len(tries) / tries.sum()
-    shrinkage = rate * np.clip(chance / max(differs, 1e-9) - 1, 0, 1e6) + 1e-9
+    shrinkage = rate * np.clip(chance / max(differs, _TINY) - 1, 0, _ALL_SHARED) + _TINY
     factors = np.ones(len(tries))
     for _ in range(_ROUNDS):
-        rates = accepted.sum(0) / np.maximum(factors @ tried, 1e-9)
+        rates = accepted.sum(0) / np.maximum(factors @ tried, _TINY)
         factors = (of_text + shrinkage) / (tried @ rates + shrinkage)
     scaled = np.minimum(factors[:, None] * rates, 1)
     return scaled if fewer else np.cumprod(scaled, axis=1)
