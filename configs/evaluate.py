@@ -13,7 +13,8 @@ once per gamma and rule; each combination compiles for some seconds first. Expec
 prompts, and a speed-up that differs by temperature.
 Lossy rules run on request and are labelled: `--config.drafters.draft.rules.lenient_exp=4 --config.leniences=0.7,0.5`.
 They change the text, so give prompts with completions to measure its quality.
-`configs/evaluate.py:smoke` takes four prompts and a few tokens.
+`configs/evaluate.py:ngram` needs no draft: it evaluates n-gram lookup alone. `configs/evaluate.py:smoke` and
+`:ngram-smoke` take four prompts and a few tokens.
 """
 
 from ml_collections import ConfigDict
@@ -22,7 +23,7 @@ from configs import common
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    common.check_variant("evaluate", variant)
+    common.check_variant("evaluate", variant, ("ngram", "smoke", "ngram-smoke"))
     config = ConfigDict()
     config.binary = "evaluate"
     config.seed = 0
@@ -62,12 +63,15 @@ def get_config(variant: str = "") -> ConfigDict:
         }
     )
     config.compare = (("draft", "ngram"),)  # pairs whose block efficiencies are compared prompt by prompt
+    if variant.startswith("ngram"):
+        del config.drafters.draft
+        config.compare = ()
     config.samples = 3  # texts in the report
     config.measure_parts = True  # time drafting and rules for some of the run's seconds, to predict the speed
-    if variant == "smoke":
+    if variant.endswith("smoke"):
         config.selection.count = 4
         config.max_new_tokens = 12
-        config.drafters.draft.rules.lossless = (2,)
-        config.drafters.draft.rules.coupled = (2,)
+        for drafter in config.drafters.values():
+            drafter.rules.update({"lossless": (2,), "coupled": (2,)})
         config.measure_parts = False
     return config

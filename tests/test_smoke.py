@@ -17,7 +17,7 @@ from specjax.runtime import config as configs
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = [path for path in sorted((ROOT / "configs").rglob("*.py")) if "def get_config(variant" in path.read_text()]
 RUNS = [f"{path.relative_to(ROOT)}:smoke" for path in CONFIGS]
-RUNS += ["configs/distill.py:new-smoke", "configs/adapter.py:medusa-smoke"]
+RUNS += ["configs/distill.py:new-smoke", "configs/evaluate.py:ngram-smoke", "configs/adapter.py:medusa-smoke"]
 RUNS += ["configs/adapter.py:eagle3-smoke", "configs/adapter.py:block_parallel-smoke"]
 
 
@@ -67,6 +67,7 @@ def models(tmp_path_factory):
         "configs/adapter.py:eagle3-smoke": (target, text),
         "configs/adapter.py:block_parallel-smoke": (target, text),
         "configs/evaluate.py": (*pair, f"--config.prompts={home}/prompts.txt"),
+        "configs/evaluate.py:ngram-smoke": (target, f"--config.prompts={home}/prompts.txt"),
         "configs/kangaroo/choose_layers.py": (f"--config.target={home}/target",),
         "configs/generate.py": (*pair, "--config.prompt=def main("),
         "configs/advise.py": (
