@@ -139,7 +139,7 @@ def test_vllm_is_told_the_draft_and_the_tokens_after_the_anchor(draft, tmp_path)
         ({"width": 32}, "reads hidden states of size 16, this target's have 32; load the target that it was trained"),
         ({"vocab_size": 30}, "for a tokenizer of 24 ids, and this target has 30; load the target"),
         ({"layers": 12}, "for a target of 8 layers, and this one has 12; load the target"),
-        ({"embedding_scale": 4.0}, "programs do not agree whether its embeddings are scaled"),
+        ({"embedding_scale": 4.0}, "programs do not agree whether its embeddings and logits are scaled"),
     ],
 )
 def test_a_draft_of_another_target_is_refused_by_what_differs(published, changes, message):
@@ -216,8 +216,8 @@ def test_other_tensors_than_the_config_describes_are_refused(target, published, 
             "it has a reduced vocabulary, and the layout has none",
         ),
         ({}, {"states_after": (4, 8)}, "reads the state after layer 8, the target's last"),
-        ({"embedding_scale": 4.0}, {}, "programs do not agree whether its embeddings are scaled"),
-        ({"final_softcap": 30.0}, {}, "programs do not agree whether its embeddings are scaled and its logits capped"),
+        ({"embedding_scale": 4.0}, {}, "programs do not agree whether its embeddings and logits are scaled"),
+        ({"final_softcap": 30.0}, {}, "programs do not agree whether its embeddings and logits are scaled"),
         ({"learned_positions": 64, "rotary": None}, {}, "read token embeddings without learned positions"),
     ],
 )

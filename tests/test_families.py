@@ -41,7 +41,7 @@ def read(family, **fields) -> DecoderConfig:
 # --- reading -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3", "olmo2", "granite"])
 def test_absent_fields_have_the_values_of_the_family(family):
     needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     fields = {name: SHAPE[name] for name in needed} | {"hidden_size": 64, "num_attention_heads": 32}
@@ -56,6 +56,8 @@ def test_absent_fields_have_the_values_of_the_family(family):
             "qwen3": (32, 128, 32768, 1e-6, 1e4),
             "phi3": (32, 2, 4096, 1e-5, 1e4),
             "smollm3": (4, 2, 32768, 1e-6, 2e6),
+            "olmo2": (32, 2, 2048, 1e-5, 1e4),
+            "granite": (32, 2, 2048, 1e-6, 1e4),
         }[family]
     )
     assert config.windows == {"mistral": (4096,) * 4}.get(family, ())
@@ -72,6 +74,19 @@ def test_biases_and_head_norms_are_those_of_the_family():
     assert described(read("qwen3")) == (False, False, False, True)
     assert described(read("qwen3", attention_bias=True)) == (True, True, False, True)
     assert described(read("phi3")) == (False, False, False, False)
+    assert described(read("olmo2", attention_bias=True)) == (True, True, False, True)
+    assert described(read("granite", mlp_bias=True)) == (False, False, True, False)
+
+
+def test_granite_reads_its_four_factors_which_other_families_refuse():
+    factors = {"embedding_multiplier": 12, "attention_multiplier": 0.25, "residual_multiplier": 0.5}
+    config = read("granite", **factors, logits_scaling=8)
+    described = (config.embedding_scale, config.query_scale, config.residual_scale, config.logit_divisor)
+    assert described == (12, 0.25, 0.5, 8)
+    assert read("granite").query_scale == 1
+    for name, factor in (factors | {"logits_scaling": 8}).items():
+        with pytest.raises(UserError, match=f'"{name}"'):
+            read("olmo2", **{name: factor})
 
 
 @pytest.mark.parametrize(
@@ -156,6 +171,10 @@ def test_yarn_magnitudes_follow_the_fields_that_state_them():
         ("qwen2", {"layer_types": [SLIDING] * 4, "sliding_window": 7}, "use_sliding_window"),
         ("qwen2", {"max_window_layers": "all"}, "max_window_layers"),
         ("qwen3", {"attention_bias": 1}, "attention_bias"),
+        ("olmo2", {"clip_qkv": 8.0}, "clip_qkv"),
+        ("olmo2", {"mlp_bias": True}, "mlp_bias"),
+        ("granite", {"residual_multiplier": 0}, "residual_multiplier"),
+        ("granite", {"logits_scaling": "8"}, "logits_scaling"),
         ("phi3", {"lm_head_bias": True}, "lm_head_bias"),
         ("phi3", {"rope_scaling": YARN, "original_max_position_embeddings": 24}, "rope_scaling"),
         (
@@ -205,6 +224,8 @@ def test_longrope_factors_of_the_wrong_number_are_refused():
         ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2}),
         ("qwen3", {"use_sliding_window": True, "sliding_window": 7, "layer_types": [SLIDING, FULL, SLIDING, FULL]}),
         ("qwen3", {"attention_bias": True, "head_dim": 20}),
+        ("olmo2", {"attention_bias": True, "rope_scaling": YARN}),
+        ("granite", {"embedding_multiplier": 12, "attention_multiplier": 0.3, "logits_scaling": 3, "mlp_bias": True}),
         ("phi3", {"sliding_window": 7}),
         ("phi3", {"head_dim": 44, "partial_rotary_factor": 0.69}),
         ("phi3", {"rope_scaling": LONG, "original_max_position_embeddings": 24}),

@@ -39,8 +39,9 @@ def draft_and_target(kind):
     if kind in ("kangaroo", "block_parallel"):
         attachment, params = tiny.adapter(target) if kind == "kangaroo" else tiny.block_parallel(target)
         return AttachedDraft.of(attachment), params, target, target_params, batch()
-    # Windows, a softcap and two rotary embeddings, as in Gemma.
+    # Windows, a softcap and two rotary embeddings, as in Gemma, and sinks, as in gpt-oss.
     options = dict(heads=4, kv_heads=2, windows=(0, 5), attention_softcap=2.0, local_rotary=Rotary(1e3, 8))
+    options |= {"attention_sinks": True}
     return *tiny.decoder(0, **options), target, target_params, batch()
 
 

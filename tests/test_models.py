@@ -34,7 +34,14 @@ def positions_from(start, steps):
 
 @pytest.fixture(scope="module")
 def grouped():
-    return tiny.decoder(3, heads=4, kv_heads=2, width=24, tied_head=False)
+    model, params = tiny.decoder(3, heads=4, kv_heads=2, width=24, tied_head=False, attention_sinks=True)
+    return model, with_sinks(params)
+
+
+def with_sinks(params):
+    """The parameters with sinks, if there are any, from -1 to 2, so each changes its head's weights differently."""
+    spread = lambda path, x: jnp.linspace(-1, 2, len(x)) if path[-1].key == "sinks" else x
+    return jax.tree_util.tree_map_with_path(spread, params)
 
 
 # --- the forward ---------------------------------------------------------------------------------------------------
@@ -65,7 +72,8 @@ def plain_forward(config: DecoderConfig, params, tokens):
             group = i // (config.heads // config.kv_heads)
             scores = query @ keys[group].T / np.sqrt(config.head_size)
             weights = np.exp(np.where(np.tri(len(tokens)) > 0, scores, -np.inf))
-            mixed.append(weights / weights.sum(-1, keepdims=True) @ values[group])
+            sink = np.exp(array(attention["sinks"])[i]) if config.attention_sinks else 0
+            mixed.append(weights / (weights.sum(-1, keepdims=True) + sink) @ values[group])
         hidden = hidden + np.concatenate(mixed, axis=1) @ array(attention["output"]["kernel"]).T
         normed = norm(hidden, block["mlp_norm"]["scale"])
         gate = normed @ array(mlp["gate"]["kernel"]).T
@@ -81,13 +89,14 @@ def plain_forward(config: DecoderConfig, params, tokens):
     "shape",
     [
         {},
-        {"heads": 4, "kv_heads": 2, "width": 24, "tied_head": False},
+        {"heads": 4, "kv_heads": 2, "width": 24, "tied_head": False, "attention_sinks": True},
         {"heads": 2, "kv_heads": 2, "rope_theta": 100.0},
     ],
-    ids=["tied", "grouped_untied", "one_head_each"],
+    ids=["tied", "grouped_untied_sinks", "one_head_each"],
 )
 def test_the_forward_is_the_plain_writing_of_it(shape):
     model, params = tiny.decoder(3, **shape)
+    params = with_sinks(params)
     texts, _ = tiny.prompts(0, 2, 9, model.vocab_size)
     ours = np.asarray(tiny.full_logits(model, params, texts))
     for row in range(2):
@@ -101,7 +110,7 @@ def test_grouped_heads_are_shared_heads(grouped):
         lambda path, x: repeat(x) if {"key", "value"} & {getattr(entry, "key", None) for entry in path} else x,
         params,
     )
-    whole = Decoder(tiny.config(heads=4, kv_heads=4, width=24, tied_head=False))
+    whole = Decoder(tiny.config(heads=4, kv_heads=4, width=24, tied_head=False, attention_sinks=True))
     texts, _ = tiny.prompts(0, 3, 9, model.vocab_size)
     ours, shared = tiny.full_logits(model, params, texts), tiny.full_logits(whole, wide, texts)
     np.testing.assert_allclose(np.asarray(ours), np.asarray(shared), **TIGHT)
@@ -185,7 +194,8 @@ def test_a_single_row_on_a_tpu_is_multiplied_together_with_others_that_change_no
     results = []
     for platform in ("cpu", "tpu"):
         monkeypatch.setattr(meshes, "platform", lambda platform=platform: platform)
-        attend = jax.jit(lambda *inputs: attention.attend(*inputs, scale=0.5, bias=draw(1, 2, 1, 8)))
+        more = {"scale": 0.5, "bias": draw(1, 2, 1, 8), "sinks": draw(2)}
+        attend = jax.jit(lambda *inputs, more=more: attention.attend(*inputs, **more))
         mixed = attend(draw(3, 2, 1, 4), draw(3, 2, 8, 4), draw(3, 2, 8, 4), jnp.arange(8)[None, None] < 5)
         multiply = jax.jit(lambda *inputs: layers.product(*inputs, jnp.float32))
         results.append((mixed, multiply(draw(1, 1, 8), draw(5, 8))))
@@ -283,7 +293,7 @@ def test_bfloat16_computes_in_bfloat16_and_gives_float32_logits():
 
 
 def test_gradients_reach_every_parameter():
-    model, params = tiny.decoder(3, tied_head=False, layers=1)
+    model, params = tiny.decoder(3, tied_head=False, layers=1, attention_sinks=True)
     texts, _ = tiny.prompts(0, 4, 9, model.vocab_size)
     loss = lambda params: jnp.mean(jax.nn.log_softmax(tiny.full_logits(model, params, texts))[..., 0])
     gradients = jax.jit(jax.grad(loss))(params)

@@ -24,8 +24,6 @@ from specjax.runtime.errors import UserError
 
 # Sizes that pruning can reduce.
 _SIZES = ("layers", "width", "heads", "kv_heads", "mlp_width")
-# Norms within heads, which do not have the model's width.
-_HEAD_NORMS = ("query_norm", "key_norm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,8 +148,6 @@ def prune(model: LanguageModel, params: Params, shape: DecoderConfig, importance
 
     def take(path, array, names):
         keys = [entry.key for entry in path]
-        if any(name in keys for name in _HEAD_NORMS):
-            return array
         chosen = by_layer[keys[1]] if keys[0] == "blocks" else shared
         for axis, name in enumerate(names):
             if name in chosen:

@@ -117,9 +117,9 @@ def _of_target(target: DecoderConfig) -> str:
     """Why programs draft differently for a target, "" if they do not."""
     if target.learned_positions or target.embedding_width:
         return draft_config.EMBEDDINGS
-    if target.embedding_scale != 1 or target.final_softcap:
+    if target.embedding_scale != 1 or target.final_softcap or target.logit_divisor != 1:
         return (
-            "programs do not agree whether its embeddings are scaled and its logits capped as the target's; take "
+            "programs do not agree whether its embeddings and logits are scaled and capped as the target's; take "
             "another target"
         )
     return ""

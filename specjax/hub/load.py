@@ -28,7 +28,7 @@ CONFIG_FILE = "config.json"
 
 # All families. A new family needs a file with a `base.Family`, and an entry here.
 _ALL = (
-    *(llama.FAMILY, mistral.FAMILY, qwen.QWEN2, qwen.QWEN3, phi3.FAMILY, smollm3.FAMILY),
+    *(llama.FAMILY, llama.OLMO2, llama.GRANITE, mistral.FAMILY, qwen.QWEN2, qwen.QWEN3, phi3.FAMILY, smollm3.FAMILY),
     *(gemma.GEMMA, gemma.GEMMA2, gemma.GEMMA3, opt.FAMILY, gpt2.FAMILY, gpt_neox.FAMILY, t5.FAMILY),
 )
 FAMILIES = {family.model_type: family for family in _ALL}

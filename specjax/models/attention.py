@@ -21,6 +21,7 @@ def attend(
     scale: float,
     softcap: float = 0.0,
     bias: Float[Array, "_ N T S"] | None = None,
+    sinks: Float[Array, "N"] | None = None,
 ) -> Float[Array, "B N T H"]:
     """Grouped-query softmax attention to the slots where `visible` [B, T, S] is true; weights in float32.
 
@@ -29,13 +30,15 @@ def attend(
       scale: factor on the dot products of queries and keys.
       softcap: scores become softcap * tanh(scores / softcap), arXiv 2408.00118; 0 is off.
       bias: added to the scores; its batch axis may be 1.
+      sinks: for each query head the score of one more slot, whose value is zero (gpt-oss, arXiv 2508.10925): it joins
+        the denominator of the softmax, so the weights of the real slots sum to less than 1.
     """
     batch, heads, steps, size = queries.shape
     kv_heads = keys.shape[1]
     keys, values = keys.astype(queries.dtype), values.astype(queries.dtype)
     if meshes.platform() == "tpu" and heads * steps == kv_heads:  # one row for each key head is slow, see `product`
         twice = lambda x: None if x is None else jnp.concatenate([x, x], axis=-2)
-        how = {"scale": scale, "softcap": softcap, "bias": twice(bias)}
+        how = {"scale": scale, "softcap": softcap, "bias": twice(bias), "sinks": sinks}
         return attend(twice(queries), keys, values, twice(visible), **how)[:, :, :1]
     # One product for each key head, whose rows are the group's query heads and the T tokens: [B, K, G*T, H].
     grouped = queries.reshape(batch, kv_heads, (heads // kv_heads) * steps, size)
@@ -47,10 +50,18 @@ def attend(
     if bias is not None:
         scores = scores + bias.reshape(bias.shape[0], kv_heads, heads // kv_heads, *bias.shape[2:])
     scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    weights = weights.reshape(batch, kv_heads, (heads // kv_heads) * steps, -1)
+    weights = jax.nn.softmax(scores, axis=-1) if sinks is None else _softmax_with_sinks(scores, sinks)
+    weights = weights.astype(values.dtype).reshape(batch, kv_heads, (heads // kv_heads) * steps, -1)
     mixed = jnp.einsum("BKRS,BKSH->BKRH", weights, values)
     return mixed.reshape(batch, heads, steps, size)
+
+
+def _softmax_with_sinks(scores: Float[Array, "B K G T S"], sinks: Float[Array, "N"]) -> Float[Array, "B K G T S"]:
+    """The softmax over the slots and the head's sink, without the sink's own weight."""
+    sinks = sinks.astype(jnp.float32).reshape(1, *scores.shape[1:3], 1, 1)
+    largest = jax.lax.stop_gradient(jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sinks))
+    exponentials = jnp.exp(scores - largest)
+    return exponentials / (jnp.sum(exponentials, axis=-1, keepdims=True) + jnp.exp(sinks - largest))
 
 
 # At most this many scores of each head are in memory at a time, unless blocks would have fewer queries than this.
@@ -62,8 +73,8 @@ def by_queries(
 ) -> Float[Array, "*X T H"]:
     """`attend_some(queries, *others)`, for long texts in blocks of queries, so that scores `[T, S]` never exist.
 
-    The blocks run one after the other, and again in the backward pass. Keys and values that `attend_some` closes over
-    get the sum of the blocks' gradients in their own dtype, which should be float32.
+    The blocks run one after the other, and again in the backward pass. Arrays that `attend_some` closes over (keys,
+    values, sinks) get the sum of the blocks' gradients in their own dtype, which should be float32.
 
     Args:
       attend_some: attention of any of the T queries.

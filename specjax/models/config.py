@@ -8,7 +8,7 @@ from specjax.runtime.dtypes import dtype_named
 
 NORMS = ("rms", "rms_plus_one", "layer")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
-ORDERS = ("pre", "post", "both", "parallel")
+ORDERS = ("pre", "post", "both", "output", "parallel")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +35,15 @@ class DecoderConfig:
       activation: activation function of the MLP: "silu", "gelu", "gelu_tanh" or "relu".
       gated_mlp: whether the MLP has a gate.
       order: "pre" norms each sublayer's input, "post" the sum with the residual (OPT-350M), "both" its input and its
-        output (Gemma 2 and 3), "parallel" runs attention and MLP on the same residual (GPT-NeoX).
+        output (Gemma 2 and 3), "output" its output (OLMo 2), "parallel" runs attention and MLP on the same residual
+        (GPT-NeoX).
       final_norm: whether the head is preceded by a norm.
       attention_bias: whether the query, key and value projections have biases.
       output_bias: whether the attention's output projection has a bias.
       mlp_bias: whether the MLP's projections have biases.
       qk_norm: whether each query and key head is normalised (Qwen3, Gemma 3).
+      joint_qk_norm: with `qk_norm`, whether all query heads are normalised together, and all key heads (OLMo 2).
+      attention_sinks: whether the attention of each head has a sink (gpt-oss), see `attention.attend`.
       learned_positions: number of rows of a learned position table; 0 for none.
       position_offset: row of position 0 in that table (2 in OPT).
       local_rotary: rotary embedding of the layers with a window, if it differs (Gemma 3).
@@ -49,6 +52,8 @@ class DecoderConfig:
       query_scale: factor on the attention scores; None is head_size ** -0.5.
       attention_softcap: scores are softcap * tanh(scores / softcap); 0 is off.
       final_softcap: the same for logits.
+      logit_divisor: the logits are divided by it (Granite).
+      residual_scale: with `order` "pre", factor on what each sublayer adds to the residual stream (Granite).
       embedding_scale: factor on the embeddings.
       embedding_width: width of an embedding that is projected to `width` (OPT-350M); 0 without a projection.
       draft_vocabulary: of a draft, the only ids that its head has; None for all. The embedding has all ids.
@@ -78,6 +83,8 @@ class DecoderConfig:
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    joint_qk_norm: bool = False
+    attention_sinks: bool = False
     learned_positions: int = 0
     position_offset: int = 0
     local_rotary: Rotary | None = None
@@ -86,6 +93,8 @@ class DecoderConfig:
     query_scale: float | None = None
     attention_softcap: float = 0.0
     final_softcap: float = 0.0
+    logit_divisor: float = 1.0
+    residual_scale: float = 1.0
     embedding_scale: float = 1.0
     embedding_width: int = 0
     draft_vocabulary: DraftVocabulary | None = None

@@ -90,6 +90,8 @@ class DecoderModule(nnx.Module):
             logits = layers.tied_logits(hidden, self.embedding[...])
         else:
             logits = self.unembedding.logits(hidden)
+        if config.logit_divisor != 1:
+            logits = logits / config.logit_divisor
         if config.final_softcap:
             logits = config.final_softcap * jnp.tanh(logits / config.final_softcap)
         return logits

@@ -141,9 +141,9 @@ def tied_logits(hidden: Float[Array, "B T D"], embedding: Float[Array, "V D"]) -
 class RMSNorm(nnx.Module):
     """Root-mean-square normalisation in float32 (arXiv 1910.07467), with the learned gain `offset + scale`."""
 
-    def __init__(self, width: int, epsilon: float, dtype: str, offset: float = 0.0):
+    def __init__(self, width: int, epsilon: float, dtype: str, offset: float = 0.0, axis: str = "norm"):
         start = jnp.zeros if offset else jnp.ones
-        self.scale = nnx.Param(start((width,), dtype_named(dtype)), axes=("norm",))
+        self.scale = nnx.Param(start((width,), dtype_named(dtype)), axes=(axis,))
         self.epsilon = epsilon
         self.offset = offset
 
@@ -159,9 +159,9 @@ class RMSNorm(nnx.Module):
 class LayerNorm(nnx.Module):
     """Normalisation to mean 0 and variance 1 in float32 (arXiv 1607.06450), with a learned gain and bias."""
 
-    def __init__(self, width: int, epsilon: float, dtype: str):
-        self.scale = nnx.Param(jnp.ones((width,), dtype_named(dtype)), axes=("norm",))
-        self.bias = nnx.Param(jnp.zeros((width,), dtype_named(dtype)), axes=("norm",))
+    def __init__(self, width: int, epsilon: float, dtype: str, axis: str = "norm"):
+        self.scale = nnx.Param(jnp.ones((width,), dtype_named(dtype)), axes=(axis,))
+        self.bias = nnx.Param(jnp.zeros((width,), dtype_named(dtype)), axes=(axis,))
         self.epsilon = epsilon
 
     def __call__(self, inputs: Float[Array, "*X D"]) -> Float[Array, "*X D"]:
@@ -174,11 +174,12 @@ class LayerNorm(nnx.Module):
         return (centred * jax.lax.rsqrt(variance + self.epsilon) * gain + bias).astype(inputs.dtype)
 
 
-def make_norm(config: DecoderConfig, width: int) -> RMSNorm | LayerNorm:
-    """A norm over `width` channels, of the kind in the config."""
+def make_norm(config: DecoderConfig, width: int, axis: str = "norm") -> RMSNorm | LayerNorm:
+    """A norm over `width` channels, of the kind in the config; `axis` is the logical axis of its gains."""
     if config.norm == "layer":
-        return LayerNorm(width, config.norm_epsilon, config.param_dtype)
-    return RMSNorm(width, config.norm_epsilon, config.param_dtype, 1.0 if config.norm == "rms_plus_one" else 0.0)
+        return LayerNorm(width, config.norm_epsilon, config.param_dtype, axis)
+    offset = 1.0 if config.norm == "rms_plus_one" else 0.0
+    return RMSNorm(width, config.norm_epsilon, config.param_dtype, offset, axis)
 
 
 def query_scale(config: DecoderConfig) -> float:
@@ -220,11 +221,22 @@ class Attention(nnx.Module):
 
     def __init__(self, config: DecoderConfig, layer: int, rngs: nnx.Rngs, inputs: int | None = None):
         self.query, self.key, self.value, self.output = projections(config, rngs, inputs)
-        self.query_norm = make_norm(config, config.head_size) if config.qk_norm else None
-        self.key_norm = make_norm(config, config.head_size) if config.qk_norm else None
-        self.head_size = config.head_size
+        self.query_norm = self._head_norm(config, "heads")
+        self.key_norm = self._head_norm(config, "kv_heads")
+        sinks = jnp.zeros((config.heads,), dtype_named(config.param_dtype))
+        self.sinks = nnx.Param(sinks, axes=(meshes.Parts("heads", config.heads),)) if config.attention_sinks else None
+        self.head_size, self.joint_qk_norm = config.head_size, config.joint_qk_norm
         self.how = {"scale": query_scale(config), "softcap": config.attention_softcap}
         self.window = config.window(layer)
+
+    @staticmethod
+    def _head_norm(config, name):
+        if not config.qk_norm:
+            return None
+        if not config.joint_qk_norm:
+            return make_norm(config, config.head_size, "head")
+        count = getattr(config, name)
+        return make_norm(config, count * config.head_size, meshes.Parts(name, count))
 
     def __call__(self, inputs, angles, positions, mask, keys, values, *, bias=None, causal=True):
         """Returns the output `[B, T, D]` and the updated cache arrays (None, None without a cache).
@@ -235,12 +247,16 @@ class Attention(nnx.Module):
           causal: False attends in both directions; only without a cache.
         """
         split = functools.partial(split_heads, size=self.head_size)
-        queries, new_keys, new_values = split(self.query(inputs)), split(self.key(inputs)), split(self.value(inputs))
-        if self.query_norm is not None:
+        queries, new_keys, new_values = self.query(inputs), self.key(inputs), split(self.value(inputs))
+        if self.joint_qk_norm:
+            queries, new_keys = self.query_norm(queries), self.key_norm(new_keys)
+        queries, new_keys = split(queries), split(new_keys)
+        if self.query_norm is not None and not self.joint_qk_norm:
             queries, new_keys = self.query_norm(queries), self.key_norm(new_keys)
         if angles is not None:
             queries, new_keys = rotate(queries, angles), rotate(new_keys, angles)
-        how = {"window": self.window, "bias": bias, **self.how}
+        sinks = None if self.sinks is None else self.sinks[...].astype(jnp.float32)
+        how = {"window": self.window, "bias": bias, "sinks": sinks, **self.how}
         if keys is None:
             mixed = attention.attend_to_text(queries, new_keys, new_values, positions, mask, causal=causal, **how)
         else:
@@ -281,21 +297,25 @@ class Block(nnx.Module):
         self.mlp_norm = make_norm(config, config.width)
         self.mlp = MLP(config, rngs)
         self.mlp_output_norm = make_norm(config, config.width) if config.order == "both" else None
-        self.order = config.order
+        self.order, self.residual_scale = config.order, config.residual_scale
 
     def __call__(self, hidden, angles, positions, mask, keys, values, **attention):
-        inputs = hidden if self.order == "post" else self.attention_norm(hidden)
+        inputs = hidden if self.order in ("post", "output") else self.attention_norm(hidden)
         mixed, keys, values = self.attention(inputs, angles, positions, mask, keys, values, **attention)
         if self.order == "parallel":
             return hidden + mixed + self.mlp(self.mlp_norm(hidden)), keys, values
         if self.order == "post":
             hidden = self.attention_norm(hidden + mixed)
             return self.mlp_norm(hidden + self.mlp(hidden)), keys, values
+        if self.order == "output":
+            hidden = hidden + self.attention_norm(mixed)
+            return hidden + self.mlp_norm(self.mlp(hidden)), keys, values
         if self.order == "both":
             hidden = hidden + self.attention_output_norm(mixed)
             return hidden + self.mlp_output_norm(self.mlp(self.mlp_norm(hidden))), keys, values
-        hidden = hidden + mixed
-        return hidden + self.mlp(self.mlp_norm(hidden)), keys, values
+        scaled = lambda x: x if self.residual_scale == 1 else x * jnp.asarray(self.residual_scale, x.dtype)
+        hidden = hidden + scaled(mixed)
+        return hidden + scaled(self.mlp(self.mlp_norm(hidden))), keys, values
 
 
 def recomputed(block: Callable, remat: bool) -> Callable:

@@ -82,6 +82,18 @@ CONFIGS = {
     "gpt_neox": ("gpt_neox", {**LLAMA, **WIDE, "rotary_pct": 0.25}),
     "t5": ("t5", {**T5, "feed_forward_proj": "relu"}),
     "t5_v1_1": ("t5", {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+    # Further ones at the end: a place is a seed.
+    "olmo2": ("olmo2", LLAMA),
+    "granite": (
+        "granite",
+        {
+            **LLAMA,
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.3,
+            "residual_multiplier": 0.6,
+            "logits_scaling": 2.0,
+        },
+    ),
 }
 
 

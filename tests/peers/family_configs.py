@@ -79,6 +79,15 @@ def _ropes(local, **full):
     return {"rope_parameters": {FULL: full, SLIDING: {"rope_type": "default", "rope_theta": local}}}
 
 
+def _granite(embedding, attention, residual, logits):
+    return {
+        "embedding_multiplier": embedding,
+        "attention_multiplier": attention,
+        "residual_multiplier": residual,
+        "logits_scaling": logits,
+    }
+
+
 FAMILIES: dict[str, list[dict]] = {
     "llama": [
         {**LLAMA, "tie_word_embeddings": True},
@@ -151,6 +160,26 @@ FAMILIES: dict[str, list[dict]] = {
             "head_dim": 10,
         },
         {**LLAMA, "num_key_value_heads": 4, "no_rope_layer_interval": 2, **_yarn()},
+    ],
+    "olmo2": [
+        {**LLAMA, "tie_word_embeddings": True},
+        {**LLAMA, "head_dim": 10, "num_key_value_heads": 4, "attention_bias": True},
+        {**LLAMA, "num_key_value_heads": 1, "rms_norm_eps": 1e-3, **_rope("linear", 5e5, factor=2.5)},
+        {**LLAMA, "hidden_size": 30, "num_attention_heads": 3, "num_key_value_heads": 3},
+        {**LLAMA, "head_dim": 14, "num_hidden_layers": 3, **_yarn()},
+    ],
+    "granite": [
+        {**LLAMA, **_granite(12.0, 0.0156, 0.22, 8.0), "tie_word_embeddings": True},
+        {**LLAMA, **_granite(0.5, 0.7, 1.5, 0.3), "attention_bias": True, "mlp_bias": True},
+        {**LLAMA, **_granite(1.0, 0.35, 0.4, 1.0), "head_dim": 10, "num_key_value_heads": 1},
+        {
+            **LLAMA,
+            **_granite(3.0, 1.0, 1.0, 2.0),
+            "hidden_size": 30,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 3,
+        },
+        {**LLAMA, "num_key_value_heads": 4, **_yarn()},
     ],
     "gemma": [
         GEMMA,

@@ -195,8 +195,9 @@ class Family:
         architectures = fields.get("architectures")
         if architectures is not None and architectures != [self.architecture]:
             raise UserError(f'"architectures" is {architectures!r}, but only ["{self.architecture}"] is supported')
+        known = {field.name for field in self.fields if isinstance(field, Field)}
         for name, allowed in {**_ONLY_EVERYWHERE, **self.only}.items():
-            if name in fields and fields[name] not in allowed:
+            if name not in known and name in fields and fields[name] not in allowed:
                 listed = " or ".join("null" if value is None else repr(value) for value in allowed)
                 raise UserError(f'"{name}" is {fields[name]!r}, which is not supported; only {listed} can be loaded')
         fields = {**self.absent, **fields}

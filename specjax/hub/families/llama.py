@@ -3,6 +3,7 @@
 Families with similar files are defined as modified copies of this one.
 """
 
+import dataclasses
 from collections.abc import Mapping
 
 from specjax.hub.families import base, rotary_fields
@@ -66,4 +67,30 @@ FAMILY = base.Family(
     ignored=("rotary_emb.inv_freq",),
     only={**ONLY, "sliding_window": (None,), "use_sliding_window": (False, None), "layer_types": (None,)},
     written={"hidden_act": "silu"},
+)
+
+# OLMo 2 (arXiv 2501.00656) normalises the output of each sublayer, and all query heads and all key heads together.
+OLMO2 = dataclasses.replace(
+    FAMILY,
+    model_type="olmo2",
+    architecture="Olmo2ForCausalLM",
+    fields=(*fields(), *ATTENTION_BIAS, rotary_fields.rotary()),
+    names=names(MODULES | {"attention_norm": "post_attention_layernorm", "mlp_norm": "post_feedforward_layernorm"}),
+    only={**FAMILY.only, "mlp_bias": (False, None), "clip_qkv": (None,)},
+    absent={"rms_norm_eps": 1e-5},
+    always={"order": "output", "qk_norm": True, "joint_qk_norm": True},
+)
+
+# Granite 3 has factors on embeddings, attention scores, residual stream and logits.
+GRANITE = dataclasses.replace(
+    FAMILY,
+    model_type="granite",
+    architecture="GraniteForCausalLM",
+    fields=(
+        *FAMILY.fields,
+        Field("embedding_scale", "embedding_multiplier", float, 1.0),
+        Field("query_scale", "attention_multiplier", float, 1.0),
+        Field("residual_scale", "residual_multiplier", float, 1.0),
+        Field("logit_divisor", "logits_scaling", float, 1.0),
+    ),
 )
