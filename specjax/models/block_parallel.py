@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from specjax.models import attention, kv_cache, layers
 from specjax.models.attachment import Attachment, AttachmentConfig, States, last_state
+from specjax.models.block import Block
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
 from specjax.models.language_model import Params, Prediction, consecutive
@@ -88,7 +89,7 @@ class BlockParallelModule(nnx.Module):
         sizes, axes = (count * width, width), ("embed", None)
         self.project = layers.Linear(*sizes, axes, (count * width) ** -0.5, dtype=inner.param_dtype, rngs=rngs)
         self.hidden_norm, self.norm = layers.make_norm(inner, width), layers.make_norm(inner, width)
-        self.blocks = nnx.List([layers.Block(inner, layer, rngs) for layer in range(config.layers)])
+        self.blocks = nnx.List([Block(inner, layer, rngs) for layer in range(config.layers)])
         self.config = config
 
     def fuse(self, states):

@@ -56,6 +56,12 @@ class DecoderConfig:
       residual_scale: with `order` "pre", factor on what each sublayer adds to the residual stream (Granite).
       embedding_scale: factor on the embeddings.
       embedding_width: width of an embedding that is projected to `width` (OPT-350M); 0 without a projection.
+      experts: E, number of experts of the MLP in each sparse layer; 0 for dense MLPs in all layers.
+      experts_per_token: number of experts that compute each token.
+      expert_width: inner width of an expert; `mlp_width` is that of dense layers.
+      normalised_experts: whether the weights of a token's experts sum to 1.
+      shared_expert_width: inner width of an expert that computes every token (qwen2_moe); 0 for none.
+      dense_layers: layers with a dense MLP in a model with experts.
       draft_vocabulary: of a draft, the only ids that its head has; None for all. The embedding has all ids.
     """
 
@@ -97,6 +103,12 @@ class DecoderConfig:
     residual_scale: float = 1.0
     embedding_scale: float = 1.0
     embedding_width: int = 0
+    experts: int = 0
+    experts_per_token: int = 0
+    expert_width: int = 0
+    normalised_experts: bool = True
+    shared_expert_width: int = 0
+    dense_layers: tuple[int, ...] = ()
     draft_vocabulary: DraftVocabulary | None = None
 
     def __post_init__(self):
@@ -114,11 +126,23 @@ class DecoderConfig:
         for field, known in (("norm", NORMS), ("activation", ACTIVATIONS), ("order", ORDERS)):
             if getattr(self, field) not in known:
                 raise ValueError(f'{field} must be one of {", ".join(known)}, not "{getattr(self, field)}"')
+        if self.experts:
+            self._check_experts()
         if self.draft_vocabulary is not None:
             self.draft_vocabulary.check(self.vocab_size)
             if self.tied_head:
                 raise ValueError("a tied head has all ids; with a draft vocabulary, tied_head must be False")
         dtype_named(self.param_dtype), dtype_named(self.compute_dtype)
+
+    def _check_experts(self) -> None:
+        if not 1 <= self.experts_per_token <= self.experts:
+            raise ValueError(f"a token cannot use {self.experts_per_token} of {self.experts} experts")
+        if self.expert_width < 1:
+            raise ValueError(f"expert_width must be at least 1, not {self.expert_width}")
+        if not self.gated_mlp:
+            raise ValueError("experts have gated MLPs only; gated_mlp must be True")
+        if beyond := [layer for layer in self.dense_layers if not 0 <= layer < self.layers]:
+            raise ValueError(f"dense layer {beyond[0]} is not one of {self.layers} layers")
 
     @classmethod
     def llama(cls, *, rope_theta: float, **fields) -> "DecoderConfig":
@@ -128,6 +152,10 @@ class DecoderConfig:
     def window(self, layer: int) -> int:
         """How many tokens a query of this layer attends to, itself included; 0 for all."""
         return self.windows[layer] if self.windows else 0
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether the MLP of this layer is a mixture of experts."""
+        return self.experts > 0 and layer not in self.dense_layers
 
     def uses_rotary(self, layer: int) -> bool:
         """Whether this layer applies rotary embeddings to queries and keys."""

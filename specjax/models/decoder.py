@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from specjax.models import kv_cache, layers
+from specjax.models.block import Block
 from specjax.models.config import DecoderConfig
 from specjax.models.language_model import LanguageModel, Params, look_up
 from specjax.models.rotary import angles, text_lengths
@@ -34,7 +35,7 @@ class DecoderModule(nnx.Module):
         if config.learned_positions:
             table = jax.random.normal(rngs.params(), (config.learned_positions, config.width), jnp.float32)
             self.positions = nnx.Param((table * config.width**-0.5).astype(dtype), axes=(None, "embed"))
-        self.blocks = nnx.List([layers.Block(config, layer, rngs) for layer in range(config.layers)])
+        self.blocks = nnx.List([Block(config, layer, rngs) for layer in range(config.layers)])
         self.norm = layers.make_norm(config, config.width) if config.final_norm else None
         if not config.tied_head:
             columns = len(config.draft_vocabulary) if config.draft_vocabulary else config.vocab_size

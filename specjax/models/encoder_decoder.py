@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from specjax.models import attention, kv_cache, layers
+from specjax.models.block import Block
 from specjax.models.config import DecoderConfig
 from specjax.models.language_model import LanguageModel, Params, consecutive, look_up
 from specjax.runtime import mesh as meshes
@@ -167,7 +168,7 @@ class EncoderDecoderModule(nnx.Module):
         embedding = jax.random.normal(rngs.params(), (config.vocab_size, config.width), jnp.float32)
         self.embedding = nnx.Param(embedding.astype(dtype), axes=("vocab", "embed"))
         self.encoder_bias = RelativeBias(config, True, rngs)
-        self.encoder_blocks = nnx.List([layers.Block(config, i, rngs) for i in range(config.encoder_layers)])
+        self.encoder_blocks = nnx.List([Block(config, i, rngs) for i in range(config.encoder_layers)])
         self.encoder_norm = layers.make_norm(config, config.width)
         self.bias = RelativeBias(config, False, rngs)
         self.blocks = nnx.List([DecoderBlock(config, i, rngs) for i in range(config.layers)])

@@ -16,7 +16,7 @@ from specjax.models.rotary import rotate
 from specjax.runtime import mesh as meshes
 from specjax.runtime.dtypes import dtype_named
 
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
@@ -270,52 +270,19 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """`down(act(gate(x)) * up(x))` (arXiv 2002.05202), or without a gate `down(act(up(x)))`."""
 
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, inner: int | None = None):
         make = functools.partial(Linear, dtype=config.param_dtype, rngs=rngs, bias=config.mlp_bias)
-        scale = config.width**-0.5
-        self.gate = make(config.width, config.mlp_width, ("embed", "mlp"), scale) if config.gated_mlp else None
-        self.up = make(config.width, config.mlp_width, ("embed", "mlp"), scale)
-        self.down = make(
-            config.mlp_width, config.width, ("mlp", "embed"), (config.mlp_width * 2 * config.layers) ** -0.5
-        )
+        scale, inner = config.width**-0.5, inner or config.mlp_width
+        self.gate = make(config.width, inner, ("embed", "mlp"), scale) if config.gated_mlp else None
+        self.up = make(config.width, inner, ("embed", "mlp"), scale)
+        self.down = make(inner, config.width, ("mlp", "embed"), (inner * 2 * config.layers) ** -0.5)
         self.activation = config.activation
 
     def __call__(self, inputs: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        activate = _ACTIVATIONS[self.activation]
+        activate = ACTIVATIONS[self.activation]
         if self.gate is None:
             return self.down(activate(self.up(inputs)))
         return self.down(activate(self.gate(inputs)) * self.up(inputs))
-
-
-class Block(nnx.Module):
-    """One layer: attention and MLP, each with a residual connection, with norms in the config's `order`."""
-
-    def __init__(self, config: DecoderConfig, layer: int, rngs: nnx.Rngs):
-        self.attention_norm = make_norm(config, config.width)
-        self.attention = Attention(config, layer, rngs)
-        self.attention_output_norm = make_norm(config, config.width) if config.order == "both" else None
-        self.mlp_norm = make_norm(config, config.width)
-        self.mlp = MLP(config, rngs)
-        self.mlp_output_norm = make_norm(config, config.width) if config.order == "both" else None
-        self.order, self.residual_scale = config.order, config.residual_scale
-
-    def __call__(self, hidden, angles, positions, mask, keys, values, **attention):
-        inputs = hidden if self.order in ("post", "output") else self.attention_norm(hidden)
-        mixed, keys, values = self.attention(inputs, angles, positions, mask, keys, values, **attention)
-        if self.order == "parallel":
-            return hidden + mixed + self.mlp(self.mlp_norm(hidden)), keys, values
-        if self.order == "post":
-            hidden = self.attention_norm(hidden + mixed)
-            return self.mlp_norm(hidden + self.mlp(hidden)), keys, values
-        if self.order == "output":
-            hidden = hidden + self.attention_norm(mixed)
-            return hidden + self.mlp_norm(self.mlp(hidden)), keys, values
-        if self.order == "both":
-            hidden = hidden + self.attention_output_norm(mixed)
-            return hidden + self.mlp_output_norm(self.mlp(self.mlp_norm(hidden))), keys, values
-        scaled = lambda x: x if self.residual_scale == 1 else x * jnp.asarray(self.residual_scale, x.dtype)
-        hidden = hidden + scaled(mixed)
-        return hidden + scaled(self.mlp(self.mlp_norm(hidden))), keys, values
 
 
 def recomputed(block: Callable, remat: bool) -> Callable:

@@ -27,6 +27,7 @@ MESH_AXES: dict[str, tuple[str, ...] | None] = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
+    "expert": ("tensor",),
     "vocab": ("tensor",),
     "head": None,
     "slots": None,
@@ -262,13 +263,15 @@ def divided(
 ) -> tuple[str | None, ...]:
     """An array's logical axes, with None for those that the mesh's tensor axis does not divide: they are replicated.
 
+    Experts are not, because copies of them would be most of the model.
+
     Args:
       shape: the array's shape.
       axes: its logical axes.
       mesh_shape: mesh axis -> size.
 
     Raises:
-      UserError: if a dimension does not divide evenly over the axes `data` and `fsdp`.
+      UserError: if a dimension does not divide evenly over the axes `data` and `fsdp`, or experts over `tensor`.
     """
     if len(shape) != len(axes):
         raise ValueError(f"An array of shape {tuple(shape)} has {len(shape)} axes, not {axes}.")
@@ -277,7 +280,7 @@ def divided(
         over = () if name is None else (MESH_AXES[name] or ())
         num_shards = math.prod(mesh_shape[axis] for axis in over)
         parts = name.count if isinstance(name, Parts) else size
-        if over != ("tensor",) and parts % num_shards:
+        if (over != ("tensor",) or name == "expert") and parts % num_shards:
             divisors = ", ".join(str(d) for d in range(1, size + 1) if size % d == 0)
             product = " * ".join(f"mesh.{axis}" for axis in over)
             raise UserError(

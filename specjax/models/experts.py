@@ -1,0 +1,318 @@
+"""Mixture-of-experts MLP: a router chooses a few of many MLPs for each token (arXiv 1701.06538, 2101.03961).
+
+No token is dropped and no expert has a capacity, so a row's output does not depend on the rest of the batch.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from specjax.models import layers
+from specjax.models.config import DecoderConfig
+from specjax.runtime import mesh as meshes
+from specjax.runtime.dtypes import dtype_named
+
+# Kernels `[E, O, I]` and biases `[E, O]` of the experts' projections, by the projection's name.
+Kernels = dict[str, dict[str, Any]]
+# A function from a projection's name and its inputs `[R, I]` to its outputs `[R, O]`.
+Multiply = Callable[[str, jax.Array], jax.Array]
+
+# On GPU, up to this many times as many pairs of token and expert as there are experts, each pair reads its own kernels.
+_FEW_PAIRS = 4
+# The most rows in a tile: a larger one reads no fewer kernels, but has more unused rows.
+_TILE = 128
+
+
+class Choice(NamedTuple):
+    """What a router chose for each token.
+
+    Attributes:
+      experts: [N, k], the chosen experts.
+      weights: [N, k], float32 weights of their outputs.
+    """
+
+    experts: Int[Array, "N k"]
+    weights: Float[Array, "N k"]
+
+
+def choose(logits: Float[Array, "N E"], config: DecoderConfig) -> Choice:
+    """The experts with the largest logits. Their weights are softmax probabilities, over the chosen experts if
+    `config.normalised_experts`, otherwise over all of them."""
+    top, experts = jax.lax.top_k(logits, config.experts_per_token)
+    total = jax.nn.logsumexp(top if config.normalised_experts else logits, axis=-1, keepdims=True)
+    return Choice(experts, jnp.exp(top - total))
+
+
+def balance_loss(logits: Float[Array, "N E"], experts: Int[Array, "N k"], mask: Float[Array, "N"]) -> Float[Array, ""]:
+    """Load-balancing loss: E times the sum over experts of (share of tokens that chose it) * (its mean probability).
+
+    It is k if all experts are used equally. Source: Switch Transformer (arXiv 2101.03961), equations 4 to 6.
+
+    Args:
+      mask: 1 for tokens that count, 0 for padding.
+    """
+    count, rows = logits.shape[-1], jnp.maximum(mask.sum(), 1)
+    chosen = jnp.sum(jax.nn.one_hot(experts, count) * mask[:, None, None], axis=(0, 1)) / rows
+    probability = jnp.sum(jax.nn.softmax(logits) * mask[:, None], axis=0) / rows
+    return count * jnp.sum(chosen * probability)
+
+
+class ExpertLinear(nnx.Module):
+    """The same projection of every expert: kernels `[E, O, I]` and, with `bias`, biases `[E, O]`."""
+
+    def __init__(self, count: int, inputs: int, outputs: int, axes: tuple, scale: float, dtype: str, rngs, bias: bool):
+        kernel = jax.random.normal(rngs.params(), (count, outputs, inputs), jnp.float32) * scale
+        self.kernel = nnx.Param(kernel.astype(dtype_named(dtype)), axes=("expert", *axes))
+        self.bias = (
+            nnx.Param(jnp.zeros((count, outputs), dtype_named(dtype)), axes=("expert", axes[0])) if bias else None
+        )
+
+    def arrays(self) -> dict[str, Any]:
+        return {"kernel": self.kernel[...], **({} if self.bias is None else {"bias": self.bias[...]})}
+
+
+class ExpertMLP(nnx.Module):
+    """The chosen experts' MLPs, weighted and summed; with a shared expert (qwen2_moe), whose MLP every token uses."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        make = functools.partial(
+            ExpertLinear, config.experts, dtype=config.param_dtype, rngs=rngs, bias=config.mlp_bias
+        )
+        width, inner, scale = config.width, config.expert_width, config.width**-0.5
+        self.router = layers.Linear(width, config.experts, ("embed", None), scale, config.param_dtype, rngs)
+        self.gate = make(width, inner, (None, "embed"), scale)
+        self.up = make(width, inner, (None, "embed"), scale)
+        self.down = make(inner, width, ("embed", None), (inner * 2 * config.layers) ** -0.5)
+        self.shared = self.shared_gate = None
+        if config.shared_expert_width:
+            self.shared = layers.MLP(config, rngs, config.shared_expert_width)
+            self.shared_gate = layers.Linear(width, 1, ("embed", None), scale, config.param_dtype, rngs)
+        self.config = config
+
+    def __call__(self, inputs: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        with jax.named_scope("router"):
+            logits = self.router(inputs, jnp.float32)
+            choice = choose(logits.reshape(-1, self.config.experts), self.config)
+            choice = Choice(*(x.reshape(*inputs.shape[:2], -1) for x in choice))
+        with jax.named_scope("experts"):
+            kernels = {name: getattr(self, name).arrays() for name in ("gate", "up", "down")}
+            outputs = _on_mesh(functools.partial(mix, self.config), inputs, choice, kernels)
+        if self.shared is not None:
+            outputs = outputs + jax.nn.sigmoid(self.shared_gate(inputs)) * self.shared(inputs)
+        return outputs
+
+
+def make_mlp(config: DecoderConfig, layer: int, rngs: nnx.Rngs) -> layers.MLP | ExpertMLP:
+    """The MLP of a layer: a mixture of experts, unless the config has none or names this layer as dense."""
+    return ExpertMLP(config, rngs) if config.is_sparse(layer) else layers.MLP(config, rngs)
+
+
+# --- computing the experts -----------------------------------------------------------------------------------------
+
+
+def expert_mlp(config: DecoderConfig, multiply: Multiply, rows: Float[Array, "R D"]) -> Float[Array, "R D"]:
+    """The formula of one expert's MLP; `multiply` has that expert's kernels."""
+    return multiply("down", layers.ACTIVATIONS[config.activation](multiply("gate", rows)) * multiply("up", rows))
+
+
+def mix(
+    config: DecoderConfig,
+    inputs: Float[Array, "B T D"],
+    choice: Choice,
+    kernels: Kernels,
+    *,
+    first: int | Int[Array, ""] = 0,
+    reduced: Callable[[jax.Array], jax.Array] = lambda x: x,
+) -> Float[Array, "B T D"]:
+    """The weighted sum of the outputs of the chosen experts.
+
+    On CPU, a loop over tiles of tokens with the same expert reads each chosen expert once. `ragged_dot` took 20 times
+    as long, because XLA multiplies there by all experts; on TPU it is a kernel that reads only the chosen ones.
+
+    Args:
+      first: number of the first expert in `kernels`; other experts than those in `kernels` contribute 0.
+      reduced: applied to the sums over D, of which each device may hold a part.
+    """
+    count, per_token = jax.tree.leaves(kernels)[0].shape[0], config.experts_per_token
+    rows = inputs.reshape(-1, inputs.shape[-1])
+    pairs = choice.experts.reshape(-1) - first
+    pairs = jnp.where((pairs >= 0) & (pairs < count), pairs, count)  # experts of other devices come last
+    if meshes.platform() == "gpu" and len(pairs) <= _FEW_PAIRS * count:
+        outputs = _gathered(config, jnp.repeat(rows, per_token, axis=0), pairs, kernels, reduced)
+    else:
+        order = jnp.argsort(pairs, stable=True)
+        by_expert, counts = rows[order // per_token], jnp.bincount(pairs, length=count + 1)[:count].astype(jnp.int32)
+        if meshes.platform() == "tpu":
+            outputs = _ragged(config, by_expert, counts, kernels, reduced)
+        else:
+            body = functools.partial(_one_expert, config, reduced)
+            outputs = _by_tiles(body, _tile(len(rows), per_token, count), by_expert, counts, kernels)
+        outputs = outputs[jnp.argsort(order)]
+    weighted = outputs.reshape(len(rows), per_token, -1) * choice.weights.reshape(len(rows), per_token, 1)
+    return weighted.sum(1).astype(inputs.dtype).reshape(*inputs.shape[:2], -1)
+
+
+def _one_expert(config, reduced, rows, kernels):
+    """`expert_mlp` with one expert's kernels `[O, I]`."""
+
+    def multiply(name, rows):
+        outputs = layers.product(rows[None], kernels[name]["kernel"], rows.dtype)[0]
+        return _finished(name, outputs, reduced, kernels[name].get("bias"))
+
+    return expert_mlp(config, multiply, rows)
+
+
+def _ragged(config, rows, counts, kernels, reduced):
+    """`expert_mlp` of rows sorted by expert, with XLA's grouped product."""
+    contracting = jax.lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0])
+    expert = jnp.repeat(jnp.arange(len(counts)), counts, total_repeat_length=len(rows))
+
+    def multiply(name, rows):
+        kernel, bias = kernels[name]["kernel"].astype(rows.dtype), kernels[name].get("bias")
+        outputs = jax.lax.ragged_dot_general(rows, kernel, counts, contracting)
+        return _finished(name, outputs, reduced, None if bias is None else bias[expert])
+
+    return jnp.where((jnp.arange(len(rows)) < counts.sum())[:, None], expert_mlp(config, multiply, rows), 0)
+
+
+def _gathered(config, rows, experts, kernels, reduced):
+    """`expert_mlp` with each row's own kernels. A sum of products, because XLA on GPU fuses the gather into that."""
+
+    def multiply(name, rows):
+        kernel, bias = kernels[name]["kernel"].at[experts].get(mode="clip"), kernels[name].get("bias")
+        products = kernel.astype(jnp.float32) * rows[:, None].astype(jnp.float32)
+        outputs = products.sum(-1).astype(rows.dtype)
+        return _finished(name, outputs, reduced, None if bias is None else bias.at[experts].get(mode="clip"))
+
+    known = experts < jax.tree.leaves(kernels)[0].shape[0]
+    return jnp.where(known[:, None], expert_mlp(config, multiply, rows), 0)
+
+
+def _finished(name, outputs, reduced, bias):
+    """A product's outputs, summed over the devices that each have a part of the inputs, with the bias."""
+    outputs = outputs if name == "down" else reduced(outputs)
+    if bias is None:
+        return outputs
+    return outputs + (bias if bias.ndim == 2 else bias[None]).astype(outputs.dtype)
+
+
+# --- a loop over tiles ---------------------------------------------------------------------------------------------
+
+
+def _tile(rows: int, per_token: int, count: int) -> int:
+    """The number of rows in a tile: about twice an expert's average, because a second tile reads the kernels again."""
+    if rows == 1:
+        return 1
+    average = -(-rows * per_token // count)
+    return min(max(4, 1 << (2 * average - 1).bit_length()), _TILE)
+
+
+def _tiles(counts: Int[Array, "E"], size: int, num_rows: int):
+    """The number of tiles, and a function from a tile's index to its expert, its first row and its expert's last row.
+
+    Tiles are in the order of their rows. Rows after the expert's last belong to the next one, whose tiles replace what
+    this one writes there.
+    """
+    each, ends = -(-counts // size), jnp.cumsum(counts)
+    through = jnp.cumsum(each)
+
+    def place(index):
+        expert = jnp.minimum(jnp.searchsorted(through, index, side="right"), len(counts) - 1)
+        within = index - (through[expert] - each[expert])
+        start = jnp.minimum(ends[expert] - counts[expert] + within * size, num_rows)
+        return expert, start, ends[expert]
+
+    # On GPU, a loop of unknown length makes the host wait in each step.
+    total = min(num_rows, len(counts)) + num_rows // size if meshes.platform() == "gpu" else through[-1]
+    return total, place
+
+
+_slice, _put = jax.lax.dynamic_slice_in_dim, jax.lax.dynamic_update_slice_in_dim
+
+
+def _kernels_of(kernels: Any, expert: Int[Array, ""]) -> Any:
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, expert, keepdims=False), kernels)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _by_tiles(body, size, rows, counts, kernels):
+    """`body(rows, kernels of their expert)` for rows sorted by expert; 0 for rows after those in `counts`."""
+    (num_rows, width), padded = rows.shape, jnp.pad(rows, ((0, size), (0, 0)))
+    total, place = _tiles(counts, size, num_rows)
+
+    def step(index, outputs):
+        expert, start, _ = place(index)
+        return _put(outputs, body(_slice(padded, start, size), _kernels_of(kernels, expert)), start, 0)
+
+    width = jax.eval_shape(body, padded[:size], jax.tree.map(lambda x: x[0], kernels)).shape[1]
+    outputs = jax.lax.fori_loop(0, total, step, jnp.zeros((num_rows + size, width), rows.dtype))[:num_rows]
+    return jnp.where((jnp.arange(num_rows) < counts.sum())[:, None], outputs, 0)
+
+
+def _by_tiles_backward(body, size, saved, gradient):
+    """Computes each tile again, and adds its gradient to that of its expert."""
+    rows, counts, kernels = saved
+    rows, gradient = (jnp.pad(x, ((0, size), (0, 0))) for x in (rows, gradient))
+    total, place = _tiles(counts, size, len(rows) - size)
+
+    def step(index, sums):
+        expert, start, end = place(index)
+        mine = (start + jnp.arange(size) < end)[:, None]
+        _, pull = jax.vjp(body, _slice(rows, start, size), _kernels_of(kernels, expert))
+        to_rows, to_kernels = pull(jnp.where(mine, _slice(gradient, start, size), 0))
+        add = lambda sum_, part: sum_.at[expert].add(part.astype(sum_.dtype))
+        return _put(sums[0], to_rows, start, 0), jax.tree.map(add, sums[1], to_kernels)
+
+    start = jnp.zeros_like(rows), jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), kernels)
+    to_rows, to_kernels = jax.lax.fori_loop(0, total, step, start)
+    to_rows = jnp.where((jnp.arange(len(rows)) < counts.sum())[:, None], to_rows, 0)[:-size]
+    return to_rows, None, jax.tree.map(lambda sum_, x: sum_.astype(x.dtype), to_kernels, kernels)
+
+
+_by_tiles.defvjp(lambda *call: (_by_tiles(*call), call[2:]), _by_tiles_backward)
+
+
+# --- several devices -----------------------------------------------------------------------------------------------
+
+
+def _on_mesh(run: Callable[..., jax.Array], inputs: jax.Array, choice: Choice, kernels: Kernels) -> jax.Array:
+    """`run`, where every device computes the experts that it holds.
+
+    Kernels are also split over the axis `fsdp`. Its devices either gather them, and each computes its own rows, or each
+    keeps its part of the kernels and they exchange rows, whichever sends less: in training the first, in decoding the
+    second.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return run(inputs, choice, kernels)
+    (count, inner, width), (batch, steps, per_token) = kernels["gate"]["kernel"].shape, choice.experts.shape
+    num_experts, (between, within) = meshes.num_shards("expert"), meshes.MESH_AXES["batch"]
+    (over,) = meshes.MESH_AXES["expert"] if count % num_experts == 0 else (None,)
+    sent = batch * steps * (2 * width + 2 * per_token * inner)
+    gathers = sent > 3 * count * inner * width // num_experts and batch % meshes.num_shards("batch") == 0
+    rows = (between, within) if gathers else between if batch % mesh.shape[between] == 0 else None
+    part = within if width % mesh.shape[within] == 0 and not gathers else None
+    # Of each projection's kernel, the axis of size D is split over `fsdp`; biases are not, unless they have that axis.
+    specs = {
+        "gate": {"kernel": jax.P(over, None, part), "bias": jax.P(over)},
+        "down": {"kernel": jax.P(over, part), "bias": jax.P(over, part)},
+    }
+    specs = {
+        name: {kind: specs["down" if name == "down" else "gate"][kind] for kind in kernels[name]} for name in kernels
+    }
+
+    def local(inputs, choice, kernels):
+        first = 0 if over is None else jax.lax.axis_index(over) * kernels["gate"]["kernel"].shape[0]
+        reduced = (lambda x: jax.lax.psum(x, part)) if part else lambda x: x
+        outputs = run(inputs, choice, kernels, first=first, reduced=reduced)
+        return jax.lax.psum(outputs, over) if over else outputs
+
+    activations = jax.P(rows, None, part)
+    return jax.shard_map(local, in_specs=(activations, jax.P(rows), specs), out_specs=activations, check_vma=False)(
+        inputs, choice, kernels
+    )
