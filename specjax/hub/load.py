@@ -12,10 +12,11 @@ import numpy as np
 from absl import logging
 from flax import traverse_util
 
-from specjax.hub import draft_config, gguf_file, gguf_models, json_files, weights
+from specjax.hub import draft_config, gguf_file, gguf_models, json_files, quantised, weights
 from specjax.hub.families import base, gemma, gpt2, gpt_neox, llama, mistral, opt, phi3, qwen, smollm3, t5
 from specjax.hub.gguf_file import GgufTensor
 from specjax.hub.location import is_gguf, locate
+from specjax.hub.quantised import CONFIG_FILE, Dequantised
 from specjax.hub.weights import Stored
 from specjax.models import vocabulary
 from specjax.models.config import DecoderConfig
@@ -24,11 +25,9 @@ from specjax.models.table import model_of
 from specjax.runtime import dtypes
 from specjax.runtime.errors import UserError, prefixed
 
-CONFIG_FILE = "config.json"
-
 # All families. A new family needs a file with a `base.Family`, and an entry here.
 _ALL = (
-    *(llama.FAMILY, llama.OLMO2, llama.GRANITE, mistral.FAMILY, qwen.QWEN2, qwen.QWEN3, phi3.FAMILY, smollm3.FAMILY),
+    *(llama.FAMILY, mistral.FAMILY, qwen.QWEN2, qwen.QWEN3, phi3.FAMILY, smollm3.FAMILY, llama.OLMO2, llama.GRANITE),
     *(gemma.GEMMA, gemma.GEMMA2, gemma.GEMMA3, opt.FAMILY, gpt2.FAMILY, gpt_neox.FAMILY, t5.FAMILY),
 )
 FAMILIES = {family.model_type: family for family in _ALL}
@@ -41,7 +40,7 @@ _QUANTISED = (
 )
 # What describes the tensors of a safetensors and of a GGUF file, and what to do if they do not match.
 _DESCRIBED = {False: (CONFIG_FILE, "take the config of these weights"), True: ("its metadata", "convert it again")}
-AnyStored = Stored | GgufTensor
+AnyStored = Stored | GgufTensor | Dequantised
 # Bytes read and converted at a time: much less than a tensor, and small enough for the processor's cache.
 _PIECE_BYTES = 1 << 20
 
@@ -52,8 +51,8 @@ class Loaded(NamedTuple):
     Attributes:
       path: its path in the parameter tree.
       array: the parameter, on its devices.
-      file_bytes: for each of this process's devices, bytes read from the file for its part (of a GGUF file: bytes of
-        the dequantised values). A part that several devices hold is read once and counted for each of them.
+      file_bytes: for each of this process's devices, bytes read from the file for its part (of a quantised weight:
+        bytes of the dequantised values). A part that several devices hold is read once and counted for each of them.
     """
 
     path: tuple[str | int, ...]
@@ -100,7 +99,7 @@ def stream(
     expected = decoder.abstract_params()
     names = {tensor.name for tensor in wanted}
     from_gguf = is_gguf(directory)
-    stored = gguf_models.tensors(gguf_file.read(directory)) if from_gguf else weights.stored_in(directory)
+    stored = gguf_models.tensors(gguf_file.read(directory)) if from_gguf else quantised.stored_in(directory)
     stored = _full_names(stored, family, names)
     _check_names(directory, family, config, names, stored)
     for tensor in wanted:
@@ -151,7 +150,7 @@ _STORED = {"F32": "float32", "F64": "float32", "F16": "float16", "BF16": "bfloat
 
 def _auto_dtype(path: Path) -> str:
     """The dtype of parameters for "auto", from the types and sizes of the tensors at this path."""
-    files = gguf_models.tensors(gguf_file.read(path)) if is_gguf(path) else weights.stored_in(path)
+    files = gguf_models.tensors(gguf_file.read(path)) if is_gguf(path) else quantised.stored_in(path)
     sizes: dict[str, int] = {}
     for tensor in files.values():
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + math.prod(tensor.shape)
@@ -164,13 +163,8 @@ def _family(path: Path, fields: dict[str, Any]) -> base.Family:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         supported = ", ".join(FAMILIES)
         raise UserError(f"{path}: models of type {model_type!r} are not supported; the supported are {supported}")
-    for name in ("quantization_config", "compression_config"):
-        if fields.get(name) is not None:
-            method = fields[name].get("quant_method", "unnamed") if isinstance(fields[name], dict) else fields[name]
-            raise UserError(
-                f'{path}: "{name}" says that the weights are quantised (method {method!r}), which is not supported; '
-                "take the checkpoint in float32, bfloat16 or float16, or as a GGUF file"
-            )
+    with prefixed(f"{path}: "):
+        quantised.method_of(fields)
     if fields.get("auto_map") is not None:
         logging.warning('%s: "auto_map" is ignored, because models of type %s are built in', path, model_type)
     return FAMILIES[model_type]
