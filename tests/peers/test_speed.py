@@ -48,6 +48,7 @@ TRAINED = {
 RANDOM = {"new_tokens": 16, "prompts": 2, "tried_prompts": 1, "repeats": 1, "draft_lengths": (2, 4)}
 # A real pair of a billion parameters takes seconds a prompt, and fits the memory once for each system.
 REAL = {"new_tokens": 64, "prompts": 6, "tried_prompts": 1, "repeats": 3, "draft_lengths": (2, 4, 6)}
+TRIED_TOKENS = 32  # per prompt, with which a real pair's settings are compared
 ATTENTION = ("eager", "sdpa")
 THREADS = (1, 2)
 THRESHOLDS = (0.0, None)  # of the draft's confidence; None is what transformers does unasked
@@ -216,7 +217,7 @@ def measure(pair, sizes):
     }
     best, tried, texts = {}, {}, {}
     for kind, (generate, settings) in kinds.items():
-        best[kind], tried[kind] = best_setting(generate, settings, few, new_tokens)
+        best[kind], tried[kind] = best_setting(generate, settings, few, TRIED_TOKENS if questions else new_tokens)
     rates = {kind: [] for kind in kinds}
     for _ in range(sizes["repeats"]):
         for kind, (generate, _) in kinds.items():
