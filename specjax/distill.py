@@ -3,7 +3,8 @@
     python -m specjax.distill --config=FILE --workdir=DIR [--config.section.key=value ...]
 
 `loss.divergence` "cross_entropy" without a `target` is plain training. Fractions under `data` are the shares of steps
-on text of the corpus, of the draft and of the target. A `recipe` sets divergence and fractions to those of a paper.
+on text of the corpus, of the draft, of the target, and of both decoding together. A `recipe` sets divergence and
+fractions to those of a paper.
 """
 
 import functools
@@ -142,6 +143,11 @@ def _inputs(config: Any, task: tasks.Task, tokenizer: Tokenizer, mesh: jax.shard
         target, target_params = loaded.decoder, loaded.params
     draft, params = _draft(config, tokenizer, target, target_params, mesh)
     draft = draft.with_remat(config.model.remat)
+    reference, reference_params = None, None
+    if config.loss.reference:
+        reference, reference_params = _trained_draft(
+            config.loss.reference, config, tokenizer, target, target_params, mesh
+        )
     if target is not None and target.is_encoder_decoder != draft.is_encoder_decoder:
         raise UserError(
             f"either the target in {config.target} or the model to train is an encoder-decoder, but not both; "
@@ -175,6 +181,8 @@ def _inputs(config: Any, task: tasks.Task, tokenizer: Tokenizer, mesh: jax.shard
         longest_prompt=data.prompt_length_max if task.is_language_modelling else data.sequence_length - 1,
         target_text=text,
         replicate=config.model.replicate,
+        reference=reference,
+        reference_params=reference_params,
     )
 
 
@@ -197,12 +205,8 @@ def _draft(
 ) -> tuple[LanguageModel, Params]:
     """The model or attachment to train, with its parameters at step 0, which are loaded from an export or new."""
     model, init = config.model, config.model.init
-    shardings = lambda network: network.shardings(mesh, replicate=model.replicate)
     if hub_adapter.holds_one(init):
-        after = config.eagle3.states_after if "eagle3" in config else ()
-        loaded = hub_adapter.load(init, _required(target, init), target_params, states_after=after, shardings=shardings)
-        loaded.check(hub_adapter.fingerprint(target, target_params))
-        return AttachedDraft.of(loaded.network), loaded.params
+        return _trained_draft(init, config, tokenizer, target, target_params, mesh)
     ids = draft_vocabulary(model.vocabulary)
     ids = ids and ids.including(tokenizer.eos_ids)
     if is_attachment(init):
@@ -212,10 +216,31 @@ def _draft(
         draft = random_model(model, tokenizer.vocab_size, tokenizer.pad_id).reduced(ids)
         start = lambda key, _: draft.init(key)
     else:
-        loaded = _load(init, model, tokenizer, mesh, param_dtype=model.param_dtype, replicate=model.replicate)
-        loaded = hub_model.reduced(loaded, ids)
+        decoder, params = _trained_draft(init, config, tokenizer, target, target_params, mesh)
+        loaded = hub_model.reduced(hub_model.Model(decoder, params, tokenizer), ids)
         return loaded.decoder, loaded.params
-    return draft, jax.jit(start, out_shardings=shardings(draft))(jax.random.key(config.seed), target_params)
+    shardings = draft.shardings(mesh, replicate=model.replicate)
+    return draft, jax.jit(start, out_shardings=shardings)(jax.random.key(config.seed), target_params)
+
+
+def _trained_draft(
+    path: str,
+    config: Any,
+    tokenizer: Tokenizer,
+    target: LanguageModel | None,
+    target_params: Params | None,
+    mesh: jax.sharding.Mesh,
+) -> tuple[LanguageModel, Params]:
+    """Loads a model, or an attachment of the target, with its parameters."""
+    model = config.model
+    if not hub_adapter.holds_one(path):
+        loaded = _load(path, model, tokenizer, mesh, param_dtype=model.param_dtype, replicate=model.replicate)
+        return loaded.decoder, loaded.params
+    after = config.eagle3.states_after if "eagle3" in config else ()
+    shardings = lambda network: network.shardings(mesh, replicate=model.replicate)
+    loaded = hub_adapter.load(path, _required(target, path), target_params, states_after=after, shardings=shardings)
+    loaded.check(hub_adapter.fingerprint(target, target_params))
+    return AttachedDraft.of(loaded.network), loaded.params
 
 
 def new_attached_draft(

@@ -330,10 +330,14 @@ def test_a_divergence_without_its_target_is_refused():
         (dict(temperature=0.0), "loss.temperature is 0.0"),
         (dict(chunk=0), "loss.chunk is 0"),
         (dict(divergence="jsd", beta=1.0), "beta"),
+        (dict(refused="reverse_lk"), 'did you mean "reverse_kl"'),
+        (dict(refused="jsd", beta=1.0), "beta"),
+        (dict(selected=0.0), "loss.selected is 0.0; it must be above 0"),
+        (dict(selected=0.4), "loss.selected is 0.4 and loss.reference names no draft; set selected below 1 with"),
     ],
 )
 def test_senseless_settings_of_the_loss_are_refused(settings, message):
-    good = dict(divergence="forward_kl", beta=0.5, temperature=1.0, chunk=4)
+    good = dict(divergence="forward_kl", beta=0.5, temperature=1.0, chunk=4, refused="jsd", selected=1.0, reference="")
     with pytest.raises(UserError, match=message):
         objective.Loss.of_config(ConfigDict({**good, **settings}), pair()[0], pair()[2])
 

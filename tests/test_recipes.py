@@ -15,6 +15,7 @@ from configs.records import condense, sync
 from specjax import api, distill, main, target_text
 from specjax.decoding import loop, sampling, scheduler
 from specjax.distillation import cached_text, recipes
+from specjax.distillation.data_sources import fractions_of
 from specjax.hub.tokenizer import train_byte_bpe
 from specjax.models.language_model import consecutive
 from specjax.runtime import config as configs
@@ -37,18 +38,19 @@ def left_open(recipe):
 @pytest.mark.parametrize(
     ("name", "fractions", "divergence"),
     [
-        ("seqkd", (0, 0, 1), "cross_entropy"),
-        ("supervised_kd", (1, 0, 0), "forward_kl"),
-        ("imitkd", (0.5, 0.5, 0), "forward_kl"),
-        ("f_distill", (0, 0.5, 0.5), "total_variation"),
-        ("gkd", (0, 1, 0), "jsd"),
-        ("distillspec", (0, 1, 0), "forward_kl"),
+        ("seqkd", (0, 0, 1, 0), "cross_entropy"),
+        ("supervised_kd", (1, 0, 0, 0), "forward_kl"),
+        ("imitkd", (0.5, 0.5, 0, 0), "forward_kl"),
+        ("f_distill", (0, 0.5, 0.5, 0), "total_variation"),
+        ("gkd", (0, 1, 0, 0), "jsd"),
+        ("distillspec", (0, 1, 0, 0), "forward_kl"),
+        ("draft_opd", (0, 0, 0, 1), "forward_kl"),
     ],
 )
 def test_a_recipe_is_the_parts_that_the_paper_states(name, fractions, divergence):
     section = left_open(name)
     expanded = recipes.expand(section)
-    assert (expanded.data.fixed, expanded.data.draft, expanded.data.target) == fractions
+    assert tuple(fractions_of(expanded.data).values()) == fractions
     assert expanded.loss.divergence == divergence
     assert section.loss.divergence == ""  # a copy
     assert recipes.expand(expanded) == expanded  # the same parts, stated, do not contradict it
@@ -178,7 +180,7 @@ def test_a_stopped_writer_keeps_the_texts_that_ended(home, written, tmp_path, mo
 def test_a_draft_learns_on_the_text_on_disk_with_nothing_generated(home, written, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "sample", None)
     row = distill.run(learning(home, written[0] / "export"), tmp_path)["rows"][0]
-    assert row["recipe"] == "seqkd" and row["data"] == {"fixed": 0.0, "draft": 0.0, "target": 1.0}
+    assert row["recipe"] == "seqkd" and row["data"]["target"] == 1.0
     assert row["divergence"] == "cross_entropy" and row["steps"] == 4
     saved = json.loads((tmp_path / "results.json").read_text())["config"]
     assert saved["data"]["target"] == 1.0 and saved["loss"]["divergence"] == "cross_entropy"

@@ -53,10 +53,20 @@ def make_config(**overrides):
                 fixed=1.0,
                 draft=0.0,
                 target=0.0,
+                assisted=0.0,
                 target_path="",
                 generation=dict(temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=8),
             ),
-            loss=dict(divergence="forward_kl", beta=0.5, temperature=1.0, chunk=20),
+            rollouts=dict(gamma=3, rule="lossless", lenience=1.0, replays=2, decay=0.8),
+            loss=dict(
+                divergence="forward_kl",
+                beta=0.5,
+                refused="reverse_kl",
+                temperature=1.0,
+                chunk=20,
+                selected=1.0,
+                reference="",
+            ),
             optimizer=dict(
                 peak_learning_rate=0.01,
                 final_fraction=0.1,
@@ -267,7 +277,7 @@ def test_the_state_of_the_optimiser_lies_where_its_parameters_do():
 
 
 def test_sources_are_drawn_in_their_fractions_and_the_same_again():
-    fractions = {"fixed": 0.5, "draft": 0.3, "target": 0.2}
+    fractions = {"fixed": 0.5, "draft": 0.3, "target": 0.1, "assisted": 0.1}
     drawn = [data_sources.source_of_step(fractions, 7, step) for step in range(4000)]
     for name, fraction in fractions.items():
         assert abs(drawn.count(name) / 4000 - fraction) < 0.03
@@ -284,10 +294,11 @@ def test_a_source_of_fraction_zero_is_never_drawn(only):
 @pytest.mark.parametrize(
     "fractions, message",
     [
-        ((0.5, 0.4, 0.0), "must sum to 1"),
-        ((1.5, -0.5, 0.0), "must not be negative"),
-        ((float("nan"), 0.5, 0.5), "must not be negative"),
-        ((0.5, 0.0, 0.5), "there is no target"),
+        ((0.5, 0.4, 0.0, 0.0), "must sum to 1"),
+        ((1.5, -0.5, 0.0, 0.0), "must not be negative"),
+        ((float("nan"), 0.5, 0.5, 0.0), "must not be negative"),
+        ((0.5, 0.0, 0.5, 0.0), "data.target is 0.5 but there is no target"),
+        ((0.5, 0.0, 0.0, 0.5), "data.assisted is 0.5 but there is no target"),
     ],
 )
 def test_fractions_that_are_no_mixture_are_refused(fractions, message):

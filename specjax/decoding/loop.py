@@ -289,8 +289,8 @@ def compiled_run(
     return kv_cache.restored(state, jax.lax.while_loop(unfinished, step, kv_cache.shortened(state, prefix)))
 
 
-# On CPU, where a block takes longer with more rows, the last half of so many texts of `sample` or more runs in half of
-# the rows.
+# On CPU, where a block takes longer with more rows, the last half of so many texts of `complete` or more runs in half
+# of the rows.
 _FEWEST_HALVED = 16
 
 
@@ -311,19 +311,38 @@ def sample(
     Returns:
       tokens `[B, text_slots + max_new_tokens]`, 0 after each row's end, and the rows' lengths `[B]`, prompt included.
     """
-    batch, slots = prompts.shape
+    slots = prompts.shape[1]
     plan = Plan.for_prompts(model, slots, max_new_tokens=max_new_tokens, greedy=greedy, round_up=False)
-    limits = Limits(jnp.full((batch,), max_new_tokens, jnp.int32), jnp.asarray(eos_ids or (-1,), jnp.int32))
-    state = prefill(plan, params, None, prompts, lengths, row_keys)
-    halves = meshes.platform() == "cpu" and meshes.num_shards("batch") == 1 and batch >= _FEWEST_HALVED
-    half = batch // 2 if halves else 0
-    state = run(plan, params, None, state, sampling, dataclasses.replace(limits, live=half))
-    tokens, ends = state.tokens, state.lengths
-    if half:
-        rows = jnp.argsort(state.done, stable=True)[:half]  # those that have not ended
-        limits = dataclasses.replace(limits, max_new_tokens=limits.max_new_tokens[:half])
-        state = run(plan, params, None, narrow(plan, params, None, state, slots, rows), sampling, limits)
-        tokens, ends = tokens.at[rows].set(state.tokens), ends.at[rows].set(state.lengths)
+    how = {"sampling": sampling, "max_new_tokens": max_new_tokens, "eos_ids": eos_ids}
+    state = complete(plan, params, None, prompts, lengths, row_keys, **how)
     width = model.text_slots(slots) + max_new_tokens
     index = jnp.arange(width, dtype=jnp.int32)[None]
-    return jnp.where(index < ends[:, None], tokens[:, :width], 0), ends
+    return jnp.where(index < state.lengths[:, None], state.tokens[:, :width], 0), state.lengths
+
+
+def complete(
+    plan: Plan,
+    params: Any,
+    draft_params: Any,
+    prompts: Int[Array, "B P"],
+    lengths: Int[Array, "B"],
+    row_keys: Key[Array, "B"],
+    *,
+    sampling: Sampling,
+    max_new_tokens: int,
+    eos_ids: tuple[int, ...],
+) -> DecodeState:
+    """Prefills prompts and decodes them to their ends, as part of a compiled function. Returns the last state."""
+    batch, slots = prompts.shape
+    limits = Limits(jnp.full((batch,), max_new_tokens, jnp.int32), jnp.asarray(eos_ids or (-1,), jnp.int32))
+    state = prefill(plan, params, draft_params, prompts, lengths, row_keys)
+    halves = meshes.platform() == "cpu" and meshes.num_shards("batch") == 1 and batch >= _FEWEST_HALVED
+    half = batch // 2 if halves else 0
+    state = run(plan, params, draft_params, state, sampling, dataclasses.replace(limits, live=half))
+    if not half:
+        return state
+    rows = jnp.argsort(state.done, stable=True)[:half]  # those that have not ended
+    limits = dataclasses.replace(limits, max_new_tokens=limits.max_new_tokens[:half])
+    narrowed = narrow(plan, params, draft_params, state, slots, rows)
+    last = run(plan, params, draft_params, narrowed, sampling, limits)
+    return jax.tree.map(lambda x, new: new if x.shape == new.shape else x.at[rows].set(new), state, last)

@@ -1,4 +1,4 @@
-"""Sources of training text: the corpus, the draft (on-policy), the target, or a mixture of them.
+"""Sources of training text: the corpus, the draft (on-policy), the target, both decoding together, or a mixture.
 
 As in DistillSpec (arXiv 2310.08461, algorithm 1 of its appendix), one source is drawn for each step. The draw and the
 generated text are functions of (seed, step) and the parameters alone, so a resumed run repeats them.
@@ -11,13 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, Key
 
 from specjax.decoding import loop, sampling
 from specjax.models.language_model import LanguageModel
 from specjax.runtime.errors import UserError
 
-FIXED, DRAFT, TARGET = SOURCES = ("fixed", "draft", "target")
+FIXED, DRAFT, TARGET, ASSISTED = SOURCES = ("fixed", "draft", "target", "assisted")
 
 # Separates these random numbers from others with the same seed.
 _STREAM = 0x5EED
@@ -35,8 +35,9 @@ def check_fractions(fractions: Mapping[str, float], *, has_target: bool) -> None
         raise UserError(f"the fractions of the data sources ({stated}) must not be negative")
     if abs(sum(fractions[name] for name in SOURCES) - 1) > 1e-6:
         raise UserError(f"the fractions of the data sources ({stated}) must sum to 1")
-    if fractions[TARGET] > 0 and not has_target:
-        raise UserError(f"data.target is {fractions[TARGET]} but there is no target: set `target`")
+    for name in (TARGET, ASSISTED):
+        if fractions[name] > 0 and not has_target:
+            raise UserError(f"data.{name} is {fractions[name]} but there is no target: set `target`")
 
 
 def source_of_step(fractions: Mapping[str, float], seed: int, step: int) -> str:
@@ -100,14 +101,12 @@ class Generation:
         model: LanguageModel,
     ) -> dict[str, Int[Array, "..."]]:
         """Continues each prompt. Returns a batch (see `data.batches`) whose loss covers only the new tokens."""
-        step_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), _STREAM), step)
-        row_keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, jnp.arange(prompts.shape[0]))
         tokens, ends = loop.sample(
             model,
             params,
             prompts,
             lengths,
-            row_keys,
+            self.row_keys(step, prompts.shape[0]),
             sampling=sampling.Sampling.of(self.temperature, self.top_k, self.top_p),
             greedy=self.temperature == 0,
             max_new_tokens=self.max_new_tokens,
@@ -116,3 +115,8 @@ class Generation:
         texts, starts = model.start_texts(prompts, lengths)
         batch = {"tokens": tokens, "lengths": ends, "loss_start": starts, "prompt_lengths": lengths}
         return batch if texts is prompts else {**batch, "sources": prompts}
+
+    def row_keys(self, step: Int[Array, ""], rows: int) -> Key[Array, "B"]:
+        """The random keys of the rows of a step."""
+        step_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), _STREAM), step)
+        return jax.vmap(jax.random.fold_in, (None, 0))(step_key, jnp.arange(rows))

@@ -155,18 +155,25 @@ def divergence(name: str | Callable, **parameters: Any) -> Divergence | None:
     return bound
 
 
-def of_config(loss: Any) -> Divergence | None:
-    """The divergence that a config's `loss` section names, with the section's other keys as its parameters.
+# Keys of a config's `loss` section that are no parameters of a divergence.
+_SETTINGS = ("divergence", "refused", "temperature", "chunk", "selected", "reference")
+
+
+def of_config(loss: Any, key: str = "divergence") -> Divergence | None:
+    """The divergence that a key of a config's `loss` section names, with the section's other keys as its parameters.
 
     `beta`, which every config has, is ignored if the divergence does not have this parameter.
+
+    Args:
+      key: "divergence", or "refused", which ignores parameters of the former that it does not have.
 
     Raises:
       UserError: as `divergence` does.
     """
-    values = {key: loss[key] for key in loss if key not in ("divergence", "temperature", "chunk")}
-    if "beta" not in _parameters(loss["divergence"]):
-        values.pop("beta", None)
-    return divergence(loss["divergence"], **values)
+    values = {name: loss[name] for name in loss if name not in _SETTINGS}
+    known = _parameters(loss[key])
+    optional = ("beta",) if key == "divergence" else tuple(values)
+    return divergence(loss[key], **{name: x for name, x in values.items() if name in known or name not in optional})
 
 
 def _function(name: str | Callable) -> Callable:

@@ -7,19 +7,10 @@ import jax
 
 from specjax.data import batches, tasks
 from specjax.decoding import batch, scheduler
-from specjax.decoding.drafters.base import Drafter
-from specjax.decoding.drafters.model import ModelDraft
-from specjax.decoding.drafters.table import build_drafter, make_options
 from specjax.decoding.plan import Plan
 from specjax.decoding.sampling import Sampling
+from specjax.distillation.rollouts import drafter_of
 from specjax.hub.tokenizer import Tokenizer
-from specjax.models.attachment import AttachedDraft
-
-
-def _drafter(inputs: Any, gamma: int) -> Drafter | None:
-    attachment = inputs.draft.attachment if isinstance(inputs.draft, AttachedDraft) else None
-    options = ModelDraft() if attachment is None else make_options(attachment.drafter, {})
-    return build_drafter(options, inputs.target, gamma, attachment or inputs.draft)
 
 
 def make_evaluator(
@@ -42,7 +33,7 @@ def make_evaluator(
         ids,
         max_new_tokens=section.max_new_tokens,
         greedy=section.temperature == 0,
-        drafter=_drafter(inputs, section.gamma),
+        drafter=drafter_of(inputs.draft, inputs.target, section.gamma),
         gamma=section.gamma,
         replicate_draft=inputs.replicate,
     )

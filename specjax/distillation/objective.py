@@ -22,6 +22,10 @@ probability of the ids S that the draft has:
   with P given S; it has no weight m, but leaves out positions whose most probable id is outside of S.
 - Hard labels outside of S add 0 to the loss; their positions count.
 - The acceptance counts ids outside of S as rejected, so m is its upper bound.
+
+Two options choose among positions. In a batch of assisted rollouts (`rollouts`), positions whose drafted token was
+refused have a divergence of their own. With a reference draft, only the predictions count whose loss exceeds the
+reference's by most (AdaSPEC, arXiv 2510.19779): a small draft does not spend its capacity on what it cannot learn.
 """
 
 import dataclasses
@@ -34,11 +38,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from specjax.distillation import divergences
+from specjax.distillation import divergences, rollouts
 from specjax.distillation.cached_text import states_name
 from specjax.distillation.divergences import CROSS_ENTROPY, Divergence
 from specjax.models.attachment import AttachedDraft, runtime_params
-from specjax.models.language_model import LanguageModel, Params, consecutive, fit_logits
+from specjax.models.language_model import LanguageModel, Params, Prediction, consecutive, fit_logits
 from specjax.runtime import mesh as meshes
 from specjax.runtime.dtypes import dtype_named
 from specjax.runtime.errors import UserError
@@ -91,9 +95,14 @@ class Loss:
       chunk: number of predictions per device, over its rows and the draft's heads, whose logits are in memory at one
         time (at least one per row and head). Each chunk sums the heads' gradients over devices, so the number of chunks
         must not grow with the number of devices.
+      refused: the divergence at refused positions of assisted rollouts; None for the same one.
+      selected: fraction of the counted predictions of a batch (of a microbatch, with several) that is in the loss:
+        those with the largest difference between the losses of draft and reference; 1 is all of them.
+      reference: a draft with the same predictions; None if all are selected. The target's parameters are then given as
+        `{"target": .., "reference": ..}`.
 
     Raises:
-      UserError: for values out of range, and for a divergence without a target.
+      UserError: for values out of range, for a divergence without a target, and for a reference that does not fit.
     """
 
     draft: LanguageModel
@@ -101,6 +110,9 @@ class Loss:
     divergence: Divergence | None
     temperature: float
     chunk: int
+    refused: Divergence | None = None
+    selected: float = 1.0
+    reference: LanguageModel | None = None
 
     def __post_init__(self):
         if self.divergence is not None and self.target is None:
@@ -114,11 +126,36 @@ class Loss:
             raise UserError(f"loss.temperature is {self.temperature}; it must be above 0")
         if self.chunk < 1:
             raise UserError(f"loss.chunk is {self.chunk}; it must be 1 position or more")
+        if not 0 < self.selected <= 1:
+            raise UserError(f"loss.selected is {self.selected}; it must be above 0, and 1 for all tokens")
+        if (self.selected < 1) != (self.reference is not None):
+            raise UserError(
+                f"loss.selected is {self.selected} and loss.reference names {'a' if self.reference else 'no'} draft; "
+                "set selected below 1 with a reference to compare with, or 1 without"
+            )
+        if self.reference is not None and self.reference.predicts != self.draft.predicts:
+            raise UserError(
+                f"the draft makes {len(self.draft.predicts)} predictions at a position and the one in loss.reference "
+                f"{len(self.reference.predicts)}, or of other tokens; let loss.reference name a draft of the same kind"
+            )
 
     @classmethod
-    def of_config(cls, config: Any, draft: LanguageModel, target: LanguageModel | None) -> "Loss":
+    def of_config(
+        cls,
+        config: Any,
+        draft: LanguageModel,
+        target: LanguageModel | None,
+        reference: LanguageModel | None = None,
+    ) -> "Loss":
         """The loss that a config's `loss` section describes."""
-        return cls(draft, target, divergences.of_config(config), config.temperature, config.chunk)
+        compare = divergences.of_config(config)
+        refused = divergences.of_config(config, "refused") if compare is not None else None
+        how = config.temperature, config.chunk, refused, config.selected, reference
+        return cls(draft, target, compare, *how)
+
+    def on_all(self) -> "Loss":
+        """This loss over all counted positions, without a reference, as validation computes it."""
+        return dataclasses.replace(self, selected=1.0, reference=None)
 
     def __call__(
         self, params: Params, target_params: Params | None, batch: Mapping[str, Array], window: int = 0
@@ -128,42 +165,49 @@ class Loss:
         Args:
           batch: see `data.batches`: `tokens` [B, T], `lengths` [B], `loss_start` [B], for an encoder-decoder also
             `sources` [B, P] and `prompt_lengths` [B], and the target's states [B, T, D] after some layers, if stored
-            (`cached_text.states_name`); the target then does not run up to these.
+            (`cached_text.states_name`); the target then does not run up to these; and of rollouts, see `rollouts`.
           window: the heads run on this many positions of each row, from the first counted one on; at least the number
             of counted positions of every row. 0 is all positions.
         """
-        draft, target, tokens = self.draft, self.target, batch["tokens"]
+        target, tokens, reference_params = self.target, batch["tokens"], None
+        if self.reference is not None:
+            reference_params = runtime_params(self.reference, target_params["reference"], target_params["target"])
+            target_params = target_params["target"]
         prompts = (batch["sources"], batch["prompt_lengths"]) if "sources" in batch else None
-        params = runtime_params(draft, params, target_params)
+        params = runtime_params(self.draft, params, target_params)
+        predicts = self.draft.predicts
+        weight = jnp.asarray([weight for _, weight in predicts], jnp.float32)[None, None]
+        weights = _ahead(counted(batch["lengths"], batch["loss_start"], tokens.shape[1]), predicts) * weight
+        weights, refused = rollouts.weights_in_blocks(weights, batch, tuple(offset for offset, _ in predicts))
+        parts = {"labels": _ahead(jnp.roll(tokens, -1, axis=1), predicts), "weights": weights}
+        if refused is not None:
+            parts["refused"] = refused
         with jax.named_scope("draft_trunk"):
-            stored = _stored(batch, draft.attachment.taps, draft) if isinstance(draft, AttachedDraft) else None
-            if stored is None:
-                hidden = _trunk(draft, params, prompts, tokens)
-            else:
-                hidden = draft.from_states(params, stored, tokens)
-        weight = jnp.asarray([weight for _, weight in draft.predicts], jnp.float32)[None, None]
-        parts = {
-            "draft": hidden,
-            "labels": _ahead(jnp.roll(tokens, -1, axis=1), draft),
-            "weights": _ahead(counted(batch["lengths"], batch["loss_start"], tokens.shape[1]), draft) * weight,
-        }
+            parts["draft"] = _draft_trunk(self.draft, params, prompts, batch)
+        if self.reference is not None:
+            with jax.named_scope("reference_trunk"):
+                hidden = _draft_trunk(self.reference, reference_params, prompts, batch)
+                parts["reference"] = jax.lax.stop_gradient(hidden)
         if target is not None:
             target_params = jax.lax.stop_gradient(target_params)
             with jax.named_scope("target_trunk"):
                 stored = _stored(batch, (target.layers,), target)
                 last = _trunk(target, target_params, prompts, tokens) if stored is None else stored[0]
-                parts["target"] = _ahead(jax.lax.stop_gradient(last), draft)
-                if len({offset for offset, _ in draft.predicts}) == 1:  # all predictions are of the same token
+                parts["target"] = _ahead(jax.lax.stop_gradient(last), predicts)
+                if len({offset for offset, _ in predicts}) == 1:  # all predictions are of the same token
                     parts["target"] = parts["target"][:, :, :1]
-        furthest = max(offset for offset, _ in draft.predicts)
+        furthest = max(offset for offset, _ in predicts)
         if window and window + furthest < tokens.shape[1]:
             parts = _windows(parts, batch["loss_start"] - 1 - furthest, window + furthest)
 
         # prevent_cse is not needed inside a scan, and its barriers would only cost time.
         chunk_sums = jax.checkpoint(self._chunk_sums, prevent_cse=False)
         rows, columns = parts["draft"].shape[:2]
-        width = min(max(self.chunk * meshes.num_shards("batch") // (rows * len(draft.predicts)), 1), columns)
+        width = min(max(self.chunk * meshes.num_shards("batch") // (rows * len(predicts)), 1), columns)
         chunks = jax.tree.map(functools.partial(_in_chunks, chunk=width), parts)
+        if self.reference is not None:
+            with jax.named_scope("selection"):
+                chunks["weights"] = self._selected_weights(params, reference_params, target_params, chunks)
         add = lambda total, part: (total + chunk_sums(params, target_params, part), None)
         with jax.named_scope("heads"):
             return jax.lax.scan(add, self.zeros(), chunks)[0]
@@ -173,9 +217,34 @@ class Loss:
         has_outside = self.target is not None and self.draft.vocabulary is not None
         return Sums(*(jnp.zeros((), jnp.float32) for _ in range(4 if has_outside else 3)))
 
+    def _selected_weights(
+        self, params: Params, reference_params: Params, target_params: Params, chunks: dict[str, Array]
+    ) -> Float[Array, "chunks B C P"]:
+        """The weights of all chunks, 0 for predictions that are not among the `selected`."""
+        params, weights = jax.lax.stop_gradient(params), chunks["weights"]
+        of_reference = dataclasses.replace(self.on_all(), draft=self.reference)
+
+        def gap(part):
+            reference = of_reference._compared(reference_params, target_params, {**part, "draft": part["reference"]})
+            return self._compared(params, target_params, part).losses - reference.losses
+
+        gaps = jax.lax.stop_gradient(jax.lax.map(gap, chunks)).reshape(weights.shape)
+        gaps = jnp.where(weights > 0, gaps, -jnp.inf)
+        number = jnp.ceil(self.selected * jnp.sum((weights > 0).astype(jnp.float32))).astype(jnp.int32)
+        threshold = jnp.sort(gaps.reshape(-1), descending=True)[jnp.maximum(number - 1, 0)]
+        return jnp.where(gaps >= threshold, weights, 0)
+
     def _chunk_sums(self, params: Params, target_params: Params | None, part: dict[str, Array]) -> Sums:
-        """Computes the logits of one chunk of positions, and the sums over it."""
-        part = {name: x if name == "draft" else x.reshape(x.shape[0], -1, *x.shape[3:]) for name, x in part.items()}
+        values = self._compared(params, target_params, part)
+        weights = values.weights
+        sums = [jnp.sum(weights * array) for array in (values.losses, values.overlap)]
+        outside = None if values.outside is None else jnp.sum(weights * values.outside)
+        return Sums(*sums, jnp.sum(weights), outside)
+
+    def _compared(self, params: Params, target_params: Params | None, part: dict[str, Array]) -> "Values":
+        """Computes the logits of one chunk of positions, and compares them."""
+        whole = ("draft", "reference")
+        part = {name: x if name in whole else x.reshape(x.shape[0], -1, *x.shape[3:]) for name, x in part.items()}
         draft_logits, target_logits = self.draft.column_logits(params, part["draft"]), None
         weights, overlap = part["weights"], jnp.zeros_like(part["weights"])
         if self.target is not None:
@@ -183,20 +252,23 @@ class Loss:
             times = draft_logits.shape[1] // target_logits.shape[1]
             target_logits = jnp.repeat(target_logits, times, axis=1)
         if self.draft.vocabulary is not None:
-            return self._reduced_sums(target_logits, draft_logits.astype(jnp.float32), part["labels"], weights)
+            return self._reduced(target_logits, draft_logits.astype(jnp.float32), part)
         if target_logits is not None:
             draft_logits = draft_logits[..., : target_logits.shape[-1]]
             padded = fit_logits(jax.lax.stop_gradient(draft_logits), target_logits.shape[-1])
             overlap = divergences.acceptance(target_logits, padded)
             target_logits = target_logits[..., : draft_logits.shape[-1]]
+        scaled = draft_logits.astype(jnp.float32) / self.temperature
         if self.divergence is None:  # labels that the draft's vocabulary lacks are left out
             weights = weights * (part["labels"] < draft_logits.shape[-1]).astype(weights.dtype)
-        losses = self._losses(target_logits, draft_logits.astype(jnp.float32) / self.temperature, part["labels"])
-        return Sums(jnp.sum(weights * losses), jnp.sum(weights * overlap), jnp.sum(weights))
+            return Values(_negative_log_likelihood(scaled, part["labels"]), weights, overlap)
+        taught = target_logits / self.temperature
+        return Values(self._diverging(lambda divergence: divergence(taught, scaled), part), weights, overlap)
 
-    def _reduced_sums(self, target_logits, draft_logits: Float[Array, "B C W"], labels, weights) -> Sums:
-        """The sums over a chunk, for a draft whose logits are those of the ids in its vocabulary."""
-        vocabulary, overlap, outside = self.draft.vocabulary, jnp.zeros_like(weights), None
+    def _reduced(self, target_logits, draft_logits: Float[Array, "B C W"], part: dict[str, Array]) -> "Values":
+        """The comparison of a draft whose logits are those of the ids in its vocabulary."""
+        vocabulary, weights, outside = self.draft.vocabulary, part["weights"], None
+        overlap = jnp.zeros_like(weights)
         scaled = draft_logits / self.temperature
         never = jnp.full((*draft_logits.shape[:2], 1), -jnp.inf)
         with_rest = lambda logits, rest: jnp.concatenate([logits, rest], axis=-1)
@@ -210,31 +282,58 @@ class Loss:
         if target_logits is not None:
             at_1 = with_others(target_logits)
             overlap = divergences.acceptance(at_1, with_rest(jax.lax.stop_gradient(draft_logits), never))
-            outside = jnp.sum(weights * jax.nn.softmax(at_1)[..., -1])
+            outside = jax.nn.softmax(at_1)[..., -1]
             target = with_others(target_logits / self.temperature)
         if self.divergence is None:
-            columns, has_column = vocabulary.columns(labels)
-            losses = jnp.where(has_column, self._losses(None, scaled, columns), 0)
-        elif self.divergence.name in divergences.FINITE:
-            losses = self.divergence(target, with_rest(scaled, never))
-        else:
+            columns, has_column = vocabulary.columns(part["labels"])
+            losses = jnp.where(has_column, _negative_log_likelihood(scaled, columns), 0)
+            return Values(losses, weights, overlap, outside)
+
+        def diverging(divergence: Divergence):
+            if divergence.name in divergences.FINITE:
+                return divergence(target, with_rest(scaled, never))
             mass = 1 - jax.nn.softmax(target)[..., -1]
-            losses = mass * self.divergence(target[..., :-1], scaled)
-        return Sums(jnp.sum(weights * losses), jnp.sum(weights * overlap), jnp.sum(weights), outside)
+            return mass * divergence(target[..., :-1], scaled)
 
-    def _losses(self, target_logits, draft_logits, labels) -> Float[Array, "B C"]:
-        if self.divergence is not None:
-            return self.divergence(target_logits / self.temperature, draft_logits)
-        # A comparison instead of a gather: its gradient is not a scatter, and a sharded vocabulary stays sharded.
-        chosen = jnp.arange(draft_logits.shape[-1], dtype=labels.dtype)[None, None] == labels[..., None]
-        label_logits = jnp.sum(jnp.where(chosen, draft_logits, 0.0), axis=-1)
-        return jax.nn.logsumexp(draft_logits, axis=-1) - label_logits
+        return Values(self._diverging(diverging, part), weights, overlap, outside)
+
+    def _diverging(self, diverging, part: dict[str, Array]) -> Float[Array, "B C"]:
+        """The values of `diverging` for the divergence, and at refused positions for theirs."""
+        values = diverging(self.divergence)
+        if "refused" not in part or self.refused in (None, self.divergence):
+            return values
+        return jnp.where(part["refused"], diverging(self.refused), values)
 
 
-def _ahead(array: Array, draft) -> Array:
+@dataclasses.dataclass(frozen=True)
+class Values:
+    """The terms of `Sums` of each prediction of a chunk, `[B, C]`, and their weights."""
+
+    losses: Float[Array, "B C"]
+    weights: Float[Array, "B C"]
+    overlap: Float[Array, "B C"]
+    outside: Float[Array, "B C"] | None = None
+
+
+def _negative_log_likelihood(logits: Float[Array, "B C W"], labels: Int[Array, "B C"]) -> Float[Array, "B C"]:
+    # A comparison instead of a gather: its gradient is not a scatter, and a sharded vocabulary stays sharded.
+    chosen = jnp.arange(logits.shape[-1], dtype=labels.dtype)[None, None] == labels[..., None]
+    label_logits = jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)
+    return jax.nn.logsumexp(logits, axis=-1) - label_logits
+
+
+def _ahead(array: Array, predicts: Sequence[Prediction]) -> Array:
     """[B, T, ...] -> [B, T, predictions, ...]: entry t of a prediction is `array[:, t + offset]`, 0 past the end."""
     shifted = lambda offset: jnp.pad(array[:, offset:], [(0, 0), (0, offset)] + [(0, 0)] * (array.ndim - 2))
-    return jnp.stack([shifted(offset) for offset, _ in draft.predicts], axis=2)
+    return jnp.stack([shifted(offset) for offset, _ in predicts], axis=2)
+
+
+def _draft_trunk(draft: LanguageModel, params: Params, prompts, batch: Mapping[str, Array]) -> Float[Array, "B T E"]:
+    """The input of the draft's heads; an attachment reads the target's states from the batch, if stored."""
+    stored = _stored(batch, draft.attachment.taps, draft) if isinstance(draft, AttachedDraft) else None
+    if stored is None:
+        return _trunk(draft, params, prompts, batch["tokens"])
+    return draft.from_states(params, stored, batch["tokens"])
 
 
 def _trunk(model, params, prompts, tokens) -> Float[Array, "B T D"]:

@@ -26,13 +26,15 @@ RECIPES: dict[str, dict[str, Any]] = {
     "gkd": {"draft": 1.0, "divergence": "jsd", "beta": 0.5},
     # DistillSpec's default recommendation; it also advises to choose the divergence by validation for each task.
     "distillspec": {"draft": 1.0, "divergence": "forward_kl"},
+    # Draft-OPD (arXiv 2605.29343): text that both models decode; `loss.refused` is the divergence of refused drafts.
+    "draft_opd": {"assisted": 1.0, "divergence": "forward_kl"},
 }
 
 
 def expand(config: Any) -> ConfigDict:
     """A copy of a training stage's config with the settings of its `recipe`; without changes if `recipe` is "".
 
-    Sets the fractions if all three are 0, and `loss.divergence` if it is "". Settings with other values must agree with
+    Sets the fractions if all are 0, and `loss.divergence` if it is "". Settings with other values must agree with
     the recipe.
 
     Raises:

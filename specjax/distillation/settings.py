@@ -77,7 +77,12 @@ def check(config: Any, inputs: Any) -> None:
                 f"the {role} computes in float16, in which gradients underflow to 0; set model.compute_dtype to "
                 "bfloat16 or float32"
             )
-    objective.Loss.of_config(loss, inputs.draft, inputs.target)
+    objective.Loss.of_config(loss, inputs.draft, inputs.target, inputs.reference)
+    if data.assisted > 0 and hard_labels:
+        raise UserError(
+            f'data.assisted is {data.assisted}, and "{loss.divergence}" does not learn from refused drafts; set '
+            "loss.divergence to one that compares with the target"
+        )
     data_sources.check_fractions(data_sources.fractions_of(data), has_target=has_target)
     if train.checkpoint_every % train.eval_every:
         raise UserError(

@@ -78,6 +78,8 @@ class TrainingInputs:
       longest_prompt: maximum number of prompt tokens in a row of `batches`.
       target_text: text that the target generated earlier; None generates it during training.
       replicate: every device of the mesh's tensor axis holds the whole draft and its optimiser state.
+      reference: the draft that `loss.reference` names; None if all tokens are in the loss.
+      reference_params: its parameters.
     """
 
     draft: LanguageModel
@@ -90,6 +92,8 @@ class TrainingInputs:
     longest_prompt: int
     target_text: CachedText | None = None
     replicate: bool = False
+    reference: LanguageModel | None = None
+    reference_params: Params | None = None
 
 
 class Trainer:
@@ -112,7 +116,7 @@ class Trainer:
         """Builds the functions of the loop without compiling them.
 
         Args:
-          config: with the sections seed, data, loss, optimizer, train, speculative_eval and mesh.
+          config: with the sections seed, data, rollouts, loss, optimizer, train, speculative_eval and mesh.
           min_seconds: training continues at the final learning rate until the training clock shows this; 0 is off.
           evaluator: called with (params, step) every `speculative_eval.every` steps; its numbers are logged.
 
@@ -134,8 +138,11 @@ class Trainer:
         self._executables: dict[str, Callable] = {}
         self._fractions = data_sources.fractions_of(config.data)
         placed = jax.tree.map(lambda leaf: leaf.sharding, self.state)
-        self._functions = make_functions(config, inputs.draft, inputs.target, inputs.eos_ids, optimizer, placed, mesh)
+        models, how = (inputs.draft, inputs.target, inputs.eos_ids), (inputs.reference, inputs.replicate)
+        self._functions = make_functions(config, *models, optimizer, placed, mesh, *how)
         self._teacher_params = inputs.target_params if self._functions.needs_teacher else None
+        if inputs.reference is not None:
+            self._teacher_params = {"target": self._teacher_params, "reference": inputs.reference_params}
 
     def run(self) -> TrainingResult:
         """Trains to the end, from the last checkpoint if there is one.
@@ -210,7 +217,7 @@ class Trainer:
     def _text(self, source: str, batch: Mapping[str, np.ndarray]) -> tuple[Mapping[str, jax.Array], int]:
         """The rows of this step, and the most counted positions in one of them.
 
-        They are the corpus batch, its prompts continued by a model, or stored text of the target.
+        They are the corpus batch, its prompts continued by a model or by both, or stored text of the target.
         """
         inputs, generation = self.inputs, self.config.data.generation
         if source == data_sources.FIXED:
@@ -224,13 +231,17 @@ class Trainer:
         )
         texts = batch["sources"] if "sources" in batch else batch["tokens"]
         prompts = update.shard({"tokens": texts[:, :width], "lengths": batch["prompt_lengths"]}, self.mesh)
+        arguments = prompts["tokens"], prompts["lengths"], np.int32(self.step)
+        if source == data_sources.ASSISTED:
+            arguments = self.state.params, inputs.target_params, *arguments
+            rows = self._call(f"{source} {width}", self._functions.rollouts, arguments, ())
+            return rows, generation.max_new_tokens
         if source == data_sources.TARGET:
             model, params = inputs.target, inputs.target_params
         else:
             model = self._functions.author
             params = runtime_params(model, self.state.params, inputs.target_params)
-        arguments = params, prompts["tokens"], prompts["lengths"], np.int32(self.step)
-        rows = self._call(f"{source} {width}", self._functions.generate, arguments, (model,))
+        rows = self._call(f"{source} {width}", self._functions.generate, (params, *arguments), (model,))
         return rows, generation.max_new_tokens
 
     def _call(self, name: str, function: Any, arguments: tuple, static: tuple) -> Any:

@@ -104,6 +104,11 @@ def training(config: Any, catalog: ModelCatalog, mesh: AnyMesh) -> TrainingStage
       UserError: for inconsistent settings, and if a model or batch does not divide over the mesh.
     """
     config = recipes.expand(config)
+    if config.loss.reference:
+        raise UserError(
+            'a plan does not include the draft in loss.reference; set loss.reference to "" and loss.selected to 1 for '
+            "the plan, and add that draft's parameters and a forward of it"
+        )
     checks.instance("model.remat", config.model.remat, bool)
     draft, target = catalog.trained(config)
     draft = draft.with_remat(config.model.remat)
@@ -112,7 +117,8 @@ def training(config: Any, catalog: ModelCatalog, mesh: AnyMesh) -> TrainingStage
     state = update.abstract_state(params, draft.axes(replicate=config.model.replicate), optimizer, mesh)
     teacher = None if target is None else placed(target, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    steps = make_functions(config, draft, target, _EOS, optimizer, shardings, mesh)
+    how = {"replicate": config.model.replicate}
+    steps = make_functions(config, draft, target, _EOS, optimizer, shardings, mesh, **how)
     stage = TrainingStage(config, draft, target, mesh, state, teacher, steps)
     inputs = trainer.TrainingInputs(draft, state.params, target, teacher, iter(()), (), _EOS, stage.prompt_slots)
     settings.check(config, inputs)
@@ -144,7 +150,15 @@ def training_executables(stage: TrainingStage) -> Iterator[Executable]:
         width = max(width, slots) if fractions[data_sources.FIXED] else slots
         lower = functools.partial(stage.steps.generate.lower, params, *prompts, author)
         yield Executable(f"{source} text", lower, trip_counts=trip_counts, **shared)
+    if fractions[data_sources.ASSISTED]:
+        slots = stage.target.text_slots(stage.prompt_slots) + data.generation.max_new_tokens
+        width, batch_size = max(width, slots), batch_size * (1 + stage.config.rollouts.replays)
+        lower = functools.partial(stage.steps.rollouts.lower, stage.state.params, stage.teacher, *prompts)
+        yield Executable("assisted text", lower, trip_counts=trip_counts, **shared)
     text = {name: rows(mesh, batch_size) for name in update.BATCH_AXES} | {"tokens": rows(mesh, batch_size, width)}
+    if fractions[data_sources.ASSISTED]:
+        floats = lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding)
+        text |= {"anchors": text["lengths"], "refusals": floats(text["tokens"])}
     if stage.draft.is_encoder_decoder:
         text["sources"] = rows(mesh, batch_size, stage.prompt_slots)
     teacher = stage.teacher if stage.steps.needs_teacher else None
