@@ -339,11 +339,13 @@ def test_a_faster_lossy_row_is_neither_marked_nor_the_headline():
     assert value == "2.50×" and "distilled, typical 0.09, lossy" in note
 
 
-def test_a_lossy_comparison_says_so():
+def test_a_comparison_says_whether_it_is_lossy_and_names_the_batch_size_if_there_are_several():
     compared = {"drafter": "a", "against": "b", "temperature": 1.0, "gamma": 4, "rule": "lenient_linear"}
     compared |= dict.fromkeys(("block_efficiency_difference", "block_efficiency_ratio"), 1.0)
     compared |= dict.fromkeys(("block_efficiency_difference_ci", "block_efficiency_ratio_ci"))
     assert page.comparison_table([compared | {"lenience": 0.5}]).lines[0][2] == "lenient_linear 0.5, lossy"
+    sizes = [compared | {"lenience": None, "batch_size": size} for size in (1, 4)]
+    assert [line[0] for line in page.comparison_table(sizes).lines] == ["1", "4"]
     environment = {"jax": "0.1", "python": "3.12", "device_kind": "cpu", "git_commit": "0123456789abcdef"}
     record = {"rows": [result_row()], "comparisons": [compared | {"lenience": 0.5}], "environment": environment}
     assert "| lenient_linear 0.5, lossy |" in benchmark_page.quickstart(record)
@@ -357,7 +359,7 @@ def test_ties_are_shown_next_to_the_number_of_identical_texts():
     metrics.check_exact([row])
 
 
-def test_true_differences_are_counted_and_coloured_apart_and_end_the_run():
+def test_true_differences_are_counted_and_coloured_differently_from_ties_and_end_the_run():
     gap = {"position": 7, "top2_gap": 1.5, "tie_bound": 2e-5}
     differences = [{"prompt": 3, "tie": False, **gap}, {"prompt": 4, "tie": True, **gap}]
     row = result_row(identical_to_baseline={"equal": 6, "of": 8, "differences": differences})

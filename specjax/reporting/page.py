@@ -219,12 +219,13 @@ def comparison_table(comparisons: Sequence[Mapping]) -> Table:
     texts = lambda row: {
         name: f"{row[key]:{form}}{between(row[f'{key}_ci'])}" for name, (key, form) in measures.items()
     }
-    keys = ("drafter", "against", "rule", "temperature", "gamma", *measures)
+    several = len({row.get("batch_size") for row in comparisons}) > 1
+    keys = (*(("batch_size",) if several else ()), "drafter", "against", "rule", "temperature", "gamma", *measures)
     return rows_table([row | texts(row) for row in comparisons], keys)
 
 
 def headline(rows: Sequence[Mapping]) -> list[Card]:
-    """Cards with the best speed-up per temperature (lossy rules apart), the prediction error, and equal outputs."""
+    """Cards with the best speed-up per temperature (lossy rules separately), prediction error, and equal outputs."""
     timed = [row for row in rows if row["gamma"] > 0 and row["speedup"] is not None]
     cards = []
     for lossy, temperature in sorted({(tables.is_lossy(row), row["temperature"]) for row in timed}):
