@@ -336,3 +336,6 @@ def test_a_product_with_a_16_bit_kernel_is_that_with_the_same_values_in_float32(
     kernel = kernel.astype(dtype)
     expected = np.asarray(inputs, np.float64) @ np.asarray(kernel, np.float64).T
     np.testing.assert_allclose(layers.product(inputs, kernel, jnp.float32), expected, rtol=1e-5, atol=1e-5)
+    rounded = inputs.astype(dtype)
+    expected = np.asarray(rounded, np.float64) @ np.asarray(kernel, np.float64).T
+    np.testing.assert_allclose(layers.product(rounded, kernel, jnp.float32), expected, rtol=1e-5, atol=1e-5)

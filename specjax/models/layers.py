@@ -27,7 +27,7 @@ ACTIVATIONS = {
 # On CPU, products with at most this many rows are computed as in `_few_rows`.
 _FEW_ROWS = 64
 
-# On CPU, 16-bit kernels are converted to float32 in blocks of this size, which stay in the processor's cache.
+# On CPU, float16 kernels are converted to float32 in blocks of this size, which stay in the processor's cache.
 _BLOCK_BYTES = 1 << 21
 
 
@@ -62,27 +62,50 @@ def _few_rows(rows: Float[Array, "R I"], kernel: Float[Array, "O I"], dtype: DTy
     """`rows @ kernel.T` with the kernel as the left factor, which for 2 to 8 rows takes the CPU half the time.
 
     Some numbers of rows are slow, so several are padded to a multiple of 4. The barriers keep the compiler from
-    exchanging the factors and from multiplying fewer rows. The compiler's own products of one row and a 16-bit kernel
-    read 1 GB/s, so these are converted block by block.
+    exchanging the factors and from multiplying fewer rows.
     """
-    count, (outputs, width) = rows.shape[0], kernel.shape
+    count = rows.shape[0]
+    if kernel.dtype == jnp.bfloat16:
+        return _bfloat16_products(rows, kernel).T.astype(dtype)
     if count > 1:
         rows = jax.lax.optimization_barrier(jnp.pad(rows, ((0, -count % 4), (0, 0))))
     if kernel.dtype == jnp.float32:
         products = jnp.einsum("OI,RI->OR", kernel, rows)
     else:
-        rows = rows.astype(jnp.float32)
-        size = min(max(_BLOCK_BYTES // (4 * width), 1), outputs)
-
-        def multiply(index, products):
-            start = jnp.minimum(index * size, outputs - size)  # the last block overlaps the one before it
-            block = _converted(jax.lax.dynamic_slice_in_dim(kernel, start, size), jnp.float32)
-            part = jnp.einsum("OI,RI->OR", jax.lax.optimization_barrier(block), rows)
-            return jax.lax.dynamic_update_slice_in_dim(products, part, start, 0)
-
-        start = jnp.zeros((outputs, rows.shape[0]), jnp.float32)
-        products = jax.lax.fori_loop(0, -(-outputs // size), multiply, start)
+        products = _block_products(rows.astype(jnp.float32), kernel)
     return jax.lax.optimization_barrier(products)[:, :count].T.astype(dtype)
+
+
+def _bfloat16_products(rows: Float[Array, "R I"], kernel: Float[Array, "O I"]) -> Float[Array, "O R"]:
+    """`kernel @ rows.T` in float32, as precise as after converting the bfloat16 kernel, which takes much longer.
+
+    A float32 number is the sum of three bfloat16 numbers, so three products of bfloat16 factors give the result. Three
+    rows are also the fewest that the CPU's library multiplies without converting the kernel.
+    """
+    parts, rest = [], rows
+    for _ in range(1 if rows.dtype == jnp.bfloat16 else 3):
+        parts.append(rest.astype(jnp.bfloat16))
+        rest = rest - parts[-1].astype(rest.dtype)
+    factors = jnp.concatenate(parts)
+    factors = jax.lax.optimization_barrier(jnp.pad(factors, ((0, max(3 - len(factors), 0)), (0, 0))))
+    products = jnp.einsum("OI,RI->OR", kernel, factors, preferred_element_type=jnp.float32)
+    products = jax.lax.optimization_barrier(products)[:, : len(parts) * len(rows)]
+    return products.reshape(-1, len(parts), len(rows)).sum(1)
+
+
+def _block_products(rows: Float[Array, "R I"], kernel: Float[Array, "O I"]) -> Float[Array, "O R"]:
+    """`kernel @ rows.T`, where blocks of a float16 kernel are converted one by one, and stay in the CPU's cache."""
+    outputs, width = kernel.shape
+    size = min(max(_BLOCK_BYTES // (4 * width), 1), outputs)
+
+    def multiply(index, products):
+        start = jnp.minimum(index * size, outputs - size)  # the last block overlaps the one before it
+        block = jax.lax.dynamic_slice_in_dim(kernel, start, size).astype(jnp.float32)
+        part = jnp.einsum("OI,RI->OR", jax.lax.optimization_barrier(block), rows)
+        return jax.lax.dynamic_update_slice_in_dim(products, part, start, 0)
+
+    start = jnp.zeros((outputs, rows.shape[0]), jnp.float32)
+    return jax.lax.fori_loop(0, -(-outputs // size), multiply, start)
 
 
 def _converted(kernel: Float[Array, "O I"], dtype: DTypeLike) -> Float[Array, "O I"]:
