@@ -1,4 +1,4 @@
-"""Runs an action of draft design: the throughput model, pruning, a draft's vocabulary, replays or advice.
+"""Runs an action of draft design: the throughput model, pruning, vocabularies, replays, acceptance or advice.
 
     python -m specjax.main --config=configs/advise.py --workdir=runs/advice --config.target=DIR
 
@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from specjax.data import batches, tasks
 from specjax.decoding import batch
 from specjax.decoding.drafters.model import ModelDraft
 from specjax.decoding.drafters.ngram import NGram
 from specjax.distillation import cached_text
-from specjax.draft_design import advice, pruning, replay, shapes, vocabulary, what_if
+from specjax.draft_design import acceptance, advice, pruning, replay, shapes, vocabulary, what_if
 from specjax.evaluation import throughput
+from specjax.hub import adapter as hub_adapter
 from specjax.hub import load as hub_load
 from specjax.hub import model as hub_model
 from specjax.hub.tokenizer import Tokenizer
@@ -199,6 +201,45 @@ def _prompts(config: Any, target: hub_model.Model) -> tuple[tuple[int, ...], ...
     return tuple(prompt.tokens for prompt in prompts)
 
 
+def accepted(config: Any, workdir: Path) -> list[dict]:
+    """Scores drafts on stored texts of their target, without decoding; decodes a few prompts to check the numbers."""
+    del workdir
+    if not config.texts or not config.drafts:
+        raise UserError("texts or drafts is empty; name folders that target_text wrote, and drafts to score")
+    for name, gammas in config.rules.items():
+        if not gammas or min(gammas) < 1:
+            raise UserError(f"rules.{name} is {gammas}; give one or more numbers of drafted tokens from 1, such as 2,4")
+    target = hub_model.loader(config)(config.target)
+    if target.decoder.is_encoder_decoder:
+        raise UserError("only drafts of a decoder-only target are scored on its text; use evaluate")
+    drafts = {path: _draft_of(config, path, target) for path in config.drafts}
+    rows = []
+    for path in config.texts:
+        text = cached_text.load(path)
+        fingerprints = {"target": target.fingerprint, "tokenizer": target.tokenizer.fingerprint()}
+        text.check(fingerprints, "name text of this target in texts")
+        generation = text.about["generation"]
+        texts = {name: array[: config.count or None] for name, array in text.rows.items()}
+        sampling = tuple(generation[name] for name in ("temperature", "top_k", "top_p"))
+        scorer = acceptance.Scorer(target, texts, sampling, config.batch_size)
+        how = {"decoded": config.decoded, "max_new_tokens": generation["max_new_tokens"], "seed": config.seed}
+        for name, draft in drafts.items():
+            about = {"table": "acceptance", "draft": name, "parameters": draft.network.num_params}
+            for row in acceptance.score(scorer, draft, config.rules.to_dict(), **how):
+                rows.append({**about, **row, "text": path})
+                logging.info("%s", rows[-1])
+    return rows
+
+
+def _draft_of(config: Any, path: str, target: hub_model.Model) -> hub_model.Model | hub_adapter.LoadedAttachment:
+    """Loads a draft model, or an attachment of the target."""
+    if hub_adapter.holds_one(path):
+        return hub_model.load_adapter(path, target)
+    draft = hub_model.loader(config)(path)
+    hub_model.check_pair(target, draft)
+    return draft
+
+
 def advise(config: Any, workdir: Path) -> list[dict]:
     """Times the target and every candidate draft, and recommends for each batch size a draft, gamma and threshold, or
     plain decoding. With `check` it measures whether that is the fastest.
@@ -299,6 +340,7 @@ ACTIONS: dict[str, Callable[[Any, Path], list[dict]]] = {
     "prune": prune,
     "vocabulary": count_vocabulary,
     "replay": replayed,
+    "acceptance": accepted,
     "advise": advise,
 }
 

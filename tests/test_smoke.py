@@ -80,6 +80,11 @@ def models(tmp_path_factory):
         "configs/draft_design/prune.py": (pair[0], "--config.shape.mlp_width=8"),
         "configs/draft_design/vocabulary.py": (pair[0],),
         "configs/draft_design/replay.py": (pair[0], f"--config.drafts={home}/draft"),
+        "configs/draft_design/acceptance.py": (
+            pair[0],
+            f"--config.drafts={home}/draft",
+            f"--config.prompts={home}/questions.txt",
+        ),
         "configs/draft_design/train.py": (pair[0], f"--config.tokenizer.path={home}/target"),
     }
 

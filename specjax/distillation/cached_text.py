@@ -138,14 +138,17 @@ class CachedText:
     def __len__(self) -> int:
         return len(self.rows["lengths"])
 
-    def check(self, wanted: Mapping[str, Any]) -> None:
-        """Checks that the text is what `wanted`, a `provenance`, describes.
+    def check(self, wanted: Mapping[str, Any], remedy: str = 'set data.target_path to ""') -> None:
+        """Checks that the text, and with it the states, are what `wanted` describes: a `provenance`, or parts of one.
+
+        Args:
+          remedy: for the error, what to do other than writing the text again.
 
         Raises:
           UserError: naming what differs.
         """
         for part, difference in _PARTS.items():
-            if self.about[part] == wanted[part]:
+            if part not in wanted or self.about[part] == wanted[part]:
                 continue
             differing = ""
             if isinstance(wanted[part], dict):
@@ -154,8 +157,7 @@ class CachedText:
                     f"{key} {self.about[part].get(key)!r} there, {wanted[part][key]!r} here" for key in keys
                 )
             raise UserError(
-                f"the text in {self.directory} is {difference} than this run's{differing}; write it again, or set "
-                'data.target_path to ""'
+                f"the text in {self.directory} is {difference} than this run's{differing}; write it again, or {remedy}"
             )
 
     def held_out(self, batches: int, batch_size: int, layers: Sequence[int]) -> tuple["CachedText", list[dict]]:

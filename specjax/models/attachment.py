@@ -126,6 +126,18 @@ class Attachment(Network):
         config = dataclasses.replace(self.config, vocabulary=vocabulary)
         return dataclasses.replace(self, config=config), jax.tree_util.tree_map_with_path(cut, params)
 
+    def unrolled(self, count: int) -> "Attachment":
+        """This attachment, predicting at each position all of the next `count` tokens that it would draft from there.
+
+        One whose single prediction depends on the text alone stays as it is.
+
+        Raises:
+          UserError: if it drafts fewer tokens.
+        """
+        if 1 < len(self.predicts) < count:
+            raise UserError(f"the draft drafts at most {len(self.predicts)} tokens, not {count}; take smaller gammas")
+        return self
+
     def init_on(self, key: Key[Array, ""], target: Decoder, target_params: Params) -> Params:
         """Parameters at step 0 of training; random by default, independent of the target's parameters."""
         del target, target_params

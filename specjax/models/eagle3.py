@@ -226,6 +226,9 @@ class Eagle3Layer(Attachment):
     def predicts(self) -> tuple[Prediction, ...]:
         return tuple(Prediction(0, _DECAY**step) for step in range(self.config.steps))
 
+    def unrolled(self, count: int) -> "Eagle3Layer":
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, steps=count))
+
     def init_on(self, key: Key[Array, ""], target: Decoder, target_params: Params) -> Params:
         """Random parameters; head and gains before it are copies of the target's, and g is the last of its states."""
         params = self.init(key)

@@ -13,6 +13,8 @@ _FORMATS = {
     "parameters": "{:,}",
     "r_squared": "{:.3f}",
     "spread": "{:.1%}",
+    "block_efficiency_within": "{:.1%}",
+    "decoded_within": "{:.1%}",
     "within_10_percent": "{:.0%}",
     "within_5_percent": "{:.0%}",
     "median_error": "{:.1%}",

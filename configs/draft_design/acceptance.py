@@ -1,0 +1,69 @@
+"""Measures how many tokens per target call drafts gain, on text of the target and without decoding.
+
+    python -m specjax.main --config=configs/draft_design/acceptance.py --workdir=runs/acceptance \\
+        --config.target=DIR --config.drafts=DIR,DIR --config.prompts=FILE
+
+A draft is a model, or an attachment of the target (an adapter, heads, EAGLE-3 or block-parallel). Its expected tokens
+per call follow from the probabilities of the text's tokens, for every rule and gamma at once, so only the choice of
+texts makes them uncertain; `block_efficiency_ci` is their 95% interval. `decoded` prompts are also decoded for each of
+the numbers: `ratio` is what decoding emitted per call, relative to the expected number on the very same text.
+
+Stages: `greedy` and `sampled` write the target's text at temperatures 0 and 1; `acceptance`. For text that
+target_text wrote before, add `--config.stages=acceptance, --config.acceptance.texts=DIR,DIR`.
+
+Hardware: whatever holds the target and the largest draft. Time on two CPU cores with SmolLM2-135M and an EAGLE-3 draft
+of 28 million parameters: see the README of this folder. Expect a ratio of 1 within the noise of decoding, about 1% for
+10,000 decoded tokens. `configs/draft_design/acceptance.py:smoke` runs in seconds with small checkpoints.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    common.check_variant("draft_design/acceptance", variant)
+    config = ConfigDict()
+    config.stages = ("greedy", "sampled", "acceptance")
+    config.seed = 0
+    config.target = "required:target:the directory of the checkpoint that the drafts are for"
+    config.drafts = ()  # directories of the drafts
+    config.prompts = "required:prompts:a file of prompts or questions"
+    config.count = 400  # texts at each temperature
+    config.max_new_tokens = 128
+    config.chat = False  # whether the tokenizer's chat template wraps each prompt as a user's turn
+    config.task = common.task("prompt_completion", config.get_ref("prompts"))
+    for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+        config[name] = _text(config, temperature)
+
+    config.acceptance = ConfigDict({"binary": "design", "action": "acceptance"})
+    config.acceptance.target = config.get_ref("target")
+    config.acceptance.drafts = config.get_ref("drafts")
+    config.acceptance.texts = ("stage:greedy", "stage:sampled")
+    config.acceptance.count = 0  # texts of each folder that are scored; 0 takes all
+    config.acceptance.rules = ConfigDict({"lossless": (1, 2, 4, 8), "block": (4, 8)})  # tokens drafted per block
+    config.acceptance.decoded = 32  # texts whose prompts are decoded to check each number; 0 for none
+    config.acceptance.batch_size = 8
+    config.acceptance.update({"param_dtype": "float32", "compute_dtype": "auto"})
+    for name in ("greedy", "sampled", "acceptance"):
+        config[name].seed = config.get_ref("seed")
+    if variant == "smoke":
+        config.update({"count": 4, "max_new_tokens": 10})
+        config.acceptance.update({"decoded": 2, "batch_size": 2})
+        config.acceptance.rules.update({"lossless": (1, 2), "block": (2,)})
+        for name in ("greedy", "sampled"):
+            config[name].data.update({"batch_size": 2})
+    return config
+
+
+def _text(config: ConfigDict, temperature: float) -> ConfigDict:
+    """A stage that writes the target's text."""
+    section = ConfigDict({"binary": "target_text", "param_dtype": "float32", "compute_dtype": "auto"})
+    section.update({"target": config.get_ref("target"), "mesh": common.mesh(), "task": common.reference(config.task)})
+    section.drafter = ConfigDict({"path": "", "gamma": 0, "rule": "lossless"})
+    section.data = ConfigDict({"batch_size": 8, "sequence_length": 512, "chat": config.get_ref("chat")})
+    section.data.update({"prompt_length_min": 8, "prompt_length_max": 384})
+    section.data.generation = ConfigDict({"temperature": temperature, "top_k": 0, "top_p": 1.0})
+    section.data.generation.max_new_tokens = config.get_ref("max_new_tokens")
+    section.update({"count": config.get_ref("count"), "states": (), "measure_batches": 1})
+    return section
