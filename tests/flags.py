@@ -11,6 +11,8 @@ if importlib.metadata.version("jax").startswith("0.10."):
     # Its older way to compile what is fused takes two thirds of the time; later versions have only the newer one, and
     # end at a flag that they do not know.
     QUICK += " --xla_cpu_use_fusion_emitters=false"
+    # Programs are small: to cut one into parts that are compiled side by side takes longer than to compile it.
+    QUICK += " --xla_cpu_parallel_codegen_split_count=1"
 
 # Files that count compiled programs, or change the code that is compiled: they share no programs with other files.
 ALONE = {

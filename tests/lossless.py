@@ -105,9 +105,7 @@ class Pair:
     @classmethod
     def of(cls, target, params):
         """The draft's parameters are the target's with noise: they agree often, not always."""
-        noise = tiny.decoder(2)[1]
-        draft_params = jax.tree.map(lambda a, b: a + 0.1 * b, params, noise)
-        return cls(target, params, draft_params, *tiny.prompts(0, BATCH, SLOTS, VOCAB))
+        return cls(target, params, tiny.with_noise(params, 0.1), *tiny.prompts(0, BATCH, SLOTS, VOCAB))
 
     def plan(self, kind, gamma, rule, greedy, max_new=MAX_NEW, **options):
         """A Plan for these prompts; `options` are added to the drafter's usual ones (`tiny.drafter_options`)."""

@@ -12,7 +12,7 @@ import tiny
 from enumeration import EMITTED, EnumeratedNoise, Tables, block_distribution, emitted_distribution, mean_accepted
 from lossless import GREEDY, p_value
 from test_draft_vocabulary import Reduced
-from test_exactness import check_against_plain, pair, small  # noqa: F401
+from test_exactness import SETTINGS, check_against_plain, pair, sample_p_value, small  # noqa: F401
 from test_rules import Stopping
 
 from specjax.decoding import loop
@@ -129,24 +129,18 @@ KINDS = ("ngram", "early_exit", "skip_layers", "medusa", "eagle3", "block_parall
 GREEDY_DRAFTS = {"draft_sample_method": "greedy"}
 
 
-def loop_p_values(small, kind, rule, options):  # noqa: F811
-    target, params, draft, draft_params = small
-    plan = lossless.small_plan(target, kind, tiny.drafter_options(kind, target, draft) | options, rule)
-    draft_params = tiny.draft_params_of(kind, target, params, draft_params)
-    for seed, sampling in enumerate((Sampling.of(1.0), Sampling.of(0.7, top_k=4, top_p=0.85))):
-        yield p_value(plan, params, draft_params, sampling, seed)
-
-
+@SETTINGS
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind != "model")) for kind in KINDS])
-def test_the_loop_samples_the_targets_distribution_by_blocks(small, kind):  # noqa: F811
-    assert min(loop_p_values(small, kind, "block", {})) > 1e-4
+def test_the_loop_samples_the_targets_distribution_by_blocks(small, kind, adjust):  # noqa: F811
+    assert sample_p_value(small, kind, adjust, "block", seed=1) > 1e-4
 
 
 @pytest.mark.slow
+@SETTINGS
 @pytest.mark.parametrize("rule", ["lossless", "block"])
 @pytest.mark.parametrize("kind", KINDS[1:])
-def test_the_loop_samples_the_targets_distribution_with_greedy_drafts(small, kind, rule):  # noqa: F811
-    assert min(loop_p_values(small, kind, rule, GREEDY_DRAFTS)) > 1e-4
+def test_the_loop_samples_the_targets_distribution_with_greedy_drafts(small, kind, rule, adjust):  # noqa: F811
+    assert sample_p_value(small, kind, adjust, rule, seed=1, **GREEDY_DRAFTS) > 1e-4
 
 
 @pytest.mark.slow

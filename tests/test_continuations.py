@@ -17,7 +17,7 @@ from specjax.runtime.errors import UserError
 TEXT = "the cat sat on the mat; the dog sat on the log.\n\n" * 20
 PROMPTS = ["the cat", "on", "dog sat on the"]
 HOW = dict(max_new_tokens=60, temperature=0.9, seed=3, rule="coupled", eos_ids=(), gamma=3)
-DRAFTERS = [None, "ngram", api.EarlyExit(exit_layer=1, threshold=0.1)]
+DRAFTERS = [None, "ngram"]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def plain(target):
     return api.generate(target, PROMPTS, **HOW)
 
 
-@pytest.mark.parametrize("drafter", DRAFTERS[:2], ids=["plain", "ngram"])
+@pytest.mark.parametrize("drafter", DRAFTERS, ids=["plain", "ngram"])
 def test_a_text_ends_before_the_first_stop_string_also_where_it_spans_tokens(target, plain, drafter):
     stop = [plain.texts[0][18:21], plain.texts[1][30:34], "never in the text"]
     out = api.generate(target, PROMPTS, drafter=drafter, stop=stop, **HOW)
@@ -47,7 +47,11 @@ def test_a_text_ends_before_the_first_stop_string_also_where_it_spans_tokens(tar
     assert list(map(len, out.origins)) == list(map(len, out.tokens))
 
 
-@pytest.mark.parametrize("drafter", DRAFTERS, ids=["plain", "ngram", "early_exit"])
+@pytest.mark.parametrize(
+    "drafter",
+    [*DRAFTERS, pytest.param(api.EarlyExit(exit_layer=1, threshold=0.1), marks=pytest.mark.slow)],
+    ids=["plain", "ngram", "early_exit"],
+)
 def test_the_counts_until_a_stop_string_are_those_until_an_eos(target, plain, drafter):
     # The stop string is the text of one token, which is also made an EOS.
     pieces = target.tokenizer.pieces(plain.tokens[0])

@@ -186,7 +186,8 @@ def tiny(width, layers=1):
 @functools.cache
 def pair():
     draft, target = tiny(8), tiny(12, layers=2)
-    return draft, draft.init(jax.random.key(0)), target, target.init(jax.random.key(1))
+    drawn = lambda model, seed: tiny_models.on_device(tiny_models.drawn(model, seed))
+    return draft, drawn(draft, 0), target, drawn(target, 1)
 
 
 def a_batch(seed=0, batch=3, positions=10):

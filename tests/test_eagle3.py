@@ -1,6 +1,7 @@
 """EAGLE-3: what it computes, in training and in decoding, which states it reads, how it learns, and what it refuses."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +64,7 @@ def chain(target, params, network, own, tokens, start, steps):
         place = jnp.asarray([[start + step]])
         fed = network.fed_back(own, outputs)
         outputs, cache = network.draft_step(own, params, cache, tokens[:, start + step][:, None], fed, place)
-    return np.stack(logits)
+    return jnp.stack(logits)
 
 
 def unrolled(target, params, network, own, tokens):
@@ -81,7 +82,8 @@ def test_training_unrolls_what_decoding_does(target, options):
     tokens = jax.random.randint(jax.random.key(0), (1, 10), 0, VOCAB)
     logits = np.asarray(jax.jit(lambda tokens: unrolled(target, params, network, own, tokens))(tokens))[0]
     for start in (2, 6):
-        drafted = chain(target, params, network, own, tokens, start, STEPS)
+        drafted = jax.jit(functools.partial(chain, target, network=network, start=start, steps=STEPS))
+        drafted = np.asarray(drafted(params, own=own, tokens=tokens))
         for step in range(STEPS):
             np.testing.assert_allclose(logits[start - 1 + step, step], drafted[step], atol=2e-4)
 

@@ -153,7 +153,7 @@ def tiny(width, layers=1):
 
 @functools.cache
 def parameters(width, layers, seed):
-    return tiny(width, layers).init(jax.random.key(seed))
+    return tiny_models.on_device(tiny_models.drawn(tiny(width, layers), seed))
 
 
 def make_inputs(config, with_target=True):

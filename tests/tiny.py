@@ -42,16 +42,38 @@ def config(**changes) -> DecoderConfig:
     return DecoderConfig.llama(**{**values, **changes})
 
 
+@functools.cache
+def _drawn(model, seed: int):
+    return jax.tree.map(np.asarray, model.init(jax.random.key(seed)))
+
+
+def drawn(model, seed: int):
+    """`model.init` with this seed, which runs once in a process, as it compiles dozens of small programs.
+
+    The result is on the host, so that neither a donated array nor `jax.clear_caches` affects it.
+    """
+    return jax.tree.map(lambda x: x, _drawn(model, seed))  # containers of the caller's own
+
+
+def on_device(tree):
+    """The arrays of a tree on JAX's default device, each a copy."""
+    return jax.tree.map(lambda x: jnp.asarray(np.array(x)), tree)
+
+
 def decoder(seed: int = 0, sharpness: float = 1.0, **changes):
     """A random model whose layers matter (kernels three times the usual size).
 
     `sharpness` multiplies the final norm's gain and so the logits. Returns the model and its parameters.
     """
     model = Decoder(config(**changes))
-    params = dict(model.init(jax.random.key(seed)))
+    return model, on_device(_decoder_params(model, seed, sharpness))
+
+
+def _decoder_params(model, seed, sharpness=1.0):
+    params = drawn(model, seed)
     params["blocks"] = jax.tree.map(lambda x: 3 * x if x.ndim == 2 else x, params["blocks"])
-    params["norm"] = {"scale": sharpness * params["norm"]["scale"]}
-    return model, params
+    params["norm"] = params["norm"] | {"scale": sharpness * params["norm"]["scale"]}
+    return params
 
 
 def heads(target: Decoder, count: int = 5, **changes) -> MedusaHeads:
@@ -71,30 +93,48 @@ def heads_params(target: Decoder, params, count: int = 5, seed: int = 3):
 def adapter(target: Decoder, seed: int = 5, **changes):
     """A random Kangaroo adapter at layer 1 and its parameters. Gains differ from 1, so that every norm matters."""
     made = Adapter(AdapterConfig(target.config, **{"exit_layer": 1, **changes}))
+    return made, on_device(_spread(made, seed))
+
+
+@functools.cache
+def _spread(adapter, seed):
     keys = iter(jax.random.split(jax.random.key(seed + 1), 20))
     spread = lambda x: x * jax.random.uniform(next(keys), x.shape, minval=0.5, maxval=2.0) if x.ndim == 1 else x
-    return made, jax.tree.map(spread, made.init(jax.random.key(seed)))
+    return jax.tree.map(lambda x: np.asarray(spread(x)), drawn(adapter, seed))
 
 
 def eagle3(target: Decoder, params=None, seed: int = 7, **changes):
     """A random EAGLE-3 draft and its parameters, with the target's head if `params` is given, so it agrees at times."""
     made = Eagle3Layer(Eagle3Config(target.config, **changes))
-    own = made.init(jax.random.key(seed)) if params is None else made.init_on(jax.random.key(seed), target, params)
-    return made, jax.tree.map(lambda x: 2 * x if x.ndim == 2 else x, own) | {"unembedding": own["unembedding"]}
+    own = _started(made, target, params, seed)
+    return made, on_device(
+        jax.tree.map(lambda x: 2 * x if x.ndim == 2 else x, own) | {"unembedding": own["unembedding"]}
+    )
+
+
+def _started(attachment, target, params, seed):
+    """Parameters of an attachment on the host, random or, if `params` is given, as its training starts."""
+    if params is None:
+        return drawn(attachment, seed)
+    return jax.tree.map(np.asarray, attachment.init_on(jax.random.key(seed), target, params))
 
 
 def block_parallel(target: Decoder, params=None, seed: int = 7, **changes):
     """A random block-parallel draft and its parameters; it uses the target's head."""
     made = BlockParallel(BlockParallelConfig(target.config, **{"layers": 2, "block_size": 6, **changes}))
-    own = made.init(jax.random.key(seed)) if params is None else made.init_on(jax.random.key(seed), target, params)
-    return made, jax.tree.map(lambda x: 2 * x if x.ndim == 2 else x, own)
+    return made, on_device(jax.tree.map(lambda x: 2 * x if x.ndim == 2 else x, _started(made, target, params, seed)))
 
 
 def target_and_draft():
     """A target, its parameters, and parameters of a draft of the same shape that agrees about half of the time."""
     target, params = decoder(1)
-    noise = decoder(2)[1]
-    return target, params, jax.tree.map(lambda a, b: a + 0.15 * b, params, noise)
+    return target, params, with_noise(params, 0.15)
+
+
+def with_noise(params, scale: float):
+    """Parameters of a `decoder` plus those of another random one times `scale`."""
+    noise = _decoder_params(Decoder(config()), 2)
+    return on_device(jax.tree.map(lambda a, b: np.asarray(a) + np.float32(scale) * b, params, noise))
 
 
 def drafter_options(kind: str, target, draft=None, adapter=None) -> dict:
@@ -145,7 +185,7 @@ def encoder_decoder(seed: int = 0, **changes):
         start_token=0,
     )
     made = EncoderDecoder(EncoderDecoderConfig(**{**values, **changes}))
-    return made, made.init(jax.random.key(seed))
+    return made, on_device(drawn(made, seed))
 
 
 def prompts(seed: int, batch: int, slots: int, vocab: int):

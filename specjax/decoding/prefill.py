@@ -169,7 +169,7 @@ def compiled_prefill(plan: Plan, params, draft_params, prompts, lengths, row_key
         row_keys=row_keys,
         target_cache=cache,
         drafter_state=drafter_state,
-        statistics=Statistics.zeros(batch, plan.gamma),
+        statistics=jax.tree.map(jnp.asarray, Statistics.zeros(batch, plan.gamma)),
         iterations=jnp.zeros((), jnp.int32),
     )
     # The text of an encoder-decoder is one pending token.
@@ -194,7 +194,7 @@ def compiled_extend(plan: Plan, params, draft_params, state: DecodeState, texts,
         lengths=lengths,
         prompt_lengths=lengths,
         done=jnp.zeros((batch,), bool),
-        statistics=Statistics.zeros(batch, plan.gamma),
+        statistics=jax.tree.map(jnp.asarray, Statistics.zeros(batch, plan.gamma)),
         iterations=jnp.zeros((), jnp.int32),
     )
     state = _filled(plan, params, draft_params, state, starts)

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
@@ -35,8 +34,7 @@ class Row:
     @classmethod
     def empty(cls, gamma: int) -> "Row":
         """The result of a prompt that has not been decoded."""
-        statistics = jax.tree.map(np.asarray, Statistics.zeros(1, gamma))
-        return cls([], [], statistics, {"target": 0, "draft": 0}, 0.0, 0.0)
+        return cls([], [], Statistics.zeros(1, gamma), {"target": 0, "draft": 0}, 0.0, 0.0)
 
     def first(self, tokens: int, gamma: int) -> "Row":
         """The row cut to its first tokens, with the counts as if the last of these were an EOS."""
@@ -52,10 +50,10 @@ class Row:
         inside = np.clip(tokens - (lasts + 1 - emitted), 0, emitted)  # how many tokens of each block are left
         accepted, inside, drafted = (each[inside > 0] for each in (accepted, inside, drafted))
         drafted[-1] = min(drafted[-1], inside[-1])
-        numbers = (jnp.asarray(each, jnp.int32) for each in (accepted, inside, drafted))
+        numbers = (np.asarray(each, np.int32) for each in (accepted, inside, drafted))
         blocks = Statistics.zeros(len(drafted), gamma).after(*numbers)
         for name in counts.keys() - {"failed_drafts", "failed"}:
-            counts[name] = np.asarray(getattr(blocks, name)).sum(0, dtype=np.int32, keepdims=True)
+            counts[name] = getattr(blocks, name).sum(0, dtype=np.int32, keepdims=True)
         cut = {"tokens": self.tokens[:tokens], "origins": self.origins[:tokens], "statistics": Statistics(**counts)}
         return dataclasses.replace(self, **cut)
 

@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
@@ -37,26 +36,30 @@ class Statistics:
 
     @classmethod
     def zeros(cls, batch: int, gamma: int) -> "Statistics":
-        row, wide = jnp.zeros((batch,), jnp.int32), jnp.zeros((batch, gamma), jnp.int32)
+        row, wide = np.zeros((batch,), np.int32), np.zeros((batch, gamma), np.int32)
         return cls(row, row, wide, wide, wide, row, row.astype(bool))
 
     def after(
         self,
-        num_accepted: Int[Array, "B"],
-        num_emitted: Int[Array, "B"],
-        num_drafted: Int[Array, "B"],
+        num_accepted: Int[Array | np.ndarray, "B"],
+        num_emitted: Int[Array | np.ndarray, "B"],
+        num_drafted: Int[Array | np.ndarray, "B"],
         draft_failed: Bool[Array, "B"] | None = None,
         failed: Bool[Array, "B"] | bool = False,
     ) -> "Statistics":
-        """The counts after a block; `num_accepted` may include tokens that were then cut, the other numbers do not."""
-        index = jnp.arange(self.drafted_at.shape[1], dtype=jnp.int32)[None]
-        accepted = jnp.minimum(num_accepted, num_emitted)[:, None]
-        ones = lambda happened: happened.astype(jnp.int32)
+        """The counts after a block, traced or in numpy.
+
+        `num_accepted` may include tokens that were then cut, the other numbers do not.
+        """
+        index = np.arange(self.drafted_at.shape[1], dtype=np.int32)[None]
+        accepted = (index < num_emitted[:, None]) & (index < num_accepted[:, None])
+        reached = (index <= num_emitted[:, None]) & (index <= num_accepted[:, None])
+        ones = lambda happened: happened.astype(np.int32)
         return Statistics(
             target_calls=self.target_calls + ones(num_emitted > 0),
             drafted=self.drafted + num_drafted,
-            drafted_at=self.drafted_at + ones((index < num_drafted[:, None]) & (index <= accepted)),
-            accepted_at=self.accepted_at + ones(index < accepted),
+            drafted_at=self.drafted_at + ones((index < num_drafted[:, None]) & reached),
+            accepted_at=self.accepted_at + ones(accepted),
             emitted_more_than=self.emitted_more_than + ones(num_emitted[:, None] > index + 1),
             failed_drafts=self.failed_drafts + (0 if draft_failed is None else ones(draft_failed)),
             failed=self.failed | failed,
