@@ -185,7 +185,7 @@ def test_of_a_fused_tensor_a_rank_reads_its_part_alone(tmp_path, monkeypatch, tr
             "fused", (), transposed, base.Part(number * 8 // groups, 8 // groups, 24 // groups, groups)
         )
         for rows, columns in [(slice(0, 8), slice(0, 6)), (slice(0, 8), slice(2, 5)), (slice(3, 7), slice(0, 6))]:
-            part, read = hub_load._part(stored, tensor, (rows, columns), np.dtype("float32"))
+            part, read = hub_load._part({"fused": stored}, [tensor], (rows, columns), np.dtype("float32"))
             np.testing.assert_array_equal(part, whole[rows, columns])
             assert read == part.nbytes
 

@@ -1,6 +1,7 @@
 """Loads a model, tensor by tensor, from `config.json` and safetensors files or from a GGUF file."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from absl import logging
 from flax import traverse_util
 
 from specjax.hub import draft_config, gguf_file, gguf_models, json_files, quantised, weights
-from specjax.hub.families import base, gemma, gpt2, gpt_neox, llama, mistral, opt, phi3, qwen, smollm3, t5
+from specjax.hub.families import base, experts, gemma, gpt2, gpt_neox, llama, mistral, opt, phi3, qwen, smollm3, t5
 from specjax.hub.gguf_file import GgufTensor
 from specjax.hub.location import is_gguf, locate
 from specjax.hub.quantised import CONFIG_FILE, Dequantised
@@ -28,6 +29,7 @@ from specjax.runtime.errors import UserError, prefixed
 # All families. A new family needs a file with a `base.Family`, and an entry here.
 _ALL = (
     *(llama.FAMILY, mistral.FAMILY, qwen.QWEN2, qwen.QWEN3, phi3.FAMILY, smollm3.FAMILY, llama.OLMO2, llama.GRANITE),
+    *(experts.MIXTRAL, experts.QWEN2_MOE, experts.QWEN3_MOE),
     *(gemma.GEMMA, gemma.GEMMA2, gemma.GEMMA3, opt.FAMILY, gpt2.FAMILY, gpt_neox.FAMILY, t5.FAMILY),
 )
 FAMILIES = {family.model_type: family for family in _ALL}
@@ -109,10 +111,10 @@ def stream(
             _check_sharding(at(shardings, tensor.path), shape, tensor.name)
 
     def arriving():
-        for tensor in wanted:
-            shape, dtype = at(expected, tensor.path).shape, dtypes.dtype_named(config.param_dtype)
-            sharding = None if shardings is None else at(shardings, tensor.path)
-            yield _read(stored[tensor.name], tensor, shape, np.dtype(dtype), sharding)
+        for path, tensors in itertools.groupby(wanted, lambda tensor: tensor.path):
+            shape, dtype = at(expected, path).shape, dtypes.dtype_named(config.param_dtype)
+            sharding = None if shardings is None else at(shardings, path)
+            yield _read(stored, list(tensors), shape, np.dtype(dtype), sharding)
 
     return decoder, arriving()
 
@@ -275,29 +277,44 @@ def _check_sharding(sharding: jax.sharding.Sharding, shape: tuple[int, ...], nam
         ) from None
 
 
-def _read(stored: AnyStored, tensor: base.Tensor, shape: tuple[int, ...], dtype: np.dtype, sharding) -> Loaded:
-    """Loads one parameter onto its devices; reads only the parts on this process's devices, each once."""
+def _read(
+    stored: dict[str, AnyStored], tensors: list[base.Tensor], shape: tuple[int, ...], dtype: np.dtype, sharding
+) -> Loaded:
+    """Loads one parameter onto its devices; reads only the parts on this process's devices, each once.
+
+    Args:
+      tensors: where the file stores the parameter: one tensor, or one for each expert.
+    """
+    path = tensors[0].path
     if sharding is None:
-        part, count = _part(stored, tensor, tuple(slice(0, size) for size in shape), dtype)
+        part, count = _part(stored, tensors, tuple(slice(0, size) for size in shape), dtype)
         array = jnp.asarray(part)
-        return Loaded(tensor.path, array, dict.fromkeys(array.devices(), count))
+        return Loaded(path, array, dict.fromkeys(array.devices(), count))
     holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         bounds = tuple(i.indices(size)[:2] for i, size in zip(index, shape, strict=True))
         holders.setdefault(bounds, []).append(device)
     shards, file_bytes = [], {}
     for bounds, devices in holders.items():
-        part, count = _part(stored, tensor, tuple(slice(*b) for b in bounds), dtype)
+        part, count = _part(stored, tensors, tuple(slice(*b) for b in bounds), dtype)
         file_bytes.update(dict.fromkeys(devices, count))
         # Wait for the copy, so that the host does not hold several parts at a time.
         shards += jax.block_until_ready([jax.device_put(part, device) for device in devices])
     array = jax.make_array_from_single_device_arrays(shape, sharding, shards)
-    return Loaded(tensor.path, array, file_bytes)
+    return Loaded(path, array, file_bytes)
 
 
-def _part(stored: AnyStored, tensor: base.Tensor, index: tuple[slice, ...], dtype) -> tuple[np.ndarray, int]:
+def _part(stored, tensors, index: tuple[slice, ...], dtype) -> tuple[np.ndarray, int]:
     """The part of a parameter at `index` in our layout and dtype, and the number of bytes read from the file."""
     part = np.empty([i.stop - i.start for i in index], dtype)
+    if tensors[0].expert is None:
+        return part, _fill(part, stored[tensors[0].name], tensors[0], index)
+    pairs = zip(part, tensors[index[0]], strict=True)
+    return part, sum(_fill(rows, stored[tensor.name], tensor, index[1:]) for rows, tensor in pairs)
+
+
+def _fill(part: np.ndarray, stored: AnyStored, tensor: base.Tensor, index: tuple[slice, ...]) -> int:
+    """Reads into `part` what is at `index` of what the tensor holds, in our layout. Returns the bytes read."""
     axis = tensor.output_axis(part.ndim)
     in_file = part.T if tensor.transposed else part
     index = tuple(reversed(index)) if tensor.transposed else index
@@ -308,7 +325,7 @@ def _part(stored: AnyStored, tensor: base.Tensor, index: tuple[slice, ...], dtyp
             first = index[0].start if axis else run.start
             for piece in _pieces((*index[:axis], run, *index[axis + 1 :])):
                 count += _copy(stored, values[piece], into[piece[0].start - first : piece[0].stop - first])
-    return part, count
+    return count
 
 
 def _copy(stored: AnyStored, read: np.ndarray, into: np.ndarray) -> int:

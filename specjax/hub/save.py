@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -117,7 +118,8 @@ def _write_weights(directory: Path, decoder: LanguageModel, params: Params, max_
     sizes: dict[str, int] = {}
     for tensor in listed:
         leaf = hub_load.at(shapes, tensor.path)
-        sizes[tensor.name] = sizes.get(tensor.name, 0) + leaf.size * leaf.dtype.itemsize
+        size = math.prod(tensor.shape(leaf.shape)) * leaf.dtype.itemsize
+        sizes[tensor.name] = sizes.get(tensor.name, 0) + size
     shards = _shards(sizes, max_shard_bytes)
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards):
@@ -156,8 +158,12 @@ def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
 def _tensors(listed: Sequence[base.Tensor], params: Params) -> dict[str, np.ndarray]:
     """The tensors as numpy arrays in the file's layout, by their names in the file."""
     tensors: dict[str, np.ndarray] = {}
+    fetched: dict[tuple, np.ndarray] = {}
     for tensor in listed:
-        values = _on_host(hub_load.at(params, tensor.path))
+        if tensor.path not in fetched:
+            fetched = {tensor.path: _on_host(hub_load.at(params, tensor.path))}
+        values = fetched[tensor.path]
+        values = values if tensor.expert is None else values[tensor.expert]
         # safetensors writes bytes in memory order, so a transposed view must be made contiguous first.
         laid_out = np.ascontiguousarray(values.T if tensor.transposed else values)
         if tensor.part is None:

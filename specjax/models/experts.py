@@ -76,22 +76,32 @@ class ExpertLinear(nnx.Module):
         return {"kernel": self.kernel[...], **({} if self.bias is None else {"bias": self.bias[...]})}
 
 
+class Experts(nnx.Module):
+    """The projections of all experts."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        options = {"dtype": config.param_dtype, "rngs": rngs, "bias": config.mlp_bias}
+        make = functools.partial(ExpertLinear, config.experts, **options)
+        width, inner = config.width, config.expert_width
+        self.gate = make(width, inner, (None, "embed"), width**-0.5)
+        self.up = make(width, inner, (None, "embed"), width**-0.5)
+        self.down = make(inner, width, ("embed", None), (inner * 2 * config.layers) ** -0.5)
+
+    def kernels(self) -> Kernels:
+        return {name: getattr(self, name).arrays() for name in ("gate", "up", "down")}
+
+
 class ExpertMLP(nnx.Module):
     """The chosen experts' MLPs, weighted and summed; with a shared expert (qwen2_moe), whose MLP every token uses."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-        make = functools.partial(
-            ExpertLinear, config.experts, dtype=config.param_dtype, rngs=rngs, bias=config.mlp_bias
+        linear = functools.partial(
+            layers.Linear, config.width, axes=("embed", None), scale=config.width**-0.5, dtype=config.param_dtype
         )
-        width, inner, scale = config.width, config.expert_width, config.width**-0.5
-        self.router = layers.Linear(width, config.experts, ("embed", None), scale, config.param_dtype, rngs)
-        self.gate = make(width, inner, (None, "embed"), scale)
-        self.up = make(width, inner, (None, "embed"), scale)
-        self.down = make(inner, width, ("embed", None), (inner * 2 * config.layers) ** -0.5)
-        self.shared = self.shared_gate = None
-        if config.shared_expert_width:
-            self.shared = layers.MLP(config, rngs, config.shared_expert_width)
-            self.shared_gate = layers.Linear(width, 1, ("embed", None), scale, config.param_dtype, rngs)
+        self.router = linear(config.experts, rngs=rngs)
+        self.experts = Experts(config, rngs)
+        self.shared = layers.MLP(config, rngs, config.shared_expert_width) if config.shared_expert_width else None
+        self.shared_gate = linear(1, rngs=rngs) if config.shared_expert_width else None
         self.config = config
 
     def __call__(self, inputs: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -100,8 +110,7 @@ class ExpertMLP(nnx.Module):
             choice = choose(logits.reshape(-1, self.config.experts), self.config)
             choice = Choice(*(x.reshape(*inputs.shape[:2], -1) for x in choice))
         with jax.named_scope("experts"):
-            kernels = {name: getattr(self, name).arrays() for name in ("gate", "up", "down")}
-            outputs = _on_mesh(functools.partial(mix, self.config), inputs, choice, kernels)
+            outputs = _on_mesh(functools.partial(mix, self.config), inputs, choice, self.experts.kernels())
         if self.shared is not None:
             outputs = outputs + jax.nn.sigmoid(self.shared_gate(inputs)) * self.shared(inputs)
         return outputs

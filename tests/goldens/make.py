@@ -31,6 +31,14 @@ LLAMA = {
     "tie_word_embeddings": False,
 }
 GEMMA = {**LLAMA, "head_dim": 6, "tie_word_embeddings": True}
+SPARSE = {
+    **LLAMA,
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 12,
+    "num_hidden_layers": 3,
+    "mlp_only_layers": [1],
+}
 OPT = {
     "vocab_size": VOCAB,
     "hidden_size": 16,
@@ -70,6 +78,9 @@ CONFIGS = {
     "qwen3": ("qwen3", {**LLAMA, "head_dim": 6, "tie_word_embeddings": True}),
     "phi3": ("phi3", {**LLAMA, **WIDE, "num_key_value_heads": 1, "rope_parameters": PARTIAL}),
     "smollm3": ("smollm3", {**LLAMA, "no_rope_layers": [1, 0]}),
+    "mixtral": ("mixtral", {**LLAMA, "num_local_experts": 5, "num_experts_per_tok": 2}),
+    "qwen2_moe": ("qwen2_moe", {**SPARSE, "shared_expert_intermediate_size": 20}),
+    "qwen3_moe": ("qwen3_moe", {**SPARSE, "head_dim": 6, "norm_topk_prob": True}),
     "gemma": ("gemma", GEMMA),
     "gemma2": ("gemma2", {**GEMMA, "sliding_window": 7, "query_pre_attn_scalar": 12}),
     "gemma3_text": (

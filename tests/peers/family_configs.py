@@ -23,6 +23,14 @@ LLAMA = {
 }
 
 
+SPARSE = {
+    **LLAMA,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 20,
+    "shared_expert_intermediate_size": 28,
+}
+
 GEMMA = {
     **NO_TOKENS,
     "vocab_size": VOCAB,
@@ -180,6 +188,34 @@ FAMILIES: dict[str, list[dict]] = {
             "num_key_value_heads": 3,
         },
         {**LLAMA, "num_key_value_heads": 4, **_yarn()},
+    ],
+    "mixtral": [
+        {**LLAMA, "num_local_experts": 4},
+        {**LLAMA, "num_local_experts": 7, "num_experts_per_tok": 3, "sliding_window": 6, "head_dim": 10},
+        {**LLAMA, "num_local_experts": 3, "num_experts_per_tok": 1, "tie_word_embeddings": True},
+        {**LLAMA, "num_local_experts": 5, "num_experts_per_tok": 5, "num_key_value_heads": 1},
+        {**LLAMA, "num_local_experts": 6, "num_hidden_layers": 3, **_rope("linear", factor=2.0)},
+    ],
+    "qwen2_moe": [
+        SPARSE,
+        {**SPARSE, "num_experts": 5, "norm_topk_prob": True, "qkv_bias": False, "num_key_value_heads": 4},
+        {**SPARSE, "num_hidden_layers": 4, "decoder_sparse_step": 2, "tie_word_embeddings": True},
+        {**SPARSE, "num_hidden_layers": 3, "mlp_only_layers": [0, 2], "num_experts_per_tok": 1},
+        {**SPARSE, "num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 7, "num_experts_per_tok": 4},
+    ],
+    "qwen3_moe": [
+        {**SPARSE, "head_dim": 16},
+        {**SPARSE, "head_dim": 10, "norm_topk_prob": True, "num_experts": 7, "num_key_value_heads": 1},
+        {**SPARSE, "head_dim": 8, "num_hidden_layers": 4, "decoder_sparse_step": 2, "attention_bias": True},
+        {
+            **SPARSE,
+            "head_dim": 14,
+            "num_hidden_layers": 3,
+            "mlp_only_layers": [1],
+            "use_sliding_window": True,
+            "sliding_window": 5,
+        },
+        {**SPARSE, "head_dim": 22, "num_experts_per_tok": 6, "tie_word_embeddings": True, **_yarn(factor=3.0)},
     ],
     "gemma": [
         GEMMA,

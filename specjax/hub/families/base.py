@@ -32,12 +32,18 @@ class Tensor(NamedTuple):
       path: path of the array in our parameter tree.
       transposed: whether the file holds the transpose (our kernels are [out, in], as in most files).
       part: location in a fused tensor; None if the tensor in the file holds only this array.
+      expert: the index of the tensor's expert on the first axis of our array; None if the array is not split so.
     """
 
     name: str
     path: tuple[str | int, ...]
     transposed: bool = False
     part: Part | None = None
+    expert: int | None = None
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape, in our layout, of what this tensor holds of our array of shape `shape`."""
+        return shape if self.expert is None else shape[1:]
 
     def output_axis(self, dimensions: int) -> int:
         """The index of the output axis, along which tensors are fused, in the file's layout."""
@@ -45,6 +51,7 @@ class Tensor(NamedTuple):
 
     def shape_in_file(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the file's tensor that holds our array of shape `shape`."""
+        shape = self.shape(shape)
         lengths = tuple(reversed(shape)) if self.transposed else shape
         if self.part is None:
             return lengths
@@ -126,8 +133,8 @@ class Family:
       model_type: `model_type` in `config.json`.
       architecture: the only entry that "architectures" may have.
       fields: the fields and groups of fields of its `config.json`, in the order in which they are read and written.
-      names: path of each array, with {} for the layer number -> tensor name in the file. Entries for arrays that a
-        model lacks (biases, an untied head) are ignored.
+      names: path of each array, with {} for the layer number -> tensor name in the file, with a second {} if there is
+        one tensor for each expert. Entries for arrays that a model lacks (biases, an untied head) are ignored.
       parts: function from a config to the `Part` of each array in a fused tensor, by path as in `names`.
       transposed: whether the file has kernels as [in, out], except the head's.
       ignored: name endings of tensors in old checkpoints that are not parameters, such as causal masks.
@@ -180,7 +187,11 @@ class Family:
                 path = tuple(int(key) if key.isdigit() else key for key in template.format(layer).split("."))
                 if path in missing:
                     swapped = path[-1] == "kernel" and self.transposed and root != "unembedding"
-                    tensors.append(Tensor(name.format(layer), path, swapped, parts.get(template)))
+                    experts = range(config.experts) if name.count("{}") == 2 else (None,)
+                    tensors += [
+                        Tensor(name.format(layer, expert), path, swapped, parts.get(template), expert)
+                        for expert in experts
+                    ]
                     missing.remove(path)
         if missing:
             raise ValueError(f"No tensor is named for {sorted(map(str, missing))[0]}.")

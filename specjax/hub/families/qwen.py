@@ -49,11 +49,17 @@ def written_windows(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
+def max_window_layers(fields: dict[str, Any]) -> int:
+    """The field of this name. Raises UserError unless it is a number of layers."""
+    count = fields.get("max_window_layers")
+    if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+        raise UserError(f'"max_window_layers" must be a number of layers, not {count!r}')
+    return count
+
+
 def _read(fields: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     """Windows in the layers from "max_window_layers" on, unless "layer_types" says otherwise."""
-    first = fields.get("max_window_layers")
-    if isinstance(first, bool) or not isinstance(first, int) or first < 0:
-        raise UserError(f'"max_window_layers" must be a number of layers, not {first!r}')
+    first = max_window_layers(fields)
     return {"windows": windows_of(fields, [layer >= first for layer in range(values["layers"])])}
 
 
