@@ -159,9 +159,10 @@ def mix(
         outputs = _gathered(config, jnp.repeat(rows, per_token, axis=0), pairs, kernels, reduced)
     else:
         order = jnp.argsort(pairs, stable=True)
-        by_expert, counts = rows[order // per_token], jnp.bincount(pairs, length=count + 1)[:count].astype(jnp.int32)
+        by_expert = rows[order // per_token]
+        counts = jnp.sum(pairs[:, None] == jnp.arange(count)[None], axis=0, dtype=jnp.int32)  # no scatter, as bincount
         if meshes.platform() == "tpu":
-            outputs = _ragged(config, by_expert, counts, kernels, reduced)
+            outputs = _ragged(config, by_expert, pairs[order], counts, kernels, reduced)
         else:
             body = functools.partial(_one_expert, config, reduced)
             outputs = _by_tiles(body, _tile(len(rows), per_token, count), by_expert, counts, kernels)
@@ -180,15 +181,14 @@ def _one_expert(config, reduced, rows, kernels):
     return expert_mlp(config, multiply, rows)
 
 
-def _ragged(config, rows, counts, kernels, reduced):
-    """`expert_mlp` of rows sorted by expert, with XLA's grouped product."""
+def _ragged(config, rows, experts, counts, kernels, reduced):
+    """`expert_mlp` of rows sorted by their `experts`, with XLA's grouped product."""
     contracting = jax.lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0])
-    expert = jnp.repeat(jnp.arange(len(counts)), counts, total_repeat_length=len(rows))
 
     def multiply(name, rows):
         kernel, bias = kernels[name]["kernel"].astype(rows.dtype), kernels[name].get("bias")
         outputs = jax.lax.ragged_dot_general(rows, kernel, counts, contracting)
-        return _finished(name, outputs, reduced, None if bias is None else bias[expert])
+        return _finished(name, outputs, reduced, None if bias is None else bias.at[experts].get(mode="clip"))
 
     return jnp.where((jnp.arange(len(rows)) < counts.sum())[:, None], expert_mlp(config, multiply, rows), 0)
 
