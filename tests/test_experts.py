@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from lossless import Pair
+from lossless import BATCH, COUPLED, GREEDY, MAX_NEW, SLOTS, VOCAB, Pair, compare_with_plain
 from ml_collections import ConfigDict
 
+from specjax.decoding.sampling import Sampling
 from specjax.models import experts
 from specjax.models.experts import Choice
 from specjax.runtime import mesh as meshes
