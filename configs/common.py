@@ -106,6 +106,7 @@ def training(steps: int, learning_rate: float, *, seed: int = 0) -> ConfigDict:
             # that of the trained draft in `reference`.
             "selected": 1.0,
             "reference": "",
+            "balance": 0.01,  # weight of the load-balancing loss of a model with experts (arXiv 2101.03961)
         }
     )
     # How data.assisted decodes: tokens drafted per block, the rule (lenience: of a lossy one), how many refused blocks

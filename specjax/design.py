@@ -20,7 +20,7 @@ from specjax.decoding.drafters.model import ModelDraft
 from specjax.decoding.drafters.ngram import NGram
 from specjax.distillation import cached_text
 from specjax.draft_design import acceptance, advice, pruning, replay, shapes, vocabulary, what_if
-from specjax.evaluation import throughput
+from specjax.evaluation import expert_use, throughput
 from specjax.hub import adapter as hub_adapter
 from specjax.hub import load as hub_load
 from specjax.hub import model as hub_model
@@ -264,7 +264,8 @@ def advise(config: Any, workdir: Path) -> list[dict]:
     models = [*drafts.values(), *(dataclasses.replace(target, decoder=c.decoder, params=p) for c, p in untrained)]
     timed = advice.time_parts(target, models, work, config.gammas)
     candidates += [candidate for candidate, _ in untrained]
-    candidates = [dataclasses.replace(each, parts=parts) for each, parts in zip(candidates, timed, strict=True)]
+    use = expert_use.measured(target.decoder, target.params, work.prompts)
+    candidates = [dataclasses.replace(each, parts=of, use=use) for each, of in zip(candidates, timed, strict=True)]
     rows = [row for candidate in candidates for row in candidate.options(work)]
     advised, reasons = [], []
     for size in work.batch_sizes:

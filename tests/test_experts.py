@@ -1,19 +1,27 @@
 """Mixtures of experts: every way to compute them, on one device and on meshes, decoding with them, their files."""
 
+import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from lossless import BATCH, COUPLED, GREEDY, MAX_NEW, SLOTS, VOCAB, Pair, compare_with_plain
 from ml_collections import ConfigDict
+from safetensors.numpy import load_file
 
-from specjax.decoding.sampling import Sampling
+from specjax.distillation import objective
+from specjax.hub import load as hub_load
+from specjax.hub import save as hub_save
+from specjax.hub.load import FAMILIES
+from specjax.hub.tokenizer import train_byte_bpe
 from specjax.models import experts
+from specjax.models.decoder import Decoder
 from specjax.models.experts import Choice
 from specjax.runtime import mesh as meshes
+from specjax.runtime.errors import UserError
 
 SPARSE = dict(experts=8, experts_per_token=3, expert_width=12)
 KERNELS = ("gate", "up", "down")
@@ -73,7 +81,7 @@ def test_weights_are_the_probabilities_of_the_chosen_experts_normalised_if_the_c
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
-@pytest.mark.parametrize("batch, steps, bias", [(1, 1, False), (2, 5, True), (4, 40, False)])
+@pytest.mark.parametrize("batch, steps, bias", [(1, 1, False), (2, 5, True), (4, 60, False)])
 def test_every_platforms_way_computes_the_chosen_experts_and_their_gradients(platform, batch, steps, bias, monkeypatch):
     config, *arrays = case(batch, steps, bias)
     monkeypatch.setattr(meshes, "platform", lambda: platform)
@@ -105,95 +113,112 @@ def mesh_of(sizes):
 
 def test_the_balance_loss_is_k_for_even_use_and_grows_to_the_number_of_experts_for_one_expert():
     even = jnp.tile(jnp.asarray([[5.0, 5.0, 0.0, 0.0], [0.0, 0.0, 5.0, 5.0]]), (4, 1))
-    choice = experts.choose(even, tiny.config(**{**SPARSE, "experts": 4, "experts_per_token": 2}))
-    np.testing.assert_allclose(experts.balance_loss(even, choice.experts, jnp.ones(8)), 2.0, rtol=1e-5)
+    np.testing.assert_allclose(experts.balance_loss(even[None], 2, jnp.ones((1, 8))), 2.0, rtol=1e-5)
     one = jnp.tile(jnp.asarray([[50.0, 0.0, 0.0, 0.0]]), (8, 1))
     # Padding does not count.
-    mask, everything = jnp.asarray([1.0] * 6 + [0.0] * 2), one.at[6:].set(even[:2] * 9)
-    np.testing.assert_allclose(experts.balance_loss(everything, jnp.zeros((8, 1), int), mask), 4.0, rtol=1e-5)
+    mask, padded = jnp.asarray([[1.0] * 6 + [0.0] * 2]), one.at[6:].set(9 * even[:2])
+    np.testing.assert_allclose(experts.balance_loss(padded[None], 1, mask), 4.0, rtol=1e-5)
 
 
-# --- decoding ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("remat", [False, True])
+def test_the_balance_loss_reaches_the_router_once_for_each_counted_position(remat):
+    model, params = tiny.decoder(0, **SPARSE, dense_layers=(0,), remat=remat)
+    batch = {
+        "tokens": tiny.prompts(0, 2, 8, 24)[0],
+        "lengths": jnp.asarray([5, 8], jnp.int32),
+        "loss_start": jnp.asarray([2, 3], jnp.int32),
+    }
+    without = objective.Loss(model, None, None, 1.0, 64)
+    balanced = dataclasses.replace(without, balance=0.1)
+    difference = lambda params: balanced(params, None, batch).loss - without(params, None, batch).loss
+    value, gradient = jax.jit(jax.value_and_grad(difference))(params)
+    _, (logits,) = model.routed(params, batch["tokens"])
+    mask = (jnp.arange(8)[None] < batch["lengths"][:, None]).astype(jnp.float32)
+    np.testing.assert_allclose(value, 0.1 * (3 + 5) * experts.balance_loss(logits, 3, mask), rtol=1e-4)
+    assert np.abs(gradient["blocks"][1]["mlp"]["router"]["kernel"]).max() > 1e-4
+    assert balanced.on_all() == without
+
+
+# --- files and refusals --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def pair():
-    return sparse_pair()
+def exported(tmp_path_factory):
+    """A model with four experts, one dense layer and a shared expert, its parameters, and its export."""
+    sparse = {**SPARSE, "experts": 4, "shared_expert_width": 20, "dense_layers": (0,), "family": "qwen2_moe"}
+    model = Decoder(tiny.config(**sparse, attention_bias=True, vocab_size=272))
+    params = model.init(jax.random.key(0))
+    directory = tmp_path_factory.mktemp("experts") / "model"
+    tokenizer = train_byte_bpe(["some words, and some words again\n"] * 20, 270)
+    hub_save.save(directory, model, params, tokenizer, max_shard_bytes=20_000)  # shards end between experts
+    return model, params, directory
 
 
-def sparse_pair():
-    """A target with a dense and a sparse layer, whose kernels are three times the usual size, and its noisy copy."""
-    target, params = tiny.decoder(1, sharpness=2.0, **SPARSE, dense_layers=(0,))
-    params["blocks"] = jax.tree.map(lambda x: 3 * x if x.ndim == 3 else x, params["blocks"])
-    noisy = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape) * x.std(), params)
-    return Pair(target, params, noisy, *tiny.prompts(0, BATCH, SLOTS, VOCAB))
+def test_an_export_has_a_tensor_for_each_expert_and_reads_back(exported):
+    model, params, directory = exported
+    index = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
+    name = "model.layers.1.mlp.experts.3.down_proj.weight"
+    np.testing.assert_array_equal(
+        load_file(directory / index[name])[name], params["blocks"][1]["mlp"]["experts"]["down"]["kernel"][3]
+    )
+    again, read = hub_load.load(directory, param_dtype="float32", compute_dtype="float32")
+    assert again == model
+    jax.tree.map(np.testing.assert_array_equal, read, params)
 
 
-def check(pair, settings, rule):
-    kinds = [("model", 3), ("ngram", 4), ("early_exit", 2)]
-    entries = [(pair.plan(kind, gamma, rule, rule != "coupled"), pair.draft_params, {}) for kind, gamma in kinds]
-    for _ in compare_with_plain(pair, settings, entries, rule):
-        pass
+def test_a_device_reads_its_part_of_its_experts_alone(exported):
+    model, params, directory = exported
+    placed = model.shardings(mesh_of((1, 4, 2)))
+    _, arriving = hub_load.stream(directory, param_dtype="float32", compute_dtype="float32", shardings=placed)
+    seen = 0
+    for parameter in arriving:
+        np.testing.assert_array_equal(parameter.array, hub_load.at(params, parameter.path))
+        if "experts" in parameter.path:
+            seen += 1
+            for shard in parameter.array.addressable_shards:
+                assert parameter.file_bytes[shard.device] == shard.data.nbytes == parameter.array.nbytes // 8
+    assert seen == 3
 
 
-def test_greedy_speculation_equals_greedy_plain_decoding(pair):
-    check(pair, GREEDY, "lossless")
+def test_experts_that_the_mesh_does_not_divide_are_refused_with_the_sizes_that_would_do():
+    model = Decoder(tiny.config(**{**SPARSE, "experts": 6}))
+    with pytest.raises(UserError, match=r'"expert" of size 6 .* mesh.tensor = 4; let that be one of 1, 2, 3, 6'):
+        model.shardings(mesh_of((1, 2, 4)))
 
 
-def test_coupled_speculation_equals_plain_decoding_with_the_same_noise(pair):
-    check(pair, COUPLED[:1], "coupled")
+FIELDS = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_window_layers": 2,
+}
 
 
-def alone_and_together(pair):
-    """Of 8 prompts the texts that each has alone and in a batch of all, speculative and at temperature 1."""
-    plan = pair.plan("model", 3, "lossless", False)
-
-    def texts(rows):
-        texts, lengths = pair.texts[rows], pair.lengths[rows]
-        state = tiny.decode(
-            plan, pair.params, pair.draft_params, texts, lengths, MAX_NEW, indices=rows, adjust=Sampling.of(1.0)
-        )
-        return tiny.texts_of(state)
-
-    rows = np.arange(8)
-    return [texts(rows[i : i + 1])[0] for i in rows], texts(rows)
-
-
-def test_a_rows_text_is_the_same_alone_and_in_a_batch_of_8(pair):
-    alone, together = alone_and_together(pair)
-    assert alone == together
-
-
-def dropping(config, inputs, choice, kernels, **mesh):
-    """The planted fault: an expert computes at most 2 tokens of a call, the others it drops."""
-    chosen = jax.nn.one_hot(choice.experts.reshape(-1), config.experts, dtype=jnp.int32)
-    rank = jnp.sum((jnp.cumsum(chosen, axis=0) - 1) * chosen, axis=1).reshape(choice.experts.shape)
-    kept = Choice(choice.experts, jnp.where(rank < 2, choice.weights, 0))
-    return MIX(config, inputs, kept, kernels, **mesh)
+@pytest.mark.parametrize(
+    "family, field, message",
+    [
+        ("mixtral", {"router_jitter_noise": 0.1}, '"router_jitter_noise" is 0.1'),
+        ("mixtral", {"norm_topk_prob": False}, '"norm_topk_prob" is False'),
+        ("mixtral", {"num_experts_per_tok": 9}, r"experts_per_token \(9\) must be at most experts \(8\)"),
+        ("qwen3_moe", {"scoring_func": "sigmoid"}, "\"scoring_func\" is 'sigmoid'"),
+        ("qwen3_moe", {"n_group": 8}, '"n_group" is 8'),
+        ("qwen3_moe", {"num_experts": 8, "num_local_experts": 4}, '"num_experts" 8 and "num_local_experts" 4'),
+        ("qwen3_moe", {"mlp_only_layers": ["a"]}, '"mlp_only_layers" must be a list of layer numbers'),
+        ("qwen2_moe", {"num_experts": 0}, '"num_experts" must be a positive integer, not 0'),
+        ("qwen2_moe", {"routed_scaling_factor": 2.5}, '"routed_scaling_factor" is 2.5'),
+    ],
+)
+def test_router_fields_that_change_the_arithmetic_are_refused_by_name(family, field, message):
+    with pytest.raises(UserError, match=message):
+        FAMILIES[family].read_config({**FIELDS, **field}, param_dtype="float32", compute_dtype="float32")
 
 
-def twice_normalised(logits, config):
-    """The planted fault: the weights depend on the largest of the batch."""
-    choice = CHOOSE(logits, config)
-    return Choice(choice.experts, choice.weights / jnp.max(choice.weights))
-
-
-MIX, CHOOSE = experts.mix, experts.choose
-FAULTS = {"mix": dropping, "choose": twice_normalised}
-
-
-@pytest.mark.parametrize("function", FAULTS)
-def test_weights_or_drops_that_depend_on_the_batch_change_a_rows_text(function, monkeypatch):
-    jax.clear_caches()
-    monkeypatch.setattr(experts, function, FAULTS[function])
-    alone, together = alone_and_together(sparse_pair())
-    jax.clear_caches()
-    assert alone != together
-
-
-def test_dropped_tokens_break_the_equality_with_plain_decoding(monkeypatch):
-    jax.clear_caches()
-    monkeypatch.setattr(experts, "mix", dropping)
-    with pytest.raises(AssertionError, match="row .* position"):
-        check(sparse_pair(), GREEDY, "lossless")
-    jax.clear_caches()
+def test_dense_layers_are_those_named_and_those_between_the_steps():
+    read = lambda **fields: FAMILIES["qwen3_moe"].read_config(
+        {**FIELDS, **fields}, param_dtype="float32", compute_dtype="float32"
+    )
+    assert read().dense_layers == ()
+    assert read(decoder_sparse_step=2, mlp_only_layers=[1]).dense_layers == (0, 1, 2)

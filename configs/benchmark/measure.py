@@ -18,6 +18,7 @@ from absl import logging
 
 from configs.benchmark import measure_accelerator
 from configs.benchmark.measure_accelerator import random_model
+from configs.benchmark.measure_experts import experts
 from configs.benchmark.measure_loading import loading
 from configs.benchmark.measure_memory import distillation_memory
 from configs.benchmark.measure_transformers import transformers_decoding, transformers_step
@@ -228,6 +229,7 @@ BENCHMARKS: dict[str, Callable[[Any], Iterable[dict]]] = {
     "large_plain": measure_accelerator.large_plain,
     "large_speculative": measure_accelerator.large_speculative,
     "greedy_identity": measure_accelerator.greedy_identity,
+    "experts": experts,
     "on_policy_step": measure_accelerator.on_policy_step,
     "profile": measure_accelerator.profile,
     "transformers_decoding": transformers_decoding,

@@ -156,7 +156,7 @@ def divergence(name: str | Callable, **parameters: Any) -> Divergence | None:
 
 
 # Keys of a config's `loss` section that are no parameters of a divergence.
-_SETTINGS = ("divergence", "refused", "temperature", "chunk", "selected", "reference")
+_SETTINGS = ("divergence", "refused", "temperature", "chunk", "selected", "reference", "balance")
 
 
 def of_config(loss: Any, key: str = "divergence") -> Divergence | None:

@@ -41,6 +41,7 @@ from jaxtyping import Array, Float, Int
 from specjax.distillation import divergences, rollouts
 from specjax.distillation.cached_text import states_name
 from specjax.distillation.divergences import CROSS_ENTROPY, Divergence
+from specjax.models import experts
 from specjax.models.attachment import AttachedDraft, runtime_params
 from specjax.models.language_model import LanguageModel, Params, Prediction, consecutive, fit_logits
 from specjax.runtime import mesh as meshes
@@ -54,7 +55,7 @@ class Sums:
     """Weighted sums over counted positions, float32 scalars; unlike means, they add up across chunks and batches.
 
     Attributes:
-      loss: sum of the divergence or the cross-entropy.
+      loss: sum of the divergence or the cross-entropy, with the load-balancing loss of a sparse draft.
       acceptance: sum of sum_v min(P, Q) at temperature 1; 0 without a target.
       tokens: sum of the weights; for a draft with one prediction this is the number of counted positions.
       outside: sum of the target's probability of ids that a reduced draft lacks; None for other drafts, or if there is
@@ -100,6 +101,7 @@ class Loss:
         those with the largest difference between the losses of draft and reference; 1 is all of them.
       reference: a draft with the same predictions; None if all are selected. The target's parameters are then given as
         `{"target": .., "reference": ..}`.
+      balance: weight, per counted position, of the load-balancing loss of a sparse draft, averaged over its routers.
 
     Raises:
       UserError: for values out of range, for a divergence without a target, and for a reference that does not fit.
@@ -113,6 +115,7 @@ class Loss:
     refused: Divergence | None = None
     selected: float = 1.0
     reference: LanguageModel | None = None
+    balance: float = 0.0
 
     def __post_init__(self):
         if self.divergence is not None and self.target is None:
@@ -126,6 +129,8 @@ class Loss:
             raise UserError(f"loss.temperature is {self.temperature}; it must be above 0")
         if self.chunk < 1:
             raise UserError(f"loss.chunk is {self.chunk}; it must be 1 position or more")
+        if not self.balance >= 0:
+            raise UserError(f"loss.balance is {self.balance}; it must be 0 or more")
         if not 0 < self.selected <= 1:
             raise UserError(f"loss.selected is {self.selected}; it must be above 0, and 1 for all tokens")
         if (self.selected < 1) != (self.reference is not None):
@@ -150,12 +155,12 @@ class Loss:
         """The loss that a config's `loss` section describes."""
         compare = divergences.of_config(config)
         refused = divergences.of_config(config, "refused") if compare is not None else None
-        how = config.temperature, config.chunk, refused, config.selected, reference
+        how = config.temperature, config.chunk, refused, config.selected, reference, config.balance
         return cls(draft, target, compare, *how)
 
     def on_all(self) -> "Loss":
-        """This loss over all counted positions, without a reference, as validation computes it."""
-        return dataclasses.replace(self, selected=1.0, reference=None)
+        """This loss over all counted positions, without a reference or balance, as validation computes it."""
+        return dataclasses.replace(self, selected=1.0, reference=None, balance=0.0)
 
     def __call__(
         self, params: Params, target_params: Params | None, batch: Mapping[str, Array], window: int = 0
@@ -182,8 +187,13 @@ class Loss:
         parts = {"labels": _ahead(jnp.roll(tokens, -1, axis=1), predicts), "weights": weights}
         if refused is not None:
             parts["refused"] = refused
+        balance = None
         with jax.named_scope("draft_trunk"):
-            parts["draft"] = _draft_trunk(self.draft, params, prompts, batch)
+            if self.balance and self.draft.is_sparse:
+                parts["draft"], logits = self.draft.routed(params, tokens)
+                balance = self._balance(logits, batch["lengths"])
+            else:
+                parts["draft"] = _draft_trunk(self.draft, params, prompts, batch)
         if self.reference is not None:
             with jax.named_scope("reference_trunk"):
                 hidden = _draft_trunk(self.reference, reference_params, prompts, batch)
@@ -210,7 +220,14 @@ class Loss:
                 chunks["weights"] = self._selected_weights(params, reference_params, target_params, chunks)
         add = lambda total, part: (total + chunk_sums(params, target_params, part), None)
         with jax.named_scope("heads"):
-            return jax.lax.scan(add, self.zeros(), chunks)[0]
+            sums = jax.lax.scan(add, self.zeros(), chunks)[0]
+        return sums if balance is None else dataclasses.replace(sums, loss=sums.loss + balance * sums.tokens)
+
+    def _balance(self, logits: Sequence[Float[Array, "B T E"]], lengths: Int[Array, "B"]) -> Float[Array, ""]:
+        """The weighted load-balancing loss over all tokens of the texts, prompts included."""
+        mask = (jnp.arange(logits[0].shape[1])[None] < lengths[:, None]).astype(jnp.float32)
+        losses = [experts.balance_loss(each, self.draft.config.experts_per_token, mask) for each in logits]
+        return self.balance * sum(losses) / len(losses)
 
     def zeros(self) -> Sums:
         """The sums over no position."""

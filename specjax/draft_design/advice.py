@@ -23,6 +23,7 @@ from specjax.decoding.sampling import Sampling
 from specjax.draft_design import shapes
 from specjax.evaluation import prediction, throughput
 from specjax.evaluation.engine import Method, Output, decode_all, decode_in_turns, group_size
+from specjax.evaluation.expert_use import ExpertUse
 from specjax.hub.model import Model
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
@@ -140,6 +141,7 @@ class Candidate:
       acceptance: its acceptance by confidence threshold; 0 means no early stop.
       parts: seconds of a block's parts, by batch size and gamma.
       trained: whether the draft exists already.
+      use: how the target's tokens use its experts; None for a dense target.
     """
 
     name: str
@@ -147,24 +149,30 @@ class Candidate:
     acceptance: dict[float, Acceptance]
     parts: dict[tuple[int, int], throughput.PartSeconds]
     trained: bool
+    use: ExpertUse | None = None
 
     def options(self, work: Workload) -> list[dict]:
         """A row of predictions for each batch size and timed gamma, and for each threshold at the largest gamma.
+
+        For a sparse target there is a row for every gamma up to the largest: a verification between two timed ones is
+        interpolated linearly in the number of experts that it uses.
 
         The cost with a threshold is computed from the mean number of drafted tokens. This is right only at batch size
         1, because in a batch a block takes as long as the row that drafts most.
         """
         longest = max(gamma for _, gamma in self.parts)
+        cases = list(self.parts)
+        if self.use is not None:
+            cases = [(size, gamma) for size in work.batch_sizes for gamma in range(1, longest + 1)]
         return [
             self._option(work, size, gamma, threshold, acceptance)
-            for size, gamma in self.parts
+            for size, gamma in cases
             for threshold, acceptance in self.acceptance.items()
             if threshold == 0 or (size == 1 and gamma == longest)
         ]
 
     def _option(self, work: Workload, size: int, gamma: int, threshold: float, acceptance: Acceptance) -> dict:
-        costs = self._costs(size, gamma, acceptance.drafted if threshold else float(gamma))
-        parts = self.parts[size, gamma]
+        costs, parts = self._costs(size, gamma, acceptance.drafted if threshold else float(gamma))
         tokens = acceptance.tokens or (work.max_new_tokens,) * max(len(work.prompts), size)
         texts = np.tile(acceptance.ctar, (len(tokens), 1)) if acceptance.texts is None else acceptance.texts
 
@@ -185,6 +193,7 @@ class Candidate:
             "parameters": self.decoder and shapes.parameters(self.decoder.config),
             "gamma": gamma,
             "threshold": threshold,
+            "experts_in_a_block": self.use and self.use.touched(size * (gamma + 1)),
             "block_efficiency": throughput.emitted(acceptance.ctar, gamma),
             "draft_milliseconds": 1e3 * parts.draft_step,
             "verify_milliseconds": 1e3 * parts.verify,
@@ -201,13 +210,18 @@ class Candidate:
             },
         }
 
-    def _costs(self, size: int, gamma: int, drafted: float) -> throughput.Costs:
-        """The costs of a block in which `drafted` tokens are drafted, interpolated between the timed gammas."""
-        verify = {g: parts.verify + parts.rule for (of, g), parts in self.parts.items() if of == size}
-        verify[0] = self.parts[size, gamma].baseline
-        target = float(np.interp(drafted, sorted(verify), [verify[g] for g in sorted(verify)]))
-        step = self.parts[size, gamma].draft_step * drafted / gamma
-        return throughput.Costs(step, (verify[0], *[target] * gamma))
+    def _costs(self, size: int, gamma: int, drafted: float) -> tuple[throughput.Costs, throughput.PartSeconds]:
+        """The costs of a block in which `drafted` tokens are drafted, interpolated between the timed gammas, and its
+        parts; at an untimed gamma, draft steps and rule are those of the next larger one."""
+        parts = self.parts[size, min(g for of, g in self.parts if of == size and g >= gamma)]
+        verify = {g: each.verify + each.rule for (of, g), each in self.parts.items() if of == size}
+        verify[0] = parts.baseline
+        timed = sorted(verify)
+        tokens = (lambda count: count) if self.use is None else (lambda count: self.use.touched(size * (count + 1)))
+        target = float(np.interp(tokens(drafted), [tokens(g) for g in timed], [verify[g] for g in timed]))
+        if (size, gamma) not in self.parts:
+            parts = dataclasses.replace(parts, verify=target - parts.rule)
+        return throughput.Costs(parts.draft_step * drafted / gamma, (verify[0], *[target] * gamma)), parts
 
 
 def recommend(rows: Sequence[dict]) -> dict:

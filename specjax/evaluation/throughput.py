@@ -10,7 +10,7 @@ which is approximate, and exact if all positions have the same acceptance.
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -74,15 +74,23 @@ class Costs:
         return gamma * self.draft_step + self.verify[gamma] + self.rule + (gamma + 1) * self.shared
 
 
-def interpolated(measured: Mapping[int, float], longest: int) -> tuple[float, ...]:
-    """Seconds at 0 .. longest drafted tokens, interpolated linearly, or extrapolated beyond the last measured one."""
+def interpolated(
+    measured: Mapping[int, float], longest: int, size: Callable[[int], float] = float
+) -> tuple[float, ...]:
+    """Seconds at 0 .. longest drafted tokens, interpolated linearly, or extrapolated beyond the last measured one.
+
+    Args:
+      size: function from drafted tokens to the quantity in which the seconds are linear. For a sparse target it is the
+        number of experts that the block uses (`expert_use.ExpertUse`), which grows ever more slowly.
+    """
     at = sorted(measured)
     if at[0] != 0 or len(at) < 2:
         raise ValueError(f"seconds are needed at 0 drafted tokens and at one more number, not at {at}")
     known = [measured[k] for k in at]
-    slope = (known[-1] - known[-2]) / (at[-1] - at[-2])
-    inside = np.interp(np.arange(longest + 1), at, known)
-    return tuple(float(x) + slope * max(k - at[-1], 0) for k, x in enumerate(inside))
+    sizes, last = [size(k) for k in at], size(at[-1])
+    slope = (known[-1] - known[-2]) / (last - sizes[-2])
+    inside = np.interp([size(k) for k in range(longest + 1)], sizes, known)
+    return tuple(float(x) + slope * max(size(k) - last, 0) for k, x in enumerate(inside))
 
 
 def throughput(ctar: Sequence[float], costs: Costs, gamma: int) -> float:

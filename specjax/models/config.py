@@ -60,9 +60,6 @@ class DecoderConfig:
       experts_per_token: number of experts that compute each token.
       expert_width: inner width of an expert; `mlp_width` is that of dense layers.
       normalised_experts: whether the weights of a token's experts sum to 1.
-      swiglu_limit: if not 0, experts have gpt-oss's clamped SwiGLU: `g * sigmoid(swiglu_alpha * g) * (u + 1)`, where g
-        is the gate, at most this limit, and u is clipped to +- this limit.
-      swiglu_alpha: see `swiglu_limit`.
       shared_expert_width: inner width of an expert that computes every token (qwen2_moe); 0 for none.
       dense_layers: layers with a dense MLP in a model with experts.
       draft_vocabulary: of a draft, the only ids that its head has; None for all. The embedding has all ids.
@@ -110,8 +107,6 @@ class DecoderConfig:
     experts_per_token: int = 0
     expert_width: int = 0
     normalised_experts: bool = True
-    swiglu_limit: float = 0.0
-    swiglu_alpha: float = 1.0
     shared_expert_width: int = 0
     dense_layers: tuple[int, ...] = ()
     draft_vocabulary: DraftVocabulary | None = None
@@ -141,7 +136,9 @@ class DecoderConfig:
 
     def _check_experts(self) -> None:
         if not 1 <= self.experts_per_token <= self.experts:
-            raise ValueError(f"a token cannot use {self.experts_per_token} of {self.experts} experts")
+            raise ValueError(
+                f"experts_per_token ({self.experts_per_token}) must be at most experts ({self.experts}) and at least 1"
+            )
         if self.expert_width < 1:
             raise ValueError(f"expert_width must be at least 1, not {self.expert_width}")
         if not self.gated_mlp:

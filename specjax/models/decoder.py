@@ -12,7 +12,7 @@ from jaxtyping import Array, Int
 from specjax.models import kv_cache, layers
 from specjax.models.block import Block
 from specjax.models.config import DecoderConfig
-from specjax.models.language_model import LanguageModel, Params, look_up
+from specjax.models.language_model import LanguageModel, Params, consecutive, look_up
 from specjax.models.rotary import angles, text_lengths
 from specjax.models.vocabulary import DraftVocabulary
 from specjax.runtime import mesh as meshes
@@ -53,7 +53,7 @@ class DecoderModule(nnx.Module):
             hidden = hidden + self.positions[...][positions + config.position_offset].astype(dtype)
         return hidden
 
-    def extend(self, cache, inputs, positions, mask, lo, hi):
+    def extend(self, cache, inputs, positions, mask, lo, hi, routed=None):
         config = self.config
         hidden = self.embed(inputs, positions) if jnp.issubdtype(inputs.dtype, jnp.integer) else inputs
         if cache is None:
@@ -70,9 +70,11 @@ class DecoderModule(nnx.Module):
             rotation = local if local is not None and config.window(layer) else everywhere
             rotation = rotation if config.uses_rotary(layer) else None
             with jax.named_scope(f"layer_{layer}"):
-                block = layers.recomputed(self.blocks[layer], config.remat and cache is None)
-                hidden, keys, values = block(hidden, rotation, positions, mask, keys, values)
+                block = layers.recomputed(_returning_logits(self.blocks[layer]), config.remat and cache is None)
+                hidden, keys, values, logits = block(hidden, rotation, positions, mask, keys, values)
                 hidden = pin(hidden)
+            if routed is not None:
+                routed += logits
             if cache is not None:
                 cache = cache.with_layer(layer, keys, values).metered(1, hidden.shape[1])
         return hidden, cache
@@ -98,6 +100,16 @@ class DecoderModule(nnx.Module):
         return logits
 
 
+def _returning_logits(block):
+    """The block with a fourth result, the logits of its router in a list: empty for a dense layer."""
+
+    def run(*inputs):
+        logits = []
+        return *block(*inputs, routed=logits), logits
+
+    return run
+
+
 @dataclasses.dataclass(frozen=True)
 class Decoder(LanguageModel):
     """A decoder-only language model."""
@@ -108,6 +120,16 @@ class Decoder(LanguageModel):
     @property
     def vocabulary(self) -> DraftVocabulary | None:
         return self.config.draft_vocabulary
+
+    @property
+    def is_sparse(self) -> bool:
+        return any(map(self.config.is_sparse, range(self.config.layers)))
+
+    def routed(self, params, tokens):
+        logits = []
+        positions = consecutive(tokens)
+        hidden, _ = self.bind(params).extend(None, tokens, positions, None, 0, self.config.layers, logits)
+        return hidden, logits
 
     def reduced(self, vocabulary):
         if vocabulary is None:

@@ -3,6 +3,7 @@
 No token is dropped and no expert has a capacity, so a row's output does not depend on the rest of the batch.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -24,6 +25,8 @@ Multiply = Callable[[str, jax.Array], jax.Array]
 
 # On GPU, up to this many times as many pairs of token and expert as there are experts, each pair reads its own kernels.
 _FEW_PAIRS = 4
+# On TPU, from this many pairs for each expert on, `ragged_dot` is worth the copy of all kernels that it begins with.
+_MANY_PAIRS = 64
 # The most rows in a tile: a larger one reads no fewer kernels, but has more unused rows.
 _TILE = 128
 
@@ -48,7 +51,7 @@ def choose(logits: Float[Array, "N E"], config: DecoderConfig) -> Choice:
     return Choice(experts, jnp.exp(top - total))
 
 
-def balance_loss(logits: Float[Array, "N E"], experts: Int[Array, "N k"], mask: Float[Array, "N"]) -> Float[Array, ""]:
+def balance_loss(logits: Float[Array, "B T E"], per_token: int, mask: Float[Array, "B T"]) -> Float[Array, ""]:
     """Load-balancing loss: E times the sum over experts of (share of tokens that chose it) * (its mean probability).
 
     It is k if all experts are used equally. Source: Switch Transformer (arXiv 2101.03961), equations 4 to 6.
@@ -56,9 +59,10 @@ def balance_loss(logits: Float[Array, "N E"], experts: Int[Array, "N k"], mask: 
     Args:
       mask: 1 for tokens that count, 0 for padding.
     """
-    count, rows = logits.shape[-1], jnp.maximum(mask.sum(), 1)
-    chosen = jnp.sum(jax.nn.one_hot(experts, count) * mask[:, None, None], axis=(0, 1)) / rows
-    probability = jnp.sum(jax.nn.softmax(logits) * mask[:, None], axis=0) / rows
+    count, mask, rows = logits.shape[-1], mask[..., None], jnp.maximum(mask.sum(), 1)
+    experts = jax.lax.top_k(logits, per_token)[1]
+    chosen = jnp.sum(jax.nn.one_hot(experts, count).sum(-2) * mask, axis=(0, 1)) / rows
+    probability = jnp.sum(jax.nn.softmax(logits) * mask, axis=(0, 1)) / rows
     return count * jnp.sum(chosen * probability)
 
 
@@ -98,15 +102,18 @@ class ExpertMLP(nnx.Module):
         linear = functools.partial(
             layers.Linear, config.width, axes=("embed", None), scale=config.width**-0.5, dtype=config.param_dtype
         )
-        self.router = linear(config.experts, rngs=rngs, bias=config.mlp_bias)
+        self.router = linear(config.experts, rngs=rngs)
         self.experts = Experts(config, rngs)
         self.shared = layers.MLP(config, rngs, config.shared_expert_width) if config.shared_expert_width else None
         self.shared_gate = linear(1, rngs=rngs) if config.shared_expert_width else None
         self.config = config
 
-    def __call__(self, inputs: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, inputs: Float[Array, "B T D"], routed: list | None = None) -> Float[Array, "B T D"]:
+        """The outputs; appends the router's logits [B, T, E] to `routed`."""
         with jax.named_scope("router"):
             logits = self.router(inputs, jnp.float32)
+            if routed is not None:
+                routed.append(logits)
             choice = choose(logits.reshape(-1, self.config.experts), self.config)
             choice = Choice(*(x.reshape(*inputs.shape[:2], -1) for x in choice))
         with jax.named_scope("experts"):
@@ -126,89 +133,99 @@ def make_mlp(config: DecoderConfig, layer: int, rngs: nnx.Rngs) -> layers.MLP | 
 
 def expert_mlp(config: DecoderConfig, multiply: Multiply, rows: Float[Array, "R D"]) -> Float[Array, "R D"]:
     """The formula of one expert's MLP; `multiply` has that expert's kernels."""
-    gate, up = multiply("gate", rows), multiply("up", rows)
-    if not config.swiglu_limit:
-        return multiply("down", layers.ACTIVATIONS[config.activation](gate) * up)
-    gate, up = jnp.minimum(gate, config.swiglu_limit), jnp.clip(up, -config.swiglu_limit, config.swiglu_limit)
-    return multiply("down", gate * jax.nn.sigmoid(config.swiglu_alpha * gate) * (up + 1))
+    return multiply("down", layers.ACTIVATIONS[config.activation](multiply("gate", rows)) * multiply("up", rows))
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """How the kernels are split over a mesh within `shard_map`.
+
+    Attributes:
+      over: mesh axis that splits the experts; None if every device has all.
+      part: mesh axis that splits the axis of size D; None if every device has all of it.
+    """
+
+    over: str | None = None
+    part: str | None = None
+
+    def summed(self, x: jax.Array) -> jax.Array:
+        """Sums over D, of which each device has a part."""
+        return jax.lax.psum(x, self.part) if self.part else x
+
+    def agreed(self, count: jax.Array) -> jax.Array:
+        """The largest of the devices' trip counts, because the devices communicate in the loop."""
+        return jax.lax.pmax(count, (self.over, self.part)) if self.over and self.part else count
 
 
 def mix(
-    config: DecoderConfig,
-    inputs: Float[Array, "B T D"],
-    choice: Choice,
-    kernels: Kernels,
-    *,
-    first: int | Int[Array, ""] = 0,
-    reduced: Callable[[jax.Array], jax.Array] = lambda x: x,
+    config: DecoderConfig, inputs: Float[Array, "B T D"], choice: Choice, kernels: Kernels, *, split: Split = Split()
 ) -> Float[Array, "B T D"]:
-    """The weighted sum of the outputs of the chosen experts.
+    """The weighted sum of the outputs of the chosen experts among those in `kernels`.
 
-    On CPU, a loop over tiles of tokens with the same expert reads each chosen expert once. `ragged_dot` took 20 times
-    as long, because XLA multiplies there by all experts; on TPU it is a kernel that reads only the chosen ones.
-
-    Args:
-      first: number of the first expert in `kernels`; other experts than those in `kernels` contribute 0.
-      reduced: applied to the sums over D, of which each device may hold a part.
+    A loop over tiles of tokens with the same expert reads each chosen expert once. On CPU this takes the time of
+    reading their bytes; `ragged_dot`, which multiplies by all experts there, took 20 to 100 times as long. On TPU
+    `ragged_dot` is a kernel of the compiler's, which first transposes all kernels. On GPU each step of a loop costs
+    several launches, so few tokens gather their kernels instead.
     """
     count, per_token = jax.tree.leaves(kernels)[0].shape[0], config.experts_per_token
     rows = inputs.reshape(-1, inputs.shape[-1])
+    first = jax.lax.axis_index(split.over) * count if split.over else 0
     pairs = choice.experts.reshape(-1) - first
     pairs = jnp.where((pairs >= 0) & (pairs < count), pairs, count)  # experts of other devices come last
     if meshes.platform() == "gpu" and len(pairs) <= _FEW_PAIRS * count:
-        outputs = _gathered(config, jnp.repeat(rows, per_token, axis=0), pairs, kernels, reduced)
+        outputs = _gathered(config, split, jnp.repeat(rows, per_token, axis=0), pairs, kernels)
     else:
         order = jnp.argsort(pairs, stable=True)
-        by_expert = rows[order // per_token]
-        counts = jnp.sum(pairs[:, None] == jnp.arange(count)[None], axis=0, dtype=jnp.int32)  # no scatter, as bincount
-        if meshes.platform() == "tpu":
-            outputs = _ragged(config, by_expert, pairs[order], counts, kernels, reduced)
+        by_expert, counts = rows[order // per_token], jnp.bincount(pairs, length=count + 1)[:count].astype(jnp.int32)
+        if meshes.platform() == "tpu" and len(pairs) >= _MANY_PAIRS * count:
+            outputs = _ragged(config, split, by_expert, counts, kernels)
         else:
-            body = functools.partial(_one_expert, config, reduced)
-            outputs = _by_tiles(body, _tile(len(rows), per_token, count), by_expert, counts, kernels)
+            size = tile_size(len(rows), per_token, count)
+            outputs = _by_tiles(config, split, size, by_expert, counts, kernels)
         outputs = outputs[jnp.argsort(order)]
     weighted = outputs.reshape(len(rows), per_token, -1) * choice.weights.reshape(len(rows), per_token, 1)
     return weighted.sum(1).astype(inputs.dtype).reshape(*inputs.shape[:2], -1)
 
 
-def _one_expert(config, reduced, rows, kernels):
+def _one_expert(config, split, rows, kernels):
     """`expert_mlp` with one expert's kernels `[O, I]`."""
 
     def multiply(name, rows):
         outputs = layers.product(rows[None], kernels[name]["kernel"], rows.dtype)[0]
-        return _finished(name, outputs, reduced, kernels[name].get("bias"))
+        return _finished(name, outputs, split, kernels[name].get("bias"))
 
     return expert_mlp(config, multiply, rows)
 
 
-def _ragged(config, rows, experts, counts, kernels, reduced):
-    """`expert_mlp` of rows sorted by their `experts`, with XLA's grouped product."""
+def _ragged(config, split, rows, counts, kernels):
+    """`expert_mlp` of rows sorted by expert, with XLA's grouped product."""
     contracting = jax.lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0])
+    expert = jnp.repeat(jnp.arange(len(counts)), counts, total_repeat_length=len(rows))
 
     def multiply(name, rows):
         kernel, bias = kernels[name]["kernel"].astype(rows.dtype), kernels[name].get("bias")
         outputs = jax.lax.ragged_dot_general(rows, kernel, counts, contracting)
-        return _finished(name, outputs, reduced, None if bias is None else bias.at[experts].get(mode="clip"))
+        return _finished(name, outputs, split, None if bias is None else bias[expert])
 
     return jnp.where((jnp.arange(len(rows)) < counts.sum())[:, None], expert_mlp(config, multiply, rows), 0)
 
 
-def _gathered(config, rows, experts, kernels, reduced):
+def _gathered(config, split, rows, experts, kernels):
     """`expert_mlp` with each row's own kernels. A sum of products, because XLA on GPU fuses the gather into that."""
 
     def multiply(name, rows):
         kernel, bias = kernels[name]["kernel"].at[experts].get(mode="clip"), kernels[name].get("bias")
         products = kernel.astype(jnp.float32) * rows[:, None].astype(jnp.float32)
         outputs = products.sum(-1).astype(rows.dtype)
-        return _finished(name, outputs, reduced, None if bias is None else bias.at[experts].get(mode="clip"))
+        return _finished(name, outputs, split, None if bias is None else bias.at[experts].get(mode="clip"))
 
     known = experts < jax.tree.leaves(kernels)[0].shape[0]
     return jnp.where(known[:, None], expert_mlp(config, multiply, rows), 0)
 
 
-def _finished(name, outputs, reduced, bias):
+def _finished(name, outputs, split, bias):
     """A product's outputs, summed over the devices that each have a part of the inputs, with the bias."""
-    outputs = outputs if name == "down" else reduced(outputs)
+    outputs = outputs if name == "down" else split.summed(outputs)
     if bias is None:
         return outputs
     return outputs + (bias if bias.ndim == 2 else bias[None]).astype(outputs.dtype)
@@ -217,7 +234,7 @@ def _finished(name, outputs, reduced, bias):
 # --- a loop over tiles ---------------------------------------------------------------------------------------------
 
 
-def _tile(rows: int, per_token: int, count: int) -> int:
+def tile_size(rows: int, per_token: int, count: int) -> int:
     """The number of rows in a tile: about twice an expert's average, because a second tile reads the kernels again."""
     if rows == 1:
         return 1
@@ -225,7 +242,7 @@ def _tile(rows: int, per_token: int, count: int) -> int:
     return min(max(4, 1 << (2 * average - 1).bit_length()), _TILE)
 
 
-def _tiles(counts: Int[Array, "E"], size: int, num_rows: int):
+def _tiles(counts: Int[Array, "E"], size: int, num_rows: int, split: Split):
     """The number of tiles, and a function from a tile's index to its expert, its first row and its expert's last row.
 
     Tiles are in the order of their rows. Rows after the expert's last belong to the next one, whose tiles replace what
@@ -241,8 +258,9 @@ def _tiles(counts: Int[Array, "E"], size: int, num_rows: int):
         return expert, start, ends[expert]
 
     # On GPU, a loop of unknown length makes the host wait in each step.
-    total = min(num_rows, len(counts)) + num_rows // size if meshes.platform() == "gpu" else through[-1]
-    return total, place
+    if meshes.platform() == "gpu":
+        return min(num_rows, len(counts)) + num_rows // size, place
+    return split.agreed(through[-1]), place
 
 
 _slice, _put = jax.lax.dynamic_slice_in_dim, jax.lax.dynamic_update_slice_in_dim
@@ -252,11 +270,11 @@ def _kernels_of(kernels: Any, expert: Int[Array, ""]) -> Any:
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, expert, keepdims=False), kernels)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _by_tiles(body, size, rows, counts, kernels):
-    """`body(rows, kernels of their expert)` for rows sorted by expert; 0 for rows after those in `counts`."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _by_tiles(config, split, size, rows, counts, kernels):
+    """`expert_mlp` for rows sorted by expert; 0 for rows after those in `counts`."""
     (num_rows, width), padded = rows.shape, jnp.pad(rows, ((0, size), (0, 0)))
-    total, place = _tiles(counts, size, num_rows)
+    body, (total, place) = functools.partial(_one_expert, config, split), _tiles(counts, size, num_rows, split)
 
     def step(index, outputs):
         expert, start, _ = place(index)
@@ -267,11 +285,12 @@ def _by_tiles(body, size, rows, counts, kernels):
     return jnp.where((jnp.arange(num_rows) < counts.sum())[:, None], outputs, 0)
 
 
-def _by_tiles_backward(body, size, saved, gradient):
+def _by_tiles_backward(config, split, size, saved, gradient):
     """Computes each tile again, and adds its gradient to that of its expert."""
     rows, counts, kernels = saved
     rows, gradient = (jnp.pad(x, ((0, size), (0, 0))) for x in (rows, gradient))
-    total, place = _tiles(counts, size, len(rows) - size)
+    total, place = _tiles(counts, size, len(rows) - size, split)
+    body = functools.partial(_one_expert, config, split)
 
     def step(index, sums):
         expert, start, end = place(index)
@@ -287,7 +306,7 @@ def _by_tiles_backward(body, size, saved, gradient):
     return to_rows, None, jax.tree.map(lambda sum_, x: sum_.astype(x.dtype), to_kernels, kernels)
 
 
-_by_tiles.defvjp(lambda *call: (_by_tiles(*call), call[2:]), _by_tiles_backward)
+_by_tiles.defvjp(lambda *call: (_by_tiles(*call), call[3:]), _by_tiles_backward)
 
 
 # --- several devices -----------------------------------------------------------------------------------------------
@@ -319,10 +338,10 @@ def _on_mesh(run: Callable[..., jax.Array], inputs: jax.Array, choice: Choice, k
         name: {kind: specs["down" if name == "down" else "gate"][kind] for kind in kernels[name]} for name in kernels
     }
 
+    split = Split(over, part)
+
     def local(inputs, choice, kernels):
-        first = 0 if over is None else jax.lax.axis_index(over) * kernels["gate"]["kernel"].shape[0]
-        reduced = (lambda x: jax.lax.psum(x, part)) if part else lambda x: x
-        outputs = run(inputs, choice, kernels, first=first, reduced=reduced)
+        outputs = run(inputs, choice, kernels, split=split)
         return jax.lax.psum(outputs, over) if over else outputs
 
     activations = jax.P(rows, None, part)

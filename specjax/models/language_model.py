@@ -231,6 +231,17 @@ class LanguageModel(Network):
         lo, hi = layers if layers is not None else (0, self.config.layers)
         return self.bind(params).extend(cache, inputs, positions, mask, lo, hi)
 
+    @property
+    def is_sparse(self) -> bool:
+        """Whether this model has routers of its own, whose use of experts training should balance."""
+        return False
+
+    def routed(
+        self, params: Params, tokens: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B T D"], list[Float[Array, "B T E"]]]:
+        """`extend` of whole texts without a cache, of a sparse model: hidden states, and each router's logits."""
+        raise NotImplementedError
+
     def head(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Final norm and output projection: float32 logits, -inf for ids that a reduced head lacks."""
         return fit_logits(self.bind(params).head(hidden), self.vocab_size)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,7 +15,8 @@ from specjax.decoding import loop, prefill
 from specjax.decoding.plan import Plan
 from specjax.distillation import data_sources, recipes, settings, trainer, update
 from specjax.distillation.steps import TrainingFunctions, make_functions
-from specjax.evaluation import cases
+from specjax.evaluation import cases, expert_use
+from specjax.models import experts
 from specjax.models.attachment import runtime_params
 from specjax.models.language_model import LanguageModel, Network
 from specjax.planning import hlo
@@ -28,7 +30,8 @@ from specjax.runtime.mesh import AnyMesh
 _EOS = (0,)
 # Names of executables, usually in descending order of compile time.
 LONGEST_FIRST = ("decode block", "update", "prefill", "draft text")
-# The source of the loop over the chunks of prompts.
+# The source of a loop over tiles of tokens that use the same expert, and of the loop over the chunks of prompts.
+_EXPERT_LOOP = re.compile(r"/experts\b.*while$")
 _PREFILL_LOOP = re.compile(r"compiled_prefill\)/while$")
 
 
@@ -59,6 +62,40 @@ def matrices(*trees: Any) -> frozenset[tuple[int, ...]]:
     """Unsharded shapes of the matrices in these trees that are sharded over the mesh."""
     leaves = [x for x in jax.tree.leaves(trees) if x.ndim > 1]
     return frozenset(x.shape for x in leaves if x.sharding.shard_shape(x.shape) != x.shape)
+
+
+def expert_trips(model: LanguageModel, tokens: float, num_shards: int) -> int:
+    """Trip count of a device's loop over experts: the expected number of its experts that these tokens use.
+
+    Every expert is assumed to be equally probable, and those used to have one tile each unless that is full on average.
+
+    Args:
+      tokens: number of tokens of a call that one device computes.
+      num_shards: number of parts into which the mesh splits the experts.
+    """
+    use = expert_use.uniform(model)
+    if use is None:
+        return 1
+    count, per_token = model.config.experts // num_shards, model.config.experts_per_token
+    size = experts.tile_size(max(round(tokens), 1), per_token, count)
+    tiles = math.ceil(tokens * per_token / model.config.experts / size)
+    return max(round(use.touched(tokens) / num_shards), 1) * tiles
+
+
+def with_experts(model: LanguageModel, mesh: AnyMesh, tokens: Callable[[str], float], others: hlo.TripCounts):
+    """Trip counts of the loops over a model's experts, and `others` for other loops.
+
+    Args:
+      tokens: function from the op_name of a loop to the number of tokens of one call, over all devices.
+    """
+    split = mesh.shape["tensor"]
+
+    def trip_counts(source: str) -> int | None:
+        if not _EXPERT_LOOP.search(source):
+            return others(source)
+        return expert_trips(model, tokens(source) / mesh.shape["data"], split)
+
+    return trip_counts
 
 
 # --- training
@@ -149,7 +186,8 @@ def training_executables(stage: TrainingStage) -> Iterator[Executable]:
         slots = author.text_slots(stage.prompt_slots) + data.generation.max_new_tokens
         width = max(width, slots) if fractions[data_sources.FIXED] else slots
         lower = functools.partial(stage.steps.generate.lower, params, *prompts, author)
-        yield Executable(f"{source} text", lower, trip_counts=trip_counts, **shared)
+        counts = with_experts(author, mesh, lambda _: batch_size, trip_counts)
+        yield Executable(f"{source} text", lower, trip_counts=counts, **shared)
     if fractions[data_sources.ASSISTED]:
         slots = stage.target.text_slots(stage.prompt_slots) + data.generation.max_new_tokens
         width, batch_size = max(width, slots), batch_size * (1 + stage.config.rollouts.replays)
@@ -162,7 +200,10 @@ def training_executables(stage: TrainingStage) -> Iterator[Executable]:
     if stage.draft.is_encoder_decoder:
         text["sources"] = rows(mesh, batch_size, stage.prompt_slots)
     teacher = stage.teacher if stage.steps.needs_teacher else None
-    yield Executable("update", functools.partial(stage.steps.update.lower, stage.state, teacher, text), **shared)
+    sparse = stage.draft if stage.target is None or stage.draft.is_sparse else stage.target
+    counts = with_experts(sparse, mesh, lambda _: batch_size * width / mesh.shape["fsdp"], hlo.unknown)
+    lower = functools.partial(stage.steps.update.lower, stage.state, teacher, text)
+    yield Executable("update", lower, trip_counts=counts, **shared)
 
 
 def _chunks(prompt: int, plan: Plan) -> int:
@@ -297,6 +338,8 @@ def decoding_executables(decoding: DecodingStage) -> Iterator[Executable]:
     weights = matrices(decoding.params, decoding.draft_params)
     shared = dict(resident=decoding.resident_on(decoding.mesh), weights=weights)
     chunks = lambda source: _chunks(decoding.longest, decoding.plan) if _PREFILL_LOOP.search(source) else None
+    target, plan = decoding.plan.target, decoding.plan
+    chunks = with_experts(target, decoding.mesh, lambda _: decoding.batch * plan.chunk, chunks)
     yield Executable("prefill", decoding.lower_prefill, trip_counts=chunks, creates=("cache",), **shared)
 
     def trip_counts(source: str) -> int | None:
@@ -305,6 +348,6 @@ def decoding_executables(decoding: DecodingStage) -> Iterator[Executable]:
             return decoding.plan.gamma - 1  # the first token is drafted before the loop
         return hlo.ONE_OF_THEM if source.endswith("/verify/while") else None
 
-    yield Executable(
-        "decode block", decoding.lower_loop, trip_counts=trip_counts, loop="jit(compiled_run)/while", **shared
-    )
+    tokens = lambda source: decoding.batch * (plan.gamma + 1 if "/verify/" in source else 1)
+    counts = with_experts(target, decoding.mesh, tokens, trip_counts)
+    yield Executable("decode block", decoding.lower_loop, trip_counts=counts, loop="jit(compiled_run)/while", **shared)

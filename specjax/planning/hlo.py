@@ -269,6 +269,11 @@ def _stride(body: Computation, index: int) -> int:
 def _flops(line: Instruction, part: Computation) -> float:
     """Operations of a matrix product, two for each multiplication; TPUs write it as a convolution."""
     shapes = [part[name].arrays[0].shape for name in line.operands if name in part and part[name].arrays]
+    if line.op == "custom-call" and line.name.startswith("ragged-dot") and line.arrays:
+        # The TPU compiler's product of rows [R, I], sorted by group, with kernels [E, I, O], or the gradient of these.
+        shapes.append(line.arrays[0].shape)
+        kernels, rows = ([shape for shape in shapes if len(shape) == dims] for dims in (3, 2))
+        return 2.0 * rows[0][0] * math.prod(kernels[0][1:]) if kernels and rows else 0.0
     if line.op not in ("dot", "convolution") or len(shapes) < 2:
         return 0.0
     left, right, result = shapes[0], shapes[1], line.arrays[0].shape
