@@ -160,7 +160,9 @@ def test_a_reduced_vocabulary_changes_no_token(pair, kind, rule, settings):
 @pytest.mark.parametrize("rule, settings", [("lossless", GREEDY), ("coupled", COUPLED)])
 def test_every_gamma_equals_plain_decoding(pair, kind, rule, settings):
     gammas = (4,) if kind in SHARING else (1, 2, 3, 4, 5)
-    check_against_plain(pair, settings, [(kind, gamma, False) for gamma in gammas], rule)
+    check_against_plain(pair, settings[:1], [(kind, gamma, False) for gamma in gammas], rule)
+    # Distributions are cut before a draft of any length is compared with them, so one length tries each cut.
+    check_against_plain(pair, settings[1:], [(kind, 4, False)], rule)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import flags
 import forked
 import pytest
 import tiny
+from ml_collections import ConfigDict
 
 from specjax import api, main
 from specjax.hub.tokenizer import train_byte_bpe
@@ -16,7 +17,13 @@ from specjax.runtime import config as configs
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = [path for path in sorted((ROOT / "configs").rglob("*.py")) if "def get_config(variant" in path.read_text()]
-RUNS = [f"{path.relative_to(ROOT)}:smoke" for path in CONFIGS]
+# Configs whose smoke run is that of another one, but for the name of a task, which tests/test_tasks.py reads.
+SAME = {
+    "configs/kangaroo/vicuna_13b.py": "configs/kangaroo/vicuna_7b.py",
+    "configs/kangaroo/llama3_8b.py": "configs/kangaroo/vicuna_7b.py",
+    "configs/distillspec/wmt.py": "configs/distillspec/cnndm.py",
+}
+RUNS = [f"{name}:smoke" for name in (str(path.relative_to(ROOT)) for path in CONFIGS) if name not in SAME]
 RUNS += ["configs/distill.py:new-smoke", "configs/evaluate.py:ngram-smoke", "configs/adapter.py:medusa-smoke"]
 RUNS += ["configs/adapter.py:eagle3-smoke", "configs/adapter.py:block_parallel-smoke"]
 
@@ -73,7 +80,7 @@ def models(tmp_path_factory):
         "configs/advise.py": (
             pair[0],
             f"--config.drafts={home}/draft,ngram",
-            "--config.batch_sizes=1,2",
+            "--config.batch_sizes=2",
             "--config.check=True",
         ),
         "configs/draft_design/build.py": (pair[0],),
@@ -110,6 +117,18 @@ def arguments(config, workdir, *overrides):
 def sections(config, workdir):
     """(section, its folder) of each stage, or of the config where it has no stages."""
     return [(config[name], workdir / name) for name in config.stages] if "stages" in config else [(config, workdir)]
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_a_config_without_a_smoke_run_of_its_own_differs_from_one_with_it_in_the_task_alone(name):
+    compared = []
+    for each in (name, SAME[name]):
+        config = configs.load(f"{ROOT}/{each}:smoke").copy_and_resolve_references()
+        for section in (config, *(value for value in config.values() if isinstance(value, ConfigDict))):
+            if "task" in section:
+                section.task.name = ""
+        compared.append(config.to_dict())
+    assert compared[0] == compared[1] and f"{SAME[name]}:smoke" in RUNS
 
 
 @pytest.mark.slow
