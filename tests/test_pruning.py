@@ -132,6 +132,19 @@ def test_a_pruned_model_is_exported_in_its_familys_layout_and_read_back(family, 
     np.testing.assert_allclose(loaded.logits(tokens), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("joint", [False, True])
+def test_gains_of_heads_are_cut_with_the_heads_that_they_are_of(stated, joint):
+    """Of one head all channels have one gain; of heads that are normalised together each channel has its own."""
+    model = Decoder(tiny.config(layers=3, heads=4, kv_heads=2, head_size=4, qk_norm=True, joint_qk_norm=joint))
+    counted = lambda x: jnp.arange(x.size, dtype=x.dtype).reshape(x.shape)
+    shape = dataclasses.replace(model.config, heads=2, kv_heads=1)
+    pruned, params = pruning.prune(model, jax.tree.map(counted, model.abstract_params()), shape, stated)
+    jax.tree.map(lambda x, expected: np.testing.assert_equal(x.shape, expected.shape), params, pruned.abstract_params())
+    kept = int(np.argmax(stated.heads[0].reshape(2, 2).sum(1)))
+    expected = 8 * kept + np.arange(8) if joint else np.arange(4)
+    np.testing.assert_array_equal(params["blocks"][0]["attention"]["query_norm"]["scale"], expected)
+
+
 def test_what_pruning_cannot_do_is_refused(source, stated):
     model, params = source
     cut = lambda **changes: pruning.prune(model, params, dataclasses.replace(model.config, **changes), stated)
@@ -143,3 +156,6 @@ def test_what_pruning_cannot_do_is_refused(source, stated):
         cut(norm_epsilon=1e-3, layers=2)
     with pytest.raises(UserError, match="there is no calibration text"):
         pruning.importance(model, params, [])
+    for changes in ({"attention_sinks": True}, {"experts": 4, "experts_per_token": 2, "expert_width": 8}):
+        with pytest.raises(UserError, match="with experts or attention sinks cannot be pruned"):
+            pruning.importance(Decoder(dataclasses.replace(model.config, **changes)), params, [])

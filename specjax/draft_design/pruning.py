@@ -64,10 +64,12 @@ def importance(
       texts: batches of right-padded tokens and their lengths; padding does not count.
 
     Raises:
-      UserError: for an encoder-decoder, or without any text.
+      UserError: for an encoder-decoder, a model with experts or attention sinks, or without any text.
     """
     if not isinstance(model, Decoder):
         raise UserError("only decoder-only models can be pruned; train an encoder-decoder draft from scratch")
+    if model.config.experts or model.config.attention_sinks:
+        raise UserError("a model with experts or attention sinks cannot be pruned; take a dense one with its tokens")
     if not texts:
         raise UserError("there is no calibration text; set calibration.batches to at least 1")
     sums = [_sums(model, params, jnp.asarray(tokens), jnp.asarray(lengths)) for tokens, lengths in texts]
