@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 import toy_tokenizers
 from helpers import bits, change_tensors
 from safetensors.numpy import load_file, save_file
 
+from specjax.hub import adapter as hub_adapter
 from specjax.hub import load as hub_load
 from specjax.hub.load import load
 from specjax.hub.model import Model, check_pair
@@ -484,3 +486,12 @@ def test_shards_named_by_an_index_are_read_together(copy, exported):
     index.write_text(json.dumps({"weight_map": {"lm_head.weight": "../elsewhere"}}))
     with pytest.raises(UserError, match='has no "weight_map" from tensors to files in its folder'):
         load(copy)
+
+
+def test_fingerprints_stay_when_configs_get_new_fields():
+    """Adapters and stored texts name their target by it: by some values of each parameter, and its config."""
+    target = Decoder(tiny.config())
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), target.abstract_params())
+    assert hub_adapter.fingerprint(target, zeros) == "ea8810df8d1fb5b363fe3772ebfeb81d"
+    other = dataclasses.replace(target, config=dataclasses.replace(target.config, residual_scale=0.5))
+    assert hub_adapter.fingerprint(other, zeros) != hub_adapter.fingerprint(target, zeros)

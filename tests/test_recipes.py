@@ -12,7 +12,7 @@ import tiny
 
 from configs.distillspec import recipe_sweep
 from configs.records import condense, sync
-from specjax import api, distill, main, target_text
+from specjax import api, design, distill, main, target_text
 from specjax.decoding import loop, sampling, scheduler
 from specjax.distillation import cached_text, recipes
 from specjax.distillation.data_sources import fractions_of
@@ -205,6 +205,16 @@ def test_stored_states_are_those_of_the_target_on_the_text(home, with_states):
     stored = rows[cached_text.states_name(last)]
     assert stored.dtype == np.float16 and not stored[~inside].any()
     np.testing.assert_allclose(stored[inside], np.asarray(hidden)[inside], rtol=1e-3, atol=1e-3)
+
+
+def test_states_of_another_target_are_refused(home, with_states, tmp_path):
+    directory, named = with_states[0].directory, {"target": str(home / "other"), "loss.divergence": "forward_kl"}
+    with pytest.raises(UserError, match="is of another target than this run's; write it again"):
+        distill.run(learning(home, directory, recipe="", **{"data.target": 1.0}, **named), tmp_path)
+    config = configs.load(str(ROOT / "configs/draft_design/acceptance.py:smoke")).acceptance
+    config.update({"target": str(home / "other"), "drafts": (str(home / "draft"),), "texts": (str(directory),)})
+    with pytest.raises(UserError, match="of another target .*write it again, or name text of this target in texts"):
+        design.run(config, tmp_path)
 
 
 def test_every_pass_over_the_text_meets_each_row_once_and_a_step_is_the_same_again(written):

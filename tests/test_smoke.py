@@ -75,6 +75,11 @@ def models(tmp_path_factory):
         "configs/adapter.py:block_parallel-smoke": (target, text),
         "configs/evaluate.py": (*pair, f"--config.prompts={home}/prompts.txt"),
         "configs/evaluate.py:ngram-smoke": (target, f"--config.prompts={home}/prompts.txt"),
+        "configs/distillspec/real.py": (
+            f"--config.target={home}/chat",
+            f"--config.prompts={home}/gsm8k.jsonl",
+            f"--config.held_out={home}/questions.txt",
+        ),
         "configs/kangaroo/choose_layers.py": (f"--config.target={home}/target",),
         "configs/generate.py": (*pair, "--config.prompt=def main("),
         "configs/advise.py": (

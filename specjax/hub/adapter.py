@@ -19,6 +19,7 @@ from specjax.hub.json_files import read_json, reading
 from specjax.hub.location import locate
 from specjax.models.attachment import Attachment
 from specjax.models.block_parallel import BlockParallel
+from specjax.models.config import DecoderConfig
 from specjax.models.language_model import LanguageModel, Params
 from specjax.models.table import ATTACHMENTS, make_attachment
 from specjax.runtime import processes
@@ -34,6 +35,15 @@ _FIELDS = ("format", "type", "param_dtype", "target")
 _SAMPLE = 64
 
 
+# The fields of DecoderConfig that fingerprints include also where they have their default.
+_FIRST_FIELDS = (
+    "vocab_size width layers heads kv_heads head_size mlp_width max_positions rotary norm_epsilon tied_head "
+    "param_dtype compute_dtype remat family norm activation gated_mlp order final_norm attention_bias output_bias "
+    "mlp_bias qk_norm learned_positions position_offset local_rotary rotary_layers windows query_scale "
+    "attention_softcap final_softcap embedding_scale embedding_width draft_vocabulary"
+)
+
+
 def fingerprint(decoder: LanguageModel, params: Params) -> str:
     """A hash of a model's config and of some values of each parameter, by which an attachment identifies its target.
 
@@ -43,6 +53,9 @@ def fingerprint(decoder: LanguageModel, params: Params) -> str:
     fields = dataclasses.asdict(decoder.config)
     for name in ("param_dtype", "compute_dtype", "remat"):
         del fields[name]
+    for field in dataclasses.fields(DecoderConfig):  # later fields must not change the fingerprints of earlier models
+        if field.name not in _FIRST_FIELDS.split() and getattr(decoder.config, field.name) == field.default:
+            del fields[field.name]
     if fields.pop("draft_vocabulary"):
         fields["draft_vocabulary"] = decoder.vocabulary.ids.tolist()
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())

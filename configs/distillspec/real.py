@@ -1,0 +1,109 @@
+"""Which text and which divergence: DistillSpec's arms on a real model, judged on tens of thousands of tokens.
+
+    python -m specjax.main --config=configs/distillspec/real.py --workdir=runs/real --config.target=DIR \\
+        --config.prompts=FILE --config.held_out=FILE
+
+Both files hold prompts; those of `prompts` need answers that the target did not write, such as GSM8K's train.jsonl and
+test.jsonl (layouts: README.md of this folder). The sizes in `drafts` are those of SmolLM2-135M-Instruct; for another
+target change them.
+
+Stages: `text`, the target's answers; `cut_NAME`, two drafts cut from the target, with 1/6 and 1/20 of its parameters
+without the embedding; for each seed, divergence, arm and draft one of training, `NAME_ARM_DIVERGENCE_SEED`; `greedy`
+and `sampled`, the target's answers to the held-out prompts; `acceptance`, where every draft is scored on these without
+decoding (configs/draft_design/acceptance.py). The arms: the answers of the file (`ground_truth`), the target's
+(`target`), the draft's own (`draft`), half of the file's and half of its own (`mixed`), and text on which both decode
+together, with refused drafts replayed (`assisted`). All arms train for equal steps; their `train_seconds`, generation
+included, are in results.json.
+
+The same command resumes a stopped run. `:screen` runs one seed and forward KL alone, `:small` a screening for two
+cores with fewer prompts and steps, `:smoke` takes seconds with a small target. Hardware: one accelerator with 16 GiB.
+Time and numbers: not run yet; on two cores a step of `:small` takes about 10 s.
+"""
+
+import itertools
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+ARMS = {
+    "ground_truth": {"fixed": 1.0},
+    "target": {"target": 1.0},
+    "draft": {"draft": 1.0},
+    "mixed": {"fixed": 0.5, "draft": 0.5},
+    "assisted": {"assisted": 1.0},
+}
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "total_variation", "lk_hybrid")
+SEEDS = (0, 1, 2)
+# What is left of SmolLM2-135M (30 layers): 5 whole layers are 1/6 of 106 million parameters, and these 2 are 1/20.
+DRAFTS = {"sixth": {"layers": 5}, "twentieth": {"layers": 2, "mlp_width": 1024}}
+WHOLE = {"layers": 0, "width": 0, "heads": 0, "kv_heads": 0, "mlp_width": 0}  # 0: as in the target
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    common.check_variant("distillspec/real", variant, ("screen", "small", "smoke"))
+    config = ConfigDict({"seed": 0, "mesh": common.mesh()})
+    config.target = "required:target:the directory of the checkpoint to draft for"
+    config.prompts = "required:prompts:a file of prompts and their answers, to train on"
+    config.held_out = "required:held_out:a file of other prompts, to measure on"
+    config.chat = True  # whether the tokenizer's chat template wraps prompts and answers
+    config.size = 0  # prompts to train on; 0 takes all. Each is seen steps * batch_size / size times
+    config.update({"steps": 480, "batch_size": 32, "max_new_tokens": 192})
+    config.answers = 7000  # of the target, for the arm `target`
+    config.texts = 512  # held-out texts at each temperature, of about 100 tokens
+    config.drafts = ConfigDict({name: dict(WHOLE, **shape) for name, shape in DRAFTS.items()})
+    if variant in ("small", "smoke"):
+        config.update({"steps": 60, "batch_size": 8, "size": 160, "answers": 160, "max_new_tokens": 96, "texts": 64})
+    if variant == "smoke":
+        config.update({"steps": 2, "batch_size": 2, "size": 24, "answers": 4, "max_new_tokens": 8, "texts": 4})
+        config.drafts = ConfigDict({"sixth": dict(WHOLE, layers=1, mlp_width=8)})
+    task = common.task("prompt_completion", config.get_ref("prompts"), size=config.get_ref("size"))
+    held_out = common.task("prompt_completion", config.get_ref("held_out"))
+    seeds, divergences = (SEEDS[:1], DIVERGENCES[:1]) if variant else (SEEDS, DIVERGENCES)
+
+    stages = {"text": _text(config, task, 1.0, config.get_ref("answers"))}
+    for name, shape in config.drafts.items():
+        stages[f"cut_{name}"] = _cut(config, task, shape)
+    for seed, divergence, arm, name in itertools.product(seeds, divergences, ARMS, config.drafts):
+        section = common.distillation(config.get_ref("target"), f"stage:cut_{name}", learning_rate=1e-3, seed=seed)
+        section.mesh, section.task = common.reference(config.mesh), common.reference(task)
+        section.data.update({"fixed": 0.0, "draft": 0.0, **ARMS[arm], "target_path": "stage:text", **_lengths(config)})
+        section.data.generation.max_new_tokens = config.get_ref("max_new_tokens")
+        section.loss.divergence = divergence
+        section.train.update({"steps": config.get_ref("steps"), "eval_every": 120, "checkpoint_every": 120})
+        section.optimizer.warmup_steps = min(20, config.steps - 1)
+        stages[f"{name}_{arm}_{divergence}_{seed}"] = section
+    drafts = tuple(f"stage:{name}" for name in stages if name != "text")
+    stages["greedy"] = _text(config, held_out, 0.0, config.get_ref("texts"))
+    stages["sampled"] = _text(config, held_out, 1.0, config.get_ref("texts"))
+    stages["acceptance"] = ConfigDict({"binary": "design", "action": "acceptance", "seed": 0, "drafts": drafts})
+    stages["acceptance"].update({"target": config.get_ref("target"), "texts": ("stage:greedy", "stage:sampled")})
+    stages["acceptance"].update({"rules": {"lossless": (1, 2, 4, 8), "block": (4, 8)}, "batch_size": 8, "count": 0})
+    stages["acceptance"].update({"decoded": 0, "param_dtype": "float32", "compute_dtype": "auto"})
+    config.stages = tuple(stages)
+    config.update(stages)
+    return config
+
+
+def _lengths(config: ConfigDict) -> dict:
+    shared = {key: config.get_ref(key) for key in ("batch_size", "chat")}
+    return {"sequence_length": 384, "prompt_length_min": 8, "prompt_length_max": 256, **shared}
+
+
+def _text(config: ConfigDict, task: ConfigDict, temperature: float, count: int) -> ConfigDict:
+    section = ConfigDict({"binary": "target_text", "seed": 0, "states": (), "measure_batches": 1})
+    section.update({"target": config.get_ref("target"), "count": count, "mesh": common.reference(config.mesh)})
+    section.update({"param_dtype": "float32", "compute_dtype": "auto", "task": common.reference(task)})
+    section.drafter = ConfigDict({"path": "", "gamma": 0, "rule": "lossless"})
+    generation = {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+    section.data = ConfigDict({**_lengths(config), "generation": generation})
+    section.data.generation.max_new_tokens = config.get_ref("max_new_tokens")
+    return section
+
+
+def _cut(config: ConfigDict, task: ConfigDict, shape: ConfigDict) -> ConfigDict:
+    section = ConfigDict({"binary": "design", "action": "prune", "seed": 0, "vocabulary": "", "param_dtype": "float32"})
+    section.update({"source": config.get_ref("target"), "shape": common.reference(shape), "compute_dtype": "auto"})
+    section.calibration = ConfigDict({"text": "stage:text", "batches": 2, "batch_size": 2, "sequence_length": 384})
+    section.task = common.reference(task)
+    return section
