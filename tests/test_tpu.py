@@ -79,6 +79,13 @@ def decoder(layers: int, **changes) -> Decoder:
     return Decoder(DecoderConfig.llama(**{**values, **changes}))
 
 
+def gpt_oss(layers: int) -> Decoder:
+    """Experts, a window in every other layer, and sinks."""
+    sparse = {"experts": 4, "experts_per_token": 2, "expert_width": 512, "mlp_bias": True, "swiglu_limit": 7.0}
+    windows = tuple(64 * (layer % 2 == 0) for layer in range(layers))
+    return decoder(layers, **sparse, attention_bias=True, attention_sinks=True, windows=windows)
+
+
 def encoder_decoder(layers: int) -> EncoderDecoder:
     fields = {
         name: getattr(decoder(layers).config, name)
@@ -105,12 +112,12 @@ def options(target: Decoder) -> dict[str, tuple[str, dict]]:
     }
 
 
-DRAFTERS = (*options(decoder(2)), "t5", "one_row")
+DRAFTERS = (*options(decoder(2)), "t5", "one_row", "gpt_oss")
 # What is compiled for both slices, whose chips differ. The others have their code in common with these.
 ON_BOTH = ("model", "ngram", "t5", "one_row", "distilled")
 # Compiled as a run is; the others with the least effort, in a fifth of the time.
 THOROUGHLY = ("model", "planted", "rows", "scattered")
-TRAINED = ("supervised", "distilled", "adapter", "t5_distilled")
+TRAINED = ("supervised", "distilled", "adapter", "t5_distilled", "gpt_oss_distilled")
 
 
 def decoding(name: str, mesh) -> executables.DecodingStage:
@@ -121,6 +128,9 @@ def decoding(name: str, mesh) -> executables.DecodingStage:
     elif name == "one_row":  # of a batch on each device, and of queries for each key head
         target = decoder(2, kv_heads=4)
         kind, how = "model", {"model": decoder(1, kv_heads=4)}
+    elif name == "gpt_oss":
+        target = gpt_oss(2)
+        kind, how = "model", {"model": gpt_oss(1)}
     elif name == "t5":
         target = encoder_decoder(1)
         kind, how = "model", {"model": encoder_decoder(1)}
@@ -138,9 +148,12 @@ def training(name: str, mesh) -> executables.TrainingStage:
     section = configs.load(f"{ROOT}/configs/quickstart.py:smoke")[name if name == "supervised" else "distilled"]
     section.mesh.update(MESH)
     section.data.batch_size = BATCH
-    is_t5 = name.startswith("t5")
-    shelf = ModelCatalog({"target": encoder_decoder(1) if is_t5 else decoder(2), "supervised": decoder(1)})
-    shelf.made["draft"] = encoder_decoder(1) if is_t5 else decoder(1)
+    target, draft = {
+        "t5_distilled": (encoder_decoder(1), encoder_decoder(1)),
+        "gpt_oss_distilled": (gpt_oss(2), gpt_oss(1)),
+    }.get(name, (decoder(2), decoder(1)))
+    shelf = ModelCatalog({"target": target, "supervised": decoder(1)})
+    shelf.made["draft"] = draft
     section.model.update({"init": "stage:draft", "param_dtype": "bfloat16"})
     if name == "adapter":
         section = configs.load(f"{ROOT}/configs/plan/pairs.py:vicuna_13b").adapter.copy_and_resolve_references()

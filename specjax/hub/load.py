@@ -14,7 +14,8 @@ from absl import logging
 from flax import traverse_util
 
 from specjax.hub import draft_config, gguf_file, gguf_models, json_files, quantised, weights
-from specjax.hub.families import base, experts, gemma, gpt2, gpt_neox, llama, mistral, opt, phi3, qwen, smollm3, t5
+from specjax.hub.families import base, experts, gemma, gpt2, gpt_neox, gpt_oss, llama, mistral, opt, phi3, qwen, smollm3
+from specjax.hub.families.t5 import FAMILY as T5
 from specjax.hub.gguf_file import GgufTensor
 from specjax.hub.location import is_gguf, locate
 from specjax.hub.quantised import CONFIG_FILE, Dequantised
@@ -29,8 +30,8 @@ from specjax.runtime.errors import UserError, prefixed
 # All families. A new family needs a file with a `base.Family`, and an entry here.
 _ALL = (
     *(llama.FAMILY, mistral.FAMILY, qwen.QWEN2, qwen.QWEN3, phi3.FAMILY, smollm3.FAMILY, llama.OLMO2, llama.GRANITE),
-    *(experts.MIXTRAL, experts.QWEN2_MOE, experts.QWEN3_MOE),
-    *(gemma.GEMMA, gemma.GEMMA2, gemma.GEMMA3, opt.FAMILY, gpt2.FAMILY, gpt_neox.FAMILY, t5.FAMILY),
+    *(experts.MIXTRAL, experts.QWEN2_MOE, experts.QWEN3_MOE, gpt_oss.FAMILY),
+    *(gemma.GEMMA, gemma.GEMMA2, gemma.GEMMA3, opt.FAMILY, gpt2.FAMILY, gpt_neox.FAMILY, T5),
 )
 FAMILIES = {family.model_type: family for family in _ALL}
 
@@ -316,8 +317,7 @@ def _part(stored, tensors, index: tuple[slice, ...], dtype) -> tuple[np.ndarray,
 def _fill(part: np.ndarray, stored: AnyStored, tensor: base.Tensor, index: tuple[slice, ...]) -> int:
     """Reads into `part` what is at `index` of what the tensor holds, in our layout. Returns the bytes read."""
     axis = tensor.output_axis(part.ndim)
-    in_file = part.T if tensor.transposed else part
-    index = tuple(reversed(index)) if tensor.transposed else index
+    in_file, index = part.transpose(tensor.swapped(tuple(range(part.ndim)))), tensor.swapped(index)
     count = 0
     with stored.open() as values:
         for ours, run in tensor.runs(index[axis]):

@@ -165,7 +165,7 @@ def _tensors(listed: Sequence[base.Tensor], params: Params) -> dict[str, np.ndar
         values = fetched[tensor.path]
         values = values if tensor.expert is None else values[tensor.expert]
         # safetensors writes bytes in memory order, so a transposed view must be made contiguous first.
-        laid_out = np.ascontiguousarray(values.T if tensor.transposed else values)
+        laid_out = np.ascontiguousarray(values.transpose(tensor.swapped(tuple(range(values.ndim)))))
         if tensor.part is None:
             tensors[tensor.name] = laid_out
             continue

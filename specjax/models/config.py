@@ -60,6 +60,9 @@ class DecoderConfig:
       experts_per_token: number of experts that compute each token.
       expert_width: inner width of an expert; `mlp_width` is that of dense layers.
       normalised_experts: whether the weights of a token's experts sum to 1.
+      swiglu_limit: if not 0, experts have gpt-oss's clamped SwiGLU: `g * sigmoid(swiglu_alpha * g) * (u + 1)`, where g
+        is the gate, at most this limit, and u is clipped to +- this limit.
+      swiglu_alpha: see `swiglu_limit`.
       shared_expert_width: inner width of an expert that computes every token (qwen2_moe); 0 for none.
       dense_layers: layers with a dense MLP in a model with experts.
       draft_vocabulary: of a draft, the only ids that its head has; None for all. The embedding has all ids.
@@ -107,6 +110,8 @@ class DecoderConfig:
     experts_per_token: int = 0
     expert_width: int = 0
     normalised_experts: bool = True
+    swiglu_limit: float = 0.0
+    swiglu_alpha: float = 1.0
     shared_expert_width: int = 0
     dense_layers: tuple[int, ...] = ()
     draft_vocabulary: DraftVocabulary | None = None

@@ -102,7 +102,7 @@ class ExpertMLP(nnx.Module):
         linear = functools.partial(
             layers.Linear, config.width, axes=("embed", None), scale=config.width**-0.5, dtype=config.param_dtype
         )
-        self.router = linear(config.experts, rngs=rngs)
+        self.router = linear(config.experts, rngs=rngs, bias=config.mlp_bias)
         self.experts = Experts(config, rngs)
         self.shared = layers.MLP(config, rngs, config.shared_expert_width) if config.shared_expert_width else None
         self.shared_gate = linear(1, rngs=rngs) if config.shared_expert_width else None
@@ -133,7 +133,11 @@ def make_mlp(config: DecoderConfig, layer: int, rngs: nnx.Rngs) -> layers.MLP | 
 
 def expert_mlp(config: DecoderConfig, multiply: Multiply, rows: Float[Array, "R D"]) -> Float[Array, "R D"]:
     """The formula of one expert's MLP; `multiply` has that expert's kernels."""
-    return multiply("down", layers.ACTIVATIONS[config.activation](multiply("gate", rows)) * multiply("up", rows))
+    gate, up = multiply("gate", rows), multiply("up", rows)
+    if not config.swiglu_limit:
+        return multiply("down", layers.ACTIVATIONS[config.activation](gate) * up)
+    gate, up = jnp.minimum(gate, config.swiglu_limit), jnp.clip(up, -config.swiglu_limit, config.swiglu_limit)
+    return multiply("down", gate * jax.nn.sigmoid(config.swiglu_alpha * gate) * (up + 1))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -65,6 +65,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
 # Heads of 8 channels, of which some turn.
 WIDE = {"num_attention_heads": 2}
 PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}
@@ -103,6 +104,18 @@ CONFIGS = {
             "attention_multiplier": 0.3,
             "residual_multiplier": 0.6,
             "logits_scaling": 2.0,
+        },
+    ),
+    "gpt_oss": (
+        "gpt_oss",
+        {
+            **LLAMA,
+            "head_dim": 6,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "sliding_window": 7,
+            "swiglu_limit": 0.5,
+            "rope_parameters": {**YARN, "original_max_position_embeddings": 16, "truncate": False},
         },
     ),
 }

@@ -42,6 +42,21 @@ GEMMA = {
     "head_dim": 10,
     "max_position_embeddings": 128,
 }
+GPT_OSS = {
+    **LLAMA,
+    "num_hidden_layers": 3,
+    "head_dim": 8,
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+    "sliding_window": 7,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 1.5e5,
+        "factor": 4.0,
+        "original_max_position_embeddings": 32,
+        "truncate": False,
+    },
+}
 OPT = {
     **NO_TOKENS,
     "vocab_size": VOCAB,
@@ -216,6 +231,14 @@ FAMILIES: dict[str, list[dict]] = {
             "sliding_window": 5,
         },
         {**SPARSE, "head_dim": 22, "num_experts_per_tok": 6, "tie_word_embeddings": True, **_yarn(factor=3.0)},
+    ],
+    # The third clamps gates and ups; all but the last use YaRN without truncation.
+    "gpt_oss": [
+        {**GPT_OSS, "head_dim": 10},
+        {**GPT_OSS, "num_experts_per_tok": 1, "num_key_value_heads": 1, "head_dim": 14, "attention_bias": False},
+        {**GPT_OSS, "swiglu_limit": 0.4, "swiglu_alpha": 1.1, "num_local_experts": 7, "num_experts_per_tok": 4},
+        {**GPT_OSS, "layer_types": [FULL, SLIDING, SLIDING], "sliding_window": 2, "tie_word_embeddings": True},
+        {**GPT_OSS, "num_experts_per_tok": 5, "num_key_value_heads": 4, **_rope("default", 1e4)},
     ],
     "gemma": [
         GEMMA,

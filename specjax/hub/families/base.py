@@ -30,9 +30,10 @@ class Tensor(NamedTuple):
     Attributes:
       name: name of the tensor in the file; arrays that the file fuses share a name.
       path: path of the array in our parameter tree.
-      transposed: whether the file holds the transpose (our kernels are [out, in], as in most files).
+      transposed: whether the file has the last two axes swapped (our kernels are [out, in], as in most files).
       part: location in a fused tensor; None if the tensor in the file holds only this array.
       expert: the index of the tensor's expert on the first axis of our array; None if the array is not split so.
+      stacked: whether the file's tensor has the experts on its first axis, as our array.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Tensor(NamedTuple):
     transposed: bool = False
     part: Part | None = None
     expert: int | None = None
+    stacked: bool = False
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape, in our layout, of what this tensor holds of our array of shape `shape`."""
@@ -47,15 +49,18 @@ class Tensor(NamedTuple):
 
     def output_axis(self, dimensions: int) -> int:
         """The index of the output axis, along which tensors are fused, in the file's layout."""
-        return dimensions - 1 if self.transposed else 0
+        return dimensions - 1 if self.transposed else int(self.stacked)
+
+    def swapped(self, axes: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What belongs to each axis of our layout, in the order of the file's, and the reverse."""
+        return (*axes[:-2], axes[-1], axes[-2]) if self.transposed else axes
 
     def shape_in_file(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the file's tensor that holds our array of shape `shape`."""
-        shape = self.shape(shape)
-        lengths = tuple(reversed(shape)) if self.transposed else shape
+        lengths = self.swapped(self.shape(shape))
         if self.part is None:
             return lengths
-        axis = self.output_axis(len(shape))
+        axis = self.output_axis(len(lengths))
         return (*lengths[:axis], self.part.length * self.part.groups, *lengths[axis + 1 :])
 
     def runs(self, wanted: slice) -> list[tuple[slice, slice]]:
@@ -66,6 +71,9 @@ class Tensor(NamedTuple):
         if self.part is None:
             return [(slice(0, wanted.stop - wanted.start), wanted)]
         start, size, length, _ = self.part
+        if size == 1:  # as many groups as outputs
+            every = slice(wanted.start * length + start, wanted.stop * length, length)
+            return [(slice(0, wanted.stop - wanted.start), every)]
         runs = []
         for group in range(wanted.start // size, -(-wanted.stop // size)):
             low, high = max(wanted.start, group * size), min(wanted.stop, (group + 1) * size)
@@ -136,7 +144,8 @@ class Family:
       names: path of each array, with {} for the layer number -> tensor name in the file, with a second {} if there is
         one tensor for each expert. Entries for arrays that a model lacks (biases, an untied head) are ignored.
       parts: function from a config to the `Part` of each array in a fused tensor, by path as in `names`.
-      transposed: whether the file has kernels as [in, out], except the head's.
+      transposed: whether the file has kernels as [in, out], except the head's. Kernels of all experts in one tensor are
+        always so.
       ignored: name endings of tensors in old checkpoints that are not parameters, such as causal masks.
       only: field -> its supported values; any other value is an error.
       absent: values for missing fields, if they differ from those in `fields`. Null values are kept.
@@ -176,7 +185,8 @@ class Family:
         """
         params, parts = model_of(config).abstract_params(), self.parts(config)
         missing = {
-            tuple(getattr(key, "key", None) for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(params)
+            tuple(getattr(key, "key", None) for key in path): leaf.ndim
+            for path, leaf in jax.tree_util.tree_leaves_with_path(params)
         }
         tensors = []
         # Consecutive entries whose paths have the same first component are the arrays of one layer.
@@ -186,13 +196,14 @@ class Family:
             for layer, (template, name) in itertools.product(range(count), layered):
                 path = tuple(int(key) if key.isdigit() else key for key in template.format(layer).split("."))
                 if path in missing:
-                    swapped = path[-1] == "kernel" and self.transposed and root != "unembedding"
+                    dimensions, is_kernel = missing.pop(path), path[-1] == "kernel"
                     experts = range(config.experts) if name.count("{}") == 2 else (None,)
+                    stacked = experts == (None,) and dimensions == {"kernel": 3, "bias": 2}.get(path[-1])
+                    swapped = is_kernel and (stacked or self.transposed) and root != "unembedding"
                     tensors += [
-                        Tensor(name.format(layer, expert), path, swapped, parts.get(template), expert)
+                        Tensor(name.format(layer, expert), path, swapped, parts.get(template), expert, stacked)
                         for expert in experts
                     ]
-                    missing.remove(path)
         if missing:
             raise ValueError(f"No tensor is named for {sorted(map(str, missing))[0]}.")
         return tensors

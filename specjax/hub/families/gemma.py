@@ -13,7 +13,6 @@ from specjax.hub.families.base import Field
 from specjax.models.config import DecoderConfig
 from specjax.runtime.errors import UserError
 
-_WINDOW = 4096
 _FOUR_NORMS = {
     "attention_output_norm": "post_attention_layernorm",
     "mlp_norm": "pre_feedforward_layernorm",
@@ -31,21 +30,21 @@ _ALWAYS = {"norm": "rms_plus_one", "activation": "gelu_tanh"}
 _WRITTEN = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
 
 
-def _windows(pattern: int) -> base.Group:
-    """Without "layer_types", every layer has a window except each `pattern`-th."""
+def windows(pattern: int, size: int = 4096) -> base.Group:
+    """Without "layer_types", every layer has a window except each `pattern`-th; `size` is that of an absent field."""
 
     def read(fields: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
         step = base.value_of(fields, "sliding_window_pattern", int, absent=pattern)
         kinds = fields.get("layer_types")
         if kinds is None:
             kinds = [qwen.KINDS[bool((layer + 1) % step)] for layer in range(values["layers"])]
-        complete = {"sliding_window": _WINDOW, **fields, "layer_types": kinds, "use_sliding_window": True}
+        complete = {"sliding_window": size, **fields, "layer_types": kinds, "use_sliding_window": True}
         return {"windows": qwen.windows_of(complete, [False] * values["layers"])}
 
     def write(config: DecoderConfig) -> dict[str, Any]:
         written = qwen.written_windows(config)
         # Readers want a number even if no layer has a window.
-        return {"sliding_window": written["sliding_window"] or _WINDOW, "layer_types": written["layer_types"]}
+        return {"sliding_window": written["sliding_window"] or size, "layer_types": written["layer_types"]}
 
     return base.Group(read, write)
 
@@ -127,7 +126,7 @@ GEMMA2 = dataclasses.replace(
     fields=(
         *_fields(kv_heads=4, max_positions=8192),
         rotary_fields.rotary(),
-        _windows(pattern=2),
+        windows(pattern=2),
         _SCALE,
         Field("attention_softcap", "attn_logit_softcapping", float, 50.0, null=0.0),
         _FINAL_SOFTCAP,
@@ -145,7 +144,7 @@ GEMMA3 = dataclasses.replace(
     fields=(
         *_fields(kv_heads=4, max_positions=131072),
         base.Group(_read_rotary, _write_rotary),
-        _windows(pattern=6),
+        windows(pattern=6),
         _SCALE,
         _FINAL_SOFTCAP._replace(absent=0.0),
     ),
