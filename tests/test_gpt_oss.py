@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+import tokenizers
 from lossless import COUPLED, EOS, GREEDY, MAX_NEW, Pair, assert_same_tokens, compare_with_plain
 from safetensors.numpy import load_file, save_file
 
@@ -16,7 +17,7 @@ from specjax.decoding.sampling import Sampling
 from specjax.hub import mxfp4
 from specjax.hub.load import FAMILIES, load
 from specjax.hub.save import save
-from specjax.hub.tokenizer import train_byte_bpe
+from specjax.hub.tokenizer import Tokenizer, train_byte_bpe
 from specjax.models import attention
 from specjax.models.decoder import Decoder
 from specjax.models.rotary import Rotary
@@ -215,3 +216,55 @@ def test_equality_catches_sinks_that_verification_forgets(pair, monkeypatch):
     state = run(faulty.plan("ngram", 3, "lossless", True))
     with pytest.raises(AssertionError, match="row"):
         assert_same_tokens(pair, state, reference, Sampling.of(0.0), True)
+
+
+# --- the tokenizer -------------------------------------------------------------------------------------------------
+
+NAMES = ("endoftext", "return", "constrain", "channel", "start", "end", "message", "call")
+HARMONY = tuple(f"<|{name}|>" for name in NAMES)
+# Words, numbers of up to three digits, punctuation and spaces, as in the published file but for its letter classes.
+SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+TEMPLATE = (
+    "{% for m in messages %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def harmony(tmp_path_factory):
+    """A byte-level BPE with the special tokens of the harmony format after its vocabulary."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(SPLIT), "isolated")
+    to_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, to_bytes])
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(["the channel of a message, and the analysis of 1234 words\n"] * 9, trainer)
+    backend.add_special_tokens(list(HARMONY))
+    directory = tmp_path_factory.mktemp("harmony")
+    backend.save(str(directory / "tokenizer.json"))
+    settings = {"eos_token": "<|return|>", "pad_token": "<|endoftext|>", "chat_template": TEMPLATE}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    ends = [backend.token_to_id(token) for token in ("<|return|>", "<|endoftext|>", "<|call|>")]
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    return Tokenizer.load(directory), {token: backend.token_to_id(token) for token in HARMONY}, ends
+
+
+def test_special_tokens_of_harmony_survive_encoding_decoding_and_saving(harmony, tmp_path):
+    tokenizer, ids, ends = harmony
+    text = "<|start|>assistant<|channel|>analysis<|message|>It's 1234 words, naïve 日本.<|end|>"
+    encoded = tokenizer.encode(text)
+    special = [token for token in encoded if token in ids.values()]
+    assert special == [ids[f"<|{name}|>"] for name in ("start", "channel", "message", "end")]
+    assert tokenizer.decode(encoded) == "assistantanalysisIt's 1234 words, naïve 日本."
+    assert list(tokenizer.eos_ids) == ends
+    tokenizer.save(tmp_path)
+    assert Tokenizer.load(tmp_path).encode(text) == encoded
+
+
+def test_a_conversation_in_harmony_is_written_with_its_special_tokens(harmony):
+    tokenizer, ids, _ = harmony
+    written = tokenizer.apply_chat([{"role": "user", "content": "the <|end|> of 12"}])
+    expected = tokenizer.encode("<|start|>user<|message|>the <|end|> of 12<|end|><|start|>assistant")
+    assert written == expected and written[-len(tokenizer.encode("assistant")) - 1] == ids["<|start|>"]

@@ -180,9 +180,10 @@ def mix(
         outputs = _gathered(config, split, jnp.repeat(rows, per_token, axis=0), pairs, kernels)
     else:
         order = jnp.argsort(pairs, stable=True)
-        by_expert, counts = rows[order // per_token], jnp.bincount(pairs, length=count + 1)[:count].astype(jnp.int32)
+        by_expert = rows[order // per_token]
+        counts = jnp.sum(pairs[:, None] == jnp.arange(count)[None], axis=0, dtype=jnp.int32)  # no scatter, as bincount
         if meshes.platform() == "tpu" and len(pairs) >= _MANY_PAIRS * count:
-            outputs = _ragged(config, split, by_expert, counts, kernels)
+            outputs = _ragged(config, split, by_expert, pairs[order], counts, kernels)
         else:
             size = tile_size(len(rows), per_token, count)
             outputs = _by_tiles(config, split, size, by_expert, counts, kernels)
@@ -201,15 +202,14 @@ def _one_expert(config, split, rows, kernels):
     return expert_mlp(config, multiply, rows)
 
 
-def _ragged(config, split, rows, counts, kernels):
-    """`expert_mlp` of rows sorted by expert, with XLA's grouped product."""
+def _ragged(config, split, rows, experts, counts, kernels):
+    """`expert_mlp` of rows sorted by their `experts`, with XLA's grouped product."""
     contracting = jax.lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0])
-    expert = jnp.repeat(jnp.arange(len(counts)), counts, total_repeat_length=len(rows))
 
     def multiply(name, rows):
         kernel, bias = kernels[name]["kernel"].astype(rows.dtype), kernels[name].get("bias")
         outputs = jax.lax.ragged_dot_general(rows, kernel, counts, contracting)
-        return _finished(name, outputs, split, None if bias is None else bias[expert])
+        return _finished(name, outputs, split, None if bias is None else bias.at[experts].get(mode="clip"))
 
     return jnp.where((jnp.arange(len(rows)) < counts.sum())[:, None], expert_mlp(config, multiply, rows), 0)
 
