@@ -85,7 +85,7 @@ def test_what_the_family_cannot_compute_is_refused_by_its_name(fields, named):
 
 
 def test_a_token_cannot_use_more_experts_than_there_are():
-    with pytest.raises(UserError, match="a token cannot use 5 of 4 experts"):
+    with pytest.raises(UserError, match=r"experts_per_token \(5\) must be at most experts \(4\)"):
         read(num_experts_per_tok=5)
 
 
