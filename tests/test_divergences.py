@@ -338,7 +338,16 @@ def test_a_divergence_without_its_target_is_refused():
     ],
 )
 def test_senseless_settings_of_the_loss_are_refused(settings, message):
-    good = dict(divergence="forward_kl", beta=0.5, temperature=1.0, chunk=4, refused="jsd", selected=1.0, reference="")
+    good = dict(
+        divergence="forward_kl",
+        beta=0.5,
+        temperature=1.0,
+        chunk=4,
+        refused="jsd",
+        selected=1.0,
+        reference="",
+        balance=0.0,
+    )
     with pytest.raises(UserError, match=message):
         objective.Loss.of_config(ConfigDict({**good, **settings}), pair()[0], pair()[2])
 

@@ -254,7 +254,7 @@ def test_a_reduced_draft_is_saved_with_its_ids_and_loads_again(target, tmp_path)
         api.load(tmp_path / "draft")
 
 
-@pytest.mark.parametrize("kind", ["adapter", "medusa"])
+@pytest.mark.parametrize("kind", [pytest.param("adapter", marks=pytest.mark.slow), "medusa"])
 @pytest.mark.parametrize("own_head", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_attachments_draft_from_a_reduced_vocabulary(target, tmp_path, kind, own_head):
     options = {"exit_layer": 1, "kind": "none"} if kind == "adapter" else {"heads": 2}

@@ -54,7 +54,13 @@ def turns(models, plan, draft, costs=None):
 
 
 @pytest.mark.parametrize(
-    "kind", ["medusa", "eagle3", "block_parallel", "kangaroo", "ngram", pytest.param("model", marks=pytest.mark.slow)]
+    "kind",
+    [
+        "eagle3",
+        "kangaroo",
+        "ngram",
+        *(pytest.param(kind, marks=SLOW) for kind in ("medusa", "block_parallel", "model")),
+    ],
 )
 def test_caches_that_are_extended_give_the_tokens_of_new_ones(models, kind):
     plan, draft = speculative(models, kind)

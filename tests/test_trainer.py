@@ -66,6 +66,7 @@ def make_config(**overrides):
                 chunk=20,
                 selected=1.0,
                 reference="",
+                balance=0.0,
             ),
             optimizer=dict(
                 peak_learning_rate=0.01,
@@ -386,20 +387,32 @@ def interrupt_at(step):
     return evaluator
 
 
-def test_an_interrupted_run_arrives_at_the_same_bits(tmp_path):
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A config, the folder of a run of it that nothing interrupted, and its result."""
     config = make_config(**HALF_ON_POLICY, **{"speculative_eval.every": 8, "optimizer.accumulation": 2})
-    straight = make_trainer(config, tmp_path / "straight").run()
+    folder = tmp_path_factory.mktemp("straight")
+    with jax.numpy_dtype_promotion("strict"):  # as the other runs, or it would be compiled again
+        return config, folder, make_trainer(config, folder).run()
+
+
+def untimed(folder):
+    """What a run logged, without what depends on the clock."""
+    return [
+        {name: value for name, value in line.items() if name not in ("tokens_per_second", "train_seconds")}
+        for line in records.read_metrics(folder / "metrics.jsonl")
+    ]
+
+
+def test_an_interrupted_run_arrives_at_the_same_bits(tmp_path, straight):
+    config, folder, straight = straight
     with pytest.raises(Interruption):  # at step 8, before its checkpoint: the one of step 4 is the last
         make_trainer(config, tmp_path / "cut", evaluator=interrupt_at(8)).run()
     resumed = make_trainer(config, tmp_path / "cut").run()
     assert_same_bits(resumed.params, straight.params)
     assert resumed.validation == straight.validation
     assert resumed.tokens == straight.tokens and resumed.loss == straight.loss
-    without_times = lambda path: [
-        {name: value for name, value in line.items() if name not in ("tokens_per_second", "train_seconds")}
-        for line in records.read_metrics(path / "metrics.jsonl")
-    ]
-    assert without_times(tmp_path / "cut") == without_times(tmp_path / "straight")
+    assert untimed(tmp_path / "cut") == untimed(folder)
 
 
 def test_a_finished_run_is_not_trained_further(tmp_path):
@@ -585,10 +598,8 @@ def test_without_a_target_what_needs_one_is_refused(tmp_path):
             make_trainer(config, tmp_path, inputs=make_inputs(config, with_target=False))
 
 
-@pytest.mark.standard_promotion
-def test_a_stopped_run_saves_its_step_and_resumes_to_the_same_end(tmp_path, monkeypatch):
-    config = make_config()
-    straight = make_trainer(config, tmp_path / "straight").run()
+def test_a_stopped_run_saves_its_step_and_resumes_to_the_same_end(tmp_path, monkeypatch, straight):
+    config, folder, straight = straight
     answers = iter([False] * 6 + [True])
     with monkeypatch.context() as patched:
         patched.setattr(stopping, "stop_asked", lambda: next(answers))
@@ -596,19 +607,10 @@ def test_a_stopped_run_saves_its_step_and_resumes_to_the_same_end(tmp_path, monk
             make_trainer(config, tmp_path / "stopped").run()
     kept = {int(path.name) for path in (tmp_path / "stopped" / "checkpoints").iterdir()}
     assert kept == {4, 6}, "the step it was at, in addition to those of the schedule"
-    goes_on = make_trainer(config, tmp_path / "stopped")
-    resumed = goes_on.run()
-    jax.tree.map(np.testing.assert_array_equal, resumed.params, straight.params)
+    resumed = make_trainer(config, tmp_path / "stopped").run()
+    assert_same_bits(resumed.params, straight.params)
     assert resumed.validation == straight.validation and resumed.loss == straight.loss
-    timed = ("train_seconds", "tokens_per_second")
-    lines = [
-        [
-            {k: v for k, v in line.items() if k not in timed}
-            for line in records.read_metrics(tmp_path / name / "metrics.jsonl")
-        ]
-        for name in ("straight", "stopped")
-    ]
-    assert lines[0] == lines[1]
+    assert untimed(tmp_path / "stopped") == untimed(folder)
 
 
 # A real process, really killed, or asked to stop.
@@ -738,24 +740,17 @@ def test_an_export_has_the_dtype_that_was_asked_for(trained_target, tmp_path):
     assert {tensor.dtype for tensor in weights.stored_in(tmp_path / "export").values()} == {"BF16"}
 
 
-def test_training_can_start_from_an_export(trained_target, tmp_path):
+def test_training_starts_from_an_export_also_if_the_tokenizer_differs_in_an_unused_token(trained_target, tmp_path):
     workdir, results = trained_target
-    export = str(workdir / "export")
-    overrides = {"model.init": export, "tokenizer.path": export, "model.width": 999}
-    (row,) = distill.run(distill_config(**overrides), tmp_path)["rows"]
-    assert row["params"] == results["rows"][0]["params"]
-    assert row["validation"][0]["validation_loss"] == pytest.approx(results["rows"][0]["validation_loss"])
-
-
-def test_a_draft_whose_tokenizer_differs_in_nothing_but_an_unused_token_is_trained(trained_target, tmp_path):
-    export = trained_target[0] / "export"
+    export = workdir / "export"
     more = shutil.copytree(export, tmp_path / "more")
     fields = json.loads((more / "tokenizer.json").read_text())
     token = {**fields["added_tokens"][0], "id": 300, "content": "<|more|>"}
     (more / "tokenizer.json").write_text(json.dumps({**fields, "added_tokens": [*fields["added_tokens"], token]}))
-    overrides = {"model.init": str(export), "tokenizer.path": str(more), "train.steps": 3, "train.checkpoint_every": 3}
+    overrides = {"model.init": str(export), "tokenizer.path": str(more), "model.width": 999}
     (row,) = distill.run(distill_config(**overrides), tmp_path / "run")["rows"]
-    assert row["steps"] == 3
+    assert row["steps"] == 4 and row["params"] == results["rows"][0]["params"]
+    assert row["validation"][0]["validation_loss"] == pytest.approx(results["rows"][0]["validation_loss"])
 
 
 def test_models_of_other_vocabularies_are_refused(trained_target, tmp_path):
