@@ -29,11 +29,12 @@ def get_config(variant: str = "") -> ConfigDict:
     config.seed = 0
     config.mesh = common.mesh()  # devices along each axis; 1, 1, 1 is one device
     config.target = ""  # directory of the target
-    config.drafter = ConfigDict({"path": ""})  # directory of the draft
+    # Directory of the draft, and the dtype of its parameters; "" is param_dtype. The target itself in int8 is a draft.
+    config.drafter = ConfigDict({"path": "", "param_dtype": ""})
     config.prompts = ""  # file of prompts
     # "prompts" recognises the layout of the file; any other task evaluates on its own data.
     config.task = common.task("prompts", config.get_ref("prompts"))
-    config.param_dtype = "auto"  # of parameters in memory: float32, bfloat16, float16 or auto
+    config.param_dtype = "auto"  # of parameters in memory: float32, bfloat16, float16, int8, int4 or auto
     config.compute_dtype = "auto"  # of activations: float32 on CPU, bfloat16 on accelerators
     # How many prompts (0: all), their most tokens, and whether the tokenizer's chat template wraps each of them.
     config.selection = ConfigDict({"count": 0, "length_min": 1, "length_max": 1_000_000, "chat": False})
@@ -58,7 +59,12 @@ def get_config(variant: str = "") -> ConfigDict:
     # measures them first.
     config.drafters = ConfigDict(
         {
-            "draft": {"kind": "model", "path": config.drafter.get_ref("path"), "rules": rules},
+            "draft": {
+                "kind": "model",
+                "path": config.drafter.get_ref("path"),
+                "param_dtype": config.drafter.get_ref("param_dtype"),
+                "rules": rules,
+            },
             "ngram": {"kind": "ngram", "shortest": 1, "longest": 16, "rules": {"lossless": (4,)}},
         }
     )

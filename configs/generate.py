@@ -34,8 +34,8 @@ def get_config(variant: str = "") -> ConfigDict:
     # each; 0 and () take their default. ngram matches `shortest` to `longest` tokens (1 to 16), early_exit drafts after
     # `exit_layer` layers (1), skip_layers leaves out the layers `skipped`. A block ends where the draft is less sure
     # than `threshold` (0: never). All but ngram can be cut to the ids in `vocabulary`, the folder that
-    # configs/draft_design/vocabulary.py exports ("": all).
-    drafter = {"kind": "model", "path": "", "threshold": 0.0, "exit_layer": 0}
+    # configs/draft_design/vocabulary.py exports ("": all). A draft model may have its own param_dtype ("": as below).
+    drafter = {"kind": "model", "path": "", "param_dtype": "", "threshold": 0.0, "exit_layer": 0}
     drafter |= {"shortest": 0, "longest": 0, "skipped": (), "vocabulary": "", "states_after": ()}
     config.drafter = ConfigDict(drafter)
     config.prompt = ""  # the text to continue
@@ -57,7 +57,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.max_new_tokens = 200
     config.blocks_at_once = 4  # print after so many blocks; the device is not interrupted in between
     config.colours = "auto"  # always, never, or auto: where the output is a terminal
-    config.param_dtype = "auto"  # of parameters in memory: float32, bfloat16, float16 or auto
+    config.param_dtype = "auto"  # of parameters in memory: float32, bfloat16, float16, int8, int4 or auto
     config.compute_dtype = "auto"  # of activations: float32 on CPU, bfloat16 on accelerators
     if variant == "smoke":
         config.max_new_tokens = 12

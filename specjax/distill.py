@@ -60,6 +60,7 @@ def run(config: Any, workdir: str | Path) -> dict:
     workdir, config = Path(workdir), recipes.expand(config)
     settings.check_numbers(config)
     checks.instance("model.remat", config.model.remat, bool)
+    dtypes.check_trained("model.param_dtype", config.model.param_dtype)
     configs.check_data(config, workdir)
     min_seconds = _min_seconds(config.train.min_seconds_of)
     mesh = meshes.make_mesh(config.mesh)

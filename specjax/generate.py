@@ -82,14 +82,14 @@ def _drafter(section: Any, target: hub_model.Model, load: Callable[[str], hub_mo
     """The `drafter` argument of `api.generate` for a config section; options with value 0 or () are not passed."""
     if section.kind == "none":
         return None
-    values = {key: value for key, value in section.items() if key not in ("kind", "path") and value}
+    values = {key: value for key, value in section.items() if key not in ("kind", "path", "param_dtype") and value}
     options = make_options(section.kind, values, "drafter.")
     if not options.loads:
         return options
     if not section.path:
         raise UserError("config.drafter.path is empty; name the draft's directory, or another drafter.kind")
     if options.loads == "model":
-        loaded = load(section.path)
+        loaded = load(section.path, **({"param_dtype": section.param_dtype} if section.param_dtype else {}))
     else:
         loaded = api.load_adapter(section.path, target, states_after=options.states_after)
     return api.Draft(loaded, options)

@@ -30,7 +30,7 @@ from specjax.runtime.errors import UserError, nearest, prefixed
 BASELINE = "none"
 
 # Keys of a drafter's section that are not fields of its options class.
-_SECTION_KEYS = ("kind", "path", "target", "replicate", "rules")
+_SECTION_KEYS = ("kind", "path", "target", "replicate", "param_dtype", "rules")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +42,7 @@ class DrafterSection:
       path: directory of its draft model or attachment; "" if it has none.
       target: directory of the target that it drafts for.
       replicate: whether every device of the tensor axis holds all of the draft model.
+      param_dtype: dtype of the draft model's parameters; "" is the config's.
       rules: (name in the results, rule, gammas) of each rule to evaluate.
     """
 
@@ -49,6 +50,7 @@ class DrafterSection:
     path: str
     target: str
     replicate: bool
+    param_dtype: str
     rules: tuple[tuple[str, Rule, tuple[int, ...]], ...]
 
 
@@ -73,20 +75,22 @@ def _read_section(config: Any, where: str, section: Any) -> DrafterSection:
             raise UserError(_old_layout(where, values))
     if isinstance(options.get("skipped"), str):
         options["skipped"] = records.chosen(options["skipped"])["skipped"]
-    path, replicate = values.get("path", ""), values.get("replicate", False)
+    path, replicate, dtype = values.get("path", ""), values.get("replicate", False), values.get("param_dtype", "")
     if bool(path) != bool(loads):
         raise UserError(
             f"{where}path is empty; name the directory of the {loads}"
             if loads
             else f'{where}path is "{path}", and drafter "{values["kind"]}" loads nothing; leave path out'
         )
-    if replicate and loads != "model":
-        raise UserError(f'{where}replicate is for draft models, not for drafter "{values["kind"]}"; leave it out')
+    for key, value in (("replicate", replicate), ("param_dtype", dtype)):
+        if value and loads != "model":
+            raise UserError(f'{where}{key} is for draft models, not for drafter "{values["kind"]}"; leave it out')
     return DrafterSection(
         make_options(values["kind"], options, where),
         path,
         values.get("target", config.target),
         replicate,
+        dtype,
         _read_rules(config, f"{where}rules", values["rules"]),
     )
 
@@ -221,7 +225,7 @@ def load_models(config: Any, load: Callable, load_adapter: Callable) -> tuple[di
     """Loads the targets, by path, and what the drafters load, by drafter name.
 
     Args:
-      load: (path) -> Model; for a draft model also takes `replicate`.
+      load: (path) -> Model; for a draft model also takes `replicate`, and `param_dtype` if it has its own.
       load_adapter: (path, target, states_after=...) -> LoadedAttachment.
 
     Raises:
@@ -234,7 +238,8 @@ def load_models(config: Any, load: Callable, load_adapter: Callable) -> tuple[di
             targets[section.target] = load(section.target)
             hub_model.check_pair(target, targets[section.target])
         if section.options.loads == "model":
-            drafters[name] = load(section.path, replicate=section.replicate)
+            own_dtype = {"param_dtype": section.param_dtype} if section.param_dtype else {}
+            drafters[name] = load(section.path, replicate=section.replicate, **own_dtype)
             hub_model.check_pair(target, drafters[name])
         elif section.options.loads:
             how = {"states_after": section.options.states_after}
@@ -288,7 +293,7 @@ def make_cases(job: Job, setting: Setting) -> list[Case]:
     Raises:
       UserError: for options that are invalid for a target or gamma.
     """
-    plain = DrafterSection(ModelDraft(), "", job.config.target, False, ())
+    plain = DrafterSection(ModelDraft(), "", job.config.target, False, "", ())
     exact = RULES[setting.rule]
     cuts = {name: job.config[name] for name in ("top_k", "top_p", "min_p")}
     sampling = functools.partial(Sampling.of, setting.temperature, **cuts)

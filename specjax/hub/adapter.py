@@ -235,7 +235,7 @@ def load(
                 "with which it was trained"
             )
         in_memory = lambda path: _in_file(path, stored[_name(path)])
-    dtype = dtype_named(adapter.config.target.param_dtype)
+    dtype = dtype_named(adapter.config.target.float_dtype)
     params = jax.tree_util.tree_map_with_path(lambda path, _: jnp.asarray(in_memory(path)).astype(dtype), abstract)
     params = params if shardings is None else jax.device_put(params, shardings(adapter))
     return LoadedAttachment(adapter, params, trained_with)

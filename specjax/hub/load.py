@@ -1,9 +1,10 @@
 """Loads a model, tensor by tensor, from `config.json` and safetensors files or from a GGUF file."""
 
 import dataclasses
+import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from specjax.hub.weights import Stored
 from specjax.models import vocabulary
 from specjax.models.config import DecoderConfig
 from specjax.models.language_model import LanguageModel, Params
+from specjax.models.quantised import Quantised, quantise
 from specjax.models.table import model_of
 from specjax.runtime import dtypes
 from specjax.runtime.errors import UserError, prefixed
@@ -46,6 +48,8 @@ _DESCRIBED = {False: (CONFIG_FILE, "take the config of these weights"), True: ("
 AnyStored = Stored | GgufTensor | Dequantised
 # Bytes read and converted at a time: much less than a tensor, and small enough for the processor's cache.
 _PIECE_BYTES = 1 << 20
+# Bytes of floats that are read and quantised at a time, if the parameters are kept in integers.
+_QUANTISED_BYTES = 1 << 26
 
 
 class Loaded(NamedTuple):
@@ -75,7 +79,7 @@ def load(
     Args:
       directory: holds `config.json` and `model.safetensors`, or shards and their index; or a GGUF file, or a name on
         the Hugging Face hub (see `location.locate`).
-      param_dtype: dtype of the parameters in memory; stored values are converted. "auto": `dtypes.auto_param_dtype`.
+      param_dtype: dtype of the parameters in memory; stored values are converted, see `hub.model.load`.
       compute_dtype: dtype of activations; "auto" is float32 on CPU and bfloat16 on accelerators.
       shardings: a tree like the parameters with a `jax.sharding.Sharding` for each; every process then reads only its
         own part of each tensor. None puts everything on the default device.
@@ -98,24 +102,29 @@ def stream(
     directory = locate(directory)
     family, config = read_config(directory, param_dtype=param_dtype, compute_dtype=compute_dtype)
     decoder = model_of(config)
-    wanted = family.tensors(config)
-    expected = decoder.abstract_params()
+    wanted = family.tensors(config.unquantised)
+    floats, expected = model_of(config.unquantised).abstract_params(), decoder.abstract_params()
     names = {tensor.name for tensor in wanted}
     from_gguf = is_gguf(directory)
     stored = gguf_models.tensors(gguf_file.read(directory)) if from_gguf else quantised.stored_in(directory)
     stored = _full_names(stored, family, names)
     _check_names(directory, family, config, names, stored)
     for tensor in wanted:
-        shape = at(expected, tensor.path).shape
-        _check_tensor(stored[tensor.name], tensor.shape_in_file(shape), *_DESCRIBED[from_gguf])
+        shape = tensor.shape_in_file(at(floats, tensor.path).shape)
+        _check_tensor(stored[tensor.name], shape, *_DESCRIBED[from_gguf])
         if shardings is not None:
-            _check_sharding(at(shardings, tensor.path), shape, tensor.name)
+            _check_sharding(at(shardings, tensor.path), at(expected, tensor.path).shape, tensor.name)
 
     def arriving():
         for path, tensors in itertools.groupby(wanted, lambda tensor: tensor.path):
-            shape, dtype = at(expected, path).shape, dtypes.dtype_named(config.param_dtype)
-            sharding = None if shardings is None else at(shardings, path)
-            yield _read(stored, list(tensors), shape, np.dtype(dtype), sharding)
+            read = functools.partial(_part, stored, list(tensors))
+            placed = lambda path: (path, at(expected, path).shape, None if shardings is None else at(shardings, path))
+            if (dtype := at(expected, path).dtype).kind in "iu":
+                integers = _Integers(path, at(floats, path).shape[-1], config.param_dtype, read)
+                yield _read(*placed(path), integers.values)
+                yield _read(*placed((*path[:-1], "scales")), integers.scales)
+            else:
+                yield _read(*placed(path), lambda index, dtype=dtype, read=read: read(index, dtype))
 
     return decoder, arriving()
 
@@ -126,7 +135,7 @@ def read_config(directory: str | Path, *, param_dtype: str, compute_dtype: str) 
     path = locate(directory)
     compute_dtype = dtypes.compute_dtype(compute_dtype)
     known = "float32" if param_dtype == "auto" else param_dtype
-    dtypes.dtype_named(known)
+    dtypes.check_param_dtype(known)
     if is_gguf(path):
         file = gguf_file.read(path)
         with prefixed(f"{path}: "), json_files.reading("its metadata"):
@@ -278,17 +287,14 @@ def _check_sharding(sharding: jax.sharding.Sharding, shape: tuple[int, ...], nam
         ) from None
 
 
-def _read(
-    stored: dict[str, AnyStored], tensors: list[base.Tensor], shape: tuple[int, ...], dtype: np.dtype, sharding
-) -> Loaded:
+def _read(path: tuple[str | int, ...], shape: tuple[int, ...], sharding, part_of: Callable) -> Loaded:
     """Loads one parameter onto its devices; reads only the parts on this process's devices, each once.
 
     Args:
-      tensors: where the file stores the parameter: one tensor, or one for each expert.
+      part_of: function from an index of the parameter to a NumPy array, and the number of bytes read from the file.
     """
-    path = tensors[0].path
     if sharding is None:
-        part, count = _part(stored, tensors, tuple(slice(0, size) for size in shape), dtype)
+        part, count = part_of(tuple(slice(0, size) for size in shape))
         array = jnp.asarray(part)
         return Loaded(path, array, dict.fromkeys(array.devices(), count))
     holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
@@ -297,12 +303,47 @@ def _read(
         holders.setdefault(bounds, []).append(device)
     shards, file_bytes = [], {}
     for bounds, devices in holders.items():
-        part, count = _part(stored, tensors, tuple(slice(*b) for b in bounds), dtype)
+        part, count = part_of(tuple(slice(*b) for b in bounds))
         file_bytes.update(dict.fromkeys(devices, count))
         # Wait for the copy, so that the host does not hold several parts at a time.
         shards += jax.block_until_ready([jax.device_put(part, device) for device in devices])
     array = jax.make_array_from_single_device_arrays(shape, sharding, shards)
     return Loaded(path, array, file_bytes)
+
+
+class _Integers:
+    """A kernel that is quantised while it is read, some rows at a time; its scales need all inputs of a row.
+
+    Args of the constructor:
+      inputs: I, the number of inputs.
+      dtype: see `quantise`.
+      read: function from an index [.., O, I] and a dtype to floats, and the number of bytes read from the file.
+    """
+
+    def __init__(self, path: tuple[str | int, ...], inputs: int, dtype: str, read: Callable):
+        self._path, self._inputs, self._dtype, self._read = path, inputs, dtype, read
+        self._last: tuple[Any, Quantised, int] | None = None  # values and scales of the same rows are asked for in turn
+
+    def values(self, index: tuple[slice, ...]) -> tuple[np.ndarray, int]:
+        rows, count = self._rows(index[:-1])
+        return rows.values[..., index[-1]], count
+
+    def scales(self, index: tuple[slice, ...]) -> tuple[np.ndarray, int]:
+        return self._rows(index[:-1])[0].scales[..., index[-1]], 0
+
+    def _rows(self, index: tuple[slice, ...]) -> tuple[Quantised, int]:
+        if self._last is None or self._last[0] != index:
+            pieces, count = [], 0
+            for piece in _pieces((*index, slice(0, self._inputs)), _QUANTISED_BYTES):
+                part, read = self._read(piece, np.dtype(np.float32))
+                if not np.isfinite(part).all():
+                    name = ".".join(map(str, self._path))
+                    raise UserError(f"{name} has values that are not finite; copy the checkpoint again")
+                pieces.append(quantise(part, self._dtype))
+                count += read
+            rows = jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)
+            self._last = index, rows, count
+        return self._last[1:]
 
 
 def _part(stored, tensors, index: tuple[slice, ...], dtype) -> tuple[np.ndarray, int]:
@@ -339,10 +380,10 @@ def _copy(stored: AnyStored, read: np.ndarray, into: np.ndarray) -> int:
     return read.nbytes
 
 
-def _pieces(index: tuple[slice, ...]) -> Iterator[tuple[slice, ...]]:
-    """Splits a slice of an array by rows into pieces of about `_PIECE_BYTES`."""
+def _pieces(index: tuple[slice, ...], size: int = _PIECE_BYTES) -> Iterator[tuple[slice, ...]]:
+    """Splits a slice of an array by rows into pieces of about `size` bytes."""
     rows, *rest = index
     row_bytes = 4 * math.prod(i.stop - i.start for i in rest)
-    step = max(_PIECE_BYTES // max(row_bytes, 1), 1)
+    step = max(size // max(row_bytes, 1), 1)
     for start in range(rows.start, rows.stop, step):
         yield (slice(start, min(start + step, rows.stop)), *rest)

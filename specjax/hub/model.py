@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jaxtyping import Array, Float, Int
 
 from specjax.hub import adapter as hub_adapter
@@ -21,6 +22,7 @@ from specjax.models.language_model import LanguageModel, consecutive
 from specjax.models.vocabulary import DraftVocabulary
 from specjax.runtime import mesh as meshes
 from specjax.runtime import program_cache
+from specjax.runtime.dtypes import QUANTISED
 from specjax.runtime.errors import UserError
 
 
@@ -100,7 +102,9 @@ def load(
     Args:
       directory: a Hugging Face directory (`config.json`, `*.safetensors`, tokenizer), a GGUF file, or a name on the
         Hugging Face hub: "owner/name" or "owner/name/file.gguf".
-      param_dtype: see `runtime.dtypes.auto_param_dtype`.
+      param_dtype: "auto" (see `runtime.dtypes.auto_param_dtype`), "float32", "bfloat16" or "float16"; or for decoding
+        alone "int8" or "int4", which quantise the kernels of attention and MLPs while they are loaded. Embedding, head,
+        norms and routers stay in the compute dtype.
       replicate: every device of the mesh's tensor axis holds the full model, for a small draft of a sharded target.
 
     Raises:
@@ -155,7 +159,10 @@ def load_adapter(
         shardings = lambda adapter: adapter.shardings(target.mesh)
     directory = locate(directory)
     loaded = hub_adapter.load(directory, target.decoder, target.params, states_after=states_after, shardings=shardings)
-    loaded.check(target.fingerprint)
+    if target.decoder.config.param_dtype in QUANTISED:
+        logging.warning("whether %s was trained with this target is not checked, because it is quantised", directory)
+    else:
+        loaded.check(target.fingerprint)
     if any((directory / name).is_file() for name in (JSON_FILE, *SENTENCEPIECE_FILES)):
         check_same_tokens(target.tokenizer, Tokenizer.load(directory))
     return loaded

@@ -21,6 +21,7 @@ from specjax.hub.families import base
 from specjax.hub.tokenizer import Tokenizer
 from specjax.models import vocabulary
 from specjax.models.language_model import LanguageModel, Params
+from specjax.runtime.dtypes import check_trained
 from specjax.runtime.errors import UserError
 
 _GENERATION_FILE = "generation_config.json"
@@ -53,6 +54,7 @@ def save(
         the parameters are not those of the decoder.
     """
     config = decoder.config
+    check_trained("param_dtype of the model to save", config.param_dtype)
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} ids and the model only {config.vocab_size}; "

@@ -64,7 +64,7 @@ class AdapterModule(nnx.Module):
         self.mlp = layers.MLP(inner, rngs) if has_mlp else None
         self.norm = norm()
         sizes, scale = (inner.width, len(config.vocabulary or range(inner.vocab_size))), inner.width**-0.5
-        own_head = functools.partial(layers.Linear, *sizes, ("embed", "vocab"), scale, inner.param_dtype, rngs)
+        own_head = functools.partial(layers.Linear, *sizes, ("embed", "vocab"), scale, inner.float_dtype, rngs)
         self.unembedding = own_head() if config.own_head else None
         self.config = config
 

@@ -25,7 +25,7 @@ States = tuple[Float[Array, "B T D"], ...]
 
 # Rotary base of a layer whose target has no rotary positions.
 _THETA = 1e4
-_COMPUTED = ("param_dtype", "compute_dtype", "remat")
+_COMPUTED = ("compute_dtype", "remat")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,13 +55,19 @@ class AttachmentConfig:
     def one_layer(self, **changes: Any) -> DecoderConfig:
         """A decoder of one layer with the target's sizes and rotary positions, RMS norms and no biases."""
         names = ("vocab_size", "width", "heads", "kv_heads", "head_size", "mlp_width", "max_positions", "norm_epsilon")
-        same = {name: getattr(self.target, name) for name in (*names, *_COMPUTED)}
+        same = {name: getattr(self.target, name) for name in names}
         rotary = self.target.rotary or Rotary(_THETA, self.target.head_size)
-        return DecoderConfig(**{"layers": 1, "rotary": rotary, "tied_head": False, **same, **changes})
+        return DecoderConfig(
+            **{"layers": 1, "rotary": rotary, "tied_head": False, **same, **self._computed(), **changes}
+        )
 
     def computed_as_target(self, layer: DecoderConfig) -> DecoderConfig:
         """This layer in the target's dtypes, computed again in the backward pass if the target's layers are."""
-        return dataclasses.replace(layer, **{name: getattr(self.target, name) for name in _COMPUTED})
+        return dataclasses.replace(layer, **self._computed())
+
+    def _computed(self) -> dict[str, Any]:
+        computed = {name: getattr(self.target, name) for name in _COMPUTED}
+        return {"param_dtype": self.target.float_dtype, **computed}
 
     def check_states(self, section: str, after: Sequence[int]) -> None:
         """Checks the numbers of layers after which an attachment reads states; `section` names it in the error."""
@@ -150,14 +156,14 @@ class Attachment(Network):
         kernel = target.with_vocab_size(config.vocab_size).unembed(target_params, unit)[0]
         if self.vocabulary is not None:
             kernel = kernel[:, self.vocabulary.ids]
-        return {"kernel": kernel.T.astype(dtype_named(config.param_dtype))}
+        return {"kernel": kernel.T.astype(dtype_named(config.float_dtype))}
 
     def gains_of_target(self, target: Decoder, target_params: Params) -> Float[Array, "D"] | None:
         """The gains of the target's final norm, to start an RMS norm before the head from; None for a layer norm."""
         if self.config.target.norm == "layer":
             return None
         ones = jnp.ones((1, 1, self.config.target.width), jnp.float32)  # an RMS norm turns ones into its gains
-        return target.normed(target_params, ones)[0, 0].astype(dtype_named(self.config.target.param_dtype))
+        return target.normed(target_params, ones)[0, 0].astype(dtype_named(self.config.target.float_dtype))
 
     def start(self, batch: int, capacity: int) -> Any:
         """An empty cache with `capacity` slots for `batch` rows; None if the attachment needs no cache."""

@@ -4,7 +4,7 @@ import dataclasses
 
 from specjax.models.rotary import Rotary
 from specjax.models.vocabulary import DraftVocabulary
-from specjax.runtime.dtypes import dtype_named
+from specjax.runtime.dtypes import QUANTISED, check_param_dtype, dtype_named
 
 NORMS = ("rms", "rms_plus_one", "layer")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
@@ -27,7 +27,8 @@ class DecoderConfig:
       rotary: rotary position embedding of queries and keys; None for learned positions.
       norm_epsilon: added to the mean square (or the variance) in a norm.
       tied_head: whether the output head is the transposed embedding.
-      param_dtype: dtype of the parameters.
+      param_dtype: dtype of the parameters. With int8 or int4, the kernels of attention and MLPs are integers, see
+        `models.quantised`; the other parameters have `float_dtype`.
       compute_dtype: dtype of activations and caches; logits are always float32.
       remat: whether the backward pass computes each layer again instead of holding what is between its operations.
       family: `model_type` of the family in `hub.families` in whose format the model is exported.
@@ -137,7 +138,17 @@ class DecoderConfig:
             self.draft_vocabulary.check(self.vocab_size)
             if self.tied_head:
                 raise ValueError("a tied head has all ids; with a draft vocabulary, tied_head must be False")
-        dtype_named(self.param_dtype), dtype_named(self.compute_dtype)
+        check_param_dtype(self.param_dtype), dtype_named(self.compute_dtype)
+
+    @property
+    def float_dtype(self) -> str:
+        """The dtype of the parameters that are never quantised: embeddings, heads, norms and routers."""
+        return self.compute_dtype if self.param_dtype in QUANTISED else self.param_dtype
+
+    @property
+    def unquantised(self) -> "DecoderConfig":
+        """This config with all parameters in `float_dtype`."""
+        return dataclasses.replace(self, param_dtype=self.float_dtype)
 
     def _check_experts(self) -> None:
         if not 1 <= self.experts_per_token <= self.experts:

@@ -24,11 +24,11 @@ class DecoderModule(nnx.Module):
     """Parameters and forward pass of a decoder."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-        dtype = dtype_named(config.param_dtype)
+        dtype = dtype_named(config.float_dtype)
         inner = config.embedding_width or config.width
         embedding = jax.random.normal(rngs.params(), (config.vocab_size, inner), jnp.float32)
         self.embedding = nnx.Param((embedding * inner**-0.5).astype(dtype), axes=("vocab", "embed"))
-        make = functools.partial(layers.Linear, dtype=config.param_dtype, rngs=rngs)
+        make = functools.partial(layers.Linear, dtype=config.float_dtype, rngs=rngs)
         if config.embedding_width:
             self.project_in = make(inner, config.width, ("embed", None), inner**-0.5)
             self.project_out = make(config.width, inner, (None, "embed"), config.width**-0.5)

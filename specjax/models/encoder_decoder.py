@@ -108,7 +108,7 @@ class RelativeBias(nnx.Module):
     def __init__(self, config: EncoderDecoderConfig, both_ways: bool, rngs: nnx.Rngs):
         shape = (config.relative_buckets, config.heads)
         table = jax.random.normal(rngs.params(), shape, jnp.float32)
-        self.table = nnx.Param(table.astype(dtype_named(config.param_dtype)), axes=(None, "heads"))
+        self.table = nnx.Param(table.astype(dtype_named(config.float_dtype)), axes=(None, "heads"))
         self.buckets = (config.relative_buckets, config.relative_distance)
         self.both_ways = both_ways
 
@@ -164,7 +164,7 @@ class EncoderDecoderModule(nnx.Module):
     """Parameters and forward pass of an encoder-decoder."""
 
     def __init__(self, config: EncoderDecoderConfig, rngs: nnx.Rngs):
-        dtype = dtype_named(config.param_dtype)
+        dtype = dtype_named(config.float_dtype)
         embedding = jax.random.normal(rngs.params(), (config.vocab_size, config.width), jnp.float32)
         self.embedding = nnx.Param(embedding.astype(dtype), axes=("vocab", "embed"))
         self.encoder_bias = RelativeBias(config, True, rngs)
@@ -174,7 +174,7 @@ class EncoderDecoderModule(nnx.Module):
         self.blocks = nnx.List([DecoderBlock(config, i, rngs) for i in range(config.layers)])
         self.norm = layers.make_norm(config, config.width)
         if not config.tied_head:
-            make = functools.partial(layers.Linear, dtype=config.param_dtype, rngs=rngs)
+            make = functools.partial(layers.Linear, dtype=config.float_dtype, rngs=rngs)
             self.unembedding = make(config.width, config.vocab_size, ("embed", "vocab"), config.width**-0.5)
         self.config = config
 

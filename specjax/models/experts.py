@@ -15,8 +15,8 @@ from jaxtyping import Array, Float, Int
 
 from specjax.models import layers
 from specjax.models.config import DecoderConfig
+from specjax.models.quantised import Quantised, factors
 from specjax.runtime import mesh as meshes
-from specjax.runtime.dtypes import dtype_named
 
 # Kernels `[E, O, I]` and biases `[E, O]` of the experts' projections, by the projection's name.
 Kernels = dict[str, dict[str, Any]]
@@ -71,13 +71,13 @@ class ExpertLinear(nnx.Module):
 
     def __init__(self, count: int, inputs: int, outputs: int, axes: tuple, scale: float, dtype: str, rngs, bias: bool):
         kernel = jax.random.normal(rngs.params(), (count, outputs, inputs), jnp.float32) * scale
-        self.kernel = nnx.Param(kernel.astype(dtype_named(dtype)), axes=("expert", *axes))
-        self.bias = (
-            nnx.Param(jnp.zeros((count, outputs), dtype_named(dtype)), axes=("expert", axes[0])) if bias else None
-        )
+        self.kernel, self.scales = layers.kernel_params(kernel, dtype, ("expert", *axes))
+        zeros = jnp.zeros((count, outputs), layers.bias_dtype(dtype))
+        self.bias = nnx.Param(zeros, axes=("expert", axes[0])) if bias else None
 
     def arrays(self) -> dict[str, Any]:
-        return {"kernel": self.kernel[...], **({} if self.bias is None else {"bias": self.bias[...]})}
+        bias = {} if self.bias is None else {"bias": self.bias[...]}
+        return {"kernel": layers.kernel_of(self.kernel, self.scales), **bias}
 
 
 class Experts(nnx.Module):
@@ -100,7 +100,7 @@ class ExpertMLP(nnx.Module):
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         linear = functools.partial(
-            layers.Linear, config.width, axes=("embed", None), scale=config.width**-0.5, dtype=config.param_dtype
+            layers.Linear, config.width, axes=("embed", None), scale=config.width**-0.5, dtype=config.float_dtype
         )
         self.router = linear(config.experts, rngs=rngs, bias=config.mlp_bias)
         self.experts = Experts(config, rngs)
@@ -207,8 +207,8 @@ def _ragged(config, split, rows, experts, counts, kernels):
     contracting = jax.lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0])
 
     def multiply(name, rows):
-        kernel, bias = kernels[name]["kernel"].astype(rows.dtype), kernels[name].get("bias")
-        outputs = jax.lax.ragged_dot_general(rows, kernel, counts, contracting)
+        pairs, bias = factors(rows, kernels[name]["kernel"]), kernels[name].get("bias")
+        outputs = sum(jax.lax.ragged_dot_general(*pair, counts, contracting) for pair in pairs)
         return _finished(name, outputs, split, None if bias is None else bias.at[experts].get(mode="clip"))
 
     return jnp.where((jnp.arange(len(rows)) < counts.sum())[:, None], expert_mlp(config, multiply, rows), 0)
@@ -218,10 +218,10 @@ def _gathered(config, split, rows, experts, kernels):
     """`expert_mlp` with each row's own kernels. A sum of products, because XLA on GPU fuses the gather into that."""
 
     def multiply(name, rows):
-        kernel, bias = kernels[name]["kernel"].at[experts].get(mode="clip"), kernels[name].get("bias")
-        products = kernel.astype(jnp.float32) * rows[:, None].astype(jnp.float32)
-        outputs = products.sum(-1).astype(rows.dtype)
-        return _finished(name, outputs, split, None if bias is None else bias.at[experts].get(mode="clip"))
+        chosen = jax.tree.map(lambda x: x.at[experts].get(mode="clip"), kernels[name])
+        pairs = factors(rows.astype(jnp.float32), chosen["kernel"])
+        outputs = sum((kernel * inputs[:, None]).sum(-1) for inputs, kernel in pairs).astype(rows.dtype)
+        return _finished(name, outputs, split, chosen.get("bias"))
 
     known = experts < jax.tree.leaves(kernels)[0].shape[0]
     return jnp.where(known[:, None], expert_mlp(config, multiply, rows), 0)
@@ -341,6 +341,9 @@ def _on_mesh(run: Callable[..., jax.Array], inputs: jax.Array, choice: Choice, k
     specs = {
         name: {kind: specs["down" if name == "down" else "gate"][kind] for kind in kernels[name]} for name in kernels
     }
+    for name, spec in specs.items():
+        if isinstance(kernels[name]["kernel"], Quantised):
+            spec["kernel"] = Quantised(spec["kernel"], spec["kernel"] if name == "down" else jax.P(over))
 
     split = Split(over, part)
 

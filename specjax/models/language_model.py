@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from specjax.models.vocabulary import DraftVocabulary
 from specjax.runtime import mesh as meshes
+from specjax.runtime.dtypes import QUANTISED
 from specjax.runtime.errors import UserError
 
 Params = dict
@@ -49,6 +50,11 @@ def _abstract(module: type, config: Any):
     return nnx.split(nnx.eval_shape(shaped))
 
 
+def count(shapes: Params) -> int:
+    """Number of values in a tree of arrays."""
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
+
+
 @dataclasses.dataclass(frozen=True)
 class Network:
     """A network without parameters, hashable and static. Initial values, shapes and axes come from its NNX module.
@@ -64,7 +70,7 @@ class Network:
     @property
     def num_params(self) -> int:
         """Number of parameters; a tied head counts once."""
-        return sum(math.prod(x.shape) for x in jax.tree.leaves(self.abstract_params()))
+        return count(self.abstract_params())
 
     def init(self, key: jax.Array) -> Params:
         """Random parameters as a nested dict, drawn one by one: to compile a program for all takes seconds."""
@@ -132,6 +138,18 @@ class LanguageModel(Network):
         return self.config.layers
 
     @property
+    def unquantised(self) -> "LanguageModel":
+        """This model with all parameters in float."""
+        if self.config.param_dtype not in QUANTISED:
+            return self
+        return dataclasses.replace(self, config=self.config.unquantised)
+
+    @property
+    def num_params(self) -> int:
+        """Number of parameters, whatever their dtype; a tied head counts once."""
+        return count(self.unquantised.abstract_params())
+
+    @property
     def vocabulary(self) -> DraftVocabulary | None:
         """The ids of a reduced head, to which the columns of `column_logits` belong; None if it has all ids."""
         return None
@@ -174,7 +192,7 @@ class LanguageModel(Network):
     @property
     def num_step_params(self) -> int:
         """Parameters read to decode one token: all but the embedding tables, of which only one row is read."""
-        params = self.abstract_params()
+        params = self.unquantised.abstract_params()
         tables = [params["positions"]] if self.config.learned_positions else []
         tables += [] if self.config.tied_head else [params["embedding"]]
         return self.num_params - sum(math.prod(table.shape) for table in tables)

@@ -12,9 +12,10 @@ from jaxtyping import Array, Float
 
 from specjax.models import attention, kv_cache
 from specjax.models.config import DecoderConfig
+from specjax.models.quantised import Kernel, Quantised, converted, factors, quantise, strided_product
 from specjax.models.rotary import rotate
 from specjax.runtime import mesh as meshes
-from specjax.runtime.dtypes import dtype_named
+from specjax.runtime.dtypes import QUANTISED, dtype_named
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -24,18 +25,23 @@ ACTIVATIONS = {
 }
 
 
-# On CPU, products with at most this many rows are computed as in `_few_rows`.
-_FEW_ROWS = 64
+# On CPU, products with at most this many rows are computed as in `_few_rows`, and of quantised kernels with at most so
+# many as in `strided_product`.
+_FEW_ROWS, _STRIDED_ROWS = 64, 4
 
-# On CPU, float16 kernels are converted to float32 in blocks of this size, which stay in the processor's cache.
+# On CPU, float16 and quantised kernels are converted to float32 in blocks of this size, which stay in its cache.
 _BLOCK_BYTES = 1 << 21
 
 
-def product(inputs: Float[Array, "B T I"], kernel: Float[Array, "O I"], dtype: DTypeLike) -> Float[Array, "B T O"]:
+def product(inputs: Float[Array, "B T I"], kernel: Kernel, dtype: DTypeLike) -> Float[Array, "B T O"]:
     """`inputs @ kernel.T` in this dtype, computed from factors in the dtype of the inputs."""
     if meshes.platform() == "cpu":
-        return _cpu_product(inputs, kernel, dtype)
-    multiply = lambda rows: jnp.einsum("BTI,OI->BTO", rows, kernel.astype(inputs.dtype), preferred_element_type=dtype)
+        return (
+            _quantised_cpu_product(inputs, kernel, dtype)
+            if isinstance(kernel, Quantised)
+            else _cpu_product(inputs, kernel, dtype)
+        )
+    multiply = lambda rows: _summed("BTI,OI->BTO", rows, kernel, dtype)
     batch, steps, _ = inputs.shape
     if meshes.platform() == "tpu" and batch * steps <= meshes.num_shards("batch"):
         # One row on each device: vector instructions would multiply it, in four times the cycles. They do not if there
@@ -43,6 +49,23 @@ def product(inputs: Float[Array, "B T I"], kernel: Float[Array, "O I"], dtype: D
         rows = jnp.pad(inputs, ((0, 0), (0, 1), (0, 0)))
         return jax.lax.optimization_barrier(multiply(rows))[:, :steps]
     return multiply(inputs)
+
+
+def _summed(formula: str, inputs: Array, kernel: Kernel, dtype: DTypeLike) -> Array:
+    """An einsum of inputs and a kernel, see `quantised.factors`."""
+    return sum(jnp.einsum(formula, *pair, preferred_element_type=dtype) for pair in factors(inputs, kernel))
+
+
+def _quantised_cpu_product(inputs, kernel, dtype):
+    rows, is_alone = inputs.shape[0] * inputs.shape[1], jax.sharding.get_abstract_mesh().size <= 1
+    if rows > _FEW_ROWS or not is_alone:
+        return _summed("BTI,OI->BTO", inputs, kernel, dtype)
+    flat = inputs.reshape(rows, -1)
+    if rows <= _STRIDED_ROWS:
+        outputs = strided_product(flat.astype(jnp.float32), kernel).astype(dtype)
+    else:
+        outputs = _few_rows(flat, kernel, dtype)
+    return outputs.reshape(*inputs.shape[:2], -1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -55,21 +78,22 @@ def _cpu_product(inputs, kernel, dtype):
     if inputs.shape[0] * inputs.shape[1] <= _FEW_ROWS and jax.sharding.get_abstract_mesh().size <= 1:
         kernel = kernel if inputs.dtype == jnp.float32 else kernel.astype(inputs.dtype)
         return _few_rows(inputs.reshape(-1, inputs.shape[2]), kernel, dtype).reshape(*inputs.shape[:2], -1)
-    return jnp.einsum("BTI,OI->BTO", inputs, _converted(kernel, inputs.dtype), preferred_element_type=dtype)
+    return jnp.einsum("BTI,OI->BTO", inputs, converted(kernel, inputs.dtype), preferred_element_type=dtype)
 
 
-def _few_rows(rows: Float[Array, "R I"], kernel: Float[Array, "O I"], dtype: DTypeLike) -> Float[Array, "R O"]:
+def _few_rows(rows: Float[Array, "R I"], kernel: Kernel, dtype: DTypeLike) -> Float[Array, "R O"]:
     """`rows @ kernel.T` with the kernel as the left factor, which for 2 to 8 rows takes the CPU half the time.
 
     Some numbers of rows are slow, so several are padded to a multiple of 4. The barriers keep the compiler from
     exchanging the factors and from multiplying fewer rows.
     """
     count = rows.shape[0]
-    if kernel.dtype == jnp.bfloat16:
+    dtype_of = None if isinstance(kernel, Quantised) else kernel.dtype
+    if dtype_of == jnp.bfloat16:
         return _bfloat16_products(rows, kernel).T.astype(dtype)
     if count > 1:
         rows = jax.lax.optimization_barrier(jnp.pad(rows, ((0, -count % 4), (0, 0))))
-    if kernel.dtype == jnp.float32:
+    if dtype_of == jnp.float32:
         products = jnp.einsum("OI,RI->OR", kernel, rows)
     else:
         products = _block_products(rows.astype(jnp.float32), kernel)
@@ -86,44 +110,55 @@ def _bfloat16_products(rows: Float[Array, "R I"], kernel: Float[Array, "O I"]) -
     for _ in range(1 if rows.dtype == jnp.bfloat16 else 3):
         parts.append(rest.astype(jnp.bfloat16))
         rest = rest - parts[-1].astype(rest.dtype)
-    factors = jnp.concatenate(parts)
-    factors = jax.lax.optimization_barrier(jnp.pad(factors, ((0, max(3 - len(factors), 0)), (0, 0))))
-    products = jnp.einsum("OI,RI->OR", kernel, factors, preferred_element_type=jnp.float32)
+    stacked = jnp.concatenate(parts)
+    stacked = jax.lax.optimization_barrier(jnp.pad(stacked, ((0, max(3 - len(stacked), 0)), (0, 0))))
+    products = jnp.einsum("OI,RI->OR", kernel, stacked, preferred_element_type=jnp.float32)
     products = jax.lax.optimization_barrier(products)[:, : len(parts) * len(rows)]
     return products.reshape(-1, len(parts), len(rows)).sum(1)
 
 
-def _block_products(rows: Float[Array, "R I"], kernel: Float[Array, "O I"]) -> Float[Array, "O R"]:
-    """`kernel @ rows.T`, where blocks of a float16 kernel are converted one by one, and stay in the CPU's cache."""
+def _block_products(rows: Float[Array, "R I"], kernel: Kernel) -> Float[Array, "O R"]:
+    """`kernel @ rows.T`, where blocks of a kernel are converted one by one, and stay in the CPU's cache."""
     outputs, width = kernel.shape
     size = min(max(_BLOCK_BYTES // (4 * width), 1), outputs)
 
     def multiply(index, products):
         start = jnp.minimum(index * size, outputs - size)  # the last block overlaps the one before it
-        block = jax.lax.dynamic_slice_in_dim(kernel, start, size).astype(jnp.float32)
-        part = jnp.einsum("OI,RI->OR", jax.lax.optimization_barrier(block), rows)
+        block = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), kernel)
+        pairs = [(jax.lax.optimization_barrier(part), inputs) for inputs, part in factors(rows, block)]
+        part = sum(jnp.einsum("OI,RI->OR", *pair) for pair in pairs)
         return jax.lax.dynamic_update_slice_in_dim(products, part, start, 0)
 
     start = jnp.zeros((outputs, rows.shape[0]), jnp.float32)
     return jax.lax.fori_loop(0, -(-outputs // size), multiply, start)
 
 
-def _converted(kernel: Float[Array, "O I"], dtype: DTypeLike) -> Float[Array, "O I"]:
-    """The kernel in this dtype; bfloat16 to float32 by shifts, because XLA on CPU converts one value at a time."""
-    if kernel.dtype == jnp.bfloat16 and dtype == jnp.float32:
-        bits = jax.lax.bitcast_convert_type(kernel, jnp.uint16).astype(jnp.uint32)
-        return jax.lax.bitcast_convert_type(bits << 16, jnp.float32)
-    return kernel.astype(dtype)
-
-
 def _cpu_product_backward(dtype, saved, gradient):
     inputs, kernel = saved
     inputs, gradient = jax.lax.optimization_barrier((inputs, gradient.astype(inputs.dtype)))
-    to_inputs = jnp.einsum("BTO,OI->BTI", gradient, _converted(kernel, inputs.dtype))
+    to_inputs = jnp.einsum("BTO,OI->BTI", gradient, converted(kernel, inputs.dtype))
     return to_inputs, jnp.einsum("BTO,BTI->OI", gradient, inputs).astype(kernel.dtype)
 
 
 _cpu_product.defvjp(lambda *factors: (_cpu_product(*factors), factors[:2]), _cpu_product_backward)
+
+
+def kernel_params(kernel: Float[Array, "*X O I"], dtype: str, axes: tuple) -> tuple[nnx.Param, nnx.Param | None]:
+    """The parameters that hold a kernel in this dtype: itself, or integers and their scales, see `Quantised`."""
+    if dtype not in QUANTISED:
+        return nnx.Param(kernel.astype(dtype_named(dtype)), axes=axes), None
+    values, scales = quantise(kernel, dtype)
+    return nnx.Param(values, axes=axes), nnx.Param(scales, axes=(*axes[:-1], None))
+
+
+def kernel_of(kernel: nnx.Param, scales: nnx.Param | None) -> Kernel:
+    """The kernel that these parameters hold."""
+    return kernel[...] if scales is None else Quantised(kernel[...], scales[...])
+
+
+def bias_dtype(dtype: str):
+    """The dtype of the bias next to a kernel of this dtype: float32 next to a quantised one."""
+    return jnp.float32 if dtype in QUANTISED else dtype_named(dtype)
 
 
 class Linear(nnx.Module):
@@ -143,13 +178,13 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
         bias=False,
     ):
-        kernel = jax.random.normal(rngs.params(), (inputs, outputs), jnp.float32) * scale
-        self.kernel = nnx.Param(kernel.astype(dtype_named(dtype)).T, axes=axes[::-1])
-        self.bias = nnx.Param(jnp.zeros((outputs,), dtype_named(dtype)), axes=axes[1:]) if bias else None
+        kernel = (jax.random.normal(rngs.params(), (inputs, outputs), jnp.float32) * scale).T
+        self.kernel, self.scales = kernel_params(kernel, dtype, axes[::-1])
+        self.bias = nnx.Param(jnp.zeros((outputs,), bias_dtype(dtype)), axes=axes[1:]) if bias else None
 
     def __call__(self, inputs: Float[Array, "B T I"], dtype: DTypeLike | None = None) -> Float[Array, "B T O"]:
         dtype = dtype or inputs.dtype
-        outputs = product(inputs, self.kernel[...], dtype)
+        outputs = product(inputs, kernel_of(self.kernel, self.scales), dtype)
         return outputs if self.bias is None else outputs + self.bias[...].astype(dtype)[None, None]
 
     def logits(self, inputs: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
@@ -200,9 +235,9 @@ class LayerNorm(nnx.Module):
 def make_norm(config: DecoderConfig, width: int, axis: str = "norm") -> RMSNorm | LayerNorm:
     """A norm over `width` channels, of the kind in the config; `axis` is the logical axis of its gains."""
     if config.norm == "layer":
-        return LayerNorm(width, config.norm_epsilon, config.param_dtype, axis)
+        return LayerNorm(width, config.norm_epsilon, config.float_dtype, axis)
     offset = 1.0 if config.norm == "rms_plus_one" else 0.0
-    return RMSNorm(width, config.norm_epsilon, config.param_dtype, offset, axis)
+    return RMSNorm(width, config.norm_epsilon, config.float_dtype, offset, axis)
 
 
 def query_scale(config: DecoderConfig) -> float:
@@ -246,7 +281,7 @@ class Attention(nnx.Module):
         self.query, self.key, self.value, self.output = projections(config, rngs, inputs)
         self.query_norm = self._head_norm(config, "heads")
         self.key_norm = self._head_norm(config, "kv_heads")
-        sinks = jnp.zeros((config.heads,), dtype_named(config.param_dtype))
+        sinks = jnp.zeros((config.heads,), dtype_named(config.float_dtype))
         self.sinks = nnx.Param(sinks, axes=(meshes.Parts("heads", config.heads),)) if config.attention_sinks else None
         self.head_size, self.joint_qk_norm = config.head_size, config.joint_qk_norm
         self.how = {"scale": query_scale(config), "softcap": config.attention_softcap}

@@ -42,7 +42,7 @@ class MedusaHead(nnx.Module):
 
     def __init__(self, config: MedusaConfig, rngs: nnx.Rngs):
         target = config.target
-        make = functools.partial(layers.Linear, dtype=target.param_dtype, rngs=rngs)
+        make = functools.partial(layers.Linear, dtype=target.float_dtype, rngs=rngs)
         # W starts at 0, so the head starts as the identity and predicts the target's next-token distribution.
         self.block = make(target.width, target.width, ("embed", None), 0.0)
         sizes, axes = (target.width, len(config.vocabulary or range(target.vocab_size))), ("embed", "vocab")

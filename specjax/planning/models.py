@@ -47,8 +47,7 @@ class ModelCatalog:
     def model(self, name: str, param_dtype: str, compute_dtype: str) -> LanguageModel:
         """The model called `name` in these dtypes; "auto" is bfloat16, on every platform."""
         param_dtype, compute_dtype = ("bfloat16" if d == "auto" else d for d in (param_dtype, compute_dtype))
-        for dtype in (param_dtype, compute_dtype):
-            dtypes.dtype_named(dtype)
+        dtypes.check_param_dtype(param_dtype), dtypes.dtype_named(compute_dtype)
         if not name.startswith(_STAGE):
             return hub_load.describe(name, param_dtype=param_dtype, compute_dtype=compute_dtype)
         model = self._of_stage(name)
@@ -68,6 +67,7 @@ class ModelCatalog:
     def trained(self, config: Any) -> tuple[LanguageModel, LanguageModel | None]:
         """The model that a training stage trains, and its target."""
         dtype_names = (config.model.param_dtype, config.model.compute_dtype)
+        dtypes.check_trained("model.param_dtype", dtype_names[0])
         target = None
         if config.target:
             target = self.model(config.target, config.target_param_dtype or dtype_names[0], dtype_names[1])
@@ -96,9 +96,11 @@ class ModelCatalog:
             raise UserError(f'"{name}" names no stage planned before this one{nearest(stage, self.made)}')
         return self.made[stage]
 
-    def loaded(self, name: str, config: Any, mesh: AnyMesh, *, replicate: bool = False) -> hub_model.Model:
-        """A model as an evaluation loads it, with shapes in place of parameters."""
-        model = self.model(name, config.param_dtype, config.compute_dtype)
+    def loaded(
+        self, name: str, config: Any, mesh: AnyMesh, *, replicate: bool = False, param_dtype: str = ""
+    ) -> hub_model.Model:
+        """A model as an evaluation loads it, with shapes in place of parameters; `param_dtype` "" is the config's."""
+        model = self.model(name, param_dtype or config.param_dtype, config.compute_dtype)
         return hub_model.Model(model, placed(model, mesh, replicate=replicate), None, mesh)
 
     def attached(

@@ -8,6 +8,8 @@ from specjax.runtime import process_memory
 from specjax.runtime.errors import UserError, nearest
 
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+# Dtypes of kernels that are only decoded with, see `models.quantised`.
+QUANTISED = ("int8", "int4")
 
 
 def dtype_named(name: str):
@@ -15,6 +17,21 @@ def dtype_named(name: str):
     if name not in _DTYPES:
         raise UserError(f'there is no dtype "{name}"{nearest(name, _DTYPES)}')
     return _DTYPES[name]
+
+
+def check_param_dtype(name: str) -> None:
+    """Raises UserError unless parameters can have the dtype `name`: a float dtype, or one of `QUANTISED`."""
+    if name not in (*_DTYPES, *QUANTISED):
+        raise UserError(f'there is no dtype "{name}"{nearest(name, (*_DTYPES, *QUANTISED))}')
+
+
+def check_trained(key: str, name: str) -> None:
+    """Raises UserError if the config's `key` gives this dtype to parameters that are trained or saved."""
+    if name in QUANTISED:
+        raise UserError(
+            f"{key} is {name}, and quantised weights can only be decoded with; choose float32, and load the result "
+            f"with param_dtype {name}"
+        )
 
 
 def compute_dtype(name: str) -> str:
