@@ -59,7 +59,7 @@ def published(draft, tmp_path):
 
 
 def parameters_equal(left, right):
-    return jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), left, right))
+    return jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), left, right))
 
 
 def test_a_draft_reads_back_with_and_without_our_key(target, draft, published, tmp_path):

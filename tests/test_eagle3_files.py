@@ -62,7 +62,7 @@ def config_of(target, **options):
 
 
 def parameters_equal(left, right):
-    return jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), left, right))
+    return jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), left, right))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -48,8 +48,8 @@ def guesses(target, params, heads_params, tokens):
 
 
 @pytest.mark.parametrize("own_head", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_heads_begin_with_the_targets_own_distribution_of_the_next_token(models, own_head):
-    target, params, *_ = models
+def test_heads_begin_with_the_targets_own_distribution_of_the_next_token(own_head):
+    target, params = tiny.decoder(1, sharpness=2.0)
     heads = tiny.heads(target, 2, own_head=own_head)
     hidden = jax.random.normal(jax.random.key(0), (2, 3, 16))
     logits = heads.head(heads.init_on(jax.random.key(1), target, params), target, params, hidden)

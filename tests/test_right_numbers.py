@@ -76,7 +76,10 @@ def damaged(params, value=jnp.nan):
     return {**params, "norm": {"scale": params["norm"]["scale"].at[0].set(value)}}
 
 
-@pytest.mark.parametrize("greedy, rule, value", [(True, "lossless", np.inf), (False, "coupled", np.nan)])
+@pytest.mark.parametrize(
+    "greedy, rule, value",
+    [(True, "lossless", np.inf), pytest.param(False, "coupled", np.nan, marks=pytest.mark.slow)],
+)
 def test_a_draft_whose_logits_are_not_finite_leaves_the_text_of_plain_decoding(greedy, rule, value, caplog):
     target, params, draft_params = tiny.target_and_draft()
     make = lambda gamma: tiny.plan(
@@ -89,7 +92,10 @@ def test_a_draft_whose_logits_are_not_finite_leaves_the_text_of_plain_decoding(g
     assert (result.statistics.failed_drafts == result.statistics.target_calls).all()
 
 
-@pytest.mark.parametrize("drafter, gamma, greedy", [("ngram", 0, False), ("ngram", 2, True), ("model", 2, False)])
+@pytest.mark.parametrize(
+    "drafter, gamma, greedy",
+    [("ngram", 0, False), ("ngram", 2, True), pytest.param("model", 2, False, marks=pytest.mark.slow)],
+)
 def test_a_target_whose_logits_are_not_finite_is_refused_with_its_dtype(drafter, gamma, greedy):
     target, params, draft_params = tiny.target_and_draft()
     options = tiny.drafter_options(drafter, target)
