@@ -10,6 +10,7 @@ import tiny
 from specjax import api
 from specjax.draft_design import acceptance
 from specjax.hub.adapter import LoadedAttachment
+from specjax.hub.model import reduced
 from specjax.hub.tokenizer import train_byte_bpe
 from specjax.models.vocabulary import draft_vocabulary
 from specjax.runtime.errors import UserError
@@ -30,7 +31,7 @@ def draft_of(target, kind):
         other = tiny.decoder(5)[1]
         blurred = jax.tree.map(lambda mine, theirs: mine + 0.1 * theirs, target.params, other)
         draft = api.Model(target.decoder, blurred, target.tokenizer)
-        return draft if kind == "model" else api.hub_model.reduced(draft, draft_vocabulary(range(0, VOCAB, 2)))
+        return draft if kind == "model" else reduced(draft, draft_vocabulary(range(0, VOCAB, 2)))
     if kind == "medusa":
         network, params = tiny.heads(target.decoder, 3), tiny.heads_params(target.decoder, target.params, 3)
     elif kind == "adapter":

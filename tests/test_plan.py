@@ -182,6 +182,22 @@ def test_more_devices_with_as_many_rows_each_hold_and_send_no_more(tmp_path, enc
     assert sent_by_eight < 2 * sent_by_two  # of a whole copy 7/8 come from others, in place of 1/2
 
 
+@pytest.mark.slow
+@pytest.mark.standard_promotion
+def test_assisted_rollouts_and_the_step_on_them_are_planned(tmp_path):
+    section = pair(directory(tmp_path / "target"), directory(tmp_path / "draft", layers=1), (2, 2, 2)).distilled
+    section.data.update({"fixed": 0.0, "draft": 0.0, "target": 0.0, "assisted": 1.0})
+    mesh = meshes.make_mesh(section.mesh)
+    parts = list(executables.training_executables(executables.training(section, ModelCatalog(), mesh)))
+    assert [part.name for part in parts] == ["assisted text", "update"]
+    with meshes.use(mesh):
+        for part in parts:
+            part.lower().compile()
+    section.loss.update({"selected": 0.4, "reference": section.model.init})
+    with pytest.raises(UserError, match="a plan does not include the draft in loss.reference; set"):
+        executables.training(section, ModelCatalog(), mesh)
+
+
 def test_remat_is_refused_unless_it_is_true_or_false(tmp_path):
     section = pair(directory(tmp_path / "target"), directory(tmp_path / "draft"), (1, 1, 1)).distilled
     section.model = ConfigDict({**section.model, "remat": "layers"})
