@@ -107,6 +107,7 @@ def training(steps: int, learning_rate: float, *, seed: int = 0) -> ConfigDict:
             "selected": 1.0,
             "reference": "",
             "balance": 0.01,  # weight of the load-balancing loss of a model with experts (arXiv 2101.03961)
+            "anchors": 0,  # positions of each text that a draft makes its predictions at, drawn at random; 0 for all
         }
     )
     # How data.assisted decodes: tokens drafted per block, the rule (lenience: of a lossy one), how many refused blocks
@@ -216,7 +217,19 @@ def block_parallel_draft(states_after: tuple[int, ...] = (), layers: int = 2, bl
     """
     section = ConfigDict({"states_after": states_after, "layers": layers, "block_size": block_size})
     section.mask_id = -1  # the id whose embedding stands for a token to draft; -1 is the target's last
+    # Whether a head learns how probably each drafted token is accepted; the drafter's `threshold` then means its value.
+    section.confidence = False
     return section
+
+
+def pard_draft(drafted: int = 8, mask_id: int = -1) -> ConfigDict:
+    """The section `pard` of a training stage: a draft model learns to draft a block in one forward (arXiv 2504.18583).
+
+    Args:
+      drafted: number of tokens that training drafts from a position; `loss.anchors` says from how many positions.
+      mask_id: the id whose embedding stands for a token to draft, best one that no text has; -1 is the draft's last.
+    """
+    return ConfigDict({"drafted": drafted, "mask_id": mask_id})
 
 
 def evaluation(target: Any, drafters: dict, *, seed: int = 1) -> ConfigDict:

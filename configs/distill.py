@@ -13,6 +13,9 @@ runs/draft/distilled/export, the report in runs/draft/report.html.
     python -m specjax.main --config=configs/distill.py:new --workdir=runs/draft \\
         --config.target=DIR --config.shape.layers=2 --config.text=FILE
 
+`configs/distill.py:pard` trains a draft to draft a block in one forward with mask tokens (PARD, arXiv 2504.18583), on
+the text itself. vLLM serves its export with `"parallel_drafting": true`.
+
 Stages: `supervised` (with `:new` alone); `distilled`, on the draft's own text with the target's probabilities
 (DistillSpec, arXiv 2310.08461); `evaluation`.
 
@@ -20,7 +23,7 @@ Hardware: whatever holds both models, the draft with its optimiser; `--config.me
 Time: not timed; a step costs about as much as writing its batch with the draft. Expect more tokens per target call
 (`block_efficiency`) than before, and text identical to plain decoding at temperature 0. If `validation_acceptance`
 still rises at the end, take more `--config.distilled.train.steps`.
-`configs/distill.py:smoke` and `configs/distill.py:new-smoke` run in seconds with small checkpoints.
+`configs/distill.py:smoke`, `:new-smoke` and `:pard-smoke` run in seconds with small checkpoints.
 """
 
 from ml_collections import ConfigDict
@@ -31,8 +34,8 @@ GAMMAS = (2, 4)  # tokens drafted per block, in the evaluation
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    common.check_variant("distill", variant, ("new", "smoke", "new-smoke"))
-    new = variant.startswith("new")
+    common.check_variant("distill", variant, ("new", "pard", "smoke", "new-smoke", "pard-smoke"))
+    new, pard = variant.startswith("new"), variant.startswith("pard")
     config = ConfigDict()
     config.stages = ("supervised", "distilled", "evaluation") if new else ("distilled", "evaluation")
     config.seed = 0
@@ -61,10 +64,15 @@ def get_config(variant: str = "") -> ConfigDict:
     config.distilled.data.update({"batch_size": 16, "sequence_length": 128, "prompt_length_max": 32})
     config.distilled.data.generation.max_new_tokens = 96
 
+    if pard:
+        config.distilled.pard = common.pard_draft(drafted=2 * max(GAMMAS))
+        config.distilled.loss.anchors = 32  # positions of each text that a block is drafted from
+        config.distilled.data.update({"fixed": 1.0, "draft": 0.0})
+
     rules = {"lossless": GAMMAS}
     drafters = {
         "undistilled": {"kind": "model", "path": draft, "rules": rules},
-        "distilled": {"kind": "model", "path": "stage:distilled", "rules": rules},
+        "distilled": {"kind": "pard" if pard else "model", "path": "stage:distilled", "rules": rules},
     }
     config.evaluation = common.evaluation(target, drafters)
     config.evaluation.compare = (("distilled", "undistilled"),)

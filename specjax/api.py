@@ -26,6 +26,7 @@ from specjax.decoding.drafters.kangaroo import Kangaroo as Kangaroo
 from specjax.decoding.drafters.medusa import Medusa as Medusa
 from specjax.decoding.drafters.model import ModelDraft as ModelDraft
 from specjax.decoding.drafters.ngram import NGram as NGram
+from specjax.decoding.drafters.pard import Pard as Pard
 from specjax.decoding.drafters.skip_layers import SkipLayers as SkipLayers
 from specjax.decoding.drafters.table import build_drafter, make_options, options_class
 from specjax.decoding.plan import Plan
@@ -63,8 +64,7 @@ class Draft:
         """
         if not isinstance(loaded, Model | LoadedAttachment):
             raise UserError(f"api.Draft takes what api.load or api.load_adapter returned, not {loaded!r}")
-        kind = "model" if isinstance(loaded, Model) else loaded.network.drafter
-        self.loaded, self.options = loaded, options or make_options(kind, values)
+        self.loaded, self.options = loaded, options or make_options(loaded.network.drafter, values)
         self._cut: tuple[Model | LoadedAttachment, DrafterOptions] | None = None
 
     def cut(self, target: Model) -> tuple[Model | LoadedAttachment, DrafterOptions]:

@@ -28,6 +28,7 @@ from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
 from specjax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from specjax.models.language_model import LanguageModel, Params
+from specjax.models.pard import ParallelDraft
 from specjax.models.table import ATTACHMENTS, is_attachment, make_attachment
 from specjax.models.vocabulary import DraftVocabulary, draft_vocabulary
 from specjax.reporting import records
@@ -149,6 +150,7 @@ def _inputs(config: Any, task: tasks.Task, tokenizer: Tokenizer, mesh: jax.shard
         reference, reference_params = _trained_draft(
             config.loss.reference, config, tokenizer, target, target_params, mesh
         )
+        reference = trained_for_blocks(config, reference)
     if target is not None and target.is_encoder_decoder != draft.is_encoder_decoder:
         raise UserError(
             f"either the target in {config.target} or the model to train is an encoder-decoder, but not both; "
@@ -214,12 +216,12 @@ def _draft(
         draft = new_attached_draft(config, target, ids)
         start = lambda key, target_params: draft.attachment.init_on(key, target, target_params)
     elif init == RANDOM:
-        draft = random_model(model, tokenizer.vocab_size, tokenizer.pad_id).reduced(ids)
+        draft = trained_for_blocks(config, random_model(model, tokenizer.vocab_size, tokenizer.pad_id).reduced(ids))
         start = lambda key, _: draft.init(key)
     else:
         decoder, params = _trained_draft(init, config, tokenizer, target, target_params, mesh)
         loaded = hub_model.reduced(hub_model.Model(decoder, params, tokenizer), ids)
-        return loaded.decoder, loaded.params
+        return trained_for_blocks(config, loaded.decoder), loaded.params
     shardings = draft.shardings(mesh, replicate=model.replicate)
     return draft, jax.jit(start, out_shardings=shardings)(jax.random.key(config.seed), target_params)
 
@@ -244,6 +246,11 @@ def _trained_draft(
     return AttachedDraft.of(loaded.network), loaded.params
 
 
+def trained_for_blocks(config: Any, draft: LanguageModel) -> LanguageModel:
+    """A draft model as it is trained: with mask tokens if the config has a section `pard`, see `ParallelDraft.of`."""
+    return ParallelDraft.of(draft, **config.pard) if "pard" in config else draft
+
+
 def new_attached_draft(
     config: Any, target: LanguageModel | None, vocabulary: DraftVocabulary | None = None
 ) -> AttachedDraft:
@@ -252,6 +259,8 @@ def new_attached_draft(
     Its options are in the config section with its name in `ATTACHMENTS`, or `attachment` for a user's own class.
     """
     init = config.model.init
+    if "pard" in config:
+        raise UserError(f'model.init is "{init}", and a section `pard` is for draft models; leave it out')
     section = init if init in ATTACHMENTS else _ATTACHMENT
     if section not in config:
         raise UserError(f'model.init is "{init}", and its options are missing: add a section `{section}`')

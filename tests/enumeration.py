@@ -104,6 +104,10 @@ class Tables:
     def num_drafted(self, context):
         return self.at(context)[3]
 
+    def block_probs(self, context, tokens):
+        """The draft's distributions `[gamma, V]` of the block that starts at a context, given its drafted tokens."""
+        return [self.at((*context, *tokens[:i]))[1] for i in range(self.gamma)]
+
     def paths(self, context, one_hot: bool):
         """Every draft from here with its probability, and how many of its tokens count."""
         num_drafted = self.num_drafted(context)
@@ -143,7 +147,7 @@ def enumerate_paths(tables: Tables, one_hot: bool, depth: int, grid: list[float]
                     rows.contexts.append(context)
                     rows.chances.append(chance / len(grid) ** count)
                     rows.tokens.append(followed)
-                    rows.probs.append([tables.at(c)[1] for c in before[:gamma]])
+                    rows.probs.append(tables.block_probs(context, followed))
                     rows.counts.append(count)
                     rows.uniforms.append([*uniforms, *[0.0] * (gamma - count)])
                     rows.targets.append([tables.target(c) for c in before])

@@ -310,7 +310,10 @@ def check_against_plain(models, pair, drafts, settings, rule, costs):
         (
             "lossless",
             GREEDY,
-            [("kangaroo", 4, 0.6), *((kind, 4, 0.0) for kind in ("medusa", "eagle3", "block_parallel", "ngram"))],
+            [
+                ("kangaroo", 4, 0.6),
+                *((kind, 4, 0.0) for kind in ("medusa", "eagle3", "block_parallel", "pard", "ngram")),
+            ],
         ),
         ("coupled", COUPLED[:1], [("model", 3, 0.0)]),
     ],

@@ -1,7 +1,11 @@
 """The block-parallel draft: what it computes in training and in decoding, how it starts, and what it refuses."""
 
+import dataclasses
+import json
+
 import jax
 import jax.numpy as jnp
+import lossless
 import numpy as np
 import pytest
 import tiny
@@ -93,6 +97,77 @@ def test_each_token_of_a_block_is_compared_with_the_target_at_its_own_place(targ
     assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(gradient))
 
 
+# --- the confidence head -------------------------------------------------------------------------------------------
+
+
+def confident(target, params, **changes):
+    """A draft with a confidence head that has random weights, and its parameters."""
+    network, own = tiny.block_parallel(target, params, block_size=4, confidence=True, **changes)
+    return network, own | {"confidence": {"kernel": jnp.linspace(-1.0, 1.0, 16)[None], "bias": jnp.full((1,), 0.3)}}
+
+
+@pytest.mark.parametrize("vocabulary", [None, pytest.param(tuple(range(0, 24, 2)), marks=SLOW)])
+def test_a_confidence_head_learns_the_acceptance_and_changes_nothing_else(target, vocabulary):
+    target, params = target
+    network, own = confident(target, params, vocabulary=vocabulary)
+    plain, others = dataclasses.replace(network.config, confidence=False), {**own}
+    del others["confidence"]
+    tokens = jax.random.randint(jax.random.key(0), (2, 9), 0, VOCAB)
+    batch = {"tokens": tokens, "lengths": jnp.asarray([9, 7]), "loss_start": jnp.asarray([3, 4])}
+
+    def gradient_and_sums(network):
+        draft = AttachedDraft.of(network)
+        loss = objective.Loss(draft, target, divergences.divergence("forward_kl"), 1.0, 5, anchors=4)
+        total = lambda own: (lambda sums: (sums.loss, sums))(loss(own, params, batch))
+        return jax.jit(jax.grad(total, has_aux=True))
+
+    with_head = gradient_and_sums(network)
+    gradient, sums = with_head(own)
+    expected, without = gradient_and_sums(BlockParallel(plain))(others)
+    head = gradient.pop("confidence")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), gradient, expected)
+    assert min(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(head)) > 0
+    assert float(sums.acceptance) == pytest.approx(float(without.acceptance))
+    # With weights of 0 its confidence is sigmoid(bias) everywhere, and the loss is known from the mean acceptance.
+    flat = own | {"confidence": {"kernel": jnp.zeros((1, 16)), "bias": jnp.full((1,), 0.3)}}
+    added = float(with_head(flat)[1].loss - without.loss)
+    assert added == pytest.approx(float(np.log1p(np.exp(0.3)) * sums.tokens - 0.3 * sums.acceptance), rel=1e-4)
+
+
+def test_a_draft_ends_after_the_first_token_whose_confidence_is_below_the_threshold(target):
+    target, params = target
+    network, own = confident(target, params)
+    plan = tiny.plan(target, "block_parallel", {"adapter": network, "threshold": 0.5}, gamma=3, slots=SLOTS, max_new=4)
+    texts, lengths = tiny.prompts(3, BATCH, SLOTS, VOCAB)
+    state = loop.prefill(plan, params, own, texts, lengths, row_keys(4, jnp.arange(BATCH)))
+    sampling, limits = Sampling.of(1.0, threshold=0.5), tiny.limits(BATCH, 4)
+    proposal = one_block(plan, params, own, state, limits, sampling)[2]
+    draft = AttachedDraft.of(network)
+    attached = runtime_params(draft, own, params)
+    hidden = draft.training_states(attached, None, texts, lengths[:, None] - 1)
+    sure = np.asarray(jax.nn.sigmoid(draft.confidence(attached, hidden)))
+    assert sure.shape == (BATCH, 3)
+    below = np.concatenate([sure[:, :2] < 0.5, np.ones((BATCH, 1), bool)], axis=1)
+    np.testing.assert_array_equal(proposal.num_drafted, 1 + below.argmax(1))
+    assert len(set(np.asarray(proposal.num_drafted).tolist())) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["lossless", "block"])
+def test_a_stop_by_the_confidence_head_leaves_the_targets_distribution(rule):
+    target, params = lossless.small_target()
+    network, own = confident(target, params)
+    plan = lossless.small_plan(target, "block_parallel", {"adapter": network, "threshold": 0.5}, rule)
+    adjust = dataclasses.replace(Sampling.of(1.0), threshold=jnp.float32(0.5))
+    assert lossless.p_value(plan, params, own, adjust) > 1e-4
+
+
+def test_hard_labels_teach_no_confidence(target):
+    network = AttachedDraft.of(confident(*target)[0])
+    with pytest.raises(UserError, match='a confidence head learns .* another than "cross_entropy", or leave'):
+        objective.Loss(network, None, None, temperature=1.0, chunk=5)
+
+
 def test_it_starts_from_the_targets_last_state_and_gains(target):
     target, params = target
     params = params | {"norm": {"scale": jnp.linspace(0.2, 3.0, 16)}}
@@ -107,11 +182,19 @@ def test_it_starts_from_the_targets_last_state_and_gains(target):
 
 def test_what_is_saved_is_what_is_loaded(target, tmp_path):
     target, params = target
-    network, own = tiny.block_parallel(target, params, states_after=(1, 3), vocabulary=draft_vocabulary([1, 2, 5]))
+    network, own = confident(target, params, states_after=(1, 3), vocabulary=draft_vocabulary([1, 2, 5]))
     hub_adapter.save(tmp_path / "draft", hub_adapter.LoadedAttachment(network, own, "here"))
     loaded = hub_adapter.load(tmp_path / "draft", target)
     assert loaded.network == network
     jax.tree.map(np.testing.assert_array_equal, loaded.params, own)
+
+
+def test_a_file_without_the_option_is_one_without_a_confidence_head(target, tmp_path):
+    network, own = tiny.block_parallel(*target, states_after=(1, 3))
+    hub_adapter.save(tmp_path / "draft", hub_adapter.LoadedAttachment(network, own, "here"))
+    path = tmp_path / "draft" / "adapter_config.json"
+    path.write_text(json.dumps({name: x for name, x in json.loads(path.read_text()).items() if name != "confidence"}))
+    assert hub_adapter.load(tmp_path / "draft", target[0]).network == network
 
 
 def test_states_are_spread_over_the_targets_layers():

@@ -125,7 +125,7 @@ def test_no_two_blocks_have_the_same_random_numbers():
         assert np.unique(values).size == 12
 
 
-KINDS = ("ngram", "early_exit", "skip_layers", "medusa", "eagle3", "block_parallel", "model")
+KINDS = ("ngram", "early_exit", "skip_layers", "medusa", "eagle3", "block_parallel", "pard", "model")
 GREEDY_DRAFTS = {"draft_sample_method": "greedy"}
 
 

@@ -330,6 +330,7 @@ def test_a_divergence_without_its_target_is_refused():
         (dict(divergence="cross_entrpy"), "cross_entropy"),
         (dict(temperature=0.0), "loss.temperature is 0.0"),
         (dict(chunk=0), "loss.chunk is 0"),
+        (dict(anchors=-1), "loss.anchors is -1; it must be 1 position or more, or 0 for all"),
         (dict(divergence="jsd", beta=1.0), "beta"),
         (dict(refused="reverse_lk"), 'did you mean "reverse_kl"'),
         (dict(refused="jsd", beta=1.0), "beta"),
@@ -346,6 +347,7 @@ def test_senseless_settings_of_the_loss_are_refused(settings, message):
         refused="jsd",
         selected=1.0,
         reference="",
+        anchors=0,
         balance=0.0,
     )
     with pytest.raises(UserError, match=message):

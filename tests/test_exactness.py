@@ -39,7 +39,7 @@ SETTINGS = pytest.mark.parametrize(
     "adjust", [pytest.param(Sampling.of(1.0), id="uncut", marks=pytest.mark.slow), pytest.param(CUT, id="cut")]
 )
 # Drafters that share the code of drafting with others.
-SHARING = ("skip_layers", "medusa", "eagle3", "block_parallel")
+SHARING = ("skip_layers", "medusa", "eagle3", "block_parallel", "pard")
 # Of early exit the quick tests have the one with a reduced vocabulary.
 SLOW_KINDS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("early_exit", *SHARING)]
 

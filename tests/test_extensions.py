@@ -401,7 +401,7 @@ def test_a_users_divergence_takes_its_parameter_from_python_and_from_a_config(at
     name = f"{attachment_file}:alpha_divergence"
     target, draft = jnp.log(jnp.asarray([[[0.5, 0.5]]])), jnp.log(jnp.asarray([[[0.9, 0.1]]]))
     section = {"divergence": name, "beta": 0.5, "alpha": 0.5, "temperature": 1.0, "chunk": 4}
-    section |= {"refused": "reverse_kl", "selected": 1.0, "reference": "", "balance": 0.0}
+    section |= {"refused": "reverse_kl", "selected": 1.0, "reference": "", "balance": 0.0, "anchors": 0}
     expected = (1 - (0.5 * 0.9) ** 0.5 - (0.5 * 0.1) ** 0.5) / 0.25
     for made in (divergences.divergence(name, alpha=0.5), divergences.of_config(section)):
         assert float(made(target, draft)[0, 0]) == pytest.approx(expected, rel=1e-5)

@@ -94,7 +94,7 @@ def test_decoding_leaves_the_callers_arrays_alive(models):
 # --- what a row may depend on --------------------------------------------------------------------------------------
 
 
-KINDS = ("model", "ngram", "early_exit", "skip_layers", "medusa", "eagle3", "block_parallel")
+KINDS = ("model", "ngram", "early_exit", "skip_layers", "medusa", "eagle3", "pard", "block_parallel")
 EVERY_KIND = [KINDS[0], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])]
 
 

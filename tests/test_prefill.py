@@ -59,7 +59,7 @@ def turns(models, plan, draft, costs=None):
         "eagle3",
         "kangaroo",
         "ngram",
-        *(pytest.param(kind, marks=SLOW) for kind in ("medusa", "block_parallel", "model")),
+        *(pytest.param(kind, marks=SLOW) for kind in ("medusa", "block_parallel", "pard", "model")),
     ],
 )
 def test_caches_that_are_extended_give_the_tokens_of_new_ones(models, kind):

@@ -25,7 +25,7 @@ SAME = {
 }
 RUNS = [f"{name}:smoke" for name in (str(path.relative_to(ROOT)) for path in CONFIGS) if name not in SAME]
 RUNS += ["configs/distill.py:new-smoke", "configs/evaluate.py:ngram-smoke", "configs/adapter.py:medusa-smoke"]
-RUNS += ["configs/adapter.py:eagle3-smoke", "configs/adapter.py:block_parallel-smoke"]
+RUNS += ["configs/adapter.py:eagle3-smoke", "configs/adapter.py:block_parallel-smoke", "configs/distill.py:pard-smoke"]
 
 
 # Records of the paper's data sets, by config.
@@ -68,6 +68,7 @@ def models(tmp_path_factory):
         "configs/distillspec/lm1b.py": (data["lm1b"],),
         "configs/distill.py": (target, f"--config.draft={home}/draft", text),
         "configs/distill.py:new-smoke": (target, text),
+        "configs/distill.py:pard-smoke": (target, f"--config.draft={home}/draft", text),
         "configs/smollm2.py": (f"--config.target={home}/chat", f"--config.questions={home}/questions.txt"),
         "configs/adapter.py": (target, text),
         "configs/adapter.py:medusa-smoke": (target, text),

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
+from configs import common
 from specjax.decoding import loop, rules
 from specjax.decoding.sampling import Sampling
 from specjax.models import kv_cache
@@ -98,6 +99,7 @@ def encoder_decoder(layers: int) -> EncoderDecoder:
 def options(target: Decoder) -> dict[str, tuple[str, dict]]:
     """The kind and the options of every drafter that is compiled, by name."""
     of_target = target.config
+    confident = BlockParallel(BlockParallelConfig(of_target, confidence=True))
     return {
         "model": ("model", {"model": decoder(1)}),
         "stopping": ("model", {"model": decoder(1), "threshold": 0.5}),
@@ -109,6 +111,8 @@ def options(target: Decoder) -> dict[str, tuple[str, dict]]:
         "medusa": ("medusa", {"adapter": MedusaHeads(MedusaConfig(of_target, GAMMA, own_head=False))}),
         "eagle3": ("eagle3", {"adapter": Eagle3Layer(Eagle3Config(of_target))}),
         "block_parallel": ("block_parallel", {"adapter": BlockParallel(BlockParallelConfig(of_target))}),
+        "confident": ("block_parallel", {"adapter": confident, "threshold": 0.5}),
+        "pard": ("pard", {"model": tiny.masked(decoder(1))}),
     }
 
 
@@ -118,6 +122,7 @@ ON_BOTH = ("model", "ngram", "t5", "one_row", "distilled")
 # Compiled as a run is; the others with the least effort, in a fifth of the time.
 THOROUGHLY = ("model", "planted", "rows", "scattered")
 TRAINED = ("supervised", "distilled", "adapter", "t5_distilled", "gpt_oss_distilled")
+TRAINED += ("block_parallel_trained", "pard_trained")
 
 
 def decoding(name: str, mesh) -> executables.DecodingStage:
@@ -163,6 +168,15 @@ def training(name: str, mesh) -> executables.TrainingStage:
         section.data.generation.max_new_tokens = 16
         section.loss.chunk = 32
     section.unlock()
+    if name in ("block_parallel_trained", "pard_trained"):
+        section.data.update({"fixed": 1.0, "draft": 0.0, "sequence_length": 64})
+        section.loss.anchors = 8
+        if name == "pard_trained":
+            section.pard = common.pard_draft(drafted=4)
+        else:
+            section.block_parallel = common.block_parallel_draft(block_size=4)
+            section.block_parallel.confidence = True
+            section.model.init = "block_parallel"
     return executables.training(section, shelf, mesh)
 
 
@@ -311,7 +325,8 @@ def test_a_draft_is_trained_on_a_slice_in_place_without_gathering_logits(part, n
     result = compiled_for(part)[name]
     assert result["aliased"] >= result["state_bytes"]
     assert result["vocabulary"] == []
-    assert set(result["seconds"]) == ({"update"} if name == "supervised" else {"draft text", "update"})
+    writes = name not in ("supervised", "block_parallel_trained", "pard_trained")
+    assert set(result["seconds"]) == ({"draft text", "update"} if writes else {"update"})
 
 
 def test_machine_code_that_equal_parts_share_changes_nothing_that_a_plan_tells():

@@ -65,6 +65,7 @@ def make_config(**overrides):
                 temperature=1.0,
                 chunk=20,
                 selected=1.0,
+                anchors=0,
                 reference="",
                 balance=0.0,
             ),

@@ -125,6 +125,11 @@ def block_parallel(target: Decoder, params=None, seed: int = 7, **changes):
     return made, on_device(jax.tree.map(lambda x: 2 * x if x.ndim == 2 else x, _started(made, target, params, seed)))
 
 
+def masked(model: Decoder) -> Decoder:
+    """The model with its last id as mask token, as PARD drafts have one."""
+    return dataclasses.replace(model, config=dataclasses.replace(model.config, mask_id=model.config.vocab_size - 1))
+
+
 def target_and_draft():
     """A target, its parameters, and parameters of a draft of the same shape that agrees about half of the time."""
     target, params = decoder(1)
@@ -141,6 +146,7 @@ def drafter_options(kind: str, target, draft=None, adapter=None) -> dict:
     """Options of each drafter for a small target; the draft model is one of the target's shape unless `draft` says."""
     options = {
         "model": lambda: {"model": target if draft is None else draft},
+        "pard": lambda: {"model": masked(target if draft is None else draft)},
         "ngram": lambda: {"shortest": 1, "longest": 2},
         "early_exit": lambda: {"exit_layer": 1},
         "skip_layers": lambda: {"skipped": (0,)},

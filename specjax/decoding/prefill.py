@@ -184,9 +184,10 @@ def compiled_prefill(plan: Plan, params, draft_params, prompts, lengths, row_key
 def compiled_extend(plan: Plan, params, draft_params, state: DecodeState, texts, lengths, starts) -> DecodeState:
     """The compiled part of `extend`."""
     batch = lengths.shape[0]
-    # The target's cache lacks the pending token, the draft's also the one before it. The chunks must hold the new
-    # text's second-last token, whose hidden state some drafters need.
-    starts = jnp.maximum(jnp.minimum(starts, jnp.minimum(state.lengths, lengths) - 2), 0)
+    # The target's cache lacks the pending token, the draft's its `lag`. The chunks must hold the new text's second-last
+    # token, whose hidden state some drafters need.
+    lag = plan.drafter.lag if plan.gamma else 2
+    starts = jnp.maximum(jnp.minimum(starts, jnp.minimum(state.lengths - lag, lengths - 2)), 0)
     state = dataclasses.replace(
         state,
         tokens=_padded(texts, plan.capacity),

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Bool, Int, Key
 
 from specjax.decoding import loop, sampling
 from specjax.models.language_model import LanguageModel
@@ -65,6 +65,17 @@ def window(counted: int, columns: int) -> int:
     """
     fitting = [columns // share for share in (8, 4, 2) if counted <= columns // share]
     return fitting[0] if fitting else 0
+
+
+def drawn_positions(tokens: Int[Array, "B T"], counts: Bool[Array, "B T"], number: int) -> Int[Array, "B K"]:
+    """Positions of each text in ascending order, as many as possible of those that count.
+
+    They are drawn by a hash of the text, so a resumed run draws the same ones, and a row does not depend on its batch.
+    """
+    hashes = jnp.sum(tokens * jnp.arange(1, tokens.shape[1] + 1, dtype=tokens.dtype)[None], axis=1)
+    draw = lambda row: jax.random.uniform(jax.random.fold_in(jax.random.key(0), row), tokens.shape[1:])
+    scores = jnp.where(counts, jax.vmap(draw)(hashes), -1.0)
+    return jnp.sort(jax.lax.top_k(scores, number)[1], axis=1)
 
 
 @dataclasses.dataclass(frozen=True)

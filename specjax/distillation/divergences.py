@@ -101,13 +101,23 @@ def negative_log_acceptance(target_logits: Logits, draft_logits: Logits) -> Floa
     return -jax.nn.logsumexp(jnp.minimum(target_log_probs, draft_log_probs), axis=-1)
 
 
-def lk_hybrid(target_logits: Logits, draft_logits: Logits) -> Float[Array, "B T"]:
+def lk_hybrid(target_logits: Logits, draft_logits: Logits, *, weight: float | None = None) -> Float[Array, "B T"]:
     """w KL(P || Q) + (1 - w) TV(P, Q) with w = exp(-3 sum_v min(P, Q)) at each position.
 
     It is nearly the KL at low acceptance, and mostly total variation at high acceptance. No gradient flows through w.
     The factor 3 is the paper's best setting.
+
+    Args:
+      weight: a fixed w in [0, 1] instead. DSpark trains block-parallel drafts with w = 0.1 and labels in place of P in
+        the first term.
+
+    Raises:
+      UserError: for a weight out of range.
     """
-    weight = jnp.exp(-_ETA * jax.lax.stop_gradient(acceptance(target_logits, draft_logits)))
+    if weight is None:
+        weight = jnp.exp(-_ETA * jax.lax.stop_gradient(acceptance(target_logits, draft_logits)))
+    elif not 0 <= weight <= 1:
+        raise UserError(f"the weight of lk_hybrid is {weight}; it must lie in [0, 1]")
     kl, distance = forward_kl(target_logits, draft_logits), total_variation(target_logits, draft_logits)
     return weight * kl + (1 - weight) * distance
 
@@ -156,7 +166,7 @@ def divergence(name: str | Callable, **parameters: Any) -> Divergence | None:
 
 
 # Keys of a config's `loss` section that are no parameters of a divergence.
-_SETTINGS = ("divergence", "refused", "temperature", "chunk", "selected", "reference", "balance")
+_SETTINGS = ("divergence", "refused", "temperature", "chunk", "selected", "reference", "balance", "anchors")
 
 
 def of_config(loss: Any, key: str = "divergence") -> Divergence | None:

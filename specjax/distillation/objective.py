@@ -8,6 +8,9 @@ A draft may make several predictions at each position (`LanguageModel.predicts`)
 offset is compared with the target's distribution at position t + offset, and is counted if that position is. All sums
 are weighted by `Prediction.weight`, and means are weighted means over positions and predictions.
 
+With `anchors`, the draft predicts at some drawn positions only, as trainers of block-parallel drafts and of PARD do to
+save time and memory. A confidence head adds the cross-entropy between its confidence in a token and the acceptance.
+
 Draft and target may pad the vocabulary of one tokenizer to different sizes. The loss compares them on the ids that both
 have, after renormalising each distribution, so that every divergence is finite. For the acceptance, as in decoding, an
 id that the draft lacks has draft probability 0.
@@ -38,12 +41,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from specjax.distillation import divergences, rollouts
+from specjax.distillation import data_sources, divergences, rollouts
 from specjax.distillation.cached_text import states_name
 from specjax.distillation.divergences import CROSS_ENTROPY, Divergence
 from specjax.models import experts
 from specjax.models.attachment import AttachedDraft, runtime_params
-from specjax.models.language_model import LanguageModel, Params, Prediction, consecutive, fit_logits
+from specjax.models.language_model import LanguageModel, Params, Prediction, at_positions, fit_logits
 from specjax.runtime import mesh as meshes
 from specjax.runtime.dtypes import dtype_named
 from specjax.runtime.errors import UserError
@@ -55,7 +58,7 @@ class Sums:
     """Weighted sums over counted positions, float32 scalars; unlike means, they add up across chunks and batches.
 
     Attributes:
-      loss: sum of the divergence or the cross-entropy, with the load-balancing loss of a sparse draft.
+      loss: sum of the divergence or the cross-entropy, with those of a sparse draft's balance and a confidence head.
       acceptance: sum of sum_v min(P, Q) at temperature 1; 0 without a target.
       tokens: sum of the weights; for a draft with one prediction this is the number of counted positions.
       outside: sum of the target's probability of ids that a reduced draft lacks; None for other drafts, or if there is
@@ -102,6 +105,7 @@ class Loss:
       reference: a draft with the same predictions; None if all are selected. The target's parameters are then given as
         `{"target": .., "reference": ..}`.
       balance: weight, per counted position, of the load-balancing loss of a sparse draft, averaged over its routers.
+      anchors: number of positions of each text at which the draft predicts, drawn by a hash of the text; 0 for all.
 
     Raises:
       UserError: for values out of range, for a divergence without a target, and for a reference that does not fit.
@@ -116,6 +120,7 @@ class Loss:
     selected: float = 1.0
     reference: LanguageModel | None = None
     balance: float = 0.0
+    anchors: int = 0
 
     def __post_init__(self):
         if self.divergence is not None and self.target is None:
@@ -131,6 +136,11 @@ class Loss:
             raise UserError(f"loss.chunk is {self.chunk}; it must be 1 position or more")
         if not self.balance >= 0:
             raise UserError(f"loss.balance is {self.balance}; it must be 0 or more")
+        if self.anchors < 0:
+            raise UserError(f"loss.anchors is {self.anchors}; it must be 1 position or more, or 0 for all")
+        if self.draft.confident and self.target is None:
+            remedy = f'set loss.divergence to another than "{CROSS_ENTROPY}", or leave confidence out'
+            raise UserError(f"a confidence head learns how probably the target accepts: {remedy}")
         if not 0 < self.selected <= 1:
             raise UserError(f"loss.selected is {self.selected}; it must be above 0, and 1 for all tokens")
         if (self.selected < 1) != (self.reference is not None):
@@ -155,7 +165,7 @@ class Loss:
         """The loss that a config's `loss` section describes."""
         compare = divergences.of_config(config)
         refused = divergences.of_config(config, "refused") if compare is not None else None
-        how = config.temperature, config.chunk, refused, config.selected, reference, config.balance
+        how = config.temperature, config.chunk, refused, config.selected, reference, config.balance, config.anchors
         return cls(draft, target, compare, *how)
 
     def on_all(self) -> "Loss":
@@ -187,27 +197,30 @@ class Loss:
         parts = {"labels": _ahead(jnp.roll(tokens, -1, axis=1), predicts), "weights": weights}
         if refused is not None:
             parts["refused"] = refused
-        balance = None
+        anchors, balance = None, None
+        if 0 < self.anchors < tokens.shape[1]:
+            anchors = data_sources.drawn_positions(tokens, jnp.any(weights > 0, axis=2), self.anchors)
+            parts = {name: at_positions(array, anchors) for name, array in parts.items()}
         with jax.named_scope("draft_trunk"):
             if self.balance and self.draft.is_sparse:
-                parts["draft"], logits = self.draft.routed(params, tokens)
-                balance = self._balance(logits, batch["lengths"])
+                hidden, logits = self.draft.routed(params, tokens)
+                parts["draft"], balance = at_positions(hidden, anchors), self._balance(logits, batch["lengths"])
             else:
-                parts["draft"] = _draft_trunk(self.draft, params, prompts, batch)
+                parts["draft"] = _draft_trunk(self.draft, params, prompts, batch, anchors)
         if self.reference is not None:
             with jax.named_scope("reference_trunk"):
-                hidden = _draft_trunk(self.reference, reference_params, prompts, batch)
+                hidden = _draft_trunk(self.reference, reference_params, prompts, batch, anchors)
                 parts["reference"] = jax.lax.stop_gradient(hidden)
         if target is not None:
             target_params = jax.lax.stop_gradient(target_params)
             with jax.named_scope("target_trunk"):
                 stored = _stored(batch, (target.layers,), target)
                 last = _trunk(target, target_params, prompts, tokens) if stored is None else stored[0]
-                parts["target"] = _ahead(jax.lax.stop_gradient(last), predicts)
+                parts["target"] = _ahead(jax.lax.stop_gradient(last), predicts, anchors)
                 if len({offset for offset, _ in predicts}) == 1:  # all predictions are of the same token
                     parts["target"] = parts["target"][:, :, :1]
         furthest = max(offset for offset, _ in predicts)
-        if window and window + furthest < tokens.shape[1]:
+        if window and window + furthest < tokens.shape[1] and anchors is None:
             parts = _windows(parts, batch["loss_start"] - 1 - furthest, window + furthest)
 
         # prevent_cse is not needed inside a scan, and its barriers would only cost time.
@@ -253,8 +266,11 @@ class Loss:
 
     def _chunk_sums(self, params: Params, target_params: Params | None, part: dict[str, Array]) -> Sums:
         values = self._compared(params, target_params, part)
-        weights = values.weights
-        sums = [jnp.sum(weights * array) for array in (values.losses, values.overlap)]
+        weights, losses = values.weights, values.losses
+        if self.draft.confident:
+            sure = self.draft.confidence(params, part["draft"])
+            losses = losses + jax.nn.softplus(sure) - sure * jax.lax.stop_gradient(values.overlap)
+        sums = [jnp.sum(weights * array) for array in (losses, values.overlap)]
         outside = None if values.outside is None else jnp.sum(weights * values.outside)
         return Sums(*sums, jnp.sum(weights), outside)
 
@@ -339,24 +355,27 @@ def _negative_log_likelihood(logits: Float[Array, "B C W"], labels: Int[Array, "
     return jax.nn.logsumexp(logits, axis=-1) - label_logits
 
 
-def _ahead(array: Array, predicts: Sequence[Prediction]) -> Array:
-    """[B, T, ...] -> [B, T, predictions, ...]: entry t of a prediction is `array[:, t + offset]`, 0 past the end."""
+def _ahead(array: Array, predicts: Sequence[Prediction], anchors: Int[Array, "B K"] | None = None) -> Array:
+    """[B, T, ...] -> [B, T or K, predictions, ...]: of each prediction at a position (all, or the anchors) the entry at
+    position + offset, 0 past the end."""
     shifted = lambda offset: jnp.pad(array[:, offset:], [(0, 0), (0, offset)] + [(0, 0)] * (array.ndim - 2))
-    return jnp.stack([shifted(offset) for offset, _ in predicts], axis=2)
+    return jnp.stack([at_positions(shifted(offset), anchors) for offset, _ in predicts], axis=2)
 
 
-def _draft_trunk(draft: LanguageModel, params: Params, prompts, batch: Mapping[str, Array]) -> Float[Array, "B T E"]:
+def _draft_trunk(
+    draft: LanguageModel, params: Params, prompts, batch: Mapping[str, Array], anchors: Int[Array, "B K"] | None
+) -> Float[Array, "B K E"]:
     """The input of the draft's heads; an attachment reads the target's states from the batch, if stored."""
     stored = _stored(batch, draft.attachment.taps, draft) if isinstance(draft, AttachedDraft) else None
     if stored is None:
-        return _trunk(draft, params, prompts, batch["tokens"])
-    return draft.from_states(params, stored, batch["tokens"])
+        return _trunk(draft, params, prompts, batch["tokens"], anchors)
+    return draft.from_states(params, stored, batch["tokens"], anchors)
 
 
-def _trunk(model, params, prompts, tokens) -> Float[Array, "B T D"]:
-    """The hidden states that `head` takes, for whole texts and without a cache."""
+def _trunk(model, params, prompts, tokens, anchors=None) -> Float[Array, "B K D"]:
+    """The hidden states that the heads take, for whole texts and without a cache; all of them, or at the anchors."""
     start = None if prompts is None else model.start(params, *prompts, 0)
-    return model.extend(params, start, tokens, consecutive(tokens))[0]
+    return model.training_states(params, start, tokens, anchors)
 
 
 def _stored(batch: Mapping[str, Array], layers: Sequence[int], model: LanguageModel) -> tuple[Array, ...] | None:

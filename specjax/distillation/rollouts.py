@@ -20,7 +20,6 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from specjax.decoding import loop, rules
 from specjax.decoding.drafters.base import Drafter
-from specjax.decoding.drafters.model import ModelDraft
 from specjax.decoding.drafters.recording import RecordingDrafter
 from specjax.decoding.drafters.table import build_drafter, make_options
 from specjax.decoding.plan import Plan
@@ -39,9 +38,8 @@ _REPLAYS = 2**30
 
 def drafter_of(draft: LanguageModel, target: LanguageModel, gamma: int) -> Drafter:
     """The drafter that decodes with a model or attachment that is being trained."""
-    attachment = draft.attachment if isinstance(draft, AttachedDraft) else None
-    options = ModelDraft() if attachment is None else make_options(attachment.drafter, {})
-    return build_drafter(options, target, gamma, attachment or draft)
+    network = draft.attachment if isinstance(draft, AttachedDraft) else draft
+    return build_drafter(make_options(network.drafter, {}), target, gamma, network)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -65,8 +65,8 @@ def check(config: Any, inputs: Any) -> None:
             "an adapter learns from the target that it is attached to: set `target`, and loss.divergence to one that "
             f'compares with it, not "{loss.divergence}"'
         )
-    writes = not isinstance(inputs.draft, AttachedDraft) or inputs.draft.attachment.writes
-    if data.draft > 0 and not (predicts_next and writes):
+    writes = not isinstance(inputs.draft, AttachedDraft) or (predicts_next and inputs.draft.attachment.writes)
+    if data.draft > 0 and not writes:
         raise UserError(
             f"data.draft is {data.draft}, but the model to train predicts further tokens and writes no text; "
             "set data.draft to 0, and data.target to have the target write"

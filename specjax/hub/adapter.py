@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,15 @@ _FORMAT = "specjax-adapter-1"
 _FIELDS = ("format", "type", "param_dtype", "target")
 # Number of values of each parameter that are hashed for the fingerprint.
 _SAMPLE = 64
+# Fields of a model's config that are always hashed. Others came later, and are hashed if they differ from the default,
+# so that new fields leave the fingerprints in existing files valid.
+_HASHED = re.findall(
+    r"\w+",
+    """vocab_size width layers heads kv_heads head_size mlp_width max_positions rotary norm_epsilon tied_head family
+    norm activation gated_mlp order final_norm attention_bias output_bias mlp_bias qk_norm learned_positions
+    position_offset local_rotary rotary_layers windows query_scale attention_softcap final_softcap embedding_scale
+    embedding_width""",
+)
 
 
 # The fields of DecoderConfig that fingerprints include also where they have their default.
@@ -58,6 +68,9 @@ def fingerprint(decoder: LanguageModel, params: Params) -> str:
             del fields[field.name]
     if fields.pop("draft_vocabulary"):
         fields["draft_vocabulary"] = decoder.vocabulary.ids.tolist()
+    for field in dataclasses.fields(decoder.config):
+        if field.name not in _HASHED and fields.get(field.name) == field.default:
+            fields.pop(field.name, None)
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     samples = processes.fetch(_samples(params))  # collective: every process calls this
     for path, values in jax.tree_util.tree_leaves_with_path(samples):

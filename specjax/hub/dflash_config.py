@@ -130,6 +130,8 @@ def obstacle(config: BlockParallelConfig) -> str:
     target = config.target
     if config.vocabulary is not None:
         return "it has a reduced vocabulary, and the layout has none; train without block_parallel.vocabulary"
+    if config.confidence:
+        return "it has a confidence head, and the layout has none; train without block_parallel.confidence"
     if reason := _of_target(target):
         return reason
     if config.inner.rotary.size != config.inner.head_size:

@@ -21,9 +21,7 @@ from specjax.models.language_model import Params
 from specjax.models.vocabulary import DraftVocabulary, draft_vocabulary
 from specjax.runtime.errors import UserError, prefixed
 
-# What `vllm serve --speculative-config` takes.
-ENGINE_FILE = "speculative_config.json"
-FILES = (hub_load.CONFIG_FILE, weights.FILE, ENGINE_FILE)
+FILES = (hub_load.CONFIG_FILE, weights.FILE, hub_save.ENGINE_FILE)
 FORMATS = (eagle3_config.FORMAT, dflash_config.FORMAT)
 _EMBEDDING = "embed_tokens.weight"
 # Tensors that are not parameters of the draft: the target's, and tables that follow from the config.
@@ -185,5 +183,5 @@ def save(
     engine = {"method": form.method, "model": str(directory), "num_speculative_tokens": form.most(config)}
     with hub_save.replacing(directory, FILES.__contains__) as new:
         save_file(tensors, new / weights.FILE, metadata={"format": "pt"})
-        for name, content in ((hub_load.CONFIG_FILE, fields), (ENGINE_FILE, engine)):
+        for name, content in ((hub_load.CONFIG_FILE, fields), (hub_save.ENGINE_FILE, engine)):
             (new / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -29,6 +29,9 @@ from specjax.models.table import model_of
 from specjax.runtime import dtypes
 from specjax.runtime.errors import UserError, prefixed
 
+# The field of PARD's authors, which vLLM reads too, for the id of `DecoderConfig.mask_id`.
+MASK_FIELD = "pard_token"
+
 # All families. A new family needs a file with a `base.Family`, and an entry here.
 _ALL = (
     *(llama.FAMILY, mistral.FAMILY, qwen.QWEN2, qwen.QWEN3, phi3.FAMILY, smollm3.FAMILY, llama.OLMO2, llama.GRANITE),
@@ -151,6 +154,13 @@ def read_config(directory: str | Path, *, param_dtype: str, compute_dtype: str) 
         config = family.read_config(fields, param_dtype=known, compute_dtype=compute_dtype)
         if (size := fields.get("draft_vocab_size")) is not None:
             config = _with_vocabulary(config, size, path.parent)
+        if (mask := fields.get(MASK_FIELD)) is not None:
+            if type(mask) is not int or not 0 <= mask < config.vocab_size:
+                raise UserError(
+                    f'"{MASK_FIELD}" is {mask!r}, and the model has the ids 0 .. {config.vocab_size - 1}; take the '
+                    "complete checkpoint of the draft"
+                )
+            config = dataclasses.replace(config, mask_id=mask)
     if param_dtype == "auto":
         config = dataclasses.replace(config, param_dtype=_auto_dtype(path if is_gguf(path) else path.parent))
     return family, config

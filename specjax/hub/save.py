@@ -25,7 +25,9 @@ from specjax.runtime.dtypes import check_trained
 from specjax.runtime.errors import UserError
 
 _GENERATION_FILE = "generation_config.json"
-FILES = (hub_load.CONFIG_FILE, weights.FILE, _GENERATION_FILE, vocabulary.FILE, *tokenizer_files.FILES)
+# What `vllm serve --speculative-config` takes.
+ENGINE_FILE = "speculative_config.json"
+FILES = (hub_load.CONFIG_FILE, weights.FILE, _GENERATION_FILE, ENGINE_FILE, vocabulary.FILE, *tokenizer_files.FILES)
 # File names of the weights of a model with several shards.
 _SHARDED = re.compile(re.escape(weights.INDEX_FILE) + r"|model-\d{5}-of-\d{5}\.safetensors")
 # The usual limit of Hugging Face; common file systems and hubs accept such files.
@@ -65,6 +67,9 @@ def save(
     _check_params(decoder, params)
     with replacing(directory, lambda name: name in FILES or bool(_SHARDED.fullmatch(name))) as new:
         _write(new, config, tokenizer)
+        if (drafted := len(decoder.predicts)) > 1:  # PARD
+            engine = {"method": "draft_model", "model": str(Path(directory).absolute()), "parallel_drafting": True}
+            _write_json(new / ENGINE_FILE, engine | {"num_speculative_tokens": drafted})
         _write_weights(new, decoder, params, max_shard_bytes)
 
 
@@ -202,6 +207,8 @@ def _write(directory: Path, config, tokenizer) -> None:
     if config.draft_vocabulary is not None:
         fields["draft_vocab_size"] = len(config.draft_vocabulary)
         config.draft_vocabulary.save(directory / vocabulary.FILE)
+    if config.mask_id is not None:
+        fields[hub_load.MASK_FIELD] = config.mask_id
     start = {key: fields[key] for key in ("decoder_start_token_id",) if key in fields}
     _write_json(directory / hub_load.CONFIG_FILE, fields)
     _write_json(directory / _GENERATION_FILE, {**special, **start})

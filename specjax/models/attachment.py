@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
-from specjax.models.language_model import NEXT, LanguageModel, Network, Params, Prediction, consecutive
+from specjax.models.language_model import NEXT, LanguageModel, Network, Params, Prediction, at_positions, consecutive
 from specjax.models.layers import recomputed
 from specjax.models.rotary import Rotary
 from specjax.models.vocabulary import DraftVocabulary, draft_vocabulary
@@ -103,6 +103,8 @@ class Attachment(Network):
       predicts: the predictions of `head` at each position, in order. Text for on-policy training can be generated only
         with an attachment whose single prediction is the next token.
       writes: whether `extend` is defined, which writing text needs too.
+      anchored: whether `training_states` takes anchors, so that it computes nothing for other positions.
+      confident: whether `confidence` is defined, see `LanguageModel`.
     """
 
     config: AttachmentConfig
@@ -110,6 +112,8 @@ class Attachment(Network):
     drafter: ClassVar[str | type]
     predicts: ClassVar[tuple[Prediction, ...]] = NEXT
     writes: ClassVar[bool] = True
+    anchored: ClassVar[bool] = False
+    confident: ClassVar[bool] = False
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -190,11 +194,16 @@ class Attachment(Network):
         """The input of `head` in training, on whole texts; by default one `extend` without a cache.
 
         An attachment that drafts from its own outputs overrides this to unroll its steps, each with its own mask. It
-        concatenates the states of all steps along the last axis, and `predicts` has one entry per step.
+        concatenates the states of all steps along the last axis, and `predicts` has one entry per step. One that is
+        `anchored` takes as last argument the positions `[B, K]` to draft from, or None for all.
         """
         del target, target_params
         extend = lambda *states: self.extend(params, None, states, consecutive(tokens))[0]
         return recomputed(extend, self.config.target.remat)(*states)
+
+    def confidence(self, params: Params, hidden: Float[Array, "B T E"]) -> Float[Array, "B T_times_predictions"]:
+        """See `LanguageModel.confidence`."""
+        raise NotImplementedError
 
     def head(
         self, params: Params, target: Decoder, target_params: Params, hidden: Float[Array, "B T E"]
@@ -236,6 +245,10 @@ class AttachedDraft(LanguageModel):
     def predicts(self) -> tuple[Prediction, ...]:
         return self.attachment.predicts
 
+    @property
+    def confident(self) -> bool:
+        return self.attachment.confident
+
     def with_remat(self, remat: bool) -> "AttachedDraft":
         config = dataclasses.replace(self.attachment.config, target=dataclasses.replace(self.config, remat=remat))
         return AttachedDraft.of(dataclasses.replace(self.attachment, config=config))
@@ -267,23 +280,37 @@ class AttachedDraft(LanguageModel):
         if layers not in (None, (0, self.layers)):
             raise ValueError(f"an AttachedDraft runs all of its layers, not {layers[0]} to {layers[1]}")
         target_cache, attachment_cache = (None, None) if cache is None else cache
-        states, hidden, first = [], inputs, 0
+        states, target_cache = self._states(params, target_cache, inputs, positions, mask)
+        if cache is None:
+            return self.from_states(params, states, inputs), None
+        hidden, attachment_cache = self.attachment.extend(params["attachment"], attachment_cache, states, positions)
+        return hidden, (target_cache, attachment_cache)
+
+    def _states(self, params, target_cache, hidden, positions, mask=None):
+        """The target's states at the attachment's taps, and the target's cache."""
+        states, first = [], 0
         for tap in self.attachment.taps:
             hidden, target_cache = self.target.extend(
                 params["target"], target_cache, hidden, positions, mask, layers=(first, tap)
             )
             states.append(hidden)
             first = tap
-        if cache is None:
-            return self.from_states(params, tuple(states), inputs), None
-        hidden, attachment_cache = self.attachment.extend(
-            params["attachment"], attachment_cache, tuple(states), positions
-        )
-        return hidden, (target_cache, attachment_cache)
+        return tuple(states), target_cache
 
-    def from_states(self, params, states: States, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
-        """`extend` on whole texts without a cache, from the target's states at the attachment's taps."""
-        return self.attachment.training_states(params["attachment"], self.target, params["target"], states, tokens)
+    def training_states(self, params, start, tokens, anchors=None):
+        return self.from_states(params, self._states(params, start, tokens, consecutive(tokens))[0], tokens, anchors)
+
+    def from_states(
+        self, params, states: States, tokens: Int[Array, "B T"], anchors: Int[Array, "B K"] | None = None
+    ) -> Float[Array, "B K E"]:
+        """`training_states` from the target's states at the attachment's taps."""
+        arguments = params["attachment"], self.target, params["target"], states, tokens
+        if self.attachment.anchored:
+            return self.attachment.training_states(*arguments, anchors)
+        return at_positions(self.attachment.training_states(*arguments), anchors)
+
+    def confidence(self, params, hidden):
+        return self.attachment.confidence(params["attachment"], hidden)
 
     def column_logits(self, params, hidden):
         return self.attachment.head(params["attachment"], self.target, params["target"], hidden)

@@ -32,6 +32,8 @@ class BlockParallelConfig(AttachmentConfig):
       layers: number of the draft's own layers.
       block_size: tokens of a block: the anchor, which is the last committed token, and the drafted ones.
       mask_id: the id whose embedding stands for a token that is drafted; -1 is the last id of the target.
+      confidence: whether it has a head that estimates for each drafted token how probably it is accepted, with which
+        the drafter's `threshold` is then compared.
       layer: sizes, rotary positions and biases of its layers; None is `one_layer` of the target. It has no key in a
         config: only drafts of other tools differ (see `hub.dflash_config`).
     """
@@ -40,6 +42,7 @@ class BlockParallelConfig(AttachmentConfig):
     layers: int = 2
     block_size: int = 8
     mask_id: int = -1
+    confidence: bool = False
     layer: DecoderConfig | None = None
 
     def __post_init__(self):
@@ -90,6 +93,8 @@ class BlockParallelModule(nnx.Module):
         self.project = layers.Linear(*sizes, axes, (count * width) ** -0.5, dtype=inner.param_dtype, rngs=rngs)
         self.hidden_norm, self.norm = layers.make_norm(inner, width), layers.make_norm(inner, width)
         self.blocks = nnx.List([Block(inner, layer, rngs) for layer in range(config.layers)])
+        how = {"dtype": inner.param_dtype, "rngs": rngs, "bias": True}
+        self.confidence = layers.Linear(width, 1, ("embed", None), 0.0, **how) if config.confidence else None
         self.config = config
 
     def fuse(self, states):
@@ -182,8 +187,11 @@ class BlockParallel(Attachment):
     other. The output at the k-th mask token predicts the k-th token after the anchor, independent of the tokens
     between. Embedding and head are the target's.
 
-    Training drafts from every token of a text (published trainers draw some at random to save memory), with the weight
+    Training drafts from every token of a text, or from some that are drawn (`objective.Loss.anchors`), with the weight
     exp(-(k - 1) / (block_size - 1)) for the k-th token.
+
+    With `confidence`, a linear function of the output at each mask token learns the logit of 1 - total variation
+    between draft and target, as in DSpark. It does not see the token that is drawn.
     """
 
     config: BlockParallelConfig
@@ -191,6 +199,11 @@ class BlockParallel(Attachment):
     module = BlockParallelModule
     drafter = "block_parallel"
     writes = False  # it reads tokens besides the target's states
+    anchored = True
+
+    @property
+    def confident(self) -> bool:
+        return self.config.confidence
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -253,14 +266,26 @@ class BlockParallel(Attachment):
         return embedded.reshape(*blocks.shape, -1), places
 
     def training_states(
-        self, params: Params, target: Decoder, target_params: Params, states: States, tokens: Int[Array, "B T"]
-    ) -> Float[Array, "B T E"]:
+        self,
+        params: Params,
+        target: Decoder,
+        target_params: Params,
+        states: States,
+        tokens: Int[Array, "B T"],
+        anchors: Int[Array, "B K"] | None = None,
+    ) -> Float[Array, "B K E"]:
         module, positions = self.bind(params), consecutive(tokens)
         context = module.read(meshes.pin_rows(module.fuse(states)), positions)
-        embedded, places = self._block(target, target_params, tokens, positions)
-        visible = jnp.broadcast_to(positions[:, None, :] < positions[..., None], (*tokens.shape, tokens.shape[1]))
-        hidden = module.draft(context, embedded, places, visible)
-        return hidden[:, :, 1:].reshape(*tokens.shape, -1)
+        anchors = positions if anchors is None else anchors
+        starts = jnp.take_along_axis(tokens, anchors, axis=1)
+        embedded, places = self._block(target, target_params, starts, anchors)
+        hidden = module.draft(context, embedded, places, positions[:, None, :] < anchors[..., None])
+        return hidden[:, :, 1:].reshape(*anchors.shape, -1)
+
+    def confidence(self, params: Params, hidden: Float[Array, "B T E"]) -> Float[Array, "B T_times_predictions"]:
+        module = self.bind(params)
+        outputs = module.norm(hidden.reshape(hidden.shape[0], -1, self.config.target.width))
+        return module.confidence.logits(jax.lax.stop_gradient(outputs))[..., 0]
 
     def head(
         self, params: Params, target: Decoder, target_params: Params, hidden: Float[Array, "B T E"]

@@ -67,6 +67,7 @@ class DecoderConfig:
       shared_expert_width: inner width of an expert that computes every token (qwen2_moe); 0 for none.
       dense_layers: layers with a dense MLP in a model with experts.
       draft_vocabulary: of a draft, the only ids that its head has; None for all. The embedding has all ids.
+      mask_id: of a draft that drafts a block in one forward, the id of a token to draft, see `models.pard`; else None.
     """
 
     vocab_size: int
@@ -116,6 +117,7 @@ class DecoderConfig:
     shared_expert_width: int = 0
     dense_layers: tuple[int, ...] = ()
     draft_vocabulary: DraftVocabulary | None = None
+    mask_id: int | None = None
 
     def __post_init__(self):
         for field in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_size", "mlp_width"):
@@ -138,6 +140,8 @@ class DecoderConfig:
             self.draft_vocabulary.check(self.vocab_size)
             if self.tied_head:
                 raise ValueError("a tied head has all ids; with a draft vocabulary, tied_head must be False")
+        if self.mask_id is not None and not 0 <= self.mask_id < self.vocab_size:
+            raise ValueError(f"mask_id is {self.mask_id}, and the model has the ids 0 .. {self.vocab_size - 1}")
         check_param_dtype(self.param_dtype), dtype_named(self.compute_dtype)
 
     @property

@@ -57,7 +57,7 @@ class DecoderModule(nnx.Module):
         config = self.config
         hidden = self.embed(inputs, positions) if jnp.issubdtype(inputs.dtype, jnp.integer) else inputs
         if cache is None:
-            lengths = jnp.full_like(positions, inputs.shape[1])
+            lengths = jnp.broadcast_to(jnp.max(positions, axis=1, keepdims=True) + 1, positions.shape)
         else:
             lengths = text_lengths(positions, cache.prompt_lengths)
         cosine_sine = lambda rotary: None if rotary is None else angles(rotary, positions, lengths)
@@ -120,6 +120,10 @@ class Decoder(LanguageModel):
     @property
     def vocabulary(self) -> DraftVocabulary | None:
         return self.config.draft_vocabulary
+
+    @property
+    def drafter(self) -> str:
+        return "model" if self.config.mask_id is None else "pard"
 
     @property
     def is_sparse(self) -> bool:

@@ -125,13 +125,16 @@ class LanguageModel(Network):
       config: sizes and options.
       logits_size: V of the logits; None for the config's vocabulary size. See `with_vocab_size`.
       is_encoder_decoder: whether prompts are encoded separately.
-      predicts: the predictions of `head` at each position, in order. Only a model whose single prediction is the next
-        token can generate text.
+      drafter: the drafter that uses it as a draft model, a key of `decoding.drafters.table.DRAFTERS`.
+      predicts: the predictions of `column_logits` at each position, in order.
+      confident: whether `confidence` is defined.
     """
 
     logits_size: int | None = dataclasses.field(default=None, kw_only=True)
     is_encoder_decoder: ClassVar[bool] = False
+    drafter: ClassVar[str] = "model"
     predicts: ClassVar[tuple[Prediction, ...]] = NEXT
+    confident: ClassVar[bool] = False
 
     @property
     def layers(self) -> int:
@@ -260,6 +263,16 @@ class LanguageModel(Network):
         """`extend` of whole texts without a cache, of a sparse model: hidden states, and each router's logits."""
         raise NotImplementedError
 
+    def training_states(
+        self, params: Params, start: Any, tokens: Int[Array, "B T"], anchors: Int[Array, "B K"] | None = None
+    ) -> Float[Array, "B K E"]:
+        """The input of `column_logits` in training, at these positions of whole texts; None for all.
+
+        Args:
+          start: as `start` returns it for capacity 0.
+        """
+        return at_positions(self.extend(params, start, tokens, consecutive(tokens))[0], anchors)
+
     def head(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Final norm and output projection: float32 logits, -inf for ids that a reduced head lacks."""
         return fit_logits(self.bind(params).head(hidden), self.vocab_size)
@@ -267,6 +280,11 @@ class LanguageModel(Network):
     def column_logits(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T W"]:
         """`head`, but of a reduced head only the logits of the ids in `vocabulary`."""
         return self.head(params, hidden)
+
+    def confidence(self, params: Params, hidden: Float[Array, "B T E"]) -> Float[Array, "B T_times_predictions"]:
+        """Of each prediction, the logit of the probability that the target accepts it, as a draft's own head estimates
+        it from what `column_logits` takes. Gradients reach that head alone."""
+        raise NotImplementedError
 
     def normed(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The final norm alone; `unembed` takes its output."""
@@ -289,6 +307,11 @@ def fit_logits(logits: Float[Array, "... V"], vocab_size: int) -> Float[Array, "
     if missing <= 0:
         return logits[..., :vocab_size]
     return jnp.pad(logits, [(0, 0)] * (logits.ndim - 1) + [(0, missing)], constant_values=-jnp.inf)
+
+
+def at_positions(array: Array, positions: Int[Array, "B K"] | None) -> Array:
+    """[B, T, ...] -> [B, K, ...]: the entries at these positions of each row; all for None."""
+    return array if positions is None else jax.vmap(lambda row, places: row[places])(array, positions)
 
 
 def consecutive(tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:

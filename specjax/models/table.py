@@ -23,6 +23,9 @@ ATTACHMENTS: dict[str, type[Attachment]] = {
     "block_parallel": BlockParallel,
 }
 
+# Options that may be absent: `confidence` in files of earlier versions.
+_OPTIONAL = ("vocabulary", "confidence")
+
 
 def model_of(config: DecoderConfig) -> LanguageModel:
     """The language model with this config, without parameters."""
@@ -34,7 +37,7 @@ def make_attachment(name: str, target: DecoderConfig, options: Mapping[str, Any]
 
     Args:
       name: a key of `ATTACHMENTS`, or "path/to/file.py:Name" of a user's own subclass of Attachment.
-      options: every field of its config class but the target; `vocabulary` may be absent.
+      options: every field of its config class but the target; those in `_OPTIONAL` may be absent.
 
     Raises:
       UserError: for an unknown name, a missing or unknown option, and values out of range.
@@ -47,7 +50,7 @@ def make_attachment(name: str, target: DecoderConfig, options: Mapping[str, Any]
         if option not in known:
             raise UserError(f'{option} is not an option of the attachment "{name}"{nearest(option, known)}')
     for option in known:
-        if option not in options and option != "vocabulary":
+        if option not in options and option not in _OPTIONAL:
             raise UserError(f'the attachment "{name}" needs {option}; give it a value')
     return attachment(attachment.config_class(target, **options))
 

@@ -80,10 +80,11 @@ class ModelCatalog:
         if distill.is_attachment(init):
             return distill.new_attached_draft(config, target, ids), target
         if init != distill.RANDOM:
-            return self.model(init, *dtype_names).reduced(ids), target
+            return distill.trained_for_blocks(config, self.model(init, *dtype_names).reduced(ids)), target
         section = config.model.copy_and_resolve_references()
         section.compute_dtype = "bfloat16" if section.compute_dtype == "auto" else section.compute_dtype
-        return distill.random_model(section, self._vocabulary(config.tokenizer), 0).reduced(ids), target
+        model = distill.random_model(section, self._vocabulary(config.tokenizer), 0).reduced(ids)
+        return distill.trained_for_blocks(config, model), target
 
     def _vocabulary(self, tokenizer: Any) -> int:
         if not tokenizer.path:

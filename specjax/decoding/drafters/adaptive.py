@@ -115,6 +115,10 @@ class AdaptiveDrafter(Drafter):
     def taps(self):
         return self.inner.taps
 
+    @property
+    def lag(self):
+        return self.inner.lag
+
     def start(self, params, target_params, prompts: Prompts):
         batch = prompts.lengths.shape[0]
         nothing, none = jnp.zeros((batch, self.gamma), jnp.float32), jnp.zeros((batch,), jnp.int32)

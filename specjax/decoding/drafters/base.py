@@ -190,6 +190,8 @@ class Drafter(_DrafterFields):
       looks_up: whether `propose` runs no model, so that a proposal depends on committed tokens alone. An adaptive draft
         length is then chosen knowing how many tokens each row can draft.
       scores: whether `score` is defined.
+      lag: number of the last committed tokens whose keys the drafter's cache may lack, or hold of drafted tokens or
+        masks; where a text is continued (`prefill.extend`), `prefill` runs on them again.
       greedy: whether it drafts the most probable tokens at any temperature; `Context.noise` is then greedy.
     """
 
@@ -199,6 +201,7 @@ class Drafter(_DrafterFields):
     idles: bool = False
     looks_up: bool = False
     scores: bool = False
+    lag: int = 2
 
     def start(self, params: Any, target_params: Any, prompts: Prompts) -> Any:
         """The drafter's state before prefill, such as an empty cache; `()` for a drafter without state."""

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from specjax.decoding.drafters.base import Chunk, Context, Drafter, HeadOptions, Outcome, Prompts
-from specjax.decoding.drafters.drafting import draft
+from specjax.decoding.drafters.drafting import draft_at_once
 from specjax.models import kv_cache
 from specjax.models.block_parallel import BlockParallel
 from specjax.models.language_model import LanguageModel
@@ -52,7 +52,7 @@ class BlockParallelDrafter(Drafter):
     The block's own keys and values are not cached: nothing reads them after the block.
 
     Attributes:
-      stops: whether drafting stops at a low probability, see `draft`; the forward has run by then.
+      stops: whether drafting stops at a low confidence, see `draft_at_once`; the forward has run by then.
     """
 
     target: LanguageModel
@@ -77,20 +77,17 @@ class BlockParallelDrafter(Drafter):
         model = self.target.reduced(network.vocabulary)
         model_params = self.target.reduced_params(target_params, state.kernel)
 
-        def first(carry):
-            cache = kv_cache.counting(carry[0], live * network.config.block_size)
+        def run(cache):
+            cache = kv_cache.counting(cache, live * network.config.block_size)
             pending = context.last_two_tokens[:, 1]
             hidden, cache = network.draft(params, self.target, target_params, cache, pending, context.lengths - 1)
-            logits = network.head(params, model, model_params, hidden[:, : self.gamma])
-            return logits[:, 0], (cache, logits)
-
-        def step(tokens, offset, carry):
-            return jax.lax.dynamic_index_in_dim(carry[1], offset, 1, keepdims=False), carry
+            hidden = hidden[:, : self.gamma]
+            sure = jax.nn.sigmoid(network.confidence(params, hidden)) if network.confident else None
+            return network.head(params, model, model_params, hidden), sure, cache
 
         columns = len(network.vocabulary or range(self.target.vocab_size))
-        none = jnp.zeros((context.lengths.shape[0], self.gamma, columns), jnp.float32)
-        how = {"stops": self.stops, "vocabulary": network.vocabulary}
-        proposal, (cache, _) = draft(context, self.gamma, (state.cache, none), first, step, **how)
+        how = {"columns": columns, "stops": self.stops, "vocabulary": network.vocabulary}
+        proposal, cache = draft_at_once(context, self.gamma, state.cache, run, confident=network.confident, **how)
         return proposal, dataclasses.replace(state, cache=cache), target_cache
 
     def commit(self, params, state: BlockParallelState, outcome: Outcome) -> BlockParallelState:

@@ -74,9 +74,11 @@ def draft(
     *,
     stops: bool,
     adjusted: bool = False,
+    confidence: Callable[[Any, Any], Float[Array, "B"]] | None = None,
     vocabulary: DraftVocabulary | None = None,
 ) -> tuple[Proposal, Any]:
     """Draws each row's first token from the logits of `first`, the later ones from `step`, until all rows are done.
+    Returns the proposal and the final carry.
 
     A row is done after gamma tokens, after `context.max_drafted` tokens, or after a token whose distribution has a
     largest probability below `Sampling.threshold`. That token is still proposed, and stopping does not depend on its
@@ -88,10 +90,9 @@ def draft(
       stops: whether the threshold is used.
       adjusted: compare the threshold with the probabilities after temperature, top-k and top-p instead of those at
         temperature 1 (arXiv 2404.18911 measures both). Greedy drafting then never stops early.
+      confidence: (offset, carry) -> what to compare with the threshold in place of the largest probability; it must not
+        depend on the token that is drawn at this offset.
       vocabulary: the ids of the columns of the logits; None if these are all ids.
-
-    Returns:
-      the proposal and the final carry.
     """
     limit = context.max_drafted
     # A GPU would wait for the host to read a predicate before every token, longer than a small draft takes for a token.
@@ -106,10 +107,9 @@ def draft(
         joins = ~done  # whether the drawn token belongs to the row's proposal
         counts = draft.counts + joins.astype(jnp.int32)
         carry = after_draw(token, draft.offset + 1, _counting(context, joins, carry))
-        if stops and not adjusted:
-            done |= unsure(logits, context.sampling.threshold)
-        elif stops and probs is not None:
-            done |= jnp.max(probs, axis=-1) < context.sampling.threshold
+        if stops:
+            sure = None if confidence is None else confidence(draft.offset, carry)
+            done |= _stopping(context, logits, probs, adjusted, sure)
         if limit is not None:
             done |= counts >= limit
         append = lambda rows, row: jax.lax.dynamic_update_index_in_dim(rows, row, draft.offset, 0)
@@ -136,6 +136,42 @@ def draft(
     return Proposal(tokens, probs, progress.counts, failed, vocabulary=vocabulary), progress.carry
 
 
+def draft_at_once(
+    context: Context,
+    gamma: int,
+    carry: Any,
+    run: Callable[[Any], tuple[Float[Array, "B gamma W"], Float[Array, "B gamma"] | None, Any]],
+    *,
+    columns: int,
+    stops: bool,
+    confident: bool = False,
+    vocabulary: DraftVocabulary | None = None,
+) -> tuple[Proposal, Any]:
+    """`draft`, where one forward computes the logits of all tokens of the block.
+
+    Args:
+      run: carry -> (logits, confidence in each token, carry).
+      columns: W.
+      confident: whether `run` returns a confidence, which the threshold is compared with; otherwise it returns None.
+    """
+    at = lambda rows, offset: jax.lax.dynamic_index_in_dim(rows, offset, 1, keepdims=False)
+    batch = context.lengths.shape[0]
+    logits = jnp.zeros((batch, gamma, columns), jnp.float32)
+    sure = jnp.zeros((batch, gamma), jnp.float32) if confident else None
+
+    def first(carry):
+        logits, sure, inner = run(carry[2])
+        return logits[:, 0], (logits, sure, inner)
+
+    def step(tokens, offset, carry):
+        return at(carry[0], offset), carry
+
+    confidence = (lambda offset, carry: at(carry[1], offset)) if confident else None
+    how = {"stops": stops, "confidence": confidence, "vocabulary": vocabulary}
+    proposal, (*_, carry) = draft(context, gamma, (logits, sure, carry), first, step, **how)
+    return proposal, carry
+
+
 def _empty(context: Context, gamma: int, first: First, carry: Any, may_end_early: bool) -> _Draft:
     """A draft without tokens. Rows that have ended are done from the start if drafting can end before gamma tokens."""
     batch, none = context.lengths.shape[0], jnp.zeros_like(context.lengths)
@@ -147,6 +183,17 @@ def _empty(context: Context, gamma: int, first: First, carry: Any, may_end_early
     no_row = jnp.zeros((batch,), bool)
     done = ~context.live if may_end_early else no_row
     return _Draft(jnp.int32(0), none, none, done, no_row, jnp.zeros((gamma, batch), jnp.int32), probs, carry)
+
+
+def _stopping(context: Context, logits, probs, adjusted: bool, sure) -> Bool[Array, "B"]:
+    """Which rows stop after a token: by a head's confidence in it unless this is None, or by the token's distribution;
+    see `draft`."""
+    threshold = context.sampling.threshold
+    if sure is not None:
+        return sure < threshold
+    if not adjusted:
+        return unsure(logits, threshold)
+    return jnp.zeros_like(context.live) if probs is None else jnp.max(probs, axis=-1) < threshold
 
 
 def _counting(context: Context, rows: Bool[Array, "B"], carry: Any) -> Any:

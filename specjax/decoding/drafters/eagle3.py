@@ -78,6 +78,10 @@ class Eagle3Drafter(Drafter):
     def taps(self):
         return self.network.taps
 
+    @property
+    def lag(self):
+        return self.gamma + 1
+
     def start(self, params, target_params, prompts: Prompts) -> Eagle3State:
         config, batch = self.network.config.inner, prompts.lengths.shape[0]
         features = jnp.zeros((batch, prompts.capacity, config.width), dtype_named(config.compute_dtype))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from specjax.decoding.drafters.base import Chunk, Context, Drafter, HeadOptions, Outcome, Prompts
-from specjax.decoding.drafters.drafting import draft
+from specjax.decoding.drafters.drafting import draft_at_once
 from specjax.models.language_model import LanguageModel
 from specjax.models.medusa import MedusaHeads
 from specjax.runtime.dtypes import dtype_named
@@ -80,16 +80,12 @@ class MedusaDrafter(Drafter):
         vocabulary = heads.vocabulary
         model = self.target if state.kernel is None else self.target.reduced(vocabulary)
 
-        def first(_):
-            logits = heads.head(params, model, self.target.reduced_params(target_params, state.kernel), state.hidden)
-            return logits[:, 0], logits
+        def run(_):
+            model_params = self.target.reduced_params(target_params, state.kernel)
+            return heads.head(params, model, model_params, state.hidden), None, ()
 
-        def step(tokens, offset, logits):
-            return jax.lax.dynamic_index_in_dim(logits, offset, 1, keepdims=False), logits
-
-        columns = len(vocabulary or range(self.target.vocab_size))
-        none = jnp.zeros((state.hidden.shape[0], self.gamma, columns), jnp.float32)
-        proposal, _ = draft(context, self.gamma, none, first, step, stops=self.stops, vocabulary=vocabulary)
+        how = {"columns": len(vocabulary or range(self.target.vocab_size)), "vocabulary": vocabulary}
+        proposal, _ = draft_at_once(context, self.gamma, (), run, stops=self.stops, **how)
         return proposal, state, target_cache
 
     def commit(self, params, state, outcome: Outcome):

@@ -17,10 +17,18 @@ class ModelDraft(HeadOptions):
     loads = "model"
 
     def build(self, target: LanguageModel, gamma: int, loaded: LanguageModel) -> "ModelDrafter":
-        if loaded.vocabulary is not None:
-            loaded.vocabulary.check(target.vocab_size)
-        # Draft and target may pad the vocabulary of their tokenizer to different sizes; the draft gets the target's.
-        return ModelDrafter(loaded.with_vocab_size(target.vocab_size), gamma, self.stops)
+        return ModelDrafter(fitted(loaded, target), gamma, self.stops)
+
+
+def fitted(draft: LanguageModel, target: LanguageModel) -> LanguageModel:
+    """The draft with logits of the target's size; both may pad their tokenizer's vocabulary to different sizes.
+
+    Raises:
+      UserError: for a draft vocabulary with ids that the target does not have.
+    """
+    if draft.vocabulary is not None:
+        draft.vocabulary.check(target.vocab_size)
+    return draft.with_vocab_size(target.vocab_size)
 
 
 @dataclasses.dataclass(frozen=True)

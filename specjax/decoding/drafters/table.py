@@ -13,6 +13,7 @@ from specjax.decoding.drafters.kangaroo import Kangaroo
 from specjax.decoding.drafters.medusa import Medusa
 from specjax.decoding.drafters.model import ModelDraft
 from specjax.decoding.drafters.ngram import NGram
+from specjax.decoding.drafters.pard import Pard
 from specjax.decoding.drafters.skip_layers import SkipLayers
 from specjax.models.language_model import LanguageModel
 from specjax.runtime import checks
@@ -21,6 +22,7 @@ from specjax.runtime.extensions import named
 
 DRAFTERS: dict[str, type[DrafterOptions]] = {
     "model": ModelDraft,
+    "pard": Pard,
     "ngram": NGram,
     "early_exit": EarlyExit,
     "skip_layers": SkipLayers,
