@@ -19,6 +19,7 @@ from configs.draft_design.profiling import Point
 from specjax import api, design, distill
 from specjax.draft_design import advice
 from specjax.evaluation import throughput
+from specjax.evaluation.expert_use import ExpertUse
 from specjax.evaluation.throughput import PartSeconds
 from specjax.hub.tokenizer import train_byte_bpe
 from specjax.models.decoder import Decoder
@@ -38,6 +39,26 @@ def candidate(step: float, acceptance, *, trained=True, name="a", sizes=(1,)):
     """Blocks of 10 ms plain, 11 and 12 ms of verification at gamma 1 and 2."""
     parts = {(size, g): PartSeconds(step, 9e-3, (10 + g) * 1e-3, 0.0, 1e-3) for size in sizes for g in (1, 2)}
     return advice.Candidate(name, Decoder(tiny.config()), acceptance, parts, trained)
+
+
+def test_a_sparse_targets_untimed_gammas_cost_what_their_experts_say():
+    """Plain steps of 10 ms use 8 of 64 experts, blocks of gamma 8 use 44.8 and take 30 ms: each expert is 0.54 ms."""
+    use = ExpertUse(((8 / 64,) * 64,))
+    parts = {(1, 8): PartSeconds(1e-3, 9e-3, 30e-3, 0.0, 1e-3)}
+    half = {0.0: advice.Acceptance(throughput.iid(0.7, 8), throughput.iid(0.6, 8), throughput.iid(0.8, 8), 8.0)}
+    dense = advice.Candidate("a", Decoder(tiny.config()), half, parts, True)
+    rows = dataclasses.replace(dense, use=use).options(WORK)
+    assert [row["gamma"] for row in rows] == list(range(1, 9))
+    touched = [64 * (1 - (7 / 8) ** tokens) for tokens in range(2, 10)]
+    np.testing.assert_allclose([row["experts_in_a_block"] for row in rows], touched)
+    expected = [10 + 20 * (count - 8) / (touched[-1] - 8) for count in touched]
+    np.testing.assert_allclose([row["verify_milliseconds"] for row in rows], expected)
+    # The curve is steep at first, so a line through the same two timings would recommend another gamma.
+    line = dict(enumerate(np.linspace(10e-3, 30e-3, 9)))
+    assert advice.recommend(rows)["gamma"] != throughput.best_gamma(
+        throughput.iid(0.7, 8), throughput.Costs(1e-3, tuple(line.values()))
+    )
+    assert [row["gamma"] for row in dense.options(WORK)] == [8]
 
 
 def test_the_fastest_option_is_recommended_with_its_interval_and_break_even():

@@ -9,10 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from lossless import COUPLED, GREEDY, MAX_NEW, SLOTS, VOCAB, Pair, compare_with_plain
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
+from specjax.decoding.sampling import Sampling
 from specjax.distillation import objective
+from specjax.evaluation import expert_use, throughput
 from specjax.hub import load as hub_load
 from specjax.hub import save as hub_save
 from specjax.hub.load import FAMILIES
@@ -20,6 +23,7 @@ from specjax.hub.tokenizer import train_byte_bpe
 from specjax.models import experts
 from specjax.models.decoder import Decoder
 from specjax.models.experts import Choice
+from specjax.planning import executables, hlo
 from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError
 
@@ -139,6 +143,91 @@ def test_the_balance_loss_reaches_the_router_once_for_each_counted_position(rema
     assert balanced.on_all() == without
 
 
+# --- decoding ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return sparse_pair()
+
+
+def sparse_pair():
+    """A target with a dense and a sparse layer, whose kernels are three times the usual size, and its noisy copy."""
+    target, params = tiny.decoder(1, sharpness=2.0, **SPARSE, dense_layers=(0,))
+    params["blocks"] = jax.tree.map(lambda x: 3 * x if x.ndim == 3 else x, params["blocks"])
+    noisy = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape) * x.std(), params)
+    return Pair(target, params, noisy, *tiny.prompts(0, 96, SLOTS, VOCAB))
+
+
+def check(pair, settings, rule, kinds=(("model", 3), ("ngram", 4), ("early_exit", 2))):
+    entries = [(pair.plan(kind, gamma, rule, rule != "coupled"), pair.draft_params, {}) for kind, gamma in kinds]
+    for _ in compare_with_plain(pair, settings, entries, rule):
+        pass
+
+
+def test_greedy_speculation_equals_greedy_plain_decoding(pair):
+    check(pair, GREEDY, "lossless")
+
+
+def test_coupled_speculation_equals_plain_decoding_with_the_same_noise(pair):
+    check(pair, COUPLED[:1], "coupled", [("model", 3)])
+
+
+def alone_and_together(pair):
+    """Of 8 prompts the texts that each has alone and in a batch of all, speculative and at temperature 1."""
+    plan = pair.plan("model", 3, "lossless", False)
+
+    def texts(rows):
+        texts, lengths = pair.texts[rows], pair.lengths[rows]
+        state = tiny.decode(
+            plan, pair.params, pair.draft_params, texts, lengths, MAX_NEW, indices=rows, adjust=Sampling.of(1.0)
+        )
+        return tiny.texts_of(state)
+
+    rows = np.arange(8)
+    return [texts(rows[i : i + 1])[0] for i in rows], texts(rows)
+
+
+def test_a_rows_text_is_the_same_alone_and_in_a_batch_of_8(pair):
+    alone, together = alone_and_together(pair)
+    assert alone == together
+
+
+def dropping(config, inputs, choice, kernels, **split):
+    """The planted fault: an expert computes at most 2 tokens of a call, the others it drops."""
+    chosen = jax.nn.one_hot(choice.experts.reshape(-1), config.experts, dtype=jnp.int32)
+    rank = jnp.sum((jnp.cumsum(chosen, axis=0) - 1) * chosen, axis=1).reshape(choice.experts.shape)
+    kept = Choice(choice.experts, jnp.where(rank < 2, choice.weights, 0))
+    return MIX(config, inputs, kept, kernels, **split)
+
+
+def twice_normalised(logits, config):
+    """The planted fault: the weights depend on the largest of the batch."""
+    choice = CHOOSE(logits, config)
+    return Choice(choice.experts, choice.weights / jnp.max(choice.weights))
+
+
+MIX, CHOOSE = experts.mix, experts.choose
+FAULTS = {"mix": dropping, "choose": twice_normalised}
+
+
+@pytest.mark.parametrize("function", FAULTS)
+def test_weights_or_drops_that_depend_on_the_batch_change_a_rows_text(function, monkeypatch):
+    jax.clear_caches()
+    monkeypatch.setattr(experts, function, FAULTS[function])
+    alone, together = alone_and_together(sparse_pair())
+    jax.clear_caches()
+    assert alone != together
+
+
+def test_dropped_tokens_break_the_equality_with_plain_decoding(monkeypatch):
+    jax.clear_caches()
+    monkeypatch.setattr(experts, "mix", dropping)
+    with pytest.raises(AssertionError, match="row .* position"):
+        check(sparse_pair(), GREEDY, "lossless", [("model", 3)])
+    jax.clear_caches()
+
+
 # --- files and refusals --------------------------------------------------------------------------------------------
 
 
@@ -222,3 +311,47 @@ def test_dense_layers_are_those_named_and_those_between_the_steps():
     )
     assert read().dense_layers == ()
     assert read(decoder_sparse_step=2, mlp_only_layers=[1]).dense_layers == (0, 1, 2)
+
+
+# --- costs ---------------------------------------------------------------------------------------------------------
+
+
+def test_tokens_use_the_expected_number_of_distinct_experts():
+    uniform = expert_use.uniform(Decoder(tiny.config(**{**SPARSE, "experts": 64, "experts_per_token": 8})))
+    assert uniform.touched(1) == pytest.approx(8)
+    assert uniform.touched(9) == pytest.approx(64 * (1 - (7 / 8) ** 9))
+    skewed = expert_use.ExpertUse(((1.0, 0.5, 0.5, 0.0), (0.5, 0.5, 0.5, 0.5)))
+    assert skewed.touched(2) == pytest.approx((1 + 0.75 + 0.75 + 4 * 0.75) / 2)
+    assert expert_use.uniform(Decoder(tiny.config())) is None
+
+
+def test_the_measured_use_is_that_of_the_texts_without_their_padding():
+    model, params = tiny.decoder(0, **SPARSE, dense_layers=(0,))
+    texts = [[1, 2, 3], [4, 5, 6, 7, 8]]
+    (shares,) = expert_use.measured(model, params, texts).shares
+    counts = np.zeros(8)
+    for text in texts:
+        _, (logits,) = model.routed(params, jnp.asarray([text], jnp.int32))
+        counts += np.bincount(np.asarray(jax.lax.top_k(logits, 3)[1]).reshape(-1), minlength=8)
+    np.testing.assert_allclose(shares, counts / 8, rtol=1e-6)
+
+
+def test_seconds_that_are_linear_in_experts_are_interpolated_exactly():
+    use = expert_use.ExpertUse(((0.125,) * 64,))
+    seconds = [1.0 + 0.1 * use.touched(drafted + 1) for drafted in range(12)]
+    size = lambda drafted: use.touched(drafted + 1)
+    predicted = throughput.interpolated({0: seconds[0], 4: seconds[4], 8: seconds[8]}, 11, size)
+    np.testing.assert_allclose(predicted, seconds, rtol=1e-6)
+
+
+def test_a_plan_counts_the_experts_of_a_device_and_the_compilers_grouped_product():
+    model = Decoder(tiny.config(**{**SPARSE, "experts": 64, "experts_per_token": 8}))
+    assert executables.expert_trips(model, 1, 1) == 8
+    assert executables.expert_trips(model, 9, 4) == round(64 * (1 - (7 / 8) ** 9) / 4)
+    assert executables.expert_trips(model, 6400, 1) == 64 * 7  # 800 tokens of each expert, in tiles of 128
+    text = """ENTRY %main (rows: bf16[40,32], kernels: bf16[8,32,16]) -> bf16[40,16] {
+  %rows = bf16[40,32]{1,0} parameter(0)
+  %kernels = bf16[8,32,16]{2,1,0} parameter(1)
+  ROOT %ragged-dot-none.1 = bf16[40,16]{1,0} custom-call(%rows, %kernels), custom_call_target="tpu_custom_call"
+}"""
+    assert hlo.Program(text).work().flops == 2 * 40 * 32 * 16
