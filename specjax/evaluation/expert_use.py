@@ -26,7 +26,7 @@ class ExpertUse:
 
     shares: tuple[tuple[float, ...], ...]
 
-    def touched(self, tokens: float) -> float:
+    def touched(self, tokens: int | float) -> float:
         """Expected number of distinct experts in a layer that `tokens` tokens use, if they choose independently.
 
         The mean over layers of the sum over experts of 1 - (1 - share) ** tokens.

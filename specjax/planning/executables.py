@@ -64,7 +64,7 @@ def matrices(*trees: Any) -> frozenset[tuple[int, ...]]:
     return frozenset(x.shape for x in leaves if x.sharding.shard_shape(x.shape) != x.shape)
 
 
-def expert_trips(model: LanguageModel, tokens: float, num_shards: int) -> int:
+def expert_trips(model: LanguageModel, tokens: int | float, num_shards: int) -> int:
     """Trip count of a device's loop over experts: the expected number of its experts that these tokens use.
 
     Every expert is assumed to be equally probable, and those used to have one tile each unless that is full on average.
