@@ -359,7 +359,7 @@ def test_absent_optional_fields_have_the_values_of_the_format(copy):
         ("mlp_bias", "yes"),
         ("hidden_act", "gelu"),
         ("sliding_window", 4096),
-        ("quantization_config", {"quant_method": "gptq"}),
+        ("quantization_config", {"quant_method": "bitsandbytes"}),
         ("architectures", ["LlamaForSequenceClassification"]),
         ("hidden_size", "32"),
         ("num_hidden_layers", 0),

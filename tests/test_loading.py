@@ -239,8 +239,8 @@ def test_an_adapter_is_refused_with_or_without_a_model_next_to_it(copy, tmp_path
 @pytest.mark.parametrize("field", ["quantization_config", "compression_config"])
 def test_a_config_of_quantised_weights_is_refused_with_the_method(copy, field):
     path = copy / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), field: {"quant_method": "awq", "bits": 4}}))
-    with pytest.raises(UserError, match=rf'"{field}" says that the weights are quantised \(method \'awq\'\)'):
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: {"quant_method": "bitsandbytes", "bits": 4}}))
+    with pytest.raises(UserError, match=rf'"{field}" says that the weights are quantised \(method \'bitsandbytes\'\)'):
         load(copy)
 
 

@@ -40,7 +40,6 @@ _ALL = (
 )
 FAMILIES = {family.model_type: family for family in _ALL}
 
-_FLOATS = ("F64", "F32", "F16", "BF16")
 # Endings of tensor names in files of GPTQ, AWQ, compressed-tensors, bitsandbytes and 8-bit floats.
 _QUANTISED = (
     *(".qweight", ".qzeros", ".g_idx", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".input_scale"),
@@ -280,7 +279,7 @@ def _check_tensor(stored: AnyStored, shape: tuple[int, ...], description: str, r
         raise UserError(
             f"{stored.name} has shape {list(stored.shape)} where {description} describes {list(shape)}; {remedy}"
         )
-    if isinstance(stored, Stored) and stored.dtype not in _FLOATS:
+    if isinstance(stored, Stored) and stored.dtype not in weights.FLOATS:
         raise UserError(
             f"{stored.name} is stored as {stored.dtype}; quantised weights are not supported, "
             "take the checkpoint in float32, bfloat16 or float16"

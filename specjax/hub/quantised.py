@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from specjax.hub import mxfp4, weights
+from specjax.hub import fp8, int4, mxfp4, weights
 from specjax.hub.json_files import read_json
 from specjax.hub.weights import Stored
 from specjax.runtime.errors import UserError
@@ -40,7 +40,16 @@ class Method(NamedTuple):
 
 
 # By "quant_method" in `config.json`.
-METHODS = {"mxfp4": Method({"blocks": "_blocks", "scales": "_scales"}, "", mxfp4.shape, mxfp4.values)}
+_PACKED = {"weight": ".qweight", "zeros": ".qzeros", "scales": ".scales"}
+METHODS = {
+    "mxfp4": Method({"blocks": "_blocks", "scales": "_scales"}, "", mxfp4.shape, mxfp4.values),
+    "fp8": Method({"weight": ".weight", "scales": ".weight_scale_inv"}, ".weight", fp8.shape, fp8.values),
+    "compressed-tensors": Method({"weight": ".weight", "scales": ".weight_scale"}, ".weight", fp8.shape, fp8.values),
+    "gptq": Method({**_PACKED, "groups": ".g_idx"}, ".weight", int4.gptq_shape, int4.gptq_values),
+    "awq": Method(_PACKED, ".weight", int4.awq_shape, int4.awq_values),
+}
+# Endings of tensors that only computing with quantised activations needs.
+_UNUSED = (".input_scale", ".activation_scale")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,12 +116,17 @@ def stored_in(directory: Path) -> dict[str, Stored | Dequantised]:
     result: dict[str, Stored | Dequantised] = {}
     grouped: dict[str, dict[str, Stored]] = {}
     for name, tensor in stored.items():
+        if name.endswith(_UNUSED):
+            continue
         part = next((part for part, ending in method.endings.items() if name.endswith(ending)), None)
         if part is None:
             result[name] = tensor
         else:
             grouped.setdefault(name.removesuffix(method.endings[part]) + method.ending, {})[part] = tensor
     for name, parts in grouped.items():
+        if list(parts) == ["weight"] and name in stored and stored[name].dtype in weights.FLOATS:
+            result[name] = stored[name]  # a weight that is not quantised, such as a norm's
+            continue
         for part, ending in method.endings.items():
             if part not in parts:
                 raise UserError(

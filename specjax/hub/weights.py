@@ -1,14 +1,19 @@
 """Lists the tensors in a directory's safetensors files, and reads slices of their values."""
 
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from specjax.hub.json_files import read_json, reading
 from specjax.runtime.errors import UserError
 
 FILE = "model.safetensors"
+# Names of float dtypes in the format, from which models are loaded as they are.
+FLOATS = ("F64", "F32", "F16", "BF16")
 INDEX_FILE = "model.safetensors.index.json"
 
 SPECJAX_ADAPTER_FILE = "adapter.safetensors"
@@ -47,8 +52,21 @@ class Stored(NamedTuple):
         """
         from safetensors import safe_open
 
+        if self.dtype == "F8_E4M3":
+            yield self._mapped()
+            return
         with safe_open(self.file, framework="numpy") as handle:
             yield handle.get_slice(self.name)
+
+    def _mapped(self) -> np.ndarray:
+        """The values of 8-bit floats, which `safetensors` does not read as NumPy arrays."""
+        import ml_dtypes
+
+        with open(self.file, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            start, _ = json.loads(file.read(size))[self.name]["data_offsets"]
+        values = np.memmap(self.file, np.uint8, "r", 8 + size + start, self.shape)
+        return values.view(ml_dtypes.float8_e4m3fn)
 
 
 def stored_in(directory: Path) -> dict[str, Stored]:
