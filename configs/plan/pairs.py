@@ -1,10 +1,11 @@
-"""Five large pairs of published shape, planned for TPU slices that need not be present: memory, time, what fits.
+"""Six large pairs of published shape, planned for TPU slices that need not be present: memory, time, what fits.
 
     python -m specjax.main --config=configs/plan/pairs.py:llama_65b --plan
     python -m specjax.main --config=configs/plan/pairs.py:vicuna_13b --plan
     python -m specjax.main --config=configs/plan/pairs.py:t5_xxl --plan
     python -m specjax.main --config=configs/plan/pairs.py:llama3_70b --plan
     python -m specjax.main --config=configs/plan/pairs.py:qwen3_30b_a3b --plan
+    python -m specjax.main --config=configs/plan/pairs.py:gpt_oss_120b --plan
 
 Only the `config.json` of each shape in configs/plan/shapes/ is read. To plan for your own checkpoints give
 `--config.target=DIR --config.draft=DIR`; for another slice give `--plan=v5p:2x2x4` and the mesh of each stage, such as
@@ -101,6 +102,17 @@ PAIRS = {
         "v5p",
         training=(1, 2, 4),
         decoding=(1, 1, 4),
+        rows=(16, 1024),
+        prompts=(8, 2048),
+        gamma=4,
+    ),
+    "gpt_oss_120b": Pair(
+        "gpt_oss_120b",
+        "wide_5_8b",
+        ("openai/gpt-oss-120b, config.json", "a Llama of a twentieth of its parameters, with its vocabulary"),
+        "v5p",
+        training=(1, 4, 4),
+        decoding=(1, 1, 8),
         rows=(16, 1024),
         prompts=(8, 2048),
         gamma=4,
