@@ -203,6 +203,7 @@ class WithoutSinks(Decoder):
     """A Decoder of another class, so that it is compiled separately from the sound one."""
 
 
+@SLOW
 def test_equality_catches_sinks_that_verification_forgets(pair, monkeypatch):
     run = lambda plan: tiny.decode(plan, pair.params, pair.params, pair.texts, pair.lengths, MAX_NEW, eos=EOS)
     reference = run(pair.plan("ngram", 0, "lossless", True))
