@@ -62,7 +62,7 @@ class Dequantised:
       parts: the tensors that store it.
       method: how they do.
       settings: of the method, in `config.json`.
-      dtype: the dtype in which the weight was quantised, or "BF16", which holds 8-bit values exactly.
+      dtype: the dtype that `param_dtype="auto"` takes it for; bfloat16 holds MXFP4's values exactly.
     """
 
     name: str
