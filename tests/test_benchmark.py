@@ -212,3 +212,11 @@ def test_programs_that_are_let_go_of_leave_room_for_others_to_be_mapped():
     jax.clear_caches()
     assert full - before >= 20 and mapped() - before < (full - before) / 2
     assert crowded(0.0) and not crowded(1.0)
+
+
+def test_a_sparse_targets_verification_is_predicted_from_the_timed_numbers_of_tokens():
+    rows = benchmark.experts(configs.load(f"{CONFIG.with_name('experts.py')}:smoke"))
+    assert [row["tokens"] for row in rows] == [1, 2, 3]
+    assert rows[0]["experts"] == pytest.approx(8, abs=1e-3)
+    assert rows[0]["experts"] < rows[1]["experts"] < rows[2]["experts"] < 24
+    assert rows[0]["ratio"] == pytest.approx(1) == rows[2]["ratio"]

@@ -27,13 +27,13 @@ def get_config(variant: str = "") -> ConfigDict:
         {
             "context": 128,  # tokens in the cache
             "tokens": (1, 2, 3, 4, 5, 6, 7, 8, 9),  # tokens of a verification
-            "timed": (1, 3, 9),  # those from which the model predicts the others
+            "timed": (1, 2, 9),  # those from which the model predicts the others; one token alone has another kernel
             "rounds": 40,  # of all of them in turns; a row is the median
         }
     )
     if variant == "smoke":
         config.models.sparse.update({"width": 32, "layers": 1, "heads": 2, "head_size": 16, "expert_width": 16})
-        config.experts.rounds = 2
+        config.experts.update({"tokens": (1, 2, 3), "timed": (1, 3), "rounds": 2})
     return config
 
 
