@@ -51,7 +51,7 @@ def get_config(variant: str = "") -> ConfigDict:
     rules = {"lossless": (2, 4, 6), "coupled": (4,)}
     rules |= {"lenient_linear": (), "lenient_square": (), "lenient_exp": (), "typical": ()}
     config.leniences = (0.7, 0.5, 0.3)  # in (0, 1]; smaller accepts more
-    # Kinds: model, kangaroo, medusa, eagle3 and block_parallel (with a path), ngram (shortest, longest), early_exit
+    # Kinds: model, pard, kangaroo, medusa, eagle3, block_parallel (with a path), ngram (shortest, longest), early_exit
     # (exit_layer), skip_layers (skipped: layers left out, or the workdir of configs/kangaroo/choose_layers.py), or
     # "file.py:Class". eagle3 and block_parallel read published drafts too, see configs/export/README.md.
     # Each may have a `threshold`. With `adaptive: True` each block drafts as many tokens, up to gamma, as pay in the

@@ -29,7 +29,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.seed = 0
     config.mesh = common.mesh()  # devices along each axis; 1, 1, 1 is one device
     config.target = ""  # directory of the target
-    # kind: model (path: the draft's directory), kangaroo, medusa, eagle3 or block_parallel (path: the adapter's),
+    # kind: model or pard (path: the draft's directory), kangaroo, medusa, eagle3, block_parallel (path: the adapter's),
     # ngram, early_exit, skip_layers, "file.py:Class" for one of your own, or none. The other options belong to one kind
     # each; 0 and () take their default. ngram matches `shortest` to `longest` tokens (1 to 16), early_exit drafts after
     # `exit_layer` layers (1), skip_layers leaves out the layers `skipped`. A block ends where the draft is less sure

@@ -21,6 +21,7 @@ from specjax.decoding.drafters.table import build_drafter
 from specjax.decoding.rules import Block, Lossless, rule_named
 from specjax.decoding.sampling import Noise, Sampling, row_keys
 from specjax.distillation import data_sources, divergences, objective
+from specjax.hub import adapter as hub_adapter
 from specjax.hub.tokenizer import train_byte_bpe
 from specjax.models.decoder import Decoder
 from specjax.models.pard import ParallelDraft
@@ -302,3 +303,10 @@ def test_values_that_cannot_be_are_refused(target, options, message):
         ParallelDraft.of(target[0], **options)
     with pytest.raises(UserError, match="pard trains a decoder-only draft model"):
         ParallelDraft.of(tiny.encoder_decoder()[0], drafted=4, mask_id=-1)
+
+
+def test_fields_that_configs_got_later_leave_the_fingerprint_of_a_target_as_it_was():
+    model = Decoder(tiny.config())
+    ones = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), model.abstract_params())
+    assert hub_adapter.fingerprint(model, ones) == "235cb666a471ee23674dd6ffa9a92287"
+    assert hub_adapter.fingerprint(tiny.masked(model), ones) != hub_adapter.fingerprint(model, ones)

@@ -123,7 +123,7 @@ class BlockParallelModule(nnx.Module):
         """
         shape, inner = embedded.shape, self.config.inner
         flat = lambda x: x.reshape(x.shape[0], -1, *x.shape[3:])
-        pin = lambda x: meshes.constrain(x, ("batch", None, "embed")) if shape[1] > 1 else _unsharded_rows(x)
+        pin = meshes.pin_rows if shape[1] > 1 else _unsharded_rows
         rotation = angles(inner.rotary, flat(positions), text_lengths(flat(positions)))
         hidden = pin(flat(embedded))
 
