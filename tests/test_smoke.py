@@ -66,6 +66,7 @@ def models(tmp_path_factory):
     return {
         **{f"configs/distillspec/{name}.py": (*checkpoints(kind), data[name]) for name, kind in kinds.items()},
         "configs/distillspec/lm1b.py": (data["lm1b"],),
+        "configs/benchmark/quantised.py": (target, f"--config.text={ROOT}/tests/test_loop.py"),
         "configs/distill.py": (target, f"--config.draft={home}/draft", text),
         "configs/distill.py:new-smoke": (target, text),
         "configs/distill.py:pard-smoke": (target, f"--config.draft={home}/draft", text),

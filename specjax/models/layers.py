@@ -25,9 +25,9 @@ ACTIVATIONS = {
 }
 
 
-# On CPU, products with at most this many rows are computed as in `_few_rows`, and of quantised kernels with at most so
-# many as in `strided_product`.
-_FEW_ROWS, _STRIDED_ROWS = 64, 4
+# On CPU, products with at most this many rows are computed as in `_few_rows`, and of int8 and int4 kernels (by inputs
+# in a value) with at most so many as in `strided_product`, whose time grows with the rows.
+_FEW_ROWS, _STRIDED_ROWS = 64, {1: 4, 2: 8}
 
 # On CPU, float16 and quantised kernels are converted to float32 in blocks of this size, which stay in its cache.
 _BLOCK_BYTES = 1 << 21
@@ -61,7 +61,7 @@ def _quantised_cpu_product(inputs, kernel, dtype):
     if rows > _FEW_ROWS or not is_alone:
         return _summed("BTI,OI->BTO", inputs, kernel, dtype)
     flat = inputs.reshape(rows, -1)
-    if rows <= _STRIDED_ROWS:
+    if rows <= _STRIDED_ROWS[kernel.per_value]:
         outputs = strided_product(flat.astype(jnp.float32), kernel).astype(dtype)
     else:
         outputs = _few_rows(flat, kernel, dtype)
