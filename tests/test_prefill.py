@@ -23,7 +23,9 @@ SLOW = pytest.mark.slow
 def speculative(models, kind, **changes):
     target, params, adapter, adapter_params = models
     options = tiny.drafter_options(kind, target, adapter=adapter)
-    draft = {"kangaroo": adapter_params, "model": params}.get(kind) or tiny.draft_params_of(kind, target, params, None)
+    draft = {"kangaroo": adapter_params, "model": params, "pard": params}.get(kind) or tiny.draft_params_of(
+        kind, target, params, None
+    )
     return tiny.plan(target, kind, options, gamma=GAMMA, max_new=NEW, **{"slots": 30, **changes}), draft
 
 
