@@ -147,7 +147,7 @@ def test_no_file_names_a_path_of_one_machine():
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
 # The keys of these sections are names that the config itself gives.
-NAMING = ("drafters", "models")
+NAMING = ("drafters", "drafts", "models")
 
 
 def keys_of(config, path=""):
