@@ -1,6 +1,7 @@
 """The house against its plan: imports point one way, the core imports alone, configs and files keep rules."""
 
 import ast
+import functools
 import importlib
 import os
 import re
@@ -164,6 +165,7 @@ def keys_of(config, path=""):
 REPRODUCTION = [path for path in CONFIGS if "def get_config" not in path.read_text(encoding="utf-8")]
 
 
+@functools.cache
 def names_read():
     """Every attribute and every string in the package and the reproduction: what a config key may be read by."""
     names = set()
