@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from specjax.models import attention, kv_cache
 from specjax.models.config import DecoderConfig
-from specjax.models.quantised import Kernel, Quantised, converted, factors, quantise, strided_product
+from specjax.models.quantised import Kernel, Quantised, converted, factors, integer_product, quantise
 from specjax.models.rotary import rotate
 from specjax.runtime import mesh as meshes
 from specjax.runtime.dtypes import QUANTISED, dtype_named
@@ -25,11 +25,10 @@ ACTIVATIONS = {
 }
 
 
-# On CPU, products with at most this many rows are computed as in `_few_rows`, and of int8 and int4 kernels (by inputs
-# in a value) with at most so many as in `strided_product`, whose time grows with the rows.
-_FEW_ROWS, _STRIDED_ROWS = 64, {1: 4, 2: 8}
+# On CPU, products with at most this many rows are computed as in `_few_rows` or `quantised.integer_product`.
+_FEW_ROWS = 64
 
-# On CPU, float16 and quantised kernels are converted to float32 in blocks of this size, which stay in its cache.
+# On CPU, float16 kernels are converted to float32 in blocks of this size, which stay in the processor's cache.
 _BLOCK_BYTES = 1 << 21
 
 
@@ -60,11 +59,7 @@ def _quantised_cpu_product(inputs, kernel, dtype):
     rows, is_alone = inputs.shape[0] * inputs.shape[1], jax.sharding.get_abstract_mesh().size <= 1
     if rows > _FEW_ROWS or not is_alone:
         return _summed("BTI,OI->BTO", inputs, kernel, dtype)
-    flat = inputs.reshape(rows, -1)
-    if rows <= _STRIDED_ROWS[kernel.per_value]:
-        outputs = strided_product(flat.astype(jnp.float32), kernel).astype(dtype)
-    else:
-        outputs = _few_rows(flat, kernel, dtype)
+    outputs = integer_product(inputs.reshape(rows, -1).astype(jnp.float32), kernel).astype(dtype)
     return outputs.reshape(*inputs.shape[:2], -1)
 
 
@@ -81,19 +76,18 @@ def _cpu_product(inputs, kernel, dtype):
     return jnp.einsum("BTI,OI->BTO", inputs, converted(kernel, inputs.dtype), preferred_element_type=dtype)
 
 
-def _few_rows(rows: Float[Array, "R I"], kernel: Kernel, dtype: DTypeLike) -> Float[Array, "R O"]:
+def _few_rows(rows: Float[Array, "R I"], kernel: Float[Array, "O I"], dtype: DTypeLike) -> Float[Array, "R O"]:
     """`rows @ kernel.T` with the kernel as the left factor, which for 2 to 8 rows takes the CPU half the time.
 
     Some numbers of rows are slow, so several are padded to a multiple of 4. The barriers keep the compiler from
     exchanging the factors and from multiplying fewer rows.
     """
     count = rows.shape[0]
-    dtype_of = None if isinstance(kernel, Quantised) else kernel.dtype
-    if dtype_of == jnp.bfloat16:
+    if kernel.dtype == jnp.bfloat16:
         return _bfloat16_products(rows, kernel).T.astype(dtype)
     if count > 1:
         rows = jax.lax.optimization_barrier(jnp.pad(rows, ((0, -count % 4), (0, 0))))
-    if dtype_of == jnp.float32:
+    if kernel.dtype == jnp.float32:
         products = jnp.einsum("OI,RI->OR", kernel, rows)
     else:
         products = _block_products(rows.astype(jnp.float32), kernel)
@@ -117,16 +111,15 @@ def _bfloat16_products(rows: Float[Array, "R I"], kernel: Float[Array, "O I"]) -
     return products.reshape(-1, len(parts), len(rows)).sum(1)
 
 
-def _block_products(rows: Float[Array, "R I"], kernel: Kernel) -> Float[Array, "O R"]:
-    """`kernel @ rows.T`, where blocks of a kernel are converted one by one, and stay in the CPU's cache."""
+def _block_products(rows: Float[Array, "R I"], kernel: Float[Array, "O I"]) -> Float[Array, "O R"]:
+    """`kernel @ rows.T`, where blocks of a float16 kernel are converted one by one, and stay in the CPU's cache."""
     outputs, width = kernel.shape
     size = min(max(_BLOCK_BYTES // (4 * width), 1), outputs)
 
     def multiply(index, products):
         start = jnp.minimum(index * size, outputs - size)  # the last block overlaps the one before it
-        block = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), kernel)
-        pairs = [(jax.lax.optimization_barrier(part), inputs) for inputs, part in factors(rows, block)]
-        part = sum(jnp.einsum("OI,RI->OR", *pair) for pair in pairs)
+        block = jax.lax.dynamic_slice_in_dim(kernel, start, size).astype(jnp.float32)
+        part = jnp.einsum("OI,RI->OR", jax.lax.optimization_barrier(block), rows)
         return jax.lax.dynamic_update_slice_in_dim(products, part, start, 0)
 
     start = jnp.zeros((outputs, rows.shape[0]), jnp.float32)

@@ -1,7 +1,7 @@
 """Kernels kept in 8 or 4 bits for decoding: integers, and float32 scales that groups of them share.
 
-Only weights are quantised, and each to the nearest integer: products are computed in the dtype of the inputs. The
-inputs of a group are not neighbours but lie at equal distances, so that sums over a group are sums of vectors.
+Only weights are quantised, and each to the nearest integer: products are as precise as the dtype of the inputs. The
+inputs of a group are not neighbours but lie at equal distances, so operations on a group are operations on vectors.
 """
 
 from typing import Any, NamedTuple
@@ -13,12 +13,14 @@ from jaxtyping import Array, Float
 
 from specjax.runtime.errors import UserError
 
-# `strided_product` adds at most this many slices of a kernel in one operation, which takes longer to compile with more,
-_SLICES = 20
-# and at most so many that the processor's fastest cache holds their inputs. int8 has slices of at most so many lanes.
-_INPUTS, _LANES = 4096, 160
+# The most inputs of an int4 kernel's group, divided by 2.
+_HALF_GROUP = 20
 # Number of float32 values that a processor instruction handles.
 _VECTOR = 16
+# The scales of an output's groups are multiples of this fraction of the largest, so that int4 times a multiple is int8.
+_STEPS = 15
+# From this many numbers on, a kernel is the left factor of `integer_product`.
+_LARGE = 1 << 22
 
 
 class Quantised(NamedTuple):
@@ -50,6 +52,8 @@ Kernel = Array | Quantised
 def quantise(kernel: Float[Any, "*X O I"], dtype: str) -> Quantised:
     """The nearest integers: int8 in -127 .. 127 with a scale per output, int4 in -8 .. 7 with a scale per group.
 
+    The scales of an output's groups are multiples of a fifteenth of the largest of them.
+
     Args:
       kernel: a NumPy or JAX array; the result has arrays of the same kind.
       dtype: "int8" or "int4".
@@ -64,7 +68,7 @@ def quantise(kernel: Float[Any, "*X O I"], dtype: str) -> Quantised:
     if dtype == "int8":
         scales, low, high = xp.maximum(largest, -smallest) / 127, -127, 127
     else:  # the number of the largest magnitude becomes -8, so that all 16 integers are used
-        scales, low, high = xp.where(largest > -smallest, largest, smallest) / -8, -8, 7
+        scales, low, high = _in_steps(xp.where(largest > -smallest, largest, smallest) / -8, xp), -8, 7
     inverse = xp.where(scales == 0, 0, 1 / xp.where(scales == 0, 1, scales))
     integers = xp.clip(xp.round(grouped * inverse), low, high).astype(xp.int8)
     scales = scales[..., 0, :]
@@ -74,13 +78,19 @@ def quantise(kernel: Float[Any, "*X O I"], dtype: str) -> Quantised:
     return Quantised((codes[..., ::2, :] | codes[..., 1::2, :] << 4).reshape(*outer, -1), scales)
 
 
+def _in_steps(scales: Any, xp: Any) -> Any:
+    """The scales `[.., O, 1, G]`, rounded away from 0 to multiples of 1 / `_STEPS` of the largest in each output."""
+    unit = abs(scales).max(-1, keepdims=True) / _STEPS
+    return xp.sign(scales) * xp.ceil(abs(scales) / xp.where(unit == 0, 1, unit) - 1e-3) * unit
+
+
 def _groups(inputs: int, dtype: str) -> int:
     """The number of groups, each of about 32 inputs in int4 if that divides well."""
     if dtype == "int8":
         return 1
     if inputs % 2:
         raise UserError(f"int4 needs an even number of inputs, and a kernel has {inputs}; choose int8 as param_dtype")
-    sizes = [size for size in range(1, _SLICES + 1) if inputs // 2 % size == 0]
+    sizes = [size for size in range(1, _HALF_GROUP + 1) if inputs // 2 % size == 0]
     fits = lambda size: size >= 8 and inputs // 2 // size % _VECTOR == 0
     return inputs // 2 // max(sizes, key=lambda size: (fits(size), -abs(size - 16)))
 
@@ -125,30 +135,48 @@ def converted(kernel: Float[Array, "*X O I"], dtype: Any) -> Float[Array, "*X O 
     return kernel.astype(dtype)
 
 
-def strided_product(rows: Float[Array, "R I"], kernel: Quantised) -> Float[Array, "R O"]:
-    """`rows @ kernel.T` in float32, for one or a few rows on CPU.
+def integer_product(rows: Float[Array, "R I"], kernel: Quantised) -> Float[Array, "R O"]:
+    """`rows @ kernel.T` in float32 on CPU, where XLA has a fast product of int8 factors from two rows on.
 
-    XLA on CPU writes converted integers to memory before it multiplies them, and adds the products of a row one by one.
-    Here slices of a row are converted, multiplied and added as vectors, which reads memory at its full speed.
+    Each row is written as a scale times 128^2 a + 128 b + c, with a, b and c in int8, so 21 bits remain of its numbers;
+    float32 has 24. The sums of products are exact, so a row's result does not depend on the number of rows.
     """
-    groups, outputs = kernel.scales.shape[-1], kernel.values.shape[0]
-    lanes = _lanes(kernel.values.shape[-1]) if groups == 1 else groups
-    values = kernel.values.reshape(outputs, -1, lanes)
-    inputs = rows.reshape(len(rows), -1, kernel.per_value, lanes)
-    step = min(_SLICES, max(_INPUTS // (lanes * kernel.per_value), 1))
-    ones, total = jnp.ones(lanes, jnp.float32), 0
-    for first in range(0, values.shape[1], step):
-        sums = 0
-        for index in range(first, min(first + step, values.shape[1])):
-            for number, plane in enumerate(_planes(values[:, index])):
-                sums += plane.astype(jnp.float32)[:, None] * inputs[None, :, index, number]
-        sums = sums if groups == 1 else sums * kernel.scales[:, None]
-        # In this order of outputs and rows, the compiler writes the sums as vectors.
-        total += jnp.einsum("ORL,L->OR", jax.lax.optimization_barrier(sums), ones)
-    return (total * kernel.scales if groups == 1 else total).T
+    kernels, scales = _as_int8(kernel)
+    largest = jnp.max(jnp.abs(rows), axis=1, keepdims=True)
+    unit = jnp.where(largest == 0, 1, largest) / (127 * 128 * 128)
+    integers = jnp.round(_by_planes(rows, kernel) / unit).astype(jnp.int32)
+    upper = _divided(integers, 128 * 128)
+    integers -= upper * 128 * 128
+    middle = _divided(integers, 128)
+    parts = jnp.concatenate([upper, middle, integers - middle * 128]).astype(jnp.int8)
+    parts, kernels = jax.lax.optimization_barrier((parts, kernels))
+    # For large kernels it is faster with the kernel as the left factor.
+    formula = "OI,RI->OR" if kernels.size >= _LARGE else "RI,OI->RO"
+    pair = (kernels, parts) if kernels.size >= _LARGE else (parts, kernels)
+    products = jax.lax.optimization_barrier(jnp.einsum(formula, *pair, preferred_element_type=jnp.int32))
+    products = products.T if kernels.size >= _LARGE else products
+    places = jnp.asarray([128 * 128, 128, 1], jnp.float32)[:, None, None]
+    sums = jnp.sum(products.astype(jnp.float32).reshape(3, len(rows), -1) * places, axis=0)
+    return sums * unit * scales[None]
 
 
-def _lanes(width: int) -> int:
-    """The length of the slices into which `width` inputs are cut: a multiple of the processor's vectors if possible."""
-    sizes = [size for size in range(1, min(_LANES, max(width // 8, 1)) + 1) if width % size == 0]
-    return max(sizes, key=lambda size: (size % _VECTOR == 0, size))
+def _divided(integers: Array, by: int) -> Array:
+    """The nearest integers to `integers / by`, a power of 2."""
+    return (integers + by // 2) // by
+
+
+def _by_planes(rows: Array, kernel: Quantised) -> Array:
+    """The inputs in the order in which `_planes` has them, one plane after the other."""
+    grouped = rows.reshape(len(rows), -1, kernel.per_value, kernel.scales.shape[-1])
+    return grouped.swapaxes(1, 2).reshape(rows.shape) if kernel.per_value > 1 else rows
+
+
+def _as_int8(kernel: Quantised) -> tuple[Array, Array]:
+    """The planes as one int8 array `[O, I]`, and its float32 scales `[O]`."""
+    if kernel.per_value == 1:
+        return kernel.values, kernel.scales[:, 0]
+    unit = jnp.max(jnp.abs(kernel.scales), axis=-1, keepdims=True) / _STEPS
+    steps = jnp.round(kernel.scales / jnp.where(unit == 0, 1, unit)).astype(jnp.int32)
+    repeats = kernel.values.shape[-1] // steps.shape[-1]
+    planes = [plane * jnp.tile(steps, (1, repeats)) for plane in _planes(kernel.values)]
+    return jnp.concatenate(planes, axis=-1).astype(jnp.int8), unit[:, 0]
