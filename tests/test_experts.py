@@ -127,7 +127,7 @@ def test_the_balance_loss_is_k_for_even_use_and_grows_to_the_number_of_experts_f
     np.testing.assert_allclose(experts.balance_loss(padded[None], 1, mask), 4.0, rtol=1e-5)
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_balance_loss_reaches_the_router_once_for_each_counted_position(remat):
     model, params = tiny.decoder(0, **SPARSE, dense_layers=(0,), remat=remat)
     batch = {
@@ -144,6 +144,14 @@ def test_the_balance_loss_reaches_the_router_once_for_each_counted_position(rema
     np.testing.assert_allclose(value, 0.1 * (3 + 5) * experts.balance_loss(logits, 3, mask), rtol=1e-4)
     assert np.abs(gradient["blocks"][1]["mlp"]["router"]["kernel"]).max() > 1e-4
     assert balanced.on_all() == without
+
+
+@pytest.mark.parametrize("size", [7, 600])
+def test_pairs_are_ordered_by_expert_and_keep_their_order_within_one(size):
+    pairs = np.random.default_rng(0).integers(0, 9, size).astype(np.int32)
+    order, places = experts._by_expert(jnp.asarray(pairs))
+    np.testing.assert_array_equal(order, np.argsort(pairs, kind="stable"))
+    np.testing.assert_array_equal(np.asarray(places)[np.asarray(order)], np.arange(size))
 
 
 # --- decoding ------------------------------------------------------------------------------------------------------

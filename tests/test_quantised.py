@@ -126,7 +126,8 @@ def test_experts_have_quantised_kernels_too(dtype, platform, monkeypatch):
 # --- decoding --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["int4", pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@DTYPES
 def test_the_loop_samples_the_distribution_of_a_quantised_target_with_the_unquantised_one_as_draft(dtype):
     target, params = lossless.small_target()
     small, integers = quantised_model(dtype, target, params)

@@ -27,6 +27,8 @@ Multiply = Callable[[str, jax.Array], jax.Array]
 _FEW_PAIRS = 4
 # On TPU, from this many pairs for each expert on, `ragged_dot` is worth the copy of all kernels that it begins with.
 _MANY_PAIRS = 64
+# Up to so many pairs, the order by expert is found by comparing all of them, not by sorting.
+_COMPARED = 512
 # The most rows in a tile: a larger one reads no fewer kernels, but has more unused rows.
 _TILE = 128
 
@@ -179,7 +181,7 @@ def mix(
     if meshes.platform() == "gpu" and len(pairs) <= _FEW_PAIRS * count:
         outputs = _gathered(config, split, jnp.repeat(rows, per_token, axis=0), pairs, kernels)
     else:
-        order = jnp.argsort(pairs, stable=True)
+        order, places = _by_expert(pairs)
         by_expert = rows[order // per_token]
         counts = jnp.sum(pairs[:, None] == jnp.arange(count)[None], axis=0, dtype=jnp.int32)  # no scatter, as bincount
         if meshes.platform() == "tpu" and len(pairs) >= _MANY_PAIRS * count:
@@ -187,9 +189,23 @@ def mix(
         else:
             size = tile_size(len(rows), per_token, count)
             outputs = _by_tiles(config, split, size, by_expert, counts, kernels)
-        outputs = outputs[jnp.argsort(order)]
+        outputs = outputs[places]
     weighted = outputs.reshape(len(rows), per_token, -1) * choice.weights.reshape(len(rows), per_token, 1)
     return weighted.sum(1).astype(inputs.dtype).reshape(*inputs.shape[:2], -1)
+
+
+def _by_expert(pairs: Int[Array, "N"]) -> tuple[Int[Array, "N"], Int[Array, "N"]]:
+    """The order of pairs by expert, and the place of each pair in it.
+
+    Few are compared with each other, because the TPU compiler takes half a second for each sort of each layer.
+    """
+    index = jnp.arange(len(pairs), dtype=jnp.int32)
+    if len(pairs) > _COMPARED:
+        order = jnp.argsort(pairs, stable=True)
+        return order, jnp.zeros_like(index).at[order].set(index, unique_indices=True)
+    earlier = (pairs[None] < pairs[:, None]) | ((pairs[None] == pairs[:, None]) & (index[None] < index[:, None]))
+    places = jnp.sum(earlier, axis=1, dtype=jnp.int32)
+    return jnp.sum(jnp.where(places[None] == index[:, None], index[None], 0), axis=1, dtype=jnp.int32), places
 
 
 def _one_expert(config, split, rows, kernels):
