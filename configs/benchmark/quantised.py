@@ -7,8 +7,9 @@ phase of the machine affects all of them, and the figures are medians over the r
 resumes after the last finished dtype.
 
 Hardware: memory for the checkpoint in two dtypes. Time: minutes for SmolLM2-135M on two cores, most of it compiling.
-Expect int8 to have nearly the perplexity of float32. On CPU expect less memory, not more speed: a token of SmolLM2 took
-37 ms in int8, 45 in bfloat16 and 34 in float32 on two cores. `:smoke` runs in seconds.
+Expect int8 to have the perplexity of float32. On CPU expect less memory, not more speed: SmolLM2 in int8 took 0.22 in
+place of 0.54 GB and decoded at 0.88 of float32's speed on two cores, in bfloat16 at 0.84; as drafts, 0.94 and 0.98 of
+their tokens were accepted. `:smoke` runs in seconds.
 """
 
 from ml_collections import ConfigDict
