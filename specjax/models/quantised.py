@@ -4,6 +4,7 @@ Only weights are quantised, and each to the nearest integer: products are as pre
 inputs of a group are not neighbours but lie at equal distances, so operations on a group are operations on vectors.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ _HALF_GROUP = 20
 _VECTOR = 16
 # The scales of an output's groups are multiples of this fraction of the largest, so that int4 times a multiple is int8.
 _STEPS = 15
-# From this many numbers on, a kernel is the left factor of `integer_product`.
+# From this many numbers on, `integer_product` is faster with the kernel as the left factor.
 _LARGE = 1 << 22
 
 
@@ -100,9 +101,13 @@ def factors(inputs: Float[Array, "*X I"], kernel: Kernel) -> list[tuple[Array, A
     if not isinstance(kernel, Quantised):
         return [(inputs, converted(kernel, inputs.dtype))]
     planes = [(_scaled(plane, kernel.scales)).astype(inputs.dtype) for plane in _planes(kernel.values)]
-    grouped = inputs.reshape(*inputs.shape[:-1], -1, len(planes), kernel.scales.shape[-1])
-    parts = [grouped[..., number, :].reshape(*inputs.shape[:-1], -1) for number in range(len(planes))]
-    return list(zip(parts, planes, strict=True))
+    return list(zip(_inputs_by_plane(inputs, kernel), planes, strict=True))
+
+
+def _inputs_by_plane(inputs: Array, kernel: Quantised) -> list[Array]:
+    """The inputs `[.., I / n]` of each of the n `_planes`."""
+    grouped = inputs.reshape(*inputs.shape[:-1], -1, kernel.per_value, kernel.scales.shape[-1])
+    return [grouped[..., number, :].reshape(*inputs.shape[:-1], -1) for number in range(kernel.per_value)]
 
 
 def _planes(values: Array) -> list[Array]:
@@ -144,17 +149,17 @@ def integer_product(rows: Float[Array, "R I"], kernel: Quantised) -> Float[Array
     kernels, scales = _as_int8(kernel)
     largest = jnp.max(jnp.abs(rows), axis=1, keepdims=True)
     unit = jnp.where(largest == 0, 1, largest) / (127 * 128 * 128)
-    integers = jnp.round(_by_planes(rows, kernel) / unit).astype(jnp.int32)
+    integers = jnp.round(jnp.concatenate(_inputs_by_plane(rows, kernel), axis=-1) / unit).astype(jnp.int32)
     upper = _divided(integers, 128 * 128)
     integers -= upper * 128 * 128
     middle = _divided(integers, 128)
     parts = jnp.concatenate([upper, middle, integers - middle * 128]).astype(jnp.int8)
     parts, kernels = jax.lax.optimization_barrier((parts, kernels))
-    # For large kernels it is faster with the kernel as the left factor.
-    formula = "OI,RI->OR" if kernels.size >= _LARGE else "RI,OI->RO"
-    pair = (kernels, parts) if kernels.size >= _LARGE else (parts, kernels)
-    products = jax.lax.optimization_barrier(jnp.einsum(formula, *pair, preferred_element_type=jnp.int32))
-    products = products.T if kernels.size >= _LARGE else products
+    multiply = functools.partial(jnp.einsum, preferred_element_type=jnp.int32)
+    if kernels.size >= _LARGE:
+        products = jax.lax.optimization_barrier(multiply("OI,RI->OR", kernels, parts)).T
+    else:
+        products = jax.lax.optimization_barrier(multiply("RI,OI->RO", parts, kernels))
     places = jnp.asarray([128 * 128, 128, 1], jnp.float32)[:, None, None]
     sums = jnp.sum(products.astype(jnp.float32).reshape(3, len(rows), -1) * places, axis=0)
     return sums * unit * scales[None]
@@ -163,12 +168,6 @@ def integer_product(rows: Float[Array, "R I"], kernel: Quantised) -> Float[Array
 def _divided(integers: Array, by: int) -> Array:
     """The nearest integers to `integers / by`, a power of 2."""
     return (integers + by // 2) // by
-
-
-def _by_planes(rows: Array, kernel: Quantised) -> Array:
-    """The inputs in the order in which `_planes` has them, one plane after the other."""
-    grouped = rows.reshape(len(rows), -1, kernel.per_value, kernel.scales.shape[-1])
-    return grouped.swapaxes(1, 2).reshape(rows.shape) if kernel.per_value > 1 else rows
 
 
 def _as_int8(kernel: Quantised) -> tuple[Array, Array]:
