@@ -74,6 +74,7 @@ TABLES = {
     "accelerator_identity": accelerator,
     "accelerator_profile": accelerator,
     "peers": peers,
+    "peers_qwen": peers,
     "peers_distillation": peers_distillation,
 }
 FIGURES = {}
