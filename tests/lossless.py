@@ -37,18 +37,22 @@ def small_plan(target, kind, options, rule="lossless") -> loop.Plan:
     return tiny.plan(target, kind, options, gamma=SMALL_GAMMA if kind else 0, slots=slots, max_new=max_new, rule=rule)
 
 
-def exact_distribution(target, params, prompt, adjust):
-    """Probabilities `[V ** n]` of the next n tokens, from the uncached forward."""
+@functools.partial(jax.jit, static_argnums=0)
+def text_probabilities(target, params, texts, adjust):
+    """The adjusted distribution after every token of whole texts, from the uncached forward."""
+    return probabilities(tiny.full_logits(target, params, texts), adjust, greedy=False)
+
+
+def exact_distributions(target, params, adjust):
+    """Probabilities `[prompts, V ** n]` of the next n tokens of each of SMALL_PROMPTS."""
     continuations = np.asarray(list(itertools.product(range(SMALL_VOCAB), repeat=NUM_EMITTED)))
-    texts = np.concatenate([np.broadcast_to(prompt, (len(continuations), len(prompt))), continuations], axis=1)
-    probs = np.asarray(
-        probabilities(tiny.full_logits(target, params, jnp.asarray(texts, jnp.int32)), adjust, greedy=False),
-        np.float64,
-    )
-    joint = np.ones(len(continuations))
-    for i in range(NUM_EMITTED):
-        joint *= probs[np.arange(len(texts)), len(prompt) + i - 1, continuations[:, i]]
-    return joint
+    count, prompts = len(continuations), len(SMALL_PROMPTS)
+    texts = np.pad(np.repeat(SMALL_PROMPTS, count, axis=0), ((0, 0), (0, NUM_EMITTED)))
+    continuations = np.tile(continuations, (prompts, 1))
+    at = np.repeat(SMALL_LENGTHS, count)[:, None] + np.arange(NUM_EMITTED)
+    np.put_along_axis(texts, at, continuations, axis=1)
+    probs = np.asarray(text_probabilities(target, params, jnp.asarray(texts, jnp.int32), adjust), np.float64)
+    return probs[np.arange(len(texts))[:, None], at - 1, continuations].prod(axis=1).reshape(prompts, count)
 
 
 def p_value(plan, params, draft_params, adjust, seed=0) -> float:
@@ -65,8 +69,8 @@ def p_value(plan, params, draft_params, adjust, seed=0) -> float:
     emitted = np.asarray(state.tokens)[np.arange(batch)[:, None], np.asarray(lengths)[:, None] + np.arange(NUM_EMITTED)]
     cells = emitted @ SMALL_VOCAB ** np.arange(NUM_EMITTED)[::-1]
     statistic, freedom = 0.0, 0
-    for i, length in enumerate(SMALL_LENGTHS):
-        expected = exact_distribution(plan.target, params, SMALL_PROMPTS[i][:length], adjust) * NUM_ROWS
+    for i, joint in enumerate(exact_distributions(plan.target, params, adjust)):
+        expected = joint * NUM_ROWS
         counts = np.bincount(cells[i :: len(SMALL_PROMPTS)], minlength=len(expected))
         assert counts[expected == 0].sum() == 0, "a token of probability 0 was emitted"
         one_statistic, one_freedom = chi_square(counts, expected)

@@ -59,10 +59,10 @@ def calls(target, draft, rule, gamma, temperature, count=6):
     return counts.target_calls, acceptance.expected_calls(chances, again.emitted), again.emitted
 
 
-SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("reduced", "adapter", "medusa")]
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("eagle3", "reduced", "adapter", "medusa")]
 
 
-@pytest.mark.parametrize("kind", ["model", "eagle3", *SLOW])
+@pytest.mark.parametrize("kind", ["model", *SLOW])
 def test_greedy_calls_are_those_of_decoding_text_by_text(target, kind):
     decoded, expected, emitted = calls(target, draft_of(target, kind), "lossless", GAMMA, 0.0)
     np.testing.assert_array_equal(decoded, expected)

@@ -144,8 +144,9 @@ def test_a_draft_ends_after_the_first_token_whose_confidence_is_below_the_thresh
     proposal = one_block(plan, params, own, state, limits, sampling)[2]
     draft = AttachedDraft.of(network)
     attached = runtime_params(draft, own, params)
-    hidden = draft.training_states(attached, None, texts, lengths[:, None] - 1)
-    sure = np.asarray(jax.nn.sigmoid(draft.confidence(attached, hidden)))
+    at = lengths[:, None] - 1
+    confidence = jax.jit(lambda x: draft.confidence(attached, draft.training_states(attached, None, x, at)))
+    sure = np.asarray(jax.nn.sigmoid(confidence(texts)))
     assert sure.shape == (BATCH, 3)
     below = np.concatenate([sure[:, :2] < 0.5, np.ones((BATCH, 1), bool)], axis=1)
     np.testing.assert_array_equal(proposal.num_drafted, 1 + below.argmax(1))

@@ -81,11 +81,11 @@ def test_training_unrolls_what_decoding_does(target, options):
     network, own = tiny.eagle3(target, params, steps=STEPS, states_after=(1, 2, 3), **options)
     tokens = jax.random.randint(jax.random.key(0), (1, 10), 0, VOCAB)
     logits = np.asarray(jax.jit(lambda tokens: unrolled(target, params, network, own, tokens))(tokens))[0]
-    for start in (2, 6):
-        drafted = jax.jit(functools.partial(chain, target, network=network, start=start, steps=STEPS))
-        drafted = np.asarray(drafted(params, own=own, tokens=tokens))
-        for step in range(STEPS):
-            np.testing.assert_allclose(logits[start - 1 + step, step], drafted[step], atol=2e-4)
+    start = 5
+    drafted = jax.jit(functools.partial(chain, target, network=network, start=start, steps=STEPS))
+    drafted = np.asarray(drafted(params, own=own, tokens=tokens))
+    for step in range(STEPS):
+        np.testing.assert_allclose(logits[start - 1 + step, step], drafted[step], atol=2e-4)
 
 
 @pytest.mark.parametrize("gamma", [2, pytest.param(4, marks=pytest.mark.slow)])

@@ -32,7 +32,7 @@ KERNELS = ("gate", "up", "down")
 
 
 def normal(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
 def case(batch, steps, bias=False):
@@ -129,7 +129,7 @@ def test_the_balance_loss_is_k_for_even_use_and_grows_to_the_number_of_experts_f
 
 @pytest.mark.parametrize("remat", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_balance_loss_reaches_the_router_once_for_each_counted_position(remat):
-    model, params = tiny.decoder(0, **SPARSE, dense_layers=(0,), remat=remat)
+    model, params = tiny.decoder(0, **SPARSE, layers=1, remat=remat)
     batch = {
         "tokens": tiny.prompts(0, 2, 8, 24)[0],
         "lengths": jnp.asarray([5, 8], jnp.int32),
@@ -139,10 +139,10 @@ def test_the_balance_loss_reaches_the_router_once_for_each_counted_position(rema
     balanced = dataclasses.replace(without, balance=0.1)
     difference = lambda params: balanced(params, None, batch).loss - without(params, None, batch).loss
     value, gradient = jax.jit(jax.value_and_grad(difference))(params)
-    _, (logits,) = model.routed(params, batch["tokens"])
+    _, (logits,) = jax.jit(model.routed)(params, batch["tokens"])
     mask = (jnp.arange(8)[None] < batch["lengths"][:, None]).astype(jnp.float32)
     np.testing.assert_allclose(value, 0.1 * (3 + 5) * experts.balance_loss(logits, 3, mask), rtol=1e-4)
-    assert np.abs(gradient["blocks"][1]["mlp"]["router"]["kernel"]).max() > 1e-4
+    assert np.abs(gradient["blocks"][0]["mlp"]["router"]["kernel"]).max() > 1e-4
     assert balanced.on_all() == without
 
 
@@ -166,28 +166,31 @@ def sparse_pair():
     """A target with a dense and a sparse layer, whose kernels are three times the usual size, and its noisy copy."""
     target, params = tiny.decoder(1, sharpness=2.0, **SPARSE, dense_layers=(0,))
     params["blocks"] = jax.tree.map(lambda x: 3 * x if x.ndim == 3 else x, params["blocks"])
-    noisy = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape) * x.std(), params)
+    noisy = jax.tree.map(lambda x: x + 0.1 * normal(x.size, *x.shape) * x.std(), params)
     return Pair(target, params, noisy, *tiny.prompts(0, 96, SLOTS, VOCAB))
 
 
-def check(pair, settings, rule, kinds=(("model", 3), ("ngram", 4), ("early_exit", 2))):
+def check(pair, settings, rule, *kinds):
     entries = [(pair.plan(kind, gamma, rule, rule != "coupled"), pair.draft_params, {}) for kind, gamma in kinds]
     for _ in compare_with_plain(pair, settings, entries, rule):
         pass
 
 
-def test_greedy_speculation_equals_greedy_plain_decoding(pair):
-    check(pair, GREEDY, "lossless")
+@pytest.mark.parametrize(
+    "kinds", [[("model", 3)], pytest.param([("ngram", 4), ("early_exit", 2)], marks=pytest.mark.slow)]
+)
+def test_greedy_speculation_equals_greedy_plain_decoding(pair, kinds):
+    check(pair, GREEDY, "lossless", *kinds)
 
 
 @pytest.mark.slow
 def test_coupled_speculation_equals_plain_decoding_with_the_same_noise(pair):
-    check(pair, COUPLED[:1], "coupled", [("model", 3)])
+    check(pair, COUPLED[:1], "coupled", ("model", 3))
 
 
 def alone_and_together(pair):
     """The texts of three prompts, each alone and in a batch of 8, speculative and at temperature 1."""
-    plan = pair.plan("model", 3, "lossless", False)
+    plan = pair.plan("ngram", 3, "lossless", False)
 
     def texts(rows):
         texts, lengths = pair.texts[rows], pair.lengths[rows]
@@ -239,7 +242,7 @@ def test_dropped_tokens_break_the_equality_with_plain_decoding(monkeypatch):
     jax.clear_caches()
     monkeypatch.setattr(experts, "mix", dropping)
     with pytest.raises(AssertionError, match="row .* position"):
-        check(sparse_pair(), GREEDY, "lossless", [("model", 3)])
+        check(sparse_pair(), GREEDY, "lossless", ("model", 3))
     jax.clear_caches()
 
 
@@ -251,7 +254,7 @@ def exported(tmp_path_factory):
     """A model with four experts, one dense layer and a shared expert, its parameters, and its export."""
     sparse = {**SPARSE, "experts": 4, "shared_expert_width": 20, "dense_layers": (0,), "family": "qwen2_moe"}
     model = Decoder(tiny.config(**sparse, attention_bias=True, vocab_size=272))
-    params = model.init(jax.random.key(0))
+    params = tiny.on_device(tiny.drawn(model, 0))
     directory = tmp_path_factory.mktemp("experts") / "model"
     tokenizer = train_byte_bpe(["some words, and some words again\n"] * 20, 270)
     hub_save.save(directory, model, params, tokenizer, max_shard_bytes=20_000)  # shards end between experts
@@ -345,8 +348,9 @@ def test_the_measured_use_is_that_of_the_texts_without_their_padding():
     texts = [[1, 2, 3], [4, 5, 6, 7, 8]]
     (shares,) = expert_use.measured(model, params, texts).shares
     counts = np.zeros(8)
+    routed = jax.jit(model.routed)
     for text in texts:
-        _, (logits,) = model.routed(params, jnp.asarray([text], jnp.int32))
+        _, (logits,) = routed(params, jnp.asarray([text], jnp.int32))
         counts += np.bincount(np.asarray(jax.lax.top_k(logits, 3)[1]).reshape(-1), minlength=8)
     np.testing.assert_allclose(shares, counts / 8, rtol=1e-6)
 

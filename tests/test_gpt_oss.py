@@ -179,11 +179,12 @@ def pair():
         "swiglu_alpha": 1.702,
     }
     target, params = tiny.decoder(1, sharpness=2.0, **options)
-    keys = iter(jax.random.split(jax.random.key(5), 200))
-    noise = lambda path, x: 0.5 * jax.random.normal(next(keys), x.shape) if path[-1].key in ("bias", "sinks") else 0
+    random = np.random.default_rng(5)
+    normal = lambda x: np.float32(random.standard_normal(x.shape))
+    noise = lambda path, x: 0.5 * normal(x) if path[-1].key in ("bias", "sinks") else 0
     stretch = lambda x: 3 * x if x.ndim == 3 else x
     params = jax.tree_util.tree_map_with_path(lambda path, x: stretch(x) + noise(path, x), params)
-    blur = lambda x: x + 0.05 * x.std() * jax.random.normal(next(keys), x.shape)
+    blur = lambda x: x + 0.05 * x.std() * normal(x)
     return Pair(target, params, jax.tree.map(blur, params), *tiny.prompts(0, 256, 12, 24))
 
 

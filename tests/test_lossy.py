@@ -11,6 +11,7 @@ import pytest
 import scipy.special
 import tiny
 from enumeration import EnumeratedNoise, Tables, block_distribution, composed_distribution, emitted_distribution
+from lossless import chi_square
 
 from specjax import api, evaluate
 from specjax.decoding import loop
@@ -327,18 +328,14 @@ def test_the_loop_samples_the_distribution_that_the_rule_states(name):
     emitted = np.asarray(state.tokens)[:, len(prompt) : len(prompt) + count]
     counts = np.bincount(emitted @ vocab ** np.arange(count)[::-1], minlength=vocab**count)
     tables = OfModels(target, params, draft, draft_params, prompt, 2)
-    p_value = lambda law: chi_square(counts, law.ravel() * rows)
+
+    def p_value(law):
+        statistic, freedom = chi_square(counts, law.ravel() * rows)
+        return scipy.special.chdtrc(freedom, statistic)
+
     assert p_value(composed_distribution(tables, *distribution_of_one_position(name, lenience), count)) > 1e-4
     exact = lambda target, draft: np.minimum(target, draft)
     assert p_value(composed_distribution(tables, exact, residual, count)) < 1e-6, "the target's distribution differs"
-
-
-def chi_square(counts, expected):
-    large = expected >= 5
-    seen = np.append(counts[large], counts[~large].sum())
-    wanted = np.append(expected[large], expected[~large].sum())
-    seen, wanted = seen[wanted > 1], wanted[wanted > 1]
-    return float(scipy.special.chdtrc(len(wanted) - 1, ((seen - wanted) ** 2 / wanted).sum()))
 
 
 # --- the doors -----------------------------------------------------------------------------------------------------

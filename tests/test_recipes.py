@@ -200,7 +200,7 @@ def test_stored_states_are_those_of_the_target_on_the_text(home, with_states):
     target = api.load(home / "target")
     rows = text.batch(0, 0, 3, (last,))
     tokens = jnp.asarray(rows["tokens"])
-    hidden, _ = target.decoder.extend(target.params, None, tokens, consecutive(tokens))
+    hidden, _ = jax.jit(lambda x: target.decoder.extend(target.params, None, x, consecutive(x)))(tokens)
     inside = np.arange(hidden.shape[1])[None] < rows["lengths"][:, None]
     stored = rows[cached_text.states_name(last)]
     assert stored.dtype == np.float16 and not stored[~inside].any()

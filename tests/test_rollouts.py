@@ -164,7 +164,7 @@ def test_the_tokens_with_the_largest_gap_to_the_reference_are_selected(selected)
     number = int(np.ceil(selected * counted.sum()))
     np.testing.assert_allclose([sums.loss, sums.tokens], [own[counted][order[:number]].sum(), number], rtol=1e-4)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
-    everything = loss.on_all()(draft_params, params, batch)
+    everything = jax.jit(loss.on_all())(draft_params, params, batch)
     np.testing.assert_allclose([everything.loss, everything.tokens], [own[counted].sum(), counted.sum()], rtol=1e-4)
 
 

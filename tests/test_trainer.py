@@ -18,11 +18,11 @@ from pathlib import Path
 import flags
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
 import tiny as tiny_models
 
+from configs import common
 from specjax import distill
 from specjax.distillation import data_sources, meter, objective, trainer, update
 from specjax.hub import load as hub_load
@@ -40,60 +40,34 @@ from specjax.runtime.errors import UserError
 VOCAB, BATCH, LENGTH = 16, 4, 12
 
 
+TINY = {
+    "data.batch_size": BATCH,
+    "data.sequence_length": LENGTH,
+    "data.prompt_length_min": 2,
+    "data.prompt_length_max": 4,
+    "data.generation.max_new_tokens": 8,
+    "rollouts.gamma": 3,
+    "rollouts.replays": 2,
+    "loss.divergence": "forward_kl",
+    "loss.chunk": 20,
+    "loss.balance": 0.0,
+    "optimizer.final_fraction": 0.1,
+    "optimizer.warmup_steps": 2,
+    "optimizer.weight_decay": 0.1,
+    "train.log_every": 2,
+    "train.eval_every": 4,
+    "train.eval_batches": 2,
+    "train.checkpoint_every": 4,
+    "speculative_eval.prompts": 4,
+    "speculative_eval.gamma": 2,
+    "speculative_eval.max_new_tokens": 8,
+}
+
+
 def make_config(**overrides):
-    config = ml_collections.ConfigDict(
-        dict(
-            seed=0,
-            mesh=dict(data=1, fsdp=1, tensor=1),
-            data=dict(
-                batch_size=BATCH,
-                sequence_length=LENGTH,
-                prompt_length_min=2,
-                prompt_length_max=4,
-                fixed=1.0,
-                draft=0.0,
-                target=0.0,
-                assisted=0.0,
-                target_path="",
-                generation=dict(temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=8),
-            ),
-            rollouts=dict(gamma=3, rule="lossless", lenience=1.0, replays=2, decay=0.8),
-            loss=dict(
-                divergence="forward_kl",
-                beta=0.5,
-                refused="reverse_kl",
-                temperature=1.0,
-                chunk=20,
-                selected=1.0,
-                anchors=0,
-                reference="",
-                balance=0.0,
-            ),
-            optimizer=dict(
-                peak_learning_rate=0.01,
-                final_fraction=0.1,
-                hold_fraction=0.0,
-                warmup_steps=2,
-                weight_decay=0.1,
-                beta1=0.9,
-                beta2=0.95,
-                clip_norm=1.0,
-                accumulation=1,
-            ),
-            train=dict(
-                steps=12,
-                min_seconds_of="",
-                log_every=2,
-                eval_every=4,
-                eval_batches=2,
-                checkpoint_every=4,
-                keep_last=2,
-                best_metric="validation_loss",
-            ),
-            speculative_eval=dict(every=0, prompts=4, gamma=2, temperature=1.0, max_new_tokens=8),
-        )
-    )
-    config.update_from_flattened_dict(overrides)
+    """A training stage of 12 steps on few short texts."""
+    config = common.training(12, 0.01)
+    config.update_from_flattened_dict(TINY | overrides)
     return config
 
 
@@ -659,39 +633,22 @@ def test_a_run_killed_at_any_moment_arrives_at_the_same_bits(tmp_path):
 
 
 def distill_config(**overrides):
-    config = make_config(
-        **{
-            "data.chat": False,
-            "data.sequence_length": 192,
-            "data.prompt_length_max": 64,
-            "loss.chunk": 64,
-            "loss.divergence": "cross_entropy",
-            "train.steps": 4,
-            "train.eval_every": 1,
-        }
-    )
-    config.task = dict(name="arithmetic", path="", seed=0, size=60)
-    config.tokenizer = dict(path="", vocab_size=300)
-    config.model = dict(
-        init="random",
-        encoder_layers=0,
-        layers=1,
-        width=16,
-        heads=2,
-        kv_heads=1,
-        head_size=8,
-        mlp_width=32,
-        max_positions=256,
-        rope_theta=10000.0,
-        norm_epsilon=1e-5,
-        tied_head=True,
-        param_dtype="float32",
-        compute_dtype="auto",
-        remat=False,
-        replicate=False,
-        vocabulary="",
-    )
-    config.target, config.target_param_dtype, config.recipe = "", "", ""
+    """A stage that trains a tiny model on arithmetic, with a tokenizer of its own."""
+    changes = {
+        "task.name": "arithmetic",
+        "task.size": 60,
+        "tokenizer.path": "",
+        "tokenizer.vocab_size": 300,
+        "data.sequence_length": 192,
+        "data.prompt_length_max": 64,
+        "loss.chunk": 64,
+        "loss.divergence": "cross_entropy",
+        "train.steps": 4,
+        "train.eval_every": 1,
+    }
+    config = make_config(**changes)
+    config.model.update({"width": 16, "heads": 2, "kv_heads": 1, "head_size": 8, "mlp_width": 32})
+    config.model.max_positions = 256
     config.update_from_flattened_dict(overrides)
     return config
 
