@@ -12,7 +12,7 @@ import scipy.special
 import tiny
 
 from specjax.decoding import loop
-from specjax.decoding.sampling import Noise, Sampling, Stream, probabilities
+from specjax.decoding.sampling import Noise, Sampling, Stream, probabilities, row_keys
 from specjax.models.decoder import Decoder
 
 # --- the distribution of emitted tokens ----------------------------------------------------------------------------
@@ -203,3 +203,14 @@ def one_block(plan, params, draft_params, state, limits, adjust):
     state = dataclasses.replace(state, target_cache=cache)
     state = loop.accept_and_commit(plan, draft_params, state, proposal, logits, taps, noise, adjust, limits)
     return state, logits, proposal
+
+
+def blocks(plan, params, draft_params, prompts, max_new, adjust):
+    """Decodes block by block. Yields (state before the block, state after it, the target's logits, the proposal)."""
+    batch = prompts[0].shape[0]
+    limits = tiny.limits(batch, max_new)
+    state = loop.prefill(plan, params, draft_params, *prompts, row_keys(4, jnp.arange(batch)))
+    while not np.all(np.asarray(state.done)):
+        before = state
+        state, logits, proposal = one_block(plan, params, draft_params, before, limits, adjust)
+        yield before, state, logits, proposal

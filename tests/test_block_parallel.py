@@ -9,12 +9,11 @@ import lossless
 import numpy as np
 import pytest
 import tiny
-from lossless import one_block
+from lossless import blocks
 
-from specjax.decoding import loop
 from specjax.decoding.drafters.block_parallel import BlockParallelDraft
 from specjax.decoding.drafters.table import build_drafter
-from specjax.decoding.sampling import Sampling, row_keys
+from specjax.decoding.sampling import Sampling
 from specjax.distillation import divergences, objective
 from specjax.hub import adapter as hub_adapter
 from specjax.models.attachment import AttachedDraft, runtime_params
@@ -58,13 +57,9 @@ def test_every_block_is_drafted_as_in_training(target, gamma):
     target, params = target
     network, own = tiny.block_parallel(target, params, block_size=4)
     plan = tiny.plan(target, "block_parallel", {"adapter": network}, gamma=gamma, slots=SLOTS, max_new=MAX_NEW)
-    limits, sampling = tiny.limits(BATCH, MAX_NEW), Sampling.of(1.0)
-    texts, lengths = tiny.prompts(3, BATCH, SLOTS, VOCAB)
-    state = loop.prefill(plan, params, own, texts, lengths, row_keys(4, jnp.arange(BATCH)))
     trained, accepted = jax.jit(lambda tokens: trained_logits(target, params, network, own, tokens)), set()
-    while not np.all(np.asarray(state.done)):
-        before = state
-        state, _, proposal = one_block(plan, params, own, before, limits, sampling)
+    prompts = tiny.prompts(3, BATCH, SLOTS, VOCAB)
+    for before, state, _, proposal in blocks(plan, params, own, prompts, MAX_NEW, Sampling.of(1.0)):
         lengths = np.asarray(before.lengths)
         expected = np.asarray(jax.nn.softmax(trained(before.tokens)))
         for row in np.flatnonzero(~np.asarray(before.done)):
@@ -139,9 +134,8 @@ def test_a_draft_ends_after_the_first_token_whose_confidence_is_below_the_thresh
     network, own = confident(target, params)
     plan = tiny.plan(target, "block_parallel", {"adapter": network, "threshold": 0.5}, gamma=3, slots=SLOTS, max_new=4)
     texts, lengths = tiny.prompts(3, BATCH, SLOTS, VOCAB)
-    state = loop.prefill(plan, params, own, texts, lengths, row_keys(4, jnp.arange(BATCH)))
-    sampling, limits = Sampling.of(1.0, threshold=0.5), tiny.limits(BATCH, 4)
-    proposal = one_block(plan, params, own, state, limits, sampling)[2]
+    decoded = blocks(plan, params, own, (texts, lengths), 4, Sampling.of(1.0, threshold=0.5))
+    _, _, _, proposal = next(decoded)
     draft = AttachedDraft.of(network)
     attached = runtime_params(draft, own, params)
     at = lengths[:, None] - 1

@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from lossless import one_block
+from lossless import blocks
 
 from configs import common
-from specjax.decoding import loop
-from specjax.decoding.sampling import Sampling, row_keys
+from specjax.decoding.sampling import Sampling
 from specjax.distillation import divergences, objective, settings
 from specjax.distillation.trainer import TrainingInputs
 from specjax.hub import adapter as hub_adapter
@@ -94,19 +93,11 @@ def test_every_block_is_drafted_from_the_targets_states(target, gamma):
     target, params = target
     network, own = tiny.eagle3(target, params, states_after=(1, 3), steps=gamma)
     plan = tiny.plan(target, "eagle3", {"adapter": network}, gamma=gamma, slots=SLOTS, max_new=MAX_NEW)
-    limits, sampling = tiny.limits(BATCH, MAX_NEW), Sampling.of(1.0)
-    texts, lengths = tiny.prompts(3, BATCH, SLOTS, VOCAB)
-    state = loop.prefill(plan, params, own, texts, lengths, row_keys(4, jnp.arange(BATCH)))
-    trained, accepted, rows = (
-        jax.jit(lambda tokens: unrolled(target, params, network, own, tokens)),
-        set(),
-        range(BATCH),
-    )
-    while not np.all(np.asarray(state.done)):
-        before = state
-        state, _, proposal = one_block(plan, params, own, before, limits, sampling)
+    trained, accepted = jax.jit(lambda tokens: unrolled(target, params, network, own, tokens)), set()
+    prompts = tiny.prompts(3, BATCH, SLOTS, VOCAB)
+    for before, state, _, proposal in blocks(plan, params, own, prompts, MAX_NEW, Sampling.of(1.0)):
         texts, lengths = np.array(before.tokens), np.asarray(before.lengths)
-        for row in rows:
+        for row in range(BATCH):
             texts[row, lengths[row] : lengths[row] + gamma] = proposal.tokens[row]
         expected = np.asarray(jax.nn.softmax(trained(jnp.asarray(texts))))
         for row in np.flatnonzero(~np.asarray(before.done)):

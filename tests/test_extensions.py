@@ -150,7 +150,7 @@ def home(tmp_path_factory):
 
 def test_a_users_drafter_and_rule_decode_from_python(home):
     target = api.load(home / "target")
-    settings = dict(temperature=0.0, max_new_tokens=8, eos_ids=())
+    settings = dict(temperature=0.0, max_new_tokens=16, eos_ids=())  # the same programs as in the evaluations
     plain = api.generate(target, ["def"], **settings)
     drafted = api.generate(target, ["def"], drafter=f"{home}/mine.py:Repeat", gamma=2, **settings)
     assert drafted.tokens == plain.tokens and drafted.stats.counts.drafted.sum() > 0
@@ -169,7 +169,7 @@ def evaluation(home, drafter):
 
 def test_a_users_drafter_and_rule_are_evaluated_from_a_config(home, tmp_path):
     gammas = {"lossless": (2,), "none": {"rule": f"{home}/mine.py:RejectAll", "gammas": (2,)}}
-    section = {"kind": f"{home}/mine.py:Repeat", "times": 1, "rules": gammas}
+    section = {"kind": f"{home}/mine.py:Repeat", "times": 2, "rules": gammas}
     rows = evaluate.run(evaluation(home, section), tmp_path)["rows"]
     assert [(row["drafter"], row["rule"]) for row in rows] == [
         ("none", "lossless"),

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from lossless import one_block
+from lossless import blocks
 
 from specjax.decoding import loop
 from specjax.decoding.drafters.base import Context, Drafter, Prompts, Proposal
@@ -39,13 +39,9 @@ def test_after_every_block_cached_logits_equal_those_of_the_uncached_forward(mod
     target, params, draft_params = models
     gamma = 3
     plan = make_plan(models, kind, gamma)
-    texts, lengths = tiny.prompts(3, BATCH, SLOTS, VOCAB)
-    state = loop.prefill(plan, params, draft_params, texts, lengths, row_keys(4, jnp.arange(BATCH)))
-    limits = tiny.limits(BATCH, MAX_NEW)
-    accepted, rows = set(), np.arange(BATCH)[:, None]
-    while not np.all(np.asarray(state.done)):
-        before = state
-        state, logits, proposal = one_block(plan, params, draft_params, before, limits, Sampling.of(1.0))
+    accepted, rows, prompts = set(), np.arange(BATCH)[:, None], tiny.prompts(3, BATCH, SLOTS, VOCAB)
+    decoded = blocks(plan, params, draft_params, prompts, MAX_NEW, Sampling.of(1.0))
+    for before, state, logits, proposal in decoded:
         live, at = ~np.asarray(before.done), np.asarray(before.lengths)[:, None] - 1 + np.arange(gamma + 1)
         text = np.asarray(before.tokens).copy()  # the committed text and the draft
         text[rows, at[:, 1:]] = np.asarray(proposal.tokens)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 from enumeration import EMITTED, Tables, block_distribution, emitted_distribution
-from lossless import COUPLED, GREEDY, Pair, compare_with_plain, one_block
+from lossless import COUPLED, GREEDY, Pair, blocks, compare_with_plain
 
 from specjax import api
 from specjax.decoding import loop
@@ -128,16 +128,12 @@ class StaleKeys(PardDrafter):
 @pytest.mark.parametrize("fault", [None, pytest.param(LateMasks, marks=pytest.mark.slow), StaleKeys])
 def test_every_block_is_drafted_as_one_forward_on_its_text_does(target, draft, fault):
     network, own = draft
-    gamma, limits, sampling = 3, tiny.limits(BATCH, MAX_NEW), Sampling.of(1.0)
+    gamma = 3
     plan = tiny.plan(target[0], "pard", {"model": network}, gamma=gamma, slots=SLOTS, max_new=MAX_NEW)
     if fault:
         plan = dataclasses.replace(plan, drafter=fault(plan.drafter.model, gamma))
-    texts, lengths = tiny.prompts(3, BATCH, SLOTS, VOCAB)
-    state = loop.prefill(plan, target[1], own, texts, lengths, row_keys(4, jnp.arange(BATCH)))
-    accepted, errors = set(), []
-    while not np.all(np.asarray(state.done)):
-        before = state
-        state, _, proposal = one_block(plan, target[1], own, before, limits, sampling)
+    accepted, errors, prompts = set(), [], tiny.prompts(3, BATCH, SLOTS, VOCAB)
+    for before, state, _, proposal in blocks(plan, target[1], own, prompts, MAX_NEW, Sampling.of(1.0)):
         text, lengths = np.asarray(before.tokens).copy(), np.asarray(before.lengths)
         rows, at = np.arange(BATCH)[:, None], lengths[:, None] + np.arange(gamma)
         text[rows, at[:, :-1]] = network.config.mask_id
