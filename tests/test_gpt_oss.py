@@ -5,7 +5,6 @@ import json
 import shutil
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -96,9 +95,7 @@ def test_a_token_cannot_use_more_experts_than_there_are():
 def exported(tmp_path_factory):
     """(directory, decoder, parameters) of an export with random values."""
     decoder = Decoder(read(sliding_window=5, num_hidden_layers=1))
-    random = np.random.default_rng(0)
-    draw = lambda leaf: jnp.asarray(random.normal(size=leaf.shape), leaf.dtype)
-    params = jax.tree.map(draw, decoder.abstract_params())
+    params = tiny.random_params(decoder)
     directory = tmp_path_factory.mktemp("gpt_oss") / "export"
     save(directory, decoder, params, train_byte_bpe(["some words\n"] * 9, 260))
     return directory, decoder, params

@@ -55,6 +55,12 @@ def drawn(model, seed: int):
     return jax.tree.map(lambda x: x, _drawn(model, seed))  # containers of the caller's own
 
 
+def random_params(model, seed: int = 0):
+    """Normal values in all parameters of a model, without a compilation: for files, not for decoding."""
+    random = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape), x.dtype), model.abstract_params())
+
+
 def on_device(tree):
     """The arrays of a tree on JAX's default device, each a copy."""
     return jax.tree.map(lambda x: jnp.asarray(np.array(x)), tree)
