@@ -59,9 +59,8 @@ def turns(models, plan, draft, costs=None):
     "kind",
     [
         "eagle3",
-        "kangaroo",
         "ngram",
-        *(pytest.param(kind, marks=SLOW) for kind in ("medusa", "block_parallel", "pard", "model")),
+        *(pytest.param(kind, marks=SLOW) for kind in ("kangaroo", "medusa", "block_parallel", "pard", "model")),
     ],
 )
 def test_caches_that_are_extended_give_the_tokens_of_new_ones(models, kind):
