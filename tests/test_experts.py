@@ -190,7 +190,7 @@ def test_coupled_speculation_equals_plain_decoding_with_the_same_noise(pair):
 
 def alone_and_together(pair):
     """The texts of three prompts, each alone and in a batch of 8, speculative and at temperature 1."""
-    plan = pair.plan("ngram", 3, "lossless", False)
+    plan = pair.plan("model", 3, "lossless", False)
 
     def texts(rows):
         texts, lengths = pair.texts[rows], pair.lengths[rows]
