@@ -181,7 +181,7 @@ def generate(
       gamma: maximum number of drafted tokens per block.
       min_p: sample from tokens with at least this share of the largest probability, after top_k and top_p; 0 is off.
       rule: "lossless", "block", "coupled", `Lossy("typical", 0.5)` or another of `RULES`, or an exact Rule of yours.
-      eos_ids: ids that end a text; None uses the tokenizer's, () uses none.
+      eos_ids: ids that end a text; None uses the tokenizer's `stop_ids`, () uses none.
       stop: strings before which a text ends, also where they span several tokens.
       samples: number of texts per prompt, each with its own random numbers; the first is that of `samples=1`.
       logprobs: whether to compute the log-probability of every emitted token, by one forward of the target per text.
@@ -210,7 +210,7 @@ def generate(
         ids,
         listener=None if on_text is None else lambda part: _listener(generation, part, blocks_at_once, on_text),
         max_new_tokens=max_new_tokens,
-        eos_ids=target.tokenizer.eos_ids if eos_ids is None else _eos_ids(target, eos_ids),
+        eos_ids=target.tokenizer.stop_ids if eos_ids is None else _eos_ids(target, eos_ids),
         end_of=stops.end if stops.strings else None,
         conversation=conversation,
         **run,
@@ -323,8 +323,8 @@ def _ids(target: Model, loaded: Any, prompts: Any, max_new_tokens: int) -> list[
         raise UserError(f"prompts must be a list of strings or of lists of token ids, not {prompts!r}; write [prompt]")
     ids = [_prompt_ids(target, number, prompt) for number, prompt in enumerate(prompts)]
     batch.check_prompts(ids, target.decoder, max_new_tokens)
-    if isinstance(loaded, Model):
-        note_positions("the draft", loaded.decoder, ids, max_new_tokens)
+    if loaded is not None:
+        note_positions("the draft", loaded.network, ids, max_new_tokens)
     return ids
 
 

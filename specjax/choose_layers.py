@@ -80,7 +80,7 @@ def _texts(config: Any, target: hub_model.Model, sampling: Sampling):
         batch_size=len(ids),
         mesh=target.mesh,
         max_new_tokens=config.max_new_tokens,
-        eos_ids=target.tokenizer.eos_ids,
+        eos_ids=target.tokenizer.stop_ids,
         seed=config.seed,
     )
     texts = [(*prompt, *emitted) for prompt, emitted in zip(ids, output.tokens, strict=True)]

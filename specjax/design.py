@@ -62,7 +62,7 @@ def prune(config: Any, workdir: Path) -> list[dict]:
     shape = shapes.reshaped(source.decoder.config, **sizes)
     decoder, params = pruning.prune(source.decoder, source.params, shape, importance)
     ids = draft_vocabulary(config.vocabulary)
-    ids = ids and ids.including(source.tokenizer.eos_ids)
+    ids = ids and ids.including(source.tokenizer.stop_ids)
     pruned = hub_model.reduced(hub_model.Model(decoder, params, source.tokenizer), ids)
     hub_model.save(pruned, workdir / "export")
     row = {
@@ -115,7 +115,7 @@ def count_vocabulary(config: Any, workdir: Path) -> list[dict]:
     else:
         texts = tokenizer.encode_batch([example.completion for example in tasks.load_task(config.task).train])
     counts = vocabulary.count_ids(texts, vocab_size)
-    chosen = most_written_ids(counts, config.size, tokenizer.eos_ids)
+    chosen = most_written_ids(counts, config.size, tokenizer.stop_ids)
     (workdir / "export").mkdir(parents=True, exist_ok=True)
     chosen.save(workdir / "export" / VOCABULARY_FILE)
     row = {
@@ -125,7 +125,7 @@ def count_vocabulary(config: Any, workdir: Path) -> list[dict]:
         "tokens": int(counts.sum()),
         "written_ids": int((counts > 0).sum()),
     }
-    shares = vocabulary.coverage(texts, vocab_size, tokenizer.eos_ids)
+    shares = vocabulary.coverage(texts, vocab_size, tokenizer.stop_ids)
     return [row, *({"table": "coverage", "size": size, "share_of_held_out_tokens": share} for size, share in shares)]
 
 

@@ -180,7 +180,7 @@ def _inputs(config: Any, task: tasks.Task, tokenizer: Tokenizer, mesh: jax.shard
             task, tokenizer, own_rows=process_rows, prompts_alone=data.fixed == 0, **layout
         ),
         validation=validation,
-        eos_ids=tokenizer.eos_ids,
+        eos_ids=tokenizer.stop_ids,
         longest_prompt=data.prompt_length_max if task.is_language_modelling else data.sequence_length - 1,
         target_text=text,
         replicate=config.model.replicate,
@@ -211,7 +211,7 @@ def _draft(
     if hub_adapter.holds_one(init):
         return _trained_draft(init, config, tokenizer, target, target_params, mesh)
     ids = draft_vocabulary(model.vocabulary)
-    ids = ids and ids.including(tokenizer.eos_ids)
+    ids = ids and ids.including(tokenizer.stop_ids)
     if is_attachment(init):
         draft = new_attached_draft(config, target, ids)
         start = lambda key, target_params: draft.attachment.init_on(key, target, target_params)

@@ -116,7 +116,7 @@ def _decode_all(
     first = (-(-len(job.ids) // group) - 1) // 4
     shared = dict(
         batch_size=setting.batch_size,
-        eos_ids=job.target.tokenizer.eos_ids,
+        eos_ids=job.target.tokenizer.stop_ids,
         seed=job.config.seed,
         put=batch.Placer(job.target.mesh),
     )

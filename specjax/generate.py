@@ -129,8 +129,6 @@ class _Writer:
             drafter=self.drafter,
             gamma=config.gamma,
             rule=config.rule if not config.lenience else api.Lossy(config.rule, config.lenience),
-            # The token that ends a turn in the template ends it here too.
-            eos_ids=sorted({*tokenizer.eos_ids, tokenizer.end_id}) if config.chat else None,
             stop=config.stop,
             logprobs=config.logprobs,
             blocks_at_once=config.blocks_at_once,
@@ -175,7 +173,7 @@ def _converse(writer: _Writer, write: Callable[[list[dict]], dict]) -> dict:
             full = f"the conversation has {len(ids)} tokens and the model {positions} positions"
             print(f"{full}; write {_RESET} to start anew", file=sys.stderr)
             continue
-        more = {"max_new_tokens": min(room, config.max_new_tokens), "seed": config.seed + len(rows)}
+        more = {"max_new_tokens": min(room, config.max_new_tokens), "seed": (config.seed + len(rows)) % 2**32}
         with _interruptible() as interrupted:
             try:
                 row = writer.write(line, ids, lambda received=interrupted: received, conversation=caches, **more)

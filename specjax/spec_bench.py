@@ -143,7 +143,7 @@ def _answer_group(
         batch_size=1,
         group=1,
         max_new_tokens=job.config.max_new_tokens,
-        eos_ids=job.target.tokenizer.eos_ids,
+        eos_ids=job.target.tokenizer.stop_ids,
         seed=job.config.seed,
         put=batch.Placer(job.target.mesh),
         label=f"T={setting.temperature:g} turn {turn + 1}, texts up to {capacity} tokens",

@@ -29,6 +29,7 @@ from specjax.decoding.results import Row
 from specjax.decoding.sampling import Sampling
 from specjax.distillation import cached_text
 from specjax.evaluation import engine
+from specjax.evaluation.continuations import note_positions
 from specjax.evaluation.engine import Method, Output
 from specjax.hub import model as hub_model
 from specjax.models.language_model import LanguageModel, Params, consecutive
@@ -121,6 +122,8 @@ class _Writer:
         task = tasks.load_task(config.task)
         self.prompts = _prompts(config, task, self.target)
         batch.check_prompts(self.prompts, self.target.decoder, data.generation.max_new_tokens)
+        if self.draft is not None:
+            note_positions("the draft", self.draft.network, self.prompts, data.generation.max_new_tokens)
         self.prompt_slots = batch.prompt_slots(self.prompts)
         self.method = self._method(config.drafter.gamma if self.draft else 0)
         fingerprints = self.target.fingerprint, self.target.tokenizer.fingerprint()
@@ -148,7 +151,7 @@ class _Writer:
         return dict(
             batch_size=self.config.data.batch_size,
             max_new_tokens=self.config.data.generation.max_new_tokens,
-            eos_ids=self.target.tokenizer.eos_ids,
+            eos_ids=self.target.tokenizer.stop_ids,
             seed=self.config.seed,
             put=batch.Placer(self.target.mesh),
         )

@@ -10,6 +10,7 @@ import pytest
 import tiny
 
 from specjax import api, evaluate
+from specjax.evaluation.continuations import note_positions
 from specjax.hub.tokenizer import train_byte_bpe
 from specjax.runtime import config as configs
 from specjax.runtime.errors import UserError
@@ -101,6 +102,7 @@ def with_file(target, **fields):
         ({"do_sample": True, "top_k": None}, (1.0, 0, 1.0), ""),
         ({"do_sample": True}, (1.0, 50, 1.0), ""),  # transformers' default of top_k
         ({"temperature": 0.6, "repetition_penalty": 1.1}, (0.0, 0, 1.0), "repetition_penalty=1.1 of the target's"),
+        ({"num_beams": 4, "bad_words_ids": []}, (0.0, 0, 1.0), "note: num_beams=4 of the target's"),
     ],
 )
 def test_sampling_fields_of_the_checkpoint_are_used_where_asked_for(target, capsys, fields, settings, ignored):
@@ -108,7 +110,8 @@ def test_sampling_fields_of_the_checkpoint_are_used_where_asked_for(target, caps
     how = {**HOW, "max_new_tokens": 12, "rule": "lossless"}
     del how["temperature"]
     asked = api.generate(model, PROMPTS[:1], sampling="checkpoint", **how)
-    assert ignored in capsys.readouterr().err and bool(ignored) == ("repetition_penalty" in fields)
+    printed = capsys.readouterr().err
+    assert ignored in printed and printed.count("is ignored") == bool(ignored)
     temperature, top_k, top_p = settings
     stated = api.generate(model, PROMPTS[:1], temperature=temperature, top_k=top_k, top_p=top_p, **how)
     assert asked.tokens == stated.tokens
@@ -138,6 +141,17 @@ def test_a_draft_with_fewer_positions_than_the_text_is_reported(target, capsys):
     out = api.generate(target, PROMPTS[:1], drafter=draft, **how)
     assert "note: the draft has 16 positions and a text may have" in capsys.readouterr().err
     assert out.tokens == api.generate(target, PROMPTS[:1], **how).tokens
+
+
+def test_an_attachment_that_was_made_for_shorter_texts_is_reported(target, capsys):
+    for made in (tiny.eagle3, tiny.block_parallel):
+        network, _ = made(target.decoder, target.params)
+        layer = dataclasses.replace(network.config.inner, max_positions=16)
+        network = dataclasses.replace(network, config=dataclasses.replace(network.config, layer=layer))
+        note_positions("the draft", network, [[1, 2]], 40)
+        assert "the draft has 16 positions and a text may have 42 tokens" in capsys.readouterr().err
+    note_positions("the draft", tiny.heads(target.decoder), [[1, 2]], 40)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.slow

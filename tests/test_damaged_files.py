@@ -5,14 +5,19 @@ import dataclasses
 import json
 import random
 import shutil
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 import tiny
 import toy_tokenizers
 from ml_collections import ConfigDict
+from safetensors.numpy import load_file, save_file
+from test_gpt_oss import FIELDS as GPT_OSS
 from test_layouts import LAYOUTS
 
 from specjax import main
@@ -20,6 +25,7 @@ from specjax.data import tasks
 from specjax.data.batches import evaluation_prompts
 from specjax.data.tasks import load_task
 from specjax.distillation import data_sources, divergences, recipes, settings
+from specjax.hub import adapter as hub_adapter
 from specjax.hub import load as hub_load
 from specjax.hub import model as hub_model
 from specjax.hub import weights
@@ -113,28 +119,114 @@ def damage(content: bytes, name: str, draw: random.Random) -> bytes:
     return content[:place] + content[place:] * 2 if kind == "repeat" else b""
 
 
+def refused(whole: Path, names: Sequence[str], seeds: Sequence[int], load: Callable[[Path, str], None]) -> int:
+    """How many damaged copies of a directory end in one sentence; in each, one of the files `names` is damaged."""
+    count = 0
+    for seed in seeds:
+        draw = random.Random(f"{whole.name} {seed}")
+        with tempfile.TemporaryDirectory() as place:
+            directory = Path(place) / "copy"
+            shutil.copytree(whole, directory)
+            name = draw.choice(names)
+            path = directory / name
+            path.write_bytes(damage(path.read_bytes(), name, draw))
+            try:
+                load(directory, name)
+            except UserError as error:
+                assert "\n" not in str(error) and len(str(error)) < 1000, (seed, name)
+                count += 1
+    return count
+
+
+def load_checkpoint(directory, name):
+    tokenizer = Tokenizer.load(directory)
+    tokenizer.decode(tokenizer.encode_prompt("hello</s> world"))
+    hub_load.read_config(directory, param_dtype="float32", compute_dtype="float32")
+    weights.stored_in(directory)
+    if name not in CHECKPOINTS["byte_bpe"][2:]:
+        hub_model.load(directory)
+
+
 @pytest.mark.parametrize("kind", CHECKPOINTS)
-def test_a_damaged_checkpoint_loads_or_ends_in_one_sentence(checkpoints, tmp_path, kind):
-    refused = 0
-    for seed in range(25):
-        draw = random.Random(f"{kind} {seed}")
-        directory = tmp_path / str(seed)
-        shutil.copytree(checkpoints / kind, directory)
-        name = draw.choice(CHECKPOINTS[kind])
-        path = directory / name
-        path.write_bytes(damage(path.read_bytes(), name, draw))
-        try:
-            tokenizer = Tokenizer.load(directory)
-            tokenizer.decode(tokenizer.encode_prompt("hello</s> world"))
-            hub_load.read_config(directory, param_dtype="float32", compute_dtype="float32")
-            weights.stored_in(directory)
-            if name not in CHECKPOINTS["byte_bpe"][2:]:
-                hub_model.load(directory)
-        except UserError as error:
-            assert "\n" not in str(error) and len(str(error)) < 1000, (seed, name)
-            refused += 1
-        shutil.rmtree(directory)
-    assert refused > 5
+def test_a_damaged_checkpoint_loads_or_ends_in_one_sentence(checkpoints, kind):
+    assert refused(checkpoints / kind, CHECKPOINTS[kind], range(25), load_checkpoint) > 5
+
+
+# Drafts that attach to a target, and the files of each.
+DRAFTS = {
+    **dict.fromkeys(("sglang", "speculators", "block_parallel"), ("config.json", "model.safetensors")),
+    **dict.fromkeys(("kangaroo", "medusa"), ("adapter_config.json", "adapter.safetensors")),
+}
+
+
+@pytest.fixture(scope="module")
+def target():
+    return tiny.decoder(1, layers=6)
+
+
+@pytest.mark.parametrize("kind", DRAFTS)
+def test_a_damaged_draft_loads_or_ends_in_one_sentence(target, tmp_path, kind):
+    makers = {"kangaroo": lambda: tiny.adapter(target[0]), "block_parallel": lambda: tiny.block_parallel(*target)}
+    makers["medusa"] = lambda: (tiny.heads(target[0]), tiny.heads_params(*target))
+    network, own = makers.get(kind, lambda: tiny.eagle3(*target))()
+    draft, whole = hub_adapter.LoadedAttachment(network, own, "fingerprint"), tmp_path / kind
+    if kind in makers:
+        hub_adapter.save(whole, draft)
+    else:
+        hub_adapter.save_for_engines(whole, draft, layout=kind)
+    load = lambda directory, name: hub_adapter.load(directory, *target)
+    assert refused(whole, DRAFTS[kind], range(15), load) > 5
+
+
+def quantised_tensors(kind, name, values):
+    """The tensors of a quantised checkpoint in place of one weight, and its description in config.json."""
+    outputs, inputs = values.shape
+    base, groups = name.removesuffix(".weight"), inputs // 8
+    zeros = lambda *shape: np.zeros(shape, np.int32)
+    packed = {f"{base}.qzeros": zeros(groups, outputs // 8), f"{base}.scales": np.zeros((groups, outputs), np.float16)}
+    if kind == "gptq":
+        return packed | {f"{base}.qweight": zeros(inputs // 8, outputs), f"{base}.g_idx": zeros(inputs)}
+    if kind == "awq":
+        return packed | {f"{base}.qweight": zeros(inputs, outputs // 8)}
+    scales = np.ones([-(-size // 16) for size in values.shape], np.float32)
+    return {name: values.astype(ml_dtypes.float8_e4m3fn), f"{name}_scale_inv": scales}
+
+
+QUANTISED = {
+    "fp8": {"quant_method": "fp8", "weight_block_size": [16, 16]},
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 8},
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": 8, "version": "gemm"},
+    "mxfp4": {"quant_method": "mxfp4"},
+}
+
+
+def sparse_tensors(name, values):
+    """The same for the experts of gpt-oss."""
+    experts, inputs, outputs = values.shape
+    blocks = np.zeros((experts, outputs, inputs // 32, 16), np.uint8)
+    return {f"{name}_blocks": blocks, f"{name}_scales": np.zeros(blocks.shape[:-1], np.uint8)}
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_a_damaged_quantised_checkpoint_loads_or_ends_in_one_sentence(tmp_path, kind):
+    whole, sparse = tmp_path / kind, kind == "mxfp4"
+    fields = dict(param_dtype="float32", compute_dtype="float32")
+    config = hub_load.FAMILIES["gpt_oss"].read_config(GPT_OSS, **fields) if sparse else tiny.config(vocab_size=272)
+    model = Decoder(config)
+    params = jax.tree.map(lambda x: np.full(x.shape, 0.1, x.dtype), model.abstract_params())
+    save(whole, model, params, train_byte_bpe(["some words, and some words again\n"] * 20, 265))
+    tensors = {}
+    for name, values in load_file(whole / "model.safetensors").items():
+        if sparse and name.endswith("_proj"):
+            tensors |= sparse_tensors(name, values)
+        else:
+            tensors |= quantised_tensors(kind, name, values) if "_proj." in name and not sparse else {name: values}
+    save_file(tensors, whole / "model.safetensors")
+    path = whole / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": QUANTISED[kind]}))
+    load = lambda directory, name: hub_load.load(directory)
+    load(whole, "")
+    assert refused(whole, ("config.json", "model.safetensors"), range(15), load) > 5
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -143,7 +235,7 @@ def test_a_damaged_file_of_examples_is_read_or_ends_in_one_sentence(tmp_path, na
     LAYOUTS[name][0](path)
     whole = path.read_bytes()
     tokenizer = train_byte_bpe([whole.decode("latin-1")], 280)
-    refused = 0
+    count = 0
     for seed in range(10):
         draw = random.Random(f"{name} {seed}")
         lines = whole.split(b"\n")
@@ -159,8 +251,8 @@ def test_a_damaged_file_of_examples_is_read_or_ends_in_one_sentence(tmp_path, na
                 evaluation_prompts(loaded, tokenizer, count=1, prompt_length=(1, 10**6), seed=0)
             except UserError as error:
                 assert "\n" not in str(error) and len(str(error)) < 1000, (seed, task)
-                refused += 1
-    assert refused > 5
+                count += 1
+    assert count > 5
 
 
 # Overrides on the command line.

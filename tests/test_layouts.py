@@ -183,6 +183,25 @@ def test_a_conversation_gives_an_example_for_each_answer_and_stays_in_one_split(
     assert not first[0] & first[1] and len(task.train) % 3 == 0
 
 
+def test_what_comes_before_a_question_is_in_its_prompt(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(
+        lines(
+            [
+                {"question": asked(1), "context": "Of numbers.", "answer": said(1)},
+                {"instruction": asked(2), "output": said(2), "history": [[asked(1), said(1)]]},
+                {"instruction": asked(2), "output": said(2), "history": []},
+                {"instruction": asked(2), "history": [[asked(1), said(1)]], "system": "Be brief."},
+            ]
+        )
+    )
+    first, second, third, fourth = load("prompts", path).validation
+    assert first.prompt == f"Of numbers.\n\nQuestion: {asked(1)}\nAnswer:" and first.completion == f" {said(1)}"
+    assert second.prompt == f"{asked(1)}\n\n{said(1)}\n\n{asked(2)}" and second.completion == f"\n\n{said(2)}"
+    assert list(second.messages) == [*chat(1), chat(2)[0]] and third.prompt == asked(2)
+    assert fourth.prompt == f"Be brief.\n\n{second.prompt}" and not fourth.completion
+
+
 def test_an_answer_that_calls_tools_is_context_and_gives_a_prompt_alone(tmp_path):
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}]}
     result = {"role": "tool", "content": "3"}
@@ -211,6 +230,7 @@ def test_an_answer_that_calls_tools_is_context_and_gives_a_prompt_alone(tmp_path
         ({"messages": [{"role": "assistant", "content": "a"}]}, "line 2: the conversation has no message of the user"),
         ({"messages": chat(1), "tools": "{"}, 'line 2: the field "tools" is no list of tools'),
         ({"instruction": " ", "output": "a"}, 'line 2: the field "instruction" is empty'),
+        ({"instruction": "a", "history": ["b"]}, 'line 2: the field "history" is no list of pairs of texts'),
         ({"prompt": "a", "completion": {"text": "b"}}, 'line 2: the field "completion" is dict, not text'),
         ({"turns": "a"}, 'line 2 lacks the field "turns", a list of texts'),
     ],

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from lookup import compare, drafts_of
+from lookup import compare, drafts_of, replay
 
 from specjax.decoding.drafters.ngram import NGramDrafter
 
@@ -28,6 +28,17 @@ def test_lookup_accepts_at_least_as_many_tokens_as_other_rules_at_equal_gamma(te
     rates = compare(texts, NGramDrafter(gamma, 1, 16), gamma)
     ours, _ = rates.pop("ours")
     assert ours >= max(tokens for tokens, _ in rates.values()), rates
+
+
+@pytest.mark.parametrize("period", [3, 7, 20])
+@pytest.mark.parametrize("gamma, least", [(4, 3.2), (8, 4.9)])
+def test_a_text_of_one_period_is_drafted_to_the_last_token_of_each_block(period, gamma, least):
+    """After 30 other tokens, one period, which repeats from there on."""
+    text = [*range(100, 130), *(place % period for place in range(220))]
+    start = 30 + period + 1
+    drafts = drafts_of(NGramDrafter(gamma, 1, 16), text, start)
+    tokens, blocks, _ = replay(text, start, drafts.__getitem__)
+    assert tokens / blocks >= max(least, gamma + 0.5)
 
 
 def test_most_of_the_longest_matches_decide_and_a_draft_without_its_support_ends():

@@ -1,6 +1,7 @@
 """The Spec-Bench harness on a made-up file: turns, subtasks, counts, and what is refused."""
 
 import json
+import types
 
 import pytest
 import tiny
@@ -11,7 +12,8 @@ from specjax import api, spec_bench
 from specjax.data.spec_bench import Question, prompt_ids, read_questions
 from specjax.hub.adapter import LoadedAttachment
 from specjax.hub.tokenizer import train_byte_bpe
-from specjax.runtime.errors import UserError
+from specjax.reporting.records import read_results
+from specjax.runtime.errors import InexactText, UserError
 
 QUESTIONS = [
     {"question_id": 1, "category": "writing", "turns": ["the cat sat", "and the dog"]},
@@ -148,6 +150,21 @@ def test_a_question_whose_turns_hold_no_text_is_named(tmp_path, changes, message
     path = written(tmp_path, [{**QUESTIONS[0], **changes}, *QUESTIONS[1:]])
     with pytest.raises(UserError, match=message):
         read_questions(path)
+
+
+def test_a_true_difference_ends_the_run_with_an_error_after_its_records_are_written(home, tmp_path, monkeypatch):
+    difference = {"prompt": "1", "position": 0, "top2_gap": 1.0, "tie_bound": 1e-3, "tie": False}
+    identical = {"equal": 5, "of": 6, "differences": [difference]}
+    row = {"drafter": "mine", "rule": "lossless", "gamma": 2, "temperature": 0.0, "subtask": "overall"}
+    monkeypatch.setattr(spec_bench, "load_job", lambda config: types.SimpleNamespace(batches_folder=lambda _: tmp_path))
+    monkeypatch.setattr(spec_bench, "make_cases", lambda job, setting: [])
+    monkeypatch.setattr(spec_bench, "_answers", lambda *arguments: None)
+    monkeypatch.setattr(spec_bench, "_rows", lambda *arguments: [row | {"identical_to_baseline": identical}])
+    monkeypatch.setattr(spec_bench.tables, "summary_table", lambda rows: "")
+    monkeypatch.setattr(spec_bench.spec_bench_page, "write", lambda *arguments: None)
+    with pytest.raises(InexactText, match=r"1 of 6 texts of mine \(rule lossless, gamma 2, temperature 0\) differ"):
+        spec_bench.run(config_of(home), tmp_path)
+    assert read_results(tmp_path / "results.json")["rows"][0]["identical_to_baseline"] == identical
 
 
 def test_what_cannot_be_run_is_refused(home, tmp_path):

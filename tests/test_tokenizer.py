@@ -6,10 +6,11 @@ That ids and texts are the reference's is shown in peers/test_tokenizers.py.
 import json
 import shutil
 
+import gguf_files
 import pytest
 import toy_tokenizers
 
-from specjax.hub.tokenizer import END, Tokenizer, train_byte_bpe
+from specjax.hub.tokenizer import END, Tokenizer, check_same_tokens, train_byte_bpe
 from specjax.runtime.errors import UserError
 
 TEXTS = [f"def function_{i}(value):\n    return value + {i}\n" for i in range(50)] + ["naïve café\n"] * 5
@@ -198,6 +199,19 @@ def json_variant(made, home, name):
     return directory
 
 
+def gguf_variant(made, path, name):
+    """A GGUF file with the tokenizer of a Llama, of a Phi-3 (a space before every text) or of a byte-level BPE."""
+    if name == "gguf_bytes":
+        metadata, kind = gguf_files.byte_level(made["byte_bpe"], "llama-bpe"), "llama"
+        metadata |= {"tokenizer.ggml.bos_token_id": metadata["tokenizer.ggml.tokens"].index("<|begin|>")}
+    else:
+        kind = name.removeprefix("gguf_")
+        metadata = gguf_files.sentencepiece((made["llama"] / "tokenizer.model").read_bytes())
+    gguf_files.write(path, kind, metadata, {})
+    return path
+
+
+GGUF = ("gguf_llama", "gguf_phi3", "gguf_bytes")
 VARIANTS = ("metaspace_first", "metaspace_always", "metaspace_never", "normalized")
 
 
@@ -209,11 +223,12 @@ def every(made, tmp_path_factory):
     """Tokenizers of every kind that encodes texts without loss, and of variants of `tokenizer.json`."""
     home = tmp_path_factory.mktemp("variants")
     directories = made | {name: json_variant(made, home, name) for name in VARIANTS}
+    directories |= {name: gguf_variant(made, home / f"{name}.gguf", name) for name in GGUF}
     return {name: Tokenizer.load(path) for name, path in directories.items() if name not in LOSSY}
 
 
 # In a fixed order: the workers of a run must collect the same tests.
-@pytest.mark.parametrize("kind", [*(kind for kind in toy_tokenizers.KINDS if kind not in LOSSY), *VARIANTS])
+@pytest.mark.parametrize("kind", [*(kind for kind in toy_tokenizers.KINDS if kind not in LOSSY), *VARIANTS, *GGUF])
 def test_a_completion_continues_its_prompt_without_a_space_too_many(every, kind):
     loaded = every[kind]
     for prompt, completion in PAIRS:
@@ -226,13 +241,28 @@ def test_a_completion_continues_its_prompt_without_a_space_too_many(every, kind)
         assert written.lstrip(" ") == (prompt + completion).lstrip(" ")
 
 
+def test_a_tokenizer_in_a_gguf_file_and_the_same_one_in_a_directory_make_a_pair(every):
+    for left, right in (("gguf_llama", "llama"), ("gguf_llama", "llama_as_json"), ("gguf_bytes", "byte_bpe")):
+        check_same_tokens(every[left], every[right])
+        check_same_tokens(every[right], every[left])
+    with pytest.raises(UserError, match="different tokenizers.*id .* means"):
+        check_same_tokens(every["gguf_llama"], every["byte_bpe"])
+
+
+def test_windows_line_ends_are_no_part_of_merges(made, every, tmp_path):
+    directory = changed(made["gpt2_merges"], tmp_path)
+    path = directory / "merges.txt"
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    assert Tokenizer.load(directory).fingerprint() == every["gpt2_merges"].fingerprint()
+
+
 def test_the_canonical_tokens_of_the_text_are_taken_where_they_begin_with_the_prompts(every):
     loaded = every["llama"]
     ((head, ids),) = loaded.encode_pairs(["hello"], [" world"])
     assert [*head, *ids] == [*loaded.encode_prompt("hello world"), loaded.end_id]
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama_with_added_tokens", "llama_as_json", "byte_bpe", "normalized"])
+@pytest.mark.parametrize("kind", ["llama", "llama_with_added_tokens", "llama_as_json", "byte_bpe", "normalized", *GGUF])
 def test_a_text_that_begins_with_bos_gets_no_second_one(every, kind):
     loaded = every[kind]
     bos = loaded._backend.tokens[loaded.bos_id]
@@ -241,7 +271,7 @@ def test_a_text_that_begins_with_bos_gets_no_second_one(every, kind):
     assert loaded.encode_pairs([f"{bos}hello"], ["x"])[0][0].count(loaded.bos_id) == 1
 
 
-@pytest.mark.parametrize("kind", ["normalized", "llama_as_json", "llama", "llama_with_added_tokens"])
+@pytest.mark.parametrize("kind", ["normalized", "llama_as_json", "llama", "llama_with_added_tokens", *GGUF[:2]])
 def test_special_tokens_are_parsed_and_have_no_text_whatever_their_flags(made, every, tmp_path, kind):
     loaded = every[kind]
     if kind == "llama":  # as in old `special_tokens_map.json`
@@ -278,6 +308,11 @@ def test_training_appends_the_token_that_ends_a_turn(made, tmp_path):
     ends = {"eos_token": None, "chat_template": None}
     unnamed = Tokenizer.load(changed(directory, tmp_path / "c", tokenizer_config=ends))
     assert unnamed.end_id == unnamed.eos_ids[0]
+    # An old file of a chat model names only the end of a document; texts still end where their turn does.
+    old = changed(made["byte_bpe"], tmp_path / "d", generation_config={"eos_token_id": named.end_id})
+    assert Tokenizer.load(old).eos_ids == (named.end_id,)
+    assert Tokenizer.load(old).stop_ids == (named.end_id, chat.end_id)
+    assert named.stop_ids == named.eos_ids
 
 
 @pytest.mark.parametrize("template", [*toy_tokenizers.CHATS, "endings"])

@@ -120,6 +120,8 @@ _ROLES = {
     **dict.fromkeys(("observation", "function", "function_response"), "tool"),
     **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
 }
+# The roles of a conversation without a system message, in turn.
+_SPEAKERS = ("user", "assistant")
 # Fields that may hold a completion, the first one that a record has.
 _COMPLETIONS = ("completion", "output", "response", "answer", "canonical_solution")
 
@@ -172,14 +174,25 @@ def _instruction(record: Record, where: str) -> list[Example]:
     parts = [_filled(record, "instruction", where)]
     parts += [text for name in ("input", "context") if name in record and (text := text_of(record, name, where))]
     prompt, completion = GAP.join(parts), _completion(record, where)
-    if record.get("system"):
-        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-        return _conversation(turns[: 1 + bool(completion)], record, where)
+    earlier = _history(record, where)
+    if earlier or record.get("system"):
+        turns = [*earlier, {"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+        return _conversation(turns if completion else turns[:-1], record, where)[-1:]
     return [Example(prompt, completion and GAP + completion, gap=GAP)]
 
 
+def _history(record: Record, where: str) -> list[Message]:
+    """The messages in the field "history", pairs of an instruction and its answer."""
+    pairs = record.get("history", [])
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise UserError(f'{where}: the field "history" is no list of pairs of texts; correct it')
+    return [{"role": role, "content": text} for pair in pairs for role, text in zip(_SPEAKERS, pair, strict=True)]
+
+
 def _question(record: Record, where: str) -> list[Example]:
-    return [question(_filled(record, "question", where), _completion(record, where))]
+    example = question(_filled(record, "question", where), _completion(record, where))
+    context = text_of(record, "context", where) if "context" in record else ""
+    return [replace(example, prompt=context + GAP + example.prompt) if context.strip() else example]
 
 
 def _conversation(turns: Any, record: Record, where: str) -> list[Example]:

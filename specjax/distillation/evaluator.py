@@ -11,6 +11,7 @@ from specjax.decoding.plan import Plan
 from specjax.decoding.sampling import Sampling
 from specjax.distillation.rollouts import drafter_of
 from specjax.hub.tokenizer import Tokenizer
+from specjax.runtime.errors import prefixed
 
 
 def make_evaluator(
@@ -28,6 +29,8 @@ def make_evaluator(
         task, tokenizer, count=section.prompts, prompt_length=lengths, seed=config.seed, chat=config.data.chat
     )
     ids = [prompt.tokens for prompt in prompts]
+    with prefixed("speculative_eval: "):
+        batch.check_prompts(ids, inputs.target, section.max_new_tokens)
     plan = Plan.for_prompts(
         inputs.target,
         ids,
@@ -49,7 +52,7 @@ def make_evaluator(
             seed=config.seed,
             sampling=Sampling.of(section.temperature),
             max_new_tokens=section.max_new_tokens,
-            eos_ids=tokenizer.eos_ids,
+            eos_ids=tokenizer.stop_ids,
             put=put,
         )
         counts = result.counts()

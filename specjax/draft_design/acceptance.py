@@ -204,7 +204,7 @@ def decode(
         rule=rules.rule_named(rule),
     )
     method = Method(plan, target.params, draft.params, Sampling.of(*scorer.temperature))
-    how = {"max_new_tokens": max_new_tokens, "eos_ids": target.tokenizer.eos_ids, "seed": seed}
+    how = {"max_new_tokens": max_new_tokens, "eos_ids": target.tokenizer.stop_ids, "seed": seed}
     output: Output = decode_all(method, chosen, batch_size=scorer.batch_size, **how)[1]
     texts = [[*prompt, *new] for prompt, new in zip(chosen, output.tokens, strict=True)]
     tokens, lengths = batch.pad(texts, max(map(len, texts)))

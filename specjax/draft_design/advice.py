@@ -101,7 +101,7 @@ def measured(counts: metrics.Counts, *, seed: int) -> Acceptance:
 
 def decode(target: Model, draft: Model | None, work: Workload, gamma: int, threshold: float) -> metrics.Counts:
     """Decodes the workload speculatively, at its largest batch size, and returns the counts."""
-    how = {"max_new_tokens": work.max_new_tokens, "eos_ids": target.tokenizer.eos_ids, "seed": work.seed}
+    how = {"max_new_tokens": work.max_new_tokens, "eos_ids": target.tokenizer.stop_ids, "seed": work.seed}
     method = work.method(target, draft, gamma, threshold)
     return decode_all(method, work.prompts, batch_size=max(work.batch_sizes), **how)[1].counts()
 
@@ -286,7 +286,7 @@ def check(
         entries = [plain | {"tokens_per_second": advised["plain_tokens_per_second"]}, *mine]
         methods = [work.method(target, drafts.get(entry["draft"]), entry["gamma"]) for entry in entries]
         how = {"batch_size": size, "group": group_size(len(work.prompts), size), "label": f"check batch {size}"}
-        how |= {"max_new_tokens": work.max_new_tokens, "eos_ids": target.tokenizer.eos_ids, "seed": work.seed}
+        how |= {"max_new_tokens": work.max_new_tokens, "eos_ids": target.tokenizer.stop_ids, "seed": work.seed}
         outputs = [Output() for _ in methods]
         for _, results in decode_in_turns(methods, work.prompts, **how):
             for output, result in zip(outputs, results, strict=True):

@@ -95,7 +95,7 @@ def record(
     if not 0 <= top_k <= decoder.vocab_size:
         raise UserError(f"top_k must lie in 0 .. {decoder.vocab_size}, the vocabulary, not {top_k}")
     batch.check_prompts(prompts, decoder, max_new_tokens)
-    eos_ids = tuple(target.tokenizer.eos_ids)
+    eos_ids = tuple(target.tokenizer.stop_ids)
     plan = Plan.for_prompts(decoder, prompts, max_new_tokens=max_new_tokens, greedy=True)
     how = {"seed": 0, "max_new_tokens": max_new_tokens, "eos_ids": eos_ids}
     method = Method(plan, target.params, None, Sampling.of(0.0))

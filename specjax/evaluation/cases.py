@@ -206,8 +206,7 @@ class Job:
         for model in self.targets.values():
             batch.check_prompts(prompts, model.decoder, self.config.max_new_tokens)
         for name, loaded in self.drafters.items():
-            if isinstance(loaded, hub_model.Model):
-                note_positions(f"drafters.{name}", loaded.decoder, prompts, self.config.max_new_tokens)
+            note_positions(f"drafters.{name}", loaded.network, prompts, self.config.max_new_tokens)
 
 
 def load_job(config: Any) -> Job:
@@ -341,7 +340,7 @@ def make_methods(job: Job, setting: Setting, cases: Sequence[Case], prompts: Seq
         method = Method(plan, case.target.params, case.loaded and case.loaded.params, case.sampling)
         if needs_costs(case):
             sizes = dict(max_new_tokens=job.config.max_new_tokens, batch_size=setting.batch_size)
-            how = dict(eos_ids=job.target.tokenizer.eos_ids, seed=job.config.seed, put=put)
+            how = dict(eos_ids=job.target.tokenizer.stop_ids, seed=job.config.seed, put=put)
             with meshes.use(job.target.mesh):
                 costs = prediction.measure_block_costs(method, prompts, **sizes, **how)
             method = dataclasses.replace(method, sampling=dataclasses.replace(case.sampling, costs=costs))

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from specjax.decoding import batch
 from specjax.hub.model import Model
+from specjax.models.attachment import Attachment
 from specjax.models.language_model import LanguageModel, consecutive
 from specjax.runtime import checks, processes
 from specjax.runtime import mesh as meshes
@@ -67,7 +68,14 @@ class Stops:
 
 
 # Fields of generation_config.json that change the text and are not implemented, with their neutral values.
-_NOT_IMPLEMENTED = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "typical_p": 1.0}
+_NOT_IMPLEMENTED = {
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "typical_p", "guidance_scale"), 1.0),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty", "epsilon_cutoff", "eta_cutoff", "penalty_alpha"), 0.0),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens"), 0),
+    **dict.fromkeys(("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias"), None),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"), None),
+    "num_beams": 1,
+}
 
 
 def sampling_of_checkpoint(
@@ -97,7 +105,7 @@ def sampling_of_checkpoint(
     if not fields:
         raise UserError("the target has no generation_config.json; give temperature, top_k and top_p in its place")
     for name, neutral in _NOT_IMPLEMENTED.items():
-        if fields.get(name) not in (None, neutral):
+        if fields.get(name) not in (None, [], neutral):
             note(f"{name}={fields[name]} of the target's generation_config.json is ignored")
     if not fields.get("do_sample"):
         return 0.0, 0, 1.0, 0.0
@@ -109,8 +117,10 @@ def sampling_of_checkpoint(
     return tuple(read)
 
 
-def note_positions(name: str, draft: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    """Says so if texts may be longer than a draft model was made for; the emitted text stays exact."""
+def note_positions(
+    name: str, draft: LanguageModel | Attachment, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> None:
+    """Says so if texts may be longer than a draft was made for; the emitted text stays exact."""
     longest = max(map(len, prompts)) + max_new_tokens
     if longest > draft.config.max_positions:
         note(

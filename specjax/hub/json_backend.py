@@ -145,7 +145,8 @@ def from_merges(files: TokenizerFiles) -> JsonBackend:
         )
     with reading(f"{files.origin}/{tokenizer_files.VOCABULARY_FILE} with {tokenizer_files.MERGES_FILE}"):
         vocabulary = json.loads(files.contents[tokenizer_files.VOCABULARY_FILE])
-        lines = files.contents[tokenizer_files.MERGES_FILE].decode("utf-8").split("\n")
+        content = files.contents[tokenizer_files.MERGES_FILE].decode("utf-8")
+        lines = content.replace("\r\n", "\n").split("\n")  # not splitlines(), which breaks at other characters too
         merges = [tuple(line.split(" ")) for line in lines if line.strip() and not line.startswith("#version")]
         library = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
         space = bool(files.settings.get("add_prefix_space", False))

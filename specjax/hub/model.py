@@ -172,7 +172,7 @@ def with_end_ids(options: Any, target: Model) -> Any:
     """A drafter's options, whose draft vocabulary, if it has one, includes the ids that end the target's texts."""
     if options.vocabulary is None or target.tokenizer is None:
         return options
-    return dataclasses.replace(options, vocabulary=options.vocabulary.including(target.tokenizer.eos_ids))
+    return dataclasses.replace(options, vocabulary=options.vocabulary.including(target.tokenizer.stop_ids))
 
 
 def reduced(

@@ -77,6 +77,11 @@ class Tokenizer:
         return [*ends, *([] if end is None else [end]), *self.eos_ids][0]
 
     @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """`eos_ids`, and with a chat template the token that ends a turn, which config files need not list."""
+        return tuple(dict.fromkeys((*self.eos_ids, *((self.end_id,) if self.has_chat_template else ()))))
+
+    @property
     def has_chat_template(self) -> bool:
         return self._files.chat_template() is not None
 

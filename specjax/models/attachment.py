@@ -52,6 +52,11 @@ class AttachmentConfig:
                 "an adapter attaches to a decoder-only model, not to an encoder-decoder; take another target"
             )
 
+    @property
+    def max_positions(self) -> int:
+        """The number of positions that it was made for."""
+        return self.target.max_positions
+
     def one_layer(self, **changes: Any) -> DecoderConfig:
         """A decoder of one layer with the target's sizes and rotary positions, RMS norms and no biases."""
         names = ("vocab_size", "width", "heads", "kv_heads", "head_size", "mlp_width", "max_positions", "norm_epsilon")

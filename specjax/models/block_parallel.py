@@ -74,6 +74,10 @@ class BlockParallelConfig(AttachmentConfig):
         return self.computed_as_target(self.layer)
 
     @property
+    def max_positions(self) -> int:
+        return self.inner.max_positions
+
+    @property
     def drafted(self) -> int:
         """Number of tokens that a block drafts."""
         return self.block_size - 1
@@ -232,8 +236,7 @@ class BlockParallel(Attachment):
         module = self.bind(params)
         fused = _unsharded_rows(module.fuse([_unsharded_rows(state) for state in states]))
         for layer, new in enumerate(module.read(fused, positions)):
-            old = cache.keys[layer], cache.values[layer]
-            written = (kv_cache.write_rows(*pair, positions[:, 0], axis=2) for pair in zip(old, new, strict=True))
+            written = kv_cache.write(cache.keys[layer], cache.values[layer], *new, positions[:, 0])
             cache = cache.with_layer(layer, *written)
         return cache
 

@@ -71,6 +71,10 @@ class Eagle3Config(AttachmentConfig):
         """The layer as a decoder, in the target's dtypes."""
         return self.one_layer() if self.layer is None else self.computed_as_target(self.layer)
 
+    @property
+    def max_positions(self) -> int:
+        return self.inner.max_positions
+
 
 class Eagle3Module(nnx.Module):
     """Parameters and forward pass."""

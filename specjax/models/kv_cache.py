@@ -172,6 +172,23 @@ def write_rows(array: jax.Array, new: jax.Array, start: Int[Array, "B"], *, axis
     return jax.vmap(write_row)(array, new, start)
 
 
+def write(
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    new_keys: Float[Array, "B K T H"],
+    new_values: Float[Array, "B K T H"],
+    start: Int[Array, "B"],
+) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
+    """Writes the keys and values of T tokens into those of a layer, row b from slot `start[b]` on.
+
+    Values that are not finite become 0 with a key that is NaN. A query that may attend to the slot then still gets
+    NaN, and for any other the slot has no effect: 0 * NaN, a masked weight times the value, would be NaN.
+    """
+    finite = jnp.isfinite(new_values)
+    new_keys, new_values = jnp.where(finite, new_keys, jnp.nan), jnp.where(finite, new_values, 0)
+    return write_rows(keys, new_keys, start, axis=2), write_rows(values, new_values, start, axis=2)
+
+
 def _write_one_by_one(array, new, start, *, axis):
     for row in range(array.shape[0]):
         at = [start[row] if index == axis else row if index == 0 else 0 for index in range(array.ndim)]

@@ -311,8 +311,7 @@ class Attention(nnx.Module):
         if keys is None:
             mixed = attention.attend_to_text(queries, new_keys, new_values, positions, mask, causal=causal, **how)
         else:
-            keys = kv_cache.write_rows(keys, new_keys, positions[:, 0], axis=2)
-            values = kv_cache.write_rows(values, new_values, positions[:, 0], axis=2)
+            keys, values = kv_cache.write(keys, values, new_keys, new_values, positions[:, 0])
             keys, values = (meshes.pin_undivided(x, 1, "kv_heads") for x in (keys, values))
             mixed = attention.attend_to_prefix(queries, keys, values, positions, mask, **how)
         return self.output(join_heads(mixed)), keys, values
