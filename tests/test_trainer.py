@@ -199,6 +199,19 @@ def one_step(config, batch):
         return step(state, inputs.target_params, meshes.shard(batch, update.BATCH_AXES, mesh))
 
 
+def doubled():
+    """A batch of twice as many rows."""
+    first, second = (next(Rows(seed)) for seed in (0, 1))
+    return {name: np.concatenate([first[name], second[name]]) for name in first}
+
+
+@pytest.fixture(scope="module")
+def whole_step():
+    """One step on such a batch, on one device."""
+    with jax.numpy_dtype_promotion("strict"):
+        return one_step(make_config(), doubled())
+
+
 def norm(tree):
     return math.sqrt(sum(float(np.sum(np.square(np.asarray(leaf, np.float64)))) for leaf in jax.tree.leaves(tree)))
 
@@ -211,10 +224,10 @@ def assert_close(left, right):
         assert norm(jax.tree.map(lambda x, y: x - y, a, b)) < 1e-5 * norm(a)
 
 
-def test_accumulated_microbatches_are_one_big_batch():
-    batch = next(Rows())
+def test_accumulated_microbatches_are_one_big_batch(whole_step):
+    batch = doubled()
     assert len(set(batch["lengths"] - batch["loss_start"])) > 1  # a mean of means would differ
-    whole, whole_metrics = one_step(make_config(), batch)
+    whole, whole_metrics = whole_step
     cut, metrics = one_step(make_config(**{"optimizer.accumulation": 4}), batch)
     assert_close(cut, whole)
     for name, value in whole_metrics.items():
@@ -222,15 +235,13 @@ def test_accumulated_microbatches_are_one_big_batch():
 
 
 @pytest.mark.parametrize("sizes", [pytest.param((8, 1, 1), marks=pytest.mark.slow), (2, 2, 2)])
-def test_a_step_on_eight_devices_is_the_step_on_one(sizes):
+def test_a_step_on_eight_devices_is_the_step_on_one(sizes, whole_step):
     if jax.device_count() < 8:
         pytest.skip("needs 8 (virtual) devices")
-    first, second = (next(Rows(seed)) for seed in (0, 1))
-    batch = {name: np.concatenate([first[name], second[name]]) for name in first}
-    alone, metrics = one_step(make_config(), batch)
+    alone, metrics = whole_step
     data, fsdp, tensor = sizes
     config = make_config(**{"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": tensor})
-    spread, spread_metrics = one_step(config, batch)
+    spread, spread_metrics = one_step(config, doubled())
     assert_close(spread, alone)
     np.testing.assert_allclose(spread_metrics["loss"], metrics["loss"], rtol=1e-5)
 
@@ -390,10 +401,17 @@ def test_an_interrupted_run_arrives_at_the_same_bits(tmp_path, straight):
     assert untimed(tmp_path / "cut") == untimed(folder)
 
 
-def test_a_finished_run_is_not_trained_further(tmp_path):
-    config = make_config(**{"train.steps": 4})
-    first = make_trainer(config, tmp_path).run()
-    again = make_trainer(config, tmp_path)
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A config of 4 steps, the folder of its run, and the result."""
+    config, folder = make_config(**{"train.steps": 4}), tmp_path_factory.mktemp("finished")
+    with jax.numpy_dtype_promotion("strict"):
+        return config, folder, make_trainer(config, folder).run()
+
+
+def test_a_finished_run_is_not_trained_further(finished):
+    config, folder, first = finished
+    again = make_trainer(config, folder)
     outcome = again.run()
     assert_same_bits(outcome.params, first.params)
     assert not again._executables
@@ -466,15 +484,15 @@ def test_a_loss_that_is_not_finite_before_the_first_step_is_not_the_learning_rat
         make_trainer(config, tmp_path, inputs=inputs).run()
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_last_checkpoint(tmp_path):
-    good = make_config(**{"train.steps": 4})
-    params = jax.tree.map(np.asarray, make_trainer(good, tmp_path).run().params)
+def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_last_checkpoint(finished, tmp_path):
+    good, folder, outcome = finished
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     wild = make_config(**{"train.steps": 12, "optimizer.peak_learning_rate": 1e38})
     with pytest.raises(UserError, match=r"not finite at step [56] .*the checkpoint of step 4 remains.*lower"):
         make_trainer(wild, tmp_path).run()
     restored = make_trainer(good, tmp_path).run()
     assert restored.steps == 4
-    assert_same_bits(restored.params, params)
+    assert_same_bits(restored.params, outcome.params)
 
 
 def test_training_continues_at_the_final_rate_until_the_time_is_reached(tmp_path):
@@ -691,6 +709,7 @@ def test_a_draft_is_distilled_on_its_own_text_for_at_least_the_time_of_another_s
     assert row["validation_acceptance"] > row["validation"][0]["validation_acceptance"]
 
 
+@pytest.mark.slow
 def test_an_export_has_the_dtype_that_was_asked_for(trained_target, tmp_path):
     export = str(trained_target[0] / "export")
     overrides = {"model.init": export, "target": export, "tokenizer.path": export, "model.param_dtype": "bfloat16"}
