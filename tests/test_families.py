@@ -258,9 +258,7 @@ def test_old_readers_of_phi3_find_the_three_fields_that_they_demand():
 
 def test_phi3_files_fuse_queries_keys_and_values_and_gate_and_up(tmp_path):
     decoder = Decoder(read("phi3", vocab_size=272, num_hidden_layers=1))
-    random = np.random.default_rng(0)
-    draw = lambda leaf: jnp.asarray(random.normal(size=leaf.shape), leaf.dtype)
-    params = jax.tree.map(draw, decoder.abstract_params())
+    params = tiny.random_params(decoder)
     save(tmp_path / "export", decoder, params, train_byte_bpe(["some words\n"] * 9, 260))
     stored = load_file(tmp_path / "export" / "model.safetensors")
     attention, mlp = params["blocks"][0]["attention"], params["blocks"][0]["mlp"]

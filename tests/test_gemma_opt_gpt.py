@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -209,8 +208,7 @@ def tokenizer():
 def exported(family, directory, tokenizer, **fields):
     """Random parameters, the directory to which they are written, and its tensors."""
     decoder = Decoder(read(family, vocab_size=272, **fields))
-    random = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape), x.dtype), decoder.abstract_params())
+    params = tiny.random_params(decoder)
     save(directory, decoder, params, tokenizer)
     return params, load_file(directory / "model.safetensors")
 

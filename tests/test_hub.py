@@ -12,6 +12,7 @@ import tiny
 import toy_tokenizers
 from helpers import bits, change_tensors
 from safetensors.numpy import load_file, save_file
+from tiny import random_params
 
 from specjax.hub import adapter as hub_adapter
 from specjax.hub import load as hub_load
@@ -62,13 +63,6 @@ def copy(exported, tmp_path):
     for path in exported.iterdir():
         (directory / path.name).write_bytes(path.read_bytes())
     return directory
-
-
-def random_params(decoder, seed):
-    """Parameters without a compilation."""
-    generator = np.random.default_rng(seed)
-    draw = lambda leaf: jnp.asarray(generator.normal(size=leaf.shape), leaf.dtype)
-    return jax.tree.map(draw, decoder.abstract_params())
 
 
 def change_config(directory, **fields):

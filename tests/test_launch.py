@@ -180,6 +180,8 @@ def test_a_preempted_slice_ends_in_one_sentence_and_is_given_back(cloud):
 def test_a_slice_that_was_there_before_is_used_and_kept(cloud):
     assert cloud.launch(*LOCAL, states=("ACTIVE", "ACTIVE")).returncode == 0
     assert "create" not in cloud.verbs() and "delete" not in cloud.verbs()
+    assert cloud.launch(*LOCAL, "--keep").returncode == 0
+    assert "create" in cloud.verbs() and "delete" not in cloud.verbs()
 
 
 @pytest.mark.parametrize("missing", [argument.partition("=")[0] for argument in LOCAL])

@@ -35,9 +35,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def model():
     decoder = Decoder(tiny.config(vocab_size=512, width=64, heads=8, kv_heads=4, mlp_width=256, tied_head=False))
-    generator = np.random.default_rng(0)
-    draw = lambda leaf: jnp.asarray(generator.normal(size=leaf.shape), leaf.dtype)
-    return decoder, jax.tree.map(draw, decoder.abstract_params())
+    return decoder, tiny.random_params(decoder)
 
 
 @pytest.fixture(scope="module")

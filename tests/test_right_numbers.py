@@ -50,9 +50,8 @@ def test_a_text_that_outgrows_the_original_length_does_not_depend_on_gamma_capac
         target, drafter, tiny.drafter_options(drafter, target), gamma=gamma, slots=20, max_new=20, greedy=True, **how
     )
     plain = texts(make("ngram", 0), params, None, PROMPTS).tokens
-    for drafter, gamma, spare in (("ngram", 4, 0), ("early_exit", 2, 40)):
-        plan = make(drafter, gamma, spare=spare)
-        assert [row[:14] for row in texts(plan, params, draft_params, PROMPTS, 16).tokens] == plain
+    plan = make("early_exit", 2, spare=40)
+    assert [row[:14] for row in texts(plan, params, draft_params, PROMPTS, 16).tokens] == plain
     assert texts(make("ngram", 0, spare=30), params, None, PROMPTS[:1]).tokens == plain[:1]
 
 

@@ -229,30 +229,6 @@ def test_shell_scripts_are_clean(path):
     assert done.returncode == 0, done.stdout
 
 
-def launch(*arguments):
-    return subprocess.run(["bash", "launch/tpu_vm.sh", *arguments], cwd=ROOT, capture_output=True, text=True)
-
-
-def test_the_launcher_prints_every_command_and_runs_none():
-    flags = ["--project=p", "--zone=z", "--type=v5litepod-8", "--runtime=r"]
-    flags += ["--config=configs/quickstart.py", "--workdir=runs/a"]
-    done = launch("--dry_run", *flags, "--", "--config.seed=3")
-    assert done.returncode == 0, done.stderr
-    commands = [line.removeprefix("+ ") for line in done.stderr.splitlines()]
-    order = ["queued-resources create", "queued-resources describe", "scp", "ssh", "queued-resources delete"]
-    places = [next(i for i, line in enumerate(commands) if verb in line) for verb in order]
-    assert places == sorted(places)
-    assert "--spot" in commands[0]
-    assert any("--config.seed=3" in line for line in commands)
-    assert "--spot" not in launch("--dry_run", "--on_demand", *flags).stderr
-    assert "delete" not in launch("--dry_run", "--keep", *flags).stderr
-
-
-def test_the_launcher_names_what_is_missing():
-    done = launch("--dry_run", "--project=p")
-    assert done.returncode == 2 and "--zone is missing" in done.stderr
-
-
 def test_files_that_count_or_change_compiled_programs_share_none_with_others():
     counted = r"\b(compiled_\w+|_acceptance|_repeat)\._cache_size\(\)"
     changed = r"setattr\((kv_cache|layers|loop|meshes|plan|prefill|sampling|rules|decoder|rotary), "
