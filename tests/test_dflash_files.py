@@ -26,6 +26,7 @@ from specjax.models.vocabulary import draft_vocabulary
 from specjax.runtime.errors import UserError
 
 LAYERS, TENSORS = 8, "model.safetensors"
+FILES = {"config.json", TENSORS, "speculative_config.json"}
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ def test_a_draft_reads_back_with_and_without_our_key(target, draft, published, t
 
 def test_the_files_have_the_published_names(draft, tmp_path):
     hub_adapter.save(tmp_path / "draft", draft)
-    assert {path.name for path in (tmp_path / "draft").iterdir()} == set(draft_files.FILES)
+    assert {path.name for path in (tmp_path / "draft").iterdir()} == FILES
     fields = json.loads((tmp_path / "draft" / "config.json").read_text())
     assert (fields["architectures"], fields["model_type"]) == (["DFlashDraftModel"], "qwen3")
     assert (fields["block_size"], fields["num_target_layers"], fields["num_hidden_layers"]) == (4, LAYERS, 2)

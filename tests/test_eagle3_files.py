@@ -16,7 +16,7 @@ from specjax import api
 from specjax.decoding.drafters.table import build_drafter
 from specjax.evaluation import cases
 from specjax.hub import adapter as hub_adapter
-from specjax.hub import draft_files, eagle3_config
+from specjax.hub import eagle3_config
 from specjax.hub import load as hub_load
 from specjax.hub.adapter import LoadedAttachment
 from specjax.hub.tokenizer import train_byte_bpe
@@ -26,6 +26,7 @@ from specjax.models.vocabulary import draft_vocabulary
 from specjax.runtime.errors import UserError
 
 LAYERS, VOCAB, IDS, TENSORS = 8, 24, [1, 2, 5, 23], "model.safetensors"
+FILES = {"config.json", TENSORS, "speculative_config.json"}
 LAYOUTS = ("sglang", "speculators")
 
 
@@ -92,11 +93,10 @@ def test_vllm_is_told_the_draft_and_the_number_of_tokens(published):
 
 
 def test_default_layers_need_no_ids_and_others_have_those_that_vllm_reads(target):
-    how = {"fingerprint": "", "target_name": None, "target_architecture": "LlamaForCausalLM"}
-    assert "eagle_config" not in eagle3_config.write(config_of(target), "sglang", **how)
+    assert "eagle_config" not in eagle3_config.write(config_of(target), "sglang", {})
     other = config_of(target, states_after=(2, 3, 8))
-    assert eagle3_config.write(other, "sglang", **how)["eagle_config"][eagle3_config.IDS] == [2, 3, 8]
-    assert eagle3_config.write(other, "speculators", **how)[eagle3_config.IDS] == [2, 3, 8]
+    assert eagle3_config.write(other, "sglang", {})["eagle_config"][eagle3_config.IDS] == [2, 3, 8]
+    assert eagle3_config.write(other, "speculators", {})[eagle3_config.IDS] == [2, 3, 8]
 
 
 @pytest.mark.parametrize(
@@ -108,9 +108,7 @@ def test_default_layers_need_no_ids_and_others_have_those_that_vllm_reads(target
 )
 def test_what_a_layout_cannot_say_is_not_exported(target, layout, options, message):
     with pytest.raises(UserError, match=message):
-        eagle3_config.write(
-            config_of(target, **options), layout, fingerprint="", target_name=None, target_architecture=""
-        )
+        eagle3_config.write(config_of(target, **options), layout, {})
 
 
 def test_what_other_programs_do_not_load_is_not_exported_for_them(target, draft, tmp_path):
@@ -304,7 +302,7 @@ def test_a_config_names_the_layers_of_a_draft_that_leaves_them_open(target, publ
 
 def test_training_exports_the_published_layout(target, draft, tmp_path):
     hub_adapter.save(tmp_path / "export", draft, target_name="owner/target")
-    assert {path.name for path in (tmp_path / "export").iterdir()} == set(draft_files.FILES)
+    assert {path.name for path in (tmp_path / "export").iterdir()} == FILES
     fields = json.loads((tmp_path / "export" / "config.json").read_text())
     assert fields["speculators_config"]["verifier"] == {
         "name_or_path": "owner/target",

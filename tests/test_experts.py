@@ -312,7 +312,11 @@ FIELDS = {
         ("mixtral", {"num_experts_per_tok": 9}, r"experts_per_token \(9\) must be at most experts \(8\)"),
         ("qwen3_moe", {"scoring_func": "sigmoid"}, "\"scoring_func\" is 'sigmoid'"),
         ("qwen3_moe", {"n_group": 8}, '"n_group" is 8'),
-        ("qwen3_moe", {"num_experts": 8, "num_local_experts": 4}, '"num_experts" 8 and "num_local_experts" 4'),
+        (
+            "qwen3_moe",
+            {"num_experts": 8, "num_local_experts": 4},
+            '"num_experts" is given also as "num_local_experts" and differently, 8 and 4',
+        ),
         ("qwen3_moe", {"mlp_only_layers": ["a"]}, '"mlp_only_layers" must be a list of layer numbers'),
         ("qwen2_moe", {"num_experts": 0}, '"num_experts" must be a positive integer, not 0'),
         ("qwen2_moe", {"routed_scaling_factor": 2.5}, '"routed_scaling_factor" is 2.5'),

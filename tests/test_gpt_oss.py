@@ -47,7 +47,8 @@ def read(**fields):
 
 
 def test_absent_fields_have_the_values_of_the_family():
-    config = read(num_key_value_heads=None, head_dim=None, num_attention_heads=8)
+    named = {name: size for name, size in FIELDS.items() if name not in ("num_key_value_heads", "head_dim")}
+    config = FAMILIES["gpt_oss"].read_config(named | {"num_attention_heads": 8}, **DTYPES)
     assert (config.kv_heads, config.head_size, config.max_positions, config.norm_epsilon) == (8, 64, 131072, 1e-5)
     yarn = {"factor": 32.0, "original_positions": 4096, "truncate": False}
     assert config.rotary == Rotary(150000.0, 64, "yarn", **yarn)
@@ -55,6 +56,11 @@ def test_absent_fields_have_the_values_of_the_family():
     assert (config.attention_bias, config.output_bias, config.mlp_bias, config.attention_sinks) == (True,) * 4
     assert (config.experts, config.experts_per_token, config.expert_width) == (4, 2, 32)
     assert config.normalised_experts and not config.tied_head
+
+
+def test_null_heads_follow_from_the_width_as_in_transformers():
+    config = read(num_key_value_heads=None, head_dim=None)
+    assert (config.kv_heads, config.head_size) == (2, 32)
 
 
 def test_rotary_positions_that_the_file_states_are_not_replaced_by_the_familys():

@@ -456,13 +456,13 @@ def test_an_adapter_of_another_target_is_refused(home):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: (folder / "adapter.safetensors").unlink(), "there is no .*adapter.safetensors"),
+        (lambda folder: (folder / "adapter.safetensors").unlink(), "adapter.safetensors is missing; copy it again"),
         (lambda folder: (folder / "adapter.safetensors").write_bytes(b"x" * 20), "is damaged or cut short"),
         (lambda folder: (folder / "adapter_config.json").write_text("{}"), 'has no "format"'),
         (lambda folder: edit(folder, lambda fields: fields.pop("kind")), "needs kind; give it a value"),
         (
             lambda folder: edit(folder, lambda fields: fields.update(kind="layer")),
-            "have other names or shapes than this adapter",
+            "take the complete directory of the draft",
         ),
         (lambda folder: edit(folder, lambda fields: fields.update(exit_layer=9)), r"in 1 \.\. 2 .* not 9"),
     ],
@@ -484,7 +484,7 @@ def edit(folder, change):
 def test_saving_over_other_files_is_refused(home, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     loaded = api.load_adapter(home / "adapter", api.load(home / "target"))
-    with pytest.raises(UserError, match=r"holds other files \(notes.txt\)"):
+    with pytest.raises(UserError, match=r"holds files of another kind \(notes.txt\)"):
         api.save_adapter(tmp_path, loaded)
 
 

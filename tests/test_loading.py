@@ -12,12 +12,11 @@ import tiny
 from helpers import bits, change_tensors
 from safetensors.numpy import load_file, save_file
 
+from specjax.hub import file_layout, weights
 from specjax.hub import load as hub_load
 from specjax.hub import save as hub_save
-from specjax.hub.families import base
 from specjax.hub.load import load
 from specjax.hub.tokenizer import train_byte_bpe
-from specjax.hub.weights import Stored
 from specjax.models.decoder import Decoder
 from specjax.runtime import dtypes
 from specjax.runtime import mesh as meshes
@@ -175,12 +174,12 @@ def test_of_a_fused_tensor_a_rank_reads_its_part_alone(tmp_path, monkeypatch, tr
     monkeypatch.setattr(hub_load, "_PIECE_BYTES", 64)
     file = np.random.default_rng(0).normal(size=(6, 24) if transposed else (24, 6)).astype(np.float32)
     save_file({"fused": file}, tmp_path / "file.safetensors")
-    stored = Stored("fused", tmp_path / "file.safetensors", file.shape, "F32")
+    stored = weights.tensors_in(tmp_path / "file.safetensors")["fused"]
     outputs = (file.T if transposed else file).reshape(groups, 3, 8 // groups, 6)
     for number in range(3):
         whole = outputs[:, number].reshape(8, 6)
-        tensor = base.Tensor(
-            "fused", (), transposed, base.Part(number * 8 // groups, 8 // groups, 24 // groups, groups)
+        tensor = file_layout.Tensor(
+            "fused", (), transposed, file_layout.Part(number * 8 // groups, 8 // groups, 24 // groups, groups)
         )
         for rows, columns in [(slice(0, 8), slice(0, 6)), (slice(0, 8), slice(2, 5)), (slice(3, 7), slice(0, 6))]:
             part, read = hub_load._part({"fused": stored}, [tensor], (rows, columns), np.dtype("float32"))

@@ -35,9 +35,8 @@ def stored(path, settings, tensors):
 
 def assert_slices(weight, expected):
     assert weight.shape == expected.shape
-    with weight.open() as values:
-        for index in INDICES:
-            np.testing.assert_allclose(values[index], expected[index], rtol=1e-6)
+    for index in INDICES:
+        np.testing.assert_allclose(weight.read(index), expected[index], rtol=1e-6)
 
 
 def eight_bits():
@@ -50,12 +49,21 @@ def test_fp8_blocks_are_multiplied_by_their_scales(tmp_path):
     assert_slices(stored(tmp_path, BLOCKS, {".weight": weight, ".weight_scale_inv": scales}), expected)
 
 
-@pytest.mark.parametrize("shape", [(1,), (16, 1)])
-def test_compressed_tensors_have_a_scale_for_the_tensor_or_for_each_row(tmp_path, shape):
+def test_fp8_has_one_scale_for_the_tensor_without_blocks_and_scales_may_be_powers_of_two(tmp_path):
+    weight, scale = eight_bits(), np.asarray(0.25).astype(ml_dtypes.float8_e8m0fnu)
+    settings = {"quant_method": "fp8", "weight_block_size": None}
+    tensors = {".weight": weight, ".weight_scale_inv": scale, ".k_scale": np.ones((), np.float32)}
+    assert_slices(stored(tmp_path, settings, tensors), weight.astype(np.float32) / 4)
+
+
+@pytest.mark.parametrize("shape", [(1,), (16, 1), (4, 2)])
+def test_compressed_tensors_have_a_scale_for_the_tensor_for_each_row_or_for_each_block(tmp_path, shape):
     weight, scales = eight_bits(), random.uniform(0.5, 2, shape).astype(ml_dtypes.bfloat16)
     tensors = {".weight": weight, ".weight_scale": scales, ".input_scale": np.ones(1, np.float32)}
-    settings = {"quant_method": "compressed-tensors", "format": "float-quantized"}
-    expected = weight.astype(np.float32) * scales.astype(np.float32)
+    blocks = {"weights": {"strategy": "block", "block_structure": [4, 16]}} if shape == (4, 2) else {}
+    settings = {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"group_0": blocks}}
+    spread = np.kron(scales.astype(np.float32), np.ones((4, 16), np.float32)) if blocks else scales.astype(np.float32)
+    expected = weight.astype(np.float32) * spread
     assert_slices(stored(tmp_path, settings, tensors), expected)
 
 
@@ -73,8 +81,10 @@ def four_bits():
     return numbers, zeros, scales, values
 
 
-@pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
-def test_gptq_has_the_group_of_each_input_and_zero_points_less_one(tmp_path, version):
+@pytest.mark.parametrize(
+    "key, version", [("checkpoint_format", "gptq"), ("checkpoint_format", "gptq_v2"), ("format", "gptq_v2")]
+)
+def test_gptq_has_the_group_of_each_input_and_zero_points_less_one(tmp_path, key, version):
     numbers, zeros, scales, values = four_bits()
     which = random.permutation(np.arange(32) // 8).astype(np.int32)
     tensors = {
@@ -83,7 +93,7 @@ def test_gptq_has_the_group_of_each_input_and_zero_points_less_one(tmp_path, ver
         ".scales": scales,
         ".g_idx": which,
     }
-    assert_slices(stored(tmp_path, GPTQ | {"checkpoint_format": version}, tensors), values(which))
+    assert_slices(stored(tmp_path, GPTQ | {key: version}, tensors), values(which))
 
 
 def awq_tensors():
@@ -96,6 +106,7 @@ def awq_tensors():
 def test_awq_packs_the_even_outputs_first(tmp_path):
     tensors, values = awq_tensors()
     assert_slices(stored(tmp_path, AWQ, tensors), values)
+    assert_slices(stored(tmp_path, AWQ | {"version": "GEMM"}, tensors), values)
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,7 @@ import dataclasses
 import hashlib
 import json
 import logging
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,13 @@ import numpy as np
 from jax.tree_util import keystr
 from jaxtyping import Array, Float
 
-from specjax.hub import dflash_config, draft_files, weights
+from specjax.hub import dflash_config, draft_config, draft_files, weights
+from specjax.hub import load as hub_load
+from specjax.hub import save as hub_save
 from specjax.hub.json_files import read_json, reading
 from specjax.hub.location import locate
 from specjax.models.attachment import Attachment
 from specjax.models.block_parallel import BlockParallel
-from specjax.models.config import DecoderConfig
 from specjax.models.language_model import LanguageModel, Params
 from specjax.models.table import ATTACHMENTS, make_attachment
 from specjax.runtime import processes
@@ -36,22 +36,11 @@ _FIELDS = ("format", "type", "param_dtype", "target")
 _SAMPLE = 64
 # Fields of a model's config that are always hashed. Others came later, and are hashed if they differ from the default,
 # so that new fields leave the fingerprints in existing files valid.
-_HASHED = re.findall(
-    r"\w+",
-    """vocab_size width layers heads kv_heads head_size mlp_width max_positions rotary norm_epsilon tied_head family
-    norm activation gated_mlp order final_norm attention_bias output_bias mlp_bias qk_norm learned_positions
-    position_offset local_rotary rotary_layers windows query_scale attention_softcap final_softcap embedding_scale
-    embedding_width""",
-)
-
-
-# The fields of DecoderConfig that fingerprints include also where they have their default.
-_FIRST_FIELDS = (
-    "vocab_size width layers heads kv_heads head_size mlp_width max_positions rotary norm_epsilon tied_head "
-    "param_dtype compute_dtype remat family norm activation gated_mlp order final_norm attention_bias output_bias "
-    "mlp_bias qk_norm learned_positions position_offset local_rotary rotary_layers windows query_scale "
-    "attention_softcap final_softcap embedding_scale embedding_width draft_vocabulary"
-)
+_HASHED = """
+vocab_size width layers heads kv_heads head_size mlp_width max_positions rotary norm_epsilon tied_head family norm
+activation gated_mlp order final_norm attention_bias output_bias mlp_bias qk_norm learned_positions position_offset
+local_rotary rotary_layers windows query_scale attention_softcap final_softcap embedding_scale embedding_width
+"""
 
 
 def fingerprint(decoder: LanguageModel, params: Params) -> str:
@@ -60,17 +49,13 @@ def fingerprint(decoder: LanguageModel, params: Params) -> str:
     Values are rounded to bfloat16 first, so that a checkpoint has the same fingerprint in float32 and bfloat16. Its
     fingerprint in float16 may differ.
     """
-    fields = dataclasses.asdict(decoder.config)
-    for name in ("param_dtype", "compute_dtype", "remat"):
-        del fields[name]
-    for field in dataclasses.fields(DecoderConfig):  # later fields must not change the fingerprints of earlier models
-        if field.name not in _FIRST_FIELDS.split() and getattr(decoder.config, field.name) == field.default:
-            del fields[field.name]
-    if fields.pop("draft_vocabulary"):
-        fields["draft_vocabulary"] = decoder.vocabulary.ids.tolist()
+    fields, hashed = dataclasses.asdict(decoder.config), _HASHED.split()
     for field in dataclasses.fields(decoder.config):
-        if field.name not in _HASHED and fields.get(field.name) == field.default:
-            fields.pop(field.name, None)
+        is_new_default = field.name not in hashed and getattr(decoder.config, field.name) == field.default
+        if is_new_default or field.name in ("param_dtype", "compute_dtype", "remat"):
+            del fields[field.name]
+    if "draft_vocabulary" in fields:
+        fields["draft_vocabulary"] = decoder.vocabulary.ids.tolist()
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     samples = processes.fetch(_samples(params))  # collective: every process calls this
     for path, values in jax.tree_util.tree_leaves_with_path(samples):
@@ -134,16 +119,7 @@ def save(directory: str | Path, loaded: LoadedAttachment, *, target_name: str | 
 
 
 def _save_ours(directory: str | Path, loaded: LoadedAttachment) -> None:
-    from safetensors.numpy import save_file
-
-    directory, network, config = Path(directory), type(loaded.network), loaded.network.config
-    others = sorted(
-        {path.name for path in directory.iterdir()} - {CONFIG_FILE, weights.SPECJAX_ADAPTER_FILE}
-        if directory.is_dir()
-        else ()
-    )
-    if others:
-        raise UserError(f"{directory} holds other files ({others[0]}); choose a directory for the adapter alone")
+    network, config = type(loaded.network), loaded.network.config
     leaves = jax.tree_util.tree_leaves_with_path(loaded.params)
     fields = {
         "format": _FORMAT,
@@ -151,15 +127,27 @@ def _save_ours(directory: str | Path, loaded: LoadedAttachment) -> None:
         **{name: getattr(config, name) for name in config.options() if name != "vocabulary"},
         **({} if config.vocabulary is None else {"vocabulary": config.vocabulary.ids.tolist()}),
         "param_dtype": str(leaves[0][1].dtype),
-        "target": {"fingerprint": loaded.target, "family": config.target.family, "layers": config.target.layers},
+        "target": _about_target(loaded),
     }
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        arrays = {_name(path): np.ascontiguousarray(_in_file(path, np.asarray(leaf))) for path, leaf in leaves}
-        save_file(arrays, directory / weights.SPECJAX_ADAPTER_FILE)
-        (directory / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{directory} cannot be written ({error}); make room or choose another place") from None
+    arrays = {_name(path): np.ascontiguousarray(_in_file(path, np.asarray(leaf))) for path, leaf in leaves}
+    _write(directory, {CONFIG_FILE: fields}, weights.SPECJAX_ADAPTER_FILE, arrays)
+
+
+def _about_target(loaded: LoadedAttachment) -> dict[str, Any]:
+    target = loaded.network.config.target
+    return {"fingerprint": loaded.target, "family": target.family, "layers": target.layers}
+
+
+def _write(
+    directory: str | Path, contents: Mapping[str, Any], tensors_file: str, tensors: Mapping[str, np.ndarray]
+) -> None:
+    """Writes JSON files and one file of tensors in place of those of an earlier call."""
+    from safetensors.numpy import save_file
+
+    with hub_save.replacing(directory, (*contents, tensors_file).__contains__) as new:
+        save_file(dict(tensors), new / tensors_file, metadata={"format": "pt"})
+        for name, content in contents.items():
+            hub_save.write_json(new / name, content)
 
 
 def save_for_engines(
@@ -183,18 +171,33 @@ def save_for_engines(
       UserError: for other attachments, if the layout cannot hold the draft, or if the directory holds other files or
         cannot be written.
     """
-    if draft_files.format_of(loaded.network) is None:
+    directory, network = Path(directory).absolute(), loaded.network
+    config, form = network.config, draft_files.format_of(network)
+    if form is None:
         raise UserError(
             "other programs load EAGLE-3 and block-parallel drafts only; save this adapter with api.save_adapter"
         )
-    leaves = jax.tree_util.tree_leaves_with_path(loaded.params)
-    arrays = {_name(path): np.asarray(leaf) for path, leaf in leaves}
-    how = {"layout": layout, "fingerprint": loaded.target, "target_name": target_name}
+    layout = layout or form.layouts[0]
+    if layout not in form.layouts:
+        raise UserError(f'the layout of this draft must be one of {", ".join(form.layouts)}, not "{layout}"')
+    arrays = {_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(loaded.params)}
     if embedding is not None:
-        if type(loaded.network) is BlockParallel:
+        if type(network) is BlockParallel:
             raise UserError("the layout of DFlash holds no embedding; leave embedding out")
         arrays.setdefault("embedding", np.asarray(embedding))
-    draft_files.save(directory, loaded.network, arrays, **how)
+    verifier = {"name_or_path": target_name, "architectures": [hub_load.FAMILIES[config.target.family].architecture]}
+    with prefixed("the draft cannot be exported: "):
+        fields = form.write(config, layout, verifier)
+    fields[draft_config.OURS] = {**fields.get(draft_config.OURS, {}), "target": _about_target(loaded)}
+    with reading("its description"):
+        if form.read(fields, layout, config.target, vocabulary=config.vocabulary).inner != config.inner:
+            raise RuntimeError(f"The export of {config} reads back differently.")
+    tensors = {form.tensor_name(path, layout): np.ascontiguousarray(values) for path, values in arrays.items()}
+    if config.vocabulary is not None:
+        ids = config.vocabulary.ids.astype(np.int64)
+        tensors |= {"d2t": ids - np.arange(len(ids)), "t2d": np.isin(np.arange(config.target.vocab_size), ids)}
+    engine = {"method": form.method, "model": str(directory), "num_speculative_tokens": form.most(config)}
+    _write(directory, {hub_load.CONFIG_FILE: fields, hub_save.ENGINE_FILE: engine}, weights.FILE, tensors)
 
 
 def holds_one(directory: str | Path) -> bool:
@@ -222,34 +225,20 @@ def load(
     Raises:
       UserError: for a missing or damaged file, and for an adapter whose sizes differ from the target's.
     """
-    from safetensors.numpy import load_file
-
     directory = locate(directory)
-    published = draft_files.holds_one(directory)
-    if published:
-        adapter, trained_with, tensors = draft_files.describe(directory, target.config, target_params, states_after)
+    if draft_files.holds_one(directory):
+        adapter, trained_with, stored = draft_files.describe(directory, target.config, target_params, states_after)
+        form, in_file = draft_files.format_of(adapter), lambda path, leaf: leaf
     else:
         adapter, trained_with = describe(directory, target, states_after)
+        stored, form, in_file = weights.tensors_in(directory / weights.SPECJAX_ADAPTER_FILE), None, _in_file
     abstract = adapter.abstract_params()
     leaves = jax.tree_util.tree_leaves_with_path(abstract)
-    if published:
-        stored = draft_files.read_arrays(directory, adapter, tensors, {_name(path): x.shape for path, x in leaves})
-        in_memory = lambda path: stored[_name(path)]
-    else:
-        path = directory / weights.SPECJAX_ADAPTER_FILE
-        if not path.is_file():
-            raise UserError(f"there is no {path}; copy the adapter again")
-        with reading(str(path), "is damaged or cut short"):
-            stored = load_file(path)
-        expected = {_name(path): _in_file(path, np.empty(leaf.shape)).shape for path, leaf in leaves}
-        if expected != {name: values.shape for name, values in stored.items()}:
-            raise UserError(
-                f"the tensors in {path} have other names or shapes than this adapter on this target; load the target "
-                "with which it was trained"
-            )
-        in_memory = lambda path: _in_file(path, stored[_name(path)])
+    shapes = {_name(path): in_file(path, np.empty(leaf.shape)).shape for path, leaf in leaves}
+    values = draft_files.read_arrays(directory, form, stored, shapes)
     dtype = dtype_named(adapter.config.target.float_dtype)
-    params = jax.tree_util.tree_map_with_path(lambda path, _: jnp.asarray(in_memory(path)).astype(dtype), abstract)
+    in_memory = lambda path, _: jnp.asarray(in_file(path, values[_name(path)])).astype(dtype)
+    params = jax.tree_util.tree_map_with_path(in_memory, abstract)
     params = params if shardings is None else jax.device_put(params, shardings(adapter))
     return LoadedAttachment(adapter, params, trained_with)
 

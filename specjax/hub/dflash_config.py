@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from specjax.hub import draft_config
-from specjax.hub.draft_config import OTHER_TARGET, OURS
+from specjax.hub.draft_config import OTHER_TARGET
 from specjax.hub.families import base, llama
-from specjax.hub.json_files import reading
 from specjax.models.block_parallel import BlockParallel, BlockParallelConfig
 from specjax.models.config import DecoderConfig
 from specjax.models.vocabulary import DraftVocabulary
@@ -139,24 +138,17 @@ def obstacle(config: BlockParallelConfig) -> str:
     return _LAST.format(target.layers) if target.layers in config.states_after else ""
 
 
-def write(
-    config: BlockParallelConfig,
-    layout: str,
-    *,
-    fingerprint: str,
-    target_name: str | None = None,
-    target_architecture: str = "",
-) -> dict[str, Any]:
-    """The fields of a `config.json`, the inverse of `read`; see `eagle3_config.write`. The layout names no target.
+def write(config: BlockParallelConfig, layout: str, verifier: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a `config.json`, the inverse of `read`. The layout names no target, so `verifier` is not used.
 
     Raises:
       UserError: for a draft that the layout cannot hold, or that programs reading it would compute differently.
     """
-    del target_name, target_architecture
+    del layout, verifier
     target, inner = config.target, config.inner
     if reason := obstacle(config):
         raise UserError(reason)
-    fields = {
+    return {
         **draft_config.FAMILIES["qwen3"].write_config(inner),
         "architectures": [ARCHITECTURE],
         "block_size": config.block_size,
@@ -166,12 +158,7 @@ def write(
             "target_layer_ids": [after - 1 for after in config.states_after],
         },
         "torch_dtype": inner.param_dtype,
-        OURS: {"target": draft_config.of_target(target, fingerprint)},
     }
-    with reading("its description"):
-        if read(fields, layout, target).inner != inner:
-            raise RuntimeError(f"The export of {config} reads back differently.")
-    return fields
 
 
 FORMAT = draft_config.Format(

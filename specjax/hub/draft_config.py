@@ -31,7 +31,7 @@ class Format(NamedTuple):
       classes: its class names in "architectures", each with the name of the layout.
       layouts: names of the layouts that are written, the default first.
       read: (fields, layout, target, *, vocab_size, vocabulary, own_embedding, states_after) -> our config.
-      write: (config, layout, *, fingerprint, target_name, target_architecture) -> fields.
+      write: (config, layout, verifier) -> fields, see `eagle3_config.write`.
       tensor_name: (path, layout) -> the name of the tensor that holds our array at this path, keys joined by dots.
       most: (config) -> the number of tokens that engines are to draft.
     """
@@ -73,11 +73,6 @@ def check_target(
         raise UserError(
             f"the draft is for a target of {layers} layers, and this one has {target.layers}; {OTHER_TARGET}"
         )
-
-
-def of_target(target: DecoderConfig, fingerprint: str) -> dict[str, Any]:
-    """What our exports say about the target; `fingerprint` is from `hub.adapter.fingerprint`."""
-    return {"fingerprint": fingerprint, "family": target.family, "layers": target.layers}
 
 
 def read_layers(described: Any) -> DecoderConfig:

@@ -1,6 +1,5 @@
-"""Reads and writes directories of drafts in published layouts, see `hub.eagle3_config` and `hub.dflash_config`."""
+"""Reads directories of drafts in published layouts, see `hub.eagle3_config` and `hub.dflash_config`."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import numpy as np
 
 from specjax.hub import dflash_config, draft_config, eagle3_config, weights
 from specjax.hub import load as hub_load
-from specjax.hub import save as hub_save
 from specjax.hub.draft_config import Format
 from specjax.hub.json_files import read_json, reading
 from specjax.hub.weights import Stored
@@ -21,7 +19,6 @@ from specjax.models.language_model import Params
 from specjax.models.vocabulary import DraftVocabulary, draft_vocabulary
 from specjax.runtime.errors import UserError, prefixed
 
-FILES = (hub_load.CONFIG_FILE, weights.FILE, hub_save.ENGINE_FILE)
 FORMATS = (eagle3_config.FORMAT, dflash_config.FORMAT)
 _EMBEDDING = "embed_tokens.weight"
 # Tensors that are not parameters of the draft: the target's, and tables that follow from the config.
@@ -92,7 +89,7 @@ def _vocabulary(
     """The ids of the head's columns, which "d2t" holds as id - column. "t2d" marks the same ids among the target's."""
     if offsets is None:
         return None
-    ids = _values(offsets).astype(np.int64)
+    ids = offsets.read().astype(np.int64)
     ids = ids + np.arange(len(ids))
     if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
         worst = ids.min() if ids.min() < 0 else ids.max()
@@ -102,14 +99,9 @@ def _vocabulary(
         )
     with prefixed(f"d2t in {directory}: "):
         vocabulary = draft_vocabulary(ids)
-    if to_draft is not None and not np.array_equal(np.flatnonzero(_values(to_draft)), ids):
+    if to_draft is not None and not np.array_equal(np.flatnonzero(to_draft.read()), ids):
         raise UserError(f"d2t and t2d in {directory} name different ids; copy the draft again")
     return None if len(ids) == vocab_size else vocabulary
-
-
-def _values(stored: Stored) -> np.ndarray:
-    with reading(str(stored.file), "is damaged or cut short"), stored.open() as values:
-        return values[...]
 
 
 def _is_targets(stored: Stored, target_params: Params | None) -> bool:
@@ -118,15 +110,18 @@ def _is_targets(stored: Stored, target_params: Params | None) -> bool:
         return False
     rounded = lambda table: jnp.asarray(table).astype(jnp.bfloat16)
     same = lambda ours, theirs: jnp.all(rounded(ours) == rounded(theirs)) | jnp.all(jnp.isnan(theirs))
-    return bool(jax.jit(same)(target_params["embedding"], _values(stored)))
+    return bool(jax.jit(same)(target_params["embedding"], stored.read()))
 
 
 def read_arrays(
-    directory: Path, network: Attachment, stored: Mapping[str, Stored], shapes: Mapping[str, tuple]
+    directory: Path, form: Format | None, stored: Mapping[str, Stored], shapes: Mapping[str, tuple]
 ) -> dict[str, np.ndarray]:
-    """The values of each array by our path. Raises UserError for tensors of other names or shapes."""
-    form = format_of(network)
-    names = {path: form.tensor_name(path, "speculators") for path in shapes}
+    """The values of each array by our path, which is its name in files of our own format (`form` None).
+
+    Raises:
+      UserError: for tensors of other names or shapes.
+    """
+    names = {path: form.tensor_name(path, "speculators") if form else path for path in shapes}
     expected = {names[path]: shape for path, shape in shapes.items()}
     for name in sorted(expected.keys() ^ stored.keys()):
         how = "lack" if name in expected else "also hold"
@@ -137,51 +132,9 @@ def read_arrays(
                 f"{name} in {directory} has shape {list(stored[name].shape)} where its config and this target describe "
                 f"{list(shape)}; load the target that it was trained for"
             )
-    return {path: _values(stored[name]) for path, name in names.items()}
+    return {path: np.array(stored[name].read()) for path, name in names.items()}
 
 
 def format_of(network: Attachment) -> Format | None:
     """The format in which other programs load an attachment; None if there is none."""
     return next((form for form in FORMATS if type(network) is form.network), None)
-
-
-def save(
-    directory: str | Path,
-    network: Attachment,
-    arrays: Mapping[str, np.ndarray],
-    *,
-    layout: str,
-    fingerprint: str,
-    target_name: str | None = None,
-) -> None:
-    """Writes a draft's directory, with a file for `vllm serve --speculative-config`.
-
-    Args:
-      arrays: the parameters by path, in the layout of memory.
-      layout: one of its format's; "" is the first of them.
-      fingerprint: of the target, see `hub.adapter.fingerprint`.
-      target_name: path or hub name of the target, for readers of the layout "speculators"; None leaves it open.
-
-    Raises:
-      UserError: for an unknown layout, if the layout cannot hold the draft, or if the directory holds other files or
-        cannot be written.
-    """
-    from safetensors.numpy import save_file
-
-    directory, config, form = Path(directory).absolute(), network.config, format_of(network)
-    layout = layout or form.layouts[0]
-    if layout not in form.layouts:
-        raise UserError(f'the layout of this draft must be one of {", ".join(form.layouts)}, not "{layout}"')
-    architecture = hub_load.FAMILIES[config.target.family].architecture
-    how = {"fingerprint": fingerprint, "target_name": target_name, "target_architecture": architecture}
-    with prefixed("the draft cannot be exported: "):
-        fields = form.write(config, layout, **how)
-    tensors = {form.tensor_name(path, layout): np.ascontiguousarray(values) for path, values in arrays.items()}
-    if config.vocabulary is not None:
-        ids = config.vocabulary.ids.astype(np.int64)
-        tensors |= {"d2t": ids - np.arange(len(ids)), "t2d": np.isin(np.arange(config.target.vocab_size), ids)}
-    engine = {"method": form.method, "model": str(directory), "num_speculative_tokens": form.most(config)}
-    with hub_save.replacing(directory, FILES.__contains__) as new:
-        save_file(tensors, new / weights.FILE, metadata={"format": "pt"})
-        for name, content in ((hub_load.CONFIG_FILE, fields), (hub_save.ENGINE_FILE, engine)):
-            (new / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

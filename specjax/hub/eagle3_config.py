@@ -13,7 +13,6 @@ from typing import Any
 from specjax.hub import draft_config
 from specjax.hub.draft_config import FAMILIES, OTHER_TARGET, OURS, TYPE
 from specjax.hub.families import base, llama
-from specjax.hub.json_files import reading
 from specjax.models.config import DecoderConfig
 from specjax.models.eagle3 import Eagle3Config, Eagle3Layer
 from specjax.models.vocabulary import DraftVocabulary
@@ -50,9 +49,9 @@ def read(
     layout: str,
     target: DecoderConfig,
     *,
-    vocab_size: int | None,
-    vocabulary: DraftVocabulary | None,
-    own_embedding: bool,
+    vocab_size: int | None = None,
+    vocabulary: DraftVocabulary | None = None,
+    own_embedding: bool = False,
     states_after: Sequence[int] = (),
 ) -> Eagle3Config:
     """The config of a draft for this target.
@@ -116,15 +115,11 @@ def _states_after(fields: Mapping[str, Any], layout: str, layers: int, asked: tu
     return asked or inputs
 
 
-def write(
-    config: Eagle3Config, layout: str, *, fingerprint: str, target_name: str | None, target_architecture: str
-) -> dict[str, Any]:
+def write(config: Eagle3Config, layout: str, verifier: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a `config.json`, the inverse of `read`.
 
     Args:
-      fingerprint: of the target, see `hub.adapter.fingerprint`.
-      target_name: path or hub name of the target, for readers of the layout "speculators"; None leaves it open.
-      target_architecture: its class in transformers.
+      verifier: what the layout "speculators" says of the target: its class in transformers and its path or name.
 
     Raises:
       UserError: for a draft that programs reading it would compute differently.
@@ -140,11 +135,7 @@ def write(
         "draft_vocab_size": len(config.vocabulary or range(inner.vocab_size)),
         **{name: getattr(config, name) for name in _SWITCHES},
         "torch_dtype": inner.param_dtype,
-        OURS: {
-            "states_after": list(after),
-            "steps": config.steps,
-            "target": draft_config.of_target(config.target, fingerprint),
-        },
+        OURS: {"states_after": list(after), "steps": config.steps},
     }
     if inner.width != config.target.width:
         fields["target_hidden_size"] = config.target.width
@@ -165,13 +156,9 @@ def write(
                 "algorithm": "eagle3",
                 "proposal_methods": [proposal],
                 "default_proposal_method": "greedy",
-                "verifier": {"name_or_path": target_name, "architectures": [target_architecture]},
+                "verifier": verifier,
             },
         }
-    with reading("its description"):
-        what = {"vocab_size": None, "vocabulary": config.vocabulary, "own_embedding": config.own_embedding}
-        if read(fields, layout, config.target, **what).inner != inner:
-            raise RuntimeError(f"The export of {config} reads back differently.")
     return fields
 
 

@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from specjax.hub.weights import Stored
+from specjax.hub.weights import Stored, check_dtype, check_shape, covering
 from specjax.runtime.errors import UserError
 
 
 def _block(settings: Mapping[str, Any]) -> tuple[int, int] | None:
     """The rows and columns of a block; None if scales belong to rows or to the whole tensor."""
     block = settings.get("weight_block_size")
+    for group in (settings.get("config_groups") or {}).values():  # of compressed-tensors
+        block = block or (group.get("weights") or {}).get("block_structure")
     if block is None:
         return None
     if not (isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)):
@@ -31,27 +33,24 @@ def shape(parts: Mapping[str, Stored], settings: Mapping[str, Any]) -> tuple[int
             f'"format" is {settings["format"]!r}, which is not supported; only float-quantized is, so take the '
             "checkpoint in bfloat16"
         )
-    if weight.dtype != "F8_E4M3":
-        raise UserError(f"{weight.name} is stored as {weight.dtype}, not as F8_E4M3; copy the checkpoint again")
-    fitting = [(1,), (weight.shape[0],), (weight.shape[0], 1)]
+    check_dtype(weight, "F8_E4M3")
+    rows = weight.shape[0]
+    fitting = [(), (1,), (rows,), (rows, 1)]
     if (block := _block(settings)) is not None:
         fitting = [tuple(-(-size // step) for size, step in zip(weight.shape, block, strict=True))]
-    if scales.shape not in fitting:
-        raise UserError(
-            f"{scales.name} has shape {list(scales.shape)}, but {weight.name} of shape {list(weight.shape)} needs "
-            f"{' or '.join(str(list(sizes)) for sizes in fitting)}; copy both again"
-        )
+    check_shape(scales, fitting, f"{weight.name} of shape {list(weight.shape)}")
     return weight.shape
 
 
-def values(parts: Mapping[str, Any], index: tuple[slice, ...], settings: Mapping[str, Any]) -> np.ndarray:
+def values(parts: Mapping[str, Stored], index: tuple[slice, ...], settings: Mapping[str, Any]) -> np.ndarray:
     """The values of a slice [O, I]."""
-    numbers, scales = parts["weight"][index].astype(np.float32), parts["scales"]
+    numbers, scales = parts["weight"].read(index).astype(np.float32), parts["scales"]
     block = _block(settings)
     if block is None:
-        every = scales[(slice(None),)].astype(np.float32).reshape(-1, 1)
+        every = scales.read().astype(np.float32).reshape(-1, 1)
         return numbers * (every if len(every) == 1 else every[index[0]])
-    places = [np.arange(i.start, i.stop) // step for i, step in zip(index, block, strict=True)]
-    read = scales[tuple(slice(place[0], place[-1] + 1) for place in places)].astype(np.float32)
-    rows, columns = (place - place[0] for place in places)
-    return numbers * read[rows[:, None], columns[None]]
+    blocks, within = zip(*map(covering, index, block), strict=True)
+    spread = scales.read(blocks).astype(np.float32)
+    for axis, step in enumerate(block):
+        spread = spread.repeat(step, axis)
+    return numbers * spread[within]

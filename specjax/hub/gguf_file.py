@@ -5,19 +5,18 @@ data (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). `gguf.GGUFRead
 a vocabulary of 151,936 tokens; this takes 0.2 s. Values are dequantised by `gguf.quants`.
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
 import mmap
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from specjax.hub.json_files import reading
+from specjax.hub.weights import covering
 from specjax.runtime.errors import UserError
 
 SUFFIX = ".gguf"
@@ -51,41 +50,31 @@ class GgufTensor(NamedTuple):
     heads: int = 0
     shift: float = 0.0
 
-    @contextlib.contextmanager
-    def open(self) -> Iterator["_Values"]:
-        """A context with an object whose slices are float32 arrays; only the blocks of a slice are dequantised."""
-        yield _Values(self)
-
     def raw(self) -> np.ndarray:
         """The bytes of each row, mapped into memory."""
         _, row_bytes = _type(self.dtype, self.shape[-1])
         shape = (math.prod(self.shape[:-1]), row_bytes)
         return np.memmap(self.file, np.uint8, "r", self.offset, shape)
 
-
-class _Values:
-    def __init__(self, tensor: GgufTensor):
-        self._tensor, self._raw = tensor, tensor.raw()
-
-    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+    def read(self, index: tuple[slice, ...]) -> np.ndarray:
+        """The float32 values of a slice; only its blocks are dequantised."""
         import gguf
 
-        tensor = self._tensor
-        kind = gguf.GGMLQuantizationType[tensor.dtype]
+        kind = gguf.GGMLQuantizationType[self.dtype]
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-        is_vector = len(tensor.shape) == 1  # small, so it is read as a whole
-        rows, columns = (slice(0, 1), slice(0, tensor.shape[0])) if is_vector else index
+        is_vector = len(self.shape) == 1  # small, so it is read as a whole
+        rows, columns = (slice(0, 1), slice(0, self.shape[0])) if is_vector else index
         order = None
-        if tensor.heads:
-            order = np.arange(tensor.shape[0]).reshape(tensor.heads, -1, 2).swapaxes(1, 2).reshape(-1)
+        if self.heads:
+            order = np.arange(self.shape[0]).reshape(self.heads, -1, 2).swapaxes(1, 2).reshape(-1)
             rows = rows if is_vector else order[rows]
-        first, last = columns.start // block, -(-columns.stop // block)
-        blocks = np.ascontiguousarray(self._raw[rows, first * block_bytes : last * block_bytes])
-        values = gguf.quants.dequantize(blocks, kind)[:, columns.start - first * block : columns.stop - first * block]
+        covered, within = covering(columns, block)
+        blocks = self.raw()[rows, covered.start * block_bytes : covered.stop * block_bytes]
+        values = gguf.quants.dequantize(np.ascontiguousarray(blocks), kind)[:, within]
         if is_vector:
             values = values[0] if order is None else values[0][order]
             values = values[index]
-        return values + np.float32(tensor.shift) if tensor.shift else values
+        return values + np.float32(self.shift) if self.shift else values
 
 
 @dataclasses.dataclass(frozen=True)

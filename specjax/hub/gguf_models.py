@@ -13,7 +13,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from specjax.hub.families import base, gemma, gpt2, llama, phi3, qwen, rotary_fields
+from specjax.hub import file_layout
+from specjax.hub.families import base, gemma, gpt2, llama, phi3, qwen, rotary_fields, window_fields
 from specjax.hub.gguf_file import GgufFile, GgufTensor
 from specjax.models.rotary import Rotary
 from specjax.runtime.errors import UserError
@@ -136,7 +137,8 @@ def _with_names(family: base.Family) -> base.Family:
     counts = collections.Counter(family.names.values())
     fused = {path for path in _MODULES if counts[family.names.get(f"blocks.{{}}.{path}.kernel")] > 1}
     modules = _MODULES | {path: _FUSED[path.partition(".")[0]] for path in fused}
-    names = base.tensor_names("token_embd", "blk", modules, "output_norm", "output", positions="position_embd")
+    names = file_layout.tensor_names("token_embd", "blk", modules, "output_norm", "output")
+    names = {"positions": "position_embd.weight", **names}
     return dataclasses.replace(family, names=names, transposed=False, ignored=(_FREQUENCIES, _SHORT, _LONG))
 
 
@@ -175,7 +177,7 @@ class _Metadata:
         fields = {names[attribute]: size for attribute, size in sizes.items()} | self.optional(_OPTIONAL)
         pattern = self.get(_PATTERN)
         if isinstance(pattern, np.ndarray):  # whether each layer has a window, else every how many have none
-            fields["layer_types"] = [qwen.KINDS[bool(windowed)] for windowed in pattern]
+            fields["layer_types"] = [window_fields.KINDS[bool(windowed)] for windowed in pattern]
         elif pattern is not None:
             fields["sliding_window_pattern"] = self.number(_PATTERN, int)
         divided = max(sizes["width"] // sizes["heads"], 1)
@@ -257,5 +259,4 @@ class _Metadata:
         if name not in self.file.tensors:
             raise UserError(f"{name} is missing; copy the file again")
         tensor = self.file.tensors[name]
-        with tensor.open() as values:
-            return values[tuple(slice(0, length) for length in tensor.shape)]
+        return tensor.read(tuple(slice(0, length) for length in tensor.shape))

@@ -10,23 +10,30 @@ from typing import Any
 
 import numpy as np
 
-from specjax.hub.weights import Stored
+from specjax.hub.weights import Stored, check_shape, covering
 from specjax.runtime.errors import UserError
 
 _PACKED = 8
+_IN_ORDER = np.arange(_PACKED)
 # For each of 8 outputs, its place in the int32: AWQ packs the even ones first.
 _AWQ_PLACES = np.asarray([0, 4, 1, 5, 2, 6, 3, 7])
 
 
-def unpacked(packed: np.ndarray, axis: int, places: np.ndarray) -> np.ndarray:
+def _unpacked(packed: np.ndarray, axis: int, places: np.ndarray) -> np.ndarray:
     """The numbers 0 .. 15 of int32 values, which lie next to each other on `axis`."""
     shifts = np.expand_dims(4 * places, [i for i in range(packed.ndim + 1) if i != axis + 1])
     numbers = np.expand_dims(packed.view(np.uint32), axis + 1) >> shifts.astype(np.uint32) & 15
     return numbers.reshape(*packed.shape[:axis], -1, *packed.shape[axis + 1 :])
 
 
-def _checked(parts: Mapping[str, Stored], settings: Mapping[str, Any], packs_inputs: bool) -> tuple[int, int]:
-    bits, packed, scales = settings.get("bits", 4), parts["weight"], parts["scales"]
+def _checked(
+    parts: Mapping[str, Stored], settings: Mapping[str, Any], packs_inputs: bool, key: str, formats: tuple[str, ...]
+) -> tuple[int, int]:
+    """The shape [O, I] of the weight. `key` is the older name of the setting "format"."""
+    name = key if settings.get(key) is not None else "format"
+    if str(settings.get(name) or formats[0]).lower() not in formats:
+        raise UserError(f'"{name}" is {settings[name]!r}, which is not supported; take one in {" or ".join(formats)}')
+    bits, packed = settings.get("bits", 4), parts["weight"]
     if bits != 4:
         raise UserError(f'"bits" is {bits!r}, which is not supported; take the checkpoint in 4 bits or in bfloat16')
     for tensor in (packed, parts["zeros"]):
@@ -43,69 +50,50 @@ def _checked(parts: Mapping[str, Stored], settings: Mapping[str, Any], packs_inp
         raise UserError(
             f'"group_size" is {group!r}, which does not divide the {inputs} inputs of {packed.name}; correct it'
         )
-    for tensor, sizes in ((scales, (inputs // group, outputs)), (parts["zeros"], (inputs // group, outputs // 8))):
-        if tensor.shape != sizes:
-            raise UserError(
-                f"{tensor.name} has shape {list(tensor.shape)}, but {packed.name} in groups of {group} needs "
-                f"{list(sizes)}; copy both again"
-            )
+    check_shape(parts["scales"], [(inputs // group, outputs)], f"{packed.name} in groups of {group}")
+    check_shape(parts["zeros"], [(inputs // group, outputs // _PACKED)], f"{packed.name} in groups of {group}")
     return outputs, inputs
 
 
 def gptq_shape(parts: Mapping[str, Stored], settings: Mapping[str, Any]) -> tuple[int, ...]:
     """The shape [O, I] of the weight. Raises UserError if its parts do not fit each other."""
-    outputs, inputs = _checked(parts, settings, packs_inputs=True)
-    if parts["groups"].shape != (inputs,):
-        raise UserError(
-            f"{parts['groups'].name} has shape {list(parts['groups'].shape)}, but {parts['weight'].name} needs "
-            f"{[inputs]}; copy both again"
-        )
+    outputs, inputs = _checked(parts, settings, True, "checkpoint_format", ("gptq", "gptq_v2"))
+    check_shape(parts["groups"], [(inputs,)], parts["weight"].name)
     return outputs, inputs
 
 
-def gptq_values(parts: Mapping[str, Any], index: tuple[slice, ...], settings: Mapping[str, Any]) -> np.ndarray:
+def gptq_values(parts: Mapping[str, Stored], index: tuple[slice, ...], settings: Mapping[str, Any]) -> np.ndarray:
     """The values of a slice [O, I]. Files of the first format have each zero point less 1, modulo 16."""
     outputs, inputs = index
-    first = inputs.start // _PACKED
-    packed = parts["weight"][slice(first, -(-inputs.stop // _PACKED)), outputs]
-    numbers = unpacked(packed, 0, np.arange(_PACKED))[inputs.start - first * _PACKED :][: inputs.stop - inputs.start]
-    groups = parts["groups"][(inputs,)]
-    offset = 0 if settings.get("checkpoint_format") == "gptq_v2" else 1
-    scales, zeros = _of_groups(parts, outputs, np.arange(_PACKED))
-    return _scaled(numbers, (zeros[groups] + offset) & 15, scales[groups])
+    rows, within = covering(inputs, _PACKED)
+    numbers = _unpacked(parts["weight"].read((rows, outputs)), 0, _IN_ORDER)[within]
+    groups = parts["groups"].read(inputs)
+    is_second = "gptq_v2" in (settings.get("checkpoint_format") or settings.get("format") or "").lower()
+    scales, zeros = _of_groups(parts, outputs, _IN_ORDER)
+    return _scaled(numbers, (zeros[groups] + (0 if is_second else 1)) & 15, scales[groups])
 
 
 def awq_shape(parts: Mapping[str, Stored], settings: Mapping[str, Any]) -> tuple[int, ...]:
     """The shape [O, I] of the weight. Raises UserError if its parts do not fit each other."""
-    if (version := settings.get("version", "gemm")) != "gemm":
-        raise UserError(f'"version" is {version!r}, which is not supported; take the checkpoint in version gemm')
-    return _checked(parts, settings, packs_inputs=False)
+    return _checked(parts, settings, False, "version", ("gemm",))
 
 
-def awq_values(parts: Mapping[str, Any], index: tuple[slice, ...], settings: Mapping[str, Any]) -> np.ndarray:
+def awq_values(parts: Mapping[str, Stored], index: tuple[slice, ...], settings: Mapping[str, Any]) -> np.ndarray:
     """The values of a slice [O, I]."""
     outputs, inputs = index
-    columns, within = _columns(outputs)
-    numbers = unpacked(parts["weight"][inputs, columns], 1, _AWQ_PLACES)[:, within]
+    columns, within = covering(outputs, _PACKED)
+    numbers = _unpacked(parts["weight"].read((inputs, columns)), 1, _AWQ_PLACES)[:, within]
     scales, zeros = _of_groups(parts, outputs, _AWQ_PLACES)
     group = settings.get("group_size", 128)
     groups = np.arange(inputs.start, inputs.stop) // group if group != -1 else np.zeros(len(numbers), int)
     return _scaled(numbers, zeros[groups], scales[groups])
 
 
-def _columns(outputs: slice) -> tuple[slice, slice]:
-    """The int32 columns that hold these outputs, and the outputs within them."""
-    first = outputs.start // _PACKED
-    return slice(first, -(-outputs.stop // _PACKED)), slice(
-        outputs.start - first * _PACKED, outputs.stop - first * _PACKED
-    )
-
-
-def _of_groups(parts: Mapping[str, Any], outputs: slice, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _of_groups(parts: Mapping[str, Stored], outputs: slice, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The scales and zero points of every group, for these outputs."""
-    columns, within = _columns(outputs)
-    zeros = unpacked(parts["zeros"][slice(None), columns], 1, places)[:, within]
-    return parts["scales"][slice(None), outputs].astype(np.float32), zeros
+    columns, within = covering(outputs, _PACKED)
+    zeros = _unpacked(parts["zeros"].read((slice(None), columns)), 1, places)[:, within]
+    return parts["scales"].read((slice(None), outputs)).astype(np.float32), zeros
 
 
 def _scaled(numbers: np.ndarray, zeros: np.ndarray, scales: np.ndarray) -> np.ndarray:

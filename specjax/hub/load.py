@@ -14,8 +14,8 @@ import numpy as np
 from absl import logging
 from flax import traverse_util
 
-from specjax.hub import draft_config, gguf_file, gguf_models, json_files, quantised, weights
-from specjax.hub.families import base, experts, gemma, gpt2, gpt_neox, gpt_oss, llama, mistral, opt, phi3, qwen, smollm3
+from specjax.hub import draft_config, file_layout, gguf_file, gguf_models, json_files, quantised, weights
+from specjax.hub.families import base, experts, gemma, gpt2, gpt_neox, gpt_oss, llama, opt, phi3, qwen, smollm3
 from specjax.hub.families.t5 import FAMILY as T5
 from specjax.hub.gguf_file import GgufTensor
 from specjax.hub.location import is_gguf, locate
@@ -34,7 +34,7 @@ MASK_FIELD = "pard_token"
 
 # All families. A new family needs a file with a `base.Family`, and an entry here.
 _ALL = (
-    *(llama.FAMILY, mistral.FAMILY, qwen.QWEN2, qwen.QWEN3, phi3.FAMILY, smollm3.FAMILY, llama.OLMO2, llama.GRANITE),
+    *(llama.FAMILY, llama.MISTRAL, qwen.QWEN2, qwen.QWEN3, phi3.FAMILY, smollm3.FAMILY, llama.OLMO2, llama.GRANITE),
     *(experts.MIXTRAL, experts.QWEN2_MOE, experts.QWEN3_MOE, gpt_oss.FAMILY),
     *(gemma.GEMMA, gemma.GEMMA2, gemma.GEMMA3, opt.FAMILY, gpt2.FAMILY, gpt_neox.FAMILY, T5),
 )
@@ -107,13 +107,11 @@ def stream(
     wanted = family.tensors(config.unquantised)
     floats, expected = model_of(config.unquantised).abstract_params(), decoder.abstract_params()
     names = {tensor.name for tensor in wanted}
-    from_gguf = is_gguf(directory)
-    stored = gguf_models.tensors(gguf_file.read(directory)) if from_gguf else quantised.stored_in(directory)
-    stored = _full_names(stored, family, names)
+    stored = _full_names(_stored_at(directory), family, names)
     _check_names(directory, family, config, names, stored)
     for tensor in wanted:
         shape = tensor.shape_in_file(at(floats, tensor.path).shape)
-        _check_tensor(stored[tensor.name], shape, *_DESCRIBED[from_gguf])
+        _check_tensor(stored[tensor.name], shape, *_DESCRIBED[is_gguf(directory)])
         if shardings is not None:
             _check_sharding(at(shardings, tensor.path), at(expected, tensor.path).shape, tensor.name)
 
@@ -171,9 +169,8 @@ _STORED = {"F32": "float32", "F64": "float32", "F16": "float16", "BF16": "bfloat
 
 def _auto_dtype(path: Path) -> str:
     """The dtype of parameters for "auto", from the types and sizes of the tensors at this path."""
-    files = gguf_models.tensors(gguf_file.read(path)) if is_gguf(path) else quantised.stored_in(path)
     sizes: dict[str, int] = {}
-    for tensor in files.values():
+    for tensor in _stored_at(path).values():
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + math.prod(tensor.shape)
     return dtypes.auto_param_dtype(_STORED.get(max(sizes, key=sizes.get), "bfloat16"), sum(sizes.values()))
 
@@ -204,6 +201,10 @@ def _with_vocabulary(config: DecoderConfig, size: Any, folder: Path) -> DecoderC
 def describe(directory: str | Path, *, param_dtype: str, compute_dtype: str) -> LanguageModel:
     """The model at a path that `load` accepts, without weights. Raises UserError if it is not supported."""
     return model_of(read_config(directory, param_dtype=param_dtype, compute_dtype=compute_dtype)[1])
+
+
+def _stored_at(path: Path) -> dict[str, AnyStored]:
+    return gguf_models.tensors(gguf_file.read(path)) if is_gguf(path) else quantised.stored_in(path)
 
 
 def at(tree: Params, path: tuple[str | int, ...]) -> Any:
@@ -268,9 +269,8 @@ def _same(one: AnyStored, other: AnyStored) -> bool:
         return True
     if one.shape != other.shape:
         return False
-    with one.open() as left, other.open() as right:
-        index = tuple(slice(0, size) for size in one.shape)
-        return all(np.array_equal(left[piece], right[piece]) for piece in _pieces(index))
+    index = tuple(slice(0, size) for size in one.shape)
+    return all(np.array_equal(one.read(piece), other.read(piece)) for piece in _pieces(index))
 
 
 def _check_tensor(stored: AnyStored, shape: tuple[int, ...], description: str, remedy: str) -> None:
@@ -364,17 +364,16 @@ def _part(stored, tensors, index: tuple[slice, ...], dtype) -> tuple[np.ndarray,
     return part, sum(_fill(rows, stored[tensor.name], tensor, index[1:]) for rows, tensor in pairs)
 
 
-def _fill(part: np.ndarray, stored: AnyStored, tensor: base.Tensor, index: tuple[slice, ...]) -> int:
+def _fill(part: np.ndarray, stored: AnyStored, tensor: file_layout.Tensor, index: tuple[slice, ...]) -> int:
     """Reads into `part` what is at `index` of what the tensor holds, in our layout. Returns the bytes read."""
     axis = tensor.output_axis(part.ndim)
     in_file, index = part.transpose(tensor.swapped(tuple(range(part.ndim)))), tensor.swapped(index)
     count = 0
-    with stored.open() as values:
-        for ours, run in tensor.runs(index[axis]):
-            into = in_file[(slice(None),) * axis + (ours,)]
-            first = index[0].start if axis else run.start
-            for piece in _pieces((*index[:axis], run, *index[axis + 1 :])):
-                count += _copy(stored, values[piece], into[piece[0].start - first : piece[0].stop - first])
+    for ours, run in tensor.runs(index[axis]):
+        into = in_file[(slice(None),) * axis + (ours,)]
+        first = index[0].start if axis else run.start
+        for piece in _pieces((*index[:axis], run, *index[axis + 1 :])):
+            count += _copy(stored, stored.read(piece), into[piece[0].start - first : piece[0].stop - first])
     return count
 
 

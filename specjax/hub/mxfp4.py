@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from specjax.hub.weights import Stored
+from specjax.hub.weights import Stored, check_dtype, check_shape, covering
 from specjax.runtime.errors import UserError
 
 BLOCK = 32
@@ -34,27 +34,21 @@ def shape(parts: Mapping[str, Stored], settings: Mapping[str, Any]) -> tuple[int
     del settings
     blocks, scales = parts["blocks"], parts["scales"]
     for tensor in (blocks, scales):
-        if tensor.dtype != "U8":
-            raise UserError(f"{tensor.name} is stored as {tensor.dtype}, not as U8; copy the checkpoint again")
+        check_dtype(tensor, "U8")
     if len(blocks.shape) != 4 or blocks.shape[-1] != BLOCK // 2:
         raise UserError(
             f"{blocks.name} has shape {list(blocks.shape)}, not [experts, outputs, blocks, {BLOCK // 2}]; copy the "
             "checkpoint again"
         )
-    if scales.shape != blocks.shape[:-1]:
-        raise UserError(
-            f"{scales.name} has shape {list(scales.shape)}, but {blocks.name} needs a scale for each of "
-            f"{list(blocks.shape[:-1])} blocks; copy both again"
-        )
+    check_shape(scales, [blocks.shape[:-1]], blocks.name)
     experts, outputs, groups, _ = blocks.shape
     return experts, groups * BLOCK, outputs
 
 
-def values(parts: Mapping[str, Any], index: tuple[slice, ...], settings: Mapping[str, Any]) -> np.ndarray:
+def values(parts: Mapping[str, Stored], index: tuple[slice, ...], settings: Mapping[str, Any]) -> np.ndarray:
     """The values of a slice [E, I, O] of the kernels; only blocks with a value in the slice are decoded."""
     del settings
     experts, inputs, outputs = index
-    first = inputs.start // BLOCK
-    read = (experts, outputs, slice(first, -(-inputs.stop // BLOCK)))
-    decoded = decode(parts["blocks"][(*read, slice(0, BLOCK // 2))], parts["scales"][read])
-    return decoded[..., inputs.start - first * BLOCK : inputs.stop - first * BLOCK].swapaxes(1, 2)
+    groups, within = covering(inputs, BLOCK)
+    decoded = decode(*(parts[name].read((experts, outputs, groups)) for name in ("blocks", "scales")))
+    return decoded[..., within].swapaxes(1, 2)

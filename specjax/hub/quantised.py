@@ -3,9 +3,8 @@
 To read another method, write a `Method` and add it to `METHODS`.
 """
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,14 +28,14 @@ class Method(NamedTuple):
       ending: how the name of the weight itself ends, which the unquantised checkpoint has.
       shape: function from the parts and the settings in `config.json` to the shape of the weight in an unquantised
         checkpoint. Raises UserError if the parts do not fit each other.
-      values: function from the parts, whose slices are numpy arrays, the index of a slice of the weight, and the
-        settings, to the float32 values of that slice.
+      values: function from the parts, the index of a slice of the weight, and the settings, to the float32 values of
+        that slice.
     """
 
     endings: Mapping[str, str]
     ending: str
     shape: Callable[[Mapping[str, Stored], Mapping[str, Any]], tuple[int, ...]]
-    values: Callable[[Mapping[str, Any], tuple[slice, ...], Mapping[str, Any]], np.ndarray]
+    values: Callable[[Mapping[str, Stored], tuple[slice, ...], Mapping[str, Any]], np.ndarray]
 
 
 # By "quant_method" in `config.json`.
@@ -48,8 +47,8 @@ METHODS = {
     "gptq": Method({**_PACKED, "groups": ".g_idx"}, ".weight", int4.gptq_shape, int4.gptq_values),
     "awq": Method(_PACKED, ".weight", int4.awq_shape, int4.awq_values),
 }
-# Endings of tensors that only computing with quantised activations needs.
-_UNUSED = (".input_scale", ".activation_scale")
+# Endings of tensors that only quantised activations or caches need, and zero points, which are 0 for floats.
+_UNUSED = (".input_scale", ".activation_scale", ".k_scale", ".v_scale", ".weight_zero_point")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,19 +71,9 @@ class Dequantised:
     settings: Mapping[str, Any]
     dtype: str = "BF16"
 
-    @contextlib.contextmanager
-    def open(self) -> Iterator["_Values"]:
-        """A context with an object whose slices are float32 arrays."""
-        with contextlib.ExitStack() as stack:
-            yield _Values(self, {part: stack.enter_context(stored.open()) for part, stored in self.parts.items()})
-
-
-class _Values:
-    def __init__(self, weight: Dequantised, parts: Mapping[str, Any]):
-        self._weight, self._parts = weight, parts
-
-    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
-        return self._weight.method.values(self._parts, index, self._weight.settings)
+    def read(self, index: tuple[slice, ...]) -> np.ndarray:
+        """The float32 values of a slice."""
+        return self.method.values(self.parts, index, self.settings)
 
 
 def method_of(fields: Mapping[str, Any]) -> tuple[Method | None, Mapping[str, Any]]:

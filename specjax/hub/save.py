@@ -15,19 +15,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from specjax.hub import file_layout, tokenizer_files, weights
 from specjax.hub import load as hub_load
-from specjax.hub import tokenizer_files, weights
-from specjax.hub.families import base
 from specjax.hub.tokenizer import Tokenizer
 from specjax.models import vocabulary
 from specjax.models.language_model import LanguageModel, Params
 from specjax.runtime.dtypes import check_trained
 from specjax.runtime.errors import UserError
 
-_GENERATION_FILE = "generation_config.json"
 # What `vllm serve --speculative-config` takes.
 ENGINE_FILE = "speculative_config.json"
-FILES = (hub_load.CONFIG_FILE, weights.FILE, _GENERATION_FILE, ENGINE_FILE, vocabulary.FILE, *tokenizer_files.FILES)
+FILES = (
+    hub_load.CONFIG_FILE,
+    weights.FILE,
+    tokenizer_files.GENERATION_FILE,
+    ENGINE_FILE,
+    vocabulary.FILE,
+    *tokenizer_files.FILES,
+)
 # File names of the weights of a model with several shards.
 _SHARDED = re.compile(re.escape(weights.INDEX_FILE) + r"|model-\d{5}-of-\d{5}\.safetensors")
 # The usual limit of Hugging Face; common file systems and hubs accept such files.
@@ -69,7 +74,7 @@ def save(
         _write(new, config, tokenizer)
         if (drafted := len(decoder.predicts)) > 1:  # PARD
             engine = {"method": "draft_model", "model": str(Path(directory).absolute()), "parallel_drafting": True}
-            _write_json(new / ENGINE_FILE, engine | {"num_speculative_tokens": drafted})
+            write_json(new / ENGINE_FILE, engine | {"num_speculative_tokens": drafted})
         _write_weights(new, decoder, params, max_shard_bytes)
 
 
@@ -136,11 +141,11 @@ def _write_weights(directory: Path, decoder: LanguageModel, params: Params, max_
         weight_map.update(dict.fromkeys(names, path.name))
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        _write_json(directory / weights.INDEX_FILE, index)
+        write_json(directory / weights.INDEX_FILE, index)
     _check_description(directory, decoder.config, set(sizes))
 
 
-def _write_shard(path: Path, listed: Sequence[base.Tensor], params: Params) -> None:
+def _write_shard(path: Path, listed: Sequence[file_layout.Tensor], params: Params) -> None:
     # A separate function, so that its tensors are freed before the next shard's are fetched.
     from safetensors.numpy import save_file
 
@@ -162,7 +167,7 @@ def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
     return shards
 
 
-def _tensors(listed: Sequence[base.Tensor], params: Params) -> dict[str, np.ndarray]:
+def _tensors(listed: Sequence[file_layout.Tensor], params: Params) -> dict[str, np.ndarray]:
     """The tensors as numpy arrays in the file's layout, by their names in the file."""
     tensors: dict[str, np.ndarray] = {}
     fetched: dict[tuple, np.ndarray] = {}
@@ -210,11 +215,12 @@ def _write(directory: Path, config, tokenizer) -> None:
     if config.mask_id is not None:
         fields[hub_load.MASK_FIELD] = config.mask_id
     start = {key: fields[key] for key in ("decoder_start_token_id",) if key in fields}
-    _write_json(directory / hub_load.CONFIG_FILE, fields)
-    _write_json(directory / _GENERATION_FILE, {**special, **start})
+    write_json(directory / hub_load.CONFIG_FILE, fields)
+    write_json(directory / tokenizer_files.GENERATION_FILE, {**special, **start})
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes a JSON file as all files of an export are."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

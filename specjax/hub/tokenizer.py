@@ -104,11 +104,7 @@ class Tokenizer:
         A Llama's prompt begins with BOS, a T5's ends with EOS; other models expect none. A text that begins with BOS,
         as many chat templates write it, gets no second one.
         """
-        return self.encode_prompt_batch([text])[0]
-
-    def encode_prompt_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Returns `encode_prompt` of each text."""
-        return [self._surrounded(row) for row in self.encode_batch(texts)]
+        return self._surrounded(self.encode(text))
 
     def _surrounded(self, row: list[int]) -> list[int]:
         before, after = self._backend.before, self._backend.after
@@ -251,10 +247,6 @@ class Tokenizer:
 
         It does not depend on file names, padding, truncation, templates or the special tokens around a prompt.
         """
-        return self._fingerprint
-
-    @functools.cached_property
-    def _fingerprint(self) -> str:
         content = json.dumps(self._backend.content(), sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 

@@ -1,11 +1,11 @@
 """Lists the tensors in a directory's safetensors files, and reads slices of their values."""
 
-import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from specjax.hub.json_files import read_json, reading
@@ -14,6 +14,18 @@ from specjax.runtime.errors import UserError
 FILE = "model.safetensors"
 # Names of float dtypes in the format, from which models are loaded as they are.
 FLOATS = ("F64", "F32", "F16", "BF16")
+_DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+    "I64": np.int64,
+    "I32": np.int32,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
 INDEX_FILE = "model.safetensors.index.json"
 
 SPECJAX_ADAPTER_FILE = "adapter.safetensors"
@@ -36,37 +48,57 @@ class Stored(NamedTuple):
       file: path of the file.
       shape: shape in the file.
       dtype: name of the dtype in the format, such as "BF16".
+      offset: position of its first byte.
     """
 
     name: str
     file: Path
     shape: tuple[int, ...]
     dtype: str
+    offset: int
 
-    @contextlib.contextmanager
-    def open(self) -> Iterator[Any]:
-        """A context with an object whose slices are numpy arrays of the values.
+    def read(self, index: Any = ...) -> np.ndarray:
+        """The values at an index, in the file, which is mapped into memory.
 
-        Within it the file is mapped into memory. Pages that were read count as memory of the process, although the
-        system can reclaim them at any time.
+        Pages that were read count as memory of the process, although the system can reclaim them at any time.
         """
-        from safetensors import safe_open
+        if self.dtype not in _DTYPES:
+            raise UserError(f"{self.name} is stored as {self.dtype}, which is not supported; take another checkpoint")
+        return np.memmap(self.file, _DTYPES[self.dtype], "r", self.offset, self.shape)[index]
 
-        if self.dtype == "F8_E4M3":
-            yield self._mapped()
-            return
-        with safe_open(self.file, framework="numpy") as handle:
-            yield handle.get_slice(self.name)
 
-    def _mapped(self) -> np.ndarray:
-        """The values of 8-bit floats, which `safetensors` does not read as NumPy arrays."""
-        import ml_dtypes
+def covering(wanted: slice, size: int) -> tuple[slice, slice]:
+    """The blocks of `size` entries that cover a slice of an axis, and the slice within these blocks."""
+    first = wanted.start // size
+    return slice(first, -(-wanted.stop // size)), slice(wanted.start - first * size, wanted.stop - first * size)
 
-        with open(self.file, "rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            start, _ = json.loads(file.read(size))[self.name]["data_offsets"]
-        values = np.memmap(self.file, np.uint8, "r", 8 + size + start, self.shape)
-        return values.view(ml_dtypes.float8_e4m3fn)
+
+def check_dtype(tensor: Stored, dtype: str) -> None:
+    """Raises UserError unless a part of a quantised weight has this dtype."""
+    if tensor.dtype != dtype:
+        raise UserError(f"{tensor.name} is stored as {tensor.dtype}, not as {dtype}; copy the checkpoint again")
+
+
+def check_shape(tensor: Stored, fitting: Sequence[tuple[int, ...]], weight: str) -> None:
+    """Raises UserError unless a part of a quantised weight, described by `weight`, has one of these shapes."""
+    if tensor.shape not in fitting:
+        listed = " or ".join(str(list(shape)) for shape in fitting)
+        raise UserError(f"{tensor.name} has shape {list(tensor.shape)}, but {weight} needs {listed}; copy both again")
+
+
+def tensors_in(path: Path) -> dict[str, Stored]:
+    """Every tensor of a safetensors file, by name; no values are read. Raises UserError if it is missing or damaged."""
+    from safetensors import safe_open
+
+    if not path.is_file():
+        raise UserError(f"{path} is missing; copy it again")
+    with reading(str(path), "is damaged or cut short"), safe_open(path, framework="numpy"), open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        tensors = {name: about for name, about in json.loads(file.read(size)).items() if name != "__metadata__"}
+    return {
+        name: Stored(name, path, tuple(about["shape"]), about["dtype"], 8 + size + about["data_offsets"][0])
+        for name, about in tensors.items()
+    }
 
 
 def stored_in(directory: Path) -> dict[str, Stored]:
@@ -75,20 +107,13 @@ def stored_in(directory: Path) -> dict[str, Stored]:
     Raises:
       UserError: if there are no safetensors files, or one of them is missing or damaged.
     """
-    from safetensors import safe_open
-
     stored: dict[str, Stored] = {}
     for path in _files(directory):
-        if not path.is_file():
-            raise UserError(f"{path} is missing, though {INDEX_FILE} names it; copy it again")
-        with reading(str(path), "is damaged or cut short"), safe_open(path, framework="numpy") as handle:
-            slices = [(name, handle.get_slice(name)) for name in handle.keys()]  # noqa: SIM118
-            tensors = [Stored(name, path, tuple(s.get_shape()), s.get_dtype()) for name, s in slices]
-        for tensor in tensors:
-            if tensor.name in stored:
-                twice = f"{stored[tensor.name].file.name} and {path.name}"
-                raise UserError(f"{tensor.name} is stored twice in {directory}, in {twice}; copy the checkpoint again")
-            stored[tensor.name] = tensor
+        for name, tensor in tensors_in(path).items():
+            if name in stored:
+                twice = f"{stored[name].file.name} and {path.name}"
+                raise UserError(f"{name} is stored twice in {directory}, in {twice}; copy the checkpoint again")
+            stored[name] = tensor
     return stored
 
 

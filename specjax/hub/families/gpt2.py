@@ -2,6 +2,7 @@
 
 from specjax.hub.families import base
 from specjax.hub.families.base import Field
+from specjax.hub.file_layout import tensor_names
 
 _MODULES = {
     "attention_norm": "ln_1",
@@ -20,14 +21,14 @@ FAMILY = base.Family(
         base.one_size_heads("n_embd", "n_head"),
         Field("max_positions", "n_positions", absent=1024),
         Field("norm_epsilon", "layer_norm_epsilon", float, 1e-5),
-        Field("activation", "activation_function", str, "gelu_new", {"gelu_new": "gelu_tanh", **base.ACTIVATIONS}),
+        Field("activation", "activation_function", {"gelu_new": "gelu_tanh", **base.ACTIVATIONS}, "gelu_tanh"),
         Field("tied_head", "tie_word_embeddings", bool, True),
         base.derived(lambda values: {"learned_positions": values["max_positions"]}),
     ),
-    names=base.tensor_names(
-        "transformer.wte", "transformer.h", _MODULES, "transformer.ln_f", "lm_head", positions="transformer.wpe"
-    ),
-    parts=lambda config: base.fused(dict.fromkeys(base.QUERY_KEY_VALUE, config.width)),
+    names={
+        "positions": "transformer.wpe.weight",
+        **tensor_names("transformer.wte", "transformer.h", _MODULES, "transformer.ln_f", "lm_head"),
+    },
     transposed=True,
     ignored=(".attn.bias", ".attn.masked_bias"),  # causal masks
     # "reorder_and_upcast_attn" is about rounding alone: our scores are float32 anyway.

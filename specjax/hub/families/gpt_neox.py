@@ -2,7 +2,7 @@
 
 from specjax.hub.families import base, rotary_fields
 from specjax.hub.families.base import Field
-from specjax.models.config import DecoderConfig
+from specjax.hub.file_layout import tensor_names
 
 _MODULES = {
     "attention_norm": "input_layernorm",
@@ -17,11 +17,6 @@ _OLDER = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"
 _ROTARY = rotary_fields.rotary(partial=True, share=0.25, names=_OLDER)
 
 
-def _parts(config: DecoderConfig) -> dict[str, base.Part]:
-    """The fused projection has query, key and value of the first head, then of the second, and so on."""
-    return base.fused(dict.fromkeys(base.QUERY_KEY_VALUE, config.head_size), groups=config.heads)
-
-
 FAMILY = base.Family(
     model_type="gpt_neox",
     architecture="GPTNeoXForCausalLM",
@@ -30,14 +25,14 @@ FAMILY = base.Family(
         base.one_size_heads(),
         Field("max_positions", "max_position_embeddings", absent=2048),
         Field("norm_epsilon", "layer_norm_eps", float, 1e-5),
-        Field("activation", "hidden_act", str, "gelu"),
+        Field("activation", "hidden_act", base.ACTIVATIONS, "gelu"),
         *base.biases("attention_bias", True, "attention_bias", "output_bias"),
         Field("tied_head", "tie_word_embeddings", bool, False),
-        Field("order", "use_parallel_residual", bool, True, {True: "parallel", False: "pre"}),
+        Field("order", "use_parallel_residual", {True: "parallel", False: "pre"}, "parallel"),
         _ROTARY,
     ),
-    names=base.tensor_names("gpt_neox.embed_in", "gpt_neox.layers", _MODULES, "gpt_neox.final_layer_norm", "embed_out"),
-    parts=_parts,
+    names=tensor_names("gpt_neox.embed_in", "gpt_neox.layers", _MODULES, "gpt_neox.final_layer_norm", "embed_out"),
+    groups=lambda config: config.heads,  # query, key and value of the first head, then of the second, and so on
     # Causal masks, and angles that follow from the config.
     ignored=(".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq"),
     always={"norm": "layer", "gated_mlp": False, "mlp_bias": True},

@@ -15,20 +15,14 @@ _EXPERTS = {
     for ours, theirs in {"gate": "gate_up_proj", "up": "gate_up_proj", "down": "down_proj"}.items()
     for kind, ending in {"kernel": "", "bias": "_bias"}.items()
 }
-_YARN = {
-    "rope_type": "yarn",
-    "factor": 32.0,
-    "beta_fast": 32.0,
-    "beta_slow": 1.0,
-    "truncate": False,
-    "original_max_position_embeddings": 4096,
-}
+# The scaling of a file that states none.
+_YARN = {"rope_type": "yarn", "factor": 32.0, "truncate": False, "original_max_position_embeddings": 4096}
 _ROTARY = rotary_fields.rotary(150000.0)
 
 
 def _read_rotary(fields: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    given = fields.get("rope_parameters") or fields.get("rope_scaling")
-    return _ROTARY.read(fields if given else {**fields, "rope_scaling": _YARN}, values)
+    has_scaling = fields.get("rope_parameters") or fields.get("rope_scaling")
+    return _ROTARY.read(fields if has_scaling else {**fields, "rope_scaling": _YARN}, values)
 
 
 FAMILY = dataclasses.replace(
@@ -36,10 +30,10 @@ FAMILY = dataclasses.replace(
     model_type="gpt_oss",
     architecture="GptOssForCausalLM",
     fields=(
-        *llama.fields(kv_heads=8, head_size=64, max_positions=131072),
+        *llama.FIELDS,
         *base.biases("attention_bias", True, "attention_bias", "output_bias"),
         base.Group(_read_rotary, _ROTARY.write),
-        gemma.windows(pattern=2, size=128),
+        gemma.alternating(pattern=2, size=128),
         Field("experts", "num_local_experts"),
         Field("experts_per_token", "num_experts_per_tok"),
         Field("swiglu_limit", "swiglu_limit", float, 7.0),
@@ -48,8 +42,7 @@ FAMILY = dataclasses.replace(
     ),
     names=experts.names({"mlp.router": "mlp.router"})
     | {"blocks.{}.attention.sinks": "model.layers.{}.self_attn.sinks", **_EXPERTS},
-    parts=lambda config: base.fused({"mlp.experts.gate": 1, "mlp.experts.up": 1}, groups=config.expert_width),
-    only={**llama.ONLY, **experts.ONLY, "norm_topk_prob": (True, None)},
-    absent={"rms_norm_eps": 1e-5},
+    groups=lambda config: config.expert_width,
+    absent={"rms_norm_eps": 1e-5, "num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 131072},
     always={"mlp_bias": True, "attention_sinks": True},
 )

@@ -4,6 +4,7 @@ from typing import Any
 
 from specjax.hub.families import base
 from specjax.hub.families.base import Field
+from specjax.hub.file_layout import tensor_names
 from specjax.models.config import DecoderConfig
 
 _OFFSET = 2  # the first two rows of the table of positions are for padding
@@ -43,22 +44,20 @@ FAMILY = base.Family(
         *base.sizes(mlp="ffn_dim"),
         base.one_size_heads(),
         Field("max_positions", "max_position_embeddings", absent=2048),
-        Field("activation", "activation_function", str, "relu"),
+        Field("activation", "activation_function", base.ACTIVATIONS, "relu"),
         *base.biases("enable_bias", True, "attention_bias", "output_bias", "mlp_bias"),
         Field("tied_head", "tie_word_embeddings", bool, True),
-        Field("order", "do_layer_norm_before", bool, True, {True: "pre", False: "post"}),
+        Field("order", "do_layer_norm_before", {True: "pre", False: "post"}, "pre"),
         base.Group(_read, _write),
     ),
-    names=base.tensor_names(
-        "model.decoder.embed_tokens",
-        "model.decoder.layers",
-        _MODULES,
-        "model.decoder.final_layer_norm",
-        "lm_head",
-        project_in="model.decoder.project_in",
-        positions="model.decoder.embed_positions",
-        project_out="model.decoder.project_out",
-    ),
+    names={
+        "project_in.kernel": "model.decoder.project_in.weight",
+        "positions": "model.decoder.embed_positions.weight",
+        "project_out.kernel": "model.decoder.project_out.weight",
+        **tensor_names(
+            "model.decoder.embed_tokens", "model.decoder.layers", _MODULES, "model.decoder.final_layer_norm", "lm_head"
+        ),
+    },
     only={
         "layer_norm_elementwise_affine": (True, None),
         # Fields of Galactica's files.

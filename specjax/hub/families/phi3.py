@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from specjax.hub.families import base, llama, mistral, rotary_fields
+from specjax.hub.families import base, llama, rotary_fields
 from specjax.models.config import DecoderConfig
 from specjax.runtime.errors import UserError
 
@@ -13,14 +13,6 @@ _FUSED = {
 }
 _ORIGINAL = "original_max_position_embeddings"
 _ROTARY = rotary_fields.rotary(partial=True)
-
-
-def _parts(config: DecoderConfig) -> dict[str, base.Part]:
-    queries, keys = config.heads * config.head_size, config.kv_heads * config.head_size
-    return {
-        **base.fused(dict(zip(base.QUERY_KEY_VALUE, (queries, keys, keys), strict=True))),
-        **base.fused({"mlp.gate": config.mlp_width, "mlp.up": config.mlp_width}),
-    }
 
 
 def _read(fields: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
@@ -45,9 +37,8 @@ FAMILY = dataclasses.replace(
     llama.FAMILY,
     model_type="phi3",
     architecture="Phi3ForCausalLM",
-    fields=(*llama.fields(), base.Group(_read, _write), mistral.WINDOW),
+    fields=(*llama.FIELDS, base.Group(_read, _write), llama.WINDOW),
     names=llama.names(llama.MODULES | _FUSED),
-    parts=_parts,
-    only={**mistral.FAMILY.only, "lm_head_bias": (False, None)},
+    only=llama.MISTRAL.only,
     absent={"max_position_embeddings": 4096, _ORIGINAL: 4096, "rms_norm_eps": 1e-5},
 )

@@ -1,40 +1,46 @@
 """Reads and writes the fields of a `config.json` for rotary positions."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from specjax.hub.families.base import Group, value_of
+from specjax.hub.families.base import Field, Group, agreed, value_of
 from specjax.models.config import DecoderConfig
 from specjax.models.rotary import Rotary
 from specjax.runtime.errors import UserError
 
-# Attributes of `Rotary` and their fields, in the order in which they are written.
-_NAMES = {
-    "factor": "factor",
-    "low_frequency": "low_freq_factor",
-    "high_frequency": "high_freq_factor",
-    "original_positions": "original_max_position_embeddings",
-    "beta_fast": "beta_fast",
-    "beta_slow": "beta_slow",
-    "truncate": "truncate",
-    "short_factors": "short_factor",
-    "long_factors": "long_factor",
-    "magnitude": "attention_factor",
-}
-# The attributes that each kind of scaling has.
+_FACTOR = Field("factor", "factor", float)
+_ORIGINAL = Field("original_positions", "original_max_position_embeddings")
+_MAGNITUDE = Field("magnitude", "attention_factor", float, absent=None)
+# The fields of each kind of scaling, in the order in which they are written.
 _KINDS = {
     "default": (),
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "llama3": ("factor", "low_frequency", "high_frequency", "original_positions"),
-    "yarn": ("factor", "original_positions", "beta_fast", "beta_slow", "truncate", "magnitude"),
-    "longrope": ("factor", "original_positions", "short_factors", "long_factors", "magnitude"),
+    "linear": (_FACTOR,),
+    "dynamic": (_FACTOR,),
+    "llama3": (
+        _FACTOR,
+        Field("low_frequency", "low_freq_factor", float),
+        Field("high_frequency", "high_freq_factor", float),
+        _ORIGINAL,
+    ),
+    "yarn": (
+        _FACTOR,
+        _ORIGINAL,
+        Field("beta_fast", "beta_fast", float, Rotary.beta_fast),
+        Field("beta_slow", "beta_slow", float, Rotary.beta_slow),
+        Field("truncate", "truncate", bool, True),
+        _MAGNITUDE,
+    ),
+    "longrope": (
+        _ORIGINAL,
+        _FACTOR._replace(absent=lambda values: values["max_positions"] / values["original_positions"]),
+        Field("short_factors", "short_factor", tuple),
+        Field("long_factors", "long_factor", tuple),
+        _MAGNITUDE,
+    ),
 }
 # Fields that all kinds have, and a family's own top-level names for them.
 _NAMED = {"rope_theta": "rope_theta", "partial_rotary_factor": "partial_rotary_factor"}
-# Attributes whose field may be missing; they then keep the defaults of `Rotary`.
-_OPTIONAL = ("beta_fast", "beta_slow", "magnitude")
 
 
 def rotary(
@@ -105,67 +111,41 @@ def rotary_of(
     if kind not in _KINDS:
         raise UserError(f'"rope_scaling" is of type {kind!r}, which is not supported; {", ".join(_KINDS)} are')
     places = lambda name, other: [(fields, name), (fields, other), *((place, name) for place in nested)]
-    base, share = (_single(places(*pair), absent) for pair, absent in zip(names.items(), (theta, share), strict=True))
-    rotated = int(size * share)
+    base, share = (
+        agreed(places(*pair), float, absent) for pair, absent in zip(names.items(), (theta, share), strict=True)
+    )
     scaling = {key: value for place in nested for key, value in place.items()}
     for key in ("rope_type", "type", *_NAMED):
         scaling.pop(key, None)
     try:
-        return Rotary(theta=base, size=rotated, kind=kind, **_read_scaling(kind, scaling, fields, max_positions))
+        return Rotary(base, int(size * share), kind, **_read_scaling(kind, scaling, fields, max_positions))
     except ValueError as error:
         raise UserError(f"no such rotary positions can be built: {str(error).rstrip('.')}; correct them") from None
 
 
-def _single(places: Sequence[tuple[Mapping[str, Any], str]], absent: Any, kind: type = float) -> int | float:
-    """A number that may be at several places, each a dict and a key. Raises UserError if they have different values."""
-    values = {value_of(place, name, kind): name for place, name in reversed(places) if place.get(name) is not None}
-    if len(values) > 1:
-        (second, other), (first, name) = list(values.items())[-2:]
-        where = "twice" if name == other else f'also as "{other}"'
-        raise UserError(f'"{name}" is given {where} and differently, {first:g} and {second:g}; keep the right one')
-    return next(iter(values), absent)
-
-
 def _read_scaling(kind: str, scaling: dict[str, Any], fields: Mapping[str, Any], max_positions: int) -> dict[str, Any]:
-    """The `Rotary` attributes of a scaling. Removes their fields from `scaling`; raises UserError if any remain."""
+    """The `Rotary` attributes of a scaling. Raises UserError for a field that its kind does not have."""
+    known = {field.name for field in _KINDS[kind]} | ({"mscale", "mscale_all_dim"} if kind == "yarn" else set())
     values: dict[str, Any] = {}
-    name = _NAMES["original_positions"]
-    if kind not in ("default", "linear"):
-        # Newer files (Phi-3) have the field at the top level, older ones nested; for "dynamic" it is always nested.
-        places = [({} if kind == "dynamic" else fields, name), ({name: scaling.pop(name, None)}, name)]
-        values["original_positions"] = original = int(_single(places, max_positions, int))
-        if kind == "dynamic" and original != max_positions:
-            raise UserError(f'"{name}" is {original}, but "dynamic" stretches {max_positions}; remove it')
-    for attribute in _KINDS[kind]:
-        if attribute == "original_positions":
-            continue
-        name = _NAMES[attribute]
-        value = scaling.pop(name, None)
-        if attribute == "truncate":
-            values[attribute] = value is not False
-        elif attribute in ("short_factors", "long_factors"):
-            if not isinstance(value, list) or not all(isinstance(v, int | float) and v > 0 for v in value):
-                raise UserError(f'"{name}" must be a list of positive numbers; take the complete config.json')
-            values[attribute] = tuple(map(float, value))
-        elif value is not None:
-            values[attribute] = value_of({name: value}, name, float)
-        elif attribute == "factor" and kind == "longrope":
-            values[attribute] = max_positions / original
-        elif attribute not in _OPTIONAL:
-            raise UserError(f'"rope_scaling" of type "{kind}" lacks "{name}"; take the complete config.json')
-    if kind == "yarn":
-        share, share_all = (
-            None if (value := scaling.pop(name, None)) is None else value_of({name: value}, name, float)
-            for name in ("mscale", "mscale_all_dim")
-        )
-        if "magnitude" not in values and share is not None and share_all is not None:
-            grow = lambda share: 0.1 * share * math.log(values["factor"]) + 1 if values["factor"] > 1 else 1.0
-            values["magnitude"] = grow(share) / grow(share_all)
+    if kind == "dynamic":
+        values["original_positions"] = max_positions
+        if scaling.pop(_ORIGINAL.name, None) not in (None, max_positions):
+            raise UserError(f'"{_ORIGINAL.name}" must be {max_positions}, which "dynamic" stretches; remove it')
+    if _ORIGINAL in _KINDS[kind]:  # newer files (Phi-3) have the field at the top level, older ones nested
+        places = [(fields, _ORIGINAL.name), (scaling, _ORIGINAL.name)]
+        scaling[_ORIGINAL.name] = agreed(places, int, max_positions)
     for name, value in scaling.items():
-        if value is not None:
+        if name not in known and value is not None:
             raise UserError(
                 f'"rope_scaling" sets {name!r} to {value!r}, which "{kind}" rotary positions do not support'
             )
+    for field in _KINDS[kind]:
+        values |= field.read(scaling, {**values, "max_positions": max_positions})
+    if kind == "yarn":
+        shares = [value_of(scaling, name, float, absent=None) for name in ("mscale", "mscale_all_dim")]
+        if values["magnitude"] is None and None not in shares:
+            one, every = (0.1 * share * math.log(max(values["factor"], 1)) + 1 for share in shares)
+            values["magnitude"] = one / every
     return values
 
 
@@ -176,10 +156,8 @@ def written_rotary(rotary: Rotary, head_size: int, *, always: bool = False) -> d
     "partial_rotary_factor" is written also if all channels are rotated.
     """
     scaling: dict[str, Any] = {"rope_type": rotary.kind}
-    for attribute, name in _NAMES.items():
-        value = getattr(rotary, attribute)
-        if attribute in _KINDS[rotary.kind] and value is not None:
-            scaling[name] = list(value) if isinstance(value, tuple) else value
+    for field in _KINDS[rotary.kind]:
+        scaling |= {name: value for name, value in field.write(rotary).items() if value is not None}
     share = rotary.size / head_size
     if int(head_size * share) < rotary.size:  # readers round down: 44 * (30 / 44) gives 29
         share = math.nextafter(share, 1)

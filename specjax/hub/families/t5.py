@@ -6,6 +6,7 @@ head of their own.
 
 from typing import Any
 
+from specjax.hub import file_layout
 from specjax.hub.families import base
 from specjax.hub.families.base import Field
 from specjax.models.encoder_decoder import UNLIMITED, EncoderDecoderConfig
@@ -29,28 +30,28 @@ _BIAS = "{}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
 
 
 class _T5(base.Family):
-    def tensors(self, config: EncoderDecoderConfig) -> list[base.Tensor]:
+    def tensors(self, config: EncoderDecoderConfig) -> list[file_layout.Tensor]:
         """Every parameter array, in the order of computation; the MLP's up projection is called "wi" without a gate."""
         up = "wi_1" if config.gated_mlp else "wi"
         return [tensor._replace(name=tensor.name.replace("wi_1", up)) for tensor in super().tensors(config)]
 
 
-def _feed_forward(fields: dict[str, Any]) -> tuple[bool, str]:
-    """Whether the MLP has a gate, and its activation: "relu", "gated-gelu", ..."""
-    kind = fields.get("feed_forward_proj", "relu")
-    gated, _, name = str(kind).rpartition("-")
-    # "gated-gelu" means the tanh approximation of GELU, although the name does not say so.
-    name = "gelu_new" if kind == "gated-gelu" else name
-    if gated not in ("", "gated"):
-        raise UserError(f'"feed_forward_proj" is {kind!r}, which is not supported')
-    stated = fields.get("dense_act_fn")
-    if stated is not None and kind != "gated-gelu" and stated != name:
-        raise UserError(f'"feed_forward_proj" {kind!r} and "dense_act_fn" {stated!r} disagree; keep one')
-    return bool(gated), base.choice({"feed_forward_proj": name}, "feed_forward_proj", "relu", base.ACTIVATIONS)
+# Value of "feed_forward_proj" -> the activation, and whether there is a gate.
+_FEED_FORWARD = {
+    **{name: (activation, False) for name, activation in base.ACTIVATIONS.items()},
+    **{f"gated-{name}": (activation, True) for name, activation in base.ACTIVATIONS.items()},
+    "gated-gelu": ("gelu_tanh", True),  # the approximation, although the name does not say so
+}
 
 
 def _read(fields: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    gated, activation = _feed_forward(fields)
+    activation, gated = base.value_of(fields, "feed_forward_proj", _FEED_FORWARD, absent=("relu", False))
+    kind = fields.get("feed_forward_proj")
+    stated = base.value_of(fields, "dense_act_fn", base.ACTIVATIONS, absent=activation)
+    if stated != activation and kind != "gated-gelu":
+        raise UserError(
+            f'"feed_forward_proj" {kind!r} and "dense_act_fn" {fields["dense_act_fn"]!r} disagree; keep one'
+        )
     start = fields.get("decoder_start_token_id", fields.get("pad_token_id"))
     if isinstance(start, bool) or not isinstance(start, int) or start < 0:
         raise UserError(f'"decoder_start_token_id" must be a token id, not {start!r}')
@@ -64,9 +65,9 @@ def _read(fields: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(config: EncoderDecoderConfig) -> dict[str, Any]:
-    name = {"gelu_tanh": "gelu" if config.gated_mlp else "gelu_new"}.get(config.activation, config.activation)
+    kind = (config.activation, config.gated_mlp)
     return {
-        "feed_forward_proj": f"gated-{name}" if config.gated_mlp else name,
+        "feed_forward_proj": next(name for name, meaning in _FEED_FORWARD.items() if meaning == kind),
         "decoder_start_token_id": config.start_token,
         "scale_decoder_outputs": config.head_scale != 1,
     }
@@ -93,10 +94,10 @@ FAMILY = _T5(
     names={
         "embedding": "shared.weight",
         "encoder_bias.table": _BIAS.format("encoder"),
-        **base.layer_names("encoder.block", _modules(attention="SelfAttention"), "encoder_blocks"),
+        **file_layout.layer_names("encoder.block", _modules(attention="SelfAttention"), "encoder_blocks"),
         "encoder_norm.scale": "encoder.final_layer_norm.weight",
         "bias.table": _BIAS.format("decoder"),
-        **base.layer_names("decoder.block", _modules(attention="SelfAttention", cross="EncDecAttention")),
+        **file_layout.layer_names("decoder.block", _modules(attention="SelfAttention", cross="EncDecAttention")),
         "norm.scale": "decoder.final_layer_norm.weight",
         "unembedding.kernel": "lm_head.weight",
     },
