@@ -37,8 +37,7 @@ def stdlib_files() -> tuple[Files, Files]:
     sources = _library(root)
     if len(sources) < 2:
         raise UserError(f"no Python sources in {root}; use a task that reads a file, such as `text` with a path")
-    train, validation = split(sources, [name for name, _ in sources])
-    return tuple(train), tuple(validation)
+    return split(sources, [name for name, _ in sources])
 
 
 @functools.cache  # a run with several stages calls it in each
@@ -77,13 +76,11 @@ def text_files(path: str) -> tuple[Files, Files]:
             raise UserError(f"{root} holds {len(names)} text files; put at least two there, or name a single file")
         parts = [(name.as_posix(), files.read(root / name, trust_suffix=False)) for name in names]
         texts = [(name, *text) for name, content in parts for text in _documents(name, content)]
-        train, validation = split([text[1:] for text in texts], [text[0] for text in texts])
-        return tuple(train), tuple(validation)
+        return split([text[1:] for text in texts], [text[0] for text in texts])
     content = files.read(root)
     if not isinstance(content, str):
         documents = _documents(root.name, content)
-        train, validation = split(documents, [text for _, text in documents])
-        return tuple(train), tuple(validation)
+        return split(documents, [text for _, text in documents])
     cut = content.find("\n", len(content) * 9 // 10) + 1
     if not 0 < cut < len(content):
         cut = len(content) * 9 // 10
@@ -151,8 +148,8 @@ def limit_bytes(files: Files, size: int) -> Files:
     return tuple(sorted(chosen))
 
 
-def split(items: Sequence[Item], keys: Sequence[str]) -> tuple[list[Item], list[Item]]:
+def split(items: Sequence[Item], keys: Sequence[str]) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
     """Splits items into (training, validation) by `validation_mask` of their keys."""
     held_out = validation_mask(keys)
-    train, validation = ([item for item, held in zip(items, held_out, strict=True) if held == side] for side in (0, 1))
-    return train, validation
+    of = lambda side: tuple(item for item, held in zip(items, held_out, strict=True) if held == side)
+    return of(False), of(True)

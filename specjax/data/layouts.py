@@ -93,14 +93,6 @@ def parse_text(record: Record, where: str) -> list[Example]:
     return [Example("", _filled(record, "text", where))]
 
 
-def parse_spec_bench(record: Record, where: str) -> list[Example]:
-    """Parses {"question_id", "category", "turns"}; the first turn is the prompt."""
-    category = text_of(record, "category", where)
-    if "question_id" not in record:
-        raise UserError(f'{where} lacks the field "question_id"; add it')
-    return [Example(turns_of(record, where)[0], "", category)]
-
-
 def turns_of(record: Record, where: str) -> list[str]:
     """The texts in the field "turns". Raises UserError if it is no list of texts, or one is empty."""
     turns = record.get("turns")
@@ -282,13 +274,10 @@ def read_splits(path: Path, parse: Parser) -> tuple[list[Example], list[Example]
     for name, paths in zip(("train.jsonl", "test.jsonl"), splits := split_files(path), strict=True):
         if not paths:
             raise UserError(f"there is no file {path / name}; add it, or let task.path name a single file")
-    train, validation = (list(chain.from_iterable(read_examples(file, parse) for file in paths)) for paths in splits)
+    train, validation = (
+        list(chain.from_iterable(parse_all(files.read_records(file), parse) for file in paths)) for paths in splits
+    )
     return train, validation
-
-
-def read_examples(path: Path, parse: Parser) -> list[Example]:
-    """The examples of all records in a file."""
-    return parse_all(files.read_records(path), parse)
 
 
 def parse_all(records: files.Located, parse: Parser) -> list[Example]:

@@ -8,6 +8,7 @@ from absl import logging
 
 from specjax.data import files, layouts
 from specjax.hub.tokenizer import Tokenizer
+from specjax.runtime.errors import UserError
 
 # MT-bench's categories, which have two turns, form one subtask; every other category is a subtask.
 MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
@@ -40,19 +41,16 @@ def read_questions(path: str | Path) -> list[Question]:
     Raises UserError, with the line number, for a record that is not a question, and for turns without text.
     """
     questions = []
-    for where, record in files.read_records(question_file(path)):
-        layouts.parse_spec_bench(record, where)
-        questions.append(Question(record["question_id"], record["category"], tuple(layouts.turns_of(record, where))))
+    path = Path(path)
+    for where, record in files.read_records(path / "question.jsonl" if path.is_dir() else path):
+        category = layouts.text_of(record, "category", where)
+        if "question_id" not in record:
+            raise UserError(f'{where} lacks the field "question_id"; add it')
+        questions.append(Question(record["question_id"], category, tuple(layouts.turns_of(record, where))))
     short = sum(question.subtask == "mt_bench" and len(question.turns) < 2 for question in questions)
     if short:
         logging.warning("%s: %d questions of MT-bench's categories have one turn instead of two", path, short)
     return questions
-
-
-def question_file(path: str | Path) -> Path:
-    """The file of questions: `path`, or `question.jsonl` in this folder."""
-    path = Path(path)
-    return path / "question.jsonl" if path.is_dir() else path
 
 
 def prompt_ids(tokenizer: Tokenizer, turns: Sequence[str], answers: Sequence[str], *, chat: bool) -> tuple[int, ...]:

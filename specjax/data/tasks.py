@@ -157,7 +157,7 @@ def _load_prompt_completion(config: Any) -> Splits:
 
 
 def _load_spec_bench(config: Any) -> Splits:
-    return (), layouts.read_examples(spec_bench.question_file(config.path), layouts.parse_spec_bench)
+    return (), [Example(of.turns[0], "", of.category) for of in spec_bench.read_questions(config.path)]
 
 
 def _load_prompts(config: Any) -> Splits:
