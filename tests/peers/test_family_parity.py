@@ -23,7 +23,7 @@ from tests.peers.family_configs import CASES, VOCAB
 
 pytestmark = pytest.mark.peers
 
-LARGEST_DIFFERENCE = 1e-4  # of logits, times their standard deviation where that is above one
+LARGEST_DIFFERENCE = 2e-4  # of logits, times their standard deviation where that is above one
 TIE = 1e-5  # where the reference's two best logits are nearer than this, two correct programs may choose differently
 
 LENGTHS = (40, 33, 17, 8)  # of the texts whose logits are compared
