@@ -29,6 +29,13 @@ def kernel(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
+# Each in one program: of its operations alone every shape would compile dozens.
+floats_of = jax.jit(lambda integers: dequantised(integers, jnp.float32))
+product = jax.jit(lambda rows, integers: layers.product(rows, integers, jnp.float32))
+# What accelerators compute.
+sum_of_factors = jax.jit(lambda rows, integers: sum(x @ part.T for x, part in quantised.factors(rows, integers)))
+
+
 def quantised_like(shapes, params, dtype):
     """Float parameters as integers and scales, where `shapes`, the parameters of a quantised model, have them."""
     if isinstance(params, dict):
@@ -54,7 +61,7 @@ def float_like(params):
         return params
     result = {name: float_like(value) for name, value in params.items() if name != "scales" or "kernel" not in params}
     if "scales" in params and "kernel" in params:
-        result["kernel"] = dequantised(Quantised(params["kernel"], params["scales"]), jnp.float32)
+        result["kernel"] = floats_of(Quantised(params["kernel"], params["scales"]))
     return result
 
 
@@ -72,7 +79,7 @@ def test_int8_has_a_scale_per_output_and_int4_one_per_group_of_inputs_at_equal_d
     assert (four.values.shape, four.values.dtype, four.scales.shape) == ((1, 256), np.uint8, (1, 16))
     assert four.scales[0, 5] == 2  # -16 / -8
     assert four.shape == (1, 512)
-    values = np.asarray(dequantised(tiny.on_device(four), jnp.float32))
+    values = np.asarray(floats_of(tiny.on_device(four)))
     assert values[0, 5] == -16 and set(values[0, 5::16] % 2) == {0}
 
 
@@ -81,7 +88,7 @@ def test_int8_has_a_scale_per_output_and_int4_one_per_group_of_inputs_at_equal_d
 def test_every_number_is_the_nearest_multiple_of_its_scale(dtype, inputs):
     original = kernel(5, inputs)
     integers = quantise(original, dtype)
-    values = np.asarray(dequantised(tiny.on_device(integers), jnp.float32))
+    values = np.asarray(floats_of(tiny.on_device(integers)))
     steps = np.abs(np.tile(integers.scales, inputs // integers.scales.shape[1]))
     # The largest code of int4 is 7, so a number near 8 is further away.
     assert np.all(np.abs(values - original) <= steps * (0.5001 if dtype == "int8" else 1.0001))
@@ -93,13 +100,12 @@ def test_every_number_is_the_nearest_multiple_of_its_scale(dtype, inputs):
 @pytest.mark.parametrize("inputs", [16, 576, 1792])
 def test_products_of_any_number_of_rows_equal_those_with_the_dequantised_kernel(dtype, inputs):
     integers = tiny.on_device(quantise(kernel(24, inputs), dtype))
-    exact = np.asarray(dequantised(integers, jnp.float32), np.float64)
+    exact = np.asarray(floats_of(integers), np.float64)
     rows = jnp.asarray(kernel(70, inputs, seed=1))
     for count in (1, 3, 9, 70):
-        products = layers.product(rows[None, :count], integers, jnp.float32)[0]
+        products = product(rows[None, :count], integers)[0]
         np.testing.assert_allclose(products, rows[:count] @ exact.T, atol=2e-5 * inputs**0.5)
-    summed = sum(inputs @ part.T for inputs, part in quantised.factors(rows, integers))  # what accelerators compute
-    np.testing.assert_allclose(summed, rows @ exact.T, atol=2e-5 * inputs**0.5)
+    np.testing.assert_allclose(sum_of_factors(rows, integers), rows @ exact.T, atol=2e-5 * inputs**0.5)
 
 
 @DTYPES
@@ -111,13 +117,14 @@ def test_experts_have_quantised_kernels_too(dtype, platform, monkeypatch):
         name: {"kernel": tiny.on_device(quantise(kernel(*shape, seed=len(name)), dtype))}
         for name, shape in shapes.items()
     }
-    floats = {name: {"kernel": dequantised(kernels["kernel"], jnp.float32)} for name, kernels in stacked.items()}
+    floats = {name: {"kernel": floats_of(kernels["kernel"])} for name, kernels in stacked.items()}
     inputs = jnp.asarray(kernel(2, 3, 16))
     choice = experts.choose(jnp.asarray(kernel(6, 4, seed=2)), config)
     choice = experts.Choice(*(x.reshape(2, 3, 2) for x in choice))
-    expected = experts.mix(config, inputs, choice, floats)
+    mix = lambda kernels: jax.jit(lambda *arrays: experts.mix(config, *arrays))(inputs, choice, kernels)
+    expected = mix(floats)
     monkeypatch.setattr(meshes, "platform", lambda: platform)
-    np.testing.assert_allclose(experts.mix(config, inputs, choice, stacked), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(mix(stacked), expected, rtol=1e-4, atol=1e-4)
 
 
 # --- decoding --------------------------------------------------------------------------------------------------------
@@ -208,6 +215,7 @@ def test_a_gguf_file_is_quantised_again(exported, tmp_path):
     assert_equal(read, quantised_like(decoder.abstract_params(), floats, "int8"))
 
 
+@pytest.mark.slow
 def test_a_quantised_copy_of_the_target_drafts_for_it(exported):
     directory = exported[0]
     target = api.load(directory, param_dtype="float32")
