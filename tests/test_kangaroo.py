@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import test_trainer
 import tiny
-from lossless import COUPLED, EOS, GREEDY, VOCAB, Pair, compare_with_plain, one_block, p_value, row_limits
+from lossless import COUPLED, EOS, GREEDY, VOCAB, Pair, blocks, compare_with_plain, one_block, p_value, row_limits
 
 from specjax import api
 from specjax.decoding import loop
@@ -141,13 +141,9 @@ def expected_counts(confidence, threshold):
 def test_after_every_block_cached_logits_equal_those_of_the_uncached_forward(models):
     target, params, adapter, adapter_params = models
     gamma, threshold, rows = 3, 0.6, np.arange(BATCH)[:, None]
-    plan, limits, adjust = plan_of(models, threshold), tiny.limits(BATCH, MAX_NEW), Sampling.of(threshold=threshold)
-    texts, lengths = tiny.prompts(3, BATCH, SLOTS, VOCAB)
-    state = loop.prefill(plan, params, adapter_params, texts, lengths, row_keys(4, jnp.arange(BATCH)))
-    accepted, drafted = set(), set()
-    while not np.all(np.asarray(state.done)):
-        before = state
-        state, logits, proposal = one_block(plan, params, adapter_params, before, limits, adjust)
+    accepted, drafted, prompts = set(), set(), tiny.prompts(3, BATCH, SLOTS, VOCAB)
+    how = plan_of(models, threshold), params, adapter_params, prompts, MAX_NEW, Sampling.of(threshold=threshold)
+    for before, state, logits, proposal in blocks(*how):
         live, at = ~np.asarray(before.done), np.asarray(before.lengths)[:, None] - 1 + np.arange(gamma + 1)
         text = np.asarray(before.tokens).copy()  # the committed text and the draft
         text[rows, at[:, 1:]] = np.asarray(proposal.tokens)
