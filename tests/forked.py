@@ -16,19 +16,31 @@ _server.set_forkserver_preload(["specjax.reporting.page", *(f"specjax.{name}" fo
 def run(arguments, log, environment):
     """The exit code of `python -m specjax.main` with these arguments, which leaves in `log` what it says.
 
-    The environment is ours and these variables, but what JAX reads of it when it is imported is of the first run.
+    The environment is ours and these variables, but what JAX reads of it when it is imported is of the first run. Small
+    compiled programs are stored too, as in users' runs: each run has hundreds, and another has most of them.
     """
-    process = _server.Process(target=_run, args=(arguments, log, environment))
-    process.start()
+    process = start(arguments, log, environment)
     process.join()
     return process.exitcode
 
 
-def _run(arguments, log, environment):
+def start(arguments, log, environment, folder=ROOT):
+    """The process of such a run in `folder`, which runs on."""
+    process = _server.Process(target=_run, args=(arguments, log, environment, folder))
+    process.start()
+    return process
+
+
+def _run(arguments, log, environment, folder):
+    import jax
+
     from specjax.runtime import cli
 
-    os.chdir(ROOT)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    os.chdir(folder)
     os.environ.update(environment)
+    if "JAX_PLATFORMS" in environment:
+        jax.config.update("jax_platforms", environment["JAX_PLATFORMS"])
     file = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(file, stream.fileno())

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import flags
+import forked
 import numpy as np
 import pytest
 import tiny
@@ -222,23 +223,23 @@ def test_a_checkpoint_of_four_processes_resumes_in_one_on_another_mesh(home, alo
 NARROW = {"data": 1, "fsdp": 2, "tensor": 1}
 
 
-def start(home, *arguments, cwd=ROOT):
-    command = [sys.executable, "-m", "specjax.main", f"--config={home / 'config.py'}", *arguments]
-    environment = {**os.environ, **quick(home), "JAX_PLATFORMS": "cpu"}
-    return subprocess.Popen(command, cwd=cwd, env=environment, stderr=subprocess.PIPE, text=True)
+def start(home, log, *arguments, folder=ROOT):
+    """A process and the file of what it prints; it is forked, as its imports would take longest."""
+    command = [f"--config={home / 'config.py'}", *arguments]
+    return forked.start(command, log, {**quick(home), "JAX_PLATFORMS": "cpu"}, folder), log
 
 
 def endings(started):
     """Exit codes and the last message of each process; all have to end within a minute."""
     result = []
-    for process in started:
-        try:
-            message = process.communicate(timeout=60)[1]
-        except subprocess.TimeoutExpired:
+    for process, log in started:
+        process.join(timeout=60)
+        if process.exitcode is None:
             process.kill()
-            message = "too long: " + process.communicate()[1]
+            process.join()
+        message = log.read_text(errors="replace")
         lines = [line for line in message.splitlines() if line.startswith("error: ")]
-        result.append((process.returncode, lines[-1] if lines else message))
+        result.append((process.exitcode, lines[-1] if lines else message))
     return result
 
 
@@ -250,7 +251,8 @@ def pair(home, port, *arguments):
 @pytest.mark.slow
 def test_processes_started_with_different_configs_are_named(home, tmp_path):
     one, other = pair(home, 20711, f"--workdir={tmp_path / 'w'}")
-    for code, message in endings([start(home, *one), start(home, *other, "--config.draft.seed=7")]):
+    started = [start(home, tmp_path / "0", *one), start(home, tmp_path / "1", *other, "--config.draft.seed=7")]
+    for code, message in endings(started):
         assert code == 2
         assert "process 1 (config.draft.seed: 0 there, 7 here) differ from process 0" in message
     assert not (tmp_path / "w").exists()
@@ -265,7 +267,9 @@ def test_a_workdir_that_the_hosts_do_not_share_is_refused(home, tmp_path):
     hurry = "\nfrom specjax.runtime import processes\nprocesses._VISIBLE_SECONDS = 2\n"
     (tmp_path / "config.py").write_text((home / "config.py").read_text() + hurry)
     arguments = pair(home, 20721, "--workdir=w", f"--config={tmp_path / 'config.py'}")
-    started = [start(home, *each, cwd=folder) for each, folder in zip(arguments, folders, strict=True)]
+    started = [
+        start(home, folder / "log", *each, folder=folder) for each, folder in zip(arguments, folders, strict=True)
+    ]
     for code, message in endings(started):
         assert code == 2
         assert "process 0: " in message and "does not see what process 1 wrote to w" in message
@@ -275,7 +279,8 @@ def test_a_workdir_that_the_hosts_do_not_share_is_refused(home, tmp_path):
 @pytest.mark.slow
 def test_a_workdir_that_cannot_be_written_is_refused_by_all(home, tmp_path):
     (tmp_path / "file").touch()
-    started = [start(home, *each) for each in pair(home, 20731, f"--workdir={tmp_path / 'file' / 'w'}")]
+    arguments = pair(home, 20731, f"--workdir={tmp_path / 'file' / 'w'}")
+    started = [start(home, tmp_path / str(number), *each) for number, each in enumerate(arguments)]
     for code, message in endings(started):
         assert code == 2
         assert "process 0: " in message and "cannot be written" in message
@@ -285,7 +290,7 @@ def test_a_workdir_that_cannot_be_written_is_refused_by_all(home, tmp_path):
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_process_that_finds_no_others_says_what_to_check(home, tmp_path, number):
     given = pair(home, 20741 + number, f"--workdir={tmp_path / 'w'}")[number]
-    [(code, message)] = endings([start(home, *given, "--join_seconds=2")])
+    [(code, message)] = endings([start(home, tmp_path / "log", *given, "--join_seconds=2")])
     assert code == 2
     assert f"process {number} of 2 did not find the others within 2 s" in message
     assert f"process 0 listens at 127.0.0.1:{20741 + number}" in message and "port" in message
