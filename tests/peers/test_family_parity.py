@@ -3,8 +3,10 @@
 import copy
 import dataclasses
 import functools
+import json
 from typing import Any
 
+import flags
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,7 +39,7 @@ NEW_TOKENS = 20
 DRAFTERS = (None, "ngram", "early_exit")
 
 # Compiling is most of the time here, and every config is compiled anew.
-HASTE = {"xla_backend_optimization_level": 0}
+HASTE = {name: json.loads(value) for name, value in (flag[2:].split("=") for flag in flags.QUICK.split())}
 
 
 @dataclasses.dataclass(frozen=True)
