@@ -281,7 +281,9 @@ def _shrink_training(section: ConfigDict) -> None:
     section.data.generation.max_new_tokens = 16
     section.loss.chunk = 16
     section.train.update({"steps": 4, "log_every": 2, "eval_every": 2, "eval_batches": 1, "checkpoint_every": 2})
-    section.optimizer.warmup_steps = 1
+    # One rate for all: it is a constant of the compiled update, which runs of one shape then share.
+    section.optimizer.update({"warmup_steps": 1, "peak_learning_rate": 3e-3})
+    section.optimizer.update({"hold_fraction": 0.0, "final_fraction": 0.05})
     section.speculative_eval.update({"prompts": 2, "gamma": 2, "max_new_tokens": 8})
 
 
@@ -289,4 +291,5 @@ def _shrink_evaluation(section: ConfigDict) -> None:
     section.task.size = 60_000
     section.selection.update({"count": 3, "length_min": 4, "length_max": 8})
     section.max_new_tokens = 12
+    section.temperatures = section.temperatures[:1]
     section.measure_parts = False

@@ -61,5 +61,6 @@ def get_config(variant: str = "") -> ConfigDict:
         common.smoke(config)
         config.target.model.layers = 2
         config.distilled.speculative_eval.every = 2
+        config.evaluation.temperatures = (0.0, 1.0)
         config.evaluation.drafters.distilled.rules.lossless = (2,)
     return config

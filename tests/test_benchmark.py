@@ -28,25 +28,10 @@ def smoke():
     return configs.load(f"{CONFIG}:smoke")
 
 
-@pytest.mark.slow
-@pytest.mark.standard_promotion
-def test_a_run_leaves_a_row_for_every_setting(tmp_path, capsys):
-    config = smoke()
-    results = benchmark.run(config, tmp_path)
-    of = lambda name: [row for row in results["rows"] if row["benchmark"] == name]
-    assert {row["benchmark"] for row in results["rows"]} == set(config.tables)
-    assert [row["model"] for row in of("plain_decoding")] == list(config.plain.models)
-    assert [row["gamma"] for row in of("verification")] == list(config.verification.gammas)
-    settings = [(row["batch_size"], row["gamma"]) for row in of("blocks")]
-    assert settings == [(b, g) for b in config.blocks.batch_sizes for g in config.blocks.gammas]
-    assert len(of("context")) == len(config.context.contexts) + len(config.context.capacities)
-    assert all(value > 0 for row in results["rows"] for key, value in row.items() if "second" in key)
-    assert "verification" in capsys.readouterr().out
-
-
 def accelerator(folder: Path, **settings: str) -> subprocess.CompletedProcess:
     """The script's smoke run with these settings."""
     settings |= {"PYTHON": sys.executable, "SMOKE": "1", "XLA_FLAGS": flags.QUICK}
+    settings["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     script = CONFIG.parents[2] / "launch" / "accelerator.sh"
     return subprocess.run([script, folder], env=os.environ | settings, capture_output=True, text=True, check=False)
 
@@ -61,7 +46,8 @@ def test_the_accelerators_script_leaves_out_parts_for_which_no_time_is_left(tmp_
 
 @pytest.mark.slow
 def test_the_accelerators_script_leaves_a_record_of_every_part(tmp_path):
-    parts = ["bandwidth", "large_plain", "large_speculative", "on_policy_step", "greedy_identity", "profile"]
+    """Of two parts; tests/test_smoke.py runs all tables of the script in one process."""
+    parts = ["bandwidth", "greedy_identity"]
     run = accelerator(tmp_path, SCALE="5", PARTS=" ".join(parts))
     assert run.returncode == 0, run.stdout + run.stderr
     assert [line.split(":")[0] for line in run.stdout.splitlines()] == parts

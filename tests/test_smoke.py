@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from specjax import api, main
 from specjax.hub.tokenizer import train_byte_bpe
+from specjax.reporting import tables
 from specjax.runtime import cli
 from specjax.runtime import config as configs
 
@@ -121,6 +122,21 @@ def arguments(config, workdir, *overrides):
     return [f"--config={config}", f"--workdir={workdir}", *overrides]
 
 
+def check_rows(config, rows):
+    """A benchmark has a row for every setting of every table."""
+    of = lambda name: [row for row in rows if row["benchmark"] == name]
+    assert {row["benchmark"] for row in rows} == set(config.tables)
+    if "plain_decoding" in config.tables:
+        assert all(value > 0 for row in rows for key, value in row.items() if "second" in key)
+        assert [row["model"] for row in of("plain_decoding")] == list(config.plain.models)
+        assert [row["gamma"] for row in of("verification")] == list(config.verification.gammas)
+        settings = [(row["batch_size"], row["gamma"]) for row in of("blocks")]
+        assert settings == [(b, g) for b in config.blocks.batch_sizes for g in config.blocks.gammas]
+        assert len(of("context")) == len(config.context.contexts) + len(config.context.capacities)
+    for row in of("greedy_identity"):
+        assert row["equal"] == row["of"]
+
+
 def sections(config, workdir):
     """(section, its folder) of each stage, or of the config where it has no stages."""
     return [(config[name], workdir / name) for name in config.stages] if "stages" in config else [(config, workdir)]
@@ -151,6 +167,9 @@ def test_a_smoke_run_leaves_its_results_is_skipped_when_finished_and_keeps_its_c
         left[folder / "results.json"] = (folder / "results.json").read_bytes()
         if "binary" in section and section.binary == "evaluate":
             assert (folder / "report.html").stat().st_size > 0
+    if config.get("binary") == "configs.benchmark.measure":
+        check_rows(config, json.loads((workdir / "results.json").read_text())["rows"])
+        assert all(tables.heading(name) in first for name in config.tables)
     if sections(config, workdir)[-1][0].binary == "evaluate":
         assert (workdir / "report.html").stat().st_size > 0
 

@@ -61,7 +61,7 @@ def get_config(variant: str = "") -> ConfigDict:
         for name, section in _seed(base, seed, smoke):
             config[name] = section
             stages.append(name)
-    for name, section in () if encoder_decoder else (*_little_data(base, seeds), *_transfer(base, seeds, smoke)):
+    for name, section in () if encoder_decoder else (*_little_data(base, seeds, smoke), *_transfer(base, seeds, smoke)):
         config[name] = section
         stages.append(name)
     config.stages = tuple(stages)
@@ -70,7 +70,10 @@ def get_config(variant: str = "") -> ConfigDict:
 
 
 def _seed(base: ConfigDict, seed: int, smoke: bool):
-    """Yields the stages of one seed in order, as (name, section); a smoke run has one divergence for two texts."""
+    """Yields the stages of one seed in order, as (name, section).
+
+    A smoke run has one divergence for two texts, and one control.
+    """
     yield f"supervised_{seed}", _seeded(base.supervised, seed)
     text = _text(base, seed)
     yield f"target_text_{seed}", text
@@ -86,21 +89,21 @@ def _seed(base: ConfigDict, seed: int, smoke: bool):
         names.append(f"draft_{divergence}_{seed}")
         yield names[-1], _distilled(base, seed, "draft", divergence)
     clock = f"workdir:draft_forward_kl_{seed}"
-    for name, section in {
-        "plain_steps": _plain(base, seed, ""),
-        "plain_clock": _plain(base, seed, clock),
-        "target_forward_kl_clock": _distilled(base, seed, "target", "forward_kl", clock),
-    }.items():
+    controls = {"plain_clock": _plain(base, seed, clock)}
+    if not smoke:
+        controls = {"plain_steps": _plain(base, seed, ""), **controls}
+        controls["target_forward_kl_clock"] = _distilled(base, seed, "target", "forward_kl", clock)
+    for name, section in controls.items():
         names.append(f"{name}_{seed}")
         yield names[-1], section
     yield f"evaluation_controls_{seed}", _evaluation(base, seed, names)
 
 
-def _little_data(base: ConfigDict, seeds: int):
+def _little_data(base: ConfigDict, seeds: int, smoke: bool):
     """The same from LITTLE bytes: is the corpus as good as any text only because there is so much of it?"""
     for seed in range(seeds):
         names = []
-        for source in ("fixed", "draft"):
+        for source in ("fixed", "draft")[: 1 if smoke else 2]:
             section = _distilled(base, seed, source, "forward_kl")
             section.task.size = LITTLE
             names.append(f"little_{source}_forward_kl_{seed}")
@@ -116,7 +119,8 @@ def _transfer(base: ConfigDict, seeds: int, smoke: bool):
     large.model.update({"kv_heads": 2 * large.model.kv_heads, "mlp_width": 2 * large.model.mlp_width})
     yield "large_target", large
     for seed in range(seeds):
-        names = [f"{name}_{seed}" for name in (TRANSFERRED[:2] if smoke else TRANSFERRED)]
+        drafts = ("supervised", "fixed_forward_kl") if smoke else TRANSFERRED
+        names = [f"{name}_{seed}" for name in drafts]
         for task, (name, size) in list(OTHER_TASKS.items())[-1 if smoke else 0 :]:
             section = _evaluation(base, seed, names)
             section.task.update({"name": name, "size": size})

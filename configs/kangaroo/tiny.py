@@ -77,7 +77,7 @@ def _evaluation(variant: str) -> ConfigDict:
 
 def _batches(variant: str) -> ConfigDict:
     """Each row of a batch stops by itself; the block ends when all have stopped."""
-    gamma = 3 if variant else 4
+    gamma = 2 if variant else 4
     drafters = {"adapter_20": parts.kangaroo("stage:adapter", (gamma,), 0.2)}
     drafters["adapter_fixed"] = parts.kangaroo("stage:adapter", (gamma,), 0.0)
     section = parts.evaluation(variant, "stage:target", drafters)
