@@ -85,14 +85,8 @@ def _calibration_texts(config: Any, tokenizer: Tokenizer) -> list[tuple[np.ndarr
         stored = cached_text.load(calibration.text)
         rows = [stored.batch(config.seed, step, calibration.batch_size) for step in range(calibration.batches)]
     else:
-        endless = batches.training_batches(
-            tasks.load_task(config.task),
-            tokenizer,
-            batch_size=calibration.batch_size,
-            sequence_length=calibration.sequence_length,
-            prompt_length=(1, 1),
-            seed=config.seed,
-        )
+        layout = batches.RowLayout(calibration.batch_size, calibration.sequence_length, (1, 1), config.seed)
+        endless = batches.training_batches(tasks.load_task(config.task), tokenizer, layout)
         rows = list(itertools.islice(endless, calibration.batches))
     return [(row["tokens"], row["lengths"]) for row in rows]
 

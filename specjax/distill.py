@@ -7,6 +7,7 @@ on text of the corpus, of the draft, of the target, and of both decoding togethe
 fractions to those of a paper.
 """
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -136,49 +137,121 @@ def _tokenizer(config: Any, task: tasks.Task) -> Tokenizer:
     return train_byte_bpe(texts, config.vocab_size)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Models:
+    """Loads the models of a training stage onto its mesh, or makes new ones."""
+
+    config: Any
+    tokenizer: Tokenizer
+    mesh: jax.sharding.Mesh
+    target: LanguageModel | None = None
+    target_params: Params | None = None
+
+    def with_target(self) -> "_Models":
+        config = self.config
+        if not config.target:
+            return self
+        loaded = self.load(config.target, param_dtype=config.target_param_dtype or config.model.param_dtype)
+        return dataclasses.replace(self, target=loaded.decoder, target_params=loaded.params)
+
+    def draft(self) -> tuple[LanguageModel, Params]:
+        """The model or attachment to train, with its parameters at step 0, which are loaded from an export or new."""
+        config, model, init = self.config, self.config.model, self.config.model.init
+        if hub_adapter.holds_one(init):
+            return self.trained_draft(init)
+        ids = draft_vocabulary(model.vocabulary)
+        ids = ids and ids.including(self.tokenizer.stop_ids)
+        if is_attachment(init):
+            draft = new_attached_draft(config, self.target, ids)
+            start = lambda key, target_params: draft.attachment.init_on(key, self.target, target_params)
+        elif init == RANDOM:
+            new = random_model(model, self.tokenizer.vocab_size, self.tokenizer.pad_id)
+            draft = trained_for_blocks(config, new.reduced(ids))
+            start = lambda key, _: draft.init(key)
+        else:
+            loaded = hub_model.reduced(hub_model.Model(*self.trained_draft(init), self.tokenizer), ids)
+            return trained_for_blocks(config, loaded.decoder), loaded.params
+        shardings = draft.shardings(self.mesh, replicate=model.replicate)
+        return draft, jax.jit(start, out_shardings=shardings)(jax.random.key(config.seed), self.target_params)
+
+    def trained_draft(self, path: str) -> tuple[LanguageModel, Params]:
+        """Loads a model, or an attachment of the target, with its parameters."""
+        model = self.config.model
+        if not hub_adapter.holds_one(path):
+            loaded = self.load(path, param_dtype=model.param_dtype, replicate=model.replicate)
+            return loaded.decoder, loaded.params
+        after = self.config.eagle3.states_after if "eagle3" in self.config else ()
+        shardings = lambda network: network.shardings(self.mesh, replicate=model.replicate)
+        target = _required(self.target, path), self.target_params
+        loaded = hub_adapter.load(path, *target, states_after=after, shardings=shardings)
+        loaded.check(hub_adapter.fingerprint(*target))
+        return AttachedDraft.of(loaded.network), loaded.params
+
+    def load(self, directory: str, *, param_dtype: str, replicate: bool = False) -> hub_model.Model:
+        """Loads an export.
+
+        Raises:
+          UserError: if its ids mean other tokens than those of `tokenizer`, or its own tokenizer has more ids than it.
+        """
+        own = Tokenizer.load(directory)
+        try:
+            check_same_tokens(self.tokenizer, own)
+        except UserError as error:
+            ids = str(error).partition("(")[2].rstrip(")")
+            raise UserError(
+                f"the model in {directory} has another tokenizer than the one used here ({ids}); set tokenizer.path to "
+                f"{directory}"
+            ) from None
+        dtypes_of = {"param_dtype": param_dtype, "compute_dtype": self.config.model.compute_dtype}
+        vocab_size = hub_load.describe(directory, **dtypes_of).vocab_size
+        if vocab_size < own.vocab_size:
+            raise UserError(
+                f"the tokenizer has {own.vocab_size} ids and the model in {directory} only {vocab_size}; "
+                "take the tokenizer that the model was trained with"
+            )
+        return hub_model.load(directory, mesh=self.mesh, replicate=replicate, **dtypes_of)
+
+    def target_text(self) -> cached_text.CachedText:
+        """Loads the text in `data.target_path`; checks that it comes from this target, task and generation settings."""
+        task, data = self.config.task, self.config.data
+        if self.target is None:
+            raise UserError(
+                'data.target_path names text of a target, and there is none: set `target`, or the path to ""'
+            )
+        text = cached_text.load(data.target_path)
+        fingerprints = hub_adapter.fingerprint(self.target, self.target_params), self.tokenizer.fingerprint()
+        text.check(cached_text.provenance(*fingerprints, task, data))
+        return text
+
+
 def _inputs(config: Any, task: tasks.Task, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> TrainingInputs:
     data = config.data
-    target, target_params = None, None
-    if config.target:
-        dtype = config.target_param_dtype or config.model.param_dtype
-        loaded = _load(config.target, config.model, tokenizer, mesh, param_dtype=dtype)
-        target, target_params = loaded.decoder, loaded.params
-    draft, params = _draft(config, tokenizer, target, target_params, mesh)
+    models = _Models(config, tokenizer, mesh).with_target()
+    target, (draft, params) = models.target, models.draft()
     draft = draft.with_remat(config.model.remat)
     reference, reference_params = None, None
     if config.loss.reference:
-        reference, reference_params = _trained_draft(
-            config.loss.reference, config, tokenizer, target, target_params, mesh
-        )
+        reference, reference_params = models.trained_draft(config.loss.reference)
         reference = trained_for_blocks(config, reference)
     if target is not None and target.is_encoder_decoder != draft.is_encoder_decoder:
         raise UserError(
             f"either the target in {config.target} or the model to train is an encoder-decoder, but not both; "
             "take two of a kind"
         )
-    layout = dict(
-        batch_size=data.batch_size,
-        sequence_length=data.sequence_length,
-        seed=config.seed,
-        start_token=draft.config.start_token if draft.is_encoder_decoder else None,
-        prompt_length=(data.prompt_length_min, data.prompt_length_max),
-        chat=data.chat,
-    )
+    layout = batches.RowLayout.of_config(data, seed=config.seed, model=draft)
     process_rows = meshes.own_rows(mesh, data.batch_size) if jax.process_count() > 1 else None
-    text = _target_text(config, target, target_params, tokenizer) if data.target_path else None
+    text = models.target_text() if data.target_path else None
     if text is not None and not task.is_language_modelling and not any(each.completion for each in task.validation):
         # Without completions in the data, stored answers of the target are what to validate on.
-        text, validation = text.held_out(config.train.eval_batches, data.batch_size, tuple(text.states))
+        text, validation = text.held_out(config.train.eval_batches, data.batch_size)
     else:
-        validation = batches.validation_batches(task, tokenizer, count=config.train.eval_batches, **layout)
+        validation = batches.validation_batches(task, tokenizer, layout, count=config.train.eval_batches)
     return TrainingInputs(
         draft=draft,
         params=params,
         target=target,
-        target_params=target_params,
-        batches=batches.training_batches(
-            task, tokenizer, own_rows=process_rows, prompts_alone=data.fixed == 0, **layout
-        ),
+        target_params=models.target_params,
+        batches=batches.training_batches(task, tokenizer, layout, own_rows=process_rows, prompts_alone=data.fixed == 0),
         validation=validation,
         eos_ids=tokenizer.stop_ids,
         longest_prompt=data.prompt_length_max if task.is_language_modelling else data.sequence_length - 1,
@@ -187,63 +260,6 @@ def _inputs(config: Any, task: tasks.Task, tokenizer: Tokenizer, mesh: jax.shard
         reference=reference,
         reference_params=reference_params,
     )
-
-
-def _target_text(config: Any, target: LanguageModel | None, params: Params | None, tokenizer: Tokenizer):
-    """Loads the text in `data.target_path`; checks that it comes from this target, task and generation settings."""
-    if target is None:
-        raise UserError('data.target_path names text of a target, and there is none: set `target`, or the path to ""')
-    text = cached_text.load(config.data.target_path)
-    fingerprints = hub_adapter.fingerprint(target, params), tokenizer.fingerprint()
-    text.check(cached_text.provenance(*fingerprints, config.task, config.data))
-    return text
-
-
-def _draft(
-    config: Any,
-    tokenizer: Tokenizer,
-    target: LanguageModel | None,
-    target_params: Params | None,
-    mesh: jax.sharding.Mesh,
-) -> tuple[LanguageModel, Params]:
-    """The model or attachment to train, with its parameters at step 0, which are loaded from an export or new."""
-    model, init = config.model, config.model.init
-    if hub_adapter.holds_one(init):
-        return _trained_draft(init, config, tokenizer, target, target_params, mesh)
-    ids = draft_vocabulary(model.vocabulary)
-    ids = ids and ids.including(tokenizer.stop_ids)
-    if is_attachment(init):
-        draft = new_attached_draft(config, target, ids)
-        start = lambda key, target_params: draft.attachment.init_on(key, target, target_params)
-    elif init == RANDOM:
-        draft = trained_for_blocks(config, random_model(model, tokenizer.vocab_size, tokenizer.pad_id).reduced(ids))
-        start = lambda key, _: draft.init(key)
-    else:
-        decoder, params = _trained_draft(init, config, tokenizer, target, target_params, mesh)
-        loaded = hub_model.reduced(hub_model.Model(decoder, params, tokenizer), ids)
-        return trained_for_blocks(config, loaded.decoder), loaded.params
-    shardings = draft.shardings(mesh, replicate=model.replicate)
-    return draft, jax.jit(start, out_shardings=shardings)(jax.random.key(config.seed), target_params)
-
-
-def _trained_draft(
-    path: str,
-    config: Any,
-    tokenizer: Tokenizer,
-    target: LanguageModel | None,
-    target_params: Params | None,
-    mesh: jax.sharding.Mesh,
-) -> tuple[LanguageModel, Params]:
-    """Loads a model, or an attachment of the target, with its parameters."""
-    model = config.model
-    if not hub_adapter.holds_one(path):
-        loaded = _load(path, model, tokenizer, mesh, param_dtype=model.param_dtype, replicate=model.replicate)
-        return loaded.decoder, loaded.params
-    after = config.eagle3.states_after if "eagle3" in config else ()
-    shardings = lambda network: network.shardings(mesh, replicate=model.replicate)
-    loaded = hub_adapter.load(path, _required(target, path), target_params, states_after=after, shardings=shardings)
-    loaded.check(hub_adapter.fingerprint(target, target_params))
-    return AttachedDraft.of(loaded.network), loaded.params
 
 
 def trained_for_blocks(config: Any, draft: LanguageModel) -> LanguageModel:
@@ -293,39 +309,6 @@ def random_model(model: Any, vocab_size: int, pad_id: int) -> LanguageModel:
         return EncoderDecoder(shape)
     except ValueError as error:
         raise UserError(f"config.model: {error}") from None
-
-
-def _load(
-    directory: str,
-    model: Any,
-    tokenizer: Tokenizer,
-    mesh: jax.sharding.Mesh,
-    *,
-    param_dtype: str,
-    replicate: bool = False,
-) -> hub_model.Model:
-    """Loads an export onto the mesh.
-
-    Raises:
-      UserError: if its ids mean other tokens than those of `tokenizer`, or its own tokenizer has more ids than it.
-    """
-    own = Tokenizer.load(directory)
-    try:
-        check_same_tokens(tokenizer, own)
-    except UserError as error:
-        ids = str(error).partition("(")[2].rstrip(")")
-        raise UserError(
-            f"the model in {directory} has another tokenizer than the one used here ({ids}); set tokenizer.path to "
-            f"{directory}"
-        ) from None
-    dtypes_of = {"param_dtype": param_dtype, "compute_dtype": model.compute_dtype}
-    vocab_size = hub_load.describe(directory, **dtypes_of).vocab_size
-    if vocab_size < own.vocab_size:
-        raise UserError(
-            f"the tokenizer has {own.vocab_size} ids and the model in {directory} only {vocab_size}; "
-            "take the tokenizer that the model was trained with"
-        )
-    return hub_model.load(directory, mesh=mesh, replicate=replicate, **dtypes_of)
 
 
 if __name__ == "__main__":

@@ -264,18 +264,9 @@ class _Writer:
 
 def _prompts(config: Any, task: tasks.Task, target: hub_model.Model) -> list[list[int]]:
     """The prompts of the first `count` training rows, in the order in which training with this seed visits them."""
-    data, decoder = config.data, target.decoder
-    rows = batches.training_batches(
-        task,
-        target.tokenizer,
-        batch_size=data.batch_size,
-        sequence_length=data.sequence_length,
-        prompt_length=(data.prompt_length_min, data.prompt_length_max),
-        chat=data.chat,
-        prompts_alone=True,
-        seed=config.seed,
-        start_token=decoder.config.start_token if decoder.is_encoder_decoder else None,
-    )
+    decoder = target.decoder
+    layout = batches.RowLayout.of_config(config.data, seed=config.seed, model=decoder)
+    rows = batches.training_batches(task, target.tokenizer, layout, prompts_alone=True)
     prompts: list[list[int]] = []
     while len(prompts) < config.count:
         part = next(rows)

@@ -15,7 +15,7 @@ from helpers import write_jsonl
 from ml_collections import ConfigDict
 
 from specjax.data import corpora, word_problems
-from specjax.data.batches import evaluation_prompts, training_batches, validation_batches
+from specjax.data.batches import RowLayout, evaluation_prompts, training_batches, validation_batches
 from specjax.data.quality import final_number
 from specjax.data.tasks import Example, Task, load_task, quality
 from specjax.hub.tokenizer import train_byte_bpe
@@ -39,14 +39,14 @@ def config(name, path="", seed=0, size=0):
     return ConfigDict({"name": name, "path": str(path), "seed": seed, "size": size})
 
 
-def batches(task, tokenizer, **changed):
+def batches(task, tokenizer, own_rows=None, **changed):
     settings = dict(batch_size=4, sequence_length=32, prompt_length=(3, 9), seed=0)
-    return training_batches(task, tokenizer, **{**settings, **changed})
+    return training_batches(task, tokenizer, RowLayout(**{**settings, **changed}), own_rows=own_rows)
 
 
-def loss_batches(task, tokenizer, **changed):
+def loss_batches(task, tokenizer, count, **changed):
     settings = dict(batch_size=2, sequence_length=16, prompt_length=(3, 9), seed=0)
-    return validation_batches(task, tokenizer, **{**settings, **changed})
+    return validation_batches(task, tokenizer, RowLayout(**{**settings, **changed}), count=count)
 
 
 def assert_same(left, right):

@@ -137,8 +137,6 @@ class ReducedTable(Table):
     def vocabulary(self):
         return draft_vocabulary([0, 2, 3, 6])
 
-    column_logits = Table.head
-
 
 TOKENS = jnp.asarray([[0, 2, 4, 6, 3, 1], [3, 3, 5, 0, 0, 0]], jnp.int32)
 BATCH = {"tokens": TOKENS, "lengths": jnp.asarray([6, 3]), "loss_start": jnp.asarray([1, 2])}

@@ -48,8 +48,10 @@ def test_the_tie_bound_fits_the_dtype_and_the_spread_of_the_logits(dtype):
         ("float16", "tpu", None, 10),
     ],
 )
-def test_rounding_is_that_of_the_products_inputs(dtype, platform, precision, bits):
-    assert dtypes.rounding(dtype, platform, precision) == 2.0**-bits
+def test_rounding_is_that_of_the_products_inputs(monkeypatch, dtype, platform, precision, bits):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    with jax.default_matmul_precision(precision):
+        assert dtypes.rounding(dtype) == 2.0**-bits
 
 
 def test_a_token_far_from_the_best_is_no_tie_in_any_dtype():

@@ -2,6 +2,7 @@
 
 import bz2
 import csv
+import dataclasses
 import gzip
 import json
 import lzma
@@ -13,7 +14,7 @@ from ml_collections import ConfigDict
 
 from configs import common
 from specjax import distill
-from specjax.data.batches import evaluation_prompts, training_batches, validation_batches
+from specjax.data.batches import RowLayout, evaluation_prompts, training_batches, validation_batches
 from specjax.data.files import read
 from specjax.data.layouts import Example
 from specjax.data.spec_bench import read_questions
@@ -363,12 +364,12 @@ def tokenizers(tmp_path_factory):
     return plain, Tokenizer.load(directory)
 
 
-SIZES = dict(batch_size=1, sequence_length=200, prompt_length=(1, 9), seed=0)
+LAYOUT = RowLayout(batch_size=1, sequence_length=200, prompt_length=(1, 9), seed=0)
 
 
 def row_of(task, tokenizer, **how):
     """The prompt and the text that the loss includes of the first training row, with special tokens visible."""
-    batch = next(training_batches(task, tokenizer, **SIZES, **how))
+    batch = next(training_batches(task, tokenizer, dataclasses.replace(LAYOUT, **how)))
     ids, start, end = batch["tokens"][0].tolist(), int(batch["loss_start"][0]), int(batch["lengths"][0])
     pieces = ["<end>" if token in tokenizer.eos_ids else tokenizer.decode([token]) for token in ids[:end]]
     return "".join(pieces[:start]), "".join(pieces[start:])
@@ -387,7 +388,7 @@ def test_conversations_are_trained_in_the_chat_template_and_end_with_the_turns_e
     assert row_of(task_of(first), template) == ("<|user|>What is 1?<end>\n<|assistant|>", "It is 1.<end>")
     assert row_of(task_of(second), template)[0].startswith('[tools][{"type": "function"')
     assert row_of(task_of(first), plain) == ("What is 1?", "\n\nIt is 1.<end>")
-    ids = next(training_batches(task_of(first), template, **SIZES))["tokens"][0].tolist()
+    ids = next(training_batches(task_of(first), template, LAYOUT))["tokens"][0].tolist()
     assert 5 not in ids and template.end_id == plain.eos_ids[0] != template.eos_ids[0]
     (prompt,) = evaluation_prompts(task_of(first), template, count=1, prompt_length=(1, 99), seed=0)
     assert list(prompt.tokens) == template.apply_chat(first.messages)
@@ -398,7 +399,7 @@ def test_a_text_that_has_the_begin_token_gets_no_second_one(tmp_path):
     tokenizer = Tokenizer.load(tmp_path)
     for prompt in ("<s>[INST] hi [/INST]", "[INST] hi [/INST]"):
         for chosen in (dict(prompts_alone=True), {}):
-            batch = next(training_batches(task_of(Example(prompt, " yes")), tokenizer, **SIZES, **chosen))
+            batch = next(training_batches(task_of(Example(prompt, " yes")), tokenizer, LAYOUT, **chosen))
             assert batch["tokens"][0].tolist().count(tokenizer.bos_id) == 1
 
 
@@ -420,16 +421,17 @@ def test_prompts_alone_are_enough_where_models_write_the_text(tokenizers, monkey
     monkeypatch.setattr(absl_logging, "warning", lambda message, *values: logged.append(message % values))
     plain, template = tokenizers
     bare, pair = Example("What is 1?", ""), Example("What is 2?", " 2.")
-    batch = next(training_batches(task_of(bare), plain, **SIZES, prompts_alone=True))
+    batch = next(training_batches(task_of(bare), plain, LAYOUT, prompts_alone=True))
     assert batch["lengths"] == batch["prompt_lengths"] == len(plain.encode(bare.prompt))
-    chatting = next(training_batches(task_of(bare), template, **SIZES, prompts_alone=True, chat=True))
+    in_chat = dataclasses.replace(LAYOUT, chat=True)
+    chatting = next(training_batches(task_of(bare), template, in_chat, prompts_alone=True))
     assert int(chatting["lengths"][0]) == len(template.apply_chat([{"role": "user", "content": bare.prompt}]))
-    (held_out,) = validation_batches(task_of(bare), plain, **SIZES, count=1)
+    (held_out,) = validation_batches(task_of(bare), plain, LAYOUT, count=1)
     assert held_out["loss_start"] == 1 and held_out["lengths"] == batch["lengths"]
     with pytest.raises(UserError, match='"mine" has no completions, only prompts; set data.fixed to 0'):
-        training_batches(task_of(bare), plain, **SIZES)
+        training_batches(task_of(bare), plain, LAYOUT)
     with pytest.raises(UserError, match='"mine" has no completions to validate an encoder-decoder on'):
-        validation_batches(task_of(bare), plain, **SIZES, count=1, start_token=0)
+        validation_batches(task_of(bare), plain, dataclasses.replace(LAYOUT, start_token=0), count=1)
     assert row_of(task_of(bare, pair), plain) == ("What is 2?", " 2.<end>")
     assert logged == ["mine: 1 of 2 examples dropped, they have no completion"]
 

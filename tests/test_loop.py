@@ -232,7 +232,7 @@ class Counter(Decoder):
     def extend(self, params, cache, inputs, positions, mask=None, *, layers=None):
         return inputs[..., None].astype(jnp.float32), cache
 
-    def head(self, params, hidden):
+    def column_logits(self, params, hidden):
         return jax.nn.one_hot(hidden[..., 0].astype(jnp.int32) + 1, self.vocab_size)
 
 
@@ -347,7 +347,7 @@ def test_ngram_copies_what_followed_the_longest_then_latest_match(models, shorte
 class Cycle(Counter):
     """A target whose text repeats with a period of 3."""
 
-    def head(self, params, hidden):
+    def column_logits(self, params, hidden):
         return jax.nn.one_hot((hidden[..., 0].astype(jnp.int32) + 1) % 3, self.vocab_size)
 
 

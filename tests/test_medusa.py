@@ -141,9 +141,8 @@ def further(init, target, params):
         "medusa": {"heads": 2, "own_head": True},
         "seed": 0,
     }
-    return distill._draft(
-        ConfigDict(sections), Tokenizer.__new__(Tokenizer), target, params, meshes.make_mesh(ConfigDict(ONE_DEVICE))
-    )
+    mesh = meshes.make_mesh(ConfigDict(ONE_DEVICE))
+    return distill._Models(ConfigDict(sections), Tokenizer.__new__(Tokenizer), mesh, target, params).draft()
 
 
 ONE_DEVICE = {"data": 1, "fsdp": 1, "tensor": 1}

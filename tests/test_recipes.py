@@ -259,14 +259,14 @@ def test_rows_of_a_batch_have_similar_lengths_and_no_needless_columns():
 
 def test_held_out_rows_are_not_trained_on(with_states):
     text, last = with_states
-    rest, (batch,) = text.held_out(1, 2, (last,))
+    rest, (batch,) = text.held_out(1, 2)
     assert len(rest) == len(text) - 2 == len(rest.states[last])
     held = {row.tobytes() for row in text.rows["tokens"][-2:]}
     assert {row.tobytes() for row in batch["tokens"]} == held
     assert batch[cached_text.states_name(last)].shape[:2] == batch["tokens"].shape
     assert not held & {row.tobytes() for step in range(3) for row in rest.batch(0, step, 1)["tokens"]}
     with pytest.raises(UserError, match="has 5 rows, of which .* \\(4\\) are for validation; lower train.eval_batches"):
-        text.held_out(2, 2, ())
+        text.held_out(2, 2)
 
 
 def test_text_of_another_tokenizer_is_refused(written):

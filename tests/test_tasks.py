@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from specjax import api, evaluate
 from specjax.data import corpora
 from specjax.data import quality as qualities
-from specjax.data.batches import evaluation_prompts, training_batches, validation_batches
+from specjax.data.batches import RowLayout, evaluation_prompts, training_batches, validation_batches
 from specjax.data.docstrings import stdlib_docstrings
 from specjax.data.tasks import Example, Task, load_task, quality
 from specjax.hub.tokenizer import Tokenizer, train_byte_bpe
@@ -365,7 +365,7 @@ def test_a_text_to_summarise_is_cut_at_its_end_so_that_the_summary_fits(tokenize
     lines = []
     monkeypatch.setattr(absl_logging, "info", lambda message, *values: lines.append(message % values))
     task = Task("long", LONG, LONG, "rouge", cuts_prompts=True)
-    batch = next(training_batches(task, tokenizer, batch_size=3, sequence_length=64, prompt_length=(1, 9), seed=0))
+    batch = next(training_batches(task, tokenizer, RowLayout(3, 64, (1, 9), seed=0)))
     for tokens, length, start in zip(batch["tokens"], batch["lengths"], batch["loss_start"], strict=True):
         prompt, completion = (tokenizer.decode(part.tolist()) for part in (tokens[:start], tokens[start:length]))
         example = LONG[int(prompt.split()[1])]
@@ -373,7 +373,7 @@ def test_a_text_to_summarise_is_cut_at_its_end_so_that_the_summary_fits(tokenize
         assert example.prompt.startswith(prompt) and completion == example.completion
     assert lines == ["long: 3 of 3 prompts were cut at their end to fit rows of 64 tokens"]
     # No more than half a row is left to a completion.
-    batch = next(training_batches(task, tokenizer, batch_size=3, sequence_length=8, prompt_length=(1, 9), seed=0))
+    batch = next(training_batches(task, tokenizer, RowLayout(3, 8, (1, 9), seed=0)))
     assert batch["loss_start"].tolist() == [4, 4, 4]
     prompts = evaluation_prompts(task, tokenizer, count=3, prompt_length=(1, 32), seed=0)
     for prompt, example in zip(prompts, LONG, strict=True):
@@ -397,9 +397,8 @@ def test_a_cut_prompt_keeps_the_end_that_its_model_expects(tmp_path):
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_data_set_makes_rows_for_both_kinds_of_model(prepared, tokenizer, name):
     task = load_task(config(name, prepared))
-    settings = dict(batch_size=2, sequence_length=48, prompt_length=(3, 9), seed=0)
-    alone = next(training_batches(task, tokenizer, **settings))
-    separate = next(training_batches(task, tokenizer, start_token=0, **settings))
+    layouts = RowLayout(2, 48, (3, 9), seed=0), RowLayout(2, 48, (3, 9), seed=0, start_token=0)
+    alone, separate = (next(training_batches(task, tokenizer, layout)) for layout in layouts)
     for row in range(2):
         tokens, prompt = alone["tokens"][row, : alone["lengths"][row]], alone["prompt_lengths"][row]
         np.testing.assert_array_equal(separate["sources"][row, :prompt], tokens[:prompt])
@@ -408,8 +407,8 @@ def test_every_data_set_makes_rows_for_both_kinds_of_model(prepared, tokenizer, 
 
 def test_validation_rows_of_language_modelling_give_an_encoder_prompts_as_training_does(prepared, tokenizer):
     task = load_task(config("lm1b", prepared))
-    settings = dict(batch_size=4, sequence_length=16, prompt_length=(3, 9), count=4, seed=0)
-    separate, alone = (validation_batches(task, tokenizer, start_token=token, **settings) for token in (0, None))
+    layouts = [RowLayout(4, 16, (3, 9), seed=0, start_token=token) for token in (0, None)]
+    separate, alone = (validation_batches(task, tokenizer, layout, count=4) for layout in layouts)
     lengths = {int(length) for batch in separate for length in batch["prompt_lengths"]}
     assert lengths <= set(range(3, 10)) and len(lengths) > 2
     assert all((batch["prompt_lengths"] == 1).all() for batch in alone)

@@ -108,7 +108,7 @@ class Table(LanguageModel):
     def extend(self, params, cache, tokens, positions):
         return params["table"][tokens], cache
 
-    def head(self, params, hidden):
+    def column_logits(self, params, hidden):
         return hidden
 
 

@@ -18,7 +18,7 @@ In a run of several processes, each process can make only the rows of a training
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from absl import logging
@@ -27,6 +27,7 @@ from specjax.data.layouts import Message
 from specjax.data.stream import Batch, Batches, Rows
 from specjax.data.tasks import Example, Task
 from specjax.hub.tokenizer import Tokenizer
+from specjax.models.language_model import LanguageModel
 from specjax.runtime import checks
 from specjax.runtime.errors import UserError, prefixed
 
@@ -58,17 +59,99 @@ class Prompt:
     category: str
 
 
+@dataclass(frozen=True)
+class RowLayout:
+    """How the examples of a split become rows, see `training_batches`.
+
+    Attributes:
+      batch_size: number of rows of a batch.
+      sequence_length: maximum number of tokens of a row.
+      prompt_length: minimum and maximum number of prompt tokens in language modelling.
+      seed: determines random numbers.
+      start_token: start token of an encoder-decoder, whose rows are split into prompt and text; None for decoder-only.
+      chat: whether prompts are the user's turn, and completions the assistant's, in the tokenizer's chat template;
+        conversations are in any case, if there is a template.
+    """
+
+    batch_size: int
+    sequence_length: int
+    prompt_length: tuple[int, int]
+    seed: int
+    start_token: int | None = None
+    chat: bool = False
+
+    @classmethod
+    def of_config(cls, data: Any, *, seed: int, model: LanguageModel) -> "RowLayout":
+        """The layout of rows for this model that a config's `data` section describes."""
+        lengths = data.prompt_length_min, data.prompt_length_max
+        start_token = model.config.start_token if model.is_encoder_decoder else None
+        return cls(data.batch_size, data.sequence_length, lengths, seed, start_token, data.chat)
+
+    def rows(self, task: Task, examples: Sequence[Example], tokenizer: Tokenizer) -> Rows:
+        if self.batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, got {self.batch_size}")
+        if self.sequence_length < 2:
+            raise UserError(f"sequence_length must be at least 2, got {self.sequence_length}")
+        checks.seed("seed", self.seed)
+        if self.chat and task.is_language_modelling:
+            raise UserError(f'data.chat is set, and task "{task.name}" has documents, not prompts; set it to False')
+        rows = self._packed if task.is_language_modelling else self._paired
+        return Rows(*rows(task, examples, tokenizer), self.sequence_length, tokenizer.pad_id, self.start_token)
+
+    def _packed(self, task: Task, examples: Sequence[Example], tokenizer: Tokenizer) -> tuple:
+        """The tokens, loss starts and prompt lengths of the rows, as `_paired` returns them."""
+        _check_prompt_length(self.prompt_length)
+        low, high = self.prompt_length
+        if high >= self.sequence_length:
+            raise UserError(
+                f"prompts of up to {high} tokens leave nothing to continue in rows of "
+                f"{self.sequence_length}; lower the prompt length or raise sequence_length"
+            )
+        texts = (example.completion for example in examples)
+        documents = (document for chunk in _chunks(texts, len) for document in tokenizer.encode_batch(chunk))
+        stream = np.concatenate([np.asarray([*document, tokenizer.end_id], np.int32) for document in documents])
+        number = len(stream) // self.sequence_length
+        if number == 0:
+            raise UserError(
+                f"the text has {len(stream)} tokens, not enough for one row of {self.sequence_length}; "
+                "lower sequence_length or give more text"
+            )
+        prompts = np.random.default_rng([self.seed, 0]).integers(low, high + 1, number, dtype=np.int32)
+        rows = stream[: number * self.sequence_length].reshape(number, self.sequence_length)
+        return rows, np.ones(number, np.int32), prompts
+
+    def _paired(self, task: Task, examples: Sequence[Example], tokenizer: Tokenizer) -> tuple:
+        length, rows, starts = self.sequence_length, [], []
+        cut_prompts, cut_completions = 0, 0
+        separate = self.start_token is not None
+        for prompt, completion in _encode(task, examples, tokenizer, chat=self.chat, separate=separate):
+            if task.cuts_prompts:
+                room = max(length - len(completion), length // 2)
+                cut_prompts += len(prompt) > room
+                prompt = _cut(prompt, room, tokenizer)
+            if len(prompt) < length:
+                rows.append(np.concatenate([prompt, completion])[:length])
+                starts.append(len(prompt))
+                cut_completions += len(prompt) + len(completion) > length
+        _log_cut(task, cut_prompts, len(examples), f"rows of {length} tokens")
+        if not rows:
+            raise UserError(f'every prompt of task "{task.name}" has {length} tokens or more; raise sequence_length')
+        if dropped := len(examples) - len(rows):
+            message = "%s: %d of %d examples dropped, their prompts have %d tokens or more"
+            logging.warning(message, task.name, dropped, len(examples), length)
+        if cut_completions:
+            message = "%s: %d of %d completions cut to fit rows of %d tokens; raise sequence_length to keep them whole"
+            logging.warning(message, task.name, cut_completions, len(rows), length)
+        start = np.asarray(starts, np.int32)
+        return rows, start, start
+
+
 def training_batches(
     task: Task,
     tokenizer: Tokenizer,
+    layout: RowLayout,
     *,
-    batch_size: int,
-    sequence_length: int,
-    prompt_length: tuple[int, int],
-    seed: int,
-    start_token: int | None = None,
     own_rows: Sequence[int] | None = None,
-    chat: bool = False,
     prompts_alone: bool = False,
 ) -> Batches:
     """Returns an endless iterator over batches of the training split.
@@ -85,11 +168,7 @@ def training_batches(
     make room for the completion, but not to less than half the row.
 
     Args:
-      prompt_length: minimum and maximum number of prompt tokens in language modelling.
-      start_token: start token of an encoder-decoder, whose rows are split into prompt and text; None for decoder-only.
       own_rows: indices in a batch of the rows that this process makes; None is all of them.
-      chat: whether prompts are the user's turn, and completions the assistant's, in the tokenizer's chat template;
-        conversations are in any case, if there is a template.
       prompts_alone: whether only the prompts of rows are used, so that examples need no completion.
 
     Raises:
@@ -109,29 +188,16 @@ def training_batches(
                 f'task "{task.name}" has no completions, only prompts; set data.fixed to 0 to train on text that the '
                 "models write, or add completions"
             )
-    layout = _Layout(sequence_length, prompt_length, batch_size, seed, start_token, chat)
-    return Batches(
-        layout.rows(task, examples, tokenizer), batch_size, seed, range(batch_size) if own_rows is None else own_rows
-    )
+    own_rows = range(layout.batch_size) if own_rows is None else own_rows
+    return Batches(layout.rows(task, examples, tokenizer), layout.batch_size, layout.seed, own_rows)
 
 
-def validation_batches(
-    task: Task,
-    tokenizer: Tokenizer,
-    *,
-    batch_size: int,
-    sequence_length: int,
-    prompt_length: tuple[int, int],
-    count: int,
-    seed: int,
-    start_token: int | None = None,
-    chat: bool = False,
-) -> list[Batch]:
-    """Returns `count` batches of the validation split, its rows in an order drawn from `seed`.
+def validation_batches(task: Task, tokenizer: Tokenizer, layout: RowLayout, *, count: int) -> list[Batch]:
+    """Returns `count` batches of the validation split, its rows in an order drawn from the layout's seed.
 
-    If the split has fewer than `count * batch_size` rows, it is repeated. Arguments are as in `training_batches`. In
-    language modelling with a decoder-only model, `prompt_lengths` are 1, because these rows are for a loss over all
-    tokens, not for generation. If no example has a completion, the loss is over the tokens of the prompts.
+    If the split has fewer than `count` batches, it is repeated. In language modelling with a decoder-only model,
+    `prompt_lengths` are 1, because these rows are for a loss over all tokens, not for generation. If no example has a
+    completion, the loss is over the tokens of the prompts.
 
     Raises:
       UserError: as `training_batches`, and for an encoder-decoder without completions.
@@ -139,17 +205,17 @@ def validation_batches(
     if count < 1:
         raise UserError(f"the number of validation batches must be at least 1, got {count}")
     examples = task.validation if task.is_language_modelling else _completed(task, task.validation)
-    if not examples and start_token is not None:
+    if not examples and layout.start_token is not None:
         raise UserError(f'task "{task.name}" has no completions to validate an encoder-decoder on; add some')
-    if start_token is None and task.is_language_modelling:
-        prompt_length = (1, 1)
-    layout = _Layout(sequence_length, prompt_length, batch_size, seed, start_token, chat)
+    if layout.start_token is None and task.is_language_modelling:
+        layout = replace(layout, prompt_length=(1, 1))
     rows = layout.rows(task, examples or task.validation, tokenizer)
     if not examples:
         logging.info("%s: without completions, the validation loss is that of the prompts", task.name)
         rows = replace(rows, loss_start=np.ones_like(rows.loss_start))
-    order = np.resize(np.random.default_rng([seed, 1]).permutation(len(rows.tokens)), (count, batch_size))
-    return [rows.batch(indices, range(batch_size)) for indices in order.tolist()]
+    order = np.random.default_rng([layout.seed, 1]).permutation(len(rows.tokens))
+    order = np.resize(order, (count, layout.batch_size))
+    return [rows.batch(indices, range(layout.batch_size)) for indices in order.tolist()]
 
 
 def _completed(task: Task, examples: Sequence[Example]) -> Sequence[Example]:
@@ -211,78 +277,6 @@ def _cut(tokens: np.ndarray, limit: int, tokenizer: Tokenizer) -> np.ndarray:
         return tokens
     tail = int(tokens[-1] in tokenizer.eos_ids)
     return np.concatenate([tokens[: limit - tail], tokens[len(tokens) - tail :]])
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """How the examples of a split become rows; the fields are the arguments of `training_batches`.
-
-    `_packed` and `_paired` return the tokens, loss starts and prompt lengths of the rows.
-    """
-
-    sequence_length: int
-    prompt_length: tuple[int, int]
-    batch_size: int
-    seed: int
-    start_token: int | None
-    chat: bool
-
-    def rows(self, task: Task, examples: Sequence[Example], tokenizer: Tokenizer) -> Rows:
-        if self.batch_size < 1:
-            raise UserError(f"batch_size must be at least 1, got {self.batch_size}")
-        if self.sequence_length < 2:
-            raise UserError(f"sequence_length must be at least 2, got {self.sequence_length}")
-        checks.seed("seed", self.seed)
-        if self.chat and task.is_language_modelling:
-            raise UserError(f'data.chat is set, and task "{task.name}" has documents, not prompts; set it to False')
-        rows = self._packed if task.is_language_modelling else self._paired
-        return Rows(*rows(task, examples, tokenizer), self.sequence_length, tokenizer.pad_id, self.start_token)
-
-    def _packed(self, task: Task, examples: Sequence[Example], tokenizer: Tokenizer) -> tuple:
-        _check_prompt_length(self.prompt_length)
-        low, high = self.prompt_length
-        if high >= self.sequence_length:
-            raise UserError(
-                f"prompts of up to {high} tokens leave nothing to continue in rows of "
-                f"{self.sequence_length}; lower the prompt length or raise sequence_length"
-            )
-        texts = (example.completion for example in examples)
-        documents = (document for chunk in _chunks(texts, len) for document in tokenizer.encode_batch(chunk))
-        stream = np.concatenate([np.asarray([*document, tokenizer.end_id], np.int32) for document in documents])
-        number = len(stream) // self.sequence_length
-        if number == 0:
-            raise UserError(
-                f"the text has {len(stream)} tokens, not enough for one row of {self.sequence_length}; "
-                "lower sequence_length or give more text"
-            )
-        prompts = np.random.default_rng([self.seed, 0]).integers(low, high + 1, number, dtype=np.int32)
-        rows = stream[: number * self.sequence_length].reshape(number, self.sequence_length)
-        return rows, np.ones(number, np.int32), prompts
-
-    def _paired(self, task: Task, examples: Sequence[Example], tokenizer: Tokenizer) -> tuple:
-        length, rows, starts = self.sequence_length, [], []
-        cut_prompts, cut_completions = 0, 0
-        separate = self.start_token is not None
-        for prompt, completion in _encode(task, examples, tokenizer, chat=self.chat, separate=separate):
-            if task.cuts_prompts:
-                room = max(length - len(completion), length // 2)
-                cut_prompts += len(prompt) > room
-                prompt = _cut(prompt, room, tokenizer)
-            if len(prompt) < length:
-                rows.append(np.concatenate([prompt, completion])[:length])
-                starts.append(len(prompt))
-                cut_completions += len(prompt) + len(completion) > length
-        _log_cut(task, cut_prompts, len(examples), f"rows of {length} tokens")
-        if not rows:
-            raise UserError(f'every prompt of task "{task.name}" has {length} tokens or more; raise sequence_length')
-        if dropped := len(examples) - len(rows):
-            message = "%s: %d of %d examples dropped, their prompts have %d tokens or more"
-            logging.warning(message, task.name, dropped, len(examples), length)
-        if cut_completions:
-            message = "%s: %d of %d completions cut to fit rows of %d tokens; raise sequence_length to keep them whole"
-            logging.warning(message, task.name, cut_completions, len(rows), length)
-        start = np.asarray(starts, np.int32)
-        return rows, start, start
 
 
 def _encode(

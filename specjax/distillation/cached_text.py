@@ -160,8 +160,8 @@ class CachedText:
                 f"the text in {self.directory} is {difference} than this run's{differing}; write it again, or {remedy}"
             )
 
-    def held_out(self, batches: int, batch_size: int, layers: Sequence[int]) -> tuple["CachedText", list[dict]]:
-        """The text without its last rows, and these as batches for validation, with the states after these layers.
+    def held_out(self, batches: int, batch_size: int) -> tuple["CachedText", list[dict]]:
+        """The text without its last rows, and these as batches for validation, with the states of every stored layer.
 
         Raises:
           UserError: if there are not twice as many rows.
@@ -178,7 +178,7 @@ class CachedText:
             states={layer: states[span] for layer, states in self.states.items()},
         )
         rest, last = part(slice(0, rows)), part(slice(rows, None))
-        return rest, [last.batch(0, step, batch_size, layers) for step in range(batches)]
+        return rest, [last.batch(0, step, batch_size, tuple(self.states)) for step in range(batches)]
 
     def batch(self, seed: int, step: int, batch_size: int, layers: Sequence[int] = ()) -> dict[str, np.ndarray]:
         """The batch of a training step, a function of (seed, step); rows are shuffled differently in every epoch.

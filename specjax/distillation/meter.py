@@ -53,9 +53,6 @@ class Interval:
     learning_rate: float = 0.0
     sums: dict[str, float] = dataclasses.field(default_factory=dict)
 
-    def __post_init__(self):
-        self.sums = dict(self.sums)
-
     def add(self, values: Mapping[str, float]) -> None:
         self.steps += 1
         self.learning_rate = values["learning_rate"]

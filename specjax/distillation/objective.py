@@ -108,7 +108,7 @@ class Loss:
       anchors: number of positions of each text at which the draft predicts, drawn by a hash of the text; 0 for all.
 
     Raises:
-      UserError: for values out of range, for a divergence without a target, and for a reference that does not fit.
+      UserError: for a divergence without a target, and for a reference that does not fit.
     """
 
     draft: LanguageModel
@@ -130,19 +130,9 @@ class Loss:
             )
         if self.draft.vocabulary is not None and self.target is not None:
             self.draft.vocabulary.check(self.target.vocab_size)
-        if not self.temperature > 0:
-            raise UserError(f"loss.temperature is {self.temperature}; it must be above 0")
-        if self.chunk < 1:
-            raise UserError(f"loss.chunk is {self.chunk}; it must be 1 position or more")
-        if not self.balance >= 0:
-            raise UserError(f"loss.balance is {self.balance}; it must be 0 or more")
-        if self.anchors < 0:
-            raise UserError(f"loss.anchors is {self.anchors}; it must be 1 position or more, or 0 for all")
         if self.draft.confident and self.target is None:
             remedy = f'set loss.divergence to another than "{CROSS_ENTROPY}", or leave confidence out'
             raise UserError(f"a confidence head learns how probably the target accepts: {remedy}")
-        if not 0 < self.selected <= 1:
-            raise UserError(f"loss.selected is {self.selected}; it must be above 0, and 1 for all tokens")
         if (self.selected < 1) != (self.reference is not None):
             raise UserError(
                 f"loss.selected is {self.selected} and loss.reference names {'a' if self.reference else 'no'} draft; "
@@ -270,9 +260,8 @@ class Loss:
         if self.draft.confident:
             sure = self.draft.confidence(params, part["draft"])
             losses = losses + jax.nn.softplus(sure) - sure * jax.lax.stop_gradient(values.overlap)
-        sums = [jnp.sum(weights * array) for array in (losses, values.overlap)]
-        outside = None if values.outside is None else jnp.sum(weights * values.outside)
-        return Sums(*sums, jnp.sum(weights), outside)
+        total = lambda array: None if array is None else jnp.sum(weights * array)
+        return Sums(total(losses), total(values.overlap), jnp.sum(weights), total(values.outside))
 
     def _compared(self, params: Params, target_params: Params | None, part: dict[str, Array]) -> "Values":
         """Computes the logits of one chunk of positions, and compares them."""

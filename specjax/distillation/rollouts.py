@@ -27,7 +27,6 @@ from specjax.decoding.sampling import Sampling
 from specjax.distillation.data_sources import Generation
 from specjax.models.attachment import AttachedDraft
 from specjax.models.language_model import LanguageModel
-from specjax.runtime.errors import UserError
 
 # Logical axes of the arrays that a batch of rollouts has besides those of `data.batches`, see `Rollouts.__call__`.
 ROLLOUT_AXES = {"refusals": ("batch", None), "anchors": ("batch",)}
@@ -73,17 +72,9 @@ class Rollouts:
     ) -> "Rollouts":
         """The rollouts that a config's `rollouts` section describes.
 
-        Args:
-          replicate: see `Plan.replicate_draft`.
-
         Raises:
-          UserError: for values out of range.
+          UserError: for an unknown rule, and a lenience out of range.
         """
-        for name in ("gamma", "replays"):
-            if section[name] < 1:
-                raise UserError(f"rollouts.{name} is {section[name]}; it must be 1 or more")
-        if not 0 < section.decay <= 1:
-            raise UserError(f"rollouts.decay is {section.decay}; it must be above 0 and at most 1")
         drafter = RecordingDrafter.of(drafter_of(draft, target, section.gamma))
         rule = rules.rule_named(section.rule)
         Sampling.of(lenience=section.lenience)

@@ -16,11 +16,18 @@ _FROM_ONE = {
     "data": ("batch_size", "sequence_length", "prompt_length_min", "prompt_length_max"),
     "train": ("steps", "log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_last"),
     "optimizer": ("accumulation",),
+    "loss": ("chunk",),
+    "rollouts": ("gamma", "replays"),
     "speculative_eval": ("prompts", "gamma", "max_new_tokens"),
 }
-_FROM_ZERO = {"speculative_eval": ("every",), "optimizer": ("warmup_steps", "weight_decay", "final_fraction")}
-_FRACTIONS = {"optimizer": ("hold_fraction", "beta1", "beta2")}
-_ABOVE_ZERO = {"optimizer": ("peak_learning_rate", "clip_norm")}
+_FROM_ZERO = {
+    "loss": ("balance", "anchors"),
+    "optimizer": ("warmup_steps", "weight_decay", "final_fraction"),
+    "speculative_eval": ("every",),
+}
+_BELOW_ONE = {"optimizer": ("hold_fraction", "beta1", "beta2")}
+_UP_TO_ONE = {"loss": ("selected",), "rollouts": ("decay",)}
+_ABOVE_ZERO = {"loss": ("temperature",), "optimizer": ("peak_learning_rate", "clip_norm")}
 
 
 def check_numbers(config: Any) -> None:
@@ -28,7 +35,8 @@ def check_numbers(config: Any) -> None:
     ranges = (
         (_FROM_ONE, lambda x: 1 <= x < math.inf, "1 or more"),
         (_FROM_ZERO, lambda x: 0 <= x < math.inf, "0 or more"),
-        (_FRACTIONS, lambda x: 0 <= x < 1, "0 or more and below 1"),
+        (_BELOW_ONE, lambda x: 0 <= x < 1, "0 or more and below 1"),
+        (_UP_TO_ONE, lambda x: 0 < x <= 1, "above 0 and at most 1"),
         (_ABOVE_ZERO, lambda x: 0 < x < math.inf, "above 0 and finite"),
     )
     for keys, fits, description in ranges:

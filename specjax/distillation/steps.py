@@ -1,7 +1,7 @@
 """The jitted functions of training, which can be called with arrays or lowered with shapes."""
 
 import dataclasses
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -39,10 +39,6 @@ class TrainingFunctions:
     has_teacher: bool
     needs_teacher: bool
     reads: tuple[int, ...]
-
-    def stored_layers(self, stored: Container[int]) -> tuple[int, ...]:
-        """The layers whose states a batch of stored text needs, out of those that are stored."""
-        return tuple(layer for layer in self.reads if layer in stored)
 
 
 def make_functions(

@@ -161,7 +161,7 @@ class Trainer:
         with (
             errors.writing(self.workdir),
             stopping.holding(),
-            contextlib.closing(checkpoints),
+            checkpoints,
             meshes.use(self.mesh),
             contextlib.ExitStack() as stack,
         ):
@@ -223,7 +223,7 @@ class Trainer:
         if source == data_sources.FIXED:
             return update.shard(batch, self.mesh), int((batch["lengths"] - batch["loss_start"]).max())
         if source == data_sources.TARGET and inputs.target_text is not None:
-            layers = self._functions.stored_layers(inputs.target_text.states)
+            layers = [layer for layer in self._functions.reads if layer in inputs.target_text.states]
             rows = inputs.target_text.batch(self.config.seed, self.step, self.config.data.batch_size, layers)
             return update.shard(rows, self.mesh), generation.max_new_tokens
         width = data_sources.prompt_width(

@@ -52,14 +52,11 @@ def shard(batch: Mapping, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
 
 
 def learning_rate(config: Any, steps: int) -> Callable[[Int[Array, ""]], Float[Array, ""]]:
-    """Linear warm-up to the peak at step `warmup_steps - 1`, then a cosine decay to `final_fraction` of the peak.
+    """The rate of each step from a config's `optimizer` section and its `train.steps`.
 
+    Linear warm-up to the peak at step `warmup_steps - 1`, then a cosine decay to `final_fraction` of the peak.
     The final rate is held for the last `hold_fraction` of the steps and after them, because a flat validation loss
     shows convergence only if the rate is constant.
-
-    Args:
-      config: a config's `optimizer` section.
-      steps: `train.steps`.
     """
     decay_steps = max(steps * (1 - config.hold_fraction) - config.warmup_steps, 1)
 
@@ -145,11 +142,7 @@ def cast(params: Params, *, dtype: str) -> Params:
 def state_shardings(
     params: Params, axes: Params, optimizer: optax.GradientTransformation, mesh: meshes.AnyMesh
 ) -> TrainState:
-    """Shardings of a state; the optimiser's statistics have the sharding and dtype (float32) of their parameter.
-
-    Args:
-      params: the parameters, or their shapes.
-    """
+    """Shardings of a state of these parameters, or shapes; the optimiser's statistics have that of their parameter."""
     placed, replicated = meshes.shardings(axes, mesh, shapes=params), jax.NamedSharding(mesh, jax.P())
     optimizer_placed = optax.tree.map_params(
         optimizer,
@@ -166,17 +159,18 @@ def initial_state(
 ) -> TrainState:
     """The state of step 0 on the mesh."""
     placed = state_shardings(params, axes, optimizer, mesh)
+    return jax.jit(functools.partial(_started, optimizer), out_shardings=placed)(params)
+
+
+def _started(optimizer: optax.GradientTransformation, params: Params) -> TrainState:
     # A copy, because every step donates the state; the caller's parameters stay valid.
-    params = jax.jit(functools.partial(cast, dtype="float32"), out_shardings=placed.params)(params)
-    optimizer_state = jax.jit(optimizer.init, out_shardings=placed.optimizer_state)(params)
-    return TrainState(params, optimizer_state, meshes.place(np.zeros((), np.int32), placed.step))
+    params = cast(params, dtype="float32")
+    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
 
 def abstract_state(
     params: Params, axes: Params, optimizer: optax.GradientTransformation, mesh: meshes.AnyMesh
 ) -> TrainState:
     """`initial_state` as shapes with shardings, from the shapes of the parameters; nothing is allocated."""
-    placed = state_shardings(params, axes, optimizer, mesh)
-    params = jax.eval_shape(functools.partial(cast, dtype="float32"), params)
-    shapes = TrainState(params, jax.eval_shape(optimizer.init, params), jax.ShapeDtypeStruct((), jnp.int32))
-    return meshes.abstract(shapes, placed)
+    shapes = jax.eval_shape(functools.partial(_started, optimizer), params)
+    return meshes.abstract(shapes, state_shardings(params, axes, optimizer, mesh))

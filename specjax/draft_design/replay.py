@@ -195,7 +195,7 @@ class Stored(LanguageModel):
         following = jnp.minimum(positions + 1, params.shape[1] - 1)
         return jnp.take_along_axis(params, following, axis=1)[..., None].astype(jnp.float32), cache
 
-    def head(self, params, hidden):
+    def column_logits(self, params, hidden):
         del params
         return jax.nn.one_hot(hidden[..., 0].astype(jnp.int32), self.vocab_size, dtype=jnp.float32)
 

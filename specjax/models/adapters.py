@@ -1,7 +1,6 @@
 """Kangaroo's adapter (arXiv 2404.18911): a small network on the target's hidden states after its first layers."""
 
 import dataclasses
-import functools
 from typing import Any
 
 from flax import nnx
@@ -10,7 +9,7 @@ from jaxtyping import Array, Float, Int
 from specjax.models import kv_cache, layers
 from specjax.models.attachment import Attachment, AttachmentConfig, States
 from specjax.models.config import DecoderConfig
-from specjax.models.language_model import LanguageModel, Params, fit_logits
+from specjax.models.language_model import LanguageModel, Params
 from specjax.models.rotary import angles, text_lengths
 from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError, nearest
@@ -57,15 +56,13 @@ class AdapterModule(nnx.Module):
     def __init__(self, config: AdapterConfig, rngs: nnx.Rngs):
         inner = config.inner
         attends, has_mlp = config.kind in _ATTENDING, config.kind in _WITH_MLP
-        norm = lambda: layers.make_norm(inner, inner.width)
+        norm = lambda: layers.Norm(inner, inner.width)
         self.attention_norm = norm() if attends else None
         self.attention = layers.Attention(inner, 0, rngs) if attends else None
         self.mlp_norm = norm() if has_mlp else None
         self.mlp = layers.MLP(inner, rngs) if has_mlp else None
         self.norm = norm()
-        sizes, scale = (inner.width, len(config.vocabulary or range(inner.vocab_size))), inner.width**-0.5
-        own_head = functools.partial(layers.Linear, *sizes, ("embed", "vocab"), scale, inner.float_dtype, rngs)
-        self.unembedding = own_head() if config.own_head else None
+        self.unembedding = config.own_head_layer(rngs, inner.width) if config.own_head else None
         self.config = config
 
     def extend(self, cache, hidden, positions):
@@ -125,5 +122,4 @@ class Adapter(Attachment):
         hidden = module.norm(hidden)
         if module.unembedding is None:
             return target.unembed(target_params, hidden)
-        logits = module.unembedding.logits(hidden)
-        return logits if self.config.vocabulary is not None else fit_logits(logits, target.vocab_size)
+        return module.unembedding.logits(hidden)

@@ -10,12 +10,13 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
 from specjax.models.language_model import NEXT, LanguageModel, Network, Params, Prediction, at_positions, consecutive
-from specjax.models.layers import recomputed
+from specjax.models.layers import Linear, recomputed
 from specjax.models.rotary import Rotary
 from specjax.models.vocabulary import DraftVocabulary, draft_vocabulary
 from specjax.runtime.dtypes import dtype_named
@@ -25,7 +26,6 @@ States = tuple[Float[Array, "B T D"], ...]
 
 # Rotary base of a layer whose target has no rotary positions.
 _THETA = 1e4
-_COMPUTED = ("compute_dtype", "remat")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +35,7 @@ class AttachmentConfig:
     Attributes:
       target: config of the target; sizes and dtypes of the attachment follow from it.
       vocabulary: the only ids that it can draft; None or "" for all. See `models.vocabulary.draft_vocabulary`.
+      without_key: names of the fields that a run's config does not set.
 
     Raises:
       UserError: for an encoder-decoder, and for a vocabulary that is not part of the target's.
@@ -42,6 +43,7 @@ class AttachmentConfig:
 
     target: DecoderConfig
     vocabulary: DraftVocabulary | Sequence[int] | str | None = dataclasses.field(default=None, kw_only=True)
+    without_key: ClassVar[tuple[str, ...]] = ("target",)
 
     def __post_init__(self):
         object.__setattr__(self, "vocabulary", draft_vocabulary(self.vocabulary))
@@ -62,36 +64,26 @@ class AttachmentConfig:
         names = ("vocab_size", "width", "heads", "kv_heads", "head_size", "mlp_width", "max_positions", "norm_epsilon")
         same = {name: getattr(self.target, name) for name in names}
         rotary = self.target.rotary or Rotary(_THETA, self.target.head_size)
-        return DecoderConfig(
-            **{"layers": 1, "rotary": rotary, "tied_head": False, **same, **self._computed(), **changes}
-        )
+        return DecoderConfig(**{"layers": 1, "rotary": rotary, "tied_head": False, **same, **self._computed, **changes})
 
     def computed_as_target(self, layer: DecoderConfig) -> DecoderConfig:
         """This layer in the target's dtypes, computed again in the backward pass if the target's layers are."""
-        return dataclasses.replace(layer, **self._computed())
+        return dataclasses.replace(layer, **self._computed)
 
+    @property
     def _computed(self) -> dict[str, Any]:
-        computed = {name: getattr(self.target, name) for name in _COMPUTED}
-        return {"param_dtype": self.target.float_dtype, **computed}
-
-    def check_states(self, section: str, after: Sequence[int]) -> None:
-        """Checks the numbers of layers after which an attachment reads states; `section` names it in the error."""
-        if list(after) != sorted(set(after)) or not (after[0] >= 1 and after[-1] <= self.target.layers):
-            raise UserError(
-                f"{section}.states_after is {after}; give numbers of layers in ascending order, from 1 to the target's "
-                f"{self.target.layers}"
-            )
+        target = self.target
+        return {"param_dtype": target.float_dtype, "compute_dtype": target.compute_dtype, "remat": target.remat}
 
     @classmethod
     def options(cls) -> list[str]:
-        """Names of the fields besides the target."""
-        return [field.name for field in dataclasses.fields(cls) if field.name != "target"]
+        """Names of the fields that a run's config sets."""
+        return [field.name for field in dataclasses.fields(cls) if field.name not in cls.without_key]
 
-
-def last_state(kernel: Float[Array, "D I"]) -> Float[Array, "D I"]:
-    """A kernel of this shape that projects several states `[.., I]` of width D to the last of them."""
-    width = kernel.shape[0]
-    return jnp.zeros_like(kernel).at[:, -width:].set(jnp.eye(width, dtype=kernel.dtype))
+    def own_head_layer(self, rngs: nnx.Rngs, width: int) -> Linear:
+        """A projection from states of this width to the ids that it can draft, which a module trains."""
+        columns = len(self.vocabulary or range(self.target.vocab_size))
+        return Linear(width, columns, ("embed", "vocab"), width**-0.5, self.target.float_dtype, rngs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,13 +159,6 @@ class Attachment(Network):
             kernel = kernel[:, self.vocabulary.ids]
         return {"kernel": kernel.T.astype(dtype_named(config.float_dtype))}
 
-    def gains_of_target(self, target: Decoder, target_params: Params) -> Float[Array, "D"] | None:
-        """The gains of the target's final norm, to start an RMS norm before the head from; None for a layer norm."""
-        if self.config.target.norm == "layer":
-            return None
-        ones = jnp.ones((1, 1, self.config.target.width), jnp.float32)  # an RMS norm turns ones into its gains
-        return target.normed(target_params, ones)[0, 0].astype(dtype_named(self.config.target.float_dtype))
-
     def start(self, batch: int, capacity: int) -> Any:
         """An empty cache with `capacity` slots for `batch` rows; None if the attachment needs no cache."""
         del batch, capacity
@@ -205,10 +190,6 @@ class Attachment(Network):
         del target, target_params
         extend = lambda *states: self.extend(params, None, states, consecutive(tokens))[0]
         return recomputed(extend, self.config.target.remat)(*states)
-
-    def confidence(self, params: Params, hidden: Float[Array, "B T E"]) -> Float[Array, "B T_times_predictions"]:
-        """See `LanguageModel.confidence`."""
-        raise NotImplementedError
 
     def head(
         self, params: Params, target: Decoder, target_params: Params, hidden: Float[Array, "B T E"]
@@ -262,10 +243,6 @@ class AttachedDraft(LanguageModel):
     def layers(self) -> int:
         return self.attachment.taps[-1]
 
-    @property
-    def num_params(self) -> int:
-        return self.attachment.num_params
-
     def init(self, key) -> Params:
         return self.attachment.init(key)
 
@@ -282,8 +259,7 @@ class AttachedDraft(LanguageModel):
         return cache.first(self.layers), self.attachment.start(prompts.shape[0], capacity)
 
     def extend(self, params, cache, inputs, positions, mask=None, *, layers: tuple[int, int] | None = None):
-        if layers not in (None, (0, self.layers)):
-            raise ValueError(f"an AttachedDraft runs all of its layers, not {layers[0]} to {layers[1]}")
+        assert layers in (None, (0, self.layers)), "an AttachedDraft runs all of its layers"
         target_cache, attachment_cache = (None, None) if cache is None else cache
         states, target_cache = self._states(params, target_cache, inputs, positions, mask)
         if cache is None:
@@ -319,10 +295,6 @@ class AttachedDraft(LanguageModel):
 
     def column_logits(self, params, hidden):
         return self.attachment.head(params["attachment"], self.target, params["target"], hidden)
-
-    def head(self, params, hidden):
-        logits = self.column_logits(params, hidden)
-        return logits if self.vocabulary is None else self.vocabulary.spread(logits, self.vocab_size, -jnp.inf)
 
 
 def runtime_params(model: LanguageModel, params: Params, target_params: Params | None) -> Params:

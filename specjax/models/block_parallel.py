@@ -4,52 +4,46 @@ each other and to keys and values made from hidden states of several of the targ
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int
 
 from specjax.models import attention, kv_cache, layers
-from specjax.models.attachment import Attachment, AttachmentConfig, States, last_state
+from specjax.models.attachment import States
 from specjax.models.block import Block
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
+from specjax.models.fusing import FusingConfig, FusingDraft, unsharded_rows
 from specjax.models.language_model import Params, Prediction, consecutive
-from specjax.models.rotary import angles, rotate, text_lengths
+from specjax.models.rotary import angles, text_lengths
 from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class BlockParallelConfig(AttachmentConfig):
-    """Options of a block-parallel draft.
+class BlockParallelConfig(FusingConfig):
+    """Options of a block-parallel draft. By default it reads the states after five (at most) layers that are evenly
+    spaced from layer 2 to L - 2 of L layers, as in published drafts.
 
     Attributes:
-      states_after: it reads the target's hidden states after these numbers of layers, in ascending order; () is five
-        (at most) that are evenly spaced from layer 2 to L - 2 of L layers, as in published drafts.
       layers: number of the draft's own layers.
       block_size: tokens of a block: the anchor, which is the last committed token, and the drafted ones.
       mask_id: the id whose embedding stands for a token that is drafted; -1 is the last id of the target.
       confidence: whether it has a head that estimates for each drafted token how probably it is accepted, with which
         the drafter's `threshold` is then compared.
-      layer: sizes, rotary positions and biases of its layers; None is `one_layer` of the target. It has no key in a
-        config: only drafts of other tools differ (see `hub.dflash_config`).
     """
 
-    states_after: Sequence[int] = ()
     layers: int = 2
     block_size: int = 8
     mask_id: int = -1
     confidence: bool = False
-    layer: DecoderConfig | None = None
+    section = "block_parallel"
 
     def __post_init__(self):
         super().__post_init__()
-        count, vocab_size = self.target.layers, self.target.vocab_size
-        object.__setattr__(self, "states_after", tuple(self.states_after) or _evenly_spaced(count))
-        self.check_states("block_parallel", self.states_after)
+        vocab_size = self.target.vocab_size
         if self.layers < 1:
             raise UserError(f"block_parallel.layers is {self.layers}; the draft needs 1 layer or more")
         if self.block_size < 2:
@@ -61,17 +55,12 @@ class BlockParallelConfig(AttachmentConfig):
                 f"block_parallel.mask_id is {self.mask_id}; give an id below {vocab_size}, or -1 for the target's last"
             )
 
-    @classmethod
-    def options(cls) -> list[str]:
-        """Names of the fields that a config sets."""
-        return [name for name in super().options() if name != "layer"]
+    def default_states(self) -> tuple[int, ...]:
+        first, last = min(2, self.target.layers), max(self.target.layers - 2, 1)
+        return tuple(sorted({1 + round(first - 1 + (last - first) * i / 4) for i in range(5)}))
 
-    @property
-    def inner(self) -> DecoderConfig:
-        """The layers as a decoder, in the target's dtypes: RMS norms, those of queries and keys included."""
-        if self.layer is None:
-            return self.one_layer(layers=self.layers, qk_norm=True)
-        return self.computed_as_target(self.layer)
+    def default_layer(self) -> DecoderConfig:
+        return self.one_layer(layers=self.layers, qk_norm=True)
 
     @property
     def max_positions(self) -> int:
@@ -83,38 +72,25 @@ class BlockParallelConfig(AttachmentConfig):
         return self.block_size - 1
 
 
-def _evenly_spaced(count: int) -> tuple[int, ...]:
-    first, last = min(2, count), max(count - 2, 1)
-    return tuple(sorted({1 + round(first - 1 + (last - first) * i / 4) for i in range(5)}))
-
-
 class BlockParallelModule(nnx.Module):
     """Parameters and forward pass."""
 
     def __init__(self, config: BlockParallelConfig, rngs: nnx.Rngs):
         inner, width, count = config.inner, config.target.width, len(config.states_after)
-        sizes, axes = (count * width, width), ("embed", None)
-        self.project = layers.Linear(*sizes, axes, (count * width) ** -0.5, dtype=inner.param_dtype, rngs=rngs)
-        self.hidden_norm, self.norm = layers.make_norm(inner, width), layers.make_norm(inner, width)
+        make = functools.partial(layers.Linear, dtype=inner.param_dtype, rngs=rngs)
+        self.project = make(count * width, width, ("embed", None), (count * width) ** -0.5)
+        self.hidden_norm, self.norm = layers.Norm(inner, width), layers.Norm(inner, width)
         self.blocks = nnx.List([Block(inner, layer, rngs) for layer in range(config.layers)])
-        how = {"dtype": inner.param_dtype, "rngs": rngs, "bias": True}
-        self.confidence = layers.Linear(width, 1, ("embed", None), 0.0, **how) if config.confidence else None
+        self.confidence = make(width, 1, ("embed", None), 0.0, bias=True) if config.confidence else None
         self.config = config
 
     def fuse(self, states):
         return self.hidden_norm(self.project(jnp.concatenate(states, axis=-1)))
 
-    def _keys(self, block, inputs, rotation):
-        """Keys and values `[B, K, T, H]` of one layer."""
-        split = functools.partial(layers.split_heads, size=self.config.inner.head_size)
-        attention = block.attention
-        keys = attention.key_norm(split(attention.key(inputs)))
-        return rotate(keys, rotation), split(attention.value(inputs))
-
     def read(self, fused, positions):
         """Keys and values of the target's tokens, (keys, values) of each layer."""
         rotation = angles(self.config.inner.rotary, positions, text_lengths(positions))
-        return [self._keys(block, fused, rotation) for block in self.blocks]
+        return [block.attention.keys_values(fused, rotation) for block in self.blocks]
 
     def draft(self, context, embedded, positions, visible):
         """The draft's output at every token of each block.
@@ -127,16 +103,15 @@ class BlockParallelModule(nnx.Module):
         """
         shape, inner = embedded.shape, self.config.inner
         flat = lambda x: x.reshape(x.shape[0], -1, *x.shape[3:])
-        pin = meshes.pin_rows if shape[1] > 1 else _unsharded_rows
+        pin = meshes.pin_rows if shape[1] > 1 else unsharded_rows
         rotation = angles(inner.rotary, flat(positions), text_lengths(flat(positions)))
         hidden = pin(flat(embedded))
 
         def run(block, hidden, keys, values):
             inputs = block.attention_norm(hidden)
-            queries = block.attention.query_norm(layers.split_heads(block.attention.query(inputs), inner.head_size))
-            own = self._keys(block, inputs, rotation)
             in_blocks = lambda x: x.reshape(*x.shape[:2], *shape[1:3], x.shape[3])
-            queries, own = in_blocks(rotate(queries, rotation)), map(in_blocks, own)
+            queries = in_blocks(block.attention.queries(inputs, rotation))
+            own = map(in_blocks, block.attention.keys_values(inputs, rotation))
             mixed = _attend(queries, keys, values, visible, *own, layers.query_scale(inner))
             hidden = hidden + pin(block.attention.output(layers.join_heads(mixed)))
             return hidden + pin(block.mlp(block.mlp_norm(hidden)))
@@ -144,11 +119,6 @@ class BlockParallelModule(nnx.Module):
         for block, (keys, values) in zip(self.blocks, context, strict=True):
             hidden = layers.recomputed(functools.partial(run, block), inner.remat)(hidden, keys, values)
         return hidden.reshape(shape)
-
-
-def _unsharded_rows(array):
-    """Rows are not sharded in decoding, because the compiler would gather complete weights to compute them."""
-    return meshes.constrain(array, (None, None, "embed"))
 
 
 def _attend(queries, keys, values, visible, own_keys, own_values, scale):
@@ -185,7 +155,7 @@ def _attend(queries, keys, values, visible, own_keys, own_values, scale):
 
 
 @dataclasses.dataclass(frozen=True)
-class BlockParallel(Attachment):
+class BlockParallel(FusingDraft):
     """The draft of DFlash. With g_s the projected and normed states of the target at token s, every layer has the keys
     and values of g_s, for all tokens s before the anchor, besides those of the block's own tokens, which all see each
     other. The output at the k-th mask token predicts the k-th token after the anchor, independent of the tokens
@@ -202,7 +172,6 @@ class BlockParallel(Attachment):
     config_class = BlockParallelConfig
     module = BlockParallelModule
     drafter = "block_parallel"
-    writes = False  # it reads tokens besides the target's states
     anchored = True
 
     @property
@@ -210,31 +179,16 @@ class BlockParallel(Attachment):
         return self.config.confidence
 
     @property
-    def taps(self) -> tuple[int, ...]:
-        return tuple(self.config.states_after)
-
-    @property
     def predicts(self) -> tuple[Prediction, ...]:
         count = self.config.drafted
         return tuple(Prediction(k, math.exp(-k / count)) for k in range(count))
-
-    def init_on(self, key: Key[Array, ""], target: Decoder, target_params: Params) -> Params:
-        """Random layers; the last of the target's states is g before its norm, and the gains before the head are the
-        target's."""
-        params = self.init(key)
-        params |= {"project": {"kernel": last_state(params["project"]["kernel"])}}
-        gains = self.gains_of_target(target, target_params)
-        return params if gains is None else params | {"norm": {"scale": gains}}
-
-    def start(self, batch: int, capacity: int) -> kv_cache.Cache:
-        return kv_cache.zeros(self.config.inner, batch, capacity)
 
     def read(
         self, params: Params, cache: kv_cache.Cache, states: States, positions: Int[Array, "B T"]
     ) -> kv_cache.Cache:
         """The cache with keys and values of the target's states at these consecutive positions."""
         module = self.bind(params)
-        fused = _unsharded_rows(module.fuse([_unsharded_rows(state) for state in states]))
+        fused = unsharded_rows(module.fuse([unsharded_rows(state) for state in states]))
         for layer, new in enumerate(module.read(fused, positions)):
             written = kv_cache.write(cache.keys[layer], cache.values[layer], *new, positions[:, 0])
             cache = cache.with_layer(layer, *written)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from specjax.models import kv_cache, layers
 from specjax.models.block import Block
@@ -36,7 +36,7 @@ class DecoderModule(nnx.Module):
             table = jax.random.normal(rngs.params(), (config.learned_positions, config.width), jnp.float32)
             self.positions = nnx.Param((table * config.width**-0.5).astype(dtype), axes=(None, "embed"))
         self.blocks = nnx.List([Block(config, layer, rngs) for layer in range(config.layers)])
-        self.norm = layers.make_norm(config, config.width) if config.final_norm else None
+        self.norm = layers.Norm(config, config.width) if config.final_norm else None
         if not config.tied_head:
             columns = len(config.draft_vocabulary) if config.draft_vocabulary else config.vocab_size
             self.unembedding = make(inner, columns, ("embed", "vocab"), inner**-0.5)
@@ -70,7 +70,7 @@ class DecoderModule(nnx.Module):
             rotation = local if local is not None and config.window(layer) else everywhere
             rotation = rotation if config.uses_rotary(layer) else None
             with jax.named_scope(f"layer_{layer}"):
-                block = layers.recomputed(_returning_logits(self.blocks[layer]), config.remat and cache is None)
+                block = layers.recomputed(self.blocks[layer], config.remat and cache is None)
                 hidden, keys, values, logits = block(hidden, rotation, positions, mask, keys, values)
                 hidden = pin(hidden)
             if routed is not None:
@@ -90,7 +90,7 @@ class DecoderModule(nnx.Module):
         if config.embedding_width:
             hidden = self.project_out(hidden)
         if config.tied_head:
-            logits = layers.tied_logits(hidden, self.embedding[...])
+            logits = layers.product(hidden, self.embedding[...], jnp.float32)
         else:
             logits = self.unembedding.logits(hidden)
         if config.logit_divisor != 1:
@@ -98,16 +98,6 @@ class DecoderModule(nnx.Module):
         if config.final_softcap:
             logits = config.final_softcap * jnp.tanh(logits / config.final_softcap)
         return logits
-
-
-def _returning_logits(block):
-    """The block with a fourth result, the logits of its router in a list: empty for a dense layer."""
-
-    def run(*inputs):
-        logits = []
-        return *block(*inputs, routed=logits), logits
-
-    return run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +119,10 @@ class Decoder(LanguageModel):
     def is_sparse(self) -> bool:
         return any(map(self.config.is_sparse, range(self.config.layers)))
 
-    def routed(self, params, tokens):
+    def routed(
+        self, params: Params, tokens: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B T D"], list[Float[Array, "B T E"]]]:
+        """`extend` of whole texts without a cache: hidden states, and each router's logits."""
         logits = []
         positions = consecutive(tokens)
         hidden, _ = self.bind(params).extend(None, tokens, positions, None, 0, self.config.layers, logits)
@@ -154,14 +147,6 @@ class Decoder(LanguageModel):
         ids = vocabulary.ids
         rows = ids if self.vocabulary is None else np.searchsorted(self.vocabulary.ids, ids)
         return params["unembedding"]["kernel"][rows]
-
-    def column_logits(self, params, hidden):
-        return super().column_logits(params, hidden) if self.vocabulary is None else self.bind(params).head(hidden)
-
-    def head(self, params, hidden):
-        if self.vocabulary is None:
-            return super().head(params, hidden)
-        return self.vocabulary.spread(self.column_logits(params, hidden), self.vocab_size, -jnp.inf)
 
     def start(
         self, params: Params, prompts: Int[Array, "B P"], lengths: Int[Array, "B"], capacity: int

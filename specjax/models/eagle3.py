@@ -3,7 +3,6 @@ its own hidden states."""
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +10,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from specjax.models import attention, kv_cache, layers
-from specjax.models.attachment import Attachment, AttachmentConfig, States, last_state
-from specjax.models.config import DecoderConfig
+from specjax.models.attachment import States
 from specjax.models.decoder import Decoder
-from specjax.models.language_model import Params, Prediction, consecutive, fit_logits, look_up
-from specjax.models.rotary import angles, rotate, text_lengths
+from specjax.models.fusing import FusingConfig, FusingDraft, unsharded_rows
+from specjax.models.language_model import Params, Prediction, consecutive, look_up
+from specjax.models.rotary import angles, text_lengths
 from specjax.runtime import mesh as meshes
 from specjax.runtime.dtypes import dtype_named
 from specjax.runtime.errors import UserError
@@ -25,51 +24,37 @@ _DECAY = 0.8
 
 
 @dataclasses.dataclass(frozen=True)
-class Eagle3Config(AttachmentConfig):
-    """Options of an EAGLE-3 draft.
+class Eagle3Config(FusingConfig):
+    """Options of an EAGLE-3 draft. By default it reads the states after 2, L // 2 and L - 3 of L layers.
 
     Attributes:
-      states_after: it reads the target's hidden states after these numbers of layers, in ascending order; () is
-        2, L // 2 and L - 3 of L layers. Checkpoints of other tools that list the layers whose *output* is read count
-        from 0: their layer i is i + 1 here.
       steps: number of tokens that training drafts from each position (the paper's training-time test).
       norm_before_residual: whether the layer's residual is the normed hidden state.
       fc_norm: whether each of the target's states is normed before the projection (EAGLE-3.1).
       norm_output: whether drafting continues from the normed output of the layer (EAGLE-3.1).
       norm_before_fc: whether one norm over all of the target's states together precedes the projection.
-      layer: sizes, rotary positions and biases of the layer; None is `one_layer` of the target.
       own_embedding: whether the draft has a table of token embeddings; by default it reads the target's.
 
-    The last three have no keys in a config: only drafts of other tools differ in them (see `hub.eagle3_config`).
+    The last two have no keys in a config: only drafts of other tools differ in them (see `hub.eagle3_config`).
     """
 
-    states_after: Sequence[int] = ()
     steps: int = 4
     norm_before_residual: bool = False
     fc_norm: bool = False
     norm_output: bool = False
     norm_before_fc: bool = False
-    layer: DecoderConfig | None = None
     own_embedding: bool = False
+    section = "eagle3"
+    without_key = (*FusingConfig.without_key, "norm_before_fc", "own_embedding")
 
     def __post_init__(self):
         super().__post_init__()
-        count = self.target.layers
-        after = tuple(self.states_after) or tuple(sorted({min(2, count), max(count // 2, 1), max(count - 3, 1)}))
-        object.__setattr__(self, "states_after", after)
-        self.check_states("eagle3", after)
         if self.steps < 1:
             raise UserError(f"eagle3.steps is {self.steps}; training must draft 1 token or more")
 
-    @classmethod
-    def options(cls) -> list[str]:
-        """Names of the fields that a config sets."""
-        return [name for name in super().options() if name not in ("norm_before_fc", "layer", "own_embedding")]
-
-    @property
-    def inner(self) -> DecoderConfig:
-        """The layer as a decoder, in the target's dtypes."""
-        return self.one_layer() if self.layer is None else self.computed_as_target(self.layer)
+    def default_states(self) -> tuple[int, ...]:
+        count = self.target.layers
+        return tuple(sorted({min(2, count), max(count // 2, 1), max(count - 3, 1)}))
 
     @property
     def max_positions(self) -> int:
@@ -82,20 +67,18 @@ class Eagle3Module(nnx.Module):
     def __init__(self, config: Eagle3Config, rngs: nnx.Rngs):
         inner, width, count = config.inner, config.inner.width, len(config.states_after)
         states = count * config.target.width
-        make = functools.partial(layers.Linear, dtype=inner.param_dtype, rngs=rngs)
-        norm = lambda size=width: layers.make_norm(inner, size)
+        norm = lambda size=width: layers.Norm(inner, size)
         self.state_norms = nnx.List([norm(config.target.width) for _ in range(count)]) if config.fc_norm else None
         self.states_norm = norm(states) if config.norm_before_fc else None
         if config.own_embedding:
             table = jax.random.normal(rngs.params(), (inner.vocab_size, width), jnp.float32) * width**-0.5
             self.embedding = nnx.Param(table.astype(dtype_named(inner.param_dtype)), axes=("vocab", "embed"))
-        self.project = make(states, width, ("embed", None), states**-0.5)
+        self.project = layers.Linear(states, width, ("embed", None), states**-0.5, inner.param_dtype, rngs)
         self.embedding_norm, self.hidden_norm = norm(), norm()
         # It reads the token's embedding and the hidden state, one after the other.
         self.attention = layers.Attention(inner, 0, rngs, inputs=2 * width)
         self.mlp_norm, self.mlp, self.norm = norm(), layers.MLP(inner, rngs), norm()
-        columns = len(config.vocabulary or range(inner.vocab_size))
-        self.unembedding = make(width, columns, ("embed", "vocab"), width**-0.5)
+        self.unembedding = config.own_head_layer(rngs, width)
         self.config = config
 
     def fuse(self, states):
@@ -121,57 +104,41 @@ class Eagle3Module(nnx.Module):
         return self.norm(hidden) if self.config.norm_output else hidden
 
     def extend(self, cache, embedded, hidden, positions):
-        # Rows are not sharded here, because the compiler would gather complete weights to compute them.
-        pin = lambda x: meshes.constrain(x, (None, None, "embed"))
-        inputs, residual = map(pin, self._inputs(pin(embedded), pin(hidden)))
+        inputs, residual = self._inputs(unsharded_rows(embedded), unsharded_rows(hidden))
+        inputs, residual = unsharded_rows(inputs), unsharded_rows(residual)
         rotation = angles(self.config.inner.rotary, positions, text_lengths(positions))
-        slots = jnp.arange(cache.keys[0].shape[2])[None, None]
-        mask = _readable(slots, positions)
+        mask = _readable(jnp.arange(cache.keys[0].shape[2])[None, None], positions)
         mixed, keys, values = self.attention(inputs, rotation, positions, mask, cache.keys[0], cache.values[0])
-        hidden = pin(self._output(residual, pin(mixed)))
+        hidden = unsharded_rows(self._output(residual, unsharded_rows(mixed)))
         return hidden, cache.with_layer(0, keys, values).metered(1, positions.shape[1])
 
-    def unrolled(self, embedded, fused, steps):
-        """The outputs of several drafting steps on whole texts, a list of `[B, T, D]`.
+    def unrolled(self, embedded, fused, positions):
+        """The outputs of the config's number of drafting steps on whole texts, a list of `[B, T, D]`.
 
         In step k, row t reads the output of step k - 1 in row t - 1. Its attention sees what decoding would: the keys
         of step 1 in rows up to t - k + 1, and in each later row the key of the step that drafted it.
         """
-        batch, length = fused.shape[:2]
-        positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (batch, length))
         rotation = angles(self.config.inner.rotary, positions, text_lengths(positions))
-        split = functools.partial(layers.split_heads, size=self.config.inner.head_size)
-        scale, keys, values, outputs, hidden = layers.query_scale(self.config.inner), [], [], [], fused
+        scale, read, outputs, hidden = layers.query_scale(self.config.inner), [], [], fused
 
-        def draft(step, hidden, keys, values):
+        def draft(step, hidden, read):
             inputs, residual = self._inputs(embedded, _later(hidden, 1))
-            attention = self.attention
-            query, key = split(attention.query(inputs)), split(attention.key(inputs))
-            if attention.query_norm is not None:
-                query, key = attention.query_norm(query), attention.key_norm(key)
-            keys, values = [*keys, rotate(key, rotation)], [*values, split(attention.value(inputs))]
-            own = [
-                (_later(k, step - j, axis=2), _later(v, step - j, axis=2)) for j, (k, v) in _after_first(keys, values)
-            ]
-            mixed = _attend(rotate(query, rotation), keys[0], values[0], positions, own, step, scale)
-            output = self._output(residual, attention.output(layers.join_heads(mixed)))
-            return output, keys[-1], values[-1]
+            queries, added = self.attention.queries(inputs, rotation), self.attention.keys_values(inputs, rotation)
+            first, *others = *read, added
+            own = [[_later(x, step - j, axis=2) for x in pair] for j, pair in enumerate(others, 1)]
+            mixed = _attend(queries, *first, positions, own, step, scale)
+            return self._output(residual, self.attention.output(layers.join_heads(mixed))), added
 
-        for step in range(steps):
+        for step in range(self.config.steps):
             run = layers.recomputed(functools.partial(draft, step), self.config.inner.remat)
-            output, *added = run(hidden, keys, values)
-            hidden, outputs = self.fed_back(output), [*outputs, output]
-            keys, values = [*keys, added[0]], [*values, added[1]]
+            output, added = run(hidden, read)
+            hidden, outputs, read = self.fed_back(output), [*outputs, output], [*read, added]
         return outputs
 
 
 def _readable(slots, positions):
     """Row 0 has no hidden state before it, so only itself may read it."""
     return (slots > 0) | (positions[..., None] == 0)
-
-
-def _after_first(keys, values):
-    return list(enumerate(zip(keys, values, strict=True)))[1:]
 
 
 def _later(array, count, axis=1):
@@ -207,7 +174,7 @@ def _attend(queries, keys, values, positions, own, step, scale):
 
 
 @dataclasses.dataclass(frozen=True)
-class Eagle3Layer(Attachment):
+class Eagle3Layer(FusingDraft):
     """The draft of EAGLE-3 (section 3.1). With g_t the projected states of the target at token t, e_t the embedding of
     token t, and N norms,
 
@@ -220,11 +187,6 @@ class Eagle3Layer(Attachment):
     config_class = Eagle3Config
     module = Eagle3Module
     drafter = "eagle3"
-    writes = False  # it reads tokens besides the target's states
-
-    @property
-    def taps(self) -> tuple[int, ...]:
-        return tuple(self.config.states_after)
 
     @property
     def predicts(self) -> tuple[Prediction, ...]:
@@ -234,15 +196,9 @@ class Eagle3Layer(Attachment):
         return dataclasses.replace(self, config=dataclasses.replace(self.config, steps=count))
 
     def init_on(self, key: Key[Array, ""], target: Decoder, target_params: Params) -> Params:
-        """Random parameters; head and gains before it are copies of the target's, and g is the last of its states."""
-        params = self.init(key)
-        params |= {"unembedding": self.head_of_target(target, target_params)}
-        params |= {"project": {"kernel": last_state(params["project"]["kernel"])}}
-        gains = self.gains_of_target(target, target_params)
-        return params if gains is None else params | {"norm": {"scale": gains}}
-
-    def start(self, batch: int, capacity: int) -> kv_cache.Cache:
-        return kv_cache.zeros(self.config.inner, batch, capacity)
+        """As of any `FusingDraft`; the head is a copy of the target's."""
+        head = self.head_of_target(target, target_params)
+        return super().init_on(key, target, target_params) | {"unembedding": head}
 
     def fuse(self, params: Params, states: States) -> Float[Array, "B T E"]:
         """g, of the layer's width, from the target's states after each of `taps`."""
@@ -277,15 +233,14 @@ class Eagle3Layer(Attachment):
     def training_states(
         self, params: Params, target: Decoder, target_params: Params, states: States, tokens: Int[Array, "B T"]
     ) -> Float[Array, "B T E"]:
-        module = self.bind(params)
-        embedded = meshes.pin_rows(self.embed(params, target, target_params, tokens, consecutive(tokens)))
+        module, positions = self.bind(params), consecutive(tokens)
+        embedded = meshes.pin_rows(self.embed(params, target, target_params, tokens, positions))
         fused = meshes.pin_rows(module.fuse(states))
-        return jnp.concatenate(module.unrolled(embedded, fused, self.config.steps), axis=-1)
+        return jnp.concatenate(module.unrolled(embedded, fused, positions), axis=-1)
 
     def head(
         self, params: Params, target: Decoder, target_params: Params, hidden: Float[Array, "B T E"]
     ) -> Float[Array, "B T_times_predictions W"]:
         """Float32 logits of every step; those of one position are adjacent."""
         module, batch = self.bind(params), hidden.shape[0]
-        logits = module.unembedding.logits(module.norm(hidden.reshape(batch, -1, self.config.inner.width)))
-        return logits if self.config.vocabulary is not None else fit_logits(logits, target.vocab_size)
+        return module.unembedding.logits(module.norm(hidden.reshape(batch, -1, self.config.inner.width)))

@@ -122,34 +122,25 @@ class RelativeBias(nnx.Module):
         return jnp.moveaxis(by_distance[index], -1, 1)
 
 
-class CrossAttention(nnx.Module):
-    """Cross-attention of the text to the encoded prompt."""
-
-    def __init__(self, config: EncoderDecoderConfig, rngs: nnx.Rngs):
-        self.query, self.key, self.value, self.output = layers.projections(config, rngs)
-        self.head_size = config.head_size
-        self.scale = layers.query_scale(config)
-
-    def remember(self, memory: Float[Array, "B P D"]) -> tuple[Float[Array, "B N P H"], Float[Array, "B N P H"]]:
-        """Keys and values of the encoded prompt."""
-        return tuple(layers.split_heads(project(memory), self.head_size) for project in (self.key, self.value))
+class CrossAttention(layers.Attention):
+    """Cross-attention of the text to the encoded prompt, with the prompt's `keys_values`."""
 
     def __call__(self, inputs, keys, values, visible):
-        queries = layers.split_heads(self.query(inputs), self.head_size)
         keys, values = keys.astype(jnp.float32), values.astype(jnp.float32)  # see `by_queries`
-        attend = lambda queries: attention.attend(queries, keys, values, visible, scale=self.scale)
-        return self.output(layers.join_heads(attention.by_queries(attend, keys.shape[2], queries)))
+        attend = lambda queries: attention.attend(queries, keys, values, visible, **self.how)
+        mixed = attention.by_queries(attend, keys.shape[2], self.queries(inputs, None))
+        return self.output(layers.join_heads(mixed))
 
 
 class DecoderBlock(nnx.Module):
     """One decoder layer: self-attention, cross-attention and MLP, each with a norm and a residual connection."""
 
     def __init__(self, config: EncoderDecoderConfig, layer: int, rngs: nnx.Rngs):
-        self.attention_norm = layers.make_norm(config, config.width)
+        self.attention_norm = layers.Norm(config, config.width)
         self.attention = layers.Attention(config, layer, rngs)
-        self.cross_norm = layers.make_norm(config, config.width)
-        self.cross = CrossAttention(config, rngs)
-        self.mlp_norm = layers.make_norm(config, config.width)
+        self.cross_norm = layers.Norm(config, config.width)
+        self.cross = CrossAttention(config, layer, rngs)
+        self.mlp_norm = layers.Norm(config, config.width)
         self.mlp = layers.MLP(config, rngs)
 
     def __call__(self, hidden, positions, mask, keys, values, bias, cross_keys, cross_values, visible):
@@ -169,10 +160,10 @@ class EncoderDecoderModule(nnx.Module):
         self.embedding = nnx.Param(embedding.astype(dtype), axes=("vocab", "embed"))
         self.encoder_bias = RelativeBias(config, True, rngs)
         self.encoder_blocks = nnx.List([Block(config, i, rngs) for i in range(config.encoder_layers)])
-        self.encoder_norm = layers.make_norm(config, config.width)
+        self.encoder_norm = layers.Norm(config, config.width)
         self.bias = RelativeBias(config, False, rngs)
         self.blocks = nnx.List([DecoderBlock(config, i, rngs) for i in range(config.layers)])
-        self.norm = layers.make_norm(config, config.width)
+        self.norm = layers.Norm(config, config.width)
         if not config.tied_head:
             make = functools.partial(layers.Linear, dtype=config.float_dtype, rngs=rngs)
             self.unembedding = make(config.width, config.vocab_size, ("embed", "vocab"), config.width**-0.5)
@@ -189,12 +180,12 @@ class EncoderDecoderModule(nnx.Module):
         for layer, block in enumerate(self.encoder_blocks):
             with jax.named_scope(f"encoder_layer_{layer}"):
                 run = layers.recomputed(functools.partial(block, causal=False, bias=bias), self.config.remat)
-                hidden, _, _ = run(meshes.pin_rows(hidden), None, positions, is_prompt, None, None)
+                hidden, *_ = run(meshes.pin_rows(hidden), None, positions, is_prompt, None, None)
         return self.encoder_norm(meshes.pin_rows(hidden))
 
     def remember(self, prompts, lengths):
         memory = self.encode(prompts, lengths)
-        return tuple(zip(*[block.cross.remember(memory) for block in self.blocks], strict=True))
+        return tuple(zip(*[block.cross.keys_values(memory, None) for block in self.blocks], strict=True))
 
     def extend(self, cache, inputs, positions, mask, lo, hi):
         hidden = self.embed(inputs) if jnp.issubdtype(inputs.dtype, jnp.integer) else inputs
@@ -222,7 +213,7 @@ class EncoderDecoderModule(nnx.Module):
         if config.head_scale != 1:
             hidden = hidden * jnp.asarray(config.head_scale, hidden.dtype)
         if config.tied_head:
-            return layers.tied_logits(hidden, self.embedding[...])
+            return layers.product(hidden, self.embedding[...], jnp.float32)
         return self.unembedding.logits(hidden)
 
 
@@ -247,7 +238,5 @@ class EncoderDecoder(LanguageModel):
     def start(self, params: Params, prompts: Int[Array, "B P"], lengths: Int[Array, "B"], capacity: int) -> CrossCache:
         with jax.named_scope("encode"):
             cross_keys, cross_values = self.bind(params).remember(prompts, lengths)
-        own = None
-        if capacity:
-            own = kv_cache.zeros(self.config, prompts.shape[0], capacity)
+        own = kv_cache.zeros(self.config, prompts.shape[0], capacity) if capacity else None
         return CrossCache(own, cross_keys, cross_values, lengths)

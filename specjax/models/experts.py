@@ -37,15 +37,15 @@ class Choice(NamedTuple):
     """What a router chose for each token.
 
     Attributes:
-      experts: [N, k], the chosen experts.
-      weights: [N, k], float32 weights of their outputs.
+      experts: the k chosen experts.
+      weights: float32 weights of their outputs.
     """
 
-    experts: Int[Array, "N k"]
-    weights: Float[Array, "N k"]
+    experts: Int[Array, "*X k"]
+    weights: Float[Array, "*X k"]
 
 
-def choose(logits: Float[Array, "N E"], config: DecoderConfig) -> Choice:
+def choose(logits: Float[Array, "*X E"], config: DecoderConfig) -> Choice:
     """The experts with the largest logits. Their weights are softmax probabilities, over the chosen experts if
     `config.normalised_experts`, otherwise over all of them."""
     top, experts = jax.lax.top_k(logits, config.experts_per_token)
@@ -116,8 +116,7 @@ class ExpertMLP(nnx.Module):
             logits = self.router(inputs, jnp.float32)
             if routed is not None:
                 routed.append(logits)
-            choice = choose(logits.reshape(-1, self.config.experts), self.config)
-            choice = Choice(*(x.reshape(*inputs.shape[:2], -1) for x in choice))
+            choice = choose(logits, self.config)
         with jax.named_scope("experts"):
             outputs = _on_mesh(functools.partial(mix, self.config), inputs, choice, self.experts.kernels())
         if self.shared is not None:

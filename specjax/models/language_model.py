@@ -95,10 +95,7 @@ class Network:
         return meshes.replicated_over_tensor(axes) if replicate else axes
 
     def shardings(self, mesh: meshes.AnyMesh, *, replicate: bool = False) -> Params:
-        """The tree of `init` with the sharding of each array; logs what the mesh's tensor axis does not divide.
-
-        Args:
-          replicate: as in `axes`.
+        """The tree of `axes` with shardings in place of names; logs what the mesh's tensor axis does not divide.
 
         Raises:
           UserError: if the mesh's axis `fsdp` does not divide the width.
@@ -257,12 +254,6 @@ class LanguageModel(Network):
         """Whether this model has routers of its own, whose use of experts training should balance."""
         return False
 
-    def routed(
-        self, params: Params, tokens: Int[Array, "B T"]
-    ) -> tuple[Float[Array, "B T D"], list[Float[Array, "B T E"]]]:
-        """`extend` of whole texts without a cache, of a sparse model: hidden states, and each router's logits."""
-        raise NotImplementedError
-
     def training_states(
         self, params: Params, start: Any, tokens: Int[Array, "B T"], anchors: Int[Array, "B K"] | None = None
     ) -> Float[Array, "B K E"]:
@@ -273,13 +264,14 @@ class LanguageModel(Network):
         """
         return at_positions(self.extend(params, start, tokens, consecutive(tokens))[0], anchors)
 
-    def head(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Final norm and output projection: float32 logits, -inf for ids that a reduced head lacks."""
-        return fit_logits(self.bind(params).head(hidden), self.vocab_size)
-
     def column_logits(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T W"]:
-        """`head`, but of a reduced head only the logits of the ids in `vocabulary`."""
-        return self.head(params, hidden)
+        """Final norm and output projection: float32 logits, of a reduced head only those of the ids in `vocabulary`."""
+        return self._fitted(self.bind(params).head(hidden))
+
+    def head(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """`column_logits`, with -inf for ids that a reduced head lacks."""
+        logits = self.column_logits(params, hidden)
+        return logits if self.vocabulary is None else self.vocabulary.spread(logits, self.vocab_size, -jnp.inf)
 
     def confidence(self, params: Params, hidden: Float[Array, "B T E"]) -> Float[Array, "B T_times_predictions"]:
         """Of each prediction, the logit of the probability that the target accepts it, as a draft's own head estimates
@@ -292,7 +284,9 @@ class LanguageModel(Network):
 
     def unembed(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """The output projection alone, on normalised hidden states: float32 logits, of a reduced head W columns."""
-        logits = self.bind(params).unembed(hidden)
+        return self._fitted(self.bind(params).unembed(hidden))
+
+    def _fitted(self, logits):
         return logits if self.vocabulary is not None else fit_logits(logits, self.vocab_size)
 
 

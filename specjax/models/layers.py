@@ -35,30 +35,26 @@ _BLOCK_BYTES = 1 << 21
 def product(inputs: Float[Array, "B T I"], kernel: Kernel, dtype: DTypeLike) -> Float[Array, "B T O"]:
     """`inputs @ kernel.T` in this dtype, computed from factors in the dtype of the inputs."""
     if meshes.platform() == "cpu":
-        return (
-            _quantised_cpu_product(inputs, kernel, dtype)
-            if isinstance(kernel, Quantised)
-            else _cpu_product(inputs, kernel, dtype)
-        )
-    multiply = lambda rows: _summed("BTI,OI->BTO", rows, kernel, dtype)
+        multiply = _quantised_cpu_product if isinstance(kernel, Quantised) else _cpu_product
+        return multiply(inputs, kernel, dtype)
     batch, steps, _ = inputs.shape
     if meshes.platform() == "tpu" and batch * steps <= meshes.num_shards("batch"):
         # One row on each device: vector instructions would multiply it, in four times the cycles. They do not if there
         # are two. With the barrier the compiler does not cut the products to one row itself, where it once failed.
         rows = jnp.pad(inputs, ((0, 0), (0, 1), (0, 0)))
-        return jax.lax.optimization_barrier(multiply(rows))[:, :steps]
-    return multiply(inputs)
+        return jax.lax.optimization_barrier(_summed(rows, kernel, dtype))[:, :steps]
+    return _summed(inputs, kernel, dtype)
 
 
-def _summed(formula: str, inputs: Array, kernel: Kernel, dtype: DTypeLike) -> Array:
-    """An einsum of inputs and a kernel, see `quantised.factors`."""
-    return sum(jnp.einsum(formula, *pair, preferred_element_type=dtype) for pair in factors(inputs, kernel))
+def _summed(inputs, kernel, dtype):
+    products = functools.partial(jnp.einsum, "BTI,OI->BTO", preferred_element_type=dtype)
+    return sum(products(*pair) for pair in factors(inputs, kernel))
 
 
 def _quantised_cpu_product(inputs, kernel, dtype):
     rows, is_alone = inputs.shape[0] * inputs.shape[1], jax.sharding.get_abstract_mesh().size <= 1
     if rows > _FEW_ROWS or not is_alone:
-        return _summed("BTI,OI->BTO", inputs, kernel, dtype)
+        return _summed(inputs, kernel, dtype)
     outputs = integer_product(inputs.reshape(rows, -1).astype(jnp.float32), kernel).astype(dtype)
     return outputs.reshape(*inputs.shape[:2], -1)
 
@@ -184,53 +180,29 @@ class Linear(nnx.Module):
         return self(inputs, jnp.float32)
 
 
-def tied_logits(hidden: Float[Array, "B T D"], embedding: Float[Array, "V D"]) -> Float[Array, "B T V"]:
-    """Float32 logits of a head that is the transposed embedding."""
-    return product(hidden, embedding, jnp.float32)
+class Norm(nnx.Module):
+    """A norm over `width` channels in float32, of the kind in the config, with a learned gain.
 
+    "rms" divides by the root mean square (arXiv 1910.07467), "rms_plus_one" has the gain 1 + `scale`, and "layer" first
+    subtracts the mean, and adds a learned bias (arXiv 1607.06450).
+    """
 
-class RMSNorm(nnx.Module):
-    """Root-mean-square normalisation in float32 (arXiv 1910.07467), with the learned gain `offset + scale`."""
-
-    def __init__(self, width: int, epsilon: float, dtype: str, offset: float = 0.0, axis: str = "norm"):
-        start = jnp.zeros if offset else jnp.ones
-        self.scale = nnx.Param(start((width,), dtype_named(dtype)), axes=(axis,))
-        self.epsilon = epsilon
-        self.offset = offset
+    def __init__(self, config: DecoderConfig, width: int, axis: str = "norm"):
+        param = lambda values: nnx.Param(values((width,), dtype_named(config.float_dtype)), axes=(axis,))
+        self.offset = 1.0 if config.norm == "rms_plus_one" else 0.0
+        self.scale = param(jnp.zeros if self.offset else jnp.ones)
+        self.bias = param(jnp.zeros) if config.norm == "layer" else None
+        self.epsilon = config.norm_epsilon
 
     def __call__(self, inputs: Float[Array, "*X D"]) -> Float[Array, "*X D"]:
+        channels = lambda param: jnp.expand_dims(param[...].astype(jnp.float32), range(inputs.ndim - 1))
         wide = inputs.astype(jnp.float32)
+        if self.bias is not None:
+            wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        normed = wide * jax.lax.rsqrt(mean_square + self.epsilon)
-        gain = self.scale[...].astype(jnp.float32)
-        gain = gain + self.offset if self.offset else gain
-        return (normed * jnp.expand_dims(gain, range(inputs.ndim - 1))).astype(inputs.dtype)
-
-
-class LayerNorm(nnx.Module):
-    """Normalisation to mean 0 and variance 1 in float32 (arXiv 1607.06450), with a learned gain and bias."""
-
-    def __init__(self, width: int, epsilon: float, dtype: str, axis: str = "norm"):
-        self.scale = nnx.Param(jnp.ones((width,), dtype_named(dtype)), axes=(axis,))
-        self.bias = nnx.Param(jnp.zeros((width,), dtype_named(dtype)), axes=(axis,))
-        self.epsilon = epsilon
-
-    def __call__(self, inputs: Float[Array, "*X D"]) -> Float[Array, "*X D"]:
-        wide = inputs.astype(jnp.float32)
-        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-        gain, bias = (
-            jnp.expand_dims(x[...].astype(jnp.float32), range(inputs.ndim - 1)) for x in (self.scale, self.bias)
-        )
-        return (centred * jax.lax.rsqrt(variance + self.epsilon) * gain + bias).astype(inputs.dtype)
-
-
-def make_norm(config: DecoderConfig, width: int, axis: str = "norm") -> RMSNorm | LayerNorm:
-    """A norm over `width` channels, of the kind in the config; `axis` is the logical axis of its gains."""
-    if config.norm == "layer":
-        return LayerNorm(width, config.norm_epsilon, config.float_dtype, axis)
-    offset = 1.0 if config.norm == "rms_plus_one" else 0.0
-    return RMSNorm(width, config.norm_epsilon, config.float_dtype, offset, axis)
+        gain = channels(self.scale) + self.offset if self.offset else channels(self.scale)
+        normed = wide * jax.lax.rsqrt(mean_square + self.epsilon) * gain
+        return (normed if self.bias is None else normed + channels(self.bias)).astype(inputs.dtype)
 
 
 def query_scale(config: DecoderConfig) -> float:
@@ -285,9 +257,9 @@ class Attention(nnx.Module):
         if not config.qk_norm:
             return None
         if not config.joint_qk_norm:
-            return make_norm(config, config.head_size, "head")
+            return Norm(config, config.head_size, "head")
         count = getattr(config, name)
-        return make_norm(config, count * config.head_size, meshes.Parts(name, count))
+        return Norm(config, count * config.head_size, meshes.Parts(name, count))
 
     def __call__(self, inputs, angles, positions, mask, keys, values, *, bias=None, causal=True):
         """Returns the output `[B, T, D]` and the updated cache arrays (None, None without a cache).
@@ -297,15 +269,7 @@ class Attention(nnx.Module):
           bias: [B or 1, N, T, S], added to the scores.
           causal: False attends in both directions; only without a cache.
         """
-        split = functools.partial(split_heads, size=self.head_size)
-        queries, new_keys, new_values = self.query(inputs), self.key(inputs), split(self.value(inputs))
-        if self.joint_qk_norm:
-            queries, new_keys = self.query_norm(queries), self.key_norm(new_keys)
-        queries, new_keys = split(queries), split(new_keys)
-        if self.query_norm is not None and not self.joint_qk_norm:
-            queries, new_keys = self.query_norm(queries), self.key_norm(new_keys)
-        if angles is not None:
-            queries, new_keys = rotate(queries, angles), rotate(new_keys, angles)
+        queries, (new_keys, new_values) = self.queries(inputs, angles), self.keys_values(inputs, angles)
         sinks = None if self.sinks is None else self.sinks[...].astype(jnp.float32)
         how = {"window": self.window, "bias": bias, "sinks": sinks, **self.how}
         if keys is None:
@@ -315,6 +279,22 @@ class Attention(nnx.Module):
             keys, values = (meshes.pin_undivided(x, 1, "kv_heads") for x in (keys, values))
             mixed = attention.attend_to_prefix(queries, keys, values, positions, mask, **how)
         return self.output(join_heads(mixed)), keys, values
+
+    def queries(self, inputs, angles):
+        """The queries `[B, N, T, H]`, normed and rotated."""
+        return self._heads(self.query(inputs), self.query_norm, angles)
+
+    def keys_values(self, inputs, angles):
+        """The keys, normed and rotated, and the values, `[B, K, T, H]` each."""
+        return self._heads(self.key(inputs), self.key_norm, angles), split_heads(self.value(inputs), self.head_size)
+
+    def _heads(self, channels, norm, angles):
+        norm = norm or (lambda x: x)
+        if self.joint_qk_norm:
+            heads = split_heads(norm(channels), self.head_size)
+        else:
+            heads = norm(split_heads(channels, self.head_size))
+        return heads if angles is None else rotate(heads, angles)
 
 
 class MLP(nnx.Module):

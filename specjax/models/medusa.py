@@ -1,7 +1,6 @@
 """Medusa heads (arXiv 2401.10774): each reads the target's last hidden state and predicts one further token."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from specjax.models import layers
 from specjax.models.attachment import Attachment, AttachmentConfig, States
-from specjax.models.language_model import LanguageModel, Params, Prediction, fit_logits
+from specjax.models.language_model import LanguageModel, Params, Prediction
 from specjax.runtime.errors import UserError
 
 # Weight of a head's loss relative to the preceding head's (section 2.2.1).
@@ -41,12 +40,10 @@ class MedusaHead(nnx.Module):
     """`x + SiLU(W x)`, and with `own_head` a projection to the vocabulary."""
 
     def __init__(self, config: MedusaConfig, rngs: nnx.Rngs):
-        target = config.target
-        make = functools.partial(layers.Linear, dtype=target.float_dtype, rngs=rngs)
+        width, dtype = config.target.width, config.target.float_dtype
         # W starts at 0, so the head starts as the identity and predicts the target's next-token distribution.
-        self.block = make(target.width, target.width, ("embed", None), 0.0)
-        sizes, axes = (target.width, len(config.vocabulary or range(target.vocab_size))), ("embed", "vocab")
-        self.unembedding = make(*sizes, axes, target.width**-0.5) if config.own_head else None
+        self.block = layers.Linear(width, width, ("embed", None), 0.0, dtype, rngs)
+        self.unembedding = config.own_head_layer(rngs, width) if config.own_head else None
 
     def __call__(self, hidden):
         return hidden + jax.nn.silu(self.block(hidden))
@@ -107,8 +104,7 @@ class MedusaHeads(Attachment):
         """Float32 logits of every head on the target's last hidden states; those of one position are adjacent."""
         module, hidden = self.bind(params), target.normed(target_params, hidden)
         if self.config.own_head:
-            logits = _interleaved([head.unembedding.logits(head(hidden)) for head in module.heads])
-            return logits if self.config.vocabulary is not None else fit_logits(logits, target.vocab_size)
+            return _interleaved([head.unembedding.logits(head(hidden)) for head in module.heads])
         return target.unembed(target_params, _interleaved([head(hidden) for head in module.heads]))
 
 

@@ -89,8 +89,8 @@ class Checkpointer:
         """Returns (state, host value, step) of the latest checkpoint, or None if there is none.
 
         Args:
-          abstract_state: a tree of ShapeDtypeStructs; each array is laid out by its `sharding` (None: on the default
-            device), however it was laid out when it was saved.
+          abstract_state: a tree of ShapeDtypeStructs; each array is laid out by its `sharding`, however it was laid
+            out when it was saved.
 
         Raises:
           UserError: if the checkpoint is damaged, of another program or of another model.
@@ -102,7 +102,7 @@ class Checkpointer:
         about = self._read(path, self._args.Composite(host=self._args.JsonRestore()))["host"]
         if not isinstance(about, dict) or about.get("format") != _FORMAT:
             raise UserError(f'{path} is not a checkpoint of this program ("{_FORMAT}"); choose another --workdir')
-        wanted = {name: _on_device(x) for name, x in _named(abstract_state).items()}
+        wanted = _named(abstract_state)
         _check_same_arrays(about["arrays"], wanted, path)
         arrays = self._read(path, self._args.Composite(state=self._args.StandardRestore(wanted)))["state"]
         for name, x in arrays.items():
@@ -121,31 +121,18 @@ class Checkpointer:
         """The steps of the checkpoints, ascending."""
         return sorted(self._manager.all_steps())
 
-    def close(self) -> None:
-        """Waits for saves, and closes the folder."""
-        self._manager.close()
-
     def __enter__(self) -> "Checkpointer":
         return self
 
     def __exit__(self, *_) -> None:
-        self.close()
+        """Waits for saves, and closes the folder."""
+        self._manager.close()
 
 
 def _named(tree: Any) -> dict[str, Any]:
     """The leaves of a tree by path, such as "params.blocks.0.kernel", in tree order."""
     leaves = jax.tree.leaves_with_path(tree)
-    named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-    if len(named) != len(leaves):
-        raise ValueError("Two leaves of the state have the same path; a key must not contain a full stop.")
-    return named
-
-
-def _on_device(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    if x.sharding is not None:
-        return x
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 def _check_same_arrays(saved: dict[str, dict], wanted: dict[str, jax.ShapeDtypeStruct], path: Path) -> None:
@@ -175,10 +162,6 @@ def _sum_of_hashes(x: jax.Array) -> jax.Array:
 
     Integer addition is exact, so the mesh does not affect it. Source of the hash: the finaliser of MurmurHash3.
     """
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        x = jax.random.key_data(x)
-    if x.dtype == jnp.bool_:
-        x = x.astype(jnp.uint8)
     words = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{min(8 * x.dtype.itemsize, 32)}"))
     hashes = words.astype(jnp.uint32)
     for axis in range(words.ndim):

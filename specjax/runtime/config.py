@@ -1,6 +1,7 @@
 """Loads config files, resolves references to earlier stages, and makes sure that a workdir is used with one config."""
 
 import contextlib
+import fnmatch
 import hashlib
 import importlib.util
 import json
@@ -25,7 +26,7 @@ _REFERENCES = {"stage": "export", "workdir": ""}
 _REQUIRED = "required:"
 # Files of a workdir: the config of its run, and size and digest of the data that the run reads.
 _CONFIG_FILE, _DATA_FILE = "config.json", "data.json"
-# Keys of earlier versions -> what replaces them. A pattern matches the end of a key's path; "*" matches one name.
+# Keys of earlier versions -> what replaces them. A pattern matches the end of a key's path.
 RENAMED = {
     "model.whole": "model.replicate",
     "drafters.*.whole": "drafters.*.replicate",
@@ -70,11 +71,8 @@ def load(path_and_variant: str) -> ConfigDict:
 
 def refuse_renamed(key: str) -> None:
     """Raises UserError if `key`, such as "drafters.small.whole", was renamed since an earlier version."""
-    names = key.split(".")
     for pattern, replacement in RENAMED.items():
-        parts = pattern.split(".")
-        end = names[-len(parts) :]
-        if len(end) == len(parts) and all(part in ("*", name) for part, name in zip(parts, end, strict=True)):
+        if fnmatch.fnmatch(f".{key}", f"*.{pattern}"):
             raise UserError(f"config.{key} is an old name; it is now {replacement}")
 
 

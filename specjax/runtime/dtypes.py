@@ -42,19 +42,13 @@ def compute_dtype(name: str) -> str:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-def rounding(dtype: str, platform: str = "", precision: str | None = None) -> float:
+def rounding(dtype: str) -> float:
     """The distance of 1 to the next number, at the precision to which products of this dtype round their inputs.
 
     JAX rounds float32 inputs to 10 bits of mantissa on GPUs (TF32) and to bfloat16 on TPUs, unless the matmul precision
     is "highest" or "float32"; JAX_DEFAULT_MATMUL_PRECISION sets it.
-
-    Args:
-      dtype: name of the dtype of the inputs.
-      platform: of the device; "" is JAX's default.
-      precision: JAX's matmul precision; None is the one that is set.
     """
-    platform = platform or jax.default_backend()
-    precision = precision or jax.config.jax_default_matmul_precision or "default"
+    platform, precision = jax.default_backend(), jax.config.jax_default_matmul_precision
     coarse = {"gpu": 2.0**-10, "tpu": float(jnp.finfo(jnp.bfloat16).eps)}
     if dtype == "float32" and platform in coarse and precision not in ("highest", "float32"):
         return coarse[platform]

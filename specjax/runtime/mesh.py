@@ -122,9 +122,6 @@ def use(mesh: jax.sharding.Mesh):
 
 def spec(axes: tuple[str | None, ...]) -> jax.P:
     """The PartitionSpec of an array with these logical axes (None: not split)."""
-    unknown = [name for name in axes if name is not None and name not in MESH_AXES]
-    if unknown:
-        raise ValueError(f"Logical axes without a rule: {', '.join(unknown)}; add them to MESH_AXES.")
     return jax.P(*(None if name is None else MESH_AXES[name] for name in axes))
 
 
@@ -133,7 +130,6 @@ def shardings(axes_tree: Any, mesh: AnyMesh, shapes: Any = None) -> Any:
 
     Args:
       axes_tree: a tree of tuples of logical axes, one name (or None) for each dimension.
-      mesh: the mesh of the shardings.
       shapes: a matching tree of arrays or ShapeDtypeStructs; axes that the tensor axis does not divide are then
         replicated, see `divided`. None checks nothing.
 
@@ -261,20 +257,14 @@ def replicated_over_tensor(axes_tree: Any) -> Any:
 def divided(
     shape: tuple[int, ...], axes: tuple[str | None, ...], mesh_shape: Mapping[str, int]
 ) -> tuple[str | None, ...]:
-    """An array's logical axes, with None for those that the mesh's tensor axis does not divide: they are replicated.
+    """The logical axes of an array of this shape, with None for those that the tensor axis of a mesh of this shape
+    (mesh axis -> size) does not divide: they are replicated.
 
     Experts are not, because copies of them would be most of the model.
-
-    Args:
-      shape: the array's shape.
-      axes: its logical axes.
-      mesh_shape: mesh axis -> size.
 
     Raises:
       UserError: if a dimension does not divide evenly over the axes `data` and `fsdp`, or experts over `tensor`.
     """
-    if len(shape) != len(axes):
-        raise ValueError(f"An array of shape {tuple(shape)} has {len(shape)} axes, not {axes}.")
     result = []
     for size, name in zip(shape, axes, strict=True):
         over = () if name is None else (MESH_AXES[name] or ())
