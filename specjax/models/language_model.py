@@ -268,7 +268,7 @@ class LanguageModel(Network):
         """Final norm and output projection: float32 logits, of a reduced head only those of the ids in `vocabulary`."""
         return self._fitted(self.bind(params).head(hidden))
 
-    def head(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    def head(self, params: Params, hidden: Float[Array, "B T E"]) -> Float[Array, "B T_times_predictions V"]:
         """`column_logits`, with -inf for ids that a reduced head lacks."""
         logits = self.column_logits(params, hidden)
         return logits if self.vocabulary is None else self.vocabulary.spread(logits, self.vocab_size, -jnp.inf)
