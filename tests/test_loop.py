@@ -355,7 +355,7 @@ class Cycle(Counter):
 def test_ngram_drafts_gamma_tokens_of_a_text_with_a_shorter_period(gamma):
     target = Cycle(tiny.config(vocab_size=20, layers=1))
     plan = tiny.plan(target, "ngram", {"shortest": 2, "longest": 4}, gamma=gamma, slots=1, max_new=86, greedy=True)
-    state = tiny.decode(plan, (), (), jnp.zeros((1, 1), jnp.int32), jnp.ones((1,), jnp.int32), 86)
+    state = tiny.decode(plan, {}, (), jnp.zeros((1, 1), jnp.int32), jnp.ones((1,), jnp.int32), 86)
     # Without a match the first 4 tokens take 4 calls; after that every call emits gamma + 1.
     assert int(state.statistics.target_calls[0]) == 4 + -(-82 // (gamma + 1))
 
