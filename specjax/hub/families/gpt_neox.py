@@ -13,8 +13,6 @@ _MODULES = {
     "mlp.down": "mlp.dense_4h_to_h",
 }
 _OLDER = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
-# A quarter of each head is rotated by default.
-_ROTARY = rotary_fields.rotary(partial=True, share=0.25, names=_OLDER)
 
 
 FAMILY = base.Family(
@@ -29,7 +27,7 @@ FAMILY = base.Family(
         *base.biases("attention_bias", True, "attention_bias", "output_bias"),
         Field("tied_head", "tie_word_embeddings", bool, False),
         Field("order", "use_parallel_residual", {True: "parallel", False: "pre"}, "parallel"),
-        _ROTARY,
+        rotary_fields.rotary(partial=True, share=0.25, names=_OLDER),  # by default a quarter of each head
     ),
     names=tensor_names("gpt_neox.embed_in", "gpt_neox.layers", _MODULES, "gpt_neox.final_layer_norm", "embed_out"),
     groups=lambda config: config.heads,  # query, key and value of the first head, then of the second, and so on

@@ -46,11 +46,10 @@ _FEED_FORWARD = {
 
 def _read(fields: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     activation, gated = base.value_of(fields, "feed_forward_proj", _FEED_FORWARD, absent=("relu", False))
-    kind = fields.get("feed_forward_proj")
     stated = base.value_of(fields, "dense_act_fn", base.ACTIVATIONS, absent=activation)
-    if stated != activation and kind != "gated-gelu":
+    if stated != activation and fields.get("feed_forward_proj") != "gated-gelu":
         raise UserError(
-            f'"feed_forward_proj" {kind!r} and "dense_act_fn" {fields["dense_act_fn"]!r} disagree; keep one'
+            f'"feed_forward_proj" means {activation}, and "dense_act_fn" is {fields["dense_act_fn"]!r}; keep one'
         )
     start = fields.get("decoder_start_token_id", fields.get("pad_token_id"))
     if isinstance(start, bool) or not isinstance(start, int) or start < 0:
