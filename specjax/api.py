@@ -201,15 +201,14 @@ def generate(
     loaded, options = _drafter(target, drafter)
     proposer, gamma, how = _proposer(target, loaded, options, gamma, {"lenience": lenience, "min_p": min_p})
     adjust, ids = Sampling.of(temperature, top_k, top_p, **how), _ids(target, loaded, prompts, max_new_tokens)
-    stops, limits = Stops.of(target, stop), {"max_new_tokens": max_new_tokens, "greedy": temperature == 0}
-    plan = Plan.for_prompts(target.decoder, ids, drafter=proposer, gamma=gamma, rule=rule, **limits)
-    generation = functools.partial(_generation, target, plan, stops)
-    run = {"samples": samples, "batch_size": batch_size, "mesh": target.mesh, "seed": seed}
+    stops, limits = Stops.of(target, stop), {"max_new_tokens": max_new_tokens}
+    method = Method.of(target, ids, adjust, loaded, drafter=proposer, gamma=gamma, rule=rule, **limits)
+    generation = functools.partial(_generation, target, method.plan, stops)
+    run = {"samples": samples, "batch_size": batch_size, "mesh": target.mesh, "seed": seed, **limits}
     ids, output = decode_all(
-        Method(plan, target.params, None if loaded is None else loaded.params, adjust),
+        method,
         ids,
         listener=None if on_text is None else lambda part: _listener(generation, part, blocks_at_once, on_text),
-        max_new_tokens=max_new_tokens,
         eos_ids=target.tokenizer.stop_ids if eos_ids is None else _eos_ids(target, eos_ids),
         end_of=stops.end if stops.strings else None,
         conversation=conversation,
@@ -286,7 +285,7 @@ def _proposer(
     drafter = None if options is None else build_drafter(options, target.decoder, gamma, network)
     if drafter is None:
         return None, 0, how
-    return drafter, drafter.gamma, how | {"threshold": options.threshold, "costs": _costs(options, drafter.gamma)}
+    return drafter, drafter.gamma, how | {"threshold": options.threshold, "block_costs": _costs(options, drafter.gamma)}
 
 
 def _check_loads_nothing(options: type[DrafterOptions]) -> None:

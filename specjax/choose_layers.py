@@ -14,7 +14,6 @@ import numpy as np
 
 from specjax.data import batches, tasks
 from specjax.decoding import batch
-from specjax.decoding.plan import Plan
 from specjax.decoding.sampling import Sampling
 from specjax.draft_design import layer_search
 from specjax.evaluation.engine import Method, decode_all
@@ -72,17 +71,9 @@ def _texts(config: Any, target: hub_model.Model, sampling: Sampling):
     )
     ids = [prompt.tokens for prompt in prompts]
     batch.check_prompts(ids, target.decoder, config.max_new_tokens)
-    how = {"max_new_tokens": config.max_new_tokens, "greedy": config.temperature == 0}
-    method = Method(Plan.for_prompts(target.decoder, ids, **how), target.params, None, sampling)
-    _, output = decode_all(
-        method,
-        ids,
-        batch_size=len(ids),
-        mesh=target.mesh,
-        max_new_tokens=config.max_new_tokens,
-        eos_ids=target.tokenizer.stop_ids,
-        seed=config.seed,
-    )
+    method = Method.of(target, ids, sampling, max_new_tokens=config.max_new_tokens)
+    how = {"max_new_tokens": config.max_new_tokens, "eos_ids": target.tokenizer.stop_ids, "seed": config.seed}
+    _, output = decode_all(method, ids, batch_size=len(ids), mesh=target.mesh, **how)
     texts = [(*prompt, *emitted) for prompt, emitted in zip(ids, output.tokens, strict=True)]
     tokens, lengths = batch.pad(texts, batch.prompt_slots(texts))
     return tokens, lengths, np.asarray([len(prompt) for prompt in ids], np.int32)

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from specjax.data import tasks
-from specjax.decoding import batch, loop
+from specjax.decoding import loop
 from specjax.evaluation import confidence, engine, prediction, rows
 from specjax.evaluation.cases import Case, Job, Setting, make_cases, make_job, make_methods, make_settings
 from specjax.evaluation.engine import Method, Output
@@ -114,12 +114,7 @@ def _decode_all(
     outputs, meter = [Output() for _ in cases], None
     group = engine.group_size(len(job.ids), setting.batch_size)
     first = (-(-len(job.ids) // group) - 1) // 4
-    shared = dict(
-        batch_size=setting.batch_size,
-        eos_ids=job.target.tokenizer.stop_ids,
-        seed=job.config.seed,
-        put=batch.Placer(job.target.mesh),
-    )
+    shared = {"batch_size": setting.batch_size, **job.decoding}
     turns = engine.decode_in_turns(
         methods,
         job.ids,

@@ -16,10 +16,9 @@ from typing import Any
 
 from specjax.data import spec_bench
 from specjax.data.spec_bench import Question
-from specjax.decoding import batch
 from specjax.evaluation import engine, rows
-from specjax.evaluation.cases import Case, Job, Setting, load_job, make_cases, make_methods, make_plan
-from specjax.evaluation.engine import Output
+from specjax.evaluation.cases import Case, Job, Setting, load_job, make_cases, make_method, make_methods
+from specjax.evaluation.engine import Method, Output
 from specjax.reporting import metrics, records, spec_bench_page, tables
 from specjax.reporting.spec_bench_page import OVERALL
 from specjax.runtime import cli, processes
@@ -45,6 +44,16 @@ class Answers:
     @classmethod
     def of(cls, cases: int) -> "Answers":
         return cls([], [Output() for _ in range(cases)], [[] for _ in range(cases)])
+
+    def append(
+        self, turn: tuple[int, int], prompt: Sequence[int], methods: Sequence[Method], results: Sequence, seed: int
+    ) -> None:
+        """Adds the answers of all cases, of which the first is plain decoding, to one turn of a question."""
+        self.turns.append(turn)
+        plain = Output([results[0]])
+        for method, result, output, identical in zip(methods, results, self.outputs, self.identical, strict=True):
+            output.batches.append(result)
+            identical.append(engine.compare_with_plain(method, [prompt], plain, Output([result]), seed))
 
     def select(self, questions: Sequence[int]) -> "Answers":
         """The answers to these questions, in their order."""
@@ -98,16 +107,32 @@ def _selected(questions: Sequence[Question], per_category: int) -> list[Question
 
 def _answers(job: Job, setting: Setting, cases: list[Case], questions: Sequence[Question], folder: Path) -> Answers:
     """Decodes all questions turn by turn, grouped by capacity, so that long prompts do not slow down short ones."""
-    answers = Answers.of(len(cases))
+    answers, max_new_tokens = Answers.of(len(cases)), job.config.max_new_tokens
     for turn in range(max(len(question.turns) for question in questions)):
-        groups: dict[int, dict[int, tuple[int, ...]]] = {}
+        groups: dict[int, dict[int, tuple[int, ...]]] = {}  # prompts by capacity and number of the question
         for number, question in enumerate(questions):
             if turn < len(question.turns):
                 prompt = _prompt(job, question, answers.select([number]).outputs[0].tokens)
-                capacity = make_plan(job, setting, cases[0], [prompt]).capacity
+                capacity = make_method(cases[0], [prompt], max_new_tokens).plan.capacity
                 groups.setdefault(capacity, {})[number] = prompt
         for capacity, prompts in sorted(groups.items()):
-            _answer_group(job, setting, cases, capacity, prompts, turn, len(questions), answers, folder)
+            numbers, ids = list(prompts), list(prompts.values())
+            methods = make_methods(job, setting, cases, ids)
+            turns = engine.decode_in_turns(
+                methods,
+                ids,
+                batch_size=1,
+                group=1,
+                max_new_tokens=max_new_tokens,
+                label=f"T={setting.temperature:g} turn {turn + 1}, texts up to {capacity} tokens",
+                indices=[number + turn * len(questions) for number in numbers],
+                end_of=job.end_of,
+                folder=folder,
+                **job.decoding,
+            )
+            with meshes.use(job.target.mesh):
+                for place, results in turns:
+                    answers.append((numbers[place], turn), ids[place], methods, results, job.config.seed)
     return answers
 
 
@@ -121,44 +146,6 @@ def _prompt(job: Job, question: Question, answered: Sequence[Sequence[int]]) -> 
     with prefixed(f"question {question.number}, turn {len(texts) + 1}: "):
         job.check([prompt])
     return prompt
-
-
-def _answer_group(
-    job: Job,
-    setting: Setting,
-    cases: list[Case],
-    capacity: int,
-    prompts: dict[int, tuple[int, ...]],
-    turn: int,
-    questions: int,
-    answers: Answers,
-    folder: Path,
-) -> None:
-    """Decodes prompts of one capacity, given by question number, and appends the results to `answers`."""
-    numbers, ids = list(prompts), list(prompts.values())
-    methods = make_methods(job, setting, cases, ids)
-    turns = engine.decode_in_turns(
-        methods,
-        ids,
-        batch_size=1,
-        group=1,
-        max_new_tokens=job.config.max_new_tokens,
-        eos_ids=job.target.tokenizer.stop_ids,
-        seed=job.config.seed,
-        put=batch.Placer(job.target.mesh),
-        label=f"T={setting.temperature:g} turn {turn + 1}, texts up to {capacity} tokens",
-        indices=[number + turn * questions for number in numbers],
-        end_of=job.end_of,
-        folder=folder,
-    )
-    with meshes.use(job.target.mesh):
-        for place, results in turns:
-            answers.turns.append((numbers[place], turn))
-            for case, (method, result) in enumerate(zip(methods, results, strict=True)):
-                answers.outputs[case].batches.append(result)
-                plain, output = Output([results[0]]), Output([result])
-                same = engine.compare_with_plain(method, [ids[place]], plain, output, job.config.seed)
-                answers.identical[case].append(same)
 
 
 def _rows(job: Job, setting: Setting, cases: list[Case], questions: Sequence[Question], answers: Answers) -> list[dict]:

@@ -24,7 +24,6 @@ from specjax.data import batches, tasks
 from specjax.decoding import batch, rules
 from specjax.decoding.drafters.model import ModelDraft
 from specjax.decoding.drafters.table import build_drafter
-from specjax.decoding.plan import Plan
 from specjax.decoding.results import Row
 from specjax.decoding.sampling import Sampling
 from specjax.distillation import cached_text
@@ -132,18 +131,11 @@ class _Writer:
         self.about = cached_text.provenance(*fingerprints, config.task, data) | settings
 
     def _method(self, gamma: int) -> Method:
-        generation, target = self.config.data.generation, self.target.decoder
-        plan = Plan.for_prompts(
-            target,
-            self.prompts,
-            max_new_tokens=generation.max_new_tokens,
-            greedy=generation.temperature == 0,
-            drafter=build_drafter(ModelDraft(), target, gamma, self.draft.decoder) if gamma else None,
-            gamma=gamma,
-            rule=self.rule,
-        )
+        generation, draft = self.config.data.generation, self.draft if gamma else None
+        drafter = build_drafter(ModelDraft(), self.target.decoder, gamma, draft and draft.decoder)
         sampling = Sampling.of(generation.temperature, generation.top_k, generation.top_p)
-        return Method(plan, self.target.params, self.draft.params if gamma else None, sampling)
+        how = {"max_new_tokens": generation.max_new_tokens, "drafter": drafter, "gamma": gamma, "rule": self.rule}
+        return Method.of(self.target, self.prompts, sampling, draft, **how)
 
     @property
     def _decoding(self) -> dict[str, Any]:

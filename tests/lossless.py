@@ -12,7 +12,7 @@ import scipy.special
 import tiny
 
 from specjax.decoding import loop
-from specjax.decoding.sampling import Noise, Sampling, Stream, probabilities, row_keys
+from specjax.decoding.sampling import Sampling, Stream, probabilities, row_keys
 from specjax.models.decoder import Decoder
 
 # --- the distribution of emitted tokens ----------------------------------------------------------------------------
@@ -196,12 +196,10 @@ def compare_with_plain(pair, settings, drafts, rule, max_new=MAX_NEW):
 @functools.partial(jax.jit, static_argnums=0)
 def one_block(plan, params, draft_params, state, limits, adjust):
     """`loop.block` that also returns the target's logits and the proposal: (state, logits, proposal)."""
-    noise = Noise(state.row_keys, state.lengths, plan.greedy, plan.rule.shared_noise, plan.rule.block_noise)
-    proposal, state = loop.propose(plan, params, draft_params, state, noise, adjust)
-    pending = jnp.take_along_axis(state.tokens, state.lengths[:, None] - 1, axis=1)[:, 0]
-    logits, cache, taps = loop.verify(plan, params, state.target_cache, pending, state.lengths, proposal)
+    proposal, state = loop.propose(plan, params, draft_params, state, adjust)
+    logits, cache, taps = loop.verify(plan, params, state.target_cache, state.pending, state.lengths, proposal)
     state = dataclasses.replace(state, target_cache=cache)
-    state = loop.accept_and_commit(plan, draft_params, state, proposal, logits, taps, noise, adjust, limits)
+    state = loop.accept_and_commit(plan, draft_params, state, proposal, logits, taps, adjust, limits)
     return state, logits, proposal
 
 

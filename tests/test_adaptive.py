@@ -245,7 +245,7 @@ def small_plan(small, threshold=0.0):
 @pytest.mark.slow
 def test_the_loop_samples_the_targets_distribution(small):
     (_, params), (_, draft_params) = small
-    adjust = Sampling.of(1.0, threshold=0.5, costs=block_costs(0.4, 0.1, SMALL_GAMMA))
+    adjust = Sampling.of(1.0, threshold=0.5, block_costs=block_costs(0.4, 0.1, SMALL_GAMMA))
     assert p_value(small_plan(small, 0.5), params, draft_params, adjust) > 1e-4
 
 
@@ -274,7 +274,7 @@ def test_the_chi_square_test_rejects_a_length_picked_by_a_dropped_token(small):
     (_, params), (_, draft_params) = small
     plan = small_plan(small)
     plan = dataclasses.replace(plan, drafter=Watching(plan.drafter.inner, SMALL_GAMMA))
-    adjust = Sampling.of(1.0, costs=block_costs(0.4, 0.1, SMALL_GAMMA))
+    adjust = Sampling.of(1.0, block_costs=block_costs(0.4, 0.1, SMALL_GAMMA))
     assert p_value(plan, params, draft_params, adjust) < 1e-6
 
 
@@ -328,7 +328,7 @@ def test_one_compile_serves_all_costs_and_a_draft_that_cannot_pay_runs_no_layer(
     plan, draft = plan_and_params(models, pair, "kangaroo", gamma=3)
     drafted, sizes, states = [], set(), []
     for costs in ((0.01, 0.01), (0.3, 0.1), (2.0, 0.1)):
-        adjust = Sampling.of(1.0, costs=block_costs(*costs, 3))
+        adjust = Sampling.of(1.0, block_costs=block_costs(*costs, 3))
         state = tiny.decode(plan, params, draft, pair.texts[:64], pair.lengths[:64], 12, adjust=adjust)
         sizes.add((compiled_prefill._cache_size(), loop.compiled_run._cache_size()))
         drafted.append(int(state.statistics.drafted.sum()))
@@ -352,7 +352,7 @@ def test_a_draft_that_sat_out_blocks_fills_its_cache_before_it_drafts_again(mode
     for length in (2, 0, 0, 0, 0, 0, 0, 2):  # the gap is more than is fed at a time
         before = state
         costs = jnp.full((gamma + 1,), jnp.inf).at[length].set(1.0)
-        adjust = dataclasses.replace(Sampling.of(1.0), costs=costs)
+        adjust = dataclasses.replace(Sampling.of(1.0), block_costs=costs)
         state, logits, proposal = one_block(plan, params, own, before, tiny.limits(rows, 24), adjust)
         assert np.all(np.asarray(proposal.num_drafted) == length)
     text, at = np.asarray(before.tokens).copy(), np.asarray(before.lengths)[:, None] - 1 + np.arange(gamma + 1)
@@ -376,7 +376,7 @@ def test_costs_that_are_not_positive_are_refused(models, pair):
             block_costs(*costs, 3)
     for costs in ((1.0, 0.0), (float("inf"), 1.0)):
         with pytest.raises(UserError, match="costs of blocks must be positive numbers"):
-            Sampling.of(1.0, costs=costs)
+            Sampling.of(1.0, block_costs=costs)
     plan, draft = plan_and_params(models, pair, "early_exit", gamma=2, greedy=True)
     with pytest.raises(ValueError, match="needs the costs of blocks"):
         tiny.decode(plan, models[1], draft, pair.texts, pair.lengths, 4)

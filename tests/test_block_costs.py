@@ -38,7 +38,7 @@ def test_blocks_of_every_length_are_timed_by_one_executable_before_any_text(mode
     assert costs.shape == (3,) and np.all(np.asarray(costs) > 0) and costs.dtype == jnp.float32
     # They serve a run of that plan.
     texts, lengths = tiny.prompts(3, 2, 6, 24)
-    state = tiny.decode(plan, params, own, texts, lengths, 8, adjust=Sampling.of(0.0, costs=costs.tolist()))
+    state = tiny.decode(plan, params, own, texts, lengths, 8, adjust=Sampling.of(0.0, block_costs=costs.tolist()))
     assert np.all(np.asarray(state.num_emitted) == 8)
     assert isinstance(state, loop.DecodeState)
 
@@ -58,13 +58,13 @@ SECTION = {"kind": "early_exit", "exit_layer": 1, "rules": {"lossless": (2, 3)}}
 def test_a_config_gives_costs_or_has_them_measured(models):
     setting = cases.Setting("lossless", 0.0, 1)
     plain, two, three = cases.make_cases(job_of(models, {**SECTION, "adaptive": True, "costs": (0.25, 0.25)}), setting)
-    assert np.asarray(two.sampling.costs).tolist() == [1, 1.5, 2]
-    assert np.asarray(three.sampling.costs).tolist() == [1, 1.5, 2, 2.5]
+    assert np.asarray(two.sampling.block_costs).tolist() == [1, 1.5, 2]
+    assert np.asarray(three.sampling.block_costs).tolist() == [1, 1.5, 2, 2.5]
     assert not any(map(cases.needs_costs, (plain, two, three)))
     made = cases.make_cases(job_of(models, {**SECTION, "adaptive": True}), setting)
     assert [cases.needs_costs(case) for case in made] == [False, True, True]
     fixed = cases.make_cases(job_of(models, SECTION), setting)
-    assert not any(map(cases.needs_costs, fixed)) and all(case.sampling.costs is None for case in fixed)
+    assert not any(map(cases.needs_costs, fixed)) and all(case.sampling.block_costs is None for case in fixed)
 
 
 def test_costs_that_do_not_come_in_twos_or_are_not_positive_are_refused(models):

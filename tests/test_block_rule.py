@@ -156,15 +156,14 @@ def test_the_loop_samples_the_targets_distribution_by_blocks_of_confident_drafts
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_with_greedy_drafts_proposals_have_no_distributions_at_any_temperature(small, adaptive):  # noqa: F811
     target, params, draft, draft_params = small
-    sampling = Sampling.of(1.0, costs=(1.0, 1.0, 1.0) if adaptive else None)
+    sampling = Sampling.of(1.0, block_costs=(1.0, 1.0, 1.0) if adaptive else None)
 
     def propose(method, batch=2):
         options = tiny.drafter_options("model", target, draft) | {"draft_sample_method": method, "adaptive": adaptive}
         plan = tiny.plan(target, "model", options, gamma=2, slots=4, max_new=8)
         texts, lengths = jnp.ones((batch, 4), jnp.int32), jnp.full((batch,), 4, jnp.int32)
         state = loop.prefill(plan, params, draft_params, texts, lengths, row_keys(0, jnp.arange(batch)))
-        noise = Noise(state.row_keys, state.lengths, False, False)
-        return loop.propose(plan, params, draft_params, state, noise, sampling)[0].probs
+        return loop.propose(plan, params, draft_params, state, sampling)[0].probs
 
     assert jax.eval_shape(lambda: propose("greedy")) is None
     assert jax.eval_shape(lambda: propose("probabilistic")).shape == (2, 2, target.vocab_size)

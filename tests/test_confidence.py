@@ -80,7 +80,7 @@ def test_the_histogram_has_each_accepted_and_each_first_refused_token_at_its_own
     listed = lambda array: [row[span].tolist() for row, span in zip(np.asarray(array), spans, strict=True)]
     counts = jax.tree.map(np.asarray, Statistics.zeros(1, plan.gamma))
     rows = [Row(*pair, counts, {}, 0.0, 0.0) for pair in zip(listed(state.tokens), listed(state.origins), strict=True)]
-    result = BatchResult.of(rows, {}, prefill_seconds=0.0, decode_seconds=0.0, iterations=0, row_blocks=0)
+    result = BatchResult(rows, {}, prefill_seconds=0.0, decode_seconds=0.0, iterations=0, row_blocks=0)
     method = Method(plan, params, adapter_params, adjust)
     outcome = confidence.histogram(method, prompts, Output([result]))
     for fate, values in expected.items():

@@ -146,7 +146,7 @@ def test_a_draft_that_can_stop_waits_no_more_often(kind):
 
 
 def test_an_adaptive_draft_waits_to_know_if_it_drafts_and_if_it_catches_up():
-    how = {"adaptive": True, "sampling": {"costs": (1.0,) * (GAMMA + 1)}}
+    how = {"adaptive": True, "sampling": {"block_costs": (1.0,) * (GAMMA + 1)}}
     assert waits(*arguments("model", greedy=True, **how)) == {**ONCE, "predicates": 4}
 
 

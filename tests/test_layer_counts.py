@@ -61,14 +61,13 @@ def test_the_meters_agree_with_calls_counted_from_outside(models):
 def test_the_shared_layers_run_once_per_token_and_the_adapter_once_per_drafted_token(models):
     """A block of k drafted tokens runs all layers on k + 1 tokens and the adapter on k (arXiv 2404.18911)."""
     layers, result, witnessed = decode(models, "kangaroo", rows=1)
-    target, adapter = result.executions["target"], result.executions["draft"]
-    counts = result.counts()
-    calls = int(counts["target_calls"][0])
+    (row,) = result.rows
+    calls = int(row.statistics.target_calls[0])
     # What lies beyond the limit was drafted too: the statistics leave it out, the layers ran.
-    drafted = int(adapter.own[0])
-    assert 0 <= drafted - int(counts["drafted"][0]) <= GAMMA
-    assert int(target.own[0]) == layers * (calls + drafted)
-    assert target.padded == witnessed
+    drafted = row.executions["draft"]
+    assert 0 <= drafted - int(row.statistics.drafted[0]) <= GAMMA
+    assert row.executions["target"] == layers * (calls + drafted)
+    assert result.padded["target"] == witnessed
     assert calls < drafted < GAMMA * calls, "blocks have to differ in length"
     measured = layers_per_token([result], layers)
     assert measured["draft_layers_per_token"] == pytest.approx(drafted / MAX_NEW)

@@ -167,9 +167,8 @@ class OneForward(Tables):
         how = {"threshold": threshold, "draft_sample_method": "greedy" if one_hot else "probabilistic"}
         plan = tiny.plan(target, "pard", {"model": model, **how}, gamma=GAMMA, slots=depth, max_new=4)
         state = loop.prefill(plan, params, own, jnp.asarray(texts), lengths, row_keys(0, jnp.arange(len(contexts))))
-        noise = Noise(state.row_keys, state.lengths, False, False)
         sampling = Sampling.of(1.0, threshold=threshold)
-        proposal, _ = jax.jit(lambda state: loop.propose(plan, params, own, state, noise, sampling))(state)
+        proposal, _ = jax.jit(lambda state: loop.propose(plan, params, own, state, sampling))(state)
         rows = np.asarray(jax.nn.softmax(tiny.full_logits(target, params, jnp.asarray(texts)), axis=-1), np.float64)
         probs = np.eye(SMALL)[np.asarray(proposal.tokens)] if one_hot else np.asarray(proposal.probs, np.float64)
         self.rows = {c: row[len(c)] / row[len(c)].sum() for c, row in zip(contexts, rows, strict=True)}

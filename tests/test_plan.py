@@ -131,8 +131,8 @@ def held(tree):
 def begun(decoding, target, draft, mesh):
     """The state of a real decode after its prefill."""
     put = lambda array, axes: jax.device_put(array, jax.NamedSharding(mesh, meshes.spec(axes)))
-    prompts = put(np.ones((decoding.batch, decoding.slots), np.int32), ("batch", None))
-    lengths = put(np.full(decoding.batch, decoding.slots, np.int32), ("batch",))
+    prompts = put(np.ones((decoding.batch, decoding.plan.prompt_slots), np.int32), ("batch", None))
+    lengths = put(np.full(decoding.batch, decoding.plan.prompt_slots, np.int32), ("batch",))
     keys = put(jax.random.split(jax.random.key(0), decoding.batch), ("batch",))
     return loop.prefill(decoding.plan, target, draft, prompts, lengths, keys)
 

@@ -32,7 +32,7 @@ def counted(acceptance, tokens, rows, drafts=lambda rng: GAMMA):
 @pytest.mark.parametrize(("acceptance", "tokens"), [(0.5, 16), (0.8, 30), (0.9, 64)])
 def test_the_predicted_number_of_blocks_is_the_number_taken(acceptance, tokens):
     counts = counted(acceptance, tokens, 2000)
-    assert prediction.expected_iterations(counts, 1) == pytest.approx(counts.target_calls.sum(), rel=6e-3)
+    assert prediction.expected_iterations(counts, 1, 1) == pytest.approx(counts.target_calls.sum(), rel=6e-3)
     cut = counts.emitted_more_than.sum(0) / counts.target_calls.sum()
     assert (prediction.uncut_ctar(counts, np.ones(2000)) >= cut).all()
 
@@ -40,14 +40,14 @@ def test_the_predicted_number_of_blocks_is_the_number_taken(acceptance, tokens):
 def test_a_batch_is_predicted_to_take_as_long_as_its_slowest_row():
     counts = counted(0.8, 30, 2000)
     taken = counts.target_calls.reshape(-1, 4).max(1).sum()
-    assert prediction.expected_iterations(counts, 4) == pytest.approx(taken, rel=6e-3)
+    assert prediction.expected_iterations(counts, 4, 4) == pytest.approx(taken, rel=6e-3)
 
 
 def test_for_a_drafter_of_varying_lengths_the_measured_blocks_are_used_unchanged():
     counts = counted(0.9, 300, 200, drafts=lambda rng: int(rng.integers(0, GAMMA + 1)))
     ctar = prediction.uncut_ctar(counts, np.ones(200))
     np.testing.assert_array_equal(ctar, counts.emitted_more_than.sum(0) / counts.target_calls.sum())
-    assert prediction.expected_iterations(counts, 1) == pytest.approx(counts.target_calls.sum(), rel=0.02)
+    assert prediction.expected_iterations(counts, 1, 1) == pytest.approx(counts.target_calls.sum(), rel=0.02)
 
 
 def test_texts_of_unlike_acceptance_are_predicted_to_slow_a_batch_down():
@@ -56,7 +56,7 @@ def test_texts_of_unlike_acceptance_are_predicted_to_slow_a_batch_down():
     join = lambda name: np.concatenate([getattr(part, name) for part in parts])[order]
     counts = metrics.Counts(**{name: join(name) for name in vars(parts[0])})
     taken = counts.target_calls.reshape(-1, 4).max(1).sum()
-    assert prediction.expected_iterations(counts, 4) == pytest.approx(taken, rel=0.05)
+    assert prediction.expected_iterations(counts, 4, 4) == pytest.approx(taken, rel=0.05)
     ctars = prediction.text_ctars(counts)
     low, high = ctars[::2].mean(0), ctars[1::2].mean(0)
     assert low[0] == pytest.approx(0.3, abs=0.05) and high[0] == pytest.approx(0.9, abs=0.05)

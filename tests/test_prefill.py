@@ -43,7 +43,7 @@ def test_the_size_of_chunks_does_not_change_the_text(models, kind, chunks):
 
 def turns(models, plan, draft, costs=None):
     """Tokens of three turns, whose texts are the earlier ones with changed ends: with kept caches, and without."""
-    how = {"indices": range(3), "seed": 1, "sampling": Sampling.of(1.0, costs=costs), "eos_ids": (5,)}
+    how = {"indices": range(3), "seed": 1, "sampling": Sampling.of(1.0, block_costs=costs), "eos_ids": (5,)}
     texts, conversation = [[1, 2, 3], [4] * 12, [9]], batch.Conversation()
     for turn in range(3):
         decoded = [

@@ -8,9 +8,9 @@ import pytest
 import test_kangaroo
 import tiny
 
-from specjax.decoding import loop, scheduler
+from specjax.decoding import loop, results, scheduler
 from specjax.decoding.drafters.adaptive import AdaptiveDrafter, block_costs
-from specjax.decoding.prefill import compiled_prefill, compiled_refill, prefill_shapes
+from specjax.decoding.prefill import compiled_prefill, prefill_shapes, refill
 from specjax.decoding.sampling import Sampling, row_keys
 from specjax.evaluation import rows
 from specjax.evaluation.engine import Output
@@ -45,7 +45,7 @@ def decode(models, plan, own, texts, **how):
 
 def counts_of(result, row=None):
     rows = slice(None) if row is None else slice(row, row + 1)
-    return {name: values[rows].tolist() for name, values in result.counts().items()}
+    return {name: values[rows].tolist() for name, values in results.counts_of(result.rows).items()}
 
 
 def alone(models, plan, own, texts, slots=SLOTS, **how):
@@ -75,18 +75,17 @@ def test_a_text_and_its_counts_do_not_depend_on_the_row_that_it_takes(models, ca
     assert result.origins == [each.origins[0] for each in single]
     for row, each in enumerate(single):
         assert counts_of(result, row) == counts_of(each)
-        for name, executions in result.executions.items():
-            assert executions.own[row] == each.executions[name].own[0]
-    assert result.executions["target"].padded >= result.executions["target"].own.sum()
+        assert result.rows[row].executions == each.rows[0].executions
+    assert result.padded["target"] >= sum(row.executions["target"] for row in result.rows)
 
 
 def test_rows_are_useful_until_the_end_and_nothing_compiles_after_the_first_refills(models):
     plan, own = speculative(models, "ngram", gamma=0)
     texts, slots, how = prompts(64), SLOTS, {"eos_ids": (17, 17)}
     decode(models, plan, own, texts, slots=slots, **how, seed=2)
-    programs = [each._cache_size() for each in (compiled_prefill, compiled_refill, loop.compiled_run)]
+    programs = [each._cache_size() for each in (compiled_prefill, refill, loop.compiled_run)]
     refilled = decode(models, plan, own, texts, slots=slots, **how)
-    assert [each._cache_size() for each in (compiled_prefill, compiled_refill, loop.compiled_run)] == programs
+    assert [each._cache_size() for each in (compiled_prefill, refill, loop.compiled_run)] == programs
     parts = [slice(first, first + slots) for first in range(0, 64, slots)]
     fixed = [decode(models, plan, own, texts[part], indices=range(64)[part], slots=slots, **how) for part in parts]
     assert [row for each in fixed for row in each.tokens] == refilled.tokens
@@ -94,14 +93,14 @@ def test_rows_are_useful_until_the_end_and_nothing_compiles_after_the_first_refi
     assert calls / refilled.row_blocks >= 0.95 and calls / sum(each.row_blocks for each in fixed) <= 0.82
     # The last texts ran in fewer rows.
     assert refilled.row_blocks < slots * refilled.iterations
-    assert refilled.executions["target"].padded == plan.target.layers * refilled.row_blocks
+    assert refilled.padded["target"] == plan.target.layers * refilled.row_blocks
 
 
 @pytest.mark.slow
 def test_an_adaptive_draft_writes_in_refilled_rows_what_it_writes_alone(models):
     plan, own = speculative(models, "model", greedy=True)
     plan = dataclasses.replace(plan, drafter=AdaptiveDrafter(plan.drafter, GAMMA))
-    how = {"sampling": Sampling.of(0.0, costs=block_costs(0.3, 0.1, GAMMA))}
+    how = {"sampling": Sampling.of(0.0, block_costs=block_costs(0.3, 0.1, GAMMA))}
     texts = prompts(7)
     result, single = decode(models, plan, own, texts, slots=2, **how), alone(models, plan, own, texts, 2, **how)
     assert result.tokens == [each.tokens[0] for each in single]
@@ -128,9 +127,8 @@ def test_a_text_that_does_not_end_does_not_hold_up_the_others(models):
     assert [number for number, _, _ in ended] == [*range(1, 11), 0]
     assert [count for _, count, _ in ended] == [2] * 10 + [NEW]
     seconds = [at for _, _, at in ended]
-    assert seconds == sorted(seconds) and seconds[-1] == result.row_seconds[0] == pytest.approx(result.seconds)
-    for first, total in zip(result.first_token_seconds, result.row_seconds, strict=True):
-        assert 0 < first < total
+    assert seconds == sorted(seconds) and seconds[-1] == result.rows[0].seconds == pytest.approx(result.seconds)
+    assert all(0 < row.first_token_seconds < row.seconds for row in result.rows)
 
 
 def test_rows_that_do_not_fit_in_memory_are_refused_with_the_number_that_does(models, monkeypatch):
@@ -178,4 +176,4 @@ def test_a_row_has_the_numbers_of_serving_engines(models):
     assert all(a <= b + 1e-9 for a, b in zip(unconditional, row["acceptance_by_position"], strict=True))
     for name in ("ttft", "tpot"):
         assert 0 < serving[f"median_{name}_ms"] <= serving[f"p99_{name}_ms"]
-    assert serving["p99_ttft_ms"] <= 1e3 * max(result.row_seconds)
+    assert serving["p99_ttft_ms"] <= 1e3 * max(row.seconds for row in result.rows)

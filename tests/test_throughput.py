@@ -89,7 +89,6 @@ def test_the_best_gamma_is_found_and_is_0_where_speculation_does_not_pay():
     # 1.8 / 12 = 0.150 beats 2.0 / 14 = 0.143 and 1 / 10.
     assert model.best_gamma((0.8, 0.2), COSTS) == 1
     assert model.best_gamma((0.8, 0.6), COSTS) == 2
-    assert model.best_gamma((0.8, 0.6), COSTS, longest=1) == 1
     assert model.best_gamma((0.1, 0.01), COSTS) == 0
 
 

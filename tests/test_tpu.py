@@ -142,10 +142,11 @@ def decoding(name: str, mesh) -> executables.DecodingStage:
     else:
         kind, how = options(target)[name]
     drafter = tiny.make_drafter(kind, target, gamma, how)
-    plan = loop.Plan(target, drafter, rules.rule_named("lossless"), gamma, CAPACITY, False, chunk=CHUNK)
-    sampling = Sampling.of(1.0, costs=(1.0,) * (gamma + 1) if how.get("adaptive") else None)
+    sizes = {"chunk": CHUNK, "prompt_slots": PROMPT}
+    plan = loop.Plan(target, drafter, rules.rule_named("lossless"), gamma, CAPACITY, False, **sizes)
+    sampling = Sampling.of(1.0, block_costs=(1.0,) * (gamma + 1) if how.get("adaptive") else None)
     own = how.get("model", how.get("adapter"))
-    return executables.DecodingStage(name, plan, own, sampling, mesh, batch, PROMPT, PROMPT)
+    return executables.DecodingStage(name, plan, own, sampling, mesh, batch, PROMPT)
 
 
 def training(name: str, mesh) -> executables.TrainingStage:

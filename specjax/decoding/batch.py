@@ -65,17 +65,17 @@ class Placer:
     mesh: jax.sharding.Mesh | None = None
 
     @property
-    def _ways(self) -> int:
+    def _num_shards(self) -> int:
         return 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
     def rows(self, count: int) -> int:
         """The smallest number of rows, at least `count`, that divides evenly over the devices."""
-        return -(-count // self._ways) * self._ways
+        return -(-count // self._num_shards) * self._num_shards
 
     def __call__(self, array: np.ndarray) -> jax.Array:
         if self.mesh is None:
             return jax.device_put(array)
-        axes = ("batch" if array.shape[0] % self._ways == 0 else None, *[None] * (array.ndim - 1))
+        axes = ("batch" if array.shape[0] % self._num_shards == 0 else None, *[None] * (array.ndim - 1))
         return meshes.place(array, jax.NamedSharding(self.mesh, meshes.spec(axes)))
 
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from specjax.decoding.batch import pad
 from specjax.decoding.plan import Plan
 from specjax.decoding.sampling import Noise, Sampling, probabilities, row_keys
 from specjax.models.language_model import consecutive
@@ -92,16 +93,11 @@ def compare(
         first = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
         chosen = jnp.asarray(pairs[first] if first < len(pairs) else (0, 0), jnp.int32)
         opening = plan.target.start_text(prompt)
-        row, read = (_padded(tokens, slots) for tokens in ([*opening, *plain], prompt))
+        text, read = [*opening, *plain], pad([prompt], max(slots, len(prompt)))
+        row, _ = pad([text], max(slots, len(text)))
         keys = row_keys(seed, np.asarray([index], np.int32))
         position = jnp.int32(len(opening) + first)
-        gap, bound, tie = _judge(plan, params, read, jnp.asarray([len(prompt)]), row, keys, position, chosen, sampling)
+        gap, bound, tie = _judge(plan, params, *read, row, keys, position, chosen, sampling)
         numbers = {"top2_gap": float(gap), "tie_bound": float(bound), "tie": bool(tie) and first < len(pairs)}
         differences.append({"prompt": index, "position": first, **numbers})
     return {"equal": len(prompts) - len(differences), "of": len(prompts), "differences": differences}
-
-
-def _padded(tokens: Sequence[int], slots: int) -> jax.Array:
-    row = np.zeros((1, max(slots, len(tokens))), np.int32)
-    row[0, : len(tokens)] = tokens
-    return jnp.asarray(row)

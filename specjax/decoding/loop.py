@@ -54,14 +54,18 @@ class Limits:
         return (jnp.sum(~state.done) <= self.live) | (state.iterations >= self.iterations)
 
 
-def propose(plan: Plan, params, draft_params, state: DecodeState, noise: Noise, sampling: Sampling):
+def _noise(plan: Plan, state: DecodeState) -> Noise:
+    return Noise(state.row_keys, state.lengths, plan.greedy, plan.rule.shared_noise, plan.rule.block_noise)
+
+
+def propose(plan: Plan, params, draft_params, state: DecodeState, sampling: Sampling):
     """Runs the drafter. Returns its proposal (empty if gamma is 0) and the state with the new caches."""
     batch = state.lengths.shape[0]
     if plan.gamma == 0:
         return Proposal(jnp.zeros((batch, 0), jnp.int32), None, jnp.zeros((batch,), jnp.int32)), state
     recent = jnp.maximum(state.lengths[:, None] + jnp.arange(-2, 0)[None], 0)
     last_two = jnp.take_along_axis(state.tokens, recent, axis=1)
-    noise = dataclasses.replace(noise, greedy=plan.greedy or plan.drafter.greedy)
+    noise = dataclasses.replace(_noise(plan, state), greedy=plan.greedy or plan.drafter.greedy)
     context = Context(
         last_two, state.lengths, ~state.done, noise, sampling, tokens=state.tokens, vocab_size=plan.target.vocab_size
     )
@@ -142,7 +146,6 @@ def accept_and_commit(
     proposal: Proposal,
     logits: Float[Array, "B gamma_plus_1 V"],
     tap_states: tuple[Any, ...],
-    noise: Noise,
     sampling: Sampling,
     limits: Limits,
 ) -> DecodeState:
@@ -153,7 +156,7 @@ def accept_and_commit(
         if plan.rule.lossy:
             raw_probs = jax.nn.softmax(logits.astype(jnp.float32), axis=-1) if plan.greedy else None
             lossy_inputs = LossyInputs(sampling.lenience, raw_probs)
-        num_accepted, next_token = plan.rule(noise, proposal, target_probs, lossy_inputs)
+        num_accepted, next_token = plan.rule(_noise(plan, state), proposal, target_probs, lossy_inputs)
         # Positions after `num_accepted` do not matter, and may follow a draft token that makes no sense.
         used = jnp.arange(logits.shape[1], dtype=jnp.int32)[None] <= num_accepted[:, None]
         failed = jnp.any(used & ~finite_rows(logits), axis=1) & ~state.done
@@ -212,13 +215,12 @@ def block(
     plan: Plan, params: Any, draft_params: Any, state: DecodeState, sampling: Sampling, limits: Limits
 ) -> DecodeState:
     """Runs one block: propose, verify, accept and commit. Rows that have ended are computed too but do not change."""
-    noise = Noise(state.row_keys, state.lengths, plan.greedy, plan.rule.shared_noise, plan.rule.block_noise)
-    proposal, state = propose(plan, params, draft_params, state, noise, sampling)
+    proposal, state = propose(plan, params, draft_params, state, sampling)
     cache = kv_cache.counting(state.target_cache, jnp.where(state.done, 0, proposal.num_drafted + 1))
     with jax.named_scope("verify"):
         logits, cache, taps = verify(plan, params, cache, state.pending, state.lengths, proposal)
     state = dataclasses.replace(state, target_cache=cache)
-    return accept_and_commit(plan, draft_params, state, proposal, logits, taps, noise, sampling, limits)
+    return accept_and_commit(plan, draft_params, state, proposal, logits, taps, sampling, limits)
 
 
 def run(

@@ -77,6 +77,11 @@ class Plan:
             slots = power_of_two_times(PROMPT_MULTIPLE, longest) if target.is_encoder_decoder else capacity
         return cls(target, drafter if gamma else None, rule, gamma, capacity, greedy, replicate_draft, chunk, slots)
 
+    @property
+    def for_prefill(self) -> "Plan":
+        """The plan without rule and temperature: plans that differ only in these share the programs of prefill."""
+        return dataclasses.replace(self, rule=None, greedy=True)
+
 
 def capacity_for(text_slots: int, max_new_tokens: int, gamma: int, chunk: int = 1) -> int:
     """The slots that a row needs for a text of `text_slots` tokens and its continuation.

@@ -82,9 +82,10 @@ def prefill(
     Raises:
       ValueError: if the prompts have more columns than the caches have slots.
     """
-    return compiled_prefill(_only_prefill(plan), params, draft_params, prompts, lengths, row_keys)
+    return compiled_prefill(plan.for_prefill, params, draft_params, prompts, lengths, row_keys)
 
 
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
 def extend(
     plan: Plan,
     params: Any,
@@ -101,19 +102,27 @@ def extend(
     rotary embeddings that depend on the prompt's length: their caches hold only the prompt that was prefilled.
 
     Args:
+      plan: the `Plan.for_prefill` of decoding, so that few programs are compiled.
       texts: all tokens of each text, right-padded; `Plan.prompt_slots` columns share one executable.
       lengths: number of these tokens, at least 1.
       starts: number of first tokens of each text that are also the first ones in `state.tokens`.
     """
-    return compiled_extend(_only_prefill(plan), params, draft_params, state, texts, lengths, starts)
+    # The target's cache lacks the pending token, the draft's its `lag`. The chunks must hold the new text's second-last
+    # token, whose hidden state some drafters need.
+    lag = plan.drafter.lag if plan.gamma else 2
+    starts = jnp.maximum(jnp.minimum(starts, jnp.minimum(state.lengths - lag, lengths - 2)), 0)
+    state = dataclasses.replace(state, **_undecoded(plan, texts, lengths))
+    state = _filled(plan, params, draft_params, state, starts)
+    return _constrained(state, state_axes(plan, state))
 
 
 def prefill_shapes(plan: Plan, params, draft_params, prompts, lengths, row_keys) -> list[Any]:
     """The shapes and dtypes of the arrays of the state that `prefill` returns, in the order of `jax.tree.leaves`."""
     arrays = prompts, lengths, row_keys
-    return compiled_prefill.trace(_only_prefill(plan), params, draft_params, *arrays).jaxpr.out_avals
+    return compiled_prefill.trace(plan.for_prefill, params, draft_params, *arrays).jaxpr.out_avals
 
 
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
 def refill(
     plan: Plan,
     params: Any,
@@ -125,11 +134,20 @@ def refill(
     rows: Int[Array, "R"],
 ) -> DecodeState:
     """Prefills R prompts and replaces these rows of a state of B > R rows with them. Donates `state`.
-
     Other rows, the number of blocks and the columns of the meters stay. Rows from B on are dropped, so that one
-    executable serves fewer prompts.
+    executable serves fewer prompts. `plan` is as in `extend`.
     """
-    return compiled_refill(_only_prefill(plan), params, draft_params, state, prompts, lengths, row_keys, rows)
+    new = compiled_prefill(plan, params, draft_params, prompts, lengths, row_keys)
+
+    def replaced(old: jax.Array, new: jax.Array) -> jax.Array:
+        if old.shape == new.shape:  # it has no axis of rows
+            return old
+        if len(lengths) == 1:  # in place also on CPU, where a scatter is slow
+            return jax.lax.dynamic_update_slice_in_dim(old, new, rows[0], 0)
+        return old.at[rows].set(new, mode="drop")
+
+    state = jax.tree.map(replaced, state, new)
+    return _constrained(state, state_axes(plan, state))
 
 
 def narrow(
@@ -140,11 +158,6 @@ def narrow(
     one = prefill_shapes(plan, params, draft_params, *prompt, state.row_keys[:1])
     of_rows = tuple(x.shape != one.shape for x, one in zip(jax.tree.leaves(state), one, strict=True))
     return _narrowed(state, rows, of_rows)
-
-
-def _only_prefill(plan: Plan) -> Plan:
-    # Prefill does not depend on the rule or the temperature, so plans that differ only in these share an executable.
-    return dataclasses.replace(plan, rule=None, greedy=True)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -159,62 +172,13 @@ def compiled_prefill(plan: Plan, params, draft_params, prompts, lengths, row_key
     if plan.gamma:
         with jax.named_scope("drafter_start"):
             drafter_state = plan.drafter.start(draft_params, params, Prompts(prompts, lengths, plan.capacity))
-    batch = lengths.shape[0]
-    state = DecodeState(
-        tokens=_padded(texts, plan.capacity),
-        origins=_prompt_origins(text_lengths, plan.capacity),
-        lengths=text_lengths,
-        prompt_lengths=text_lengths,
-        done=jnp.zeros((batch,), bool),
-        row_keys=row_keys,
-        target_cache=cache,
-        drafter_state=drafter_state,
-        statistics=jax.tree.map(jnp.asarray, Statistics.zeros(batch, plan.gamma)),
-        iterations=jnp.zeros((), jnp.int32),
-    )
+    rows = _undecoded(plan, texts, text_lengths)
+    state = DecodeState(**rows, row_keys=row_keys, target_cache=cache, drafter_state=drafter_state)
     # The text of an encoder-decoder is one pending token.
     if not plan.target.is_encoder_decoder:
         state = _filled(plan, params, draft_params, state, jnp.zeros_like(lengths))
     # Constrain the sharding of every array. Otherwise the compiler replicates a cache that is only written so far over
     # the tensor axis, and its rows over `fsdp`.
-    return _constrained(state, state_axes(plan, state))
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-def compiled_extend(plan: Plan, params, draft_params, state: DecodeState, texts, lengths, starts) -> DecodeState:
-    """The compiled part of `extend`."""
-    batch = lengths.shape[0]
-    # The target's cache lacks the pending token, the draft's its `lag`. The chunks must hold the new text's second-last
-    # token, whose hidden state some drafters need.
-    lag = plan.drafter.lag if plan.gamma else 2
-    starts = jnp.maximum(jnp.minimum(starts, jnp.minimum(state.lengths - lag, lengths - 2)), 0)
-    state = dataclasses.replace(
-        state,
-        tokens=_padded(texts, plan.capacity),
-        origins=_prompt_origins(lengths, plan.capacity),
-        lengths=lengths,
-        prompt_lengths=lengths,
-        done=jnp.zeros((batch,), bool),
-        statistics=jax.tree.map(jnp.asarray, Statistics.zeros(batch, plan.gamma)),
-        iterations=jnp.zeros((), jnp.int32),
-    )
-    state = _filled(plan, params, draft_params, state, starts)
-    return _constrained(state, state_axes(plan, state))
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-def compiled_refill(plan: Plan, params, draft_params, state: DecodeState, prompts, lengths, row_keys, rows):
-    """The compiled part of `refill`."""
-    new = compiled_prefill(plan, params, draft_params, prompts, lengths, row_keys)
-
-    def replaced(old: jax.Array, new: jax.Array) -> jax.Array:
-        if old.shape == new.shape:  # it has no axis of rows
-            return old
-        if len(lengths) == 1:  # in place also on CPU, where a scatter is slow
-            return jax.lax.dynamic_update_slice_in_dim(old, new, rows[0], 0)
-        return old.at[rows].set(new, mode="drop")
-
-    state = jax.tree.map(replaced, state, new)
     return _constrained(state, state_axes(plan, state))
 
 
@@ -224,12 +188,18 @@ def _narrowed(state: DecodeState, rows: Int[Array, "R"], of_rows: tuple[bool, ..
     return structure.unflatten(x[rows] if one else x for x, one in zip(arrays, of_rows, strict=True))
 
 
-def _padded(texts: Int[Array, "B T"], capacity: int) -> Int[Array, "B S"]:
-    return jnp.pad(texts, ((0, 0), (0, capacity - texts.shape[1])))
-
-
-def _prompt_origins(lengths: Int[Array, "B"], capacity: int) -> Int[Array, "B S"]:
-    return jnp.where(jnp.arange(capacity)[None] < lengths[:, None], PROMPT, PLAIN).astype(jnp.int32)
+def _undecoded(plan: Plan, texts: Int[Array, "B T"], lengths: Int[Array, "B"]) -> dict[str, Any]:
+    """The fields of the state of texts that have emitted nothing, without keys, caches and the drafter's state."""
+    batch, slots = lengths.shape[0], jnp.arange(plan.capacity)[None]
+    return {
+        "tokens": jnp.pad(texts, ((0, 0), (0, plan.capacity - texts.shape[1]))),
+        "origins": jnp.where(slots < lengths[:, None], PROMPT, PLAIN).astype(jnp.int32),
+        "lengths": lengths,
+        "prompt_lengths": lengths,
+        "done": jnp.zeros((batch,), bool),
+        "statistics": jax.tree.map(jnp.asarray, Statistics.zeros(batch, plan.gamma)),
+        "iterations": jnp.zeros((), jnp.int32),
+    }
 
 
 def _filled(plan: Plan, params, draft_params, state: DecodeState, starts: Int[Array, "B"]) -> DecodeState:
@@ -280,6 +250,6 @@ def state_axes(plan: Plan, state: DecodeState) -> list[tuple[str | None, ...]]:
     """The logical axes of every array of the state, in the order of `jax.tree.leaves`."""
     declared, arrays = meshes.declared_axes(state), jax.tree.leaves(state.drafter_state)
     first = len(declared) - len(arrays)  # the drafter's arrays come last
-    whole = lambda name: name == "kv_heads" and plan.replicate_draft
-    of_draft = [tuple(None if whole(name) else name for name in names) for names in declared[first:]]
+    replicated = lambda name: name == "kv_heads" and plan.replicate_draft
+    of_draft = [tuple(None if replicated(name) else name for name in names) for names in declared[first:]]
     return [*declared[:first], *of_draft]

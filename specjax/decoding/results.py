@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jaxtyping import Int
 
 from specjax.decoding import loop
 from specjax.decoding.statistics import Statistics
@@ -17,9 +16,10 @@ class Row:
 
     Attributes:
       tokens: emitted ids, without the prompt.
-      origins: the origin of each emitted token, as `DecodeState.origins` has it.
+      origins: the code of each emitted token in `DecodeState.origins`.
       statistics: its counts, as arrays of one row.
-      executions: layer executions on the row's own tokens by "target" and "draft", without prefill.
+      executions: layer executions (one is one layer on one token) on the row's own tokens, by "target" and "draft",
+        without prefill.
       first_token_seconds: wall-clock seconds from the start of its prefill until the end of its first block.
       seconds: the same until its last block.
     """
@@ -59,84 +59,66 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class Executions:
-    """Layer executions, where one execution is one layer running on one token of one row; without prefill.
-
-    Attributes:
-      own: those on each prompt's own tokens.
-      padded: those on all columns of all rows of the compiled batch: also on padding, and in rows that have ended.
-    """
-
-    own: Int[np.ndarray, "N"]
-    padded: int
-
-
-@dataclasses.dataclass(frozen=True)
 class BatchResult:
-    """The result of decoding some prompts, in their order.
+    """The result of decoding some prompts.
 
     Attributes:
-      tokens: emitted ids of each prompt, without the prompt.
-      origins: the origin of each emitted token, as an index into `loop.ORIGINS`.
-      statistics: counts as numpy arrays.
-      executions: layer executions of "target" and "draft".
+      rows: the result of each prompt, in their order.
+      padded: layer executions by "target" and "draft" on all columns of all rows of the compiled batch, without
+        prefill: also on padding, and in rows that have ended.
       prefill_seconds: wall-clock seconds of the target's and the drafter's prefill.
       decode_seconds: wall-clock seconds of all blocks.
       iterations: number of blocks that ran.
       row_blocks: the sum over these blocks of the rows of the compiled batch. The sum of `statistics.target_calls` over
         it is the share of rows that were useful; others had ended or were padding.
-      first_token_seconds: of each prompt, the seconds from the start of its prefill until the end of its first block.
-      row_seconds: the same until its last block.
       compile_seconds: wall-clock seconds of compiling, which are in no other seconds.
     """
 
-    tokens: list[list[int]]
-    origins: list[list[int]]
-    statistics: Statistics
-    executions: dict[str, Executions]
+    rows: list[Row]
+    padded: dict[str, int]
     prefill_seconds: float
     decode_seconds: float
     iterations: int
     row_blocks: int
-    first_token_seconds: list[float]
-    row_seconds: list[float]
     compile_seconds: float = 0.0
 
-    @classmethod
-    def of(cls, rows: Sequence[Row], padded: dict[str, int], **totals: float | int) -> "BatchResult":
-        """The result of rows, with all executions of "target" and "draft", and the numbers of the whole batch."""
-        own = lambda name: np.asarray([row.executions[name] for row in rows], np.int32)
-        return cls(
-            tokens=[row.tokens for row in rows],
-            origins=[[code % len(loop.ORIGINS) for code in row.origins] for row in rows],
-            statistics=jax.tree.map(lambda *values: np.concatenate(values), *(row.statistics for row in rows)),
-            executions={name: Executions(own(name), total) for name, total in padded.items()},
-            first_token_seconds=[row.first_token_seconds for row in rows],
-            row_seconds=[row.seconds for row in rows],
-            **totals,
-        )
+    @property
+    def tokens(self) -> list[list[int]]:
+        """Emitted ids of each prompt, without the prompt."""
+        return [row.tokens for row in self.rows]
+
+    @property
+    def origins(self) -> list[list[int]]:
+        """The origin of each emitted token, as an index into `loop.ORIGINS`."""
+        return [[code % len(loop.ORIGINS) for code in row.origins] for row in self.rows]
+
+    @property
+    def statistics(self) -> Statistics:
+        """The counts of all prompts, as numpy arrays."""
+        return joined(self.rows)
 
     @property
     def seconds(self) -> float:
         return self.prefill_seconds + self.decode_seconds
 
-    def counts(self) -> dict[str, np.ndarray]:
-        """Counts of each prompt, as the fields of `reporting.metrics.Counts`."""
-        statistics = self.statistics
-        return {
-            "emitted": np.asarray([len(row) for row in self.tokens], np.int32),
-            "target_calls": statistics.target_calls,
-            "drafted": statistics.drafted,
-            "accepted": statistics.accepted_at.sum(1, dtype=np.int32),
-            "drafted_at": statistics.drafted_at,
-            "accepted_at": statistics.accepted_at,
-            "emitted_more_than": statistics.emitted_more_than,
-        }
+
+def joined(rows: Sequence[Row]) -> Statistics:
+    """The counts of several rows, in their order, as numpy arrays."""
+    return jax.tree.map(lambda *values: np.concatenate(values), *(row.statistics for row in rows))
 
 
-def join_counts(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Concatenates the counts of several batches; prompts keep their order."""
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+def counts_of(rows: Sequence[Row]) -> dict[str, np.ndarray]:
+    """Counts of each row, as the fields of `reporting.metrics.Counts`."""
+    statistics = joined(rows)
+    return {
+        "emitted": np.asarray([len(row.tokens) for row in rows], np.int32),
+        "target_calls": statistics.target_calls,
+        "drafted": statistics.drafted,
+        "accepted": statistics.accepted_at.sum(1, dtype=np.int32),
+        "drafted_at": statistics.drafted_at,
+        "accepted_at": statistics.accepted_at,
+        "emitted_more_than": statistics.emitted_more_than,
+    }
 
 
 def layers_per_token(results: Sequence[BatchResult], layers: int) -> dict[str, float]:
@@ -153,12 +135,12 @@ def layers_per_token(results: Sequence[BatchResult], layers: int) -> dict[str, f
       `target_layers_per_token_once`: target executions if each layer ran once on every pending and drafted token:
       layers * (target calls + drafted) / emitted (arXiv 2404.18911: a self-draft's first layers are not run again).
     """
-    emitted = sum(len(row) for result in results for row in result.tokens)
+    rows = [row for result in results for row in result.rows]
+    emitted, statistics = sum(len(row.tokens) for row in rows), joined(rows)
     per_token = lambda total: float(total) / emitted
     rates = {}
     for name in ("target", "draft"):
-        executions = [result.executions[name] for result in results]
-        rates[f"{name}_layers_per_token"] = per_token(sum(each.own.sum() for each in executions))
-        rates[f"{name}_layers_per_token_padded"] = per_token(sum(each.padded for each in executions))
-    tokens = sum(result.statistics.target_calls.sum() + result.statistics.drafted.sum() for result in results)
+        rates[f"{name}_layers_per_token"] = per_token(sum(row.executions[name] for row in rows))
+        rates[f"{name}_layers_per_token_padded"] = per_token(sum(result.padded[name] for result in results))
+    tokens = statistics.target_calls.sum() + statistics.drafted.sum()
     return {**rates, "target_layers_per_token_once": per_token(layers * tokens)}

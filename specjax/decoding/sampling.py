@@ -39,7 +39,7 @@ class Sampling:
       min_p: then keep the tokens with at least this share of the largest probability; None keeps all.
       lenience: epsilon of a lossy rule; smaller accepts more. Exact rules do not use it.
       threshold: drafting stops after a token whose distribution at temperature 1 has a largest probability below this.
-      costs: cost of a block that drafts 0 .. gamma tokens, in any unit; None unless the draft length is adaptive.
+      block_costs: cost of a block that drafts 0 .. gamma tokens, in any unit; None unless the draft length is adaptive.
     """
 
     temperature: Float[Array, ""]
@@ -48,7 +48,7 @@ class Sampling:
     min_p: Float[Array, ""] | None
     lenience: Float[Array, ""]
     threshold: Float[Array, ""]
-    costs: Float[Array, "gamma_plus_1"] | None = None
+    block_costs: Float[Array, "gamma_plus_1"] | None = None
 
     @classmethod
     def of(
@@ -60,7 +60,7 @@ class Sampling:
         min_p: float = 0.0,
         lenience: float = 1.0,
         threshold: float = 0.0,
-        costs: Sequence[float] | None = None,
+        block_costs: Sequence[float] | None = None,
     ) -> "Sampling":
         """Converts values to arrays; top_k 0, top_p 1 and min_p 0 are off.
 
@@ -80,8 +80,8 @@ class Sampling:
             raise UserError(f"lenience must lie in (0, 1], not {lenience}; 1 is the strictest, smaller accepts more.")
         if not 0 <= threshold <= 1:
             raise UserError(f"threshold must lie in [0, 1] (0: never stop drafting), not {threshold}.")
-        if costs is not None and not all(0 < cost < float("inf") for cost in costs):
-            raise UserError(f"the costs of blocks must be positive numbers, not {tuple(costs)}.")
+        if block_costs is not None and not all(0 < cost < float("inf") for cost in block_costs):
+            raise UserError(f"the costs of blocks must be positive numbers, not {tuple(block_costs)}.")
         return cls(
             jnp.float32(temperature),
             jnp.int32(top_k) if top_k else None,
@@ -89,7 +89,7 @@ class Sampling:
             jnp.float32(min_p) if min_p else None,
             jnp.float32(lenience),
             jnp.float32(threshold),
-            None if costs is None else jnp.asarray(costs, jnp.float32),
+            None if block_costs is None else jnp.asarray(block_costs, jnp.float32),
         )
 
 

@@ -112,6 +112,7 @@ class _Rows:
     def __init__(self, models: tuple[Plan, Any, Any], prompts, put: Placer, rows: int, conversation):
         plan = models[0]
         self._models, self._prompts, self._put = models, prompts, put
+        self._prefill_models = plan.for_prefill, *models[1:]
         self._conversation = conversation or Conversation()
         self._width = plan.prompt_slots or prompt_slots(prompts)
         self._next = 0  # the next prompt to start
@@ -190,7 +191,7 @@ class _Rows:
             if state is None:
                 _check_memory(prefill_shapes(*self._models, tokens, lengths, keys), len(self.numbers), self._put)
                 return loop.prefill(*self._models, tokens, lengths, keys)
-            return extend(*self._models, dataclasses.replace(state, row_keys=keys), tokens, lengths, starts)
+            return extend(*self._prefill_models, dataclasses.replace(state, row_keys=keys), tokens, lengths, starts)
 
         self.state, _ = self._timed("prefill", call)
         self._seen, self._columns = 0, {"target": 0, "draft": 0}
@@ -198,7 +199,7 @@ class _Rows:
     def _refill(self, prompts: Sequence[Sequence[int]], keys: jax.Array, places: np.ndarray) -> None:
         """Puts these prompts into some rows of the state."""
         arrays = *map(self._put, pad(prompts, self._width)), keys, self._put(places)
-        self.state, _ = self._timed("prefill", lambda: refill(*self._models, self.state, *arrays))
+        self.state, _ = self._timed("prefill", lambda: refill(*self._prefill_models, self.state, *arrays))
 
     def run(self, sampling: Sampling, limits: loop.Limits, blocks: int | None, end_of: Callable | None) -> list[int]:
         """Runs blocks until rows can be refilled, all have ended, or `blocks` ran. Returns the prompts that ended."""
@@ -263,17 +264,17 @@ class _Rows:
         rows, live = len(self.numbers), [row for row, number in enumerate(self.numbers) if number is not None]
         if self._waiting() or rows // 2 < self._smallest or len(live) > rows // 2:
             return
-        kept = [*live, *[row for row in range(rows) if row not in live]][: rows // 2]
-        places = jnp.asarray(kept, jnp.int32)
+        remaining = [*live, *[row for row in range(rows) if row not in live]][: rows // 2]
+        places = jnp.asarray(remaining, jnp.int32)
         self.state, _ = self._timed("decode", lambda: narrow(*self._models, self.state, self._width, places))
-        self.numbers = [self.numbers[row] for row in kept]
+        self.numbers = [self.numbers[row] for row in remaining]
         self.narrow()
 
     def result(self) -> BatchResult:
         """The results of all prompts, complete or so far."""
         seconds = {f"{part}_seconds": value for part, value in self._seconds.items()}
         totals = {"iterations": self._iterations, "row_blocks": self._row_blocks}
-        return BatchResult.of(self.results, self._padded, **seconds, **totals)
+        return BatchResult(list(self.results), dict(self._padded), **seconds, **totals)
 
 
 def _check_memory(shapes: Sequence[Any], rows: int, put: Placer) -> None:

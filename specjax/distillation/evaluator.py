@@ -8,6 +8,7 @@ import jax
 from specjax.data import batches, tasks
 from specjax.decoding import batch, scheduler
 from specjax.decoding.plan import Plan
+from specjax.decoding.results import counts_of
 from specjax.decoding.sampling import Sampling
 from specjax.distillation.rollouts import drafter_of
 from specjax.hub.tokenizer import Tokenizer
@@ -55,7 +56,7 @@ def make_evaluator(
             eos_ids=tokenizer.stop_ids,
             put=put,
         )
-        counts = result.counts()
+        counts = counts_of(result.rows)
         return {"block_efficiency": float(counts["emitted"].sum() / counts["target_calls"].sum())}
 
     return evaluate

@@ -31,9 +31,8 @@ from jaxtyping import Array, Float, Int
 from specjax.decoding import batch, rules
 from specjax.decoding.drafters.model import ModelDraft
 from specjax.decoding.drafters.table import build_drafter, make_options
-from specjax.decoding.plan import Plan
 from specjax.decoding.sampling import Sampling, most_probable, probabilities
-from specjax.evaluation.engine import Method, Output, decode_all
+from specjax.evaluation.engine import Method, decode_all
 from specjax.hub.adapter import LoadedAttachment
 from specjax.hub.model import Model
 from specjax.models.attachment import AttachedDraft, runtime_params
@@ -118,27 +117,6 @@ def _token_probs(
     return probs.reshape(tokens.shape[0], -1, len(ahead))[:, : tokens.shape[1]]
 
 
-def token_probs(
-    model: LanguageModel, params: Any, rows: Rows, temperature: tuple[float, int, float], batch_size: int
-) -> Float[np.ndarray, "N T P"]:
-    """`_token_probs` of all texts, in batches of similar lengths; undefined after the texts' ends.
-
-    Args:
-      temperature: temperature, top-k and top-p.
-    """
-    lengths, tokens = rows["lengths"], rows["tokens"]
-    probs = np.zeros((*tokens.shape, len(model.predicts)), np.float32)
-    order = np.argsort(-lengths, kind="stable")
-    sampling = Sampling.of(*temperature)
-    for first in range(0, len(order), batch_size):
-        chosen = order[first : first + batch_size]
-        width = min(-(-int(lengths[chosen].max()) // _WIDTH) * _WIDTH, tokens.shape[1])
-        padded = np.resize(chosen, batch_size)  # repeats texts, so that few shapes are compiled
-        values = _token_probs(model, temperature[0] == 0, params, jnp.asarray(tokens[padded, :width]), sampling)
-        probs[chosen, :width] = np.asarray(values)[: len(chosen)]
-    return probs
-
-
 class Scorer:
     """The target's texts at one temperature, and its own probabilities of their tokens.
 
@@ -156,7 +134,18 @@ class Scorer:
             self._target_probs = self._probs(target.decoder, target.params)[..., 0]
 
     def _probs(self, model: LanguageModel, params: Any) -> Float[np.ndarray, "N T P"]:
-        return token_probs(model, params, self.rows, self.temperature, self.batch_size)
+        """`_token_probs` of all texts, in batches of similar lengths; undefined after the texts' ends."""
+        lengths, tokens, size = self.rows["lengths"], self.rows["tokens"], self.batch_size
+        probs = np.zeros((*tokens.shape, len(model.predicts)), np.float32)
+        order = np.argsort(-lengths, kind="stable")
+        greedy, sampling = self.temperature[0] == 0, Sampling.of(*self.temperature)
+        for first in range(0, len(order), size):
+            chosen = order[first : first + size]
+            width = min(-(-int(lengths[chosen].max()) // _WIDTH) * _WIDTH, tokens.shape[1])
+            padded = np.resize(chosen, size)  # repeats texts, so that few shapes are compiled
+            values = _token_probs(model, greedy, params, jnp.asarray(tokens[padded, :width]), sampling)
+            probs[chosen, :width] = np.asarray(values)[: len(chosen)]
+        return probs
 
     def ratios(self, draft: Model | LoadedAttachment, gamma: int) -> Float[np.ndarray, "N E gamma"]:
         """q / p of the gamma tokens of a block that starts at each emitted token; 0 past the text's end.
@@ -194,18 +183,11 @@ def decode(
     target, rows = scorer.target, scorer.rows
     chosen = [rows["tokens"][i, : rows["loss_start"][i]].tolist() for i in range(min(prompts, len(rows["lengths"])))]
     options = ModelDraft() if isinstance(draft, Model) else make_options(draft.network.drafter, {})
-    plan = Plan.for_prompts(
-        target.decoder,
-        chosen,
-        max_new_tokens=max_new_tokens,
-        greedy=scorer.temperature[0] == 0,
-        drafter=build_drafter(options, target.decoder, gamma, draft.network),
-        gamma=gamma,
-        rule=rules.rule_named(rule),
-    )
-    method = Method(plan, target.params, draft.params, Sampling.of(*scorer.temperature))
+    how = {"drafter": build_drafter(options, target.decoder, gamma, draft.network), "gamma": gamma}
+    how |= {"max_new_tokens": max_new_tokens, "rule": rules.rule_named(rule)}
+    method = Method.of(target, chosen, Sampling.of(*scorer.temperature), draft, **how)
     how = {"max_new_tokens": max_new_tokens, "eos_ids": target.tokenizer.stop_ids, "seed": seed}
-    output: Output = decode_all(method, chosen, batch_size=scorer.batch_size, **how)[1]
+    _, output = decode_all(method, chosen, batch_size=scorer.batch_size, **how)
     texts = [[*prompt, *new] for prompt, new in zip(chosen, output.tokens, strict=True)]
     tokens, lengths = batch.pad(texts, max(map(len, texts)))
     return output.counts(), {"tokens": tokens, "lengths": lengths, "loss_start": rows["loss_start"][: len(chosen)]}

@@ -18,7 +18,6 @@ from specjax.decoding import batch
 from specjax.decoding.drafters.model import ModelDraft
 from specjax.decoding.drafters.ngram import NGram
 from specjax.decoding.drafters.table import build_drafter
-from specjax.decoding.plan import Plan
 from specjax.decoding.sampling import Sampling
 from specjax.draft_design import shapes
 from specjax.evaluation import prediction, throughput
@@ -56,9 +55,8 @@ class Workload:
         """Decodes this workload with a target and a draft, or with n-gram lookup if `draft` is None."""
         options = NGram() if draft is None else ModelDraft(threshold=threshold)
         drafter = build_drafter(options, target.decoder, gamma, draft and draft.decoder)
-        how = {"max_new_tokens": self.max_new_tokens, "greedy": self.temperature == 0}
-        plan = Plan.for_prompts(target.decoder, self.prompts, drafter=drafter, gamma=gamma, **how)
-        return Method(plan, target.params, draft and draft.params, Sampling.of(self.temperature, threshold=threshold))
+        how = {"max_new_tokens": self.max_new_tokens, "drafter": drafter, "gamma": gamma}
+        return Method.of(target, self.prompts, Sampling.of(self.temperature, threshold=threshold), draft, **how)
 
 
 @dataclasses.dataclass(frozen=True)

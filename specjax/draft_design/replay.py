@@ -96,9 +96,8 @@ def record(
         raise UserError(f"top_k must lie in 0 .. {decoder.vocab_size}, the vocabulary, not {top_k}")
     batch.check_prompts(prompts, decoder, max_new_tokens)
     eos_ids = tuple(target.tokenizer.stop_ids)
-    plan = Plan.for_prompts(decoder, prompts, max_new_tokens=max_new_tokens, greedy=True)
+    method = Method.of(target, prompts, Sampling.of(0.0), max_new_tokens=max_new_tokens)
     how = {"seed": 0, "max_new_tokens": max_new_tokens, "eos_ids": eos_ids}
-    method = Method(plan, target.params, None, Sampling.of(0.0))
     emitted = tuple(map(tuple, decode_all(method, prompts, batch_size=batch_size, **how)[1].tokens))
     top_ids, top_probs = _most_probable(target, prompts, emitted, max_new_tokens, batch_size, top_k)
     return Replay(

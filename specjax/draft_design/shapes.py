@@ -8,6 +8,8 @@ from specjax.runtime.errors import UserError
 
 # MLP widths are multiples of this.
 _STEP = 8
+# The largest relative difference of a shape's parameters from the number that is wanted.
+_TOLERANCE = 0.03
 
 
 def reshaped(like: DecoderConfig, **changes: int) -> DecoderConfig:
@@ -48,17 +50,14 @@ def parameters(config: DecoderConfig) -> int:
     return one + max(config.layers - 1, 0) * (two - one)
 
 
-def at_parameters(like: DecoderConfig, layers: int, wanted: int, tolerance: float = 0.03) -> DecoderConfig:
+def at_parameters(like: DecoderConfig, layers: int, wanted: int) -> DecoderConfig:
     """The shape with `layers` layers and about `wanted` parameters, in the proportions of `like`.
 
     It keeps the head size and the query heads per key/value head. It chooses the number of heads that comes closest;
     the width is heads times head size, and the MLP width is adjusted to make up the difference.
 
-    Args:
-      tolerance: the largest relative difference from `wanted`.
-
     Raises:
-      UserError: if no shape is within the tolerance.
+      UserError: if no shape is within 3% of `wanted`.
     """
     group = like.heads // like.kv_heads
     ratio = like.mlp_width / like.width
@@ -75,7 +74,7 @@ def at_parameters(like: DecoderConfig, layers: int, wanted: int, tolerance: floa
     per_step = parameters(shape(near.kv_heads, near.mlp_width + _STEP)) - parameters(near)
     inner = near.mlp_width + _STEP * round((wanted - parameters(near)) / per_step)
     best = shape(near.kv_heads, max(inner, _STEP))
-    if abs(parameters(best) - wanted) > tolerance * wanted:
+    if abs(parameters(best) - wanted) > _TOLERANCE * wanted:
         raise UserError(
             f"no shape of {layers} layers in these proportions has about {wanted} parameters (the nearest has "
             f"{parameters(best)}); use another budget, fewer layers, or smaller heads"

@@ -14,7 +14,6 @@ from specjax.decoding.drafters.adaptive import block_costs
 from specjax.decoding.drafters.base import Drafter, DrafterOptions
 from specjax.decoding.drafters.model import ModelDraft
 from specjax.decoding.drafters.table import build_drafter, make_options, options_class
-from specjax.decoding.plan import Plan
 from specjax.decoding.rules import RULES, Rule, rule_named
 from specjax.decoding.sampling import Sampling
 from specjax.evaluation import prediction
@@ -65,14 +64,14 @@ def read_drafters(config: Any) -> dict[str, DrafterSection]:
 
 def _read_section(config: Any, where: str, section: Any) -> DrafterSection:
     values = section.to_dict()
+    for rule in RULES:
+        if rule in values:  # the layout of earlier versions
+            raise UserError(f"{where}{rule} is now {where}rules.{rule}; move the gammas of every rule there")
     for key in ("kind", "rules"):
         if key not in values:
-            raise UserError(_old_layout(where, values) or f"{where}{key} is missing; give it a value")
+            raise UserError(f"{where}{key} is missing; give it a value")
     loads = options_class(values["kind"]).loads
     options = {key: value for key, value in values.items() if key not in _SECTION_KEYS}
-    for key in options:
-        if key in RULES:
-            raise UserError(_old_layout(where, values))
     if isinstance(options.get("skipped"), str):
         options["skipped"] = records.chosen(options["skipped"])["skipped"]
     path, replicate, dtype = values.get("path", ""), values.get("replicate", False), values.get("param_dtype", "")
@@ -93,12 +92,6 @@ def _read_section(config: Any, where: str, section: Any) -> DrafterSection:
         dtype,
         _read_rules(config, f"{where}rules", values["rules"]),
     )
-
-
-def _old_layout(where: str, values: Mapping[str, Any]) -> str:
-    """The error message for a section that has gammas outside of `rules`, as in earlier versions; "" for any other."""
-    key = next((rule for rule in RULES if rule in values), "")
-    return key and f"{where}{key} is now {where}rules.{key}; move the gammas of every rule there"
 
 
 def _read_rules(config: Any, where: str, section: Any) -> tuple[tuple[str, Rule, tuple[int, ...]], ...]:
@@ -182,6 +175,12 @@ class Job:
     @property
     def ids(self) -> list[tuple[int, ...]]:
         return [prompt.tokens for prompt in self.prompts]
+
+    @property
+    def decoding(self) -> dict[str, Any]:
+        """Arguments of `scheduler.decode` that all cases and groups of prompts share."""
+        target = self.target
+        return {"eos_ids": target.tokenizer.stop_ids, "seed": self.config.seed, "put": batch.Placer(target.mesh)}
 
     @property
     def stops(self) -> Stops:
@@ -315,34 +314,25 @@ def make_cases(job: Job, setting: Setting) -> list[Case]:
 
 def needs_costs(case: Case) -> bool:
     """Whether the case has an adaptive draft length and its block costs must be measured first."""
-    return case.gamma > 0 and case.section.options.adaptive and case.sampling.costs is None
+    return case.gamma > 0 and case.section.options.adaptive and case.sampling.block_costs is None
 
 
-def make_plan(job: Job, setting: Setting, case: Case, prompts: Sequence[Sequence[int]] | int) -> Plan:
-    """The plan of a case for these prompts, or for prompts of at most this many tokens."""
-    return Plan.for_prompts(
-        case.target.decoder,
-        prompts,
-        max_new_tokens=job.config.max_new_tokens,
-        greedy=setting.temperature == 0,
-        drafter=case.drafter,
-        gamma=case.gamma,
-        rule=case.plan_rule,
-        replicate_draft=case.section.replicate,
-    )
+def make_method(case: Case, prompts: Sequence[Sequence[int]] | int, max_new_tokens: int) -> Method:
+    """The method of a case for these prompts, or for prompts of at most this many tokens."""
+    how = {"drafter": case.drafter, "gamma": case.gamma, "rule": case.plan_rule}
+    how |= {"max_new_tokens": max_new_tokens, "replicate_draft": case.section.replicate}
+    return Method.of(case.target, prompts, case.sampling, case.loaded, **how)
 
 
 def make_methods(job: Job, setting: Setting, cases: Sequence[Case], prompts: Sequence[Sequence[int]]) -> list[Method]:
     """The method of each case for these prompts; measures block costs where they are needed and not in the config."""
-    put, methods = batch.Placer(job.target.mesh), []
+    max_new_tokens, methods = job.config.max_new_tokens, []
     for case in cases:
-        plan = make_plan(job, setting, case, prompts)
-        method = Method(plan, case.target.params, case.loaded and case.loaded.params, case.sampling)
+        method = make_method(case, prompts, max_new_tokens)
         if needs_costs(case):
-            sizes = dict(max_new_tokens=job.config.max_new_tokens, batch_size=setting.batch_size)
-            how = dict(eos_ids=job.target.tokenizer.stop_ids, seed=job.config.seed, put=put)
+            how = {"max_new_tokens": max_new_tokens, "batch_size": setting.batch_size, **job.decoding}
             with meshes.use(job.target.mesh):
-                costs = prediction.measure_block_costs(method, prompts, **sizes, **how)
-            method = dataclasses.replace(method, sampling=dataclasses.replace(case.sampling, costs=costs))
+                costs = prediction.measure_block_costs(method, prompts, **how)
+            method = dataclasses.replace(method, sampling=dataclasses.replace(case.sampling, block_costs=costs))
         methods.append(method)
     return methods

@@ -13,9 +13,11 @@ from jaxtyping import Float
 
 from specjax.decoding import batch, identity, scheduler
 from specjax.decoding.plan import Plan
-from specjax.decoding.results import BatchResult, Executions, join_counts
+from specjax.decoding.results import BatchResult, Row, counts_of
 from specjax.decoding.sampling import Sampling
 from specjax.decoding.statistics import Statistics
+from specjax.hub.adapter import LoadedAttachment
+from specjax.hub.model import Model
 from specjax.reporting import metrics, records
 from specjax.runtime import mesh as meshes
 from specjax.runtime import processes, stopping
@@ -37,6 +39,25 @@ class Method:
     params: Any
     draft_params: Any
     sampling: Sampling
+
+    @classmethod
+    def of(
+        cls,
+        target: Model,
+        prompts: Sequence[Sequence[int]] | int,
+        sampling: Sampling,
+        draft: Model | LoadedAttachment | None = None,
+        **settings: Any,
+    ) -> "Method":
+        """The method that decodes these prompts; plain decoding by default.
+
+        Args:
+          prompts: token ids of all prompts, or the number of tokens of the longest one.
+          draft: what the drafter loads; None for nothing.
+          settings: further arguments of `Plan.for_prompts`, such as `drafter` and `gamma`.
+        """
+        plan = Plan.for_prompts(target.decoder, prompts, greedy=float(sampling.temperature) == 0, **settings)
+        return cls(plan, target.params, None if draft is None else draft.params, sampling)
 
     def decode(
         self,
@@ -68,9 +89,14 @@ class Output:
     batches: list[BatchResult] = dataclasses.field(default_factory=list)
 
     @property
+    def rows(self) -> list[Row]:
+        """The result of each prompt."""
+        return [row for result in self.batches for row in result.rows]
+
+    @property
     def tokens(self) -> list[list[int]]:
         """Emitted ids of each prompt."""
-        return [row for result in self.batches for row in result.tokens]
+        return [row.tokens for row in self.rows]
 
     @property
     def origins(self) -> list[list[int]]:
@@ -96,16 +122,6 @@ class Output:
         return sum(result.prefill_seconds for result in self.batches)
 
     @property
-    def first_token_seconds(self) -> list[float]:
-        """For each prompt, see `BatchResult.first_token_seconds`."""
-        return [seconds for result in self.batches for seconds in result.first_token_seconds]
-
-    @property
-    def row_seconds(self) -> list[float]:
-        """For each prompt, see `BatchResult.row_seconds`."""
-        return [seconds for result in self.batches for seconds in result.row_seconds]
-
-    @property
     def compile_seconds(self) -> float:
         return sum(result.compile_seconds for result in self.batches)
 
@@ -116,7 +132,7 @@ class Output:
 
     def counts(self) -> metrics.Counts:
         """Counts of each prompt. Raises ValueError if they contradict each other."""
-        return metrics.Counts(**join_counts([result.counts() for result in self.batches]))
+        return metrics.Counts(**counts_of(self.rows))
 
 
 def group_size(prompts: int, batch_size: int) -> int:
@@ -167,7 +183,7 @@ def decode_in_turns(
 
     def path(number: int) -> Path:
         texts = [list(prompt) for prompt in prompts[span(number)]]
-        key = f"{label}{len(methods)}{texts}{list(indices[span(number)])}"
+        key = str((label, len(methods), texts, list(indices[span(number)])))
         return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
     paths = {} if folder is None else {number: path(number) for number in numbers}
@@ -190,7 +206,7 @@ def decode_in_turns(
                 results[index] = dataclasses.replace(result, compile_seconds=seconds)
                 bar.update(1)
             if folder is not None and processes.first():
-                records.write_atomically(paths[number], json.dumps(list(map(_plain, results))))
+                _write_results(paths[number], results)
             yield number, results
 
 
@@ -229,25 +245,20 @@ def decode_all(
     return rows, output
 
 
-def _plain(result: BatchResult) -> dict[str, Any]:
-    """A result as JSON types."""
-    plain = lambda fields: {name: np.asarray(value).tolist() for name, value in vars(fields).items()}
-    executions = {name: plain(each) for name, each in result.executions.items()}
-    return vars(result) | {"statistics": plain(result.statistics), "executions": executions}
+def _write_results(path: Path, results: Sequence[BatchResult]) -> None:
+    arrays = lambda array: array.tolist()
+    records.write_atomically(path, json.dumps(list(map(dataclasses.asdict, results)), default=arrays))
 
 
 def _read_results(path: Path) -> list[BatchResult]:
-    """The inverse of `_plain`, for a file with the results of all methods."""
     dtype = lambda name: bool if name == "failed" else np.int32
-    results = []
-    for fields in json.loads(path.read_text(encoding="utf-8")):
+
+    def row(fields: dict[str, Any]) -> Row:
         statistics = {name: np.asarray(values, dtype(name)) for name, values in fields["statistics"].items()}
-        executions = {
-            name: Executions(np.asarray(each["own"], np.int32), each["padded"])
-            for name, each in fields["executions"].items()
-        }
-        results.append(BatchResult(**fields | {"statistics": Statistics(**statistics), "executions": executions}))
-    return results
+        return Row(**fields | {"statistics": Statistics(**statistics)})
+
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    return [BatchResult(**fields | {"rows": list(map(row, fields["rows"]))}) for fields in stored]
 
 
 def compare_with_plain(

@@ -18,7 +18,6 @@ from jaxtyping import Array, Float, Int, Key
 from specjax.decoding import loop
 from specjax.decoding.drafters.base import Outcome, Proposal
 from specjax.decoding.plan import Plan
-from specjax.decoding.sampling import Noise
 from specjax.evaluation.engine import Method
 from specjax.evaluation.throughput import PartSeconds
 from specjax.models import kv_cache
@@ -94,16 +93,12 @@ def forced_block_seconds(method: Method, rows: Rows) -> list[float]:
 
     def forced(drafted: int) -> Callable[[], tuple[float, int]]:
         costs = jnp.full((method.plan.gamma + 1,), jnp.inf).at[drafted].set(1.0)
-        sampling = dataclasses.replace(method.sampling, costs=costs)
+        sampling = dataclasses.replace(method.sampling, block_costs=costs)
         return block_timer(dataclasses.replace(method, sampling=sampling), rows)
 
     timers = [forced(drafted) for drafted in range(method.plan.gamma + 1)]
     rounds = [[seconds / blocks for seconds, blocks in (timer() for timer in timers)] for _ in range(3)]
     return np.min(rounds, axis=0).tolist()  # what else the machine does only adds to them
-
-
-def _noise(plan: Plan, state: loop.DecodeState) -> Noise:
-    return Noise(state.row_keys, state.lengths, plan.greedy, plan.rule.shared_noise, plan.rule.block_noise)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 9), donate_argnums=3)
@@ -115,7 +110,7 @@ def _repeat(plan, params, draft_params, state, example, sampling, limits, propos
     proposal, logits, taps = example
 
     def propose(_, state):
-        drafted, state = loop.propose(plan, params, draft_params, state, _noise(plan, state), sampling)
+        drafted, state = loop.propose(plan, params, draft_params, state, sampling)
         if plan.drafter.taps:  # drafts from the target's states, which the target's call would have changed
             drift = 1e-9 * jnp.sum(drafted.tokens).astype(jnp.float32)
             moved = jax.tree.map(lambda tap: (tap + drift).astype(tap.dtype), taps)
@@ -128,8 +123,7 @@ def _repeat(plan, params, draft_params, state, example, sampling, limits, propos
 
     def rule(_, state):
         moved = logits + 1e-6 * state.iterations.astype(jnp.float32)
-        noise = _noise(plan, state)
-        after = loop.accept_and_commit(plan, draft_params, state, proposal, moved, taps, noise, sampling, limits)
+        after = loop.accept_and_commit(plan, draft_params, state, proposal, moved, taps, sampling, limits)
         return dataclasses.replace(after, done=state.done, lengths=state.lengths)
 
     after = kv_cache.shortened(state, prefix)
@@ -255,8 +249,7 @@ def _example(method: Method, state: loop.DecodeState) -> tuple[Proposal, jax.Arr
     plan, structures = method.plan, []
 
     def leaves():
-        noise = _noise(plan, state)
-        drafted = loop.propose(plan, method.params, method.draft_params, state, noise, method.sampling)[0]
+        drafted = loop.propose(plan, method.params, method.draft_params, state, method.sampling)[0]
         # `eval_shape` cannot build a Proposal of shapes, so only its leaves pass through it.
         structures.append(jax.tree.structure(drafted))
         return jax.tree.leaves(drafted)

@@ -39,7 +39,7 @@ def parts_meter(
 def measure_block_costs(
     method: Method, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, **how: Any
 ) -> Float[Array, "gamma_plus_1"]:
-    """Seconds of a block with 0 .. gamma drafted tokens, for `Sampling.costs`, with half of the new tokens decoded.
+    """Seconds of blocks with 0 .. gamma drafted tokens (`Sampling.block_costs`), with half of the new tokens decoded.
 
     Args:
       method: a method whose drafter is an `AdaptiveDrafter`.
@@ -139,16 +139,9 @@ def text_ctars(counts: metrics.Counts) -> Float[np.ndarray, "N gamma"]:
     return scaled if fewer else np.cumprod(scaled, axis=1)
 
 
-def expected_iterations(counts: metrics.Counts, batch_size: int, group: int = 0) -> float:
-    """Expected number of blocks, summed over groups of prompts that were decoded in a batch of `batch_size` rows.
-
-    Args:
-      counts: counts of all prompts, in the order in which they were decoded.
-      group: number of prompts in a group; by default `batch_size`, so that each row decodes one.
-    """
-    ctars, emitted, group = text_ctars(counts).tolist(), counts.emitted.tolist(), group or batch_size
-    spans = [slice(first, first + group) for first in range(0, len(emitted), group)]
-    return sum(throughput.expected_rounds(ctars[span], emitted[span], batch_size) for span in spans)
+def expected_iterations(counts: metrics.Counts, batch_size: int, group: int) -> float:
+    """Expected number of blocks of groups of `group` prompts, each decoded in a batch of `batch_size` rows."""
+    return throughput.expected_rounds(text_ctars(counts).tolist(), counts.emitted.tolist(), batch_size, group)
 
 
 def predict(
@@ -165,7 +158,7 @@ def predict(
       parts: seconds of the parts; None if they were not timed, and then every field but `expected_iterations` is None.
       draft_size: number of parameters of the draft; 0 for self-drafts, for which `mbsu` is None.
     """
-    group = max(len(result.tokens) for result in output.batches)
+    group = max(len(result.rows) for result in output.batches)
     expected, plain = (expected_iterations(each.counts(), batch_size, group) for each in (output, baseline))
     names = [field.name for field in dataclasses.fields(throughput.PartSeconds) if field.name != "intervals"]
     fields: dict[str, Any] = {f"{name}_seconds": parts and getattr(parts, name) for name in names}

@@ -165,7 +165,7 @@ def settings_of(config: Any, setting: Setting, case: Case, sampling: Sampling, p
         "lenience": case.lenience,
         "gamma": case.gamma,
         "threshold": case.section.options.threshold,
-        "block_costs": None if sampling.costs is None else np.asarray(sampling.costs).tolist(),
+        "block_costs": None if sampling.block_costs is None else np.asarray(sampling.block_costs).tolist(),
         "temperature": setting.temperature,
         "top_k": config.top_k,
         "top_p": config.top_p,
@@ -189,22 +189,19 @@ def measured(
         prompts and batches.
     """
     counts, of_batch = output.counts(), np.arange(len(output.batches)) if units is None else np.asarray(units)
-    of_prompt = np.repeat(of_batch, [len(result.tokens) for result in output.batches])
-    total = lambda seconds: np.bincount(of_batch, weights=seconds)
-    emitted = plain.counts().emitted
-    timing = metrics.Timing(
-        total(output.seconds), total(plain.seconds), of_prompt, emitted, prefill_seconds=output.prefill_seconds
+    of_prompt = np.repeat(of_batch, [len(result.rows) for result in output.batches])
+    timings = (
+        metrics.Timing(_sums(each.counts().emitted, of_prompt), _sums(each.seconds, of_batch))
+        for each in (output, plain)
     )
     if units is not None:
-        timing = dataclasses.replace(
-            timing, unit_of_prompt=np.arange(len(timing.seconds)), baseline_emitted=_sums(emitted, of_prompt)
-        )
         counts = metrics.Counts(**{name: _sums(values, of_prompt) for name, values in vars(counts).items()})
-    row = metrics.evaluate_row(counts, timing, seed=seed)
+    row = metrics.evaluate_row(counts, *timings, seed=seed)
     return {
         **row,
         "serving": _serving(row, output),
         "iterations": output.iterations,
+        "prefill_seconds": output.prefill_seconds,
         "decode_seconds": float(output.seconds.sum()) - output.prefill_seconds,
         "compile_seconds": output.compile_seconds,
         **layers_per_token(output.batches, layers),
@@ -213,7 +210,7 @@ def measured(
 
 def _serving(row: dict[str, Any], output: Output) -> dict[str, Any]:
     """See `Row.serving`."""
-    first, seconds = (np.asarray(values) for values in (output.first_token_seconds, output.row_seconds))
+    first, seconds = np.asarray([(row.first_token_seconds, row.seconds) for row in output.rows]).T
     counts = output.counts()
     # How many tokens a text's first block emitted is not recorded; it counts as a mean block.
     later = np.maximum(counts.emitted - counts.emitted / np.maximum(counts.target_calls, 1), 1)

@@ -107,7 +107,9 @@ def speedup(ctar: Sequence[float], costs: Costs, gamma: int) -> float:
 _SAMPLES = 400
 
 
-def expected_rounds(ctars: Sequence[Sequence[float]], tokens: Sequence[int], rows: int | None = None) -> float:
+def expected_rounds(
+    ctars: Sequence[Sequence[float]], tokens: Sequence[int], rows: int | None = None, group: int | None = None
+) -> float:
     """Expected number of blocks until a batch has completed all texts, if a row whose text ends takes the next one.
 
     Blocks are assumed to be independent, and identically distributed in a text. It is exact for one row, and for as
@@ -118,7 +120,11 @@ def expected_rounds(ctars: Sequence[Sequence[float]], tokens: Sequence[int], row
       ctars: `ctar` of each text.
       tokens: number of tokens of each text, in the order in which they start.
       rows: number of rows of the batch; by default as many as texts.
+      group: number of texts of which the last must end before the next group starts; by default all.
     """
+    if group is not None:
+        spans = [slice(first, first + group) for first in range(0, len(tokens), group)]
+        return sum(expected_rounds(ctars[span], tokens[span], rows) for span in spans)
     running = np.zeros((len(tokens), max(tokens, default=0)))
     for text, (ctar, count) in enumerate(zip(ctars, tokens, strict=True)):
         running[text, :count] = _still_running(tuple(ctar), count)
@@ -154,21 +160,14 @@ def batch_throughput(
     rows: int | None = None,
     group: int | None = None,
 ) -> float:
-    """Tokens per second of a batch, see `expected_rounds`.
-
-    Args:
-      costs: costs of a block of the whole batch.
-      group: number of texts of which the last must end before the next group starts; by default all.
-    """
-    ctars, group = [_upto(ctar, gamma) for ctar in ctars], group or len(tokens)
-    spans = [slice(first, first + group) for first in range(0, len(tokens), group)]
-    return sum(tokens) / (sum(expected_rounds(ctars[span], tokens[span], rows) for span in spans) * costs.block(gamma))
+    """Tokens per second of a batch, see `expected_rounds`; `costs` are those of a block of the whole batch."""
+    ctars = [_upto(ctar, gamma) for ctar in ctars]
+    return sum(tokens) / (expected_rounds(ctars, tokens, rows, group) * costs.block(gamma))
 
 
-def best_gamma(ctar: Sequence[float], costs: Costs, longest: int | None = None) -> int:
-    """The gamma in 0 .. longest with the highest throughput; 0 if plain decoding is fastest."""
-    longest = len(ctar) if longest is None else longest
-    return max(range(longest + 1), key=lambda gamma: throughput(ctar, costs, gamma))
+def best_gamma(ctar: Sequence[float], costs: Costs) -> int:
+    """The gamma in 0 .. len(ctar) with the highest throughput; 0 if plain decoding is fastest."""
+    return max(range(len(ctar) + 1), key=lambda gamma: throughput(ctar, costs, gamma))
 
 
 def break_even_acceptance(costs: Costs, gamma: int) -> float | None:
@@ -197,19 +196,19 @@ def parity_draft_step(block_efficiency: float, gamma: int, throughput: float, ta
     return seconds if seconds > 0 else None
 
 
-def sensitivity(ctar: Sequence[float], costs: Costs, gamma: int, change: float = 0.1) -> dict[str, float]:
+def sensitivity(ctar: Sequence[float], costs: Costs, gamma: int) -> dict[str, float]:
     """Throughput with a better draft at this gamma, relative to that with the given draft.
 
     Returns:
-      "acceptance": with every position's acceptance rate multiplied by 1 + `change` (at most 1);
-      "latency": with the seconds of a draft step multiplied by 1 - `change`.
+      "acceptance": with every position's acceptance rate multiplied by 1.1 (at most 1);
+      "latency": with the seconds of a draft step multiplied by 0.9.
     """
-    better = by_position([min(1.0, (1 + change) * rate) for rate in rates_of(ctar)])
+    accepted = by_position([min(1.0, 1.1 * rate) for rate in rates_of(ctar)])
+    faster = dataclasses.replace(costs, draft_step=0.9 * costs.draft_step)
     now = throughput(ctar, costs, gamma)
     return {
-        "acceptance": throughput(better, costs, gamma) / now,
-        "latency": throughput(ctar, dataclasses.replace(costs, draft_step=(1 - change) * costs.draft_step), gamma)
-        / now,
+        "acceptance": throughput(accepted, costs, gamma) / now,
+        "latency": throughput(ctar, faster, gamma) / now,
     }
 
 

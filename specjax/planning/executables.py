@@ -221,7 +221,6 @@ class DecodingStage:
     Attributes:
       name: the drafter's name in the config.
       draft: the drafter's model or attachment; None if the drafter has no parameters.
-      slots: number of columns of the padded prompts.
       longest: number of tokens of a prompt.
     """
 
@@ -231,7 +230,6 @@ class DecodingStage:
     sampling: Any
     mesh: AnyMesh
     batch: int
-    slots: int
     longest: int
 
     @functools.cached_property
@@ -248,12 +246,12 @@ class DecodingStage:
     def _arguments(self) -> tuple:
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), self.batch))
         keys = meshes.abstract(keys, meshes.shardings(("batch",), self.mesh, shapes=keys))
-        prompts = rows(self.mesh, self.batch, self.slots), rows(self.mesh, self.batch)
+        prompts = rows(self.mesh, self.batch, self.plan.prompt_slots), rows(self.mesh, self.batch)
         return self.params, self.draft_params, *prompts, keys
 
     def lower_prefill(self) -> Lowered:
         """Lowers the prefill, as `loop.prefill` compiles it."""
-        return prefill.compiled_prefill.lower(dataclasses.replace(self.plan, rule=None, greedy=True), *self._arguments)
+        return prefill.compiled_prefill.lower(self.plan.for_prefill, *self._arguments)
 
     @functools.cached_property
     def _layout(self) -> tuple[list[jax.ShapeDtypeStruct], list[tuple[str | None, ...]], Any]:
@@ -277,17 +275,13 @@ class DecodingStage:
         """Shapes of the keys and values of target and draft. Raises UserError if the rows do not divide over it."""
         return [x for x, axes in zip(self._arrays_on(mesh), self._layout[1], strict=True) if "slots" in axes]
 
-    @property
-    def _state(self) -> loop.DecodeState:
-        """The DecodeState that the prefill returns, as shapes with shardings."""
-        return jax.tree.unflatten(self._layout[2], self._arrays_on(self.mesh))
-
     def lower_loop(self) -> Lowered:
         """Lowers the decoding loop, as `loop.run` compiles it."""
         limits = loop.Limits(rows(self.mesh, self.batch), replicated(jax.ShapeDtypeStruct((1,), jnp.int32), self.mesh))
         sampling = replicated(jax.eval_shape(lambda: self.sampling), self.mesh)
+        state = jax.tree.unflatten(self._layout[2], self._arrays_on(self.mesh))
         return loop.compiled_run.lower(
-            self.plan, self.params, self.draft_params, self._state, sampling, limits, self.plan.capacity
+            self.plan, self.params, self.draft_params, state, sampling, limits, self.plan.capacity
         )
 
     def resident_on(self, mesh: AnyMesh) -> dict[str, int]:
@@ -323,12 +317,11 @@ def decodings(config: Any, catalog: ModelCatalog, mesh: AnyMesh) -> Iterator[Dec
                 largest[case.name] = case
         for name, case in largest.items():
             with meshes.use(mesh):
-                plan = cases.make_plan(job, setting, case, longest)
+                plan = cases.make_method(case, longest, config.max_new_tokens).plan
             sampling = case.sampling
             if cases.needs_costs(case):
-                sampling = dataclasses.replace(sampling, costs=jnp.ones((case.gamma + 1,), jnp.float32))
-            draft, slots = case.loaded and case.loaded.network, plan.prompt_slots
-            yield DecodingStage(name, plan, draft, sampling, mesh, size, slots, longest)
+                sampling = dataclasses.replace(sampling, block_costs=jnp.ones((case.gamma + 1,), jnp.float32))
+            yield DecodingStage(name, plan, case.loaded and case.loaded.network, sampling, mesh, size, longest)
     if not any(section.rules.get("lossless") for section in config.drafters.values()):
         raise UserError("no drafter of this evaluation is run under the lossless rule; name a gamma of it")
 

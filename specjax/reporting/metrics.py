@@ -54,38 +54,30 @@ class Counts:
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Seconds of a method and of the baseline on the same units; a unit is a batch of prompts, or a question."""
+    """The speed of a method on each unit: a batch of prompts, or a question."""
 
+    emitted: Int[np.ndarray, "U"]
+    """Number of emitted tokens."""
     seconds: Float[np.ndarray, "U"]
-    """Wall-clock seconds of the method per unit, with prefill and without compilation."""
-    baseline_seconds: Float[np.ndarray, "U"]
-    """Wall-clock seconds of plain decoding of the same units, measured in alternation with the method."""
-    unit_of_prompt: Int[np.ndarray, "N"]
-    """The index of each prompt's unit, 0 .. U - 1."""
-    baseline_emitted: Int[np.ndarray, "N"]
-    """Number of tokens that plain decoding emitted for each prompt."""
-    prefill_seconds: float
-    """The part of `seconds` spent in prefill, summed over all units."""
+    """Wall-clock seconds, with prefill and without compilation."""
 
 
-def evaluate_row(counts: Counts, timing: Timing, *, seed: int) -> dict:
+def evaluate_row(counts: Counts, timing: Timing, baseline: Timing, *, seed: int) -> dict:
     """The measured fields of an evaluation row: sums, ratios, speed, and their intervals (None where undefined).
 
     `block_efficiency = 1 + sum(ctar)` holds exactly, because `Counts` checks it in integers. For the interval of
     `speedup`, method and baseline are resampled with the same units, so a unit that is slow for both does not widen it.
     An interval over fewer than two prompts (or units) is None.
+
+    Args:
+      baseline: plain decoding of the same units, measured in alternation with the method.
     """
     emitted, calls, drafted, accepted = (
         int(array.sum()) for array in (counts.emitted, counts.target_calls, counts.drafted, counts.accepted)
     )
-    units = len(timing.seconds)
-    unit_emitted = np.bincount(timing.unit_of_prompt, weights=counts.emitted, minlength=units)
-    unit_baseline = np.bincount(timing.unit_of_prompt, weights=timing.baseline_emitted, minlength=units)
-    speed = _ratio(unit_emitted.sum(), timing.seconds.sum())
-    baseline_speed = _ratio(unit_baseline.sum(), timing.baseline_seconds.sum())
-
+    speed, baseline_speed = (_ratio(each.emitted.sum(), each.seconds.sum()) for each in (timing, baseline))
     over_prompts = _resampling_weights(len(counts.emitted), seed)
-    over_units = _resampling_weights(units, seed)
+    over_units = _resampling_weights(len(timing.seconds), seed)
     return {
         "emitted_tokens": emitted,
         "target_calls": calls,
@@ -104,10 +96,9 @@ def evaluate_row(counts: Counts, timing: Timing, *, seed: int) -> dict:
         "baseline_tokens_per_second": baseline_speed,
         "speedup": None if speed is None or not baseline_speed else speed / baseline_speed,
         "speedup_ci": interval(
-            _ratios(over_units, unit_emitted, timing.seconds)
-            / _ratios(over_units, unit_baseline, timing.baseline_seconds)
+            _ratios(over_units, timing.emitted, timing.seconds)
+            / _ratios(over_units, baseline.emitted, baseline.seconds)
         ),
-        "prefill_seconds": float(timing.prefill_seconds),
     }
 
 

@@ -285,21 +285,18 @@ def seconds_table(rows: Sequence[Mapping]) -> Table:
     caption = "Compiling, or loading from the cache, is in no other seconds."
     if parts:
         caption += " The target's call is the rest of a block of this run; drafting and rule were timed separately."
-    columns = [*keys, *(_PARTS[name] for name in parts)]
-    table = rows_table(tables.short_targets(lines), columns, caption=caption)
-    numbers = set(_PARTS.values())
-    return dataclasses.replace(
-        table,
-        columns=[
-            Column(column.heading, column.text and key not in numbers)
-            for key, column in zip(columns, table.columns, strict=True)
-        ],
-    )
+    numbers = [_PARTS[name] for name in parts]
+    return rows_table(tables.short_targets(lines), [*keys, *numbers], numbers=numbers, caption=caption)
 
 
-def rows_table(rows: Sequence[Mapping], keys: Sequence[str], **more: Any) -> Table:
-    """A table with a line for each row and a column for each key; `more` are further fields of `Table`."""
-    columns = [Column(tables.heading(key), tables.is_text(rows, key)) for key in keys]
+def rows_table(rows: Sequence[Mapping], keys: Sequence[str], *, numbers: Sequence[str] = (), **more: Any) -> Table:
+    """A table with a line for each row and a column for each key.
+
+    Args:
+      numbers: keys of numbers that the rows have as text.
+      more: further fields of `Table`.
+    """
+    columns = [Column(tables.heading(key), key not in numbers and tables.is_text(rows, key)) for key in keys]
     marks = {}
     for place, row in enumerate(rows):
         identical = row.get("identical_to_baseline")

@@ -62,13 +62,9 @@ def acceptance_figure(rows: Sequence[Mapping], path: str | Path, *, palette: Seq
 
 
 def training_figures(
-    stages: Mapping[str, Sequence[Mapping]],
-    folder: str | Path,
-    *,
-    keys: Sequence[str] = ("loss", "acceptance", "block_efficiency"),
-    palette: Sequence[str] = (),
+    stages: Mapping[str, Sequence[Mapping]], folder: str | Path, *, palette: Sequence[str] = ()
 ) -> list[Path]:
-    """Draws training_KEY.png for each key that a stage logged in its metrics.jsonl, and returns the paths.
+    """Draws training_KEY.png for the loss and each other key that a stage logged, and returns the paths.
 
     Raw values are faint, and the solid line is their running mean; the dashed line with markers is `validation_KEY`.
     """
@@ -89,7 +85,7 @@ def training_figures(
             _logarithmic(axes)
         axes.set_xlabel("step")
 
-    for key in keys:
+    for key in ("loss", "acceptance", "block_efficiency"):
         held_out = [name for name, lines in stages.items() if _any(lines, f"validation_{key}")]
         series = {name: lines for name, lines in stages.items() if _any(lines, key) or name in held_out}
         if series:

@@ -136,12 +136,12 @@ class AdaptiveDrafter(Drafter):
         return dataclasses.replace(state, inner=inner, reached=nothing, accepted=nothing, first_missing=missing)
 
     def propose(self, params, target_params, state: Evidence, target_cache, context: Context):
-        if context.sampling.costs is None:
-            raise ValueError("An adaptive draft length needs the costs of blocks: Sampling.of(..., costs=...).")
+        if context.sampling.block_costs is None:
+            raise ValueError("An adaptive draft length needs the costs of blocks: Sampling.of(..., block_costs=...).")
         draft = functools.partial(self.inner.propose, params, target_params, state.inner, target_cache)
         looked_up = draft(context) if self.inner.looks_up else None
         available = looked_up[0].num_drafted if looked_up else jnp.full_like(context.lengths, self.gamma)
-        width = best_width(state.reached, state.accepted, context.live, available, context.sampling.costs)
+        width = best_width(state.reached, state.accepted, context.live, available, context.sampling.block_costs)
         lengths = jnp.minimum(width, available)
         # If the inner drafter ran in the last block, its cache lacks at most the last two tokens, which `first` feeds.
         first_missing = jnp.where(state.ran, context.lengths - 2, state.first_missing)

@@ -97,6 +97,16 @@ class Context:
     tokens: Int[Array, "B S"] | None = None
     vocab_size: int = dataclasses.field(default=0, metadata={"static": True})
 
+    def last(self, width: int) -> tuple[Int[Array, "B width"], Int[Array, "B 1 1"]]:
+        """The positions of the last committed tokens, and the index of the pending one among them.
+
+        A shorter text has the positions 0 .. width - 1; what a cache holds after its end is rewritten before it is
+        read.
+        """
+        start = jax.numpy.maximum(self.lengths - width, 0)
+        positions = start[:, None] + jax.numpy.arange(width, dtype=jax.numpy.int32)[None]
+        return positions, (self.lengths - 1 - start)[:, None, None]
+
     def draw(
         self,
         logits: Float[Array, "B W"],
@@ -249,7 +259,7 @@ class DrafterOptions:
       states_after: for loading a draft whose files leave open which of the target's states it reads, see `Eagle3`.
       threshold: drafting stops after a token whose distribution has a largest probability below this; 0 never stops.
       vocabulary: the only ids that the draft can draft; None for all.
-      draft_sample_method: how tokens are drafted above temperature 0, see `StoppingOptions`.
+      draft_sample_method: how tokens are drafted above temperature 0, see `HeadOptions`.
     """
 
     adaptive: bool = False
@@ -286,18 +296,21 @@ class DrafterOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StoppingOptions(DrafterOptions):
-    """Options of a drafter with a distribution for each token, which can stop drafting at a low probability.
+class HeadOptions(DrafterOptions):
+    """Options of a drafter with a head: it has a distribution for each token, over all of the target's ids or some.
 
     Attributes:
       threshold: a row's draft ends after the first token whose distribution at temperature 1 has a largest probability
         below this; 0 always drafts gamma tokens.
       draft_sample_method: "probabilistic" draws tokens from the draft's adjusted distributions; "greedy" drafts the
         most probable ones at any temperature, which takes less time.
+      vocabulary: the only ids that the draft can draft, see `models.vocabulary.draft_vocabulary`; None or "" for all
+        that its head has. `hub.model.with_end_ids` adds those that end a text, `hub.model.reduced` cuts what is loaded.
     """
 
     threshold: float = 0.0
     draft_sample_method: str = SAMPLE_METHODS[0]
+    vocabulary: DraftVocabulary | Sequence[int] | str | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -305,24 +318,9 @@ class StoppingOptions(DrafterOptions):
             raise UserError(
                 f'draft_sample_method must be "probabilistic" or "greedy", not {self.draft_sample_method!r}'
             )
+        object.__setattr__(self, "vocabulary", draft_vocabulary(self.vocabulary))
 
     @property
     def stops(self) -> bool:
         """Whether the threshold is used, which is static; its value is traced, see `Sampling`."""
         return self.threshold > 0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class HeadOptions(StoppingOptions):
-    """Options of a drafter with a head, which need not have all of the target's ids.
-
-    Attributes:
-      vocabulary: the only ids that the draft can draft, see `models.vocabulary.draft_vocabulary`; None or "" for all
-        that its head has. `hub.model.with_end_ids` adds those that end a text, `hub.model.reduced` cuts what is loaded.
-    """
-
-    vocabulary: DraftVocabulary | Sequence[int] | str | None = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        object.__setattr__(self, "vocabulary", draft_vocabulary(self.vocabulary))

@@ -49,10 +49,8 @@ class BlockParallelState:
 class BlockParallelDrafter(Drafter):
     """Drafts the first gamma tokens of a block that has the size of training, whatever gamma is.
 
-    The block's own keys and values are not cached: nothing reads them after the block.
-
-    Attributes:
-      stops: whether drafting stops at a low confidence, see `draft_at_once`; the forward has run by then.
+    The block's own keys and values are not cached: nothing reads them after the block. If drafting stops, the forward
+    has computed the later tokens too, but verification has fewer columns.
     """
 
     target: LanguageModel
@@ -85,9 +83,8 @@ class BlockParallelDrafter(Drafter):
             sure = jax.nn.sigmoid(network.confidence(params, hidden)) if network.confident else None
             return network.head(params, model, model_params, hidden), sure, cache
 
-        columns = len(network.vocabulary or range(self.target.vocab_size))
-        how = {"columns": columns, "stops": self.stops, "vocabulary": network.vocabulary}
-        proposal, cache = draft_at_once(context, self.gamma, state.cache, run, confident=network.confident, **how)
+        how = {"stops": self.stops, "vocabulary": network.vocabulary}
+        proposal, cache = draft_at_once(context, self.gamma, state.cache, run, **how)
         return proposal, dataclasses.replace(state, cache=cache), target_cache
 
     def commit(self, params, state: BlockParallelState, outcome: Outcome) -> BlockParallelState:

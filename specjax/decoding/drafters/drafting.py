@@ -116,7 +116,6 @@ def draft(
         probs = jax.tree.map(append, draft.probs, probs)
         return _Draft(draft.offset + 1, token, counts, done, failed, append(draft.tokens, token), probs, carry)
 
-    unfinished = lambda draft: (draft.offset > 0) & (draft.offset < gamma) & ~jnp.all(draft.done)
     draw_first = functools.partial(draw_next, lambda token, offset, carry: first(carry))
     progress = _empty(context, gamma, first, carry, may_end_early)
     if limit is None:
@@ -128,6 +127,7 @@ def draft(
         progress = jax.lax.while_loop(may_draft, draw_first, progress)
     draw_next = functools.partial(draw_next, step)
     if may_end_early:
+        unfinished = lambda draft: (draft.offset < gamma) & ~jnp.all(draft.done)
         progress = jax.lax.while_loop(unfinished, draw_next, progress)
     else:
         progress = jax.lax.fori_loop(1, gamma, lambda _, draft: draw_next(draft), progress)
@@ -142,31 +142,27 @@ def draft_at_once(
     carry: Any,
     run: Callable[[Any], tuple[Float[Array, "B gamma W"], Float[Array, "B gamma"] | None, Any]],
     *,
-    columns: int,
     stops: bool,
-    confident: bool = False,
     vocabulary: DraftVocabulary | None = None,
 ) -> tuple[Proposal, Any]:
     """`draft`, where one forward computes the logits of all tokens of the block.
 
     Args:
-      run: carry -> (logits, confidence in each token, carry).
-      columns: W.
-      confident: whether `run` returns a confidence, which the threshold is compared with; otherwise it returns None.
+      run: carry -> (logits, confidence in each token, carry). The confidence is what the threshold is compared with;
+        None compares it with the largest probability.
     """
     at = lambda rows, offset: jax.lax.dynamic_index_in_dim(rows, offset, 1, keepdims=False)
-    batch = context.lengths.shape[0]
-    logits = jnp.zeros((batch, gamma, columns), jnp.float32)
-    sure = jnp.zeros((batch, gamma), jnp.float32) if confident else None
+    # `first` replaces these; if no row may draft, it does not run.
+    logits, sure = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(run, carry)[:2])
 
     def first(carry):
         logits, sure, inner = run(carry[2])
         return logits[:, 0], (logits, sure, inner)
 
-    def step(tokens, offset, carry):
+    def step(_, offset, carry):
         return at(carry[0], offset), carry
 
-    confidence = (lambda offset, carry: at(carry[1], offset)) if confident else None
+    confidence = None if sure is None else lambda offset, carry: at(carry[1], offset)
     how = {"stops": stops, "confidence": confidence, "vocabulary": vocabulary}
     proposal, (*_, carry) = draft(context, gamma, (logits, sure, carry), first, step, **how)
     return proposal, carry
@@ -186,14 +182,16 @@ def _empty(context: Context, gamma: int, first: First, carry: Any, may_end_early
 
 
 def _stopping(context: Context, logits, probs, adjusted: bool, sure) -> Bool[Array, "B"]:
-    """Which rows stop after a token: by a head's confidence in it unless this is None, or by the token's distribution;
-    see `draft`."""
-    threshold = context.sampling.threshold
-    if sure is not None:
-        return sure < threshold
-    if not adjusted:
-        return unsure(logits, threshold)
-    return jnp.zeros_like(context.live) if probs is None else jnp.max(probs, axis=-1) < threshold
+    """Which rows stop after a token, see `draft`. Without a head's confidence in it, the largest probability counts.
+
+    By default that is the one at temperature 1; after top-k and top-p the largest probability is often near 1.
+    """
+    if sure is None and adjusted:
+        return jnp.zeros_like(context.live) if probs is None else jnp.max(probs, axis=-1) < context.sampling.threshold
+    if sure is None:
+        logits = logits.astype(jnp.float32)
+        sure = jnp.exp(jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1))
+    return sure < context.sampling.threshold
 
 
 def _counting(context: Context, rows: Bool[Array, "B"], carry: Any) -> Any:
@@ -201,16 +199,9 @@ def _counting(context: Context, rows: Bool[Array, "B"], carry: Any) -> Any:
     return kv_cache.counting(carry, (rows & context.live).astype(jnp.int32))
 
 
-def unsure(logits: Float[Array, "B W"], threshold: Float[Array, ""]) -> Bool[Array, "B"]:
-    """Whether the largest probability at temperature 1 is below the threshold (arXiv 2404.18911, section 3.2).
-
-    The sampling temperature, top-k and top-p are ignored; after them the largest probability is often near 1.
-    """
-    logits = logits.astype(jnp.float32)
-    return jnp.exp(jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1)) < threshold
-
-
-def catch_up(context: Context, width: int, feed: Callable[[Array, Array, Any], Any], carry: Any) -> Any:
+def catch_up(
+    context: Context, width: int, feed: Callable[[Array, Array, Any], Any], carry: Any, *, again: int = 0
+) -> Any:
     """Runs the draft on committed tokens that its cache lacks, from `context.first_missing` to the third-last one.
 
     Tokens are missing after blocks in which no row drafted. The last two are left to the next drafting step. Rows that
@@ -219,10 +210,12 @@ def catch_up(context: Context, width: int, feed: Callable[[Array, Array, Any], A
     Args:
       width: tokens per call of `feed`; at most gamma + 1, because the caches have room for that many past the end.
       feed: (tokens [B, width], positions [B, width], carry) -> carry.
+      again: number of tokens before the missing ones on which the draft runs again.
     """
     if context.first_missing is None:
         return carry
     end = context.lengths - 2
+    first = jnp.maximum(context.first_missing - again, 0)
 
     def feed_next(state):
         start, carry = state
@@ -233,4 +226,5 @@ def catch_up(context: Context, width: int, feed: Callable[[Array, Array, Any], A
         return start + width, feed(tokens, positions, kv_cache.counting(carry, missing))
 
     missing = lambda state: jnp.any(context.live & (state[0] < end))
-    return jax.lax.while_loop(missing, feed_next, (context.first_missing, carry))[1]
+    _, carry = jax.lax.while_loop(missing, feed_next, (first, carry))
+    return _counting(context, jnp.ones_like(context.live), carry)

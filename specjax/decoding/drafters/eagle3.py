@@ -64,9 +64,6 @@ class Eagle3State:
 class Eagle3Drafter(Drafter):
     """Drafts at most gamma tokens. The first step of a block runs on the last gamma + 1 committed tokens: in the last
     block the draft computed some of their keys from its own states, and the target's states are known now.
-
-    Attributes:
-      stops: whether drafting stops at a low probability, see `draft`.
     """
 
     target: LanguageModel
@@ -100,7 +97,7 @@ class Eagle3Drafter(Drafter):
         return outputs, dataclasses.replace(state, cache=cache)
 
     def propose(self, params, target_params, state: Eagle3State, target_cache, context: Context):
-        network, width = self.network, self.gamma + 1
+        network = self.network
 
         def feed(tokens, positions, state):
             return self._read(params, target_params, state, tokens, positions)[1]
@@ -111,18 +108,12 @@ class Eagle3Drafter(Drafter):
             return logits, (state, network.fed_back(params, output))
 
         def first(carry):
-            state, _ = carry
-            if context.first_missing is not None:
-                # Before the tokens that it lacks, keys may still be those of drafted tokens.
-                earlier = dataclasses.replace(context, first_missing=jnp.maximum(context.first_missing - width, 0))
-                state = catch_up(earlier, width, feed, state)
-                state = kv_cache.counting(state, context.live.astype(jnp.int32))
-            start = jnp.maximum(context.lengths - width, 0)
-            positions = start[:, None] + jnp.arange(width, dtype=jnp.int32)[None]
+            # Before the tokens that it lacks, keys may still be those of drafted tokens.
+            state = catch_up(context, self.lag, feed, carry[0], again=self.lag)
+            positions, pending = context.last(self.lag)
             tokens = jnp.take_along_axis(context.tokens, positions, axis=1)
             outputs, state = self._read(params, target_params, state, tokens, positions)
-            last = (context.lengths - 1 - start)[:, None, None]
-            return drafted(state, jnp.take_along_axis(outputs, last, axis=1))
+            return drafted(state, jnp.take_along_axis(outputs, pending, axis=1))
 
         def step(tokens, offset, carry):
             state, hidden = carry

@@ -41,12 +41,12 @@ class _Carry:
     Attributes:
       state: the drafter's state.
       cache: the target's cache, of which drafting writes the first layers.
-      exits: hidden states after layer `exit_layer`, of the pending token and of every token drafted so far.
+      hidden: the states after layer `exit_layer`, of the pending token and of every token drafted so far.
     """
 
     state: Any
     cache: Any
-    exits: Float[Array, "B gamma_plus_1 D"]
+    hidden: Float[Array, "B gamma_plus_1 D"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +60,7 @@ class EarlyExitDrafter(Drafter):
     A subclass can put a network between the first layers and the head by overriding the methods below `propose`.
 
     Attributes:
-      stops: whether drafting stops at a low probability, see `draft`.
-      adjusted: whether that probability is the one after temperature, top-k and top-p, see `draft`.
+      adjusted: whether the threshold is compared with the probability after temperature, top-k and top-p, see `draft`.
       vocabulary: the ids to which the head is restricted; None for all.
     """
 
@@ -73,14 +72,9 @@ class EarlyExitDrafter(Drafter):
     vocabulary: DraftVocabulary | None = None
     scores = True
 
-    @property
-    def exit_model(self) -> LanguageModel:
-        """The target with the head of the draft."""
-        return self.target.reduced(self.vocabulary)
-
-    def exit_params(self, target_params, kernel: Float[Array, "W D"] | None):
-        """The parameters of `exit_model`."""
-        return self.target.reduced_params(target_params, kernel)
+    def with_head(self, target_params, kernel: Float[Array, "W D"] | None) -> tuple[LanguageModel, Any]:
+        """The target with the draft's head, and its parameters."""
+        return self.target.reduced(self.vocabulary), self.target.reduced_params(target_params, kernel)
 
     def start(self, params, target_params, prompts: Prompts) -> Any:
         return HeadState(self.target.head_kernel(target_params, self.vocabulary))
@@ -88,34 +82,34 @@ class EarlyExitDrafter(Drafter):
     def propose(self, params, target_params, state, target_cache, context: Context):
         pending_position = context.lengths[:, None] - 1
 
-        def to_exit(tokens, offset, cache):
+        def first_layers(tokens, offset, cache):
             """Runs the target's first layers on one token per row; returns hidden states `[B, 1, D]` and the cache."""
             positions = pending_position + offset
             return self.target.extend(target_params, cache, tokens[:, None], positions, layers=(0, self.exit_layer))
 
         def first(carry: _Carry):
-            state, cache = self.catch_up(params, target_params, carry.state, carry.cache, context)
-            logits, state = self.first_logits(params, target_params, state, carry.exits[:, :1], context)
+            state, cache = self.with_missing(params, target_params, carry.state, carry.cache, context)
+            logits, state = self.first_logits(params, target_params, state, carry.hidden[:, :1], context)
             return logits, dataclasses.replace(carry, state=state, cache=cache)
 
-        def step(tokens, offset, carry: _Carry):
-            hidden = jax.lax.dynamic_slice_in_dim(carry.exits, offset, 1, 1)
+        def step(_, offset, carry: _Carry):  # `after_draw` has run the first layers on the last token
+            hidden = jax.lax.dynamic_slice_in_dim(carry.hidden, offset, 1, 1)
             logits, state = self.logits(params, target_params, carry.state, hidden, pending_position + offset)
             return logits, dataclasses.replace(carry, state=state)
 
         def after_draw(tokens, offset, carry: _Carry):
-            hidden, cache = to_exit(tokens, offset, carry.cache)
-            exits = jax.lax.dynamic_update_slice_in_dim(carry.exits, hidden, offset, 1)
-            return dataclasses.replace(carry, cache=cache, exits=exits)
+            new, cache = first_layers(tokens, offset, carry.cache)
+            hidden = jax.lax.dynamic_update_slice_in_dim(carry.hidden, new, offset, 1)
+            return dataclasses.replace(carry, cache=cache, hidden=hidden)
 
-        hidden, target_cache = to_exit(context.last_two_tokens[:, 1], 0, target_cache)
+        hidden, target_cache = first_layers(context.last_two_tokens[:, 1], 0, target_cache)
         carry = _Carry(state, target_cache, jnp.pad(hidden, ((0, 0), (0, self.gamma), (0, 0))))
         how = {"stops": self.stops, "adjusted": self.adjusted, "vocabulary": self.vocabulary}
         proposal, carry = draft(context, self.gamma, carry, first, step, after_draw, **how)
-        proposal = dataclasses.replace(proposal, resume_hidden=carry.exits, resume_layer=self.exit_layer)
-        return proposal, self.with_exits(carry.state, carry.exits), carry.cache
+        proposal = dataclasses.replace(proposal, resume_hidden=carry.hidden, resume_layer=self.exit_layer)
+        return proposal, carry.state, carry.cache
 
-    def catch_up(self, params, target_params, state, target_cache, context: Context):
+    def with_missing(self, params, target_params, state, target_cache, context: Context):
         """Adds tokens committed while no row drafted to the draft's own cache; here there is none to update."""
         return state, target_cache
 
@@ -125,19 +119,15 @@ class EarlyExitDrafter(Drafter):
 
     def logits(self, params, target_params, state: Any, hidden: Float[Array, "B 1 D"], positions):
         """Logits `[B, W]` after the tokens at `positions` [B, 1], from their states, and the drafter's state."""
-        params = self.exit_params(target_params, state.kernel)
-        return self.exit_model.column_logits(params, hidden)[:, 0], state
-
-    def with_exits(self, state: Any, exits: Float[Array, "B gamma_plus_1 D"]) -> Any:
-        """The drafter's state after a proposal; `exits` are the target's states after its first layers."""
-        return state
+        model, params = self.with_head(target_params, state.kernel)
+        return model.column_logits(params, hidden)[:, 0], state
 
     def score(self, params, target_params, texts, prompt_lengths):
         kernel = self.target.head_kernel(target_params, self.vocabulary)
-        exits = self.exits_of(target_params, texts, prompt_lengths)
-        return self.exit_model.head(self.exit_params(target_params, kernel), exits)
+        model, params = self.with_head(target_params, kernel)
+        return model.head(params, self.hidden_of(target_params, texts, prompt_lengths))
 
-    def exits_of(
+    def hidden_of(
         self, target_params, texts: Int[Array, "B T"], prompt_lengths: Int[Array, "B"]
     ) -> Float[Array, "B T D"]:
         """The target's hidden states after layer `exit_layer`, of whole texts."""

@@ -10,7 +10,6 @@ from jaxtyping import Array, Float, Int
 from specjax.decoding.drafters.base import Chunk, Context, HeadOptions, Outcome, Prompts
 from specjax.decoding.drafters.drafting import catch_up
 from specjax.decoding.drafters.early_exit import EarlyExitDrafter
-from specjax.models import kv_cache
 from specjax.models.adapters import Adapter
 from specjax.models.language_model import LanguageModel, consecutive
 from specjax.runtime.dtypes import dtype_named
@@ -41,14 +40,14 @@ class KangarooState:
 
     Attributes:
       cache: the adapter's cache; it holds no keys and values if the adapter has no attention.
-      exits: the target's hidden states after `exit_layer` layers, of the last block's pending token and drafted tokens.
-        Rows are not sharded, because the compiler would gather complete weights to compute them.
+      hidden: the target's states after `exit_layer` layers, of the last block's pending token and drafted tokens. Rows
+        are not sharded, because the compiler would gather complete weights to compute them.
       kernel: see `HeadState`; None also if the adapter has its own head.
-      second_last: index along the second axis of `exits` of the second-last committed token.
+      second_last: index along the second axis of `hidden` of the second-last committed token.
     """
 
     cache: Any
-    exits: Float[Array, "B gamma_plus_1 D"] = axes(None, None, "embed")
+    hidden: Float[Array, "B gamma_plus_1 D"] = axes(None, None, "embed")
     kernel: Float[Array, "W D"] | None = axes("vocab", "embed")
     second_last: Int[Array, "B"] = axes("batch")
 
@@ -70,15 +69,19 @@ class KangarooDrafter(EarlyExitDrafter):
 
     def start(self, params, target_params, prompts: Prompts):
         config, batch = self.target.config, prompts.lengths.shape[0]
-        exits = jnp.zeros((batch, self.gamma + 1, config.width), dtype_named(config.compute_dtype))
+        hidden = jnp.zeros((batch, self.gamma + 1, config.width), dtype_named(config.compute_dtype))
         cache = self.adapter.start(batch, prompts.capacity)
-        return KangarooState(cache, exits, self.kernel(target_params), jnp.zeros((batch,), jnp.int32))
+        return KangarooState(cache, hidden, self.kernel(target_params), jnp.zeros((batch,), jnp.int32))
 
     def prefill(self, params, target_params, state: KangarooState, chunk: Chunk):
         _, cache = self.adapter.extend(params, state.cache, chunk.tap_states, chunk.positions)
-        second_last = chunk.at_second_last(chunk.tap_states[0], state.exits[:, :1])
-        exits = jnp.concatenate([second_last, state.exits[:, 1:]], axis=1)
-        return KangarooState(cache, exits, state.kernel, jnp.zeros_like(state.second_last))
+        second_last = chunk.at_second_last(chunk.tap_states[0], state.hidden[:, :1])
+        hidden = jnp.concatenate([second_last, state.hidden[:, 1:]], axis=1)
+        return KangarooState(cache, hidden, state.kernel, jnp.zeros_like(state.second_last))
+
+    def propose(self, params, target_params, state: KangarooState, target_cache, context: Context):
+        proposal, state, target_cache = super().propose(params, target_params, state, target_cache, context)
+        return proposal, dataclasses.replace(state, hidden=proposal.resume_hidden), target_cache
 
     def kernel(self, target_params):
         """The columns of the target's head that the adapter uses; None for all, or if it has its own head."""
@@ -86,10 +89,10 @@ class KangarooDrafter(EarlyExitDrafter):
 
     def head(self, params, target_params, kernel, hidden: Float[Array, "B T D"]) -> Float[Array, "B T W"]:
         """The adapter's logits."""
-        model = self.target if kernel is None else self.exit_model
-        return self.adapter.head(params, model, self.exit_params(target_params, kernel), hidden)
+        model_and_params = (self.target, target_params) if kernel is None else self.with_head(target_params, kernel)
+        return self.adapter.head(params, *model_and_params, hidden)
 
-    def catch_up(self, params, target_params, state: KangarooState, target_cache, context: Context):
+    def with_missing(self, params, target_params, state: KangarooState, target_cache, context: Context):
         if state.cache is None or not state.cache.keys:
             return state, target_cache
 
@@ -102,20 +105,15 @@ class KangarooDrafter(EarlyExitDrafter):
             return self.adapter.extend(params, adapter_cache, (hidden,), positions)[1], cache
 
         adapter_cache, target_cache = catch_up(context, self.gamma + 1, feed, (state.cache, target_cache))
-        adapter_cache = kv_cache.counting(adapter_cache, context.live.astype(jnp.int32))
         return dataclasses.replace(state, cache=adapter_cache), target_cache
 
     def first_logits(self, params, target_params, state: KangarooState, hidden, context: Context):
-        # If the text has one token, run on positions 0 and 1 and read position 0; slot 1 is rewritten later.
-        lengths = context.lengths
-        before = jnp.take_along_axis(state.exits, state.second_last[:, None, None], axis=1)
-        before = jnp.where((lengths > 1)[:, None, None], before, hidden)
-        start = jnp.maximum(lengths - 2, 0)
-        positions = start[:, None] + jnp.arange(2, dtype=jnp.int32)[None]
+        before = jnp.take_along_axis(state.hidden, state.second_last[:, None, None], axis=1)
+        before = jnp.where((context.lengths > 1)[:, None, None], before, hidden)
+        positions, pending = context.last(2)
         both = jnp.concatenate([before, hidden], axis=1)
         mixed, cache = self.adapter.extend(params, state.cache, (both,), positions)
-        last = jnp.take_along_axis(mixed, (lengths - 1 - start)[:, None, None], axis=1)
-        logits = self.head(params, target_params, state.kernel, last)[:, 0]
+        logits = self.head(params, target_params, state.kernel, jnp.take_along_axis(mixed, pending, axis=1))[:, 0]
         return logits, dataclasses.replace(state, cache=cache)
 
     def logits(self, params, target_params, state: KangarooState, hidden, positions):
@@ -124,14 +122,11 @@ class KangarooDrafter(EarlyExitDrafter):
         return logits, dataclasses.replace(state, cache=cache)
 
     def score(self, params, target_params, texts, prompt_lengths):
-        exits = self.exits_of(target_params, texts, prompt_lengths)
-        mixed, _ = self.adapter.extend(params, None, (exits,), consecutive(texts))
+        hidden = self.hidden_of(target_params, texts, prompt_lengths)
+        mixed, _ = self.adapter.extend(params, None, (hidden,), consecutive(texts))
         logits = self.head(params, target_params, self.kernel(target_params), mixed)
         return logits if self.vocabulary is None else self.vocabulary.spread(logits, self.target.vocab_size, -jnp.inf)
 
-    def with_exits(self, state: KangarooState, exits):
-        return dataclasses.replace(state, exits=exits)
-
     def commit(self, params, state: KangarooState, outcome: Outcome):
-        # `exits` holds the old pending token and the tokens after it. The last emitted token is pending now.
+        # `hidden` holds the old pending token and the tokens after it. The last emitted token is pending now.
         return dataclasses.replace(state, second_last=jnp.maximum(outcome.num_emitted - 1, 0))

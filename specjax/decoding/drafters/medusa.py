@@ -52,9 +52,6 @@ class MedusaDrafter(Drafter):
     verification. The target's own head predicts the pending token from this state, and head k the k-th token after it.
     Given the state the drafted tokens are independent. If the text has one token, there is no such state, and the first
     block drafts from zeros.
-
-    Attributes:
-      stops: whether drafting stops at a low probability, see `draft`.
     """
 
     target: LanguageModel
@@ -77,15 +74,14 @@ class MedusaDrafter(Drafter):
 
     def propose(self, params, target_params, state: LastHidden, target_cache, context: Context):
         heads, params = self.heads.first(params, self.gamma)
-        vocabulary = heads.vocabulary
-        model = self.target if state.kernel is None else self.target.reduced(vocabulary)
+        model = self.target if state.kernel is None else self.target.reduced(heads.vocabulary)
 
         def run(_):
             model_params = self.target.reduced_params(target_params, state.kernel)
             return heads.head(params, model, model_params, state.hidden), None, ()
 
-        how = {"columns": len(vocabulary or range(self.target.vocab_size)), "vocabulary": vocabulary}
-        proposal, _ = draft_at_once(context, self.gamma, (), run, stops=self.stops, **how)
+        how = {"stops": self.stops, "vocabulary": heads.vocabulary}
+        proposal, _ = draft_at_once(context, self.gamma, (), run, **how)
         return proposal, state, target_cache
 
     def commit(self, params, state, outcome: Outcome):

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 
 from specjax.decoding.drafters.base import Chunk, Context, Drafter, HeadOptions, Prompts
 from specjax.decoding.drafters.drafting import catch_up, draft
-from specjax.models import kv_cache
 from specjax.models.language_model import LanguageModel
 
 
@@ -37,9 +36,6 @@ class ModelDrafter(Drafter):
 
     In the first step of a block the draft runs on the last two committed tokens. The older one is usually in its cache
     already; but if all drafted tokens were accepted, the last of them is not, and this step adds it.
-
-    Attributes:
-      stops: whether drafting stops at a low probability, see `draft`.
     """
 
     model: LanguageModel
@@ -60,13 +56,9 @@ class ModelDrafter(Drafter):
 
         def first(cache):
             cache = catch_up(context, self.gamma + 1, feed, cache)
-            cache = kv_cache.counting(cache, context.live.astype(jnp.int32))
-            # If the text has one token, run on positions 0 and 1 and read position 0; slot 1 is rewritten later.
-            start = jnp.maximum(context.lengths - 2, 0)
-            positions = start[:, None] + jnp.arange(2)[None]
+            positions, pending = context.last(2)
             hidden, cache = model.extend(params, cache, context.last_two_tokens, positions)
-            last = (context.lengths - 1 - start)[:, None, None]
-            return model.column_logits(params, jnp.take_along_axis(hidden, last, axis=1))[:, 0], cache
+            return model.column_logits(params, jnp.take_along_axis(hidden, pending, axis=1))[:, 0], cache
 
         def step(tokens, offset, cache):
             positions = context.lengths[:, None] + offset - 1

@@ -40,26 +40,23 @@ class PardDrafter(ModelDrafter):
         return self.gamma + 1
 
     def propose(self, params, target_params, state, target_cache, context: Context):
-        model, masks = self.model, self.gamma - 1
+        model = self.model
 
         def feed(tokens, positions, cache):
             return model.extend(params, cache, tokens, positions)[1]
 
         def run(cache):
-            if context.first_missing is not None:
-                # Before the tokens that it lacks, keys may still be those of masks.
-                earlier = jnp.maximum(context.first_missing - self.lag, 0)
-                cache = catch_up(dataclasses.replace(context, first_missing=earlier), self.lag, feed, cache)
+            # Before the tokens that it lacks, keys may still be those of masks.
+            cache = catch_up(context, self.lag, feed, cache, again=self.lag)
             tokens, positions = self.window(context)
             cache = kv_cache.counting(cache, context.live.astype(jnp.int32) * tokens.shape[1])
             hidden, cache = model.extend(params, cache, tokens, positions)
             drafting = context.lengths - 1 - positions[:, 0]  # the pending token's place in the window
-            drafting = drafting[:, None] + jnp.arange(masks + 1, dtype=jnp.int32)[None]
+            drafting = drafting[:, None] + jnp.arange(self.gamma, dtype=jnp.int32)[None]
             hidden = jnp.take_along_axis(hidden, drafting[..., None], axis=1)
             return model.column_logits(params, hidden), None, cache
 
-        columns = len(model.vocabulary or range(model.vocab_size))
-        how = {"columns": columns, "stops": self.stops, "vocabulary": model.vocabulary}
+        how = {"stops": self.stops, "vocabulary": model.vocabulary}
         proposal, cache = draft_at_once(context, self.gamma, state, run, **how)
         return proposal, cache, target_cache
 
