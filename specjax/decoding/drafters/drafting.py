@@ -153,7 +153,8 @@ def draft_at_once(
     """
     at = lambda rows, offset: jax.lax.dynamic_index_in_dim(rows, offset, 1, keepdims=False)
     # `first` replaces these; if no row may draft, it does not run.
-    logits, sure = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(run, carry)[:2])
+    shapes = jax.eval_shape(lambda carry: run(carry)[:2], carry)
+    logits, sure = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
     def first(carry):
         logits, sure, inner = run(carry[2])
