@@ -305,7 +305,7 @@ def make_cases(job: Job, setting: Setting) -> list[Case]:
                 with prefixed(f"drafters.{name}: "):
                     costs = block_costs(*options.costs, gamma) if options.adaptive and options.costs else None
                     how = sampling(
-                        lenience=1.0 if lenience is None else lenience, threshold=options.threshold, costs=costs
+                        lenience=1.0 if lenience is None else lenience, threshold=options.threshold, block_costs=costs
                     )
                     drafter = build_drafter(options, target.decoder, gamma, loaded and loaded.network)
                 cases.append(Case(name, target, section, loaded, key, lenience, rule, gamma, drafter, how))
