@@ -169,14 +169,14 @@ def score(
     for first in range(0, len(texts), batch_size):
         prompts, part = (rows[first : first + batch_size] for rows in (replay.prompts, texts))
         part = jnp.asarray(np.concatenate([part, np.repeat(part[-1:], batch_size - len(part), axis=0)]))
-        method = Method(plan, part, params, sampling)
+        method = Method(plan, {"texts": part}, params, sampling)
         output.batches.append(method.decode(prompts, batch_size, **how))
     return output.counts()
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored(LanguageModel):
-    """A model that repeats stored texts: its parameters are texts `[B, S]`; at position i it predicts token i + 1.
+    """A model that repeats stored texts: its parameters are `texts` [B, S]; at position i it predicts token i + 1.
 
     Predictions are those of the target only after a prefix of the stored text; greedy verification uses no others.
     """
@@ -191,8 +191,9 @@ class Stored(LanguageModel):
 
     def extend(self, params, cache, inputs, positions, mask=None, *, layers=None):
         del inputs, mask, layers
-        following = jnp.minimum(positions + 1, params.shape[1] - 1)
-        return jnp.take_along_axis(params, following, axis=1)[..., None].astype(jnp.float32), cache
+        texts = params["texts"]
+        following = jnp.minimum(positions + 1, texts.shape[1] - 1)
+        return jnp.take_along_axis(texts, following, axis=1)[..., None].astype(jnp.float32), cache
 
     def column_logits(self, params, hidden):
         del params
