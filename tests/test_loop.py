@@ -269,7 +269,7 @@ def test_a_scripted_decode_gives_the_exact_tokens_origins_and_counts():
     plan = loop.Plan(COUNTER, Script(blocks, 2), Lossless(), 2, capacity_for(3, 6, 2), True)
     texts = jnp.asarray([[0, 1, 2], [10, 0, 0], [13, 14, 0], [4, 0, 0]], jnp.int32)
     lengths = jnp.asarray([3, 1, 2, 1], jnp.int32)
-    state = tiny.decode(plan, (), (), texts, lengths, [6, 6, 6, 1], eos=(14, 15))
+    state = tiny.decode(plan, {}, (), texts, lengths, [6, 6, 6, 1], eos=(14, 15))
     assert tiny.texts_of(state) == [
         [0, 1, 2, 3, 4, 5, 6, 7, 8],
         [10, 11, 12, 13, 14],
@@ -301,7 +301,7 @@ def test_a_scripted_decode_gives_the_exact_tokens_origins_and_counts():
 def test_a_row_that_may_emit_nothing_is_left_as_it_was():
     plan = loop.Plan(COUNTER, None, Lossless(), 0, capacity_for(2, 2, 0), True)
     texts, lengths = jnp.asarray([[7, 8], [3, 0]], jnp.int32), jnp.asarray([2, 1], jnp.int32)
-    state = tiny.decode(plan, (), None, texts, lengths, [0, 2])
+    state = tiny.decode(plan, {}, None, texts, lengths, [0, 2])
     assert tiny.texts_of(state) == [[7, 8], [3, 4, 5]]
     np.testing.assert_array_equal(np.asarray(state.statistics.target_calls), [0, 2])
 
