@@ -178,6 +178,20 @@ def test_a_damaged_draft_loads_or_ends_in_one_sentence(target, tmp_path, kind):
     assert refused(whole, DRAFTS[kind], range(15), load) > 5
 
 
+@pytest.mark.parametrize("value", [{}, "3", None, 2.5, 10**12, [1]], ids=repr)
+@pytest.mark.parametrize("kind, name", [("medusa", "heads"), ("kangaroo", "exit_layer")])
+def test_a_number_of_an_adapters_description_that_is_none_is_one_sentence(target, tmp_path, kind, name, value):
+    network, own = (
+        tiny.adapter(target[0]) if kind == "kangaroo" else (tiny.heads(target[0]), tiny.heads_params(*target))
+    )
+    hub_adapter.save(tmp_path, hub_adapter.LoadedAttachment(network, own, "fingerprint"))
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    with pytest.raises(UserError, match="adapter_config.json: ") as raised:
+        hub_adapter.load(tmp_path, *target)
+    assert "\n" not in str(raised.value)
+
+
 def quantised_tensors(kind, name, values):
     """The tensors of a quantised checkpoint in place of one weight, and its description in config.json."""
     outputs, inputs = values.shape

@@ -273,14 +273,14 @@ def test_compressed_files_are_read_and_damaged_ones_refused(tmp_path, compress):
 
 
 @pytest.mark.parametrize(
-    "name", ["data.jsonl", "data.JSONL", "data.json", "data.txt", "data", "data.csv", "data.parquet"]
+    "name", ["data.jsonl", "data.JSONL", "data.json", "data.txt", "data", "data.csv", "data.CSV", "data.parquet"]
 )
 def test_records_given_to_the_task_text_are_refused_by_naming_the_task_that_fits_and_documents_are_read(tmp_path, name):
     def write(records):
         path = tmp_path / name
         if name.endswith("parquet"):
             parquet(path, records)
-        elif name.endswith("csv"):
+        elif name.lower().endswith("csv"):
             table(path, records)
         else:
             path.write_text(lines(records))

@@ -10,11 +10,13 @@ import pytest
 import tiny
 
 from configs import common
+from specjax import distill
 from specjax.data.layouts import Example
 from specjax.data.tasks import Task
 from specjax.decoding import scheduler
 from specjax.decoding.sampling import Sampling, row_keys
 from specjax.distillation.evaluator import make_evaluator
+from specjax.hub.save import save
 from specjax.hub.tokenizer import train_byte_bpe
 from specjax.models.adapters import Adapter, AdapterConfig
 from specjax.models.decoder import Decoder
@@ -209,6 +211,32 @@ def test_a_target_whose_logits_are_not_finite_is_refused_with_its_dtype(drafter,
         texts(plan, damaged(params), draft_params, PROMPTS, greedy=greedy)
 
 
+def test_values_of_the_prompt_that_overflow_are_not_masked_away():
+    target, params, _ = tiny.target_and_draft()
+    value = params["blocks"][0]["attention"]["value"]
+    value["kernel"] = jnp.full_like(value["kernel"], jnp.inf)
+    plan = tiny.plan(target, gamma=0, slots=20, max_new=20, greedy=True)
+    with pytest.raises(UserError, match="logits for prompt 0 are not finite"):
+        texts(plan, params, None, PROMPTS)
+
+
+# --- dtypes of training --------------------------------------------------------------------------------------------
+
+
+def test_the_targets_dtype_is_not_the_drafts(tmp_path):
+    text = "some words, and some words again\n" * 40
+    tokenizer, task = train_byte_bpe([text], 270), Task("mine", (Example("", text),), (Example("", text),))
+    target, params = tiny.decoder(1, vocab_size=tokenizer.vocab_size)
+    save(tmp_path, target, params, tokenizer)
+    config = common.distillation(str(tmp_path), "random", steps=1)
+    config.model.update(common.TINY_MODEL)
+    config.data.update({"batch_size": 1, "sequence_length": 32, "prompt_length_max": 16})
+    config.target_param_dtype = "bfloat16"
+    inputs = distill._inputs(config, task, tokenizer, meshes.make_mesh(config.mesh))
+    dtypes_of = lambda tree: {str(leaf.dtype) for leaf in jax.tree.leaves(tree)}
+    assert (dtypes_of(inputs.target_params), dtypes_of(inputs.params)) == ({"bfloat16"}, {"float32"})
+
+
 # --- float32 logits ------------------------------------------------------------------------------------------------
 
 
@@ -220,6 +248,9 @@ def _logits_of(kind):
         return model.head(params, hidden)
     target = Decoder(tiny.config(**shape))
     params = target.init(jax.random.key(1))
+    if kind == "tied":
+        tied = Decoder(dataclasses.replace(target.config, tied_head=True))
+        return tied.head({name: values for name, values in params.items() if name != "unembedding"}, hidden)
     if kind == "target":
         return target.head(params, hidden)
     if kind == "softcap":
@@ -238,9 +269,9 @@ def _logits_of(kind):
 
 
 @pytest.mark.parametrize(
-    "kind", ["target", "encoder-decoder", "medusa", "adapter", "eagle3", "block_parallel", "reduced", "softcap"]
+    "kind", ["target", "encoder-decoder", "medusa", "adapter", "eagle3", "block_parallel", "reduced", "softcap", "tied"]
 )
-def test_logits_leave_every_untied_head_in_float32(kind):
+def test_logits_leave_every_head_in_float32(kind):
     logits = np.asarray(_logits_of(kind))
     assert logits.dtype == np.float32
     assert len(np.unique(logits)) >= 510, "rounded to bfloat16, 512 logits have about 415 values"

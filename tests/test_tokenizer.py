@@ -283,6 +283,17 @@ def test_special_tokens_are_parsed_and_have_no_text_whatever_their_flags(made, e
     assert loaded.encode("x </s>")[-1] == 2
 
 
+def test_an_end_token_that_its_file_does_not_call_special_has_no_text(made, tmp_path):
+    directory = json_variant(made, tmp_path, "normalized")
+    fields = json.loads((directory / "tokenizer.json").read_text())
+    for token in fields["added_tokens"]:
+        token["special"] = False
+    (directory / "tokenizer.json").write_text(json.dumps(fields))
+    loaded = Tokenizer.load(directory)
+    ids = [*loaded.encode_prompt("hello world"), *loaded.eos_ids]
+    assert loaded.decode(ids) == "".join(loaded.pieces(ids)) == "hello world"
+
+
 @pytest.mark.parametrize("normalized", [True, False])
 @pytest.mark.parametrize("flags", [{}, {"lstrip": True}, {"rstrip": True}, {"single_word": True}])
 def test_added_tokens_of_an_old_file_are_found_inside_a_text_and_keep_their_flags(made, tmp_path, normalized, flags):

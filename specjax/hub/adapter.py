@@ -261,6 +261,7 @@ def describe(directory: str | Path, target: LanguageModel, states_after: Sequenc
     options = {name: value for name, value in fields.items() if name not in _FIELDS}
     with prefixed(f"{path}: "), reading("the description"):
         attachment = make_attachment(fields.get("type", "adapter"), target.config, options)
+        attachment.abstract_params()  # damaged values of the description that are no sizes
         if states_after and tuple(states_after) != attachment.taps:
             raise UserError(f"states_after is {tuple(states_after)}, and the file says {attachment.taps}; leave it out")
         return attachment, fields["target"]["fingerprint"]

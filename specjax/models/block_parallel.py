@@ -21,6 +21,9 @@ from specjax.models.rotary import angles, text_lengths
 from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError
 
+# A larger number in a damaged file would be a hang: each layer is built before its tensors are looked for.
+_MOST_LAYERS = 1000
+
 
 @dataclasses.dataclass(frozen=True)
 class BlockParallelConfig(FusingConfig):
@@ -44,8 +47,10 @@ class BlockParallelConfig(FusingConfig):
     def __post_init__(self):
         super().__post_init__()
         vocab_size = self.target.vocab_size
-        if self.layers < 1:
-            raise UserError(f"block_parallel.layers is {self.layers}; the draft needs 1 layer or more")
+        if not 1 <= self.layers <= _MOST_LAYERS:
+            raise UserError(
+                f"block_parallel.layers is {self.layers}; the draft needs 1 layer or more, and at most {_MOST_LAYERS}"
+            )
         if self.block_size < 2:
             raise UserError(
                 f"block_parallel.block_size is {self.block_size}; it counts the last committed token, so give 2 or more"

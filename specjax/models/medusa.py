@@ -13,6 +13,9 @@ from specjax.models.attachment import Attachment, AttachmentConfig, States
 from specjax.models.language_model import LanguageModel, Params, Prediction
 from specjax.runtime.errors import UserError
 
+# A larger number in a damaged file would be a hang: each head is built before its tensors are looked for.
+_MOST_HEADS = 1000
+
 # Weight of a head's loss relative to the preceding head's (section 2.2.1).
 _DECAY = 0.8
 
@@ -32,8 +35,8 @@ class MedusaConfig(AttachmentConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.heads < 1:
-            raise UserError(f"medusa.heads is {self.heads}; there must be one head or more")
+        if not 1 <= self.heads <= _MOST_HEADS:
+            raise UserError(f"medusa.heads is {self.heads}; there must be one head or more, and at most {_MOST_HEADS}")
 
 
 class MedusaHead(nnx.Module):
