@@ -297,7 +297,7 @@ def check_against_plain(models, pair, drafts, settings, rule, costs):
     for kind, gamma, threshold in drafts:
         made = plan_and_params(models, pair, kind, threshold, gamma=gamma, rule=rule, greedy=rule == "lossless")
         costs_of_blocks = jnp.asarray(block_costs(*costs, gamma), jnp.float32)
-        entries.append((*made, {"threshold": jnp.float32(threshold), "costs": costs_of_blocks}))
+        entries.append((*made, {"threshold": jnp.float32(threshold), "block_costs": costs_of_blocks}))
     for plan, state in compare_with_plain(pair, settings, entries, rule):
         drafted, calls = int(state.statistics.drafted.sum()), int(state.statistics.target_calls.sum())
         assert 0 < drafted < 0.9 * plan.gamma * calls, "no length was picked"
