@@ -180,6 +180,7 @@ PAIRS = [
     ("Q: 1 + 1? A: ", "it's 2"),
     ("hello wor", "ld"),
     ("naïve café 日", "本語 🙂"),
+    ("한국어" * 8, "! 한국어"),  # more bytes in a row than are decoded as context
     ("", "x hello"),
     ("hello\n\n", "\nx"),
 ]

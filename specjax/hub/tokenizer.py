@@ -29,6 +29,8 @@ _LONGEST_WAIT = 32  # maximum number of tokens of an incomplete character; real 
 _PLACEHOLDER = re.compile("reserved|unused|placeholder|dummy", re.IGNORECASE)
 
 _PROBE = "specjax"  # a text that no tokenizer or template treats specially
+# A byte that does not begin a character, in vocabularies with bytes as fallback.
+_INSIDE = re.compile("<0x[89AB].>")
 _CONTEXTS = ("\n", "x", ".")  # texts with whose last token the first token of another text rarely merges
 
 
@@ -202,8 +204,13 @@ class Tokenizer:
         return self._backend.decode([token for token in ids if token not in self._backend.special])
 
     def _context(self, after: Iterable[int]) -> list[int]:
-        """The last ids of the preceding text, as far as they affect how its continuation is decoded."""
+        """The last ids of the preceding text, as far as they affect how its continuation is decoded.
+
+        They begin with a character: of bytes as fallback, part of one would make all that follow it U+FFFD.
+        """
         context = [int(token) for token in after][-_LONGEST_WAIT:]
+        while context and _INSIDE.fullmatch(self._backend.tokens.get(context[0], "")):
+            del context[0]
         end = self._backend.after
         if end and context[-len(end) :] == end:
             context = context[: -len(end)]
