@@ -5,9 +5,11 @@ import inspect
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from test_right_numbers import ROTARY
 
 from specjax import api, evaluate
 from specjax.evaluation.continuations import note_positions
@@ -88,6 +90,20 @@ def test_log_probabilities_are_those_of_the_forward_pass_at_temperature_1(target
         logs = jax.nn.log_softmax(target.logits([[*ids, *tokens]])[0])
         expected = [logs[len(ids) - 1 + place, token] for place, token in enumerate(tokens)]
         np.testing.assert_allclose(scores, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_log_probabilities_are_those_of_decoding_where_rotary_embeddings_depend_on_the_prompt(target, kind):
+    decoder = dataclasses.replace(target.decoder, config=dataclasses.replace(target.decoder.config, rotary=ROTARY[kind]))
+    out = api.generate(dataclasses.replace(target, decoder=decoder), PROMPTS, logprobs=True, **HOW)
+    for prompt, tokens, scores in zip(PROMPTS, out.tokens, out.logprobs, strict=True):
+        ids = target.tokenizer.encode_prompt(prompt)
+        text = jnp.asarray([[*ids, *tokens]])
+        cache = decoder.start(target.params, text[:, : len(ids)], jnp.asarray([len(ids)]), text.shape[1])
+        hidden, _ = decoder.extend(target.params, cache, text, jnp.arange(text.shape[1])[None])
+        logs = jax.nn.log_softmax(decoder.head(target.params, hidden)[0])
+        expected = [logs[len(ids) - 1 + place, token] for place, token in enumerate(tokens)]
+        np.testing.assert_allclose(scores, expected, atol=1e-4)
 
 
 def with_file(target, **fields):

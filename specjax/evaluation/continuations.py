@@ -138,7 +138,9 @@ def _score(
     text: Int[Array, "one T"],
 ) -> Float[Array, " T"]:
     """The log-probability of the token after each position of a text."""
-    hidden, _ = model.extend(params, model.start(params, prompt, length, 0), text, consecutive(text))
+    # With a cache, rotary embeddings that depend on the prompt's length are those of decoding.
+    start = model.start(params, prompt, length, text.shape[1])
+    hidden, _ = model.extend(params, start, text, consecutive(text))
     following = jnp.pad(text[0, 1:], (0, 1))
 
     def part(inputs):
