@@ -203,6 +203,12 @@ def test_what_comes_before_a_question_is_in_its_prompt(tmp_path):
     assert fourth.prompt == f"Be brief.\n\n{second.prompt}" and not fourth.completion
 
 
+def test_messages_without_text_leave_no_trace_in_a_prompt(tmp_path):
+    empty = lambda role: {"role": role, "content": ""}
+    (tmp_path / "a.jsonl").write_text(lines([{"messages": [empty("system"), *chat(1), empty("assistant"), *chat(2)]}]))
+    assert load("prompts", tmp_path / "a.jsonl").validation[-1].prompt == "\n\n".join([asked(1), said(1), asked(2)])
+
+
 def test_an_answer_that_calls_tools_is_context_and_gives_a_prompt_alone(tmp_path):
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}]}
     result = {"role": "tool", "content": "3"}
@@ -226,6 +232,7 @@ def test_an_answer_that_calls_tools_is_context_and_gives_a_prompt_alone(tmp_path
         ({"messages": ["hello"]}, "line 2, message 1 is str, not an object"),
         ({"messages": [{"role": "wizard", "content": "a"}]}, "line 2, message 1 has the role 'wizard'; it must be one"),
         ({"messages": [{"role": "user"}]}, "line 2, message 1 has no content"),
+        ({"conversations": [{"from": "human", "value": " "}]}, "line 2, message 1, of the user, is empty"),
         ({"messages": [{"role": "user", "content": 5}]}, 'line 2, message 1: the field "content" is int, not text'),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "message 1 has a part that is not text"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "line 2: the conversation has no message of the user"),

@@ -203,7 +203,8 @@ def _conversation(turns: Any, record: Record, where: str) -> list[Example]:
         messages[0] = {**messages[0], "tools": tools}
     examples = []
     for end in ends:
-        texts = [message["content"] or json.dumps(message.get("tool_calls", "")) for message in messages[:end]]
+        shown = [message["content"] or message.get("tool_calls") for message in messages[:end]]
+        texts = [item if isinstance(item, str) else json.dumps(item) for item in shown if item]
         answer = messages[end] if end < len(messages) else {"content": ""}
         completion = "" if answer.get("tool_calls") else answer["content"]
         examples.append(Example(GAP.join(texts), completion and GAP + completion, "", tuple(messages[:end]), GAP))
@@ -225,6 +226,8 @@ def _message(turn: Any, where: str) -> Message:
     if content is None and not turn.get("tool_calls"):
         raise UserError(f"{where} has no content; correct or remove it")
     text = text_of({"content": content or ""}, "content", where)
+    if _ROLES[role.lower()] == "user" and not text.strip():
+        raise UserError(f"{where}, of the user, is empty; correct or remove the line")
     other = {key: turn[key] for key in ("name", "tool_calls", "tool_call_id") if turn.get(key) is not None}
     return {"role": _ROLES[role.lower()], "content": text, **other}
 
