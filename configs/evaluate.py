@@ -44,7 +44,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.top_k = 0  # 0 is off
     config.top_p = 1.0  # 1 is off
     config.min_p = 0.0  # 0 is off
-    config.stop = ()  # strings before which texts end
+    config.stop = ()  # strings before which texts end: '["\n\n", "Q:"]'
     # Gammas to run under each rule. `block` is exact like `lossless` and accepts more when sampling. `coupled` runs at
     # temperatures above 0, where it must repeat plain decoding token for token. Lossy rules run at every one of
     # `leniences`. A rule of your own is {"NAME": {"rule": "file.py:Class", "gammas": (4,)}}.

@@ -50,7 +50,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.min_p = 0.0  # 0 is off
     # "checkpoint" takes temperature, top_k and top_p from the target's generation_config.json; leave them as they are.
     config.sampling = ""
-    config.stop = ()  # strings before which the text ends
+    config.stop = ()  # strings before which the text ends: '["\n\n", "Q:"]'
     config.samples = 1  # number of texts; the first one is printed while it is decoded
     config.logprobs = False  # whether results.json has the target's log-probability of every token
     config.compare = False  # whether to decode as many tokens plainly afterwards, for the speed-up

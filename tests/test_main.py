@@ -86,6 +86,7 @@ def test_a_variant_and_overrides_of_every_type_reach_the_config(config_file):
         ("1e-3,1", (0.5,), (0.001, 1.0)),
         ("ngram,none", ("model",), ("ngram", "none")),
         ("('ngram', \"none\")", ("model",), ("ngram", "none")),
+        (r'["\n\n", " the", "a, b", "1"]', (), ("\n\n", " the", "a, b", "1")),
         ("4", (), (4,)),
         ("0.5,1,x", (), (0.5, 1, "x")),
         ("None", None, None),

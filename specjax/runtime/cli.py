@@ -1,5 +1,6 @@
 """The command line of every binary: --config, --workdir and overrides; prints one error line for a UserError."""
 
+import ast
 import contextlib
 import os
 import sys
@@ -163,6 +164,10 @@ def _value(text: str, like: Any) -> Any:
             raise ValueError(text)
         return text.lower() == "true"
     if isinstance(like, (tuple, list)):
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            items = ast.literal_eval(text)
+            if isinstance(items, (tuple, list)) and items and all(isinstance(item, str) for item in items):
+                return type(like)(items)  # quoted texts, which may hold spaces, commas and escapes such as "\n"
         parts = [part.strip(" \"'") for part in text.strip("()[] ").split(",")]
         # The last part of "(3,)" and of "" is empty.
         parts = parts if parts[-1] else parts[:-1]
