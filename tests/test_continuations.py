@@ -3,17 +3,19 @@
 import dataclasses
 import inspect
 import json
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+import toy_tokenizers
 from test_right_numbers import ROTARY
 
 from specjax import api, evaluate
-from specjax.evaluation.continuations import note_positions
-from specjax.hub.tokenizer import train_byte_bpe
+from specjax.evaluation.continuations import Stops, note_positions
+from specjax.hub.tokenizer import Tokenizer, train_byte_bpe
 from specjax.runtime import config as configs
 from specjax.runtime.errors import UserError
 
@@ -48,6 +50,16 @@ def test_a_text_ends_before_the_first_stop_string_also_where_it_spans_tokens(tar
             assert not any(each in target.tokenizer.decode(tokens[:-1]) for each in stop)
     assert out.stats.emitted_tokens == sum(map(len, out.tokens))
     assert list(map(len, out.origins)) == list(map(len, out.tokens))
+
+
+def test_a_stop_string_of_bytes_ends_a_text_at_the_same_token_wherever_it_is_looked_for(tmp_path):
+    toy_tokenizers.llama(tmp_path)
+    tokenizer = Tokenizer.load(tmp_path)
+    tokens = tokenizer.encode("ab 한국" + 4 * "어")
+    model = types.SimpleNamespace(tokenizer=tokenizer, context=lambda prompt: ())
+    ends = [Stops.of(model, "국").end((), tokens[:count]) for count in range(len(tokens) + 1)]
+    place = len(tokenizer.encode("ab 한국"))
+    assert set(ends[:place]) == {None} and set(ends[place:]) == {None, place} and ends[-1] == place
 
 
 @pytest.mark.parametrize(
@@ -94,7 +106,9 @@ def test_log_probabilities_are_those_of_the_forward_pass_at_temperature_1(target
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_log_probabilities_are_those_of_decoding_where_rotary_embeddings_depend_on_the_prompt(target, kind):
-    decoder = dataclasses.replace(target.decoder, config=dataclasses.replace(target.decoder.config, rotary=ROTARY[kind]))
+    decoder = dataclasses.replace(
+        target.decoder, config=dataclasses.replace(target.decoder.config, rotary=ROTARY[kind])
+    )
     out = api.generate(dataclasses.replace(target, decoder=decoder), PROMPTS, logprobs=True, **HOW)
     for prompt, tokens, scores in zip(PROMPTS, out.tokens, out.logprobs, strict=True):
         ids = target.tokenizer.encode_prompt(prompt)

@@ -166,6 +166,13 @@ def test_ids_stay_below_the_vocabulary_size_and_pieces_join_to_the_text(made, ki
         assert cleans or "".join(pieces) == loaded.decode(ids)
 
 
+@pytest.mark.parametrize("text", ["a\ud800b", b"caf\xe9".decode(errors="surrogateescape")])
+def test_a_text_that_is_no_unicode_is_refused(made, text):
+    for encode in (Tokenizer.load(made["byte_bpe"]).encode_prompt, Tokenizer.load(made["llama"]).encode):
+        with pytest.raises(UserError, match="half a surrogate pair, or bytes that are not UTF-8"):
+            encode(text)
+
+
 def test_the_last_token_of_a_character_carries_it(made):
     loaded = Tokenizer.load(made["llama"])
     assert loaded.pieces(loaded.encode("a 👧 b")) == ["a", " ", "", "", "", "👧", " b"]

@@ -58,13 +58,10 @@ class Stops:
             text = self.target.tokenizer.decode(tokens[:count], after=context)
             return any(each in text for each in self.strings)
 
-        low, high = 0, len(tokens)
-        if not self.strings or not stopped(high):
+        if not self.strings or not stopped(len(tokens)):
             return None
-        while high - low > 1:  # `high` tokens have a stop string, `low` have none
-            middle = (low + high) // 2
-            low, high = (low, middle) if stopped(middle) else (middle, high)
-        return high
+        # Not by bisection: of bytes as fallback, part of a character makes those before it U+FFFD until it is complete.
+        return next(count for count in range(1, len(tokens) + 1) if stopped(count))
 
 
 # Fields of generation_config.json that change the text and are not implemented, with their neutral values.

@@ -97,8 +97,13 @@ class Tokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Returns `encode` of each text."""
-        return self._backend.encode_batch(texts)
+        """Returns `encode` of each text. Raises UserError for a text that cannot be encoded as UTF-8."""
+        try:
+            return self._backend.encode_batch(texts)
+        except TypeError:  # of the library
+            raise UserError(
+                "a text has half a surrogate pair, or bytes that are not UTF-8, which are no characters; remove them"
+            ) from None
 
     def encode_prompt(self, text: str) -> list[int]:
         """Returns the ids of a prompt: `text` with the special tokens around it that the model expects.
