@@ -3,7 +3,6 @@
 import dataclasses
 import inspect
 import json
-import types
 
 import jax
 import jax.numpy as jnp
@@ -52,11 +51,11 @@ def test_a_text_ends_before_the_first_stop_string_also_where_it_spans_tokens(tar
     assert list(map(len, out.origins)) == list(map(len, out.tokens))
 
 
-def test_a_stop_string_of_bytes_ends_a_text_at_the_same_token_wherever_it_is_looked_for(tmp_path):
+def test_a_stop_string_of_bytes_ends_a_text_at_the_same_token_wherever_it_is_looked_for(target, tmp_path):
     toy_tokenizers.llama(tmp_path)
     tokenizer = Tokenizer.load(tmp_path)
     tokens = tokenizer.encode("ab 한국" + 4 * "어")
-    model = types.SimpleNamespace(tokenizer=tokenizer, context=lambda prompt: ())
+    model = dataclasses.replace(target, tokenizer=tokenizer)
     ends = [Stops.of(model, "국").end((), tokens[:count]) for count in range(len(tokens) + 1)]
     place = len(tokenizer.encode("ab 한국"))
     assert set(ends[:place]) == {None} and set(ends[place:]) == {None, place} and ends[-1] == place
