@@ -61,6 +61,14 @@ def test_a_stop_string_of_bytes_ends_a_text_at_the_same_token_wherever_it_is_loo
     assert set(ends[:place]) == {None} and set(ends[place:]) == {None, place} and ends[-1] == place
 
 
+def test_a_special_token_that_ends_no_text_is_refused_as_a_stop_string(target, tmp_path):
+    toy_tokenizers.byte_bpe(tmp_path)
+    model = dataclasses.replace(target, tokenizer=Tokenizer.load(tmp_path))
+    assert Stops.of(model, "<|im_end|>").strings == ("<|im_end|>",)  # it ends texts by its id
+    with pytest.raises(UserError, match="stop has '<mask>', a special token, which no text has; give its id"):
+        Stops.of(model, ["x", "<mask>"])
+
+
 @pytest.mark.parametrize(
     "drafter",
     [*DRAFTERS, pytest.param(api.EarlyExit(exit_layer=1, threshold=0.1), marks=pytest.mark.slow)],

@@ -37,12 +37,19 @@ class Stops:
 
     @classmethod
     def of(cls, target: Model, stop: Any) -> "Stops":
-        """Takes one string or several. Raises UserError for anything else, and for an empty string."""
+        """Takes one string or several. Raises UserError for anything else, and for a string that no text can have."""
         strings = (stop,) if isinstance(stop, str) else stop
         if not isinstance(strings, Sequence) or not all(isinstance(each, str) and each for each in strings):
             raise UserError(
                 f'stop must be strings that end a text, such as ["\\n\\n"], not {stop!r}; none may be empty'
             )
+        for each in strings:
+            token = target.tokenizer.special_id(each)
+            if token is not None and token not in target.tokenizer.stop_ids:
+                raise UserError(
+                    f"stop has {each!r}, a special token, which no text has; give its id {token} to eos_ids of "
+                    'api.generate, or to "eos_token_id" in generation_config.json'
+                )
         return cls(target, tuple(strings))
 
     def text(self, prompt: Sequence[int], tokens: Sequence[int]) -> str:

@@ -92,6 +92,11 @@ class Tokenizer:
         """The fields of `generation_config.json`; empty if there is none."""
         return self._files.generation
 
+    def special_id(self, content: str) -> int | None:
+        """Returns the id of the special token with this content, which is no part of decoded texts; None without."""
+        token = self._backend.token_id(content)
+        return token if token in self._backend.special else None
+
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text` without special tokens before or after it, as in training rows."""
         return self.encode_batch([text])[0]
