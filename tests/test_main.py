@@ -1,5 +1,6 @@
 """The command line: overrides, stages, resuming, and one sentence for every mistake."""
 
+import errno
 import json
 import logging
 import os
@@ -374,8 +375,11 @@ def test_a_full_disk_is_one_sentence_without_the_tracebacks_of_threads(tmp_path,
             logging.getLogger("absl").exception("a thread failed")
             raise RuntimeError("the save failed") from error
 
-    for failure in (fails, lambda: Path("/dev/full").write_text("x" * 99999)):
-        said = r"w cannot be written \(no space left on the device\); make room"
+    def exceeds_a_limit():
+        raise OSError(errno.EFBIG, "File too large")
+
+    for failure in (fails, exceeds_a_limit, lambda: Path("/dev/full").write_text("x" * 99999)):
+        said = r"w cannot be written \(no space left on the device, or a file exceeds the size limit\); make room"
         with pytest.raises(UserError, match=said), errors.writing(tmp_path / "w"):
             failure()
     with pytest.raises(ZeroDivisionError), errors.writing(tmp_path):

@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import errno
 import logging
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -40,8 +41,8 @@ def writing(place: str | Path) -> Iterator[None]:
         if isinstance(error, UserError) or not _is_full_disk(error):
             raise
         raise UserError(
-            f"{place} cannot be written (no space left on the device); make room, and the same command resumes from "
-            "what was saved"
+            f"{place} cannot be written (no space left on the device, or a file exceeds the size limit); make room, "
+            "and the same command resumes from what was saved"
         ) from None
 
 
@@ -50,11 +51,12 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 def _is_full_disk(error: BaseException | None) -> bool:
-    """Whether the error, or the one that it followed from, is that of a full disk or an exhausted quota."""
+    """Whether the error, or the one that it followed from, is that of a full disk or a quota or limit (`ulimit -f`)."""
     if error is None:
         return False
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-    return full or "No space left on device" in str(error) or _is_full_disk(error.__cause__ or error.__context__)
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    full |= any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EFBIG))  # of another library
+    return full or _is_full_disk(error.__cause__ or error.__context__)
 
 
 def note(text: str) -> None:
