@@ -236,6 +236,8 @@ def refused(run, config, workdir, capsys, *overrides):
         ("task.name=txt", 'there is no task "txt"; did you mean "text"'),
         ("task.path={home}/nowhere.py", "{home}/nowhere.py"),
         ("temperatures=1.0,-1.0", "temperature must be 0 (greedy) or a positive number, not -1.0"),
+        ("temperatures=()", "config.temperatures is empty; give one or more"),
+        ("batch_sizes=", "config.batch_sizes is empty; give one or more"),
         ("top_p=0.0", "top_p must lie in (0, 1], not 0.0"),
         ("top_k=-1", "top_k must be 0 (off) or a positive number of tokens, not -1"),
         ("max_new_tokens=90", "exceed the model's 96 positions; shorten the prompt or lower max_new_tokens"),

@@ -265,6 +265,9 @@ def make_job(config: Any) -> Job:
     for name in (name for pair in config.compare for name in pair):
         if name not in config.drafters:
             raise UserError(f"compare names no drafter of this config: {name!r}{nearest(name, config.drafters)}.")
+    for key in ("batch_sizes", "temperatures"):
+        if not config[key]:
+            raise UserError(f"config.{key} is empty; give one or more")
     for size in config.batch_sizes:
         if not 1 <= size <= len(prompts):
             raise UserError(f"A batch size must lie in 1 .. {len(prompts)}, the number of prompts, not {size}.")
