@@ -80,4 +80,4 @@ def _texts(config: Any, target: hub_model.Model, sampling: Sampling):
 
 
 if __name__ == "__main__":
-    raise SystemExit(cli.launch(run, "specjax.choose_layers"))
+    cli.leave(cli.launch(run, "specjax.choose_layers"))

@@ -341,4 +341,4 @@ ACTIONS: dict[str, Callable[[Any, Path], list[dict]]] = {
 
 
 if __name__ == "__main__":
-    raise SystemExit(cli.launch(run, "specjax.design"))
+    cli.leave(cli.launch(run, "specjax.design"))

@@ -312,4 +312,4 @@ def random_model(model: Any, vocab_size: int, pad_id: int) -> LanguageModel:
 
 
 if __name__ == "__main__":
-    raise SystemExit(cli.launch(run, "specjax.distill"))
+    cli.leave(cli.launch(run, "specjax.distill"))

@@ -167,4 +167,4 @@ def _samples(job: Job, setting: Setting, case: Case, output: Output) -> list[dic
 
 
 if __name__ == "__main__":
-    raise SystemExit(cli.launch(run, "specjax.evaluate"))
+    cli.leave(cli.launch(run, "specjax.evaluate"))

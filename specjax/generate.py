@@ -283,4 +283,4 @@ def _summary(row: Mapping[str, Any], colours: bool) -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(cli.launch(run, "specjax.generate", needs_workdir=False))
+    cli.leave(cli.launch(run, "specjax.generate", needs_workdir=False))

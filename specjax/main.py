@@ -100,4 +100,4 @@ def launch(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(launch(sys.argv[1:]))
+    cli.leave(launch(sys.argv[1:]))

@@ -181,4 +181,4 @@ def _identical(names: Sequence[tuple[str, int]], compared: Sequence[dict | None]
 
 
 if __name__ == "__main__":
-    raise SystemExit(cli.launch(run, "specjax.spec_bench"))
+    cli.leave(cli.launch(run, "specjax.spec_bench"))

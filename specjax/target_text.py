@@ -268,4 +268,4 @@ def _prompts(config: Any, task: tasks.Task, target: hub_model.Model) -> list[lis
 
 
 if __name__ == "__main__":
-    raise SystemExit(cli.launch(run, "specjax.target_text"))
+    cli.leave(cli.launch(run, "specjax.target_text"))

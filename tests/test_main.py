@@ -367,6 +367,16 @@ def test_a_wrong_path_of_a_later_stage_can_be_corrected(tmp_path, capsys, monkey
     assert cli.launch(main.run, "specjax.main", good) == 0
 
 
+def test_a_stopped_process_ends_at_once_and_another_as_python_does(monkeypatch):
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    for code in (2, stopping.STOPPED):
+        with pytest.raises(SystemExit) as leaving:
+            cli.leave(code)
+        assert leaving.value.code == code
+    assert ended == [stopping.STOPPED]
+
+
 def test_a_full_disk_is_one_sentence_without_the_tracebacks_of_threads(tmp_path, caplog):
     def fails():
         try:

@@ -238,4 +238,4 @@ BENCHMARKS: dict[str, Callable[[Any], Iterable[dict]]] = {
 
 
 if __name__ == "__main__":
-    raise SystemExit(cli.launch(run, "configs.benchmark.measure"))
+    cli.leave(cli.launch(run, "configs.benchmark.measure"))

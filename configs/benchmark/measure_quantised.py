@@ -92,4 +92,4 @@ def _row(config: Any, dtype: str, target: Model, texts: list[list[int]]) -> dict
 
 
 if __name__ == "__main__":
-    raise SystemExit(cli.launch(run, "configs.benchmark.measure_quantised"))
+    cli.leave(cli.launch(run, "configs.benchmark.measure_quantised"))

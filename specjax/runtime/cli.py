@@ -7,7 +7,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from ml_collections import ConfigDict
@@ -101,6 +101,15 @@ def launch(
             )
         processes.leave(1)
     return 0
+
+
+def leave(code: int) -> NoReturn:
+    """Exits with a code; if the run was stopped, at once, because Python may crash at its end in a half-done import."""
+    if code == stopping.STOPPED:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def parse(argv: Sequence[str], *, needs_workdir: bool = True) -> tuple[ConfigDict, str]:
