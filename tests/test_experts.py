@@ -13,6 +13,7 @@ from lossless import COUPLED, GREEDY, MAX_NEW, SLOTS, VOCAB, Pair, compare_with_
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
+from specjax.decoding import batch, scheduler
 from specjax.decoding.sampling import Sampling
 from specjax.distillation import objective
 from specjax.evaluation import expert_use, throughput
@@ -188,25 +189,28 @@ def test_coupled_speculation_equals_plain_decoding_with_the_same_noise(pair):
     check(pair, COUPLED[:1], "coupled", ("model", 3))
 
 
-def alone_and_together(pair):
-    """The texts of three prompts, each alone and in a batch of 8, speculative and at temperature 1."""
-    plan = pair.plan("model", 3, "lossless", False)
-
-    def texts(rows):
-        texts, lengths = pair.texts[rows], pair.lengths[rows]
-        state = tiny.decode(
-            plan, pair.params, pair.draft_params, texts, lengths, MAX_NEW, indices=rows, adjust=Sampling.of(1.0)
-        )
-        return tiny.texts_of(state)
-
-    rows, some = np.arange(8), (0, 3, 7)
-    together = texts(rows)
-    return [texts(rows[i : i + 1])[0] for i in some], [together[i] for i in some]
+def texts_of(pair, rows, sizes, gamma):
+    """The texts of these prompts as one batch on a mesh, at temperature 1; with gamma 0 plain."""
+    mesh = mesh_of(sizes)
+    params, draft_params = (meshes.shard(x, pair.target.axes(), mesh) for x in (pair.params, pair.draft_params))
+    how = dict(indices=rows, seed=3, sampling=Sampling.of(1.0), max_new_tokens=MAX_NEW, eos_ids=())
+    prompts = [np.asarray(pair.texts[row, : pair.lengths[row]]).tolist() for row in rows]
+    plan = pair.plan("model", gamma, "lossless", False)
+    with meshes.use(mesh):
+        return scheduler.decode(plan, params, draft_params, prompts, put=batch.Placer(mesh), **how).tokens
 
 
-def test_a_rows_text_is_the_same_alone_and_in_a_batch_of_8(pair):
-    alone, together = alone_and_together(pair)
-    assert alone == together
+def alone_and_together(pair, sizes=(1, 1, 1), gamma=3):
+    """The texts of three prompts, each alone and in a batch of 8."""
+    together, some = texts_of(pair, range(8), sizes, gamma), (0, 3, 7)
+    return [texts_of(pair, [row], sizes, gamma)[0] for row in some], [together[row] for row in some]
+
+
+@pytest.mark.parametrize("gamma", [pytest.param(0, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), pytest.param((2, 2, 2), marks=pytest.mark.slow)])
+def test_a_rows_text_is_the_same_alone_and_in_a_batch_of_8_on_one_device_and_on_eight(pair, sizes, gamma):
+    alone, together = alone_and_together(pair, sizes, gamma)
+    assert alone == together == [texts_of(pair, [row], (1, 1, 1), gamma)[0] for row in (0, 3, 7)]
 
 
 def dropping(config, inputs, choice, kernels, **split):
