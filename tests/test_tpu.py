@@ -12,6 +12,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import re
 import subprocess
@@ -121,6 +122,8 @@ DRAFTERS = (*options(decoder(2)), "t5", "one_row", "gpt_oss")
 ON_BOTH = ("model", "ngram", "t5", "one_row", "distilled")
 # Compiled as a run is; the others with the least effort, in a fifth of the time.
 THOROUGHLY = ("model", "planted", "rows", "scattered")
+# Dtypes of kernels, compiled for one chip.
+KERNELS = ("bfloat16", "int8", "int4")
 TRAINED = ("supervised", "distilled", "adapter", "t5_distilled", "gpt_oss_distilled")
 TRAINED += ("block_parallel_trained", "pard_trained")
 
@@ -133,6 +136,9 @@ def decoding(name: str, mesh) -> executables.DecodingStage:
     elif name == "one_row":  # of a batch on each device, and of queries for each key head
         target = decoder(2, kv_heads=4)
         kind, how = "model", {"model": decoder(1, kv_heads=4)}
+    elif name in KERNELS:  # of Llama 3.1 8B, so that there is little else to read
+        batch, target = 1, decoder(2, width=4096, heads=32, kv_heads=8, mlp_width=14336, param_dtype=name)
+        kind, how = "ngram", {"shortest": 1, "longest": 2}
     elif name == "gpt_oss":
         target = gpt_oss(2)
         kind, how = "model", {"model": gpt_oss(1)}
@@ -263,7 +269,8 @@ def train_report(name: str, mesh) -> dict:
 
 def report(part: str, names: list[str]) -> dict:
     chips.compile_only()
-    mesh, result = chips.make_mesh(chips.slice_named(part, 4), MESH), {}
+    sizes = MESH if part in SLICES else dict.fromkeys(MESH, 1)
+    mesh, result = chips.make_mesh(chips.slice_named(part, math.prod(sizes.values())), sizes), {}
     for name in names:
         jax.config.update("jax_optimization_level", "UNKNOWN" if name in THOROUGHLY else "O0")
         jax.clear_caches()  # "scattered" differs in this number alone
@@ -355,6 +362,14 @@ def test_rows_written_one_by_one_take_half_the_cycles_of_a_scatter():
     assert result["scattered"]["scatters"] and not result["rows"]["scatters"]
     assert result["rows"]["cycles"] < 0.5 * result["scattered"]["cycles"]
     assert result["rows"]["copies"] == result["scattered"]["copies"] == []
+
+
+def test_int8_kernels_are_half_of_bfloat16s_bytes_and_int4_kernels_are_written_again():
+    """In a block of one row; cycles are the compiler's estimate."""
+    result = in_a_process_of_its_own("v5e:1x1", *KERNELS)
+    full, eight, four = (result[name] for name in KERNELS)
+    assert 0.5 < eight["bytes"] / full["bytes"] < 0.52 and eight["cycles"] < 0.8 * full["cycles"]
+    assert full["bytes"] < four["bytes"] < 3 * full["bytes"]  # so that int4 saves memory there, not time
 
 
 def test_copies_are_distinguished_from_prefetches_and_from_what_is_outside_loops():

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from specjax.models import attention, kv_cache
 from specjax.models.config import DecoderConfig
-from specjax.models.quantised import Kernel, Quantised, converted, factors, integer_product, quantise
+from specjax.models.quantised import Kernel, Quantised, converted, integer_factors, integer_product, quantise
 from specjax.models.rotary import rotate
 from specjax.runtime import mesh as meshes
 from specjax.runtime.dtypes import QUANTISED, dtype_named
@@ -47,8 +47,12 @@ def product(inputs: Float[Array, "B T I"], kernel: Kernel, dtype: DTypeLike) -> 
 
 
 def _summed(inputs, kernel, dtype):
-    products = functools.partial(jnp.einsum, "BTI,OI->BTO", preferred_element_type=dtype)
-    return sum(products(*pair) for pair in factors(inputs, kernel))
+    multiply = functools.partial(jnp.einsum, "BTI,OI->BTO")
+    if not isinstance(kernel, Quantised):
+        return multiply(inputs, converted(kernel, inputs.dtype), preferred_element_type=dtype)
+    pairs, scales = integer_factors(inputs, kernel)
+    outputs = sum(multiply(*pair, preferred_element_type=jnp.float32) for pair in pairs)
+    return (outputs * scales[None, None]).astype(dtype)
 
 
 def _quantised_cpu_product(inputs, kernel, dtype):
