@@ -22,13 +22,13 @@ class Block(nnx.Module):
         self.mlp_output_norm = layers.Norm(config, config.width) if config.order == "both" else None
         self.order, self.residual_scale = config.order, config.residual_scale
 
-    def __call__(self, hidden, angles, positions, mask, keys, values, **attention):
+    def __call__(self, hidden, angles, positions, mask, keys, values, bias=None, causal=True):
         """Returns the hidden states, the updated cache arrays (see `Attention`), and the logits of the layer's router
         in a list, which is empty for a dense MLP."""
         logits = []
         mlp = functools.partial(self.mlp, routed=logits) if isinstance(self.mlp, ExpertMLP) else self.mlp
         inputs = hidden if self.order in ("post", "output") else self.attention_norm(hidden)
-        mixed, keys, values = self.attention(inputs, angles, positions, mask, keys, values, **attention)
+        mixed, keys, values = self.attention(inputs, angles, positions, mask, keys, values, bias=bias, causal=causal)
         if self.order == "parallel":
             hidden = hidden + mixed + mlp(self.mlp_norm(hidden))
         elif self.order == "post":

@@ -70,7 +70,7 @@ class DecoderModule(nnx.Module):
             rotation = local if local is not None and config.window(layer) else everywhere
             rotation = rotation if config.uses_rotary(layer) else None
             with jax.named_scope(f"layer_{layer}"):
-                block = layers.recomputed(self.blocks[layer], config.remat and cache is None)
+                block = layers.recomputed(layers.traced_once(self.blocks[layer]), config.remat and cache is None)
                 hidden, keys, values, logits = block(hidden, rotation, positions, mask, keys, values)
                 hidden = pin(hidden)
             if routed is not None:

@@ -179,8 +179,8 @@ class EncoderDecoderModule(nnx.Module):
         bias = self.encoder_bias(positions[:1], positions[:1])
         for layer, block in enumerate(self.encoder_blocks):
             with jax.named_scope(f"encoder_layer_{layer}"):
-                run = layers.recomputed(functools.partial(block, causal=False, bias=bias), self.config.remat)
-                hidden, *_ = run(meshes.pin_rows(hidden), None, positions, is_prompt, None, None)
+                run = layers.recomputed(layers.traced_once(block, causal=False), self.config.remat)
+                hidden, *_ = run(meshes.pin_rows(hidden), None, positions, is_prompt, None, None, bias)
         return self.encoder_norm(meshes.pin_rows(hidden))
 
     def remember(self, prompts, lengths):
@@ -200,7 +200,7 @@ class EncoderDecoderModule(nnx.Module):
             keys, values = (None, None) if own is None else (own.keys[layer], own.values[layer])
             cross = cache.cross_keys[layer], cache.cross_values[layer]
             with jax.named_scope(f"layer_{layer}"):
-                run = layers.recomputed(self.blocks[layer], self.config.remat and own is None)
+                run = layers.recomputed(layers.traced_once(self.blocks[layer]), self.config.remat and own is None)
                 hidden, keys, values = run(hidden, positions, mask, keys, values, bias, *cross, visible)
                 hidden = meshes.pin_rows(hidden) if own is None else hidden
             if own is not None:
