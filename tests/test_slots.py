@@ -161,6 +161,20 @@ def test_on_a_gpu_prefixes_follow_the_longest_row_and_refilled_rows_continue_in_
     assert changes >= {(17, plan.capacity + 1), (plan.capacity + 1, 17)}
 
 
+def test_groups_of_unequal_size_count_by_their_seconds(models):
+    plan, own = speculative(models, "ngram", greedy=True)
+    groups = [decode(models, plan, own, texts, slots=SLOTS) for texts in (prompts(4)[:3], prompts(4)[3:])]
+    timed = lambda *seconds: Output(
+        [
+            dataclasses.replace(group, prefill_seconds=0.0, decode_seconds=each)
+            for group, each in zip(groups, seconds, strict=True)
+        ]
+    )
+    row = rows.measured(timed(1.0, 2.0), timed(2.0, 7.0), layers=2, seed=0)
+    assert row["tokens_per_second"] == pytest.approx(sum(len(text) for group in groups for text in group.tokens) / 3)
+    assert row["speedup"] == pytest.approx(9 / 3)
+
+
 def test_a_row_has_the_numbers_of_serving_engines(models):
     plan, own = speculative(models, "ngram", greedy=True)
     result = decode(models, plan, own, prompts(7), slots=SLOTS)
