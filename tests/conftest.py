@@ -1,6 +1,7 @@
 """Settings of every test, made before JAX starts: eight virtual CPU devices, strict promotion, one program cache."""
 
 import atexit
+import functools
 import gc
 import os
 import resource
@@ -108,6 +109,14 @@ def compiled_programs(request):
     held = int(memory.read_text().split()[1]) * resource.getpagesize() if memory.exists() else MOST_BYTES
     if alone or held >= MOST_BYTES or process_memory.crowded(0.3):
         jax.clear_caches()
+
+
+@pytest.fixture
+def layers_by_themselves(monkeypatch):
+    """Trace every layer in every program, for tests that replace what a layer calls."""
+    from specjax.models import layers
+
+    monkeypatch.setattr(layers, "traced_once", functools.partial)
 
 
 @pytest.fixture(autouse=True)

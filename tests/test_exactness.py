@@ -169,6 +169,7 @@ def test_every_gamma_equals_plain_decoding(pair, kind, rule, settings):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["model", "ngram", "early_exit"])
+@pytest.mark.usefixtures("layers_by_themselves")
 def test_equality_holds_where_texts_outgrow_a_cache_prefix(pair, kind, monkeypatch):
     monkeypatch.setattr(kv_cache, "_SHORTEST_PREFIX", 32)
     texts, lengths = tiny.prompts(8, 96, 50, VOCAB)
@@ -237,6 +238,7 @@ FAULTS = {"late": _late, "keeps rejected": _keeps_rejected}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.usefixtures("layers_by_themselves")
 def test_equality_catches_an_off_by_one_rollback(pair, fault, monkeypatch):
     greedy = Sampling.of(0.0)
     run = lambda plan: tiny.decode(plan, pair.params, pair.params, pair.texts, pair.lengths, MAX_NEW, eos=EOS)

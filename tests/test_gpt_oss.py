@@ -208,6 +208,7 @@ class WithoutSinks(Decoder):
 
 
 @SLOW
+@pytest.mark.usefixtures("layers_by_themselves")
 def test_equality_catches_sinks_that_verification_forgets(pair, monkeypatch):
     run = lambda plan: tiny.decode(plan, pair.params, pair.params, pair.texts, pair.lengths, MAX_NEW, eos=EOS)
     reference = run(pair.plan("ngram", 0, "lossless", True))

@@ -150,6 +150,7 @@ def test_an_adaptive_draft_waits_to_know_if_it_drafts_and_if_it_catches_up():
     assert waits(*arguments("model", greedy=True, **how)) == {**ONCE, "predicates": 4}
 
 
+@pytest.mark.usefixtures("layers_by_themselves")
 def test_a_text_that_outgrows_a_prefix_continues_in_the_next_one(monkeypatch):
     """Texts and caches are those of one loop over all slots, also in the longer row, which ends first."""
     target, params, _, _ = models()

@@ -57,6 +57,7 @@ def assert_close(first, second):
 
 
 @pytest.mark.parametrize("kind", ["decoder", *(pytest.param(kind, marks=SLOW) for kind in SELDOM)])
+@pytest.mark.usefixtures("layers_by_themselves")
 def test_blocks_of_queries_and_layers_computed_again_give_the_same_gradient(kind, monkeypatch):
     """23 tokens in blocks of 4, the last one of 3."""
     expected = loss_and_gradient(kind)
@@ -65,6 +66,7 @@ def test_blocks_of_queries_and_layers_computed_again_give_the_same_gradient(kind
     assert_close(loss_and_gradient(kind, remat=True), expected)
 
 
+@pytest.mark.usefixtures("layers_by_themselves")
 def test_chunks_of_a_long_prompt_attend_in_blocks_too(monkeypatch):
     model, params = tiny.decoder(0, windows=(0, 5))
     tokens = tiny.prompts(0, 2, LENGTH, VOCABULARY)[0]

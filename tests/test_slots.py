@@ -143,6 +143,7 @@ def test_rows_that_do_not_fit_in_memory_are_refused_with_the_number_that_does(mo
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("layers_by_themselves")
 def test_on_a_gpu_prefixes_follow_the_longest_row_and_refilled_rows_continue_in_them(models, monkeypatch):
     """The loop runs four blocks at a time there, and returns in the middle of them when rows have ended."""
     plan, own = speculative(models, "ngram", gamma=0)
