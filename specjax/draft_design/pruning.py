@@ -93,7 +93,7 @@ def _sums(model: Decoder, params: Params, tokens: Int[Array, "B T"], lengths: In
     hidden, cosines = module.embed(tokens, positions), []
     for layer in range(config.layers):
         before = hidden
-        hidden, _ = module.extend(None, hidden, positions, None, layer, layer + 1)
+        hidden, _ = module.extend(None, hidden, positions, None, layer, layer + 1, prepare=lambda tapped: tapped)
         cosines.append(jnp.sum((1.0 - _cosine(before, hidden)) * counted))
     over = lambda x: jnp.einsum("BT...,BT->...", x.astype(jnp.float32), counted)
     by_head = [x.reshape(*x.shape[:2], config.heads, config.head_size) for x in mixed]

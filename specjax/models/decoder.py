@@ -53,8 +53,9 @@ class DecoderModule(nnx.Module):
             hidden = hidden + self.positions[...][positions + config.position_offset].astype(dtype)
         return hidden
 
-    def extend(self, cache, inputs, positions, mask, lo, hi, routed=None):
-        config = self.config
+    def extend(self, cache, inputs, positions, mask, lo, hi, routed=None, prepare=None):
+        """See `LanguageModel.extend`; `prepare` makes a function of a layer, by default `traced_once`."""
+        config, prepare = self.config, prepare or layers.traced_once
         hidden = self.embed(inputs, positions) if jnp.issubdtype(inputs.dtype, jnp.integer) else inputs
         if cache is None:
             lengths = jnp.broadcast_to(jnp.max(positions, axis=1, keepdims=True) + 1, positions.shape)
@@ -70,7 +71,7 @@ class DecoderModule(nnx.Module):
             rotation = local if local is not None and config.window(layer) else everywhere
             rotation = rotation if config.uses_rotary(layer) else None
             with jax.named_scope(f"layer_{layer}"):
-                block = layers.recomputed(layers.traced_once(self.blocks[layer]), config.remat and cache is None)
+                block = layers.recomputed(prepare(self.blocks[layer]), config.remat and cache is None)
                 hidden, keys, values, logits = block(hidden, rotation, positions, mask, keys, values)
                 hidden = pin(hidden)
             if routed is not None:
