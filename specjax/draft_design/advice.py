@@ -28,6 +28,7 @@ from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
 from specjax.models.language_model import Params
 from specjax.reporting import metrics, page, plots, records, row_tables
+from specjax.runtime.timing import progress
 
 # The name of n-gram lookup among the drafts.
 LOOKUP = "ngram"
@@ -118,7 +119,7 @@ def time_parts(
     plain = work.method(target, None, 0)
     speculative = {(i, gamma): work.method(target, draft, gamma) for i, draft in enumerate(drafts) for gamma in gammas}
     emitted = [tuple(prompt[:1]) * work.max_new_tokens for prompt in work.prompts]  # the time depends on their number
-    for size in work.batch_sizes:
+    for size in progress(work.batch_sizes, description="time parts", unit="batch size"):
         how = {"batch_size": size, "eos_ids": (-1,), "seed": work.seed, "put": batch.HERE}
         meter = prediction.parts_meter(plain, list(speculative.values()), work.prompts, emitted, **how)
         meter.keep_up(float("inf"))
