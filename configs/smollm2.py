@@ -1,30 +1,25 @@
-"""Drafts for a real chat model, learnt from its own answers to your questions, and what each of them gains.
+"""Drafts of every kind for a real chat model, learnt from its own answers to its own questions, and what they gain.
 
     make checkpoint
-    python -m specjax.main --config=configs/smollm2.py --workdir=runs/smollm2 --config.questions=FILE
+    python -m specjax.main --config=configs/smollm2.py --workdir=runs/smollm2
 
-The target is SmolLM2-135M-Instruct, which `make checkpoint` fetches; `--config.target=DIR` names another chat model.
-The file holds questions in a layout of configs/distillspec/README.md, such as Spec-Bench's question.jsonl; a tenth of
-them is kept for the evaluation. Other questions for it: `--config.evaluation.task.path=FILE` with
-`--config.evaluation.task.name=prompts`.
+The target is SmolLM2-135M-Instruct, which `make checkpoint` fetches; `--config.target=DIR` names another chat model. No
+data is needed: the target writes the questions too. `configs/smollm2.py:file` takes those in
+`--config.questions=FILE` instead (layouts: configs/distillspec/README.md). The evaluation asks questions that were held
+out; others, such as Spec-Bench's: `--config.evaluation.task.name=prompts --config.evaluation.task.path=FILE`.
 
-Stages: `text`, the target's answers with its hidden states, written once; `vocabulary`, the ids that it wrote most;
-`eagle3`, an EAGLE-3 draft (arXiv 2503.01840) on the answers and their hidden states; `pruned`, the target cut to
-`shape` with a head of these ids; `draft`, this draft distilled on the answers and on text of its own; `adapter`, a
-Kangaroo adapter (arXiv 2404.18911) on the same text; `medusa`, heads (arXiv 2401.10774); and `evaluation`, which
-compares plain decoding with all of these, with n-gram lookup and with early exit. The report is
+Stages: `own_questions` (Magpie, arXiv 2406.08464); `text`, the target's answers with its hidden states, written once;
+`vocabulary`, the ids that it wrote most; `eagle3` (arXiv 2503.01840) and `block_parallel` (DFlash), which read the
+target's hidden states; `pruned`, the target cut to `shape` with a head of these ids; `draft`, this draft distilled on
+the answers and on text of its own; `pard` (arXiv 2504.18583), which continues `draft` with mask tokens; `adapter`,
+Kangaroo's (arXiv 2404.18911); `medusa` (arXiv 2401.10774); and `evaluation`, which compares plain decoding with all of
+these, with n-gram lookup and with early exit. All drafts see the same number of rows. The report is
 runs/smollm2/report.html.
 
-Hardware: 2 CPU cores and 4 GiB, or a GPU. The same command resumes a stopped run. Time: hours on two cores, where a
-step of `draft` takes 6 s and one of `eagle3` 9 s; on an H200, `text` with 3,000 answers took 112 s, and `eagle3` with
-400 steps of 64 rows 61 s, of which 14 s were training.
+Hardware: 2 CPU cores and 4 GiB, or with `configs/smollm2.py:accelerator` a GPU of 40 GiB, where batches are larger and
+there are more answers and steps. The same command resumes a stopped run.
 
-Expect text identical to plain decoding. On 20 other questions of Spec-Bench (13 at temperature 1) and two CPU cores,
-that EAGLE-3 draft, which had learnt from questions of Spec-Bench and 2,000 of GSM8K, was 1.12 [1.07, 1.17] times as
-fast as plain decoding at temperature 0 (gamma 1) and 1.15 [1.09, 1.22] at 1 (gamma 2). N-gram lookup with a threshold
-of 0.35, which learns nothing, was 1.31 [1.19, 1.48] and 1.00 [0.97, 1.03] times as fast. All greedy texts were equal.
-The draft's acceptance was 0.45 on held-out answers and 0.51 on those that it learnt, and both were still rising, so it
-wants more text and more steps.
+Expect text identical to plain decoding.
 `configs/smollm2.py:smoke` takes a few questions and steps; give it a tiny target.
 """
 
@@ -34,39 +29,50 @@ from configs import common
 
 TARGET = "checkpoints/smollm2-135m-instruct.gguf"
 STATES = (2, 15, 30)  # of the 30 layers
+STAGES = ("own_questions", "text", "vocabulary", "eagle3", "block_parallel", "pruned", "draft", "pard", "adapter")
+STAGES += ("medusa", "evaluation")
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    common.check_variant("smollm2", variant)
+    common.check_variant("smollm2", variant, ("accelerator", "file", "smoke"))
     config = ConfigDict()
-    config.stages = ("text", "vocabulary", "eagle3", "pruned", "draft", "adapter", "medusa", "evaluation")
+    config.stages = STAGES[1:] if variant == "file" else STAGES
     config.seed = 0
     config.mesh = common.mesh()  # devices along each axis, for all stages
     config.target = TARGET
-    config.questions = "required:questions:a file of questions to answer, such as Spec-Bench's question.jsonl"
+    config.questions = "stage:own_questions"  # a file, or a folder with train.jsonl and test.jsonl
+    if variant == "file":
+        config.questions = "required:questions:a file of questions to answer, such as Spec-Bench's question.jsonl"
+    # Steps and rows of a step in training, and the number of predictions whose logits are in memory at one time.
+    config.update({"steps": 400, "batch_size": 16, "chunk": 512})
+    config.param_dtype = "float32"  # of the target in training and writing, and of the exported drafts
+    config.eval_every = 100  # steps between two validations, and two checkpoints
+    config.answers = 1280  # questions are asked several times, with other random numbers
+    config.writing_batch_size = 16  # rows in which questions and answers are written
+    config.stored_states = STATES  # of the answers, so that training need not run the target; () stores none
     config.exit_layer = 2  # layers that the adapter shares with the target
     # What is left of the target in the draft; 0 is as in the target.
     config.shape = ConfigDict({"layers": 2, "width": 0, "heads": 0, "kv_heads": 0, "mlp_width": 0})
     config.task = common.task("prompt_completion", config.get_ref("questions"))
     target, exit_layer = config.get_ref("target"), config.get_ref("exit_layer")
 
-    config.draft = _training(target, "stage:pruned", steps=400, learning_rate=1e-3)
+    config.own_questions = _questions(config)
+    config.draft = _training(config, "stage:pruned")
     config.draft.data.update({"draft": 0.05, "target": 0.95})
-    config.adapter = _training(target, "adapter", steps=400, learning_rate=1e-3)
+    config.pard = _training(config, "stage:draft")
+    config.pard.update({"pard": common.pard_draft(drafted=8)})
+    config.adapter = _training(config, "adapter")
     config.adapter.adapter = common.kangaroo_adapter(exit_layer)
-    config.medusa = _training(target, "medusa", steps=200, learning_rate=1e-3)
+    config.medusa = _training(config, "medusa")
     config.medusa.medusa = common.medusa_heads(heads=3)
-    config.eagle3 = _training(target, "eagle3", steps=400, learning_rate=1e-3)
+    config.eagle3 = _training(config, "eagle3")
     config.eagle3.eagle3 = common.eagle3_draft(STATES, steps=3)
+    config.block_parallel = _training(config, "block_parallel")
+    config.block_parallel.block_parallel = common.block_parallel_draft(STATES)
+    for name in ("pard", "block_parallel"):
+        config[name].loss.anchors = 32
 
-    config.text = ConfigDict({"binary": "target_text", "param_dtype": "float32", "compute_dtype": "auto"})
-    config.text.update({"target": target, "mesh": common.mesh()})
-    config.text.drafter = ConfigDict({"path": "", "gamma": 0, "rule": "lossless"})
-    keys = ("batch_size", "sequence_length", "prompt_length_min", "prompt_length_max", "chat", "generation")
-    config.text.data = ConfigDict({key: config.draft.data[key] for key in keys})
-    config.text.count = 1280  # answers; questions are asked several times, with other random numbers
-    config.text.states = STATES  # layers whose states are stored for training, the adapter's exit among them
-    config.text.measure_batches = 1
+    config.text = _text(config)
     config.vocabulary = common.draft_vocabulary(target, 8192, "stage:text")
     config.pruned = ConfigDict(
         {"binary": "design", "action": "prune", "source": target, "vocabulary": "stage:vocabulary"}
@@ -80,56 +86,91 @@ def get_config(variant: str = "") -> ConfigDict:
         config[name].seed = config.get_ref("seed")
         if "mesh" in config[name]:
             config[name].mesh = common.reference(config.mesh)
-        config[name].task = common.reference(config.task)
+        if name != "own_questions":
+            config[name].task = common.reference(config.task)
     # Questions for the evaluation: a tenth of the same. For another file, name "prompts" and its path.
     config.evaluation.task = common.task("prompt_completion", config.get_ref("questions"))
-    return _smoke(config) if variant else config
+    if variant == "accelerator":
+        config.update({"steps": 2000, "batch_size": 64, "chunk": 8192, "eval_every": 500})
+        config.param_dtype = "bfloat16"
+        config.update({"answers": 16384, "writing_batch_size": 256, "stored_states": ()})
+    return _smoke(config) if variant == "smoke" else config
 
 
-def _training(target, init, *, steps: int, learning_rate: float) -> ConfigDict:
+def _questions(config: ConfigDict) -> ConfigDict:
+    section = ConfigDict({"binary": "questions", "target": config.get_ref("target"), "mesh": common.mesh()})
+    section.update({"param_dtype": config.get_ref("param_dtype"), "compute_dtype": "auto"})
+    section.count = config.get_ref("answers")
+    section.batch_size = config.get_ref("writing_batch_size")
+    section.generation = ConfigDict({"temperature": 1.0, "top_k": 0, "top_p": 0.9, "max_new_tokens": 96})
+    return section
+
+
+def _text(config: ConfigDict) -> ConfigDict:
+    section = ConfigDict({"binary": "target_text", "target": config.get_ref("target"), "mesh": common.mesh()})
+    section.update({"param_dtype": config.get_ref("param_dtype"), "compute_dtype": "auto"})
+    section.drafter = ConfigDict({"path": "", "gamma": 0, "rule": "lossless"})
+    keys = ("sequence_length", "prompt_length_min", "prompt_length_max", "chat", "generation")
+    section.data = ConfigDict({key: config.draft.data[key] for key in keys})
+    section.data.batch_size = config.get_ref("writing_batch_size")
+    section.update(
+        {"count": config.get_ref("answers"), "states": config.get_ref("stored_states"), "measure_batches": 1}
+    )
+    return section
+
+
+def _training(config: ConfigDict, init: str) -> ConfigDict:
     """Distillation on the stored answers, by the forward KL given the ids of the vocabulary."""
-    section = common.distillation(target, init, steps=steps, learning_rate=learning_rate)
-    section.model.vocabulary = "stage:vocabulary"
-    section.data.update({"batch_size": 16, "sequence_length": 384, "prompt_length_max": 320, "chat": True})
+    section = common.distillation(config.get_ref("target"), init, steps=config.get_ref("steps"), learning_rate=1e-3)
+    section.model.vocabulary, section.model.param_dtype = "stage:vocabulary", config.get_ref("param_dtype")
+    section.loss.chunk = config.get_ref("chunk")
+    section.data.update({"sequence_length": 384, "prompt_length_max": 320, "chat": True})
+    section.data.batch_size = config.get_ref("batch_size")
     section.data.update({"draft": 0.0, "target": 1.0, "target_path": "stage:text"})
     section.data.generation.max_new_tokens = 128
-    section.train.update({"eval_every": 100, "eval_batches": 2, "checkpoint_every": 100})
+    every = config.get_ref("eval_every")
+    section.train.update({"eval_every": every, "eval_batches": 2, "checkpoint_every": every})
     return section
 
 
 def _evaluation(target, exit_layer) -> ConfigDict:
     reduced = {"vocabulary": "stage:vocabulary"}
     kinds = {
-        "draft": {"kind": "model", "path": "stage:draft", "rules": {"lossless": (2, 3, 4)}},
+        "draft": {"kind": "model", "path": "stage:draft", "rules": {"lossless": (2, 3)}},
+        "pard": {"kind": "pard", "path": "stage:pard", "rules": {"lossless": (3, 5)}},
         "eagle3": {"kind": "eagle3", "path": "stage:eagle3", "rules": {"lossless": (1, 2, 3)}},
-        "adapter": {"kind": "kangaroo", "path": "stage:adapter", "threshold": 0.3, "rules": {"lossless": (3, 5)}},
+        "block_parallel": {"kind": "block_parallel", "path": "stage:block_parallel", "rules": {"lossless": (2, 3, 4)}},
+        "adapter": {"kind": "kangaroo", "path": "stage:adapter", "threshold": 0.3, "rules": {"lossless": (3,)}},
         "medusa": {"kind": "medusa", "path": "stage:medusa", "rules": {"lossless": (2,)}},
         "ngram": {"kind": "ngram", "threshold": 0.35, "rules": {"lossless": (4,)}},
         "early_exit": {"kind": "early_exit", "exit_layer": exit_layer, "rules": {"lossless": (2,)}} | reduced,
     }
     section = common.evaluation(target, kinds)
     section.selection.update({"count": 16, "length_min": 1, "length_max": 320, "chat": True})
-    section.compare = (("eagle3", "draft"), ("eagle3", "adapter"), ("eagle3", "ngram"))
+    section.compare = tuple(("eagle3", name) for name in ("block_parallel", "draft", "pard", "adapter", "ngram"))
     return section
 
 
 def _smoke(config: ConfigDict) -> ConfigDict:
     common.smoke(config)
-    for name in ("text", "eagle3", "draft", "adapter", "medusa"):
+    config.update({"answers": 64, "writing_batch_size": 32, "stored_states": (1, -1), "eval_every": 2})
+    config.update({"steps": 4, "batch_size": 2, "chunk": 16, "exit_layer": 1})
+    config.own_questions.generation.max_new_tokens = 32
+    for name in ("text", "eagle3", "block_parallel", "draft", "adapter"):
         lengths = {"sequence_length": 128, "prompt_length_min": 4, "prompt_length_max": 96}
-        config[name].data.update({"batch_size": 2, **lengths})
+        config[name].data.update(lengths)
         config[name].data.generation.max_new_tokens = 12
-    config.text.update({"count": 6, "states": (1, -1)})
-    config.update({"exit_layer": 1})
     config.eagle3.eagle3.update({"states_after": (1,), "steps": 2})
+    config.block_parallel.block_parallel.update({"states_after": (1,), "layers": 1, "block_size": 3})
     config.shape.layers = 1
     config.vocabulary.size = 64
     config.pruned.calibration.update({"batches": 1, "batch_size": 2})
     config.evaluation.selection.update({"count": 1, "length_max": 96})
     config.evaluation.temperatures = (0.0,)
-    for name in ("draft", "eagle3"):
+    for name in ("draft", "eagle3", "block_parallel"):
         config.evaluation.drafters[name].rules.lossless = (2,)
-    for name in ("medusa", "early_exit"):
+    config.evaluation.compare = (("eagle3", "draft"),)
+    for name in ("medusa", "early_exit", "pard"):
         del config.evaluation.drafters[name]
-    config.stages = tuple(name for name in config.stages if name != "medusa")
+    config.stages = tuple(name for name in config.stages if name not in ("medusa", "pard"))
     return config

@@ -7,12 +7,13 @@
 #   PYTHON   the interpreter; .venv/bin/python, or python3 if there is none
 #   WHEELS   a folder of wheels to install first, for a machine that cannot download packages
 #   SMOKE=1  runs tiny shapes, on CPU too
-#   PARTS    the parts to run; all of them unless it is given
+#   PARTS    the parts to run; all of them unless it is given (`first` is the first run of the tables)
 #   SCALE    a number that all time limits are multiplied with, for a slower machine; 1 unless it is given
 #   SECONDS_IN_ALL   the limit of all parts together; 470 unless it is given
 #
 # Each part is a process with a time limit of its own, and writes its record at once: what has run stays if a later part
-# fails or the machine is taken away. OUT/PART.json is the record, OUT/PART.log what the part printed.
+# fails or the machine is taken away. OUT/PART.json is the record, OUT/PART.log what the part printed. A GPU compiles each
+# program for seconds, so on one all tables run once side by side first, which leaves their programs in the cache.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
@@ -56,14 +57,32 @@ table() {
   [[ ! -f $out/$name/results.json ]] || cp "$out/$name/results.json" "$out/$name.json"
 }
 
-# A GPU compiles a tiny program for seconds, so a few tests: the rules, and the distribution of one drafter's text.
+# first NAME [PREFIX..]: runs a table in the background, shortened and not recorded, so that its programs are compiled.
+first() {
+  local name=$1
+  shift
+  timeout --kill-after=10 $((150 * ${SCALE:-1})) "$@" "$python" -m specjax.main \
+    --config="configs/benchmark/accelerator.py$variant" --workdir="$out/first/$name" --config.tables="('$name',)" \
+    --config.repeats=1 >"$out/first-$name.log" 2>&1 &
+}
+
+# Float32 products are exact with this; a GPU would otherwise round their inputs to 10 bits.
+exact=JAX_DEFAULT_MATMUL_PRECISION=highest
+shared=XLA_PYTHON_CLIENT_PREALLOCATE=false
+# A TPU serves one process at a time.
+if [[ -z ${PARTS:-} || " $PARTS " == *" first "* ]] && nvidia-smi -L >/dev/null 2>&1; then
+  for name in large_plain large_speculative on_policy_step profile; do
+    first "$name" env "$shared"
+  done
+  first greedy_identity env "$shared" "$exact"
+fi
+# A few tests, because a GPU compiles a tiny program for seconds: the rules, and the distribution of one drafter's text.
 chosen="test_rules or at_temperature_1 or (test_the_loop_samples_the_targets_distribution and model)"
 [[ -z ${SMOKE:-} ]] || chosen=test_rules
-# Float32 products are exact here; a GPU would otherwise round their inputs to 10 bits.
-exact=JAX_DEFAULT_MATMUL_PRECISION=highest
-part 70 exactness env SPECJAX_SPREAD_TESTS=1 "$exact" XLA_PYTHON_CLIENT_PREALLOCATE=false \
+part 120 exactness env SPECJAX_SPREAD_TESTS=1 "$exact" "$shared" \
   "$python" -m pytest -q -p no:benchmark -n 4 --junitxml="$out/exactness.xml" -m "not slow and not peers" \
   -k "$chosen" tests/test_rules.py tests/test_exactness.py
+wait
 table 15 bandwidth
 table 110 large_plain
 table 120 large_speculative

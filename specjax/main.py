@@ -69,7 +69,7 @@ def _run_stages(config: ConfigDict, workdir: Path) -> dict:
 
 
 # Modules of this package with a `run(config, workdir)`; only the one that runs is imported.
-BINARIES = ("distill", "choose_layers", "target_text", "evaluate", "spec_bench", "design", "generate")
+BINARIES = ("distill", "choose_layers", "questions", "target_text", "evaluate", "spec_bench", "design", "generate")
 
 
 def binary(config: ConfigDict) -> Callable[[ConfigDict, str | Path], Any]:

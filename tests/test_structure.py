@@ -1,6 +1,7 @@
 """The house against its plan: imports point one way, the core imports alone, configs and files keep rules."""
 
 import ast
+import collections
 import functools
 import importlib
 import os
@@ -25,7 +26,7 @@ FLOORS = (
     ("decoding", "data", "reporting"),
     ("evaluation",),
     ("distillation", "draft_design"),
-    ("distill", "choose_layers", "evaluate", "api", "target_text"),
+    ("distill", "choose_layers", "evaluate", "api", "questions", "target_text"),
     ("design", "generate", "spec_bench", "planning"),
     ("plan",),
     ("main",),
@@ -152,8 +153,11 @@ NAMING = ("drafters", "drafts", "models")
 
 
 def keys_of(config, path=""):
-    """The keys that code has to read: not the names of stages and drafters, which it is given."""
+    """The keys that code has to read: not the names of stages and drafters, nor keys that others take values from."""
     given = set(config["stages"]) if "stages" in config else set()
+    if not path:
+        times = collections.Counter(id(field) for _, field in configs._fields(config))
+        given |= {key for key, field in configs._fields(config) if "." not in key and times[id(field)] > 1}
     for key, value in config.items():
         if key not in given and path.split(".")[-1] not in NAMING:
             yield key

@@ -8,7 +8,8 @@ test.jsonl (layouts: README.md of this folder). The sizes in `drafts` are those 
 target change them.
 
 Stages: `text`, the target's answers; `cut_NAME`, two drafts cut from the target, with 1/6 and 1/20 of its parameters
-without the embedding; for each seed, divergence, arm and draft one of training, `NAME_ARM_DIVERGENCE_SEED`; `greedy`
+without the embedding; `start_NAME`, these trained on the answers of the file, since what a cut draft writes is no text
+yet; for each seed, divergence, arm and draft one of training, `NAME_ARM_DIVERGENCE_SEED`, from there on; `greedy`
 and `sampled`, the target's answers to the held-out prompts; `acceptance`, where every draft is scored on these without
 decoding (configs/draft_design/acceptance.py). The arms: the answers of the file (`ground_truth`), the target's
 (`target`), the draft's own (`draft`), half of the file's and half of its own (`mixed`), and text on which both decode
@@ -48,14 +49,18 @@ def get_config(variant: str = "") -> ConfigDict:
     config.held_out = "required:held_out:a file of other prompts, to measure on"
     config.chat = True  # whether the tokenizer's chat template wraps prompts and answers
     config.size = 0  # prompts to train on; 0 takes all. Each is seen steps * batch_size / size times
-    config.update({"steps": 480, "batch_size": 32, "max_new_tokens": 192})
+    config.update({"start_steps": 480, "steps": 480, "batch_size": 32, "max_new_tokens": 192})
+    config.chunk = 512  # predictions whose logits are in memory at one time; more is faster on a GPU
+    config.writing_batch_size = 32  # rows in which the target's answers are written
     config.answers = 7000  # of the target, for the arm `target`
     config.texts = 512  # held-out texts at each temperature, of about 100 tokens
     config.drafts = ConfigDict({name: dict(WHOLE, **shape) for name, shape in DRAFTS.items()})
     if variant in ("small", "smoke"):
         config.update({"steps": 60, "batch_size": 8, "size": 160, "answers": 160, "max_new_tokens": 96, "texts": 64})
+        config.update({"start_steps": 60, "writing_batch_size": 8})
     if variant == "smoke":
         config.update({"steps": 2, "batch_size": 2, "size": 24, "answers": 4, "max_new_tokens": 8, "texts": 4})
+        config.update({"start_steps": 2, "writing_batch_size": 2})
         config.drafts = ConfigDict({"sixth": dict(WHOLE, layers=1, mlp_width=8)})
     task = common.task("prompt_completion", config.get_ref("prompts"), size=config.get_ref("size"))
     held_out = common.task("prompt_completion", config.get_ref("held_out"))
@@ -64,14 +69,10 @@ def get_config(variant: str = "") -> ConfigDict:
     stages = {"text": _text(config, task, 1.0, config.get_ref("answers"))}
     for name, shape in config.drafts.items():
         stages[f"cut_{name}"] = _cut(config, task, shape)
+        stages[f"start_{name}"] = _training(config, task, f"stage:cut_{name}", ARMS["ground_truth"], "start_steps")
     for seed, divergence, arm, name in itertools.product(seeds, divergences, ARMS, config.drafts):
-        section = common.distillation(config.get_ref("target"), f"stage:cut_{name}", learning_rate=1e-3, seed=seed)
-        section.mesh, section.task = common.reference(config.mesh), common.reference(task)
-        section.data.update({"fixed": 0.0, "draft": 0.0, **ARMS[arm], "target_path": "stage:text", **_lengths(config)})
-        section.data.generation.max_new_tokens = config.get_ref("max_new_tokens")
-        section.loss.divergence = divergence
-        section.train.update({"steps": config.get_ref("steps"), "eval_every": 120, "checkpoint_every": 120})
-        section.optimizer.warmup_steps = min(20, config.steps - 1)
+        section = _training(config, task, f"stage:start_{name}", ARMS[arm], "steps")
+        section.seed, section.loss.divergence = seed, divergence
         stages[f"{name}_{arm}_{divergence}_{seed}"] = section
     drafts = tuple(f"stage:{name}" for name in stages if name != "text")
     stages["greedy"] = _text(config, held_out, 0.0, config.get_ref("texts"))
@@ -85,8 +86,19 @@ def get_config(variant: str = "") -> ConfigDict:
     return config
 
 
-def _lengths(config: ConfigDict) -> dict:
-    shared = {key: config.get_ref(key) for key in ("batch_size", "chat")}
+def _training(config: ConfigDict, task: ConfigDict, init: str, shares: dict, steps: str) -> ConfigDict:
+    section = common.distillation(config.get_ref("target"), init, learning_rate=1e-3)
+    section.mesh, section.task = common.reference(config.mesh), common.reference(task)
+    section.data.update({"fixed": 0.0, "draft": 0.0, **shares, "target_path": "stage:text", **_lengths(config)})
+    section.data.generation.max_new_tokens = config.get_ref("max_new_tokens")
+    section.loss.chunk = config.get_ref("chunk")
+    section.train.update({"steps": config.get_ref(steps), "eval_every": 120, "checkpoint_every": 120})
+    section.optimizer.warmup_steps = min(20, config.steps - 1)
+    return section
+
+
+def _lengths(config: ConfigDict, rows: str = "batch_size") -> dict:
+    shared = {"batch_size": config.get_ref(rows), "chat": config.get_ref("chat")}
     return {"sequence_length": 384, "prompt_length_min": 8, "prompt_length_max": 256, **shared}
 
 
@@ -96,7 +108,7 @@ def _text(config: ConfigDict, task: ConfigDict, temperature: float, count: int) 
     section.update({"param_dtype": "float32", "compute_dtype": "auto", "task": common.reference(task)})
     section.drafter = ConfigDict({"path": "", "gamma": 0, "rule": "lossless"})
     generation = {"temperature": temperature, "top_k": 0, "top_p": 1.0}
-    section.data = ConfigDict({**_lengths(config), "generation": generation})
+    section.data = ConfigDict({**_lengths(config, "writing_batch_size"), "generation": generation})
     section.data.generation.max_new_tokens = config.get_ref("max_new_tokens")
     return section
 

@@ -26,7 +26,7 @@ from specjax.runtime.timing import timed
 # Number of blocks after which rows are asked for their ends.
 _END_BLOCKS = 16
 # Rows that ended are refilled once they are this share of the batch, or one. A GPU copies prefixes of the caches each
-# time.
+# time, and prefills all of them as fast as one.
 _SHARE_OF_A_REFILL = {"gpu": 1 / 8}
 _SMALLEST_SHARE = 1 / 16
 # On CPU, where a block takes longer with more rows, the last of many texts run in fewer rows: a half, and then a
@@ -160,7 +160,7 @@ class _Rows:
     def fill(self, keys: Callable[[Sequence[int]], jax.Array]) -> None:
         """Prefills waiting prompts in rows that have ended; `keys` makes the random keys of prompts."""
         free = [row for row, number in enumerate(self.numbers) if number is None]
-        at_once = len(free) if len(free) == len(self.numbers) else self._put.rows(1)
+        at_once = len(free) if len(free) == len(self.numbers) else self._refilled_at_once()
         if at_once == len(self.numbers) > len(free):
             return  # refilling would replace all rows
         while free and self._waiting():
@@ -218,12 +218,16 @@ class _Rows:
         fetched, seconds = self._timed("decode", call)
         return self._ended(fetched, started, seconds, end_of)
 
+    def _refilled_at_once(self) -> int:
+        """Rows that one call of `refill` prefills: all that are awaited on a GPU, else as few as the devices allow."""
+        share = _SHARE_OF_A_REFILL.get(meshes.platform(), 0.0)
+        return self._put.rows(max(1, int(len(self.numbers) * share)))
+
     def _live_at_return(self) -> int:
         """The number of live rows at which `loop.run` returns."""
-        rows, at_once = len(self.numbers), self._put.rows(1)
+        rows, at_once = len(self.numbers), self._refilled_at_once()
         if self._waiting() and at_once < rows:
-            share = _SHARE_OF_A_REFILL.get(meshes.platform(), _SMALLEST_SHARE)
-            return max(self._live() - max(at_once, int(rows * share)), 0)
+            return max(self._live() - max(at_once, int(rows * _SMALLEST_SHARE)), 0)
         return rows // 2 if rows // 2 >= self._smallest else 0
 
     def _ended(self, state: dict[str, Any], started: float, seconds: float, end_of: Callable | None) -> list[int]:

@@ -135,6 +135,13 @@ class Tokenizer:
         # The template writes the special tokens itself.
         return self.encode(self._render(messages, add_generation_prompt=add_generation_prompt))
 
+    def user_opening(self) -> list[int]:
+        """Returns the ids of a conversation up to the user's first word. Raises UserError if the template has none."""
+        turn = self._render([{"role": "user", "content": _PROBE}], add_generation_prompt=False)
+        if _PROBE not in turn:
+            raise UserError(f"the chat template of {self._files.origin} does not write the user's text as it is")
+        return self.encode(turn.partition(_PROBE)[0])
+
     def _render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
         template = self._files.chat_template()
         if template is None:
