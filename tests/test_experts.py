@@ -150,9 +150,22 @@ def test_the_balance_loss_reaches_the_router_once_for_each_counted_position(rema
 @pytest.mark.parametrize("size", [7, 600])
 def test_pairs_are_ordered_by_expert_and_keep_their_order_within_one(size):
     pairs = np.random.default_rng(0).integers(0, 9, size).astype(np.int32)
-    order, places = experts._by_expert(jnp.asarray(pairs))
+    order, places = experts._by_expert(jnp.asarray(pairs), 8)
     np.testing.assert_array_equal(order, np.argsort(pairs, kind="stable"))
     np.testing.assert_array_equal(np.asarray(places)[np.asarray(order)], np.arange(size))
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_the_loop_for_tpus_finds_the_largest_logits_and_their_gradients(monkeypatch, k):
+    logits = jnp.asarray(np.random.default_rng(0).integers(0, 5, (4, 6, 8)), jnp.float32)  # with ties
+    weights = jnp.broadcast_to(jnp.arange(1.0, k + 1), (4, 6, k))
+    loss = lambda logits: (experts._largest(logits, k)[0] * weights).sum()
+    expected, gradient = experts._largest(logits, k), jax.grad(loss)(logits)
+    monkeypatch.setattr(meshes, "platform", lambda: "tpu")
+    found = experts._largest(logits, k)
+    np.testing.assert_array_equal(found[0], expected[0])
+    np.testing.assert_array_equal(found[1], expected[1])
+    np.testing.assert_array_equal(jax.grad(loss)(logits), gradient)
 
 
 # --- decoding ------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from ml_collections import ConfigDict
 
 from configs.distillspec import recipe_sweep
 from configs.records import condense, sync
@@ -241,6 +242,18 @@ def test_text_of_another_origin_is_refused(home, written, tmp_path, changes, mes
     changes = {key: value.format(home=home) if isinstance(value, str) else value for key, value in changes.items()}
     with pytest.raises(UserError, match=message):
         distill.run(learning(home, written[0] / "export", **changes), tmp_path)
+
+
+def test_prompts_count_by_their_content_and_not_by_their_folder(tmp_path):
+    data = configs.load(str(ROOT / "configs/quickstart.py:smoke")).distilled.data
+
+    def prompts(folder, content):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "prompts.txt").write_text(content)
+        task = ConfigDict({"name": "prompts", "path": str(tmp_path / folder / "prompts.txt"), "seed": 0, "size": 0})
+        return cached_text.provenance("", "", task, data)["prompts"]
+
+    assert prompts("before", "one\ntwo\n") == prompts("after", "one\ntwo\n") != prompts("after", "one\ntoo\n")
 
 
 def test_rows_of_a_batch_have_similar_lengths_and_no_needless_columns():

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float16, Int
 
+from specjax.runtime import config as configs
 from specjax.runtime.errors import UserError
 from specjax.runtime.files import write_atomically
 
@@ -39,6 +40,8 @@ _PARTS = {
 def provenance(target: str, tokenizer: str, task: Any, data: Any) -> dict[str, Any]:
     """Everything that a target's text depends on, as JSON types, except its seed and amount.
 
+    Data counts by its content and its name without folders, so that a workdir can be moved.
+
     Args:
       target: fingerprint of the model.
       tokenizer: fingerprint of its tokenizer.
@@ -48,6 +51,8 @@ def provenance(target: str, tokenizer: str, task: Any, data: Any) -> dict[str, A
     generation = {name: data.generation[name] for name in ("temperature", "top_k", "top_p", "max_new_tokens")}
     lengths = {name: data[name] for name in ("sequence_length", "prompt_length_min", "prompt_length_max", "chat")}
     prompts = {f"task.{name}": task[name] for name in ("name", "path", "seed", "size")} | lengths
+    if digest := configs.digest_of(task.path):
+        prompts["task.path"] = f"{Path(task.path).name} ({digest['bytes']} bytes, {digest['sha256'][:16]})"
     return {"target": target, "tokenizer": tokenizer, "generation": generation, "prompts": prompts}
 
 
