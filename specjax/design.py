@@ -6,6 +6,7 @@
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -251,8 +252,10 @@ def advise(config: Any, workdir: Path) -> list[dict]:
         if draft is not None:
             hub_model.check_pair(target, draft)
         thresholds = config.thresholds if draft is not None and 1 in work.batch_sizes else ()
-        acceptance = {eta: _acceptance(config, target, draft, work, gamma, eta) for eta in (0.0, *thresholds)}
-        candidates.append(advice.Candidate(name, draft and draft.decoder, acceptance, {}, True))
+        measure = functools.partial(_acceptance, config, target, draft, work)
+        acceptance = {eta: measure(gamma, eta) for eta in (0.0, *thresholds)}
+        at = {shorter: measure(shorter, 0.0) for shorter in config.gammas if draft is None and shorter < gamma}
+        candidates.append(advice.Candidate(name, draft and draft.decoder, acceptance, {}, True, at=at))
     expected = advice.stated(low, high, gamma)
     untrained = advice.untrained(target.decoder.config, config.layers, config.share, expected, config.seed)
     models = [*drafts.values(), *(dataclasses.replace(target, decoder=c.decoder, params=p) for c, p in untrained)]

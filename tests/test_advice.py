@@ -61,6 +61,18 @@ def test_a_sparse_targets_untimed_gammas_cost_what_their_experts_say():
     assert [row["gamma"] for row in dense.options(WORK)] == [8]
 
 
+def test_a_gamma_at_which_the_acceptance_was_measured_is_judged_by_that():
+    """N-gram lookup's, which is higher in short blocks: 1.9 tokens in 12 ms beat 2.1 in 14."""
+    longest = advice.Acceptance((0.6, 0.5), (0.6, 0.5), (0.6, 0.5), 2.0)
+    shorter = advice.Acceptance((0.9,), (0.9,), (0.9,), 1.0)
+    of = candidate(1e-3, {0.0: longest})
+    assert advice.recommend(of.options(WORK))["gamma"] == 2
+    rows = dataclasses.replace(of, at={1: shorter}).options(WORK)
+    assert [row["block_efficiency"] for row in rows] == pytest.approx([1.9, 2.1])
+    assert rows[1] == of.options(WORK)[1]
+    assert advice.recommend(rows)["gamma"] == 1
+
+
 def test_the_fastest_option_is_recommended_with_its_interval_and_break_even():
     half = advice.Acceptance((0.8, 0.6), (0.7, 0.4), (0.9, 0.8), 2.0)
     rows = candidate(1e-3, {0.0: half}).options(WORK)

@@ -37,7 +37,8 @@ def scaling(record: Mapping) -> str:
     return markdown_table(lines, list(lines[0]))
 
 
-TABLES = {f"plan_{pair}": steps for pair in ("llama_65b", "vicuna_13b", "t5_xxl", "llama3_70b")}
+PLANNED = ("llama_65b", "vicuna_13b", "t5_xxl", "llama3_70b", "qwen3_30b_a3b", "gpt_oss_120b")
+TABLES = {f"plan_{pair}": steps for pair in PLANNED}
 TABLES["plan_scaling"] = scaling
 FIGURES = {}
 CLAIMS = {}

@@ -11,8 +11,8 @@ Only the `config.json` of each shape in configs/plan/shapes/ is read. To plan fo
 `--config.target=DIR --config.draft=DIR`; for another slice give `--plan=v5p:2x2x4` and the mesh of each stage, such as
 `--config.distilled.mesh.tensor=8`. Without `--plan` this is a config to run, with your checkpoints and data.
 
-Hardware: 2 CPU cores and the TPU compiler. Time: under two minutes each; the plan says how long each step took to
-compile. Expect the tables of configs/plan/README.md.
+Hardware: 2 CPU cores and the TPU compiler. Time: under two minutes each, with experts four; the plan says how long each
+step took to compile. Expect the tables of configs/plan/README.md.
 """
 
 import dataclasses

@@ -141,6 +141,8 @@ class Candidate:
       parts: seconds of a block's parts, by batch size and gamma.
       trained: whether the draft exists already.
       use: how the target's tokens use its experts; None for a dense target.
+      at: its acceptance at gammas below the largest, where that was measured too: n-gram lookup's depends on gamma,
+        because a short block that was accepted in full is followed by another at the same match.
     """
 
     name: str
@@ -149,6 +151,7 @@ class Candidate:
     parts: dict[tuple[int, int], throughput.PartSeconds]
     trained: bool
     use: ExpertUse | None = None
+    at: Mapping[int, Acceptance] = dataclasses.field(default_factory=dict)
 
     def options(self, work: Workload) -> list[dict]:
         """A row of predictions for each batch size and timed gamma, and for each threshold at the largest gamma.
@@ -164,7 +167,7 @@ class Candidate:
         if self.use is not None:
             cases = [(size, gamma) for size in work.batch_sizes for gamma in range(1, longest + 1)]
         return [
-            self._option(work, size, gamma, threshold, acceptance)
+            self._option(work, size, gamma, threshold, self.at.get(gamma, acceptance))
             for size, gamma in cases
             for threshold, acceptance in self.acceptance.items()
             if threshold == 0 or (size == 1 and gamma == longest)
