@@ -131,6 +131,21 @@ def test_a_text_that_does_not_end_does_not_hold_up_the_others(models):
     assert all(0 < row.first_token_seconds < row.seconds for row in result.rows)
 
 
+def test_rows_that_are_refilled_together_get_the_texts_of_rows_refilled_one_by_one(models, monkeypatch):
+    """As on a GPU; the last refill has fewer prompts than rows."""
+    plan, own = speculative(models, "ngram", greedy=True)
+    texts, refilled, fill = prompts(10), [], scheduler.refill
+    one_by_one = decode(models, plan, own, texts, slots=4)
+    monkeypatch.setattr(scheduler, "_SHARE_OF_A_REFILL", {"cpu": 1 / 2})
+    monkeypatch.setattr(
+        scheduler, "refill", lambda *args: refilled.append(np.asarray(args[-1]).tolist()) or fill(*args)
+    )
+    together = decode(models, plan, own, texts, slots=4)
+    assert together.tokens == one_by_one.tokens
+    assert [counts_of(together, row) for row in range(10)] == [counts_of(one_by_one, row) for row in range(10)]
+    assert {len(rows) for rows in refilled} == {2} and any(4 not in rows for rows in refilled)
+
+
 def test_rows_that_do_not_fit_in_memory_are_refused_with_the_number_that_does(models, monkeypatch):
     plan, own = speculative(models, "ngram", gamma=0)
     prompt = np.zeros((1, 17), np.int32), np.ones((1,), np.int32)
