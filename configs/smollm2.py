@@ -18,7 +18,7 @@ runs/smollm2/report.html.
 
 Hardware: 2 CPU cores and 4 GiB, or with `configs/smollm2.py:accelerator` a GPU of 40 GiB, where batches are larger and
 there are more answers and steps. The same command resumes a stopped run. Time: on an H200, 16,384 questions took three
-minutes, of which two and a half were compiling beside other processes; 14,244 were kept. No other time is on record.
+minutes, of which two and a half were compiling, as other processes did; 14,244 were kept. No other time is on record.
 
 Expect text identical to plain decoding.
 `configs/smollm2.py:smoke` takes a few questions and steps; give it a tiny target.

@@ -156,8 +156,9 @@ def keys_of(config, path=""):
     """The keys that code has to read: not the names of stages and drafters, nor keys that others take values from."""
     given = set(config["stages"]) if "stages" in config else set()
     if not path:
-        times = collections.Counter(id(field) for _, field in configs._fields(config))
-        given |= {key for key, field in configs._fields(config) if "." not in key and times[id(field)] > 1}
+        fields = list(configs._fields(config))  # all of them, since an id is given again once its object is gone
+        times = collections.Counter(id(field) for _, field in fields)
+        given |= {key for key, field in fields if "." not in key and times[id(field)] > 1}
     for key, value in config.items():
         if key not in given and path.split(".")[-1] not in NAMING:
             yield key

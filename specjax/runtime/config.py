@@ -248,7 +248,7 @@ def check_data(config: ConfigDict, workdir: str | Path) -> None:
     path = Path(workdir) / _DATA_FILE
     recorded = _read(path) if path.is_file() else {}
     places = {value for key, value in leaves(to_plain(config)) if f".{key}".endswith(".task.path")}
-    current = {place: digest for place in places if isinstance(place, str) and (digest := digest_of(place))}
+    current = {place: digest for place in places if (digest := digest_of(place))}
     for place in current.keys() & recorded.keys():
         if recorded[place] != current[place]:
             sizes = f"{recorded[place]['bytes']} bytes then, {current[place]['bytes']} now"
@@ -259,8 +259,10 @@ def check_data(config: ConfigDict, workdir: str | Path) -> None:
         _write(path, {**recorded, **current})
 
 
-def digest_of(place: str) -> dict[str, Any] | None:
-    """The size of a file, or of the files in a folder, and a hash of their content; None if there is none."""
+def digest_of(place: Any) -> dict[str, Any] | None:
+    """The size of a file, or of the files in a folder, and a hash of their content; None if `place` names none."""
+    if not isinstance(place, str):  # a task of the user's own may have any value there
+        return None
     root = Path(place)
     files = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file()) if place else []
     whole, size = hashlib.sha256(), 0
