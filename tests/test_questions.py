@@ -40,6 +40,11 @@ def prompts(workdir) -> list[str]:
     return [json.loads(line)["prompt"] for split in lines for line in split]
 
 
+def written(workdir) -> list[str]:
+    """The text of each question that was begun."""
+    return [text for path in sorted((workdir / "parts").iterdir()) for text in json.loads(path.read_text())]
+
+
 def test_the_opening_ends_where_the_users_text_begins(home):
     tokenizer = Tokenizer.load(home / "chat")
     assert tokenizer.user_opening() == tokenizer.encode("<s>user: ")
@@ -59,8 +64,12 @@ def test_questions_that_ended_are_kept_once_each(home, tmp_path):
     (row,), texts = record["rows"], prompts(tmp_path)
     assert row["questions"] == len(texts) == len(set(texts)) and 2 <= len(texts) < row["begun"] == 96
     assert all(text == text.strip() != "" for text in texts)
-    parts = [text for path in sorted((tmp_path / "parts").iterdir()) for text in json.loads(path.read_text())]
+    parts = written(tmp_path)
     assert len(parts) == 96 and set(parts) - {""} == set(texts)
+    # With twice the tokens, those that had ended are the same, and some of the others end.
+    questions.run(config(home / "chat", generation={"max_new_tokens": 48}), tmp_path / "longer")
+    longer = written(tmp_path / "longer")
+    assert all(short in ("", long) for short, long in zip(parts, longer, strict=True)) and longer != parts
     # The text of a question does not depend on the others of its batch.
     other = questions.run(config(home / "chat", batch_size=4), tmp_path / "other")
     assert other["rows"][0]["questions"] == len(texts) and set(prompts(tmp_path / "other")) == set(texts)
