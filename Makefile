@@ -16,7 +16,7 @@ CORE := $(addprefix tests/test_,rules.py sampling.py divergences.py loop.py exac
 # The slowest of them, left to `make test`.
 SPARED := another_vocabulary or fill_the_capacity or callers_arrays or depend_on_its_batch or after_every_block
 
-.PHONY: quickstart checkpoint accelerator smoke test test-all test-peers speculators check tables
+.PHONY: quickstart checkpoint accelerator smoke test test-ci test-all test-peers speculators check tables
 .DEFAULT_GOAL := test
 
 quickstart: $(VENV)/.installed
@@ -36,6 +36,10 @@ smoke: $(VENV)/.installed-dev
 
 test: $(VENV)/.installed-dev
 	$(PYTEST) -n $(WORKERS) -m "not slow and not peers"
+
+# What every change has to pass: all but the longest runs.
+test-ci: check $(VENV)/.installed-tpu-compiler
+	$(PYTEST) -n $(WORKERS) -m "not peers and not thorough"
 
 test-all: check $(VENV)/.installed-tpu-compiler
 	$(PYTEST) -n $(WORKERS) -m "not peers"

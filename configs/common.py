@@ -165,6 +165,25 @@ def distillation(target: Any, init: Any, *, steps: int = 60, learning_rate: floa
     return config
 
 
+def target_text(target: Any, section: ConfigDict, *, temperature: float = 1.0) -> ConfigDict:
+    """Every key of a stage that writes a target's answers once, to train on them or to score drafts on them.
+
+    Args:
+      target: the checkpoint.
+      section: the task whose prompts it answers.
+    """
+    config = ConfigDict({"binary": "target_text", "seed": 0, "target": target, "mesh": mesh(), "task": section})
+    config.update({"param_dtype": "float32", "compute_dtype": "auto"})
+    config.count = 400  # number of texts; prompts are answered several times if there are fewer
+    config.states = ()  # numbers of layers after which the hidden states are stored with the text
+    config.measure_batches = 1  # batches that are also written without the drafter, to compare the speed
+    config.drafter = ConfigDict({"path": "", "gamma": 0, "rule": "lossless"})  # to write faster; "" for none
+    config.data = ConfigDict({"batch_size": 8, "sequence_length": 512, "chat": False})
+    config.data.update({"prompt_length_min": 8, "prompt_length_max": 384})
+    config.data.generation = ConfigDict({"temperature": temperature, "top_k": 0, "top_p": 1.0, "max_new_tokens": 96})
+    return config
+
+
 def draft_vocabulary(target: Any, size: Any, target_text: Any = "") -> ConfigDict:
     """A stage that counts the ids of a target's text; `vocabulary` keys of later stages name it, as "stage:NAME".
 

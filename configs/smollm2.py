@@ -41,8 +41,11 @@ def get_config(variant: str = "") -> ConfigDict:
     config.seed = 0
     config.mesh = common.mesh()  # devices along each axis, for all stages
     config.target = TARGET
+    # Longest rows and prompts in tokens: longer prompts are left out, and answers end where the row does.
+    config.update({"sequence_length": 256, "prompt_length_max": 128})
     config.questions = "stage:own_questions"  # a file, or a folder with train.jsonl and test.jsonl
     if variant == "file":
+        config.update({"sequence_length": 384, "prompt_length_max": 320})
         config.questions = "required:questions:a file of questions to answer, such as Spec-Bench's question.jsonl"
     # Steps and rows of a step in training, and the number of predictions whose logits are in memory at one time.
     config.update({"steps": 400, "batch_size": 16, "chunk": 512})
@@ -80,7 +83,7 @@ def get_config(variant: str = "") -> ConfigDict:
     )
     config.pruned.update({"param_dtype": "float32", "compute_dtype": "auto", "shape": common.reference(config.shape)})
     config.pruned.calibration = ConfigDict(
-        {"text": "stage:text", "batches": 4, "batch_size": 16, "sequence_length": 384}
+        {"text": "stage:text", "batches": 4, "batch_size": 16, "sequence_length": config.get_ref("sequence_length")}
     )
     config.evaluation = _evaluation(target, exit_layer)
     for name in config.stages:
@@ -108,15 +111,11 @@ def _questions(config: ConfigDict) -> ConfigDict:
 
 
 def _text(config: ConfigDict) -> ConfigDict:
-    section = ConfigDict({"binary": "target_text", "target": config.get_ref("target"), "mesh": common.mesh()})
-    section.update({"param_dtype": config.get_ref("param_dtype"), "compute_dtype": "auto"})
-    section.drafter = ConfigDict({"path": "", "gamma": 0, "rule": "lossless"})
-    keys = ("sequence_length", "prompt_length_min", "prompt_length_max", "chat", "generation")
-    section.data = ConfigDict({key: config.draft.data[key] for key in keys})
-    section.data.batch_size = config.get_ref("writing_batch_size")
-    section.update(
-        {"count": config.get_ref("answers"), "states": config.get_ref("stored_states"), "measure_batches": 1}
-    )
+    section = common.target_text(config.get_ref("target"), common.reference(config.task))
+    shared = {key: config.draft.data.get_ref(key) for key in section.data}
+    section.data = ConfigDict({**shared, "batch_size": config.get_ref("writing_batch_size")})
+    keys = {"param_dtype": "param_dtype", "count": "answers", "states": "stored_states"}
+    section.update({key: config.get_ref(name) for key, name in keys.items()})
     return section
 
 
@@ -125,7 +124,8 @@ def _training(config: ConfigDict, init: str) -> ConfigDict:
     section = common.distillation(config.get_ref("target"), init, steps=config.get_ref("steps"), learning_rate=1e-3)
     section.model.vocabulary, section.model.param_dtype = "stage:vocabulary", config.get_ref("param_dtype")
     section.loss.chunk = config.get_ref("chunk")
-    section.data.update({"sequence_length": 384, "prompt_length_max": 320, "chat": True})
+    section.data.update({"prompt_length_max": config.get_ref("prompt_length_max"), "chat": True})
+    section.data.sequence_length = config.get_ref("sequence_length")
     section.data.batch_size = config.get_ref("batch_size")
     section.data.update({"draft": 0.0, "target": 1.0, "target_path": "stage:text"})
     section.data.generation.max_new_tokens = 128
@@ -157,9 +157,9 @@ def _smoke(config: ConfigDict) -> ConfigDict:
     config.update({"answers": 64, "writing_batch_size": 32, "stored_states": (1, -1), "eval_every": 2})
     config.update({"steps": 4, "batch_size": 2, "chunk": 16, "exit_layer": 1})
     config.own_questions.generation.max_new_tokens = 32
-    for name in ("text", "eagle3", "block_parallel", "draft", "adapter"):
-        lengths = {"sequence_length": 128, "prompt_length_min": 4, "prompt_length_max": 96}
-        config[name].data.update(lengths)
+    config.update({"sequence_length": 128, "prompt_length_max": 96})
+    for name in ("eagle3", "block_parallel", "draft", "adapter"):
+        config[name].data.prompt_length_min = 4
         config[name].data.generation.max_new_tokens = 12
     config.eagle3.eagle3.update({"states_after": (1,), "steps": 2})
     config.block_parallel.block_parallel.update({"states_after": (1,), "layers": 1, "block_size": 3})

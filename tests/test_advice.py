@@ -264,3 +264,17 @@ def test_the_page_shows_candidates_advice_and_reasons():
         *({"table": "reasons", "because": reason} for reason in advice.reasons(rows)),
     ]
     assert list(row_tables.by_table(rows)) == ["candidates", "advice", "reasons"]
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (("runs/a/eagle3/export", "runs/a/pard/export", "ngram"), ("eagle3", "pard", "ngram")),
+        (("runs/a/draft/export", "runs/b/draft/export"), ("a/draft", "b/draft")),
+        (("m/export", "m", "export"), ("m/export", "m", "export")),
+        (("/a/b", "b"), ("a/b", "b")),
+    ],
+)
+def test_a_table_has_as_much_of_a_path_as_tells_it_from_the_others(paths, names):
+    (printed,) = row_tables.by_table([{"table": "scores", "draft": path} for path in paths]).values()
+    assert tuple(row["draft"] for row in printed) == names

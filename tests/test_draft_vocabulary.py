@@ -9,6 +9,7 @@ import pytest
 import test_trainer
 import tiny
 from enumeration import EMITTED, Tables, block_distribution, composed_distribution, emitted_distribution
+from jax.extend.core import jaxprs_in_params
 from test_lossy import distribution_of_one_position, leeway
 from test_vocabularies import Table
 
@@ -138,6 +139,23 @@ class ReducedTable(Table):
         return draft_vocabulary([0, 2, 3, 6])
 
 
+class TargetTable(Table):
+    """A `Table` whose head can be reduced."""
+
+    def reduced(self, vocabulary):
+        return ColumnsOfTable(None)
+
+    def head_kernel(self, params, vocabulary):
+        return params["table"].T[vocabulary.ids]
+
+
+class ColumnsOfTable(Table):
+    """A reduced `TargetTable`."""
+
+    def column_logits(self, params, hidden):
+        return hidden[..., ReducedTable(None).vocabulary.ids]
+
+
 TOKENS = jnp.asarray([[0, 2, 4, 6, 3, 1], [3, 3, 5, 0, 0, 0]], jnp.int32)
 BATCH = {"tokens": TOKENS, "lengths": jnp.asarray([6, 3]), "loss_start": jnp.asarray([1, 2])}
 READ, LABELS = [0, 2, 4, 6, 3, 3], [2, 4, 6, 3, 1, 5]
@@ -152,7 +170,7 @@ def logits():
 def sums_of(logits, name, temperature=0.5):
     target, draft = logits
     compare = divergences.of_config({"divergence": name, "beta": 0.3})
-    loss = objective.Loss(ReducedTable(None), Table(None, logits_size=7), compare, temperature, chunk=4)
+    loss = objective.Loss(ReducedTable(None), TargetTable(None, logits_size=7), compare, temperature, chunk=4)
     value = lambda draft: loss({"table": draft}, {"table": target}, BATCH)
     gradient, sums = jax.jit(jax.grad(lambda draft: (value(draft).loss, value(draft)), has_aux=True))(draft)
     assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0
@@ -194,11 +212,35 @@ def test_what_the_draft_lacks_counts_as_rejected(logits, name):
 
 def test_the_gradient_of_the_forward_kl_is_that_of_its_finite_terms(logits):
     ids, (target, draft) = ReducedTable(None).vocabulary.ids, (jnp.asarray(table) for table in logits)
-    loss = objective.Loss(ReducedTable(None), Table(None, logits_size=7), divergences.divergence("forward_kl"), 1.0, 4)
+    compare = divergences.divergence("forward_kl")
+    loss = objective.Loss(ReducedTable(None), TargetTable(None, logits_size=7), compare, 1.0, 4)
     probs = jax.nn.softmax(target)[:, ids]
     finite = lambda draft: -(probs * jax.nn.log_softmax(draft))[np.asarray(READ)].sum()
     ours = jax.jit(jax.grad(lambda draft: loss({"table": draft}, {"table": target}, BATCH).loss))(draft)
     np.testing.assert_allclose(ours, jax.jit(jax.grad(finite))(draft), atol=1e-5)
+
+
+def products(jaxpr):
+    """The shapes of all matrix products, also in loops and functions that are called."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation.outvars[0].aval.shape
+        for inner in jaxprs_in_params(equation.params):
+            yield from products(inner)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_the_targets_whole_head_is_computed_once_and_not_again_in_the_backward_pass(temperature):
+    target, target_params = tiny.decoder(0)
+    ids = draft_vocabulary(range(0, target.vocab_size, 3))
+    whole, whole_params = tiny.decoder(1)
+    draft = whole.reduced(ids)
+    params = draft.reduced_params(whole_params, whole.head_kernel(whole_params, ids))
+    loss = objective.Loss(draft, target, divergences.divergence("total_variation"), temperature, chunk=4)
+    gradient = jax.grad(lambda params: loss(params, target_params, {**BATCH, "tokens": TOKENS}).loss)
+    shapes = list(products(jax.make_jaxpr(gradient)(params).jaxpr))
+    assert sum(target.vocab_size in shape for shape in shapes) == 1
+    assert sum(len(ids) in shape for shape in shapes) > 4  # of both models in both passes
 
 
 def test_a_vocabulary_that_the_target_lacks_is_refused():

@@ -38,6 +38,7 @@ def test_a_notebook_ends_with_what_does_it_at_scale(path):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("default")  # the runner's own, about sockets and event loops
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_from_top_to_bottom(path, monkeypatch):

@@ -173,6 +173,7 @@ def assert_close(mine, theirs, where):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_a_process_killed_mid_run_and_all_started_again_end_as_one_process_does(home, alone):
     workdir = home / "killed"
     run = Run(home, workdir, 2, 2)
@@ -199,6 +200,7 @@ def stopped(home):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_four_stopped_processes_resume_and_end_as_one_process_does(home, alone, stopped):
     workdir = home / "continued"
     shutil.copytree(stopped, workdir)

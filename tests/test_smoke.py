@@ -91,6 +91,7 @@ def models(tmp_path_factory):
             "--config.batch_sizes=2",
             "--config.check=True",
         ),
+        "configs/draft_design/advice_check.py": (pair[0],),
         "configs/draft_design/build.py": (pair[0],),
         "configs/draft_design/prune.py": (pair[0], "--config.shape.mlp_width=8"),
         "configs/draft_design/vocabulary.py": (pair[0],),
@@ -154,8 +155,13 @@ def test_a_config_without_a_smoke_run_of_its_own_differs_from_one_with_it_in_the
     assert compared[0] == compared[1] and f"{SAME[name]}:smoke" in RUNS
 
 
+# The papers' reproductions and benchmarks take two thirds of the time, and run what a user's configs run.
+PAPERS = tuple(f"configs/{name}" for name in ("benchmark", "distillspec", "draft_design", "kangaroo", "quickstart_c"))
+thorough = lambda name: [pytest.mark.thorough] if name.startswith(PAPERS) else []
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=thorough(name)) for name in RUNS])
 def test_a_smoke_run_leaves_its_results_is_skipped_when_finished_and_keeps_its_config(name, tmp_path, models, capsys):
     path, workdir = ROOT / name, tmp_path / "w"
     config = configs.load(str(path))

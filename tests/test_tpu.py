@@ -46,7 +46,7 @@ SLICES = ("v5e:2x2", "v5p:2x2x1")
 MESH = {"data": 1, "fsdp": 2, "tensor": 2}
 # The vocabulary is a size that nothing else has.
 BATCH, PROMPT, CHUNK, CAPACITY, GAMMA, VOCABULARY = 4, 32, 16, 256, 2, 1536
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.thorough]
 
 
 @dataclasses.dataclass(frozen=True)

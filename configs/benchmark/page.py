@@ -39,6 +39,26 @@ def accelerator(record: Mapping) -> str:
     return f"{benchmark(record)}\n\n{provenance(record)}"
 
 
+def quantised(record: Mapping) -> str:
+    """A checkpoint in each dtype: speed, memory, perplexity, and how well it drafts for the first dtype."""
+    columns = {
+        "param_dtype": "dtype of parameters",
+        "gigabytes": "GB",
+        "tokens_per_second": "tok/s",
+        "speed_to_target": "speed relative to the first",
+        "perplexity": "perplexity",
+        "acceptance_rate": "acceptance as its draft",
+        "speedup_as_draft": "speed-up as its draft",
+    }
+    rows = [{title: row[key] for key, title in columns.items()} for row in record["rows"]]
+    config = record["config"]
+    run = (
+        f"{config['prompts']} prompts of {config['prompt_length']} tokens, {config['max_new_tokens']} new tokens, "
+        f"gamma {config['gamma']}; medians of {config['rounds']} rounds."
+    )
+    return f"{markdown(rows)}\n\n{run}\n\n{provenance(record)}"
+
+
 def peers(record: Mapping) -> str:
     """Tokens per second of each system at its best setting, and what was run."""
     table = tables.markdown_table(record["rows"], ("system", "setting", "tokens_per_second"))
@@ -73,6 +93,9 @@ TABLES = {
     "accelerator_transformers": accelerator,
     "accelerator_identity": accelerator,
     "accelerator_profile": accelerator,
+    "experts": accelerator,
+    "real_quantised_smollm2": quantised,
+    "real_quantised_qwen": quantised,
     "peers": peers,
     "peers_qwen": peers,
     "peers_distillation": peers_distillation,

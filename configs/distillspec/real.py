@@ -103,12 +103,9 @@ def _lengths(config: ConfigDict, rows: str = "batch_size") -> dict:
 
 
 def _text(config: ConfigDict, task: ConfigDict, temperature: float, count: int) -> ConfigDict:
-    section = ConfigDict({"binary": "target_text", "seed": 0, "states": (), "measure_batches": 1})
-    section.update({"target": config.get_ref("target"), "count": count, "mesh": common.reference(config.mesh)})
-    section.update({"param_dtype": "float32", "compute_dtype": "auto", "task": common.reference(task)})
-    section.drafter = ConfigDict({"path": "", "gamma": 0, "rule": "lossless"})
-    generation = {"temperature": temperature, "top_k": 0, "top_p": 1.0}
-    section.data = ConfigDict({**_lengths(config, "writing_batch_size"), "generation": generation})
+    section = common.target_text(config.get_ref("target"), common.reference(task), temperature=temperature)
+    section.update({"count": count, "mesh": common.reference(config.mesh)})
+    section.data.update(_lengths(config, "writing_batch_size"))
     section.data.generation.max_new_tokens = config.get_ref("max_new_tokens")
     return section
 

@@ -161,16 +161,12 @@ def _plain(base: ConfigDict, seed: int, clock: str) -> ConfigDict:
 
 
 def _text(base: ConfigDict, seed: int) -> ConfigDict:
-    section = ConfigDict({"binary": "target_text", "seed": seed, "mesh": base.mesh, "task": base.target.task})
-    section.update({"target": "stage:target", "param_dtype": "float32", "compute_dtype": "auto"})
-    # The draft that speeds up the writing ("" for none), its gamma, and the exact rule.
-    section.drafter = ConfigDict({"path": f"stage:supervised_{seed}", "gamma": GAMMA, "rule": "coupled"})
-    data = base.distilled.data
-    keys = ("batch_size", "sequence_length", "prompt_length_min", "prompt_length_max", "chat", "generation")
-    section.data = ConfigDict({key: data[key] for key in keys})
+    section, data = common.target_text("stage:target", base.target.task), base.distilled.data
+    section.update({"seed": seed, "mesh": base.mesh, "measure_batches": 3})
+    section.drafter.update({"path": f"stage:supervised_{seed}", "gamma": GAMMA, "rule": "coupled"})
+    for key in section.data:
+        section.data[key] = data[key]
     section.count = base.distilled.train.steps * data.batch_size  # as many prompts as training uses
-    section.states = ()  # layers after which the target's states are stored with the text
-    section.measure_batches = 3  # the first batches again, with and without the draft, to measure the speed
     return section.copy_and_resolve_references()
 
 

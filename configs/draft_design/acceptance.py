@@ -59,12 +59,8 @@ def get_config(variant: str = "") -> ConfigDict:
 
 def _text(config: ConfigDict, temperature: float) -> ConfigDict:
     """A stage that writes the target's text."""
-    section = ConfigDict({"binary": "target_text", "param_dtype": "float32", "compute_dtype": "auto"})
-    section.update({"target": config.get_ref("target"), "mesh": common.mesh(), "task": common.reference(config.task)})
-    section.drafter = ConfigDict({"path": "", "gamma": 0, "rule": "lossless"})
-    section.data = ConfigDict({"batch_size": 8, "sequence_length": 512, "chat": config.get_ref("chat")})
-    section.data.update({"prompt_length_min": 8, "prompt_length_max": 384})
-    section.data.generation = ConfigDict({"temperature": temperature, "top_k": 0, "top_p": 1.0})
+    section = common.target_text(config.get_ref("target"), common.reference(config.task), temperature=temperature)
+    section.data.chat = config.get_ref("chat")
     section.data.generation.max_new_tokens = config.get_ref("max_new_tokens")
-    section.update({"count": config.get_ref("count"), "states": (), "measure_batches": 1})
+    section.count = config.get_ref("count")
     return section

@@ -28,6 +28,8 @@ KEYS = (
     *("target_layers_per_token", "target_layers_per_token_once", "target_layers_per_token_padded"),
     *("draft_layers_per_token", "block_costs"),
     *("quality", "quality_ci", "quality_difference", "quality_difference_ci"),
+    *("table", "draft", "predicted", "measured", "predicted_speedup", "measured_speedup"),
+    *("fastest_draft", "fastest_gamma", "share_of_fastest", "right"),
 )
 
 

@@ -11,21 +11,6 @@ are weighted by `Prediction.weight`, and means are weighted means over positions
 With `anchors`, the draft predicts at some drawn positions only, as trainers of block-parallel drafts and of PARD do to
 save time and memory. A confidence head adds the cross-entropy between its confidence in a token and the acceptance.
 
-Draft and target may pad the vocabulary of one tokenizer to different sizes. The loss compares them on the ids that both
-have, after renormalising each distribution, so that every divergence is finite. For the acceptance, as in decoding, an
-id that the draft lacks has draft probability 0.
-
-A draft with a reduced head (`models.vocabulary`) lacks ids that the target does write. Let m be the target's
-probability of the ids S that the draft has:
-
-- The divergences in `divergences.FINITE` compare the two distributions over all ids. The ids outside of S count as one
-  id, because these divergences depend only on the sum of their target probabilities, 1 - m.
-- Any other divergence D, such as the forward KL, would be infinite; the loss is m * D(P given S, Q). Of the forward KL
-  this has the gradient of the finite terms, the sum over S of P log(P / Q). EAGLE-3 (arXiv 2503.01840) also compares
-  with P given S; it has no weight m, but leaves out positions whose most probable id is outside of S.
-- Hard labels outside of S add 0 to the loss; their positions count.
-- The acceptance counts ids outside of S as rejected, so m is its upper bound.
-
 Two options choose among positions. In a batch of assisted rollouts (`rollouts`), positions whose drafted token was
 refused have a divergence of their own. With a reference draft, only the predictions count whose loss exceeds the
 reference's by most (AdaSPEC, arXiv 2510.19779): a small draft does not spend its capacity on what it cannot learn.
@@ -38,15 +23,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
-from specjax.distillation import data_sources, divergences, rollouts
+from specjax.distillation import comparison, data_sources, divergences, rollouts
 from specjax.distillation.cached_text import states_name
+from specjax.distillation.comparison import Comparison, Head
 from specjax.distillation.divergences import CROSS_ENTROPY, Divergence
 from specjax.models import experts
 from specjax.models.attachment import AttachedDraft, runtime_params
-from specjax.models.language_model import LanguageModel, Params, Prediction, at_positions, fit_logits
+from specjax.models.language_model import LanguageModel, Params, Prediction, at_positions
 from specjax.runtime import mesh as meshes
 from specjax.runtime.dtypes import dtype_named
 from specjax.runtime.errors import UserError
@@ -158,6 +143,10 @@ class Loss:
         how = config.temperature, config.chunk, refused, config.selected, reference, config.balance, config.anchors
         return cls(draft, target, compare, *how)
 
+    @property
+    def _comparison(self) -> Comparison:
+        return Comparison(self.draft, self.target, self.divergence, self.temperature, self.refused)
+
     def on_all(self) -> "Loss":
         """This loss over all counted positions, without a reference or balance, as validation computes it."""
         return dataclasses.replace(self, selected=1.0, reference=None, balance=0.0)
@@ -201,8 +190,10 @@ class Loss:
             with jax.named_scope("reference_trunk"):
                 hidden = _draft_trunk(self.reference, reference_params, prompts, batch, anchors)
                 parts["reference"] = jax.lax.stop_gradient(hidden)
+        head = None
         if target is not None:
             target_params = jax.lax.stop_gradient(target_params)
+            head = self._comparison.head_of(target_params)
             with jax.named_scope("target_trunk"):
                 stored = _stored(batch, (target.layers,), target)
                 last = _trunk(target, target_params, prompts, tokens) if stored is None else stored[0]
@@ -214,14 +205,15 @@ class Loss:
             parts = _windows(parts, batch["loss_start"] - 1 - furthest, window + furthest)
 
         # prevent_cse is not needed inside a scan, and its barriers would only cost time.
-        chunk_sums = jax.checkpoint(self._chunk_sums, prevent_cse=False)
+        policy = jax.checkpoint_policies.save_only_these_names(comparison.OTHERS)
+        chunk_sums = jax.checkpoint(self._chunk_sums, prevent_cse=False, policy=policy)
         rows, columns = parts["draft"].shape[:2]
         width = min(max(self.chunk * meshes.num_shards("batch") // (rows * len(predicts)), 1), columns)
         chunks = jax.tree.map(functools.partial(_in_chunks, chunk=width), parts)
         if self.reference is not None:
             with jax.named_scope("selection"):
-                chunks["weights"] = self._selected_weights(params, reference_params, target_params, chunks)
-        add = lambda total, part: (total + chunk_sums(params, target_params, part), None)
+                chunks["weights"] = self._selected_weights(params, reference_params, head, chunks)
+        add = lambda total, part: (total + chunk_sums(params, head, part), None)
         with jax.named_scope("heads"):
             sums = jax.lax.scan(add, self.zeros(), chunks)[0]
         return sums if balance is None else dataclasses.replace(sums, loss=sums.loss + balance * sums.tokens)
@@ -238,15 +230,15 @@ class Loss:
         return Sums(*(jnp.zeros((), jnp.float32) for _ in range(4 if has_outside else 3)))
 
     def _selected_weights(
-        self, params: Params, reference_params: Params, target_params: Params, chunks: dict[str, Array]
+        self, params: Params, reference_params: Params, head: Head, chunks: dict[str, Array]
     ) -> Float[Array, "chunks B C P"]:
         """The weights of all chunks, 0 for predictions that are not among the `selected`."""
         params, weights = jax.lax.stop_gradient(params), chunks["weights"]
-        of_reference = dataclasses.replace(self.on_all(), draft=self.reference)
+        of_reference = dataclasses.replace(self._comparison, draft=self.reference)
 
         def gap(part):
-            reference = of_reference._compared(reference_params, target_params, {**part, "draft": part["reference"]})
-            return self._compared(params, target_params, part).losses - reference.losses
+            reference = of_reference(reference_params, head, {**part, "draft": part["reference"]})
+            return self._comparison(params, head, part).losses - reference.losses
 
         gaps = jax.lax.stop_gradient(jax.lax.map(gap, chunks)).reshape(weights.shape)
         gaps = jnp.where(weights > 0, gaps, -jnp.inf)
@@ -254,94 +246,14 @@ class Loss:
         threshold = jnp.sort(gaps.reshape(-1), descending=True)[jnp.maximum(number - 1, 0)]
         return jnp.where(gaps >= threshold, weights, 0)
 
-    def _chunk_sums(self, params: Params, target_params: Params | None, part: dict[str, Array]) -> Sums:
-        values = self._compared(params, target_params, part)
+    def _chunk_sums(self, params: Params, head: Head | None, part: dict[str, Array]) -> Sums:
+        values = self._comparison(params, head, part)
         weights, losses = values.weights, values.losses
         if self.draft.confident:
             sure = self.draft.confidence(params, part["draft"])
             losses = losses + jax.nn.softplus(sure) - sure * jax.lax.stop_gradient(values.overlap)
         total = lambda array: None if array is None else jnp.sum(weights * array)
         return Sums(total(losses), total(values.overlap), jnp.sum(weights), total(values.outside))
-
-    def _compared(self, params: Params, target_params: Params | None, part: dict[str, Array]) -> "Values":
-        """Computes the logits of one chunk of positions, and compares them."""
-        whole = ("draft", "reference")
-        part = {name: x if name in whole else x.reshape(x.shape[0], -1, *x.shape[3:]) for name, x in part.items()}
-        draft_logits, target_logits = self.draft.column_logits(params, part["draft"]), None
-        weights, overlap = part["weights"], jnp.zeros_like(part["weights"])
-        if self.target is not None:
-            target_logits = self.target.head(target_params, part["target"])
-            times = draft_logits.shape[1] // target_logits.shape[1]
-            target_logits = jnp.repeat(target_logits, times, axis=1)
-        if self.draft.vocabulary is not None:
-            return self._reduced(target_logits, draft_logits.astype(jnp.float32), part)
-        if target_logits is not None:
-            draft_logits = draft_logits[..., : target_logits.shape[-1]]
-            padded = fit_logits(jax.lax.stop_gradient(draft_logits), target_logits.shape[-1])
-            overlap = divergences.acceptance(target_logits, padded)
-            target_logits = target_logits[..., : draft_logits.shape[-1]]
-        scaled = draft_logits.astype(jnp.float32) / self.temperature
-        if self.divergence is None:  # labels that the draft's vocabulary lacks are left out
-            weights = weights * (part["labels"] < draft_logits.shape[-1]).astype(weights.dtype)
-            return Values(_negative_log_likelihood(scaled, part["labels"]), weights, overlap)
-        taught = target_logits / self.temperature
-        return Values(self._diverging(lambda divergence: divergence(taught, scaled), part), weights, overlap)
-
-    def _reduced(self, target_logits, draft_logits: Float[Array, "B C W"], part: dict[str, Array]) -> "Values":
-        """The comparison of a draft whose logits are those of the ids in its vocabulary."""
-        vocabulary, weights, outside = self.draft.vocabulary, part["weights"], None
-        overlap = jnp.zeros_like(weights)
-        scaled = draft_logits / self.temperature
-        never = jnp.full((*draft_logits.shape[:2], 1), -jnp.inf)
-        with_rest = lambda logits, rest: jnp.concatenate([logits, rest], axis=-1)
-
-        def with_others(logits):
-            """The target's logits of the ids in the vocabulary, and the one of all other ids together."""
-            is_other = np.isin(np.arange(logits.shape[-1]), vocabulary.ids, invert=True)[None, None]
-            others = jax.nn.logsumexp(jnp.where(is_other, logits, -jnp.inf), axis=-1, keepdims=True)
-            return with_rest(logits[..., vocabulary.ids], others)
-
-        if target_logits is not None:
-            at_1 = with_others(target_logits)
-            overlap = divergences.acceptance(at_1, with_rest(jax.lax.stop_gradient(draft_logits), never))
-            outside = jax.nn.softmax(at_1)[..., -1]
-            target = with_others(target_logits / self.temperature)
-        if self.divergence is None:
-            columns, has_column = vocabulary.columns(part["labels"])
-            losses = jnp.where(has_column, _negative_log_likelihood(scaled, columns), 0)
-            return Values(losses, weights, overlap, outside)
-
-        def diverging(divergence: Divergence):
-            if divergence.name in divergences.FINITE:
-                return divergence(target, with_rest(scaled, never))
-            mass = 1 - jax.nn.softmax(target)[..., -1]
-            return mass * divergence(target[..., :-1], scaled)
-
-        return Values(self._diverging(diverging, part), weights, overlap, outside)
-
-    def _diverging(self, diverging, part: dict[str, Array]) -> Float[Array, "B C"]:
-        """The values of `diverging` for the divergence, and at refused positions for theirs."""
-        values = diverging(self.divergence)
-        if "refused" not in part or self.refused in (None, self.divergence):
-            return values
-        return jnp.where(part["refused"], diverging(self.refused), values)
-
-
-@dataclasses.dataclass(frozen=True)
-class Values:
-    """The terms of `Sums` of each prediction of a chunk, `[B, C]`, and their weights."""
-
-    losses: Float[Array, "B C"]
-    weights: Float[Array, "B C"]
-    overlap: Float[Array, "B C"]
-    outside: Float[Array, "B C"] | None = None
-
-
-def _negative_log_likelihood(logits: Float[Array, "B C W"], labels: Int[Array, "B C"]) -> Float[Array, "B C"]:
-    # A comparison instead of a gather: its gradient is not a scatter, and a sharded vocabulary stays sharded.
-    chosen = jnp.arange(logits.shape[-1], dtype=labels.dtype)[None, None] == labels[..., None]
-    label_logits = jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)
-    return jax.nn.logsumexp(logits, axis=-1) - label_logits
 
 
 def _ahead(array: Array, predicts: Sequence[Prediction], anchors: Int[Array, "B K"] | None = None) -> Array:

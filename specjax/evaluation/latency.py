@@ -163,9 +163,9 @@ class PartsMeter:
     def keep_up(self, seconds: float) -> None:
         """Runs rounds until enough are done for a run that has taken `seconds` so far; at least one."""
         while processes.from_first(np.asarray(self._wanted(seconds))):
-            started = time.perf_counter()
+            started, step = time.perf_counter(), self._rows.state(self._plain)
             for method in self._methods.values():
-                self._time(method)
+                step = self._time(method, step)
             self._spent += time.perf_counter() - started
             self.rounds += 1
 
@@ -176,8 +176,9 @@ class PartsMeter:
         narrow = widest <= _NARROW * float(np.median(self._steps))
         return self.rounds < _ROUNDS and not narrow and self._spent < _SHARE * seconds
 
-    def _time(self, method: Method) -> None:
-        rows, step, state = self._rows, self._rows.state(self._plain), self._rows.state(method)
+    def _time(self, method: Method, step: loop.DecodeState) -> loop.DecodeState:
+        """Adds a round of this method to its timings; `step` is a state of plain decoding, before and after."""
+        rows, state = self._rows, self._rows.state(method)
         example = _example(method, state)
         call = lambda state, proposals, rules: _repeat(
             method.plan,
@@ -203,6 +204,7 @@ class PartsMeter:
             state, rule, _ = timed(lambda state=state: call(state, 0, _RULES))
             timings.drafting.append((drafting - idle) / proposals if method.plan.gamma else 0.0)
             timings.rule.append((rule - idle) / _RULES)
+        return step
 
     def time_blocks(self) -> list[list[tuple[float, int]]]:
         """(seconds, number of blocks) of several rounds for each method, plain decoding first, if no run times them."""

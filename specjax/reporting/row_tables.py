@@ -1,6 +1,7 @@
 """Prints rows that have a key `table`, which names their table, in the terminal and as sections of a report."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import PurePath
 
 from specjax.reporting import page, tables
 
@@ -22,14 +23,31 @@ _FORMATS = {
 }
 
 
+# Columns with names or paths of checkpoints and texts.
+_PATHS = ("draft", "fastest_draft", "text")
+
+
 def by_table(rows: Sequence[Mapping]) -> dict[str, list[dict]]:
-    """The rows of each table, by its name, with the columns of `_FORMATS` formatted as text."""
+    """The rows of each table, by its name, with the columns of `_FORMATS` formatted as text, and paths shortened."""
     members: dict[str, list[dict]] = {}
+    names = shortened({row[key] for row in rows for key in _PATHS if row.get(key)})
     for row in rows:
         if "table" in row:
             exact = {key: form.format(row[key]) for key, form in _FORMATS.items() if row.get(key) is not None}
+            exact |= {key: names[row[key]] for key in _PATHS if row.get(key)}
             members.setdefault(row["table"], []).append({k: v for k, v in row.items() if k != "table"} | exact)
     return members
+
+
+def shortened(paths: Collection[str]) -> dict[str, str]:
+    """For each path its last folders without a final `export`: as few as tell it from the others."""
+    parts = {path: [part for part in PurePath(path).parts if part != "export"] for path in paths}
+    names: dict[str, str] = {}
+    for path, mine in parts.items():
+        others = [other for name, other in parts.items() if name != path]
+        enough = [n for n in range(1, len(mine) + 1) if all(other[-n:] != mine[-n:] for other in others)]
+        names[path] = str(PurePath(*mine[-enough[0] :])) if enough else path
+    return names
 
 
 def terminal(rows: Sequence[Mapping]) -> str:
