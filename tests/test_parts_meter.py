@@ -29,13 +29,14 @@ class Scripted(latency.PartsMeter):
         self.clock, self.step = 0.0, step
         monkeypatch.setattr(latency.time, "perf_counter", lambda: self.clock)
 
-    def _time(self, method):
-        timings, (drafting, rule) = self._timings[method.plan], self.script[method.plan]
-        span = slice(len(timings.rule), len(timings.rule) + latency._REPEATS)
-        timings.drafting.extend(drafting[span])
-        timings.rule.extend(rule[span])
-        self._steps += [self.step] * latency._REPEATS
-        self.clock += 0.5
+    def _round(self):
+        for plan, timings in self._timings.items():
+            drafting, rule = self.script[plan]
+            span = slice(len(timings.rule), len(timings.rule) + latency._REPEATS)
+            timings.drafting.extend(drafting[span])
+            timings.rule.extend(rule[span])
+            self._steps += [self.step] * latency._REPEATS
+            self.clock += 0.5
 
 
 def scripted(monkeypatch, spread=0.0):

@@ -108,6 +108,17 @@ def test_products_of_any_number_of_rows_equal_those_with_the_dequantised_kernel(
     np.testing.assert_allclose(on_accelerators(rows, integers), rows @ exact.T, atol=2e-5 * inputs**0.5)
 
 
+def test_a_loop_does_not_unpack_an_int4_kernel_to_four_bytes_a_number():
+    kernel = quantise(jax.random.normal(jax.random.key(0), (1024, 1024)), "int4")
+
+    def decode(inputs, kernel):
+        body = lambda _, x: jnp.tanh(layers.product(x, kernel, jnp.float32))
+        return jax.lax.fori_loop(0, 3, body, inputs)
+
+    compiled = jax.jit(decode).lower(jnp.ones((1, 1, 1024)), kernel).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 3 * 1024 * 1024
+
+
 @DTYPES
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 def test_experts_have_quantised_kernels_too(dtype, platform, monkeypatch):

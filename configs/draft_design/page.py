@@ -30,24 +30,6 @@ def pruning(record: Mapping) -> str:
     return f"{markdown(compared)}\n\n{all_tables(record)}"
 
 
-def chat_drafts(record: Mapping) -> str:
-    """What each draft of configs/smollm2.py cost to train, and what it gains."""
-    trained = [
-        {
-            "draft": row["stage"],
-            "parameters": f"{row['params']:,}",
-            "steps": row["steps"],
-            "minutes of training": f"{row['train_seconds'] / 60:.0f}",
-            "acceptance, held out": f"{row['validation_acceptance']:.3f}",
-        }
-        for row in record["rows"]
-        if "train_seconds" in row
-    ]
-    rows = [row for row in record["rows"] if "block_efficiency" in row and "validation_acceptance" not in row]
-    columns = tables.summary_columns(rows)
-    return f"{markdown(trained)}\n\n{tables.markdown_table(rows, columns)}\n\n{provenance(record)}"
-
-
 def advice_checked(record: Mapping) -> str:
     """What was advised for each temperature and batch size, what was measured, and how often it was right."""
     verdicts = [row for row in record["rows"] if row.get("table") == "verdicts"]
@@ -75,7 +57,6 @@ def _named(draft: str | None, gamma: int) -> str:
 TABLES = {
     "advice_quickstart": advice_checked,
     "real_advice_smollm2": advice_checked,
-    "real_smollm2": chat_drafts,
     "design_published": all_tables,
     "design_profile": all_tables,
     "design_study": all_tables,

@@ -163,9 +163,8 @@ class PartsMeter:
     def keep_up(self, seconds: float) -> None:
         """Runs rounds until enough are done for a run that has taken `seconds` so far; at least one."""
         while processes.from_first(np.asarray(self._wanted(seconds))):
-            started, step = time.perf_counter(), self._rows.state(self._plain)
-            for method in self._methods.values():
-                step = self._time(method, step)
+            started = time.perf_counter()
+            self._round()
             self._spent += time.perf_counter() - started
             self.rounds += 1
 
@@ -175,6 +174,11 @@ class PartsMeter:
         widest = max(timings.width() for timings in self._timings.values())
         narrow = widest <= _NARROW * float(np.median(self._steps))
         return self.rounds < _ROUNDS and not narrow and self._spent < _SHARE * seconds
+
+    def _round(self) -> None:
+        step = self._rows.state(self._plain)
+        for method in self._methods.values():
+            step = self._time(method, step)
 
     def _time(self, method: Method, step: loop.DecodeState) -> loop.DecodeState:
         """Adds a round of this method to its timings; `step` is a state of plain decoding, before and after."""

@@ -42,7 +42,7 @@ def attend(
         return attend(twice(queries), keys, values, twice(visible), **how)[:, :, :1]
     # One product for each key head, whose rows are the group's query heads and the T tokens: [B, K, G*T, H].
     grouped = queries.reshape(batch, kv_heads, (heads // kv_heads) * steps, size)
-    scores = jnp.einsum("BKRH,BKSH->BKRS", grouped, keys, preferred_element_type=jnp.float32)
+    scores = _products(grouped, keys)
     scores = scores.reshape(batch, kv_heads, heads // kv_heads, steps, -1)
     scores = scores if scale == 1 else scores * scale
     if softcap:
@@ -54,6 +54,26 @@ def attend(
     weights = weights.astype(values.dtype).reshape(batch, kv_heads, (heads // kv_heads) * steps, -1)
     mixed = jnp.einsum("BKRS,BKSH->BKRH", weights, values)
     return mixed.reshape(batch, heads, steps, size)
+
+
+# On CPU, `_products` of several texts with at most this many queries of a key head have the keys as the left factor.
+_FEW_QUERIES = 64
+
+
+def _products(queries: Float[Array, "B K R H"], keys: Float[Array, "B K S H"]) -> Float[Array, "B K R S"]:
+    """The dot products of queries and keys in float32.
+
+    The CPU's library copies the right factor before it multiplies, so for few queries of several texts the keys are the
+    left one, and queries are padded to a number that is fast: 16 texts of 180 tokens decode 1.5 times as fast.
+    """
+    batch, _, rows, _ = queries.shape
+    multiply = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    is_alone = jax.sharding.get_abstract_mesh().size <= 1
+    if meshes.platform() != "cpu" or batch == 1 or rows > _FEW_QUERIES or not is_alone:
+        return multiply("BKRH,BKSH->BKRS", queries, keys)
+    padded = jax.lax.optimization_barrier(jnp.pad(queries, ((0, 0), (0, 0), (0, -rows % 4), (0, 0))))
+    products = jax.lax.optimization_barrier(multiply("BKSH,BKRH->BKSR", keys, padded))
+    return products[..., :rows].swapaxes(2, 3)
 
 
 def _softmax_with_sinks(scores: Float[Array, "B K G T S"], sinks: Float[Array, "N"]) -> Float[Array, "B K G T S"]:

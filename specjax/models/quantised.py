@@ -189,7 +189,8 @@ def _as_int8(kernel: Quantised) -> tuple[Array, Array]:
     steps, units = _steps_of(kernel)
     if steps is None:
         return kernel.values, units
-    return jnp.concatenate([plane * steps for plane in _planes(kernel.values)], axis=-1).astype(jnp.int8), units
+    halves = kernel.values & 15, kernel.values >> 4
+    return jnp.concatenate([(half.astype(jnp.int8) - 8) * steps.astype(jnp.int8) for half in halves], axis=-1), units
 
 
 def _steps_of(kernel: Quantised) -> tuple[Array | None, Array]:
