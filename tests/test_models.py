@@ -339,3 +339,12 @@ def test_a_product_with_a_16_bit_kernel_is_that_with_the_same_values_in_float32(
     rounded = inputs.astype(dtype)
     expected = np.asarray(rounded, np.float64) @ np.asarray(kernel, np.float64).T
     np.testing.assert_allclose(layers.product(rounded, kernel, jnp.float32), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5])
+def test_dot_products_of_any_number_of_queries_are_exact(batch, rows):
+    queries = jax.random.normal(jax.random.key(0), (batch, 2, rows, 16))
+    keys = jax.random.normal(jax.random.key(1), (batch, 2, 24, 16))
+    exact = np.einsum("bkrh,bksh->bkrs", np.asarray(queries, np.float64), np.asarray(keys, np.float64))
+    np.testing.assert_allclose(jax.jit(attention._products)(queries, keys), exact, atol=3e-6)

@@ -30,7 +30,7 @@ _PATHS = ("draft", "fastest_draft", "text")
 def by_table(rows: Sequence[Mapping]) -> dict[str, list[dict]]:
     """The rows of each table, by its name, with the columns of `_FORMATS` formatted as text, and paths shortened."""
     members: dict[str, list[dict]] = {}
-    names = shortened({row[key] for row in rows for key in _PATHS if row.get(key)})
+    names = _shortened({row[key] for row in rows for key in _PATHS if row.get(key)})
     for row in rows:
         if "table" in row:
             exact = {key: form.format(row[key]) for key, form in _FORMATS.items() if row.get(key) is not None}
@@ -39,7 +39,7 @@ def by_table(rows: Sequence[Mapping]) -> dict[str, list[dict]]:
     return members
 
 
-def shortened(paths: Collection[str]) -> dict[str, str]:
+def _shortened(paths: Collection[str]) -> dict[str, str]:
     """For each path its last folders without a final `export`: as few as tell it from the others."""
     parts = {path: [part for part in PurePath(path).parts if part != "export"] for path in paths}
     names: dict[str, str] = {}

@@ -159,6 +159,11 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def on_one_cpu() -> bool:
+    """Whether arrays are on a CPU and not spread over several devices."""
+    return platform() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1
+
+
 def shard(tree: Any, axes_tree: Any, mesh: jax.sharding.Mesh) -> Any:
     """Shards arrays over the mesh by their logical axes, see `shardings`."""
     return jax.device_put(tree, shardings(axes_tree, mesh, shapes=tree))
