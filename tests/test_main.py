@@ -340,6 +340,37 @@ def get_config():
     return written(folder / "c.py", text)
 
 
+SHARING = """
+from ml_collections import ConfigDict
+
+def get_config():
+    config = ConfigDict({"questions": "own", "target": "small"})
+    config.task = ConfigDict({"path": config.get_ref("questions")})
+    config.text = ConfigDict({"task": {"path": config.task.get_ref("path")}, "target": config.get_ref("target")})
+    config.evaluation = ConfigDict({"questions": {"path": config.get_ref("questions")}})
+    rules = ConfigDict({"gammas": (2, 4)})
+    config.first, config.second = ConfigDict({"rules": rules}), ConfigDict({"rules": rules})
+    return config
+"""
+
+
+@pytest.mark.parametrize(
+    "key, value, changed",
+    [
+        ("questions", "theirs", {"questions", "task.path", "text.task.path", "evaluation.questions.path"}),
+        ("task.path", "theirs", {"task.path", "text.task.path"}),
+        ("evaluation.questions.path", "theirs", {"evaluation.questions.path"}),
+        ("text.target", "large", {"text.target"}),
+        ("first.rules.gammas", "(3,)", {"first.rules.gammas"}),
+    ],
+)
+def test_an_override_changes_its_key_and_the_keys_that_follow_it(tmp_path, key, value, changed):
+    before = dict(configs.leaves(configs.load(str(written(tmp_path / "c.py", SHARING))).to_dict()))
+    argv = [f"--config={tmp_path / 'c.py'}", f"--workdir={tmp_path}", f"--config.{key}={value}"]
+    after = dict(configs.leaves(cli.parse(argv)[0].to_dict()))
+    assert {name for name in before if after[name] != before[name]} == changed
+
+
 def test_a_wrong_path_does_not_block_the_corrected_command(tmp_path, capsys):
     workdir, prompts = tmp_path / "w", written(tmp_path / "prompts.txt", "a")
     command = [f"--config={config_of(tmp_path)}", f"--workdir={workdir}"]

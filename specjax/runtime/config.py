@@ -8,7 +8,7 @@ import json
 import re
 import sys
 import types
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,34 @@ def load(path_and_variant: str) -> ConfigDict:
         raise UserError(f"{path_and_variant}: {error}") from error
     for key, _ in leaves(to_plain(config)):
         refuse_renamed(key)
-    return config
+    return _separated(config)
+
+
+def _separated(config: ConfigDict) -> ConfigDict:
+    """A copy in which an override of a key changes no shorter key, and sections have no values in common.
+
+    With shared references, an override of `evaluation.task.path` would also set the path of the data to train on.
+    In the copy, of the keys that share a reference, the shortest keeps it, and others follow it until they are set
+    themselves. `text.task.path` follows `task.path` if there is such a key.
+    """
+    sharing: dict[int, list[str]] = {}  # keys of each reference, the shortest first
+    fields = dict(_by_length(_fields(config)))
+    for key, field in fields.items():
+        sharing.setdefault(id(field), []).append(key)
+    separate: dict[str, FieldReference] = {}
+    for first, *others in sharing.values():
+        for key in others:
+            followed = max((name for name in (first, *others) if key.endswith(f".{name}")), key=len, default=first)
+            separate[key] = FieldReference(separate.get(followed, fields[first]))
+    return _copied(config, separate)
+
+
+def _copied(section: ConfigDict, separate: Mapping[str, FieldReference], prefix: str = "") -> ConfigDict:
+    copy = ConfigDict()
+    for key, value in section.items(preserve_field_references=True):
+        is_section = isinstance(value, ConfigDict)
+        copy[key] = _copied(value, separate, f"{prefix}{key}.") if is_section else separate.get(prefix + key, value)
+    return copy
 
 
 def refuse_renamed(key: str) -> None:
@@ -283,26 +310,36 @@ def typed_keys(config: ConfigDict, stage: str = "") -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        typed: dict[int, str] = {}  # reference -> its shortest key
-        fields = list(_fields(config))
-        for key, field in sorted(fields, key=lambda pair: (pair[0].count("."), pair[0])):
-            typed.setdefault(id(field), key)
+        fields = [(key, _root(field)) for key, field in _fields(config)]
+        typed = {id(root): key for key, root in reversed(_by_length(fields))}
         text = str(error)
-        for key, field in fields:
+        for key, root in fields:
             inner = key.removeprefix(f"{stage}.") if stage else key
-            if inner != typed[id(field)] and (not stage or inner != key):
+            if inner != typed[id(root)] and (not stage or inner != key):
                 name = re.escape(inner) if "." in inner else f"config\\.{inner}"
-                text = re.sub(rf"(?<![\w.-])(--)?(config\.)?{name}(?![\w.])", f"--config.{typed[id(field)]}", text)
+                text = re.sub(rf"(?<![\w.-])(--)?(config\.)?{name}(?![\w.])", f"--config.{typed[id(root)]}", text)
         raise UserError(text) from error
 
 
 def _fields(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields (dotted key, reference or fresh object) for every leaf; keys that refer to one value share it."""
+    """Yields (dotted key, reference or fresh object) for every leaf."""
     for key, value in config.items(preserve_field_references=True):
         if isinstance(value, ConfigDict):
             yield from _fields(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value if isinstance(value, FieldReference) else object()
+
+
+def _by_length(fields: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """(key, field) from the shortest key to the longest."""
+    return sorted(fields, key=lambda pair: (pair[0].count("."), pair[0]))
+
+
+def _root(field: Any) -> Any:
+    """The reference that another one follows, itself if it follows none."""
+    while isinstance(field, FieldReference) and isinstance(field._value, FieldReference):
+        field = field._value
+    return field
 
 
 def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
