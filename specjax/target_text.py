@@ -12,11 +12,12 @@ reads).
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
@@ -84,19 +85,30 @@ def _written(text: cached_text.CachedText) -> dict:
 _TEXTS_AT_ONCE = 64
 # Texts are cut to a multiple of this for their states, so that few widths are compiled.
 _WIDTH = 128
+# The logits of this many tokens of each text are in memory at one time.
+_COLUMNS = 8
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _states(
     target: LanguageModel, layers: tuple[int, ...], params: Params, tokens: Int[Array, "B T"]
-) -> list[Float[Array, "B T D"]]:
-    """The target's states of whole texts after each of these layers, in ascending order."""
+) -> tuple[list[Float[Array, "B T D"]], Float[Array, "B T"] | None]:
+    """The target's states of whole texts after each of these layers, in ascending order, and the normalisers, if its
+    last layer is among them; see `cached_text`."""
     states, hidden, first, positions = [], tokens, 0, consecutive(tokens)
     for layer in layers:
         hidden, _ = target.extend(params, None, hidden, positions, layers=(first, layer))
         states.append(hidden)
         first = layer
-    return states
+    return states, _normalisers(target, params, hidden) if first == target.layers else None
+
+
+def _normalisers(target: LanguageModel, params: Params, last: Float[Array, "B T D"]) -> Float[Array, "B T"]:
+    """From the states after the last layer, as training reads them: rounded to float16."""
+    rounded = last.astype(jnp.float16).astype(last.dtype)
+    chunks = rounded.reshape(last.shape[0], -1, _COLUMNS, last.shape[2])
+    of_chunk = lambda hidden: jax.nn.logsumexp(target.head(params, hidden).astype(jnp.float32), axis=-1)
+    return jnp.moveaxis(jax.lax.map(of_chunk, jnp.moveaxis(chunks, 1, 0)), 0, 1).reshape(last.shape[:2])
 
 
 class _Writer:
@@ -128,6 +140,7 @@ class _Writer:
         fingerprints = self.target.fingerprint, self.target.tokenizer.fingerprint()
         settings = {"seed": config.seed, "count": config.count, "batch_size": data.batch_size}
         settings |= {"rule": config.drafter.rule, "states": list(self.layers)}
+        settings |= {cached_text.NORMALISERS: self.target.decoder.layers in self.layers}
         self.about = cached_text.provenance(*fingerprints, config.task, data) | settings
 
     def _method(self, gamma: int) -> Method:
@@ -188,9 +201,8 @@ class _Writer:
 
     def _write_batch(self, directory: Path, number: int, emitted: Sequence[Sequence[int]], seconds: float) -> None:
         rows = self.rows(number, emitted, seconds)
-        for layer, states in self.states(rows):
-            if processes.first():
-                cached_text.write_states(directory, number, layer, states)
+        if self.layers:
+            self._write_states(directory, number, rows)
         if processes.first():
             cached_text.write_rows(directory, number, rows)
 
@@ -218,18 +230,24 @@ class _Writer:
             raise UserError("states of an encoder-decoder are not stored; leave states empty")
         return tuple(sorted({decoder.layers if layer == -1 else layer for layer in layers}))
 
-    def states(self, rows: dict[str, np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
-        """Yields each layer of `config.states` with the target's states `[tokens, D]` after it, for these rows."""
-        if not self.layers:
-            return
+    def _write_states(self, directory: Path, number: int, rows: dict[str, np.ndarray]) -> None:
+        """Writes the target's states of these rows after each layer of `config.states`, and the normalisers."""
         count, longest = len(rows["lengths"]), int(rows["lengths"].max())
         tokens = rows["tokens"][:, : -(-longest // _WIDTH) * _WIDTH]
         put = batch.Placer(self.target.mesh)
-        tokens = put(np.pad(tokens, ((0, put.rows(self.config.data.batch_size) - count), (0, 0))))
-        stored = _states(self.target.decoder, self.layers, self.target.params, tokens)
+        columns = -tokens.shape[1] % _COLUMNS
+        tokens = put(np.pad(tokens, ((0, put.rows(self.config.data.batch_size) - count), (0, columns))))
+        states, normalisers = _states(self.target.decoder, self.layers, self.target.params, tokens)
         inside = np.arange(tokens.shape[1])[None] < rows["lengths"][:, None]
-        for layer, states in zip(self.layers, stored, strict=True):
-            yield layer, processes.fetch(states)[:count][inside]
+        fetch = lambda array: processes.fetch(array)[:count][inside]
+        for layer, array in zip(self.layers, states, strict=True):
+            fetched = fetch(array)
+            if processes.first():
+                cached_text.write_states(directory, number, layer, fetched)
+        if normalisers is not None:
+            fetched = fetch(normalisers)
+            if processes.first():
+                cached_text.write_normalisers(directory, number, fetched)
 
     def measure(self) -> dict:
         """Measures tokens per second with and without the draft on the first batches, and whether texts are equal."""

@@ -10,7 +10,7 @@ import pytest
 import tiny as tiny_models
 from ml_collections import ConfigDict
 
-from specjax.distillation import divergences, objective
+from specjax.distillation import data_sources, divergences, objective
 from specjax.models.decoder import Decoder
 from specjax.models.language_model import LanguageModel
 from specjax.runtime.errors import UserError
@@ -249,6 +249,20 @@ def test_chunks_change_neither_the_loss_nor_its_gradient(divergence, chunk):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), gradient, whole_gradient)
 
 
+def test_the_gradient_is_that_of_the_loss():
+    """The gradient of chunks is computed in the forward pass; it is compared with differences of the loss."""
+    _, params, _, _ = pair()
+    loss = jax.jit(lambda params: loss_of("jsd", 9)(params, *a_batch()).loss)
+    gradient = jax.grad(lambda params: 3 * loss(params))(params)
+    leaves, structure = jax.tree.flatten(params)
+    rng = np.random.default_rng(0)
+    along = jax.tree.unflatten(structure, [jnp.asarray(rng.normal(size=x.shape), x.dtype) for x in leaves])
+    moved = lambda step: jax.tree.map(lambda x, direction: x + step * direction, params, along)
+    slope = 3 * (loss(moved(1e-3)) - loss(moved(-1e-3))) / 2e-3
+    products = jax.tree.map(lambda x, y: jnp.sum(x * y), gradient, along)
+    np.testing.assert_allclose(sum(jax.tree.leaves(products)), slope, rtol=1e-2)
+
+
 @pytest.mark.parametrize("divergence", ["jsd", "cross_entropy"])
 def test_padding_changes_nothing(divergence):
     _, params, _, _ = pair()
@@ -348,6 +362,12 @@ def test_senseless_settings_of_the_loss_are_refused(settings, message):
     )
     with pytest.raises(UserError, match=message):
         objective.Loss.of_config(ConfigDict({**good, **settings}), pair()[0], pair()[2])
+
+
+def test_the_heads_run_on_a_share_of_the_row_that_holds_the_counted_positions():
+    shares = {(128, 253): 128, (127, 254): 128, (129, 253): 192, (193, 253): 0, (30, 253): 32, (128, 192): 144}
+    shares |= {(10, 20): 10, (16, 20): 0}
+    assert {case: data_sources.window(*case) for case in shares} == shares
 
 
 @pytest.mark.parametrize("predicts", [1, 3])

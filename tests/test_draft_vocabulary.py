@@ -15,7 +15,7 @@ from test_vocabularies import Table
 
 from specjax import api
 from specjax.decoding.rules import RULES, Lossless
-from specjax.distillation import divergences, objective
+from specjax.distillation import cached_text, divergences, objective
 from specjax.draft_design import vocabulary
 from specjax.hub import model as hub_model
 from specjax.hub.tokenizer import train_byte_bpe
@@ -229,18 +229,45 @@ def products(jaxpr):
             yield from products(inner)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_the_targets_whole_head_is_computed_once_and_not_again_in_the_backward_pass(temperature):
+def reduced_pair(temperature):
+    """The loss of a reduced draft, and the parameters of draft and target."""
     target, target_params = tiny.decoder(0)
     ids = draft_vocabulary(range(0, target.vocab_size, 3))
     whole, whole_params = tiny.decoder(1)
     draft = whole.reduced(ids)
     params = draft.reduced_params(whole_params, whole.head_kernel(whole_params, ids))
     loss = objective.Loss(draft, target, divergences.divergence("total_variation"), temperature, chunk=4)
-    gradient = jax.grad(lambda params: loss(params, target_params, {**BATCH, "tokens": TOKENS}).loss)
+    return loss, params, target_params
+
+
+def logit_products(loss, params, target_params, batch):
+    """How many products in a step give logits of the target's whole vocabulary, and of the draft's."""
+    gradient = jax.grad(lambda params: loss(params, target_params, batch).loss)
     shapes = list(products(jax.make_jaxpr(gradient)(params).jaxpr))
-    assert sum(target.vocab_size in shape for shape in shapes) == 1
-    assert sum(len(ids) in shape for shape in shapes) > 4  # of both models in both passes
+    columns = loss.target.vocab_size, len(loss.draft.vocabulary.ids)
+    return [shapes.count((count, loss.chunk)) for count in columns]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_logits_are_computed_once_and_not_again_in_the_backward_pass(temperature):
+    batch = {**BATCH, "tokens": TOKENS}
+    assert logit_products(*reduced_pair(temperature), batch) == [1, 2]  # the latter of both models
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_stored_normalisers_replace_the_targets_whole_head_at_temperature_1(temperature):
+    loss, params, target_params = reduced_pair(temperature)
+    states = loss.target.training_states(target_params, None, TOKENS).astype(jnp.float16)
+    logits = loss.target.head(target_params, states.astype(jnp.float32))
+    batch = {**BATCH, "tokens": TOKENS, cached_text.states_name(loss.target.layers): states}
+    stored = batch | {cached_text.NORMALISERS: jax.nn.logsumexp(logits, axis=-1)}
+    run = jax.jit(jax.value_and_grad(lambda params, batch: loss(params, target_params, batch).loss))
+    for got, expected in zip(jax.tree.leaves(run(params, stored)), jax.tree.leaves(run(params, batch)), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
+    sums, expected = (loss(params, target_params, each) for each in (stored, batch))
+    np.testing.assert_allclose(sums.outside, expected.outside, rtol=1e-5)
+    np.testing.assert_allclose(sums.acceptance, expected.acceptance, rtol=1e-5)
+    assert logit_products(loss, params, target_params, stored) == [int(temperature != 1), 2]
 
 
 def test_a_vocabulary_that_the_target_lacks_is_refused():

@@ -5,6 +5,8 @@ seconds that generating it took. about.json is written first, so that a director
 
 It may also contain the target's hidden states, so that training on the text does not run the target again:
 `states-LAYER-NNNNN.npy` has the states after that many layers, in float16, of all tokens of the batch's rows in order.
+With the states after the last layer, `normalisers-NNNNN.npy` has the logarithm of the sum of the exponentials of all
+logits at each token, in float32: a draft with a reduced vocabulary then learns without the target's whole head.
 """
 
 import dataclasses
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Float16, Int
+from jaxtyping import Float, Int
 
 from specjax.runtime import config as configs
 from specjax.runtime.errors import UserError
@@ -23,11 +25,13 @@ from specjax.runtime.files import write_atomically
 
 ABOUT_FILE = "about.json"
 _UNWRITTEN_FILE = "unwritten.json"
+# Name of the array of a batch with the normalisers.
+NORMALISERS = "normalisers"
 _FORMAT = "specjax-target-text-2"
 # Separates these random numbers from others with the same seed.
 _STREAM = 0x7E87
 # Batches are cut to a multiple of this many columns, and rows are sorted by length within this many batches.
-_WIDTH, _GROUP = 128, 8
+_WIDTH, _GROUP = 64, 8
 # How an error describes a difference in each part of `provenance`.
 _PARTS = {
     "target": "of another target",
@@ -95,6 +99,16 @@ def _states_file(directory: Path, number: int, layer: int) -> Path:
     return directory / f"states-{layer:03d}-{number:05d}.npy"
 
 
+def write_normalisers(directory: Path, number: int, normalisers: Float[np.ndarray, "N"]) -> None:
+    """Writes those of one batch; called before `write_rows`, as `write_states`."""
+    np.save(content := io.BytesIO(), normalisers.astype(np.float32))
+    write_atomically(_normalisers_file(directory, number), content.getvalue())
+
+
+def _normalisers_file(directory: Path, number: int) -> Path:
+    return directory / f"{NORMALISERS}-{number:05d}.npy"
+
+
 def write_rows(directory: Path, number: int, rows: Mapping[str, np.ndarray]) -> None:
     """Writes one batch atomically: after a kill, the file is complete or absent."""
     np.savez(content := io.BytesIO(), **rows)
@@ -132,6 +146,7 @@ class CachedText:
       rows: arrays `[N, ...]` in the layout of `data.batches`.
       seconds: wall-clock seconds that generating the text took.
       states: the target's states `[length, D]` of each row, by layer; they stay on disk until a batch needs them.
+      normalisers: those `[length]` of each row; () if they are not stored.
     """
 
     directory: Path
@@ -139,6 +154,7 @@ class CachedText:
     rows: Mapping[str, np.ndarray]
     seconds: float
     states: Mapping[int, Sequence[np.ndarray]] = dataclasses.field(default_factory=dict)
+    normalisers: Sequence[np.ndarray] = ()
 
     def __len__(self) -> int:
         return len(self.rows["lengths"])
@@ -181,6 +197,7 @@ class CachedText:
             self,
             rows={name: array[span] for name, array in self.rows.items()},
             states={layer: states[span] for layer, states in self.states.items()},
+            normalisers=self.normalisers[span],
         )
         rest, last = part(slice(0, rows)), part(slice(rows, None))
         return rest, [last.batch(0, step, batch_size, tuple(self.states)) for step in range(batches)]
@@ -191,7 +208,8 @@ class CachedText:
         Rows of a batch have similar lengths; columns that none of them needs are left out, in multiples of `_WIDTH`.
 
         Args:
-          layers: adds the states `[batch_size, T, D]` after each of these layers, under their `states_name`.
+          layers: adds the states `[batch_size, T, D]` after each of these layers, under their `states_name`, and the
+            normalisers `[batch_size, T]`, if they are stored, under `NORMALISERS`.
         """
         passes, places = np.divmod(step * batch_size + np.arange(batch_size), len(self))
         orders = {one: self._order([seed, _STREAM, one], batch_size) for one in set(passes.tolist())}
@@ -199,7 +217,11 @@ class CachedText:
         batch = {name: array[chosen] for name, array in self.rows.items()}
         width = -(-int(batch["lengths"].max()) // _WIDTH) * _WIDTH
         batch["tokens"] = batch["tokens"][:, :width]
-        return batch | {states_name(layer): self._states(layer, chosen, batch["tokens"].shape[1]) for layer in layers}
+        arrays = {states_name(layer): self.states[layer] for layer in layers}
+        if layers and self.normalisers:
+            arrays[NORMALISERS] = self.normalisers
+        width = batch["tokens"].shape[1]
+        return batch | {name: _padded([rows[row] for row in chosen], width) for name, rows in arrays.items()}
 
     def _order(self, seed: Sequence[int], batch_size: int) -> Int[np.ndarray, "N"]:
         """The rows of one pass: in random order, then sorted by length within groups of a few batches."""
@@ -213,12 +235,13 @@ class CachedText:
             batches += parts[len(group) // batch_size :]
         return np.concatenate(batches)
 
-    def _states(self, layer: int, chosen: Int[np.ndarray, "B"], width: int) -> Float16[np.ndarray, "B T D"]:
-        rows = [self.states[layer][row] for row in chosen]
-        padded = np.zeros((len(rows), width, rows[0].shape[1]), np.float16)
-        for into, states in zip(padded, rows, strict=True):
-            into[: len(states)] = states
-        return padded
+
+def _padded(rows: Sequence[np.ndarray], width: int) -> np.ndarray:
+    """Rows `[length, ...]` as one array `[B, width, ...]`, with zeros at their ends."""
+    padded = np.zeros((len(rows), width, *rows[0].shape[1:]), rows[0].dtype)
+    for into, row in zip(padded, rows, strict=True):
+        into[: len(row)] = row
+    return padded
 
 
 def states_name(layer: int) -> str:
@@ -235,7 +258,7 @@ def load(directory: str | Path) -> CachedText:
     directory = Path(directory)
     about = _read_about(directory)
     states: dict[int, list[np.ndarray]] = {layer: [] for layer in about["states"]}
-    parts = []
+    parts, normalisers = [], []
     for number in range(-(-about["count"] // about["batch_size"])):
         path = rows_file(directory, number)
         if not path.is_file():
@@ -243,16 +266,18 @@ def load(directory: str | Path) -> CachedText:
         try:
             with np.load(path) as stored:
                 parts.append({name: stored[name] for name in stored})
-            for layer, rows in states.items():
-                path = _states_file(directory, number, layer)
-                rows += np.split(np.load(path, mmap_mode="r"), np.cumsum(parts[-1]["lengths"])[:-1])
+            files = [(_states_file(directory, number, layer), rows) for layer, rows in states.items()]
+            if about.get(NORMALISERS):
+                files.append((_normalisers_file(directory, number), normalisers))
+            for path, arrays in files:
+                arrays += np.split(np.load(path, mmap_mode="r"), np.cumsum(parts[-1]["lengths"])[:-1])
         except (ValueError, OSError, EOFError) as error:
             raise UserError(f"{path} is damaged ({error}); delete it and run its stage again") from None
     seconds = sum(float(part.pop("seconds")) for part in parts)
     rows = {name: np.concatenate([part[name] for part in parts])[: about["count"]] for name in parts[0]}
     # Columns past the longest row would only cost time in training.
     rows["tokens"] = rows["tokens"][:, : rows["lengths"].max()]
-    return CachedText(directory, about, rows, seconds, states)
+    return CachedText(directory, about, rows, seconds, states, normalisers)
 
 
 def _read_about(directory: Path) -> dict[str, Any]:

@@ -22,15 +22,15 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from specjax.distillation import divergences
+from specjax.distillation.cached_text import NORMALISERS
 from specjax.distillation.divergences import Divergence
 from specjax.models.language_model import LanguageModel, Params, fit_logits
 
-# Name of the values that are kept for the backward pass, see `Comparison._with_others`.
-OTHERS = "others"
+# The least probability of all ids outside of a draft's vocabulary together; sums in float32 are less exact.
+_SMALLEST = 1e-7
 
 # The target's parameters, and the rows of its head for the ids of a reduced draft; None if the draft has all.
 Head = tuple[Params, Float[Array, "W D"] | None]
@@ -71,7 +71,8 @@ class Comparison:
           params: the draft's, as its head takes them.
           head: what the target's head needs, see `head_of`; None without a target.
           part: `draft` [B, C, E] and `target` [B, C, P or 1, D], the inputs of the heads; `labels`, `weights` and, of
-            assisted rollouts, `refused` [B, C, P], for P predictions at each of the C positions.
+            assisted rollouts, `refused` [B, C, P], for P predictions at each of the C positions; if they are stored,
+            `normalisers` [B, C, P or 1].
         """
         whole = ("draft", "reference")
         part = {name: x if name in whole else x.reshape(x.shape[0], -1, *x.shape[3:]) for name, x in part.items()}
@@ -79,7 +80,7 @@ class Comparison:
         for_each = lambda logits: jnp.repeat(logits, draft_logits.shape[1] // logits.shape[1], axis=1)
         weights, overlap = part["weights"], jnp.zeros_like(part["weights"])
         if self.draft.vocabulary is not None:
-            of_target = None if head is None else tuple(map(for_each, self._with_others(head, part["target"])))
+            of_target = None if head is None else tuple(map(for_each, self._with_others(head, part)))
             return self._reduced(of_target, draft_logits.astype(jnp.float32), part)
         if head is not None:
             target_logits = for_each(self.target.head(head[0], part["target"]))
@@ -95,23 +96,29 @@ class Comparison:
         return Values(self._diverging(lambda divergence: divergence(taught, scaled), part), weights, overlap)
 
     def _with_others(
-        self, head: Head, hidden: Float[Array, "B C D"]
+        self, head: Head, part: Mapping[str, Array]
     ) -> tuple[Float[Array, "B C W_plus_1"], Float[Array, "B C W_plus_1"]]:
         """The target's logits of the ids in the draft's vocabulary and the one of all others together, at temperature 1
         and at that of the loss.
 
-        Only the others need the whole head. They are few numbers, which are kept for the backward pass.
+        Only the others need the whole head; at temperature 1 the normalisers, if there are any, give them too.
         """
         params, kernel = head
         reduced = self.target.reduced(self.draft.vocabulary)
-        columns = reduced.column_logits(reduced.reduced_params(params, kernel), hidden)
-        logits = self.target.head(params, hidden)
+        columns = reduced.column_logits(reduced.reduced_params(params, kernel), part["target"])
+        with_others = lambda columns, others: jnp.concatenate([columns, others[..., None]], axis=-1)
+        if self.temperature == 1 and NORMALISERS in part:
+            whole = part[NORMALISERS]
+            inside = jax.nn.logsumexp(columns, axis=-1) - whole
+            # Both are rounded, so a small difference may have any sign.
+            others = whole + jnp.log(jnp.maximum(-jnp.expm1(inside), _SMALLEST))
+            return (with_others(columns, others),) * 2
+        logits = self.target.head(params, part["target"])
         is_other = np.isin(np.arange(logits.shape[-1]), self.draft.vocabulary.ids, invert=True)[None, None]
 
         def at(temperature):
-            others = jnp.where(is_other, logits / temperature, -jnp.inf)
-            others = checkpoint_name(jax.nn.logsumexp(others, axis=-1, keepdims=True), OTHERS)
-            return jnp.concatenate([columns / temperature, others], axis=-1)
+            others = jax.nn.logsumexp(jnp.where(is_other, logits / temperature, -jnp.inf), axis=-1)
+            return with_others(columns / temperature, others)
 
         at_1 = at(1.0)
         return at_1, at_1 if self.temperature == 1 else at(self.temperature)

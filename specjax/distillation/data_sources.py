@@ -58,13 +58,17 @@ def prompt_width(prompt_lengths: Int[np.ndarray, "B"], narrow: int, wide: int) -
 
 
 def window(counted: int, columns: int) -> int:
-    """How many columns of a row the heads run on, see `objective.Loss`: half, a quarter or an eighth, or 0 for all.
+    """How many columns of a row the heads run on, see `objective.Loss`; 0 for all.
+
+    It is an eighth, a quarter, half or three quarters of the row, so that few programs are compiled. Rows
+    are often cut at their longest text; the shares are of a multiple of 64, so that half of 253 columns holds 128.
 
     Args:
       counted: number of positions that the loss counts in the row with the most.
     """
-    fitting = [columns // share for share in (8, 4, 2) if counted <= columns // share]
-    return fitting[0] if fitting else 0
+    whole = -(-columns // 64) * 64 if columns > 64 else columns
+    shares = [whole * eighths // 8 for eighths in (1, 2, 4, 6)]
+    return next((share for share in shares if counted <= share), 0)
 
 
 def drawn_positions(tokens: Int[Array, "B T"], counts: Bool[Array, "B T"], number: int) -> Int[Array, "B K"]:

@@ -2,7 +2,8 @@
 
 The hidden state at position t - 1 predicts the token at position t, which is counted iff `loss_start <= t < lengths`:
 prompts and padding are not learned. All layers but the head ("trunk") run once over the whole batch. The heads run over
-`chunk` positions at a time, and again in the backward pass, so logits `[B, T, V]` never exist for a whole batch.
+`chunk` positions at a time, and logits `[B, T, V]` never exist for a whole batch. The loss is a sum over chunks, so the
+gradient of each is computed with its logits, and the backward pass only scales it.
 
 A draft may make several predictions at each position (`LanguageModel.predicts`). A prediction at position t with an
 offset is compared with the target's distribution at position t + offset, and is counted if that position is. All sums
@@ -25,8 +26,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from specjax.distillation import comparison, data_sources, divergences, rollouts
-from specjax.distillation.cached_text import states_name
+from specjax.distillation import data_sources, divergences, rollouts
+from specjax.distillation.cached_text import NORMALISERS, states_name
 from specjax.distillation.comparison import Comparison, Head
 from specjax.distillation.divergences import CROSS_ENTROPY, Divergence
 from specjax.models import experts
@@ -197,25 +198,27 @@ class Loss:
             with jax.named_scope("target_trunk"):
                 stored = _stored(batch, (target.layers,), target)
                 last = _trunk(target, target_params, prompts, tokens) if stored is None else stored[0]
-                parts["target"] = _ahead(jax.lax.stop_gradient(last), predicts, anchors)
-                if len({offset for offset, _ in predicts}) == 1:  # all predictions are of the same token
-                    parts["target"] = parts["target"][:, :, :1]
+                of_target = {"target": jax.lax.stop_gradient(last)}
+                if stored is not None and NORMALISERS in batch:
+                    of_target[NORMALISERS] = batch[NORMALISERS]
+                for name, array in of_target.items():
+                    ahead = _ahead(array, predicts, anchors)
+                    # All predictions may be of the same token.
+                    parts[name] = ahead if len({offset for offset, _ in predicts}) > 1 else ahead[:, :, :1]
         furthest = max(offset for offset, _ in predicts)
         if window and window + furthest < tokens.shape[1] and anchors is None:
             parts = _windows(parts, batch["loss_start"] - 1 - furthest, window + furthest)
 
-        # prevent_cse is not needed inside a scan, and its barriers would only cost time.
-        policy = jax.checkpoint_policies.save_only_these_names(comparison.OTHERS)
-        chunk_sums = jax.checkpoint(self._chunk_sums, prevent_cse=False, policy=policy)
         rows, columns = parts["draft"].shape[:2]
         width = min(max(self.chunk * meshes.num_shards("batch") // (rows * len(predicts)), 1), columns)
         chunks = jax.tree.map(functools.partial(_in_chunks, chunk=width), parts)
         if self.reference is not None:
             with jax.named_scope("selection"):
                 chunks["weights"] = self._selected_weights(params, reference_params, head, chunks)
-        add = lambda total, part: (total + chunk_sums(params, head, part), None)
+        attached = isinstance(self.draft, AttachedDraft)
+        trained, attached_to = (params["attachment"], params["target"]) if attached else (params, None)
         with jax.named_scope("heads"):
-            sums = jax.lax.scan(add, self.zeros(), chunks)[0]
+            sums = _summed(self, trained, (attached_to, head), chunks)
         return sums if balance is None else dataclasses.replace(sums, loss=sums.loss + balance * sums.tokens)
 
     def _balance(self, logits: Sequence[Float[Array, "B T E"]], lengths: Int[Array, "B"]) -> Float[Array, ""]:
@@ -246,7 +249,9 @@ class Loss:
         threshold = jnp.sort(gaps.reshape(-1), descending=True)[jnp.maximum(number - 1, 0)]
         return jnp.where(gaps >= threshold, weights, 0)
 
-    def _chunk_sums(self, params: Params, head: Head | None, part: dict[str, Array]) -> Sums:
+    def _chunk_sums(self, trained: Params, fixed: tuple[Params | None, Head | None], part: dict[str, Array]) -> Sums:
+        attached_to, head = fixed
+        params = trained if attached_to is None else {"attachment": trained, "target": attached_to}
         values = self._comparison(params, head, part)
         weights, losses = values.weights, values.losses
         if self.draft.confident:
@@ -254,6 +259,39 @@ class Loss:
             losses = losses + jax.nn.softplus(sure) - sure * jax.lax.stop_gradient(values.overlap)
         total = lambda array: None if array is None else jnp.sum(weights * array)
         return Sums(total(losses), total(values.overlap), jnp.sum(weights), total(values.outside))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _summed(loss: Loss, trained: Params, fixed: tuple, chunks: dict[str, Array]) -> Sums:
+    """The sums over all chunks `[chunks, B, C, ...]`; only `Sums.loss` is differentiable, in `trained` and the draft's
+    hidden states."""
+    add = lambda total, part: (total + loss._chunk_sums(trained, fixed, part), None)
+    return jax.lax.scan(add, loss.zeros(), chunks)[0]
+
+
+def _summed_with_gradient(loss: Loss, trained: Params, fixed: tuple, chunks: dict[str, Array]):
+    def of_part(part):
+        def total(trained, hidden):
+            sums = loss._chunk_sums(trained, fixed, part | {"draft": hidden})
+            return sums.loss, sums
+
+        return jax.grad(total, (0, 1), has_aux=True)(trained, part["draft"])
+
+    def add(carry, part):
+        (of_trained, of_hidden), sums = of_part(part)
+        return jax.tree.map(jnp.add, carry, (sums, of_trained)), of_hidden
+
+    start = loss.zeros(), jax.tree.map(jnp.zeros_like, trained)
+    (sums, of_trained), of_hidden = jax.lax.scan(add, start, chunks)
+    return sums, (of_trained, dict.fromkeys(chunks) | {"draft": of_hidden})
+
+
+def _scaled_gradient(loss: Loss, gradient: tuple[Params, dict], cotangent: Sums):
+    of_trained, of_chunks = jax.tree.map(lambda array: (array * cotangent.loss).astype(array.dtype), gradient)
+    return of_trained, None, of_chunks
+
+
+_summed.defvjp(_summed_with_gradient, _scaled_gradient)
 
 
 def _ahead(array: Array, predicts: Sequence[Prediction], anchors: Int[Array, "B K"] | None = None) -> Array:
