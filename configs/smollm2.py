@@ -52,7 +52,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.param_dtype = "float32"  # of the target in training and writing, and of the exported drafts
     config.eval_every = 100  # steps between two validations, and two checkpoints
     config.answers = 1280  # questions are asked several times, with other random numbers
-    config.writing_batch_size = 16  # rows in which questions and answers are written
+    config.writing_batch_size = 32  # rows in which questions and answers are written
     config.stored_states = STATES  # of the answers, so that training need not run the target; () stores none
     config.exit_layer = 2  # layers that the adapter shares with the target
     # What is left of the target in the draft; 0 is as in the target.
@@ -139,7 +139,7 @@ def _evaluation(target, exit_layer) -> ConfigDict:
     kinds = {
         "draft": {"kind": "model", "path": "stage:draft", "rules": {"lossless": (2, 3)}},
         "pard": {"kind": "pard", "path": "stage:pard", "rules": {"lossless": (3, 5)}},
-        "eagle3": {"kind": "eagle3", "path": "stage:eagle3", "rules": {"lossless": (1, 2, 3)}},
+        "eagle3": {"kind": "eagle3", "path": "stage:eagle3", "rules": {"lossless": (1, 2, 3), "block": (2, 3)}},
         "block_parallel": {"kind": "block_parallel", "path": "stage:block_parallel", "rules": {"lossless": (2, 3, 4)}},
         "adapter": {"kind": "kangaroo", "path": "stage:adapter", "threshold": 0.3, "rules": {"lossless": (3,)}},
         "medusa": {"kind": "medusa", "path": "stage:medusa", "rules": {"lossless": (2,)}},
@@ -147,7 +147,7 @@ def _evaluation(target, exit_layer) -> ConfigDict:
         "early_exit": {"kind": "early_exit", "exit_layer": exit_layer, "rules": {"lossless": (2,)}} | reduced,
     }
     section = common.evaluation(target, kinds)
-    section.selection.update({"count": 16, "length_min": 1, "length_max": 320, "chat": True})
+    section.selection.update({"count": 16, "length_min": 1, "length_max": 2048, "chat": True})
     section.compare = tuple(("eagle3", name) for name in ("block_parallel", "draft", "pard", "adapter", "ngram"))
     return section
 

@@ -384,6 +384,19 @@ def test_a_text_to_summarise_is_cut_at_its_end_so_that_the_summary_fits(tokenize
         evaluation_prompts(Task("long", LONG, LONG, "rouge"), tokenizer, count=3, prompt_length=(1, 32), seed=0)
 
 
+def test_the_first_prompts_are_of_all_categories(tokenizer):
+    categories = ["writing", "writing", "math", "writing", "math", "coding"]
+    examples = [Example(f"question {number}", "", category=name) for number, name in enumerate(categories)]
+    task = Task("questions", (), tuple(examples), "")
+    chosen = lambda count: [
+        prompt.text.split()[1]
+        for prompt in evaluation_prompts(task, tokenizer, count=count, prompt_length=(1, 32), seed=0)
+    ]
+    assert chosen(4) == ["0", "2", "5", "1"]
+    assert chosen(6) == ["0", "2", "5", "1", "4", "3"]
+    assert chosen(0) == list("012345")
+
+
 def test_a_cut_prompt_keeps_the_end_that_its_model_expects(tmp_path):
     toy_tokenizers.t5(tmp_path)
     tokenizer = Tokenizer.load(tmp_path)

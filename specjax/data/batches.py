@@ -16,6 +16,7 @@ In a run of several processes, each process can make only the rows of a training
 `sources` then have only these rows; the arrays `[B]` have all rows of the batch in every process.
 """
 
+import collections
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -233,8 +234,8 @@ def evaluation_prompts(
 
     In language modelling a prompt is a piece of a document that starts at a line, and has no reference. Positions and
     numbers of tokens, within `prompt_length` (bounds included), are random by `seed`. In other tasks they are the
-    prompts of the first examples; with `chat` each is a user's turn in the tokenizer's chat template. Conversations are
-    in the template in any case, if there is one.
+    prompts of the first examples, one of each category in turn; with `chat` each is a user's turn in the tokenizer's
+    chat template. Conversations are in the template in any case, if there is one.
 
     Raises:
       UserError: if there are fewer than `count`, or a prompt has more than `prompt_length[1]` tokens and cannot be cut,
@@ -248,7 +249,7 @@ def evaluation_prompts(
         return _windows(task, tokenizer, count, prompt_length, seed)
     if count > len(task.validation):
         raise UserError(f'task "{task.name}" has {len(task.validation)} prompts, fewer than the {count} asked for')
-    examples = task.validation[: count or None]
+    examples = _in_turns(task.validation)[:count] if count else task.validation
     prompts, cut = [], 0
     for index, (tokens, _) in enumerate(_encode(task, examples, tokenizer, chat=chat, completions=False)):
         example, text = examples[index], examples[index].prompt
@@ -264,6 +265,16 @@ def evaluation_prompts(
         prompts.append(Prompt(index, tuple(tokens.tolist()), text, example.completion, example.category))
     _log_cut(task, cut, len(examples), f"the limit of {prompt_length[1]} tokens")
     return prompts
+
+
+def _in_turns(examples: Sequence[Example]) -> list[Example]:
+    """The first example of each category, then the second of each, and so on."""
+    counts = collections.Counter()
+    turns = []
+    for example in examples:
+        turns.append(counts[example.category])
+        counts[example.category] += 1
+    return [examples[place] for place in sorted(range(len(examples)), key=turns.__getitem__)]
 
 
 def _log_cut(task: Task, cut: int, count: int, bound: str) -> None:
