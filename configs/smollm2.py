@@ -48,7 +48,7 @@ def get_config(variant: str = "") -> ConfigDict:
         config.update({"sequence_length": 384, "prompt_length_max": 320})
         config.questions = "required:questions:a file of questions to answer, such as Spec-Bench's question.jsonl"
     # Steps and rows of a step in training, and the number of predictions whose logits are in memory at one time.
-    config.update({"steps": 400, "batch_size": 16, "chunk": 512})
+    config.update({"steps": 500, "batch_size": 16, "chunk": 512})
     config.param_dtype = "float32"  # of the target in training and writing, and of the exported drafts
     config.eval_every = 100  # steps between two validations, and two checkpoints
     config.answers = 1280  # questions are asked several times, with other random numbers
@@ -70,7 +70,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.medusa = _training(config, "medusa")
     config.medusa.medusa = common.medusa_heads(heads=3)
     config.eagle3 = _training(config, "eagle3")
-    config.eagle3.eagle3 = common.eagle3_draft(STATES, steps=3)
+    config.eagle3.eagle3 = common.eagle3_draft(STATES, steps=2)
+    config.eagle3.optimizer.peak_learning_rate = 2e-3
     config.block_parallel = _training(config, "block_parallel")
     config.block_parallel.block_parallel = common.block_parallel_draft(STATES)
     for name in ("pard", "block_parallel"):

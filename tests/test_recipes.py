@@ -281,8 +281,18 @@ def test_held_out_rows_are_not_trained_on(with_states):
     assert {row.tobytes() for row in batch["tokens"]} == held
     assert batch[cached_text.states_name(last)].shape[:2] == batch["tokens"].shape
     assert not held & {row.tobytes() for step in range(3) for row in rest.batch(0, step, 1)["tokens"]}
-    with pytest.raises(UserError, match="has 5 rows, of which .* \\(4\\) are for validation; lower train.eval_batches"):
+    with pytest.raises(UserError, match="has 5 rows, and 1 are left .* = 4 rows\\); lower train.eval_batches"):
         text.held_out(2, 2)
+
+
+def test_other_answers_to_the_prompts_of_validation_are_not_trained_on():
+    prompts, tokens = [1, 2, 3, 4, 5, 6, 1, 2], np.zeros((8, 5), np.int32)
+    tokens[:, 0], tokens[:, 1] = prompts, range(10, 18)
+    starts = np.ones(8, np.int32)
+    rows = {"tokens": tokens, "lengths": np.full(8, 5, np.int32), "loss_start": starts}
+    rest, (batch,) = cached_text.CachedText(Path(), {}, rows, 0.0).held_out(1, 2)
+    assert sorted(batch["tokens"][:, 1].tolist()) == [16, 17]
+    assert rest.rows["tokens"][:, 0].tolist() == [3, 4, 5, 6]
 
 
 def test_text_of_another_tokenizer_is_refused(written):

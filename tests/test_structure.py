@@ -157,8 +157,8 @@ def keys_of(config, path=""):
     given = set(config["stages"]) if "stages" in config else set()
     if not path:
         fields = list(configs._fields(config))  # all of them, since an id is given again once its object is gone
-        times = collections.Counter(id(field) for _, field in fields)
-        given |= {key for key, field in fields if "." not in key and times[id(field)] > 1}
+        times = collections.Counter(id(configs._root(field)) for _, field in fields)
+        given |= {key for key, field in fields if "." not in key and times[id(configs._root(field))] > 1}
     for key, value in config.items():
         if key not in given and path.split(".")[-1] not in NAMING:
             yield key

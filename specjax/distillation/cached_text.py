@@ -182,25 +182,36 @@ class CachedText:
             )
 
     def held_out(self, batches: int, batch_size: int) -> tuple["CachedText", list[dict]]:
-        """The text without its last rows, and these as batches for validation, with the states of every stored layer.
+        """The text to train on, and the last rows as batches for validation, with the states of every stored layer.
+
+        Prompts may be answered several times; other answers to the prompts of validation are in neither part.
 
         Raises:
-          UserError: if there are not twice as many rows.
+          UserError: if fewer than half of the rows are left to train on.
         """
-        rows = len(self) - batches * batch_size
-        if 2 * rows < len(self):
+        count, first = len(self), len(self) - batches * batch_size
+        prompts = [
+            row[:start].tobytes() for row, start in zip(self.rows["tokens"], self.rows["loss_start"], strict=True)
+        ]
+        validated = set(prompts[max(first, 0) :])
+        trained = [place for place in range(count) if prompts[place] not in validated]
+        if first < 0 or 2 * len(trained) < count:
             raise UserError(
-                f"the text in {self.directory} has {len(self)} rows, of which train.eval_batches * data.batch_size "
-                f"({batches * batch_size}) are for validation; lower train.eval_batches or write more text"
+                f"the text in {self.directory} has {count} rows, and {len(trained)} are left without the prompts of "
+                f"validation (train.eval_batches * data.batch_size = {batches * batch_size} rows); lower "
+                "train.eval_batches or write more text"
             )
-        part = lambda span: dataclasses.replace(
-            self,
-            rows={name: array[span] for name, array in self.rows.items()},
-            states={layer: states[span] for layer, states in self.states.items()},
-            normalisers=self.normalisers[span],
-        )
-        rest, last = part(slice(0, rows)), part(slice(rows, None))
+        rest, last = self._part(trained), self._part(range(first, count))
         return rest, [last.batch(0, step, batch_size, tuple(self.states)) for step in range(batches)]
+
+    def _part(self, places: Sequence[int]) -> "CachedText":
+        some = lambda rows: [rows[place] for place in places]
+        return dataclasses.replace(
+            self,
+            rows={name: array[np.asarray(places)] for name, array in self.rows.items()},
+            states={layer: some(states) for layer, states in self.states.items()},
+            normalisers=some(self.normalisers) if self.normalisers else (),
+        )
 
     def batch(self, seed: int, step: int, batch_size: int, layers: Sequence[int] = ()) -> dict[str, np.ndarray]:
         """The batch of a training step, a function of (seed, step); rows are shuffled differently in every epoch.

@@ -60,14 +60,15 @@ def prompt_width(prompt_lengths: Int[np.ndarray, "B"], narrow: int, wide: int) -
 def window(counted: int, columns: int) -> int:
     """How many columns of a row the heads run on, see `objective.Loss`; 0 for all.
 
-    It is an eighth, a quarter, half or three quarters of the row, so that few programs are compiled. Rows
-    are often cut at their longest text; the shares are of a multiple of 64, so that half of 253 columns holds 128.
+    It is an eighth, a quarter or half of the row, or of a wide one three quarters, so that few programs are compiled.
+    Rows are often cut at their longest text; the shares are of a multiple of 64, so that half of 253 columns holds 128.
 
     Args:
       counted: number of positions that the loss counts in the row with the most.
     """
-    whole = -(-columns // 64) * 64 if columns > 64 else columns
-    shares = [whole * eighths // 8 for eighths in (1, 2, 4, 6)]
+    wide = columns > 64
+    whole = -(-columns // 64) * 64 if wide else columns
+    shares = [whole * eighths // 8 for eighths in (1, 2, 4, 6)[: 4 if wide else 3]]
     return next((share for share in shares if counted <= share), 0)
 
 
