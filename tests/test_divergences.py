@@ -1,5 +1,6 @@
 """Divergences against values worked by hand, finite differences and limits; masks and chunks of the loss."""
 
+import dataclasses
 import functools
 import math
 
@@ -261,6 +262,19 @@ def test_the_gradient_is_that_of_the_loss():
     slope = 3 * (loss(moved(1e-3)) - loss(moved(-1e-3))) / 2e-3
     products = jax.tree.map(lambda x, y: jnp.sum(x * y), gradient, along)
     np.testing.assert_allclose(sum(jax.tree.leaves(products)), slope, rtol=1e-2)
+
+
+def test_the_gradient_of_a_draft_that_computes_in_bfloat16_is_near_that_in_float32():
+    draft, params, target, target_params = pair()
+
+    def gradient(dtype):
+        computed = Decoder(dataclasses.replace(draft.config, compute_dtype=dtype))
+        of = objective.Loss(computed, target, named("jsd", 0.3), 1.0, 9)
+        loss = lambda params: of(params, target_params, batch_of(*a_batch())).loss
+        return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(jax.jit(jax.grad(loss))(params))])
+
+    exact, rounded = gradient("float32"), gradient("bfloat16")
+    assert jnp.linalg.norm(rounded - exact) < 0.05 * jnp.linalg.norm(exact)
 
 
 @pytest.mark.parametrize("divergence", ["jsd", "cross_entropy"])

@@ -287,7 +287,7 @@ def _summed_with_gradient(loss: Loss, trained: Params, fixed: tuple, chunks: dic
 
 
 def _scaled_gradient(loss: Loss, gradient: tuple[Params, dict], cotangent: Sums):
-    of_trained, of_chunks = jax.tree.map(lambda array: (array * cotangent.loss).astype(array.dtype), gradient)
+    of_trained, of_chunks = jax.tree.map(lambda array: array * cotangent.loss.astype(array.dtype), gradient)
     return of_trained, None, of_chunks
 
 
