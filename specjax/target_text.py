@@ -140,7 +140,8 @@ class _Writer:
         fingerprints = self.target.fingerprint, self.target.tokenizer.fingerprint()
         settings = {"seed": config.seed, "count": config.count, "batch_size": data.batch_size}
         settings |= {"rule": config.drafter.rule, "states": list(self.layers)}
-        settings |= {cached_text.NORMALISERS: self.target.decoder.layers in self.layers}
+        if self.target.decoder.layers in self.layers:
+            settings[cached_text.NORMALISERS] = True
         self.about = cached_text.provenance(*fingerprints, config.task, data) | settings
 
     def _method(self, gamma: int) -> Method:

@@ -278,7 +278,7 @@ def load(directory: str | Path) -> CachedText:
             with np.load(path) as stored:
                 parts.append({name: stored[name] for name in stored})
             files = [(_states_file(directory, number, layer), rows) for layer, rows in states.items()]
-            if about.get(NORMALISERS):
+            if NORMALISERS in about:
                 files.append((_normalisers_file(directory, number), normalisers))
             for path, arrays in files:
                 arrays += np.split(np.load(path, mmap_mode="r"), np.cumsum(parts[-1]["lengths"])[:-1])
