@@ -4,7 +4,8 @@
     python -m specjax.main --config=configs/smollm2.py --workdir=runs/smollm2
 
 The target is SmolLM2-135M-Instruct, which `make checkpoint` fetches; `--config.target=DIR` names another chat model. No
-data is needed: the target writes the questions too. `configs/smollm2.py:file` takes those in
+data is needed: the target writes the questions too. `configs/smollm2.py:eagle3` trains and compares this draft alone;
+other variants are `block_parallel`, `draft`, `pard`, `adapter` and `medusa`. `configs/smollm2.py:file` takes those in
 `--config.questions=FILE` instead (layouts: configs/distillspec/README.md). The evaluation asks questions that were held
 out; others, such as Spec-Bench's: `--config.evaluation.task.name=prompts --config.evaluation.task.path=FILE`.
 
@@ -30,14 +31,24 @@ from configs import common
 
 TARGET = "checkpoints/smollm2-135m-instruct.gguf"
 STATES = (2, 15, 30)  # of the 30 layers
-STAGES = ("own_questions", "text", "vocabulary", "eagle3", "block_parallel", "pruned", "draft", "pard", "adapter")
-STAGES += ("medusa", "evaluation")
+# The stages that train each kind of draft.
+KINDS = {
+    "eagle3": ("eagle3",),
+    "block_parallel": ("block_parallel",),
+    "draft": ("pruned", "draft"),
+    "pard": ("pruned", "draft", "pard"),
+    "adapter": ("adapter",),
+    "medusa": ("medusa",),
+}
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    common.check_variant("smollm2", variant, ("accelerator", "file", "smoke"))
+    common.check_variant("smollm2", variant, ("accelerator", "file", "smoke", *KINDS))
     config = ConfigDict()
-    config.stages = STAGES[1:] if variant == "file" else STAGES
+    trained = [variant] if variant in KINDS else list(KINDS)
+    first = ("text", "vocabulary") if variant == "file" else ("own_questions", "text", "vocabulary")
+    of_kinds = [stage for kind in trained for stage in KINDS[kind]]
+    config.stages = tuple(dict.fromkeys((*first, *of_kinds, "evaluation")))
     config.seed = 0
     config.mesh = common.mesh()  # devices along each axis, for all stages
     config.target = TARGET
@@ -51,7 +62,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.update({"steps": 500, "batch_size": 16, "chunk": 512})
     config.param_dtype = "float32"  # of the target in training and writing, and of the exported drafts
     config.eval_every = 100  # steps between two validations, and two checkpoints
-    config.answers = 1280  # questions are asked several times, with other random numbers
+    # Questions that the target writes, and answers: a question is asked several times, with other random numbers.
+    config.update({"asked": 1280, "answers": 1920})
     config.writing_batch_size = 32  # rows in which questions and answers are written
     config.stored_states = STATES  # of the answers, so that training need not run the target; () stores none
     config.exit_layer = 2  # layers that the adapter shares with the target
@@ -71,7 +83,6 @@ def get_config(variant: str = "") -> ConfigDict:
     config.medusa.medusa = common.medusa_heads(heads=3)
     config.eagle3 = _training(config, "eagle3")
     config.eagle3.eagle3 = common.eagle3_draft(STATES, steps=2)
-    config.eagle3.optimizer.peak_learning_rate = 2e-3
     config.block_parallel = _training(config, "block_parallel")
     config.block_parallel.block_parallel = common.block_parallel_draft(STATES)
     for name in ("pard", "block_parallel"):
@@ -86,7 +97,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.pruned.calibration = ConfigDict(
         {"text": "stage:text", "batches": 4, "batch_size": 16, "sequence_length": config.get_ref("sequence_length")}
     )
-    config.evaluation = _evaluation(target, exit_layer)
+    config.evaluation = _evaluation(target, exit_layer, trained)
     for name in config.stages:
         config[name].seed = config.get_ref("seed")
         if "mesh" in config[name]:
@@ -98,14 +109,14 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant == "accelerator":
         config.update({"steps": 2000, "batch_size": 64, "chunk": 8192, "eval_every": 500})
         config.param_dtype = "bfloat16"
-        config.update({"answers": 16384, "writing_batch_size": 256, "stored_states": ()})
+        config.update({"asked": 16384, "answers": 16384, "writing_batch_size": 256, "stored_states": ()})
     return _smoke(config) if variant == "smoke" else config
 
 
 def _questions(config: ConfigDict) -> ConfigDict:
     section = ConfigDict({"binary": "questions", "target": config.get_ref("target"), "mesh": common.mesh()})
     section.update({"param_dtype": config.get_ref("param_dtype"), "compute_dtype": "auto"})
-    section.count = config.get_ref("answers")
+    section.count = config.get_ref("asked")
     section.batch_size = config.get_ref("writing_batch_size")
     section.generation = ConfigDict({"temperature": 1.0, "top_k": 0, "top_p": 0.9, "max_new_tokens": 96})
     return section
@@ -135,7 +146,7 @@ def _training(config: ConfigDict, init: str) -> ConfigDict:
     return section
 
 
-def _evaluation(target, exit_layer) -> ConfigDict:
+def _evaluation(target, exit_layer, trained: list[str]) -> ConfigDict:
     reduced = {"vocabulary": "stage:vocabulary"}
     kinds = {
         "draft": {"kind": "model", "path": "stage:draft", "rules": {"lossless": (2, 3)}},
@@ -147,22 +158,24 @@ def _evaluation(target, exit_layer) -> ConfigDict:
         "ngram": {"kind": "ngram", "threshold": 0.35, "rules": {"lossless": (4,)}},
         "early_exit": {"kind": "early_exit", "exit_layer": exit_layer, "rules": {"lossless": (2,)}} | reduced,
     }
-    section = common.evaluation(target, kinds)
+    without_training = ("ngram", "early_exit") if len(trained) > 1 else ("ngram",)
+    section = common.evaluation(target, {name: kinds[name] for name in (*trained, *without_training)})
     section.selection.update({"count": 16, "length_min": 1, "length_max": 2048, "chat": True})
-    section.compare = tuple(("eagle3", name) for name in ("block_parallel", "draft", "pard", "adapter", "ngram"))
+    others = ("block_parallel", "draft", "pard", "adapter", "ngram") if len(trained) > 1 else ("ngram",)
+    section.compare = tuple((trained[0], name) for name in others)
     return section
 
 
 def _smoke(config: ConfigDict) -> ConfigDict:
     common.smoke(config)
-    config.update({"answers": 64, "writing_batch_size": 32, "stored_states": (1, -1), "eval_every": 2})
+    config.update({"asked": 64, "answers": 64, "writing_batch_size": 32, "stored_states": (1, -1), "eval_every": 2})
     config.update({"steps": 4, "batch_size": 2, "chunk": 16, "exit_layer": 1})
     config.own_questions.generation.max_new_tokens = 32
     config.update({"sequence_length": 128, "prompt_length_max": 96})
     for name in ("eagle3", "block_parallel", "draft", "adapter"):
         config[name].data.prompt_length_min = 4
         config[name].data.generation.max_new_tokens = 12
-    config.eagle3.eagle3.update({"states_after": (1,), "steps": 2})
+    config.eagle3.eagle3.update({"states_after": (1,), "steps": 2, "fitted_batches": 2})
     config.block_parallel.block_parallel.update({"states_after": (1,), "layers": 1, "block_size": 3})
     config.shape.layers = 1
     config.vocabulary.size = 64

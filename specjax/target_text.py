@@ -32,7 +32,7 @@ from specjax.evaluation import engine
 from specjax.evaluation.continuations import note_positions
 from specjax.evaluation.engine import Method, Output
 from specjax.hub import model as hub_model
-from specjax.models.language_model import LanguageModel, Params, consecutive
+from specjax.models.language_model import LanguageModel, Params, states_after
 from specjax.reporting import records
 from specjax.runtime import cli, processes, stopping
 from specjax.runtime import config as configs
@@ -95,12 +95,8 @@ def _states(
 ) -> tuple[list[Float[Array, "B T D"]], Float[Array, "B T"] | None]:
     """The target's states of whole texts after each of these layers, in ascending order, and the normalisers, if its
     last layer is among them; see `cached_text`."""
-    states, hidden, first, positions = [], tokens, 0, consecutive(tokens)
-    for layer in layers:
-        hidden, _ = target.extend(params, None, hidden, positions, layers=(first, layer))
-        states.append(hidden)
-        first = layer
-    return states, _normalisers(target, params, hidden) if first == target.layers else None
+    states = states_after(target, params, tokens, layers)
+    return states, _normalisers(target, params, states[-1]) if layers[-1] == target.layers else None
 
 
 def _normalisers(target: LanguageModel, params: Params, last: Float[Array, "B T D"]) -> Float[Array, "B T"]:

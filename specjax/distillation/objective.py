@@ -196,7 +196,7 @@ class Loss:
             target_params = jax.lax.stop_gradient(target_params)
             head = self._comparison.head_of(target_params)
             with jax.named_scope("target_trunk"):
-                stored = _stored(batch, (target.layers,), target)
+                stored = stored_states(batch, (target.layers,), target)
                 last = _trunk(target, target_params, prompts, tokens) if stored is None else stored[0]
                 of_target = {"target": jax.lax.stop_gradient(last)}
                 if stored is not None and NORMALISERS in batch:
@@ -305,7 +305,7 @@ def _draft_trunk(
     draft: LanguageModel, params: Params, prompts, batch: Mapping[str, Array], anchors: Int[Array, "B K"] | None
 ) -> Float[Array, "B K E"]:
     """The input of the draft's heads; an attachment reads the target's states from the batch, if stored."""
-    stored = _stored(batch, draft.attachment.taps, draft) if isinstance(draft, AttachedDraft) else None
+    stored = stored_states(batch, draft.attachment.taps, draft) if isinstance(draft, AttachedDraft) else None
     if stored is None:
         return _trunk(draft, params, prompts, batch["tokens"], anchors)
     return draft.from_states(params, stored, batch["tokens"], anchors)
@@ -317,7 +317,7 @@ def _trunk(model, params, prompts, tokens, anchors=None) -> Float[Array, "B K D"
     return model.training_states(params, start, tokens, anchors)
 
 
-def _stored(batch: Mapping[str, Array], layers: Sequence[int], model: LanguageModel) -> tuple[Array, ...] | None:
+def stored_states(batch: Mapping[str, Array], layers: Sequence[int], model: LanguageModel) -> tuple[Array, ...] | None:
     """The target's states after these layers, in the model's compute dtype; None if one of them is not stored."""
     names = [states_name(layer) for layer in layers]
     if not all(name in batch for name in names):

@@ -1,13 +1,14 @@
 """The jitted functions of training, which can be called with arrays or lowered with shapes."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import optax
 
-from specjax.distillation import data_sources, objective, update
+from specjax.distillation import data_sources, first_fit, objective, update
 from specjax.distillation.rollouts import ROLLOUT_AXES, Rollouts
 from specjax.models.attachment import AttachedDraft
 from specjax.models.language_model import LanguageModel
@@ -29,6 +30,7 @@ class TrainingFunctions:
       has_teacher: whether the training loss compares draft and target.
       needs_teacher: whether `update` needs the target's parameters: for the loss, or to train an attachment.
       reads: after how many of the target's layers `update` needs its states.
+      moments: (parameters, target's parameters, batch) -> Moments; None if the draft is not fitted before step 0.
     """
 
     update: Callable
@@ -39,6 +41,7 @@ class TrainingFunctions:
     has_teacher: bool
     needs_teacher: bool
     reads: tuple[int, ...]
+    moments: Callable | None
 
 
 def make_functions(
@@ -69,6 +72,7 @@ def make_functions(
     replicated = jax.NamedSharding(mesh, jax.P())
     generate = data_sources.Generation(**config.data.generation, eos_ids=eos_ids, seed=config.seed)
     taps = draft.attachment.taps if isinstance(draft, AttachedDraft) else ()
+    is_fitted = first_fit.fitted_batches(draft) > 0
     axes = update.BATCH_AXES | (update.SOURCE_AXES if draft.is_encoder_decoder else {})
     rollouts = None
     if config.data[data_sources.ASSISTED]:
@@ -82,5 +86,10 @@ def make_functions(
         author=draft.with_vocab_size((target or draft).vocab_size),
         has_teacher=has_teacher,
         needs_teacher=has_teacher or isinstance(draft, AttachedDraft),
-        reads=tuple(sorted({*taps, *([target.layers] if has_teacher else [])})),
+        reads=tuple(sorted({*taps, *([target.layers] if has_teacher or is_fitted else [])})),
+        moments=_moments(draft, target, replicated) if is_fitted else None,
     )
+
+
+def _moments(draft: AttachedDraft, target: LanguageModel, replicated: jax.NamedSharding) -> Callable:
+    return jax.jit(functools.partial(first_fit.moments, draft, target), out_shardings=replicated)

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from specjax.distillation import data_sources, settings, update
+from specjax.distillation import data_sources, first_fit, settings, update
 from specjax.distillation.cached_text import CachedText
 from specjax.distillation.meter import Clock, Interval
 from specjax.distillation.steps import make_functions
@@ -171,6 +171,7 @@ class Trainer:
                 self._log = stack.enter_context(log)
             stack.enter_context(self.clock.running())
             if not resumed:
+                self._fit()
                 self._evaluate()
             self._loop(checkpoints)
         validation = tuple(self.validation)
@@ -203,10 +204,28 @@ class Trainer:
             finished = bool(processes.from_first(finished))
         return finished
 
+    def _fit(self) -> None:
+        """Fits a draft that starts so to the first batches of text that no draft writes; see `Attachment.fitted`."""
+        count, inputs, total = first_fit.fitted_batches(self.inputs.draft), self.inputs, None
+        if not count:
+            return
+        source = data_sources.TARGET if self._fractions[data_sources.TARGET] else data_sources.FIXED
+        place = inputs.batches.get_state()
+        for step in progress(range(count), description=f"{self.workdir.name}: least squares", unit="batch"):
+            rows, _ = self._text(source, next(inputs.batches), step)
+            arguments = self.state.params, inputs.target_params, rows
+            part = self._call(f"moments {rows['tokens'].shape}", self._functions.moments, arguments, ())
+            total = part if total is None else total + part
+        inputs.batches.set_state(place)
+        params, total = processes.fetch((self.state.params, total))
+        params = inputs.draft.attachment.fitted(params, total)
+        placed = jax.tree.map(lambda new, old: meshes.place(new, old.sharding), params, self.state.params)
+        self.state = dataclasses.replace(self.state, params=placed)
+
     def _advance(self, batch: Mapping[str, np.ndarray]) -> None:
         """Dispatches one step, then reads the metrics of the preceding one, which the device has finished."""
         source = data_sources.source_of_step(self._fractions, self.config.seed, self.step)
-        rows, counted = self._text(source, batch)
+        rows, counted = self._text(source, batch, self.step)
         shapes = {name: array.shape for name, array in rows.items() if array.ndim > 1}
         window = data_sources.window(counted, rows["tokens"].shape[1])
         arguments = self.state, self._teacher_params, rows
@@ -214,8 +233,8 @@ class Trainer:
         self.step += 1
         self._read_pending((self.step, metrics))
 
-    def _text(self, source: str, batch: Mapping[str, np.ndarray]) -> tuple[Mapping[str, jax.Array], int]:
-        """The rows of this step, and the most counted positions in one of them.
+    def _text(self, source: str, batch: Mapping[str, np.ndarray], step: int) -> tuple[Mapping[str, jax.Array], int]:
+        """The rows of a step, and the most counted positions in one of them.
 
         They are the corpus batch, its prompts continued by a model or by both, or stored text of the target.
         """
@@ -224,14 +243,14 @@ class Trainer:
             return update.shard(batch, self.mesh), int((batch["lengths"] - batch["loss_start"]).max())
         if source == data_sources.TARGET and inputs.target_text is not None:
             layers = [layer for layer in self._functions.reads if layer in inputs.target_text.states]
-            rows = inputs.target_text.batch(self.config.seed, self.step, self.config.data.batch_size, layers)
+            rows = inputs.target_text.batch(self.config.seed, step, self.config.data.batch_size, layers)
             return update.shard(rows, self.mesh), generation.max_new_tokens
         width = data_sources.prompt_width(
             batch["prompt_lengths"], self.config.data.prompt_length_max, inputs.longest_prompt
         )
         texts = batch["sources"] if "sources" in batch else batch["tokens"]
         prompts = update.shard({"tokens": texts[:, :width], "lengths": batch["prompt_lengths"]}, self.mesh)
-        arguments = prompts["tokens"], prompts["lengths"], np.int32(self.step)
+        arguments = prompts["tokens"], prompts["lengths"], np.int32(step)
         if source == data_sources.ASSISTED:
             arguments = self.state.params, inputs.target_params, *arguments
             rows = self._call(f"{source} {width}", self._functions.rollouts, arguments, ())

@@ -17,6 +17,7 @@ from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
 from specjax.models.language_model import NEXT, LanguageModel, Network, Params, Prediction, at_positions, consecutive
 from specjax.models.layers import Linear, recomputed
+from specjax.models.least_squares import Moments
 from specjax.models.rotary import Rotary
 from specjax.models.vocabulary import DraftVocabulary, draft_vocabulary
 from specjax.runtime.dtypes import dtype_named
@@ -158,6 +159,26 @@ class Attachment(Network):
         if self.vocabulary is not None:
             kernel = kernel[:, self.vocabulary.ids]
         return {"kernel": kernel.T.astype(dtype_named(config.float_dtype))}
+
+    @property
+    def fitted_batches(self) -> int:
+        """Number of batches that it is fitted to before step 0 of training; 0 if it starts as `init_on` says."""
+        return 0
+
+    def regression(
+        self, params: Params, target: Decoder, target_params: Params, states: States, tokens: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B T F"], Float[Array, "B T G"]]:
+        """The inputs and the goals at each token of whole texts whose `Moments` are the argument of `fitted`.
+
+        Args:
+          states: the target's after each of `taps`, and after its last layer.
+        """
+        raise NotImplementedError
+
+    def fitted(self, params: Params, moments: Moments) -> Params:
+        """Parameters at step 0, from those of `init_on` and the moments over `fitted_batches` batches; all are numpy
+        arrays."""
+        raise NotImplementedError
 
     def start(self, batch: int, capacity: int) -> Any:
         """An empty cache with `capacity` slots for `batch` rows; None if the attachment needs no cache."""

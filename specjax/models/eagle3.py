@@ -9,11 +9,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from specjax.models import attention, kv_cache, layers
+from specjax.models import attention, eagle3_start, kv_cache, layers
 from specjax.models.attachment import States
 from specjax.models.decoder import Decoder
 from specjax.models.fusing import FusingConfig, FusingDraft, unsharded_rows
 from specjax.models.language_model import Params, Prediction, consecutive, look_up
+from specjax.models.least_squares import Moments
 from specjax.models.rotary import angles, text_lengths
 from specjax.runtime import mesh as meshes
 from specjax.runtime.dtypes import dtype_named
@@ -34,8 +35,11 @@ class Eagle3Config(FusingConfig):
       norm_output: whether drafting continues from the normed output of the layer (EAGLE-3.1).
       norm_before_fc: whether one norm over all of the target's states together precedes the projection.
       own_embedding: whether the draft has a table of token embeddings; by default it reads the target's.
+      fitted_batches: number of batches of training text to which the layer is fitted by least squares before training
+        (see `eagle3_start`); 0 starts from random weights.
 
-    The last two have no keys in a config: only drafts of other tools differ in them (see `hub.eagle3_config`).
+    `norm_before_fc` and `own_embedding` have no keys in a config: only drafts of other tools differ in them (see
+    `hub.eagle3_config`).
     """
 
     steps: int = 4
@@ -44,6 +48,7 @@ class Eagle3Config(FusingConfig):
     norm_output: bool = False
     norm_before_fc: bool = False
     own_embedding: bool = False
+    fitted_batches: int = 0
     section = "eagle3"
     without_key = (*FusingConfig.without_key, "norm_before_fc", "own_embedding")
 
@@ -51,6 +56,11 @@ class Eagle3Config(FusingConfig):
         super().__post_init__()
         if self.steps < 1:
             raise UserError(f"eagle3.steps is {self.steps}; training must draft 1 token or more")
+        if self.fitted_batches < 0:
+            raise UserError(f"eagle3.fitted_batches is {self.fitted_batches}; give 0 or more")
+        if self.fitted_batches and self.norm_before_residual:
+            remedy = "set norm_before_residual to False, or fitted_batches to 0"
+            raise UserError(f"a layer whose residual is normed is no linear map of the target's states: {remedy}")
 
     def default_states(self) -> tuple[int, ...]:
         count = self.target.layers
@@ -81,11 +91,15 @@ class Eagle3Module(nnx.Module):
         self.unembedding = config.own_head_layer(rngs, width)
         self.config = config
 
-    def fuse(self, states):
+    def projected(self, states):
+        """The input of the projection."""
         if self.state_norms is not None:
             states = [norm(state) for norm, state in zip(self.state_norms, states, strict=True)]
         states = jnp.concatenate(states, axis=-1)
-        return self.project(states if self.states_norm is None else self.states_norm(states))
+        return states if self.states_norm is None else self.states_norm(states)
+
+    def fuse(self, states):
+        return self.project(self.projected(states))
 
     def embed(self, tokens):
         return look_up(self.embedding[...], tokens).astype(dtype_named(self.config.inner.compute_dtype))
@@ -199,6 +213,27 @@ class Eagle3Layer(FusingDraft):
         """As of any `FusingDraft`; the head is a copy of the target's."""
         head = self.head_of_target(target, target_params)
         return super().init_on(key, target, target_params) | {"unembedding": head}
+
+    @property
+    def fitted_batches(self) -> int:
+        return self.config.fitted_batches
+
+    def regression(self, params, target, target_params, states, tokens):
+        """The token's normed embedding and the target's states before it, and the target's last state as its head reads
+        it, up to the gains of an RMS norm."""
+        *states, last = states
+        module, positions = self.bind(params), consecutive(tokens)
+        embedded = module.embedding_norm(self.embed(params, target, target_params, tokens, positions))
+        inputs = jnp.concatenate([embedded, _later(module.projected(states), 1)], axis=-1)
+        if self.config.target.norm == "layer":
+            return inputs, target.normed(target_params, last)
+        last = last.astype(jnp.float32)
+        scale = jax.lax.rsqrt(jnp.mean(last**2, axis=-1, keepdims=True) + self.config.target.norm_epsilon)
+        return inputs, last * scale
+
+    def fitted(self, params: Params, moments: Moments) -> Params:
+        widths = (self.config.target.width,) * len(self.taps)
+        return eagle3_start.fitted_params(self.config.inner, widths, params, moments)
 
     def fuse(self, params: Params, states: States) -> Float[Array, "B T E"]:
         """g, of the layer's width, from the target's states after each of `taps`."""

@@ -308,6 +308,18 @@ def at_positions(array: Array, positions: Int[Array, "B K"] | None) -> Array:
     return array if positions is None else jax.vmap(lambda row, places: row[places])(array, positions)
 
 
+def states_after(
+    model: "LanguageModel", params: Params, tokens: Int[Array, "B T"], layers: Sequence[int]
+) -> list[Float[Array, "B T D"]]:
+    """The hidden states of whole texts after each of these numbers of layers, in ascending order."""
+    states, hidden, first, positions = [], tokens, 0, consecutive(tokens)
+    for layer in layers:
+        hidden, _ = model.extend(params, None, hidden, positions, layers=(first, layer))
+        states.append(hidden)
+        first = layer
+    return states
+
+
 def consecutive(tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """Positions 0 .. T - 1 in every row."""
     return jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
