@@ -172,6 +172,8 @@ def test_with_greedy_drafts_proposals_have_no_distributions_at_any_temperature(s
 def test_an_unknown_way_to_draft_is_refused():
     with pytest.raises(UserError, match="draft_sample_method.*probabilistic.*greedy.*'argmax'"):
         make_options("early_exit", {"draft_sample_method": "argmax"})
+    with pytest.raises(UserError, match="leave_unsure is True, and no token is unsure without a threshold"):
+        make_options("early_exit", {"leave_unsure": True})
 
 
 def test_at_temperature_0_blocks_equal_greedy_decoding(pair):  # noqa: F811

@@ -72,6 +72,16 @@ def test_a_reduced_vocabulary_leaves_the_targets_distribution(small, kind, adjus
     assert sample_p_value(models, kind, adjust, seed=1, **more) > 1e-4
 
 
+UNSURE = {"threshold": 0.4, "leave_unsure": True}
+
+
+@pytest.mark.parametrize("kind", ["model", *SLOW_KINDS])
+def test_leaving_out_unsure_tokens_leaves_the_targets_distribution(small, kind):
+    for adjust in (Sampling.of(1.0), CUT):
+        adjust = dataclasses.replace(adjust, threshold=jnp.float32(UNSURE["threshold"]))
+        assert sample_p_value(small, kind, adjust, seed=1, **UNSURE) > 1e-4
+
+
 def reduced_draft(target, params, draft, draft_params, vocabulary):
     """The models with the draft's head cut to a vocabulary, and no further options."""
     kernel = draft.head_kernel(draft_params, vocabulary)
@@ -154,6 +164,21 @@ def test_a_reduced_vocabulary_changes_no_token(pair, kind, rule, settings):
         options = {"model": model}
     plan = pair.plan(kind, 3, rule, rule == "lossless", **options)
     list(compare_with_plain(pair, settings, [(plan, draft_params, {})], rule))
+
+
+@pytest.mark.parametrize("kind", ["model", *SLOW_KINDS])
+def test_leaving_out_unsure_tokens_changes_no_token(pair, kind):
+    """Where the draft is unsure of the first token, the block has none and is one step of plain decoding."""
+    draft_params = tiny.draft_params_of(kind, pair.target, pair.params, pair.draft_params)
+    changes, counts = {"threshold": jnp.float32(UNSURE["threshold"])}, []
+    for options in ({"threshold": UNSURE["threshold"]}, UNSURE):
+        entry = pair.plan(kind, 3, "lossless", True, **options), draft_params, changes
+        [(_, state)] = compare_with_plain(pair, GREEDY, [entry], "lossless")
+        counted = state.statistics
+        counts.append([int(x.sum()) for x in (counted.target_calls, counted.drafted, counted.drafted_at[:, 0])])
+    (calls, drafted, at_first), (calls_left, drafted_left, at_first_left) = counts
+    assert at_first == calls  # every block drafts a token
+    assert 0 < at_first_left < calls_left and drafted_left < drafted and calls_left >= calls
 
 
 @pytest.mark.slow

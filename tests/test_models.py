@@ -150,12 +150,14 @@ def test_rows_at_different_positions_cross_the_cache_prefixes(grouped):
     model, params = grouped
     short, steps, batch = 128, 20, 4
     slots = 4 * short + 3
-    assert kv_cache.prefixes(slots) == [short, slots]
+    assert kv_cache.prefixes(slots) == [short, 2 * short + 1, slots]
     texts = jnp.asarray(np.random.default_rng(0).integers(0, model.vocab_size, (batch, slots)), jnp.int32)
     full = np.asarray(tiny.full_logits(model, params, texts))
     edge = short - steps  # the last start that stays inside the first prefix
     last = slots - steps
-    for starts in ([0, 3, 17, edge], [0, 30, 45, edge + 1], [5, short - 1, short, short + edge], [9, 0, 1, last]):
+    between = 2 * short + 1 - steps  # the last start that stays inside the second prefix
+    starts_of = [0, 3, 17, edge], [0, 30, 45, edge + 1], [5, short - 1, short, between], [3, 0, 40, between + 1]
+    for starts in (*starts_of, [9, 0, 1, last]):
         # The prompt is written up to the row's start (and, stale, beyond it), then extended from there.
         cache = model.start(params, texts, jnp.full((batch,), slots, jnp.int32), slots)
         garbage = jnp.where(np.arange(slots)[None] < np.asarray(starts)[:, None], texts, 7)
@@ -167,10 +169,13 @@ def test_rows_at_different_positions_cross_the_cache_prefixes(grouped):
         np.testing.assert_allclose(logits, full[np.arange(batch)[:, None], np.asarray(positions)], **TIGHT)
 
 
-def test_prefixes_are_quarters_of_quarters_of_the_capacity():
-    assert kv_cache.prefixes(512) == [128, 512] and kv_cache.prefixes(1024) == [256, 1024]
-    assert kv_cache.prefixes(8192) == [128, 512, 2048, 8192]
-    assert kv_cache.prefixes(511) == [511] and kv_cache.prefixes(5) == [5]
+def test_prefixes_are_quarters_of_quarters_of_the_capacity_and_on_a_cpu_halves_of_halves(monkeypatch):
+    assert kv_cache.prefixes(512) == [128, 256, 512] and kv_cache.prefixes(255) == [255]
+    assert kv_cache.prefixes(2048) == [128, 256, 512, 1024, 2048] and kv_cache.prefixes(5) == [5]
+    for platform in ("gpu", "tpu"):
+        monkeypatch.setattr(meshes, "platform", lambda platform=platform: platform)
+        assert kv_cache.prefixes(512) == [128, 512] and kv_cache.prefixes(1024) == [256, 1024]
+        assert kv_cache.prefixes(8192) == [128, 512, 2048, 8192] and kv_cache.prefixes(511) == [511]
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])

@@ -199,11 +199,14 @@ def _write_one_by_one(array, new, start, *, axis):
 
 
 def prefixes(capacity: int) -> list[int]:
-    """The lengths of cache prefixes that attention is compiled for: the capacity, a quarter of it, a sixteenth, ..
+    """The lengths of cache prefixes that attention is compiled for, in ascending order: the capacity, a quarter of it,
+    a sixteenth, and so on.
 
-    Each is compiled in every layer, so they are few.
+    Each is compiled in every layer, so they are few. On a CPU compiling takes little time and reading slots much, so
+    they are the capacity, half of it, a quarter, and so on: with 2,048 slots the program of SmolLM2-135M takes 5.2 s to
+    compile in place of 4.5 s, and a step at 200 tokens 28 ms in place of 32.
     """
-    lengths = [capacity]
-    while lengths[0] // 4 >= _SHORTEST_PREFIX:
-        lengths.insert(0, lengths[0] // 4)
+    lengths, factor = [capacity], 2 if meshes.platform() == "cpu" else 4
+    while lengths[0] // factor >= _SHORTEST_PREFIX:
+        lengths.insert(0, lengths[0] // factor)
     return lengths

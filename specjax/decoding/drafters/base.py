@@ -186,6 +186,7 @@ class Outcome:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _DrafterFields:
     greedy: bool = False
+    leaves_unsure: bool = False
 
 
 class Drafter(_DrafterFields):
@@ -203,15 +204,24 @@ class Drafter(_DrafterFields):
       lag: number of the last committed tokens whose keys the drafter's cache may lack, or hold of drafted tokens or
         masks; where a text is continued (`prefill.extend`), `prefill` runs on them again.
       greedy: whether it drafts the most probable tokens at any temperature; `Context.noise` is then greedy.
+      leaves_unsure: whether the token after which drafting stops is left out, see `HeadOptions`.
     """
 
     gamma: int
     taps: tuple[int, ...] = ()
     stops: bool = False
-    idles: bool = False
     looks_up: bool = False
     scores: bool = False
     lag: int = 2
+
+    @property
+    def idles(self) -> bool:
+        return self.leaves_unsure
+
+    @property
+    def ends(self) -> dict[str, bool]:
+        """When drafting ends before gamma tokens, as arguments of `drafting.draft`."""
+        return {"stops": self.stops, "leaves_unsure": self.leaves_unsure}
 
     def start(self, params: Any, target_params: Any, prompts: Prompts) -> Any:
         """The drafter's state before prefill, such as an empty cache; `()` for a drafter without state."""
@@ -258,6 +268,7 @@ class DrafterOptions:
       loads: what the drafter's `path` names: "model", "attachment" (an adapter or heads), or "" for nothing.
       states_after: for loading a draft whose files leave open which of the target's states it reads, see `Eagle3`.
       threshold: drafting stops after a token whose distribution has a largest probability below this; 0 never stops.
+      leave_unsure: whether that token is left out, see `HeadOptions`.
       vocabulary: the only ids that the draft can draft; None for all.
       draft_sample_method: how tokens are drafted above temperature 0, see `HeadOptions`.
     """
@@ -267,6 +278,7 @@ class DrafterOptions:
     loads: ClassVar[str] = ""
     states_after: ClassVar[Sequence[int]] = ()
     threshold: ClassVar[float] = 0.0
+    leave_unsure: ClassVar[bool] = False
     vocabulary: ClassVar[DraftVocabulary | None] = None
     draft_sample_method: ClassVar[str] = SAMPLE_METHODS[0]
 
@@ -302,6 +314,8 @@ class HeadOptions(DrafterOptions):
     Attributes:
       threshold: a row's draft ends after the first token whose distribution at temperature 1 has a largest probability
         below this; 0 always drafts gamma tokens.
+      leave_unsure: whether that token is left out of the draft. A block without a sure token is then a plain step. It
+        pays where verifying the first token costs time, as on a CPU; elsewhere an unsure token costs nothing.
       draft_sample_method: "probabilistic" draws tokens from the draft's adjusted distributions; "greedy" drafts the
         most probable ones at any temperature, which takes less time.
       vocabulary: the only ids that the draft can draft, see `models.vocabulary.draft_vocabulary`; None or "" for all
@@ -309,6 +323,7 @@ class HeadOptions(DrafterOptions):
     """
 
     threshold: float = 0.0
+    leave_unsure: bool = False
     draft_sample_method: str = SAMPLE_METHODS[0]
     vocabulary: DraftVocabulary | Sequence[int] | str | None = None
 
@@ -318,6 +333,8 @@ class HeadOptions(DrafterOptions):
             raise UserError(
                 f'draft_sample_method must be "probabilistic" or "greedy", not {self.draft_sample_method!r}'
             )
+        if self.leave_unsure and not self.threshold:
+            raise UserError("leave_unsure is True, and no token is unsure without a threshold; set threshold too")
         object.__setattr__(self, "vocabulary", draft_vocabulary(self.vocabulary))
 
     @property

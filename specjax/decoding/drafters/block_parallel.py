@@ -83,7 +83,7 @@ class BlockParallelDrafter(Drafter):
             sure = jax.nn.sigmoid(network.confidence(params, hidden)) if network.confident else None
             return network.head(params, model, model_params, hidden), sure, cache
 
-        how = {"stops": self.stops, "vocabulary": network.vocabulary}
+        how = {**self.ends, "vocabulary": network.vocabulary}
         proposal, cache = draft_at_once(context, self.gamma, state.cache, run, **how)
         return proposal, dataclasses.replace(state, cache=cache), target_cache
 

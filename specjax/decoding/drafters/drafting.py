@@ -73,6 +73,7 @@ def draft(
     after_draw: AfterDraw = lambda tokens, offset, carry: carry,
     *,
     stops: bool,
+    leaves_unsure: bool = False,
     adjusted: bool = False,
     confidence: Callable[[Any, Any], Float[Array, "B"]] | None = None,
     vocabulary: DraftVocabulary | None = None,
@@ -81,13 +82,14 @@ def draft(
     Returns the proposal and the final carry.
 
     A row is done after gamma tokens, after `context.max_drafted` tokens, or after a token whose distribution has a
-    largest probability below `Sampling.threshold`. That token is still proposed, and stopping does not depend on its
+    largest probability below `Sampling.threshold`. Neither stopping nor whether that token is proposed depends on its
     value, so the output distribution is the target's at any threshold. The loop runs for the whole batch until all rows
     are done (on a GPU gamma times, unless rows have limits); tokens drawn in rows that are done are ignored. If no row
     may draft, not even `first` runs. A row whose logits are not finite is done without a further token.
 
     Args:
       stops: whether the threshold is used.
+      leaves_unsure: whether the token below the threshold is left out of the proposal, which may then have no token.
       adjusted: compare the threshold with the probabilities after temperature, top-k and top-p instead of those at
         temperature 1 (arXiv 2404.18911 measures both). Greedy drafting then never stops early.
       confidence: (offset, carry) -> what to compare with the threshold in place of the largest probability; it must not
@@ -103,13 +105,15 @@ def draft(
         logits, carry = read(draft.token, draft.offset, _counting(context, ~draft.done, draft.carry))
         token, probs = context.draw(logits, draft.offset, vocabulary)
         failed = draft.failed | (~draft.done & ~finite_rows(logits))
-        done = draft.done | failed
+        unsure = jnp.zeros_like(failed)
+        if stops:
+            sure = None if confidence is None else confidence(draft.offset, carry)
+            unsure = _stopping(context, logits, probs, adjusted, sure)
+        done = draft.done | failed | (unsure & leaves_unsure)
         joins = ~done  # whether the drawn token belongs to the row's proposal
         counts = draft.counts + joins.astype(jnp.int32)
         carry = after_draw(token, draft.offset + 1, _counting(context, joins, carry))
-        if stops:
-            sure = None if confidence is None else confidence(draft.offset, carry)
-            done |= _stopping(context, logits, probs, adjusted, sure)
+        done |= unsure
         if limit is not None:
             done |= counts >= limit
         append = lambda rows, row: jax.lax.dynamic_update_index_in_dim(rows, row, draft.offset, 0)
@@ -118,13 +122,7 @@ def draft(
 
     draw_first = functools.partial(draw_next, lambda token, offset, carry: first(carry))
     progress = _empty(context, gamma, first, carry, may_end_early)
-    if limit is None:
-        progress = draw_first(progress)
-    else:
-        # A conditional: as a loop of at most one iteration it updates the caches in place; `lax.cond` copies them.
-        progress = dataclasses.replace(progress, done=progress.done | (limit <= 0))
-        may_draft = lambda draft: (draft.offset == 0) & ~jnp.all(draft.done)
-        progress = jax.lax.while_loop(may_draft, draw_first, progress)
+    progress = _first_drawn(draw_first, progress, limit)
     draw_next = functools.partial(draw_next, step)
     if may_end_early:
         unfinished = lambda draft: (draft.offset < gamma) & ~jnp.all(draft.done)
@@ -136,6 +134,15 @@ def draft(
     return Proposal(tokens, probs, progress.counts, failed, vocabulary=vocabulary), progress.carry
 
 
+def _first_drawn(draw: Callable[[_Draft], _Draft], progress: _Draft, limit: Int[Array, "B"] | None) -> _Draft:
+    """The draft after its first token, unless no row may draft one."""
+    if limit is None:
+        return draw(progress)
+    # A conditional: as a loop of at most one iteration it updates the caches in place; `lax.cond` copies them.
+    progress = dataclasses.replace(progress, done=progress.done | (limit <= 0))
+    return jax.lax.while_loop(lambda draft: (draft.offset == 0) & ~jnp.all(draft.done), draw, progress)
+
+
 def draft_at_once(
     context: Context,
     gamma: int,
@@ -143,6 +150,7 @@ def draft_at_once(
     run: Callable[[Any], tuple[Float[Array, "B gamma W"], Float[Array, "B gamma"] | None, Any]],
     *,
     stops: bool,
+    leaves_unsure: bool = False,
     vocabulary: DraftVocabulary | None = None,
 ) -> tuple[Proposal, Any]:
     """`draft`, where one forward computes the logits of all tokens of the block.
@@ -164,7 +172,7 @@ def draft_at_once(
         return at(carry[0], offset), carry
 
     confidence = None if sure is None else lambda offset, carry: at(carry[1], offset)
-    how = {"stops": stops, "confidence": confidence, "vocabulary": vocabulary}
+    how = {"stops": stops, "leaves_unsure": leaves_unsure, "confidence": confidence, "vocabulary": vocabulary}
     proposal, (*_, carry) = draft(context, gamma, (logits, sure, carry), first, step, **how)
     return proposal, carry
 

@@ -122,7 +122,7 @@ class Eagle3Drafter(Drafter):
             return drafted(dataclasses.replace(state, cache=cache), output)
 
         carry = state, jnp.zeros_like(state.features[:, :1])
-        how = {"stops": self.stops, "vocabulary": network.vocabulary}
+        how = {**self.ends, "vocabulary": network.vocabulary}
         proposal, (state, _) = draft(context, self.gamma, carry, first, step, **how)
         return proposal, state, target_cache
 

@@ -104,7 +104,7 @@ class EarlyExitDrafter(Drafter):
 
         hidden, target_cache = first_layers(context.last_two_tokens[:, 1], 0, target_cache)
         carry = _Carry(state, target_cache, jnp.pad(hidden, ((0, 0), (0, self.gamma), (0, 0))))
-        how = {"stops": self.stops, "adjusted": self.adjusted, "vocabulary": self.vocabulary}
+        how = {**self.ends, "adjusted": self.adjusted, "vocabulary": self.vocabulary}
         proposal, carry = draft(context, self.gamma, carry, first, step, after_draw, **how)
         proposal = dataclasses.replace(proposal, resume_hidden=carry.hidden, resume_layer=self.exit_layer)
         return proposal, carry.state, carry.cache

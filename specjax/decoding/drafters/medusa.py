@@ -80,7 +80,7 @@ class MedusaDrafter(Drafter):
             model_params = self.target.reduced_params(target_params, state.kernel)
             return heads.head(params, model, model_params, state.hidden), None, ()
 
-        how = {"stops": self.stops, "vocabulary": heads.vocabulary}
+        how = {**self.ends, "vocabulary": heads.vocabulary}
         proposal, _ = draft_at_once(context, self.gamma, (), run, **how)
         return proposal, state, target_cache
 

@@ -65,6 +65,6 @@ class ModelDrafter(Drafter):
             hidden, cache = model.extend(params, cache, tokens[:, None], positions)
             return model.column_logits(params, hidden)[:, 0], cache
 
-        how = {"stops": self.stops, "vocabulary": model.vocabulary}
+        how = {**self.ends, "vocabulary": model.vocabulary}
         proposal, cache = draft(context, self.gamma, state, first, step, **how)
         return proposal, cache, target_cache

@@ -56,7 +56,7 @@ class PardDrafter(ModelDrafter):
             hidden = jnp.take_along_axis(hidden, drafting[..., None], axis=1)
             return model.column_logits(params, hidden), None, cache
 
-        how = {"stops": self.stops, "vocabulary": model.vocabulary}
+        how = {**self.ends, "vocabulary": model.vocabulary}
         proposal, cache = draft_at_once(context, self.gamma, state, run, **how)
         return proposal, cache, target_cache
 

@@ -35,7 +35,7 @@ class RecordingDrafter(Drafter):
 
     @classmethod
     def of(cls, inner: Drafter) -> "RecordingDrafter":
-        return cls(inner, inner.gamma, greedy=inner.greedy)
+        return cls(inner, inner.gamma, greedy=inner.greedy, leaves_unsure=inner.leaves_unsure)
 
     @property
     def taps(self):
@@ -44,6 +44,10 @@ class RecordingDrafter(Drafter):
     @property
     def stops(self):
         return self.inner.stops
+
+    @property
+    def idles(self):
+        return self.inner.idles
 
     def start(self, params, target_params, prompts: Prompts) -> Record:
         drafted = jnp.zeros((prompts.lengths.shape[0], prompts.capacity, self.gamma), jnp.int32)

@@ -70,6 +70,6 @@ class SkipLayersDrafter(Drafter):
             return model.column_logits(head_params, hidden)[:, 0], cache
 
         first = lambda cache: step(context.last_two_tokens[:, 1], 0, cache)
-        how = {"stops": self.stops, "vocabulary": self.vocabulary}
+        how = {**self.ends, "vocabulary": self.vocabulary}
         proposal, cache = draft(context, self.gamma, target_cache, first, step, **how)
         return proposal, state, cache

@@ -88,8 +88,9 @@ def build_drafter(options: DrafterOptions, target: LanguageModel, gamma: int, lo
     if options.vocabulary is not None and loaded is not None and loaded.vocabulary != options.vocabulary:
         raise ValueError("What is loaded must be cut to the draft vocabulary first, see hub.model.reduced.")
     drafter = options.build(target, gamma, loaded) if gamma else None
-    if drafter is not None and options.draft_sample_method == "greedy":
-        drafter = dataclasses.replace(drafter, greedy=True)
-    return (
-        AdaptiveDrafter(drafter, gamma, greedy=drafter.greedy) if drafter is not None and options.adaptive else drafter
-    )
+    if drafter is None:
+        return None
+    how = {"greedy": options.draft_sample_method == "greedy", "leaves_unsure": options.leave_unsure}
+    if any(how.values()):
+        drafter = dataclasses.replace(drafter, **how)
+    return AdaptiveDrafter(drafter, gamma, greedy=drafter.greedy) if options.adaptive else drafter
