@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from jax.sharding import Mesh
 
 from configs import common
-from specjax.distillation import first_fit
+from specjax.distillation import first_fit, steps, update
 from specjax.distillation.trainer import Trainer, TrainingInputs
 from specjax.models.attachment import AttachedDraft
 from specjax.models.eagle3 import Eagle3Config, Eagle3Layer
@@ -145,3 +146,20 @@ def test_what_cannot_be_fitted_is_refused(target):
         Eagle3Config(target[0].config, fitted_batches=-1)
     with pytest.raises(UserError, match="set norm_before_residual to False, or fitted_batches to 0"):
         Eagle3Config(target[0].config, fitted_batches=8, norm_before_residual=True)
+
+
+@pytest.mark.standard_promotion
+def test_sums_over_rows_and_parameters_on_many_devices_are_those_on_one(target):
+    network = Eagle3Layer(Eagle3Config(target[0].config, fitted_batches=1, fc_norm=True))
+    draft, batch = AttachedDraft.of(network), texts(8, 0)
+    start = network.init_on(jax.random.key(0), *target)
+    alone = first_fit.moments(draft, target[0], start, target[1], batch)
+    mesh = Mesh(np.asarray(jax.devices()[:8]).reshape(2, 2, 2), meshes.AXES)
+    with meshes.use(mesh):
+        place = lambda model, params: jax.tree.map(jax.device_put, params, model.shardings(mesh))
+        sums = steps.moments_of(draft, target[0], jax.NamedSharding(mesh, jax.P()))
+        rows = update.shard({name: np.asarray(array) for name, array in batch.items()}, mesh)
+        sharded = sums(place(draft, start), place(target[0], target[1]), rows)
+    assert sharded.gram.sharding.is_fully_replicated
+    for found, right in zip(jax.tree.leaves(sharded), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(found, right, rtol=1e-4, atol=1e-4)

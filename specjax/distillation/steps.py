@@ -87,9 +87,9 @@ def make_functions(
         has_teacher=has_teacher,
         needs_teacher=has_teacher or isinstance(draft, AttachedDraft),
         reads=tuple(sorted({*taps, *([target.layers] if has_teacher or is_fitted else [])})),
-        moments=_moments(draft, target, replicated) if is_fitted else None,
+        moments=moments_of(draft, target, replicated) if is_fitted else None,
     )
 
 
-def _moments(draft: AttachedDraft, target: LanguageModel, replicated: jax.NamedSharding) -> Callable:
+def moments_of(draft: AttachedDraft, target: LanguageModel, replicated: jax.NamedSharding) -> Callable:
     return jax.jit(functools.partial(first_fit.moments, draft, target), out_shardings=replicated)
