@@ -19,9 +19,13 @@ runs/smollm2/report.html.
 
 Hardware: 2 CPU cores and 4 GiB, or with `configs/smollm2.py:accelerator` a GPU of 40 GiB, where batches are larger and
 there are more answers and steps. The same command resumes a stopped run. Time: on an H200, 16,384 questions took three
-minutes, of which two and a half were compiling, as other processes did; 14,244 were kept. No other time is on record.
+minutes, of which two and a half were compiling, as other processes did; 14,244 were kept. On two cores with AVX2, 1,920
+answers took 62 minutes and 500 steps of `eagle3` 37, with tests running beside both for much of the time.
 
-Expect text identical to plain decoding.
+Expect text identical to plain decoding. The mean acceptance of two tokens drafted by `eagle3` on held-out answers was
+0.28 after the least-squares fit, 0.40 after 200 steps and 0.45 after 500. With it 8 held-out questions were decoded
+1.12 times as fast as plainly at temperature 0, and with n-gram lookup 1.23 times: the draft takes little time, but on those
+cores verifying three tokens takes 1.3 steps.
 `configs/smollm2.py:smoke` takes a few questions and steps; give it a tiny target.
 """
 
@@ -148,21 +152,25 @@ def _training(config: ConfigDict, init: str) -> ConfigDict:
 
 def _evaluation(target, exit_layer, trained: list[str]) -> ConfigDict:
     reduced = {"vocabulary": "stage:vocabulary"}
+    # Of 0.2, 0.3, 0.4 and 0.5 this threshold was the fastest on the target's own questions.
+    sure = {"threshold": 0.3, "leave_unsure": True}
     kinds = {
         "draft": {"kind": "model", "path": "stage:draft", "rules": {"lossless": (2, 3)}},
         "pard": {"kind": "pard", "path": "stage:pard", "rules": {"lossless": (3, 5)}},
-        "eagle3": {"kind": "eagle3", "path": "stage:eagle3", "rules": {"lossless": (1, 2, 3), "block": (2, 3)}},
+        "eagle3": {"kind": "eagle3", "path": "stage:eagle3", "rules": {"lossless": (2, 3), "block": (3,)}},
+        "eagle3_sure": {"kind": "eagle3", "path": "stage:eagle3", "rules": {"lossless": (3,)}} | sure,
         "block_parallel": {"kind": "block_parallel", "path": "stage:block_parallel", "rules": {"lossless": (2, 3, 4)}},
         "adapter": {"kind": "kangaroo", "path": "stage:adapter", "threshold": 0.3, "rules": {"lossless": (3,)}},
         "medusa": {"kind": "medusa", "path": "stage:medusa", "rules": {"lossless": (2,)}},
         "ngram": {"kind": "ngram", "threshold": 0.35, "rules": {"lossless": (4,)}},
         "early_exit": {"kind": "early_exit", "exit_layer": exit_layer, "rules": {"lossless": (2,)}} | reduced,
     }
-    without_training = ("ngram", "early_exit") if len(trained) > 1 else ("ngram",)
-    section = common.evaluation(target, {name: kinds[name] for name in (*trained, *without_training)})
+    others = ("ngram", "early_exit") if len(trained) > 1 else ("ngram",)
+    others += ("eagle3_sure",) if "eagle3" in trained else ()
+    section = common.evaluation(target, {name: kinds[name] for name in (*trained, *others)})
     section.selection.update({"count": 16, "length_min": 1, "length_max": 2048, "chat": True})
     others = ("block_parallel", "draft", "pard", "adapter", "ngram") if len(trained) > 1 else ("ngram",)
-    section.compare = tuple((trained[0], name) for name in others)
+    section.compare = tuple(("eagle3_sure" if "eagle3" in trained else trained[0], name) for name in others)
     return section
 
 
@@ -185,7 +193,7 @@ def _smoke(config: ConfigDict) -> ConfigDict:
     for name in ("draft", "eagle3", "block_parallel"):
         config.evaluation.drafters[name].rules.lossless = (2,)
     config.evaluation.compare = (("eagle3", "draft"),)
-    for name in ("medusa", "early_exit", "pard"):
+    for name in ("medusa", "early_exit", "pard", "eagle3_sure"):
         del config.evaluation.drafters[name]
     config.stages = tuple(name for name in config.stages if name not in ("medusa", "pard"))
     return config
