@@ -24,8 +24,8 @@ answers took 62 minutes and 500 steps of `eagle3` 37, with tests running beside 
 
 Expect text identical to plain decoding. The mean acceptance of two tokens drafted by `eagle3` on held-out answers was
 0.28 after the least-squares fit, 0.40 after 200 steps and 0.45 after 500. With it 8 held-out questions were decoded
-1.12 times as fast as plainly at temperature 0, and with n-gram lookup 1.23 times: the draft takes little time, but on those
-cores verifying three tokens takes 1.3 steps.
+1.12 times as fast as plainly at temperature 0, and with n-gram lookup 1.23 times: the draft takes little time, but on
+those cores verifying three tokens takes 1.3 steps.
 `configs/smollm2.py:smoke` takes a few questions and steps; give it a tiny target.
 """
 
