@@ -6,8 +6,9 @@ embedding goes through attention: the first query head of each group attends to 
 output projection hold the two factors of a matrix of low rank. All other weights stay random, and those that write to
 the residual are small.
 
-With SmolLM2-135M-Instruct and 64 batches of 16 answers the fit takes half a minute on two CPU cores. The mean acceptance
-of two drafted tokens on held-out answers is then 0.28; random weights reach 0.27 after 80 steps, which take 6 minutes.
+With SmolLM2-135M-Instruct and 64 batches of 16 answers the fit takes half a minute on two CPU cores. The mean
+acceptance of two drafted tokens on held-out answers is then 0.28; random weights reach 0.27 after 80 steps, which take 6
+minutes.
 """
 
 import jax
