@@ -7,8 +7,8 @@ output projection hold the two factors of a matrix of low rank. All other weight
 the residual are small.
 
 With SmolLM2-135M-Instruct and 64 batches of 16 answers the fit takes half a minute on two CPU cores. The mean
-acceptance of two drafted tokens on held-out answers is then 0.28; random weights reach 0.27 after 80 steps, which take 6
-minutes.
+acceptance of two drafted tokens on held-out answers is then 0.28; random weights reach 0.27 after 80 steps, which take
+6 minutes.
 """
 
 import jax
