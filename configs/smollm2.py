@@ -20,7 +20,7 @@ runs/smollm2/report.html.
 Hardware: 2 CPU cores and 4 GiB, or with `configs/smollm2.py:accelerator` a GPU of 40 GiB, where batches are larger and
 there are more answers and steps. The same command resumes a stopped run. Time: on an H200, 16,384 questions took three
 minutes, of which two and a half were compiling, as other processes did; 14,244 were kept. On two cores with AVX2, 1,920
-answers took 62 minutes and 500 steps of `eagle3` 37, with tests running beside both for much of the time.
+answers took 62 minutes and 500 steps of `eagle3` 37, while tests ran too for much of the time.
 
 Expect text identical to plain decoding. The mean acceptance of two tokens drafted by `eagle3` on held-out answers was
 0.28 after the least-squares fit, 0.40 after 200 steps and 0.45 after 500. Eight held-out questions were decoded with
@@ -166,12 +166,12 @@ def _evaluation(target, exit_layer, trained: list[str]) -> ConfigDict:
         "ngram": {"kind": "ngram", "threshold": 0.35, "rules": {"lossless": (4,)}},
         "early_exit": {"kind": "early_exit", "exit_layer": exit_layer, "rules": {"lossless": (2,)}} | reduced,
     }
-    others = ("ngram", "early_exit") if len(trained) > 1 else ("ngram",)
-    others += ("eagle3_sure",) if "eagle3" in trained else ()
-    section = common.evaluation(target, {name: kinds[name] for name in (*trained, *others)})
+    untrained = ("ngram", "early_exit") if len(trained) > 1 else ("ngram",)
+    variants = ("eagle3_sure",) if "eagle3" in trained else ()
+    section = common.evaluation(target, {name: kinds[name] for name in (*trained, *variants, *untrained)})
     section.selection.update({"count": 16, "length_min": 1, "length_max": 2048, "chat": True})
     others = ("block_parallel", "draft", "pard", "adapter", "ngram") if len(trained) > 1 else ("ngram",)
-    section.compare = tuple(("eagle3_sure" if "eagle3" in trained else trained[0], name) for name in others)
+    section.compare = tuple(((*variants, *trained)[0], name) for name in others)
     return section
 
 
@@ -184,7 +184,7 @@ def _smoke(config: ConfigDict) -> ConfigDict:
     for name in ("eagle3", "block_parallel", "draft", "adapter"):
         config[name].data.prompt_length_min = 4
         config[name].data.generation.max_new_tokens = 12
-    config.eagle3.eagle3.update({"states_after": (1,), "steps": 2, "fitted_batches": 2})
+    config.eagle3.eagle3.update({"states_after": (1,), "steps": 2})
     config.block_parallel.block_parallel.update({"states_after": (1,), "layers": 1, "block_size": 3})
     config.shape.layers = 1
     config.vocabulary.size = 64

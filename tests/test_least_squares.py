@@ -109,20 +109,21 @@ def test_a_fitted_layer_drafts_what_the_linear_map_says(target, options):
     assert linear < 0.5 and after < 1.1 * linear
 
 
+class Batches(Iterator):
+    place = 0
+
+    def __next__(self):
+        self.place += 1
+        return {name: np.asarray(array) for name, array in texts(4, self.place).items()}
+
+    def get_state(self):
+        return self.place
+
+    def set_state(self, place):
+        self.place = place
+
+
 def test_training_starts_from_the_fit_and_reads_the_same_batches_after_it(target, tmp_path):
-    class Batches(Iterator):
-        place = 0
-
-        def __next__(self):
-            self.place += 1
-            return {name: np.asarray(array) for name, array in texts(4, self.place).items()}
-
-        def get_state(self):
-            return self.place
-
-        def set_state(self, place):
-            self.place = place
-
     config = common.distillation("", "eagle3", steps=1)
     config.optimizer.warmup_steps = 0
     config.data.update({"fixed": 1.0, "draft": 0.0, "batch_size": 4, "sequence_length": LENGTH})
@@ -139,6 +140,26 @@ def test_training_starts_from_the_fit_and_reads_the_same_batches_after_it(target
         assert batches.place == 1
     accepted = {count: run.validation[0]["validation_acceptance"] for count, run in trained.items()}
     assert accepted[3] > accepted[0] + 0.1
+
+
+def test_with_text_of_rollouts_alone_the_target_writes_what_is_fitted(target, tmp_path, monkeypatch):
+    config = common.distillation("", "eagle3", steps=30)
+    config.data.update({"fixed": 0.0, "draft": 0.0, "assisted": 1.0, "batch_size": 4, "sequence_length": LENGTH})
+    network = Eagle3Layer(Eagle3Config(target[0].config, fitted_batches=2))
+    own = network.init_on(jax.random.key(0), *target)
+    inputs = TrainingInputs(AttachedDraft.of(network), own, *target, Batches(), [], (), LENGTH)
+    trainer = Trainer(config, tmp_path, inputs, meshes.make_mesh(config.mesh), min_seconds=0.0, evaluator=None)
+    asked = []
+
+    def text(source, batch, step):
+        asked.append((source, step))
+        return texts(4, step), LENGTH
+
+    monkeypatch.setattr(trainer, "_text", text)
+    with meshes.use(trainer.mesh), trainer.clock.running():
+        trainer._fit()
+    assert asked == [("target", 0), ("target", 1)]
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(trainer.state.params))
 
 
 def test_what_cannot_be_fitted_is_refused(target):

@@ -209,7 +209,9 @@ class Trainer:
         count, inputs, total = first_fit.fitted_batches(self.inputs.draft), self.inputs, None
         if not count:
             return
-        source = data_sources.TARGET if self._fractions[data_sources.TARGET] else data_sources.FIXED
+        # Where the text comes from rollouts alone, rows of the corpus are prompts without answers.
+        only_corpus = self._fractions[data_sources.FIXED] and not self._fractions[data_sources.TARGET]
+        source = data_sources.FIXED if only_corpus else data_sources.TARGET
         place = inputs.batches.get_state()
         for step in progress(range(count), description=f"{self.workdir.name}: least squares", unit="batch"):
             rows, _ = self._text(source, next(inputs.batches), step)
