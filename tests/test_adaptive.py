@@ -17,6 +17,7 @@ from specjax.decoding import loop
 from specjax.decoding.drafters import adaptive
 from specjax.decoding.drafters.adaptive import AdaptiveDrafter, Evidence, best_width, block_costs
 from specjax.decoding.drafters.base import Drafter, Outcome, Proposal
+from specjax.decoding.drafters.wrapping import Missing
 from specjax.decoding.prefill import compiled_prefill
 from specjax.decoding.rules import Lossless
 from specjax.decoding.sampling import Sampling, row_keys
@@ -118,7 +119,7 @@ def after_block(drafter, state, drafted, accepted):
 def fresh(rows, gamma=GAMMA):
     zeros = jnp.zeros((rows, gamma), jnp.float32)
     none = jnp.zeros((rows,), jnp.int32)
-    return Evidence((), zeros, zeros, none, none, jnp.ones((), bool))
+    return Evidence((), zeros, zeros, none, Missing.nothing(rows))
 
 
 def test_only_positions_that_were_reached_count():

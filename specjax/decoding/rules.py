@@ -76,6 +76,8 @@ def _draft_rows(
         rows = jax.nn.one_hot(tokens, vocab)
     else:
         rows = probs if proposal.vocabulary is None else proposal.vocabulary.spread(probs, vocab, 0.0)
+        if proposal.one_hot is not None:
+            rows = jnp.where(proposal.one_hot[:, None, None], jax.nn.one_hot(tokens, vocab), rows)
     # `rows > 0` leaves out what is not a number.
     return jnp.where(drafted[..., None] & (rows > 0), rows, 0)
 
@@ -102,9 +104,11 @@ def _draft_at_tokens(proposal: Proposal) -> Float[Array, "B gamma"]:
     if proposal.probs is None:
         return jnp.ones(proposal.tokens.shape, jnp.float32)
     if proposal.vocabulary is None:
-        return _at_tokens(proposal.probs, proposal)
-    columns, inside = proposal.vocabulary.columns(proposal.tokens)
-    return jnp.where(inside, jnp.take_along_axis(proposal.probs, columns[..., None], axis=2)[..., 0], 0)
+        drawn = _at_tokens(proposal.probs, proposal)
+    else:
+        columns, inside = proposal.vocabulary.columns(proposal.tokens)
+        drawn = jnp.where(inside, jnp.take_along_axis(proposal.probs, columns[..., None], axis=2)[..., 0], 0)
+    return drawn if proposal.one_hot is None else jnp.where(proposal.one_hot[:, None], 1, drawn)
 
 
 def _num_accepted(accepted: Bool[Array, "B gamma"], proposal: Proposal) -> Int[Array, "B"]:

@@ -75,7 +75,7 @@ class Rollouts:
         Raises:
           UserError: for an unknown rule, and a lenience out of range.
         """
-        drafter = RecordingDrafter.of(drafter_of(draft, target, section.gamma))
+        drafter = RecordingDrafter.of(drafter_of(draft, target, section.gamma), section.gamma)
         rule = rules.rule_named(section.rule)
         Sampling.of(lenience=section.lenience)
         how = section.lenience, section.replays, section.decay, replicate

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from specjax.decoding.drafters.base import Chunk, Context, Drafter, Outcome, Prompts
+from specjax.decoding.drafters.base import Chunk, Context, Outcome, Prompts
+from specjax.decoding.drafters.wrapping import Missing, Wrapping
 from specjax.runtime.errors import UserError
 from specjax.runtime.mesh import axes
 
@@ -28,16 +29,14 @@ class Evidence:
       reached: weighted number of blocks that drafted position i and accepted all positions before it.
       accepted: weighted number of these blocks that also accepted position i.
       drafted: number of drafted tokens in the block that is being verified.
-      first_missing: position of the row's first token on which the inner drafter may not have run.
-      ran: whether the inner drafter ran in the last block, which it does if any row of the batch drafts.
+      missing: the tokens on which the inner drafter, which does not run if no row of the batch drafts, has not run.
     """
 
     inner: Any
     reached: Float[Array, "B gamma"] = axes("batch", None)
     accepted: Float[Array, "B gamma"] = axes("batch", None)
     drafted: Int[Array, "B"] = axes("batch")
-    first_missing: Int[Array, "B"] = axes("batch")
-    ran: Bool[Array, ""] = axes()
+    missing: Missing
 
 
 def best_width(
@@ -90,7 +89,7 @@ def block_costs(draft: float, column: float, gamma: int) -> tuple[float, ...]:
 
 
 @dataclasses.dataclass(frozen=True)
-class AdaptiveDrafter(Drafter):
+class AdaptiveDrafter(Wrapping):
     """Wraps another drafter and lets it draft as many tokens in each block, 0 .. gamma, as `best_width` computes.
 
     Counts decay, so a batch that has stopped drafting occasionally tries again; it never drafts if that would be slower
@@ -101,39 +100,23 @@ class AdaptiveDrafter(Drafter):
     of all rows. Positions after a rejection are not counted: the next block draws new tokens there with the same
     random numbers, so they must not influence its width. At a fixed seed and a temperature above 0, text under
     `lossless` depends on the costs, which differ between runs if they are measured, and on the other rows of the batch.
-
-    Attributes:
-      inner: the drafter that is wrapped.
     """
 
-    inner: Drafter
-    gamma: int
     stops = True
     idles = True
-
-    @property
-    def taps(self):
-        return self.inner.taps
-
-    @property
-    def lag(self):
-        return self.inner.lag
 
     def start(self, params, target_params, prompts: Prompts):
         batch = prompts.lengths.shape[0]
         nothing, none = jnp.zeros((batch, self.gamma), jnp.float32), jnp.zeros((batch,), jnp.int32)
         inner = self.inner.start(params, target_params, prompts)
-        return Evidence(inner, nothing, nothing, none, none, jnp.ones((), bool))
+        return Evidence(inner, nothing, nothing, none, Missing.nothing(batch))
 
     def prefill(self, params, target_params, state: Evidence, chunk: Chunk):
-        # If the inner drafter has not run for some blocks, it lacks their tokens until it catches up in the next block,
-        # unless the chunk includes them; the chunks that follow it reach up to the end of the text.
-        starts, ends = chunk.positions[:, 0], jnp.minimum(chunk.positions[:, -1] + 1, chunk.lengths - 1)
-        missing = jnp.where(starts <= state.first_missing, ends, state.first_missing)
         inner = self.inner.prefill(params, target_params, state.inner, chunk)
         # A text that continues another one starts without its evidence, as a call without the earlier caches does.
         nothing = jnp.zeros_like(state.reached)
-        return dataclasses.replace(state, inner=inner, reached=nothing, accepted=nothing, first_missing=missing)
+        missing = state.missing.after_chunk(chunk)
+        return dataclasses.replace(state, inner=inner, reached=nothing, accepted=nothing, missing=missing)
 
     def propose(self, params, target_params, state: Evidence, target_cache, context: Context):
         if context.sampling.block_costs is None:
@@ -143,14 +126,13 @@ class AdaptiveDrafter(Drafter):
         available = looked_up[0].num_drafted if looked_up else jnp.full_like(context.lengths, self.gamma)
         width = best_width(state.reached, state.accepted, context.live, available, context.sampling.block_costs)
         lengths = jnp.minimum(width, available)
-        # If the inner drafter ran in the last block, its cache lacks at most the last two tokens, which `first` feeds.
-        first_missing = jnp.where(state.ran, context.lengths - 2, state.first_missing)
+        first_missing = state.missing.at(context.lengths)
         context = dataclasses.replace(context, max_drafted=lengths, first_missing=first_missing)
         proposal, inner, target_cache = looked_up or draft(context)
         drafted = jnp.where(context.live, jnp.minimum(proposal.num_drafted, lengths), 0)
         proposal = dataclasses.replace(proposal, num_drafted=drafted)
-        ran = jnp.any(context.live & (lengths > 0))
-        state = Evidence(inner, state.reached, state.accepted, drafted, first_missing, ran)
+        missing = state.missing.after_block(lengths > 0, context.live, context.lengths)
+        state = Evidence(inner, state.reached, state.accepted, drafted, missing)
         return proposal, state, target_cache
 
     def commit(self, params, state: Evidence, outcome: Outcome):

@@ -151,6 +151,7 @@ class Proposal:
         tokens; None if verification starts from the tokens.
       resume_layer: index of the target layer at which verification resumes.
       vocabulary: the ids of the columns of `probs`, in a draft with a reduced head; all other ids have probability 0.
+      one_hot: rows whose draft is deterministic although others have `probs`, which are ignored there; None for none.
     """
 
     tokens: Int[Array, "B gamma"]
@@ -160,6 +161,7 @@ class Proposal:
     resume_hidden: Float[Array, "B gamma_plus_1 D"] | None = None
     resume_layer: int = dataclasses.field(default=0, metadata={"static": True})
     vocabulary: DraftVocabulary | None = dataclasses.field(default=None, metadata={"static": True})
+    one_hot: Bool[Array, "B"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -201,6 +203,7 @@ class Drafter(_DrafterFields):
       looks_up: whether `propose` runs no model, so that a proposal depends on committed tokens alone. An adaptive draft
         length is then chosen knowing how many tokens each row can draft.
       scores: whether `score` is defined.
+      resumes: whether proposals have `resume_hidden`.
       lag: number of the last committed tokens whose keys the drafter's cache may lack, or hold of drafted tokens or
         masks; where a text is continued (`prefill.extend`), `prefill` runs on them again.
       greedy: whether it drafts the most probable tokens at any temperature; `Context.noise` is then greedy.
@@ -212,6 +215,7 @@ class Drafter(_DrafterFields):
     stops: bool = False
     looks_up: bool = False
     scores: bool = False
+    resumes: bool = False
     lag: int = 2
 
     @property
@@ -269,6 +273,7 @@ class DrafterOptions:
       states_after: for loading a draft whose files leave open which of the target's states it reads, see `Eagle3`.
       threshold: drafting stops after a token whose distribution has a largest probability below this; 0 never stops.
       leave_unsure: whether that token is left out, see `HeadOptions`.
+      lookup, head_gamma: see `HeadOptions`.
       vocabulary: the only ids that the draft can draft; None for all.
       draft_sample_method: how tokens are drafted above temperature 0, see `HeadOptions`.
     """
@@ -279,6 +284,8 @@ class DrafterOptions:
     states_after: ClassVar[Sequence[int]] = ()
     threshold: ClassVar[float] = 0.0
     leave_unsure: ClassVar[bool] = False
+    lookup: ClassVar[float] = 0.0
+    head_gamma: ClassVar[int] = 0
     vocabulary: ClassVar[DraftVocabulary | None] = None
     draft_sample_method: ClassVar[str] = SAMPLE_METHODS[0]
 
@@ -316,6 +323,11 @@ class HeadOptions(DrafterOptions):
         below this; 0 always drafts gamma tokens.
       leave_unsure: whether that token is left out of the draft. A block without a sure token is then a plain step. It
         pays where verifying the first token costs time, as on a CPU; elsewhere an unsure token costs nothing.
+      lookup: above 0, a row drafts what the text has after an earlier occurrence of its last tokens, if there is one,
+        and uses the head otherwise. The draft ends before the estimated chance that all its tokens are right falls
+        below this, as with the `threshold` of `NGram`.
+      head_gamma: with `lookup`, the largest number of tokens that the head drafts; 0 for gamma. Looked-up tokens cost
+        no draft step and are accepted more often, so more of them may pay.
       draft_sample_method: "probabilistic" draws tokens from the draft's adjusted distributions; "greedy" drafts the
         most probable ones at any temperature, which takes less time.
       vocabulary: the only ids that the draft can draft, see `models.vocabulary.draft_vocabulary`; None or "" for all
@@ -324,6 +336,8 @@ class HeadOptions(DrafterOptions):
 
     threshold: float = 0.0
     leave_unsure: bool = False
+    lookup: float = 0.0
+    head_gamma: int = 0
     draft_sample_method: str = SAMPLE_METHODS[0]
     vocabulary: DraftVocabulary | Sequence[int] | str | None = None
 
@@ -335,6 +349,12 @@ class HeadOptions(DrafterOptions):
             )
         if self.leave_unsure and not self.threshold:
             raise UserError("leave_unsure is True, and no token is unsure without a threshold; set threshold too")
+        if not 0 <= self.lookup < 1:
+            raise UserError(f"lookup must be 0 (none) or a chance below 1, not {self.lookup}")
+        if self.head_gamma < 0 or (self.head_gamma and not self.lookup):
+            raise UserError(
+                f"head_gamma is {self.head_gamma}; it is a number of tokens, and means something only with lookup"
+            )
         object.__setattr__(self, "vocabulary", draft_vocabulary(self.vocabulary))
 
     @property

@@ -71,6 +71,7 @@ class EarlyExitDrafter(Drafter):
     adjusted: bool = False
     vocabulary: DraftVocabulary | None = None
     scores = True
+    resumes = True
 
     def with_head(self, target_params, kernel: Float[Array, "W D"] | None) -> tuple[LanguageModel, Any]:
         """The target with the draft's head, and its parameters."""

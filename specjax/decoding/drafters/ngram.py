@@ -74,6 +74,11 @@ class NGramDrafter(Drafter):
     stops: bool = False
     looks_up = True
 
+    @classmethod
+    def usual(cls, gamma: int, *, encodes: bool, stops: bool) -> "NGramDrafter":
+        """The drafter with the default lengths of `NGram`."""
+        return cls(gamma, NGram.shortest, NGram.longest, encodes, stops)
+
     @property
     def idles(self):
         return self.stops

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from specjax.decoding.drafters.base import Chunk, Context, Drafter, Outcome, Prompts
+from specjax.decoding.drafters.base import Chunk, Context, Outcome, Prompts
+from specjax.decoding.drafters.wrapping import Wrapping
 from specjax.models import kv_cache
 from specjax.runtime.mesh import axes
 
@@ -27,19 +28,8 @@ class Record:
 
 
 @dataclasses.dataclass(frozen=True)
-class RecordingDrafter(Drafter):
+class RecordingDrafter(Wrapping):
     """Wraps another drafter, whose proposals it does not change."""
-
-    inner: Drafter
-    gamma: int
-
-    @classmethod
-    def of(cls, inner: Drafter) -> "RecordingDrafter":
-        return cls(inner, inner.gamma, greedy=inner.greedy, leaves_unsure=inner.leaves_unsure)
-
-    @property
-    def taps(self):
-        return self.inner.taps
 
     @property
     def stops(self):

@@ -10,6 +10,7 @@ from specjax.decoding.drafters.block_parallel import BlockParallelDraft
 from specjax.decoding.drafters.eagle3 import Eagle3
 from specjax.decoding.drafters.early_exit import EarlyExit
 from specjax.decoding.drafters.kangaroo import Kangaroo
+from specjax.decoding.drafters.lookup_first import LookupFirstDrafter
 from specjax.decoding.drafters.medusa import Medusa
 from specjax.decoding.drafters.model import ModelDraft
 from specjax.decoding.drafters.ngram import NGram
@@ -72,7 +73,7 @@ def make_options(kind: str | type, values: Mapping[str, Any], where: str = "") -
 
 
 def build_drafter(options: DrafterOptions, target: LanguageModel, gamma: int, loaded: Any = None) -> Drafter | None:
-    """The drafter with these options, in an AdaptiveDrafter if they are `adaptive`; None if gamma is 0.
+    """The drafter with these options, with lookup or an adaptive length if they say so; None if gamma is 0.
 
     Args:
       loaded: the LanguageModel or Attachment read from the drafter's `path`, without parameters; None if there is none.
@@ -87,10 +88,13 @@ def build_drafter(options: DrafterOptions, target: LanguageModel, gamma: int, lo
         raise UserError(f'what is loaded is made for drafter "{loaded.drafter}", not for {options}; set kind to that')
     if options.vocabulary is not None and loaded is not None and loaded.vocabulary != options.vocabulary:
         raise ValueError("What is loaded must be cut to the draft vocabulary first, see hub.model.reduced.")
-    drafter = options.build(target, gamma, loaded) if gamma else None
+    of_head = min(gamma, options.head_gamma or gamma)
+    drafter = options.build(target, of_head, loaded) if gamma else None
     if drafter is None:
         return None
     how = {"greedy": options.draft_sample_method == "greedy", "leaves_unsure": options.leave_unsure}
     if any(how.values()):
         drafter = dataclasses.replace(drafter, **how)
-    return AdaptiveDrafter(drafter, gamma, greedy=drafter.greedy) if options.adaptive else drafter
+    if options.lookup:
+        drafter = LookupFirstDrafter.around(drafter, gamma, options.lookup, target.is_encoder_decoder)
+    return AdaptiveDrafter.of(drafter, gamma) if options.adaptive else drafter
