@@ -55,7 +55,9 @@ def get_config(variant: str = "") -> ConfigDict:
     # (exit_layer), skip_layers (skipped: layers left out, or the workdir of configs/kangaroo/choose_layers.py), or
     # "file.py:Class". eagle3 and block_parallel read published drafts too, see configs/export/README.md.
     # Each may have a `threshold`: drafting stops after a token of which the draft is less sure. `leave_unsure: True`
-    # leaves that token out, which pays where verifying the first token costs time, as on a CPU.
+    # leaves that token out, which pays where verifying the first token costs time, as on a CPU. With `lookup: 0.35` a
+    # draft that does not share the target's layers looks up tokens first, as ngram does, and its head drafts, at most
+    # `head_gamma` tokens, where the text has no match.
     # With `adaptive: True` each block drafts as many tokens, up to gamma, as pay in the batch by its acceptance so far
     # and `costs` of a drafted token and of verifying it, relative to a plain step; () measures them first.
     config.drafters = ConfigDict(

@@ -4,10 +4,11 @@
     python -m specjax.main --config=configs/smollm2.py --workdir=runs/smollm2
 
 The target is SmolLM2-135M-Instruct, which `make checkpoint` fetches; `--config.target=DIR` names another chat model. No
-data is needed: the target writes the questions too. `configs/smollm2.py:eagle3` trains and compares this draft alone;
-other variants are `block_parallel`, `draft`, `pard`, `adapter` and `medusa`. `configs/smollm2.py:file` takes those in
-`--config.questions=FILE` instead (layouts: configs/distillspec/README.md). The evaluation asks questions that were held
-out; others, such as Spec-Bench's: `--config.evaluation.task.name=prompts --config.evaluation.task.path=FILE`.
+data is needed: the target writes the questions too. `configs/smollm2.py:eagle3` trains and compares this draft alone,
+`configs/smollm2.py:eagle3+adapter` these two; others are `block_parallel`, `draft`, `pard` and `medusa`.
+`configs/smollm2.py:file` takes the questions in `--config.questions=FILE` (layouts: configs/distillspec/README.md). The
+evaluation asks questions that were held out; others, such as Spec-Bench's:
+`--config.evaluation.task.name=prompts --config.evaluation.task.path=FILE`.
 
 Stages: `own_questions` (Magpie, arXiv 2406.08464); `text`, the target's answers with its hidden states, written once;
 `vocabulary`, the ids that it wrote most; `eagle3` (arXiv 2503.01840) and `block_parallel` (DFlash), which read the
@@ -48,9 +49,11 @@ KINDS = {
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    common.check_variant("smollm2", variant, ("accelerator", "file", "smoke", *KINDS))
+    kinds = variant.split("+")
+    trained = kinds if set(kinds) <= set(KINDS) else list(KINDS)
+    if trained != kinds:
+        common.check_variant("smollm2", variant, ("accelerator", "file", "smoke", *KINDS))
     config = ConfigDict()
-    trained = [variant] if variant in KINDS else list(KINDS)
     first = ("text", "vocabulary") if variant == "file" else ("own_questions", "text", "vocabulary")
     of_kinds = [stage for kind in trained for stage in KINDS[kind]]
     config.stages = tuple(dict.fromkeys((*first, *of_kinds, "evaluation")))
@@ -153,25 +156,24 @@ def _training(config: ConfigDict, init: str) -> ConfigDict:
 
 def _evaluation(target, exit_layer, trained: list[str]) -> ConfigDict:
     reduced = {"vocabulary": "stage:vocabulary"}
-    # Of 0.2, 0.3, 0.4 and 0.5 this threshold was the fastest at temperature 0 on the target's own questions.
-    sure = {"threshold": 0.3, "leave_unsure": True}
     kinds = {
         "draft": {"kind": "model", "path": "stage:draft", "rules": {"lossless": (2, 3)}},
         "pard": {"kind": "pard", "path": "stage:pard", "rules": {"lossless": (3, 5)}},
-        "eagle3": {"kind": "eagle3", "path": "stage:eagle3", "rules": {"lossless": (2, 3), "block": (3,)}},
-        "eagle3_sure": {"kind": "eagle3", "path": "stage:eagle3", "rules": {"lossless": (3,)}} | sure,
+        "eagle3": {"kind": "eagle3", "path": "stage:eagle3", "rules": {"lossless": (2,)}},
+        "eagle3_lookup": {"kind": "eagle3", "path": "stage:eagle3", "rules": {"lossless": (4,)}}
+        | {"lookup": 0.35, "head_gamma": 2},
         "block_parallel": {"kind": "block_parallel", "path": "stage:block_parallel", "rules": {"lossless": (2, 3, 4)}},
         "adapter": {"kind": "kangaroo", "path": "stage:adapter", "threshold": 0.3, "rules": {"lossless": (3,)}},
         "medusa": {"kind": "medusa", "path": "stage:medusa", "rules": {"lossless": (2,)}},
         "ngram": {"kind": "ngram", "threshold": 0.35, "rules": {"lossless": (4,)}},
         "early_exit": {"kind": "early_exit", "exit_layer": exit_layer, "rules": {"lossless": (2,)}} | reduced,
     }
-    untrained = ("ngram", "early_exit") if len(trained) > 1 else ("ngram",)
-    variants = ("eagle3_sure",) if "eagle3" in trained else ()
+    untrained = ("ngram", "early_exit") if len(trained) == len(KINDS) else ("ngram",)
+    variants = ("eagle3_lookup",) if "eagle3" in trained else ()
     section = common.evaluation(target, {name: kinds[name] for name in (*trained, *variants, *untrained)})
     section.selection.update({"count": 16, "length_min": 1, "length_max": 2048, "chat": True})
-    others = ("block_parallel", "draft", "pard", "adapter", "ngram") if len(trained) > 1 else ("ngram",)
-    section.compare = tuple(((*variants, *trained)[0], name) for name in others)
+    first, *others = dict.fromkeys((*variants, *trained, "ngram"))
+    section.compare = tuple((first, name) for name in others)
     return section
 
 
@@ -194,7 +196,7 @@ def _smoke(config: ConfigDict) -> ConfigDict:
     for name in ("draft", "eagle3", "block_parallel"):
         config.evaluation.drafters[name].rules.lossless = (2,)
     config.evaluation.compare = (("eagle3", "draft"),)
-    for name in ("medusa", "early_exit", "pard", "eagle3_sure"):
+    for name in ("medusa", "early_exit", "pard", "eagle3_lookup"):
         del config.evaluation.drafters[name]
     config.stages = tuple(name for name in config.stages if name not in ("medusa", "pard"))
     return config

@@ -30,9 +30,9 @@ def prompts(count: int, seed: int = 0) -> list[list[int]]:
     return [random.integers(0, VOCAB, 1 + 5 * number % 17).tolist() for number in range(count)]
 
 
-def speculative(models, kind, gamma=GAMMA, **changes):
+def speculative(models, kind, gamma=GAMMA, more=None, **changes):
     target, params, adapter, adapter_params = models
-    options = tiny.drafter_options(kind, target, adapter=adapter)
+    options = tiny.drafter_options(kind, target, adapter=adapter) | (more or {})
     own = {"kangaroo": adapter_params, "model": tiny.decoder(2)[1]}.get(kind)
     own = tiny.draft_params_of(kind, target, params, None) if own is None and gamma else own
     return tiny.plan(target, kind, options, gamma=gamma, slots=17, max_new=NEW, **changes), own
@@ -61,6 +61,7 @@ CASES = {
     "coupled": dict(kind="model", rule="coupled"),
     "medusa": dict(kind="medusa", greedy=True),
     "ngram": dict(kind="ngram", greedy=True),
+    "lookup_first": dict(kind="model", greedy=True, more={"lookup": 0.15}),
 }
 
 

@@ -105,6 +105,7 @@ def options(target: Decoder) -> dict[str, tuple[str, dict]]:
         "model": ("model", {"model": decoder(1)}),
         "stopping": ("model", {"model": decoder(1), "threshold": 0.5}),
         "adaptive": ("model", {"model": decoder(1), "adaptive": True}),
+        "lookup_first": ("model", {"model": decoder(1), "lookup": 0.3, "head_gamma": 1}),
         "ngram": ("ngram", {"shortest": 1, "longest": 2}),
         "early_exit": ("early_exit", {"exit_layer": 1}),
         "skip_layers": ("skip_layers", {"skipped": (1,)}),

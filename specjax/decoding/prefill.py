@@ -17,6 +17,7 @@ from specjax.decoding.drafters.base import Chunk, Prompts
 from specjax.decoding.plan import Plan
 from specjax.decoding.statistics import Statistics
 from specjax.models import kv_cache
+from specjax.models.language_model import extend_through
 from specjax.runtime import mesh as meshes
 from specjax.runtime.mesh import axes, constrain
 
@@ -228,15 +229,11 @@ def _filled(plan: Plan, params, draft_params, state: DecodeState, starts: Int[Ar
 
 def through_target(plan: Plan, params, cache, inputs, positions, first_layer: int):
     """Runs the target's layers from `first_layer` on. Returns last hidden states, cache, and the states at each tap."""
-    tap_states = []
-    taps = sorted(plan.drafter.taps) if plan.drafter else []
     # A drafter that resumes verification at its tapped layer has that layer's states itself.
-    for tap in [tap for tap in taps if tap > first_layer]:
-        inputs, cache = plan.target.extend(params, cache, inputs, positions, layers=(first_layer, tap))
-        tap_states.append(inputs)
-        first_layer = tap
-    span = (first_layer, plan.target.layers)
-    hidden, cache = plan.target.extend(params, cache, inputs, positions, layers=span)
+    taps = [tap for tap in sorted(plan.drafter.taps if plan.drafter else ()) if tap > first_layer]
+    layers = [*taps, plan.target.layers]
+    states, cache = extend_through(plan.target, params, cache, inputs, positions, layers, first=first_layer)
+    *tap_states, hidden = states
     return hidden, cache, tuple(tap_states)
 
 

@@ -15,7 +15,16 @@ from jaxtyping import Array, Float, Int, Key
 
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
-from specjax.models.language_model import NEXT, LanguageModel, Network, Params, Prediction, at_positions, consecutive
+from specjax.models.language_model import (
+    NEXT,
+    LanguageModel,
+    Network,
+    Params,
+    Prediction,
+    at_positions,
+    consecutive,
+    extend_through,
+)
 from specjax.models.layers import Linear, recomputed
 from specjax.models.least_squares import Moments
 from specjax.models.rotary import Rotary
@@ -290,13 +299,8 @@ class AttachedDraft(LanguageModel):
 
     def _states(self, params, target_cache, hidden, positions, mask=None):
         """The target's states at the attachment's taps, and the target's cache."""
-        states, first = [], 0
-        for tap in self.attachment.taps:
-            hidden, target_cache = self.target.extend(
-                params["target"], target_cache, hidden, positions, mask, layers=(first, tap)
-            )
-            states.append(hidden)
-            first = tap
+        arguments = params["target"], target_cache, hidden, positions, self.attachment.taps, mask
+        states, target_cache = extend_through(self.target, *arguments)
         return tuple(states), target_cache
 
     def training_states(self, params, start, tokens, anchors=None):

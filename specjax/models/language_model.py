@@ -312,12 +312,23 @@ def states_after(
     model: "LanguageModel", params: Params, tokens: Int[Array, "B T"], layers: Sequence[int]
 ) -> list[Float[Array, "B T D"]]:
     """The hidden states of whole texts after each of these numbers of layers, in ascending order."""
-    states, hidden, first, positions = [], tokens, 0, consecutive(tokens)
+    return extend_through(model, params, None, tokens, consecutive(tokens), layers)[0]
+
+
+def extend_through(
+    model: "LanguageModel", params: Params, cache: Any, inputs, positions, layers: Sequence[int], mask=None, *, first=0
+) -> tuple[list[Float[Array, "B T D"]], Any]:
+    """`LanguageModel.extend` from layer `first` on, stopped after each of these numbers of layers, in ascending order.
+
+    Returns:
+      the hidden states there, and the cache.
+    """
+    states = []
     for layer in layers:
-        hidden, _ = model.extend(params, None, hidden, positions, layers=(first, layer))
-        states.append(hidden)
+        inputs, cache = model.extend(params, cache, inputs, positions, mask, layers=(first, layer))
+        states.append(inputs)
         first = layer
-    return states
+    return states, cache
 
 
 def consecutive(tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:

@@ -131,7 +131,7 @@ class AdaptiveDrafter(Wrapping):
         proposal, inner, target_cache = looked_up or draft(context)
         drafted = jnp.where(context.live, jnp.minimum(proposal.num_drafted, lengths), 0)
         proposal = dataclasses.replace(proposal, num_drafted=drafted)
-        missing = state.missing.after_block(lengths > 0, context.live, context.lengths)
+        missing = state.missing.after_block(lengths > 0, context.lengths)
         state = Evidence(inner, state.reached, state.accepted, drafted, missing)
         return proposal, state, target_cache
 

@@ -325,7 +325,7 @@ class HeadOptions(DrafterOptions):
         pays where verifying the first token costs time, as on a CPU; elsewhere an unsure token costs nothing.
       lookup: above 0, a row drafts what the text has after an earlier occurrence of its last tokens, if there is one,
         and uses the head otherwise. The draft ends before the estimated chance that all its tokens are right falls
-        below this, as with the `threshold` of `NGram`.
+        below this, as with the `threshold` of `NGram`. On a GPU the host then waits for each drafted token.
       head_gamma: with `lookup`, the largest number of tokens that the head drafts; 0 for gamma. Looked-up tokens cost
         no draft step and are accepted more often, so more of them may pay.
       draft_sample_method: "probabilistic" draws tokens from the draft's adjusted distributions; "greedy" drafts the

@@ -213,8 +213,9 @@ def catch_up(
 ) -> Any:
     """Runs the draft on committed tokens that its cache lacks, from `context.first_missing` to the third-last one.
 
-    Tokens are missing after blocks in which no row drafted. The last two are left to the next drafting step. Rows that
-    lack none recompute some of their last tokens; slots written past a row's end are rewritten before they are read.
+    It does so for rows that draft in this block; tokens are missing after blocks in which they did not. The last two
+    are left to the next drafting step. Other rows recompute some of their last tokens; slots written past a row's end
+    are rewritten before they are read.
 
     Args:
       width: tokens per call of `feed`; at most gamma + 1, because the caches have room for that many past the end.
@@ -223,17 +224,17 @@ def catch_up(
     """
     if context.first_missing is None:
         return carry
-    end = context.lengths - 2
+    end, rows = context.lengths - 2, context.live & (context.max_drafted > 0)
     first = jnp.maximum(context.first_missing - again, 0)
 
     def feed_next(state):
         start, carry = state
         start = jnp.maximum(jnp.minimum(start, end), 0)
-        missing = jnp.where(context.live, jnp.clip(end - start, 0, width), 0)
+        missing = jnp.where(rows, jnp.clip(end - start, 0, width), 0)
         positions = start[:, None] + jnp.arange(width, dtype=jnp.int32)[None]
         tokens = jnp.take_along_axis(context.tokens, positions, axis=1)
         return start + width, feed(tokens, positions, kv_cache.counting(carry, missing))
 
-    missing = lambda state: jnp.any(context.live & (state[0] < end))
+    missing = lambda state: jnp.any(rows & (state[0] < end))
     _, carry = jax.lax.while_loop(missing, feed_next, (first, carry))
-    return _counting(context, jnp.ones_like(context.live), carry)
+    return _counting(context, rows, carry)

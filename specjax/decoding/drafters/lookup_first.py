@@ -79,7 +79,7 @@ class LookupFirstDrafter(Wrapping):
         missing = state.missing.at(context.lengths)
         context = dataclasses.replace(context, max_drafted=others, first_missing=missing)
         drafted, inner, cache = self.inner.propose(params, target_params, state.inner, target_cache, context)
-        missing = state.missing.after_block(others > 0, context.live, context.lengths)
+        missing = state.missing.after_block(others > 0, context.lengths)
         proposal = self._joined(found, drafted, matched, limit)
         return proposal, LookupState(inner, state.lookup, missing), cache
 

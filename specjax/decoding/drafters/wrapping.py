@@ -40,13 +40,12 @@ class Missing:
         starts, ends = chunk.positions[:, 0], jnp.minimum(chunk.positions[:, -1] + 1, chunk.lengths - 1)
         return Missing(jnp.where(starts <= self.first, ends, self.first))
 
-    def after_block(self, drafts: Bool[Array, "B"], live: Bool[Array, "B"], lengths: Int[Array, "B"]) -> "Missing":
+    def after_block(self, drafts: Bool[Array, "B"], lengths: Int[Array, "B"]) -> "Missing":
         """After a block in which the inner drafter proposed tokens in the rows `drafts`, at these lengths.
 
-        If it did so in any live row, it ran in all rows up to their pending token.
+        If it ran for other rows, a row that it did not draft for has keys of tokens that were not committed.
         """
-        ran = jnp.any(live & drafts)
-        return Missing(jnp.where(ran, jnp.where(drafts, _NOTHING, lengths), self.at(lengths)))
+        return Missing(jnp.where(drafts, _NOTHING, self.at(lengths)))
 
 
 @dataclasses.dataclass(frozen=True)
