@@ -220,21 +220,22 @@ def catch_up(
     Args:
       width: tokens per call of `feed`; at most gamma + 1, because the caches have room for that many past the end.
       feed: (tokens [B, width], positions [B, width], carry) -> carry.
-      again: number of tokens before the missing ones on which the draft runs again.
+      again: number of tokens before the missing ones, if there are any, on which the draft runs again.
     """
     if context.first_missing is None:
         return carry
     end, rows = context.lengths - 2, context.live & (context.max_drafted > 0)
-    first = jnp.maximum(context.first_missing - again, 0)
+    lacks = rows & (context.first_missing < end)
+    first = jnp.where(lacks, jnp.maximum(context.first_missing - again, 0), end)
 
     def feed_next(state):
         start, carry = state
         start = jnp.maximum(jnp.minimum(start, end), 0)
-        missing = jnp.where(rows, jnp.clip(end - start, 0, width), 0)
+        missing = jnp.where(lacks, jnp.clip(end - start, 0, width), 0)
         positions = start[:, None] + jnp.arange(width, dtype=jnp.int32)[None]
         tokens = jnp.take_along_axis(context.tokens, positions, axis=1)
         return start + width, feed(tokens, positions, kv_cache.counting(carry, missing))
 
-    missing = lambda state: jnp.any(rows & (state[0] < end))
+    missing = lambda state: jnp.any(lacks & (state[0] < end))
     _, carry = jax.lax.while_loop(missing, feed_next, (first, carry))
     return _counting(context, rows, carry)
