@@ -1,4 +1,4 @@
-"""Tables of configs/kangaroo/README.md: speed and its parts, ablations, recipes over seeds, Spec-Bench by subtask.
+"""Tables of configs/kangaroo/README.md: speed and its parts, other drafts, ablations, recipes, Spec-Bench by subtask.
 
 A record is a run of the config of its name in configs/kangaroo, condensed by `configs.records.condense`.
 """
@@ -246,3 +246,30 @@ def spec_bench(record: Mapping) -> str:
     return "\n\n".join(
         [markdown(list(by_drafter.values())), tables.markdown_table(overall, columns), provenance(record)]
     )
+
+
+def real_drafts(record: Mapping) -> str:
+    """Tokens per target call and speed-up of every draft at every temperature, and its acceptance in training."""
+    stages, sections = trained(record), record["config"]["evaluation"]["drafters"]
+    lines = []
+    for row in record["rows"]:
+        if not row.get("gamma"):
+            continue
+        stage = sections[row["drafter"]].get("path", "").removeprefix("stage:")
+        identical = row["identical_to_baseline"]
+        lines.append(
+            {
+                "draft": row["drafter"],
+                "acceptance when trained": f"{stages[stage]['validation_acceptance']:.2f}" if stage in stages else "",
+                "temperature": f"{row['temperature']:g}",
+                "gamma": row["gamma"],
+                "tokens per target call": _with_interval(row["block_efficiency"], row["block_efficiency_ci"]),
+                "speed-up": _with_interval(row["speedup"], row["speedup_ci"]),
+                "same text": f"{identical['equal']} of {identical['of']}" if identical else "",
+            }
+        )
+    return f"{markdown(lines)}\n\n{provenance(record)}"
+
+
+def _with_interval(value: float, interval) -> str:
+    return "{:.2f} ({:.2f} to {:.2f})".format(value, *interval)
