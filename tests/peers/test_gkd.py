@@ -203,7 +203,7 @@ class Ours:
         """Of the writing of one batch alone."""
         with meshes.use(self.mesh):
             began = time.perf_counter()
-            jax.block_until_ready(self.trainer._text(data_sources.DRAFT, next(self._batches), self.step))
+            jax.block_until_ready(self.trainer._text(data_sources.DRAFT, next(self._batches), self.trainer.step))
             return time.perf_counter() - began
 
 
