@@ -192,10 +192,10 @@ def _smoke(config: ConfigDict) -> ConfigDict:
     config.pruned.calibration.update({"batches": 1, "batch_size": 2})
     config.evaluation.selection.update({"count": 1, "length_max": 96})
     config.evaluation.temperatures = (0.0,)
-    for name in ("draft", "eagle3", "block_parallel"):
+    for name in ("draft", "block_parallel"):
         config.evaluation.drafters[name].rules.lossless = (2,)
     config.evaluation.compare = (("eagle3", "draft"),)
-    for name in ("medusa", "early_exit", "pard", "eagle3_lookup"):
+    for name in ("medusa", "early_exit", "pard"):
         del config.evaluation.drafters[name]
     config.stages = tuple(name for name in config.stages if name not in ("medusa", "pard"))
     return config

@@ -249,27 +249,13 @@ def spec_bench(record: Mapping) -> str:
 
 
 def real_drafts(record: Mapping) -> str:
-    """Tokens per target call and speed-up of every draft at every temperature, and its acceptance in training."""
+    """Every draft of one real target at every temperature, and its acceptance at the end of its training."""
     stages, sections = trained(record), record["config"]["evaluation"]["drafters"]
+    rows = [row for row in rows_of(record, "evaluation") if row["gamma"]]
     lines = []
-    for row in record["rows"]:
-        if not row.get("gamma"):
-            continue
-        stage = sections[row["drafter"]].get("path", "").removeprefix("stage:")
-        identical = row["identical_to_baseline"]
-        lines.append(
-            {
-                "draft": row["drafter"],
-                "acceptance when trained": f"{stages[stage]['validation_acceptance']:.2f}" if stage in stages else "",
-                "temperature": f"{row['temperature']:g}",
-                "gamma": row["gamma"],
-                "tokens per target call": _with_interval(row["block_efficiency"], row["block_efficiency_ci"]),
-                "speed-up": _with_interval(row["speedup"], row["speedup_ci"]),
-                "same text": f"{identical['equal']} of {identical['of']}" if identical else "",
-            }
-        )
-    return f"{markdown(lines)}\n\n{provenance(record)}"
-
-
-def _with_interval(value: float, interval) -> str:
-    return "{:.2f} ({:.2f} to {:.2f})".format(value, *interval)
+    for row in rows:
+        stage = stages.get(sections[row["drafter"]].get("path", "").removeprefix("stage:"), {})
+        acceptance = stage.get("validation_acceptance")
+        lines.append({**row, "acceptance when trained": None if acceptance is None else f"{acceptance:.2f}"})
+    columns = ("drafter", "acceptance when trained", "temperature", "gamma", "block_efficiency", "acceptance_rate")
+    return f"{tables.markdown_table(lines, (*columns, *_SPEED, 'predicted_speedup'))}\n\n{provenance(record)}"

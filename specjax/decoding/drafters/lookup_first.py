@@ -56,10 +56,6 @@ class LookupFirstDrafter(Wrapping):
             )
         return cls.of(inner, gamma, NGramDrafter.usual(gamma, encodes=encodes, stops=True), threshold)
 
-    @property
-    def idles(self):
-        return self.inner.idles
-
     def start(self, params, target_params, prompts: Prompts) -> LookupState:
         inner = self.inner.start(params, target_params, prompts)
         lookup = self.lookup.start(params, target_params, prompts)

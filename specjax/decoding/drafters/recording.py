@@ -35,10 +35,6 @@ class RecordingDrafter(Wrapping):
     def stops(self):
         return self.inner.stops
 
-    @property
-    def idles(self):
-        return self.inner.idles
-
     def start(self, params, target_params, prompts: Prompts) -> Record:
         drafted = jnp.zeros((prompts.lengths.shape[0], prompts.capacity, self.gamma), jnp.int32)
         return Record(drafted, self.inner.start(params, target_params, prompts))

@@ -65,6 +65,10 @@ class Wrapping(Drafter):
         return cls(inner, *arguments, greedy=inner.greedy, leaves_unsure=inner.leaves_unsure)
 
     @property
+    def idles(self):
+        return self.inner.idles
+
+    @property
     def taps(self):
         return self.inner.taps
 
