@@ -6,9 +6,9 @@ With a draft the text is decoded speculatively with an exact rule. The rule `cou
 decoding, so the text does not depend on the draft. An interrupted run resumes: texts are written in batches as they
 end, and SIGTERM keeps those of batches that are not complete.
 
-`config.states` lists layers (-1 is the last one) after which the target's hidden states are stored with the text:
-training then need not run the target on it, neither for the loss (its last layer) nor for an attachment (the layers it
-reads).
+`config.states` lists layers (-1 is the last one) after which the target's hidden states are stored with the text, as
+decoding computes them: training then need not run the target, neither for the loss (its last layer) nor for an
+attachment (the layers it reads).
 """
 
 import functools
@@ -19,24 +19,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from specjax.data import batches, tasks
 from specjax.decoding import batch, rules
 from specjax.decoding.drafters.model import ModelDraft
+from specjax.decoding.drafters.states import StatesDrafter
 from specjax.decoding.drafters.table import build_drafter
 from specjax.decoding.results import Row
 from specjax.decoding.sampling import Sampling
 from specjax.distillation import cached_text
+from specjax.distillation.cached_text import EndedText
 from specjax.evaluation import engine
 from specjax.evaluation.continuations import note_positions
 from specjax.evaluation.engine import Method, Output
 from specjax.hub import model as hub_model
-from specjax.models.language_model import LanguageModel, Params, states_after
+from specjax.models.language_model import LanguageModel, Params
 from specjax.reporting import records
 from specjax.runtime import cli, processes, stopping
 from specjax.runtime import config as configs
 from specjax.runtime import mesh as meshes
+from specjax.runtime.dtypes import dtype_named
 from specjax.runtime.errors import UserError
 from specjax.runtime.timing import progress
 
@@ -83,28 +86,14 @@ def _written(text: cached_text.CachedText) -> dict:
 
 # Texts per row of the batch that are decoded, and in memory, at one time.
 _TEXTS_AT_ONCE = 64
-# Texts are cut to a multiple of this for their states, so that few widths are compiled.
-_WIDTH = 128
-# The logits of this many tokens of each text are in memory at one time.
-_COLUMNS = 8
+# The logits of this many tokens are in memory at one time.
+_TOKENS_AT_ONCE = 256
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _states(
-    target: LanguageModel, layers: tuple[int, ...], params: Params, tokens: Int[Array, "B T"]
-) -> tuple[list[Float[Array, "B T D"]], Float[Array, "B T"] | None]:
-    """The target's states of whole texts after each of these layers, in ascending order, and the normalisers, if its
-    last layer is among them; see `cached_text`."""
-    states = states_after(target, params, tokens, layers)
-    return states, _normalisers(target, params, states[-1]) if layers[-1] == target.layers else None
-
-
-def _normalisers(target: LanguageModel, params: Params, last: Float[Array, "B T D"]) -> Float[Array, "B T"]:
-    """From the states after the last layer, as training reads them: rounded to float16."""
-    rounded = last.astype(jnp.float16).astype(last.dtype)
-    chunks = rounded.reshape(last.shape[0], -1, _COLUMNS, last.shape[2])
-    of_chunk = lambda hidden: jax.nn.logsumexp(target.head(params, hidden).astype(jnp.float32), axis=-1)
-    return jnp.moveaxis(jax.lax.map(of_chunk, jnp.moveaxis(chunks, 1, 0)), 0, 1).reshape(last.shape[:2])
+@functools.partial(jax.jit, static_argnums=0)
+def _normalisers(target: LanguageModel, params: Params, last: Float[Array, "N D"]) -> Float[Array, "N"]:
+    """The normalisers of tokens with these states after the last layer, see `cached_text`."""
+    return jax.nn.logsumexp(target.head(params, last[:, None])[:, 0].astype(jnp.float32), axis=-1)
 
 
 class _Writer:
@@ -132,7 +121,7 @@ class _Writer:
         if self.draft is not None:
             note_positions("the draft", self.draft.network, self.prompts, data.generation.max_new_tokens)
         self.prompt_slots = batch.prompt_slots(self.prompts)
-        self.method = self._method(config.drafter.gamma if self.draft else 0)
+        self.method = self._method(config.drafter.gamma if self.draft else 0, self.layers)
         fingerprints = self.target.fingerprint, self.target.tokenizer.fingerprint()
         settings = {"seed": config.seed, "count": config.count, "batch_size": data.batch_size}
         settings |= {"rule": config.drafter.rule, "states": list(self.layers)}
@@ -140,9 +129,12 @@ class _Writer:
             settings[cached_text.NORMALISERS] = True
         self.about = cached_text.provenance(*fingerprints, config.task, data) | settings
 
-    def _method(self, gamma: int) -> Method:
+    def _method(self, gamma: int, layers: tuple[int, ...] = ()) -> Method:
+        """The method that writes texts with the draft, or without one if gamma is 0, and records these layers."""
         generation, draft = self.config.data.generation, self.draft if gamma else None
         drafter = build_drafter(ModelDraft(), self.target.decoder, gamma, draft and draft.decoder)
+        if layers:
+            drafter = StatesDrafter(self.target.decoder, gamma, layers, drafter)
         sampling = Sampling.of(generation.temperature, generation.top_k, generation.top_p)
         how = {"max_new_tokens": generation.max_new_tokens, "drafter": drafter, "gamma": gamma, "rule": self.rule}
         return Method.of(self.target, self.prompts, sampling, draft, **how)
@@ -172,14 +164,14 @@ class _Writer:
         resumed = bool(texts or unwritten)
         missing = [number for number in range(count) if not written[number // size] and number not in texts]
 
-        def on_end(prompts: Sequence[int], place: int, row: Row, seconds: float) -> None:
+        def on_end(prompts: Sequence[int], place: int, row: Row, seconds: float, recorded: tuple) -> None:
             nonlocal unwritten, resumed
             bar.update(1)
             number = prompts[place] // size
-            texts[prompts[place]] = row.tokens
+            texts[prompts[place]] = self._text(prompts[place], row.tokens, recorded)
             if all(prompt in texts for prompt in files[number]):
-                emitted = [texts.pop(prompt) for prompt in files[number]]
-                self._write_batch(directory, number, emitted, unwritten + seconds)
+                ended = [texts.pop(prompt) for prompt in files[number]]
+                self._write_batch(directory, number, ended, unwritten + seconds)
                 unwritten = -seconds
                 if resumed and processes.first():  # their seconds are in this batch
                     cached_text.keep_unwritten(directory, texts, 0.0)
@@ -196,19 +188,34 @@ class _Writer:
                 how = {"indices": part, "on_end": functools.partial(on_end, part), **self._decoding}
                 unwritten += self.method.decode([self.prompts[number] for number in part], **how).seconds
 
-    def _write_batch(self, directory: Path, number: int, emitted: Sequence[Sequence[int]], seconds: float) -> None:
-        rows = self.rows(number, emitted, seconds)
-        if self.layers:
-            self._write_states(directory, number, rows)
+    def _text(self, number: int, emitted: Sequence[int], recorded: tuple[Float[np.ndarray, "S D"], ...]) -> EndedText:
+        """The text of a prompt. The last token has no states, and nothing follows that training could predict."""
+        length = len(self.target.decoder.start_text(self.prompts[number])) + len(emitted)
+        states = {}
+        for layer, array in zip(self.layers, recorded, strict=True):
+            states[layer] = np.zeros((length, array.shape[1]), np.float32)
+            states[layer][:-1] = array[: length - 1]
+        return EndedText(emitted, states)
+
+    def _write_batch(self, directory: Path, number: int, texts: Sequence[EndedText], seconds: float) -> None:
+        rows = self.rows(number, texts, seconds)
+        for layer in self.layers:
+            states = np.concatenate([text.states[layer] for text in texts])
+            if processes.first():
+                cached_text.write_states(directory, number, layer, states)
+            if layer == self.target.decoder.layers:
+                normalisers = self._normalisers(states, rows)
+                if processes.first():
+                    cached_text.write_normalisers(directory, number, normalisers)
         if processes.first():
             cached_text.write_rows(directory, number, rows)
 
-    def rows(self, number: int, emitted: Sequence[Sequence[int]], seconds: float) -> dict[str, np.ndarray]:
+    def rows(self, number: int, ended: Sequence[EndedText], seconds: float) -> dict[str, np.ndarray]:
         """The arrays to store for a batch: those of `data.batches`, and the seconds that it took."""
         first, decoder = number * self.config.data.batch_size, self.target.decoder
-        prompts = self.prompts[first : first + len(emitted)]
+        prompts = self.prompts[first : first + len(ended)]
         openings = [decoder.start_text(prompt) for prompt in prompts]
-        texts = [[*opening, *tokens] for opening, tokens in zip(openings, emitted, strict=True)]
+        texts = [[*opening, *text.tokens] for opening, text in zip(openings, ended, strict=True)]
         width = decoder.text_slots(self.prompt_slots) + self.config.data.generation.max_new_tokens
         tokens, lengths = batch.pad(texts, width)
         sources, prompt_lengths = batch.pad(prompts, self.prompt_slots)
@@ -227,24 +234,20 @@ class _Writer:
             raise UserError("states of an encoder-decoder are not stored; leave states empty")
         return tuple(sorted({decoder.layers if layer == -1 else layer for layer in layers}))
 
-    def _write_states(self, directory: Path, number: int, rows: dict[str, np.ndarray]) -> None:
-        """Writes the target's states of these rows after each layer of `config.states`, and the normalisers."""
-        count, longest = len(rows["lengths"]), int(rows["lengths"].max())
-        tokens = rows["tokens"][:, : -(-longest // _WIDTH) * _WIDTH]
-        put = batch.Placer(self.target.mesh)
-        columns = -tokens.shape[1] % _COLUMNS
-        tokens = put(np.pad(tokens, ((0, put.rows(self.config.data.batch_size) - count), (0, columns))))
-        states, normalisers = _states(self.target.decoder, self.layers, self.target.params, tokens)
-        inside = np.arange(tokens.shape[1])[None] < rows["lengths"][:, None]
-        fetch = lambda array: processes.fetch(array)[:count][inside]
-        for layer, array in zip(self.layers, states, strict=True):
-            fetched = fetch(array)
-            if processes.first():
-                cached_text.write_states(directory, number, layer, fetched)
-        if normalisers is not None:
-            fetched = fetch(normalisers)
-            if processes.first():
-                cached_text.write_normalisers(directory, number, fetched)
+    def _normalisers(self, last: Float[np.ndarray, "N D"], rows: dict[str, np.ndarray]) -> Float[np.ndarray, "N"]:
+        """The normalisers of a batch's tokens, from their states after the last layer; 0 where no token of an answer
+        follows, as these are not trained on. States are rounded, as training reads them."""
+        parts = zip(rows["loss_start"], rows["lengths"], strict=True)
+        predicts = np.concatenate([np.arange(1, length + 1) >= start for start, length in parts])
+        predicts[np.cumsum(rows["lengths"]) - 1] = False
+        places, put = np.flatnonzero(predicts), batch.Placer(self.target.mesh)
+        size = put.rows(_TOKENS_AT_ONCE)
+        normalisers, dtype = np.zeros(len(last), np.float32), dtype_named(self.target.decoder.config.compute_dtype)
+        for part in np.split(places, range(size, len(places), size)):
+            states = np.pad(last[part].astype(np.float16), ((0, size - len(part)), (0, 0)))
+            computed = _normalisers(self.target.decoder, self.target.params, put(states).astype(dtype))
+            normalisers[part] = processes.fetch(computed)[: len(part)]
+        return normalisers
 
     def measure(self) -> dict:
         """Measures tokens per second with and without the draft on the first batches, and whether texts are equal."""

@@ -18,7 +18,7 @@ from specjax.decoding import loop, sampling, scheduler
 from specjax.distillation import cached_text, recipes
 from specjax.distillation.data_sources import fractions_of
 from specjax.hub.tokenizer import train_byte_bpe
-from specjax.models.language_model import consecutive
+from specjax.models.language_model import states_after
 from specjax.runtime import config as configs
 from specjax.runtime import stopping
 from specjax.runtime.errors import UserError
@@ -187,32 +187,64 @@ def test_a_draft_learns_on_the_text_on_disk_with_nothing_generated(home, written
     assert saved["data"]["target"] == 1.0 and saved["loss"]["divergence"] == "cross_entropy"
 
 
+PLAINLY = {"drafter.path": "", "drafter.rule": "lossless"}
+LAYERS = (1, 2)
+
+
 @pytest.fixture(scope="module")
 def with_states(home, tmp_path_factory):
-    """Text of one layer's and the last layer's states, written without a draft."""
-    workdir, layers = tmp_path_factory.mktemp("states"), api.load(home / "target").decoder.layers
-    plainly = {"drafter.path": "", "drafter.rule": "lossless"}
-    target_text.run(writing(home, states=(layers,), **plainly), workdir)
-    return cached_text.load(workdir / "export"), layers
+    """Text with the states of the target's layers, written without a draft."""
+    workdir = tmp_path_factory.mktemp("states")
+    target_text.run(writing(home, states=LAYERS, **PLAINLY), workdir)
+    return cached_text.load(workdir / "export")
 
 
-def test_stored_states_are_those_of_the_target_on_the_text(home, with_states):
-    text, last = with_states
-    target = api.load(home / "target")
-    rows = text.batch(0, 0, 3, (last,))
-    tokens = jnp.asarray(rows["tokens"])
-    hidden, _ = jax.jit(lambda x: target.decoder.extend(target.params, None, x, consecutive(x)))(tokens)
-    inside = np.arange(hidden.shape[1])[None] < rows["lengths"][:, None]
-    stored = rows[cached_text.states_name(last)]
-    assert stored.dtype == np.float16 and not stored[~inside].any()
-    np.testing.assert_allclose(stored[inside], np.asarray(hidden)[inside], rtol=1e-3, atol=1e-3)
+@pytest.mark.parametrize("drafted", [False, True], ids=["plain", "with a draft"])
+def test_stored_states_are_those_of_the_target_on_the_text(home, with_states, tmp_path, drafted):
+    """Although decoding computed them, with rows that took several prompts and drafted tokens that were refused."""
+    text = with_states
+    if drafted:
+        target_text.run(writing(home, states=LAYERS), tmp_path)
+        text = cached_text.load(tmp_path / "export")
+    target, rows = api.load(home / "target"), text.batch(0, 0, len(text), LAYERS)
+    tokens, index = jnp.asarray(rows["tokens"]), np.arange(rows["tokens"].shape[1])[None]
+    whole = jax.jit(lambda x: states_after(target.decoder, target.params, x, LAYERS))(tokens)
+    followed = index < rows["lengths"][:, None] - 1
+    for layer, hidden in zip(LAYERS, whole, strict=True):
+        stored = rows[cached_text.states_name(layer)]
+        assert stored.dtype == np.float16 and not stored[~followed].any()
+        np.testing.assert_allclose(stored[followed], np.asarray(hidden)[followed], rtol=1e-3, atol=1e-2)
+    answered = followed & (index >= rows["loss_start"][:, None] - 1)
     normalisers = jax.nn.logsumexp(target.decoder.head(target.params, jnp.asarray(stored, jnp.float32)), axis=-1)
-    assert not rows[cached_text.NORMALISERS][~inside].any()
-    np.testing.assert_allclose(rows[cached_text.NORMALISERS][inside], np.asarray(normalisers)[inside], rtol=1e-5)
+    assert not rows[cached_text.NORMALISERS][~answered].any()
+    np.testing.assert_allclose(rows[cached_text.NORMALISERS][answered], np.asarray(normalisers)[answered], rtol=1e-5)
+
+
+def test_recording_states_does_not_change_the_text(home, with_states, tmp_path):
+    target_text.run(writing(home, **PLAINLY), tmp_path)
+    plain = cached_text.load(tmp_path / "export")
+    assert all(np.array_equal(with_states.rows[name], plain.rows[name]) for name in plain.rows)
+
+
+def test_a_stopped_writer_keeps_the_states_of_texts_that_ended(home, with_states, tmp_path, monkeypatch):
+    ended = []
+    monkeypatch.setattr(stopping, "stop_asked", lambda: ended.append(1) or len(ended) == 3)
+    with pytest.raises(stopping.Stopped):
+        target_text.run(writing(home, states=LAYERS, **PLAINLY), tmp_path)
+    monkeypatch.undo()
+    assert cached_text.take_unwritten(tmp_path / "export")[0], "a text of a batch that is not complete"
+    target_text.run(writing(home, states=LAYERS, **PLAINLY), tmp_path)
+    again = cached_text.load(tmp_path / "export")
+    assert all(np.array_equal(again.rows[name], with_states.rows[name]) for name in with_states.rows)
+    for layer in LAYERS:
+        for row, expected in zip(again.states[layer], with_states.states[layer], strict=True):
+            np.testing.assert_allclose(row, expected, rtol=1e-3, atol=1e-2)
+    for row, expected in zip(again.normalisers, with_states.normalisers, strict=True):
+        np.testing.assert_allclose(row, expected, rtol=1e-3)
 
 
 def test_states_of_another_target_are_refused(home, with_states, tmp_path):
-    directory, named = with_states[0].directory, {"target": str(home / "other"), "loss.divergence": "forward_kl"}
+    directory, named = with_states.directory, {"target": str(home / "other"), "loss.divergence": "forward_kl"}
     with pytest.raises(UserError, match="is of another target than this run's; write it again"):
         distill.run(learning(home, directory, recipe="", **{"data.target": 1.0}, **named), tmp_path)
     config = configs.load(str(ROOT / "configs/draft_design/acceptance.py:smoke")).acceptance
@@ -274,7 +306,7 @@ def test_rows_of_a_batch_have_similar_lengths_and_no_needless_columns():
 
 
 def test_held_out_rows_are_not_trained_on(with_states):
-    text, last = with_states
+    text, last = with_states, LAYERS[-1]
     rest, (batch,) = text.held_out(1, 2)
     assert len(rest) == len(text) - 2 == len(rest.states[last]) == len(rest.normalisers)
     held = {row.tobytes() for row in text.rows["tokens"][-2:]}

@@ -122,7 +122,7 @@ def test_a_text_that_does_not_end_does_not_hold_up_the_others(models):
     plan, own = speculative(models, "ngram", gamma=0)
     texts, ended, never = prompts(11), [], decode(models, plan, own, prompts(11), slots=SLOTS).tokens[0]
     end_of = lambda prompt, tokens: 2 if tokens[:2] != never[:2] and len(tokens) > 1 else None
-    on_end = lambda number, row, seconds: ended.append((number, len(row.tokens), seconds))
+    on_end = lambda number, row, seconds, recorded: ended.append((number, len(row.tokens), seconds))
     how = {"end_of": end_of, "blocks": 1, "on_end": on_end, "eos_ids": (-1, -1)}
     result = decode(models, plan, own, texts, slots=SLOTS, **how)
     assert [number for number, _, _ in ended] == [*range(1, 11), 0]

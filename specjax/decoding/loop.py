@@ -166,9 +166,10 @@ def accept_and_commit(
             proposal, num_accepted, next_token, room, ~state.done, limits.eos_ids
         )
         drafter_state, origins = state.drafter_state, state.origins
-        if plan.gamma:  # in plain decoding `prefill` has set the origins
+        if plan.drafter is not None:
             outcome = Outcome(tokens, num_emitted, jnp.minimum(num_accepted, num_emitted), state.lengths, tap_states)
             drafter_state = plan.drafter.commit(draft_params, drafter_state, outcome)
+        if plan.gamma:  # in plain decoding `prefill` has set the origins
             new_origins = _origins(proposal, num_accepted)
             origins = kv_cache.write_rows(origins, new_origins, state.lengths, axis=1)
         return dataclasses.replace(

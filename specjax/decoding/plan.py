@@ -25,7 +25,7 @@ class Plan:
 
     Attributes:
       target: the target model.
-      drafter: proposes tokens; None for plain decoding (gamma = 0).
+      drafter: proposes tokens; None for plain decoding (gamma = 0), unless a `StatesDrafter` keeps states.
       rule: decides which drafted tokens are accepted; None only in prefill.
       gamma: maximum number of drafted tokens per block.
       capacity: number of cache slots and token slots of each row; see `capacity_for`.
@@ -75,7 +75,7 @@ class Plan:
             capacity = power_of_two_times(SMALLEST_CAPACITY, capacity)
             # Prefill of texts does not depend on their length; the encoder runs on all columns of the prompts.
             slots = power_of_two_times(PROMPT_MULTIPLE, longest) if target.is_encoder_decoder else capacity
-        return cls(target, drafter if gamma else None, rule, gamma, capacity, greedy, replicate_draft, chunk, slots)
+        return cls(target, drafter, rule, gamma, capacity, greedy, replicate_draft, chunk, slots)
 
     @property
     def for_prefill(self) -> "Plan":

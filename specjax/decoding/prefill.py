@@ -110,7 +110,7 @@ def extend(
     """
     # The target's cache lacks the pending token, the draft's its `lag`. The chunks must hold the new text's second-last
     # token, whose hidden state some drafters need.
-    lag = plan.drafter.lag if plan.gamma else 2
+    lag = plan.drafter.lag if plan.drafter is not None else 2
     starts = jnp.maximum(jnp.minimum(starts, jnp.minimum(state.lengths - lag, lengths - 2)), 0)
     state = dataclasses.replace(state, **_undecoded(plan, texts, lengths))
     state = _filled(plan, params, draft_params, state, starts)
@@ -170,7 +170,7 @@ def compiled_prefill(plan: Plan, params, draft_params, prompts, lengths, row_key
     cache = _constrained(plan.target.start(params, prompts, lengths, plan.capacity))
     texts, text_lengths = plan.target.start_texts(prompts, lengths)
     drafter_state = ()
-    if plan.gamma:
+    if plan.drafter is not None:
         with jax.named_scope("drafter_start"):
             drafter_state = plan.drafter.start(draft_params, params, Prompts(prompts, lengths, plan.capacity))
     rows = _undecoded(plan, texts, text_lengths)
@@ -215,7 +215,7 @@ def _filled(plan: Plan, params, draft_params, state: DecodeState, starts: Int[Ar
         tokens = jnp.take_along_axis(state.tokens, jnp.minimum(positions, plan.capacity - 1), axis=1)
         with jax.named_scope("prefill"):
             _, cache, tap_states = through_target(plan, params, cache, tokens, positions, 0)
-        if plan.gamma:
+        if plan.drafter is not None:
             chunk = Chunk(tokens, positions, state.lengths, tap_states)
             with jax.named_scope("drafter_prefill"):
                 drafter_state = plan.drafter.prefill(draft_params, params, drafter_state, chunk)

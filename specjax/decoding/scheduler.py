@@ -49,7 +49,7 @@ def decode(
     slots: int | None = None,
     blocks: int | None = None,
     on_blocks: Callable[[BatchResult], bool | None] | None = None,
-    on_end: Callable[[int, Row, float], None] | None = None,
+    on_end: Callable[[int, Row, float, Any], None] | None = None,
     end_of: Callable[[Sequence[int], Sequence[int]], int | None] | None = None,
     conversation: Conversation | None = None,
 ) -> BatchResult:
@@ -66,8 +66,8 @@ def decode(
         to divide evenly over devices, emit nothing.
       blocks: number of blocks between calls of `on_blocks` with the result so far; None calls it only at the end.
       on_blocks: if it returns True, all rows end there and no further prompt starts.
-      on_end: called when a text has ended, with its number in `prompts`, its result, and the seconds of prefill and
-        blocks so far. It may raise an exception to stop.
+      on_end: called when a text has ended, with its number in `prompts`, its result, the seconds of prefill and blocks
+        so far, and what the drafter recorded for it (`Drafter.recorded`). It may raise an exception to stop.
       end_of: (prompt, emitted tokens) -> number of these tokens at which the text ends, or None, as for stop strings.
         It is asked after every `blocks` blocks (by default `_END_BLOCKS`). Tokens and counts are those until the end;
         seconds, iterations and layer executions include all blocks that ran.
@@ -86,8 +86,8 @@ def decode(
         room = make_limits([0 if number is None else max_new_tokens for number in rows.numbers], eos_ids, put)
         ended = rows.run(sampling, room, blocks, end_of)
         _check_finite(plan, {indices[number]: rows.results[number] for number in ended})
-        for number in ended if on_end is not None else ():
-            on_end(number, rows.results[number], rows.clock)
+        for number, row in ended.items() if on_end is not None else ():
+            on_end(number, rows.results[number], rows.clock, rows.recorded(row))
         finished = rows.finished()
         if on_blocks is not None and (finished or blocks is not None) and on_blocks(rows.result()):
             finished = True
@@ -201,8 +201,8 @@ class _Rows:
         arrays = *map(self._put, pad(prompts, self._width)), keys, self._put(places)
         self.state, _ = self._timed("prefill", lambda: refill(*self._prefill_models, self.state, *arrays))
 
-    def run(self, sampling: Sampling, limits: loop.Limits, blocks: int | None, end_of: Callable | None) -> list[int]:
-        """Runs blocks until rows can be refilled, all have ended, or `blocks` ran. Returns the prompts that ended."""
+    def run(self, sampling: Sampling, limits: loop.Limits, blocks: int | None, end_of: Callable | None):
+        """Runs blocks until rows can be refilled, all have ended, or `blocks` ran. Returns what `_ended` does."""
         if blocks is not None:
             limits = dataclasses.replace(limits, iterations=jnp.int32(self._seen + blocks))
         limits = dataclasses.replace(limits, live=jnp.int32(self._live_at_return()))
@@ -230,8 +230,8 @@ class _Rows:
             return max(self._live() - max(at_once, int(rows * _SMALLEST_SHARE)), 0)
         return rows // 2 if rows // 2 >= self._smallest else 0
 
-    def _ended(self, state: dict[str, Any], started: float, seconds: float, end_of: Callable | None) -> list[int]:
-        """Updates all results from the fetched state after some blocks. Returns the prompts that ended in them."""
+    def _ended(self, state: dict[str, Any], started: float, seconds: float, end_of: Callable | None) -> dict[int, int]:
+        """Updates all results from the fetched state after some blocks. Returns the row of each prompt that ended."""
         gamma, rows = self._models[0].gamma, len(self.numbers)
         blocks, self._seen = int(state["iterations"]) - self._seen, int(state["iterations"])
         self._iterations += blocks
@@ -240,7 +240,7 @@ class _Rows:
             columns = sum(int(meter.columns) for meter in meters)
             self._padded[name] += (columns - self._columns[name]) * rows
             self._columns[name] = columns
-        ended, done = [], np.array(state["done"])
+        ended, done = {}, np.array(state["done"])
         for row, number in enumerate(self.numbers):
             if number is None:
                 continue
@@ -258,10 +258,17 @@ class _Rows:
             self.results[number] = result if end is None else result.first(end, gamma)
             if done[row] or end is not None:
                 self.numbers[row], done[row] = None, True
-                ended.append(number)
+                ended[number] = row
         if (done != state["done"]).any():
             self.state = dataclasses.replace(self.state, done=self._put(done))
         return ended
+
+    def recorded(self, row: int) -> Any:
+        """What the drafter recorded for this row, as numpy arrays; () for nothing."""
+        drafter = self._models[0].drafter
+        arrays = () if drafter is None else drafter.recorded(self.state.drafter_state)
+        of_row = lambda array: jax.lax.dynamic_index_in_dim(array, np.int32(row), keepdims=False)
+        return processes.fetch(jax.tree.map(of_row, arrays))
 
     def narrow(self) -> None:
         """Moves the last texts to a batch of half the rows, if they fit in there and no prompt waits."""

@@ -6,9 +6,11 @@ seconds that generating it took. about.json is written first, so that a director
 It may also contain the target's hidden states, so that training on the text does not run the target again:
 `states-LAYER-NNNNN.npy` has the states after that many layers, in float16, of all tokens of the batch's rows in order.
 With the states after the last layer, `normalisers-NNNNN.npy` has the logarithm of the sum of the exponentials of all
-logits at each token, in float32: a draft with a reduced vocabulary then learns without the target's whole head.
+logits at each token that one of the answer follows, in float32: a draft with a reduced vocabulary then learns without
+the target's whole head. A text's last token, which none follows, has zeros.
 """
 
+import collections
 import dataclasses
 import io
 import json
@@ -24,7 +26,7 @@ from specjax.runtime.errors import UserError
 from specjax.runtime.files import write_atomically
 
 ABOUT_FILE = "about.json"
-_UNWRITTEN_FILE = "unwritten.json"
+_UNWRITTEN_FILE = "unwritten.npz"
 # Name of the array of a batch with the normalisers.
 NORMALISERS = "normalisers"
 _FORMAT = "specjax-target-text-2"
@@ -115,7 +117,20 @@ def write_rows(directory: Path, number: int, rows: Mapping[str, np.ndarray]) -> 
     write_atomically(rows_file(directory, number), content.getvalue())
 
 
-def keep_unwritten(directory: Path, texts: Mapping[int, Sequence[int]], seconds: float) -> None:
+@dataclasses.dataclass(frozen=True)
+class EndedText:
+    """A text whose batch is not written yet.
+
+    Attributes:
+      tokens: the emitted ids.
+      states: by layer, the states of the prompt's and the emitted tokens.
+    """
+
+    tokens: Sequence[int]
+    states: Mapping[int, Float[np.ndarray, "length D"]]
+
+
+def keep_unwritten(directory: Path, texts: Mapping[int, EndedText], seconds: float) -> None:
     """Keeps complete texts, by the number of their prompt, whose batches are not, and the seconds that they took.
 
     They replace what was kept before; without texts and seconds nothing is.
@@ -123,17 +138,29 @@ def keep_unwritten(directory: Path, texts: Mapping[int, Sequence[int]], seconds:
     if not texts and not seconds:
         (directory / _UNWRITTEN_FILE).unlink(missing_ok=True)
         return
-    rows = [{"prompt": number, "tokens": list(tokens)} for number, tokens in texts.items()]
-    write_atomically(directory / _UNWRITTEN_FILE, json.dumps({"seconds": seconds, "rows": rows}))
+    arrays = {"seconds": np.asarray(seconds)}
+    for number, text in texts.items():
+        arrays[f"{number} tokens"] = np.asarray(text.tokens, np.int32)
+        arrays |= {f"{number} {layer}": states for layer, states in text.states.items()}
+    np.savez(content := io.BytesIO(), **arrays)
+    write_atomically(directory / _UNWRITTEN_FILE, content.getvalue())
 
 
-def take_unwritten(directory: Path) -> tuple[dict[int, list[int]], float]:
+def take_unwritten(directory: Path) -> tuple[dict[int, EndedText], float]:
     """The texts of `keep_unwritten` and their seconds; nothing if there are none."""
     path = directory / _UNWRITTEN_FILE
     if not path.exists():
         return {}, 0.0
-    unwritten = json.loads(path.read_text(encoding="utf-8"))
-    return {row["prompt"]: row["tokens"] for row in unwritten["rows"]}, unwritten["seconds"]
+    tokens, states = {}, collections.defaultdict(dict)
+    with np.load(path) as stored:
+        for name in set(stored) - {"seconds"}:
+            number, part = name.split()
+            if part == "tokens":
+                tokens[int(number)] = stored[name].tolist()
+            else:
+                states[int(number)][int(part)] = stored[name]
+        seconds = float(stored["seconds"])
+    return {number: EndedText(tokens[number], states[number]) for number in sorted(tokens)}, seconds
 
 
 @dataclasses.dataclass(frozen=True)

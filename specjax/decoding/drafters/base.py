@@ -250,6 +250,10 @@ class Drafter(_DrafterFields):
         """The drafter's state after a block was verified; caches need no change for rejected tokens, see `kv_cache`."""
         return state
 
+    def recorded(self, state: Any) -> Any:
+        """Arrays `[B, ...]` of the state, or (); `scheduler.decode` gives each row's part to `on_end`."""
+        return ()
+
     def score(
         self, params: Any, target_params: Any, texts: Int[Array, "B T"], prompt_lengths: Int[Array, "B"]
     ) -> Float[Array, "B T V"]:
