@@ -16,6 +16,7 @@ import tiny
 from ml_collections import ConfigDict
 
 from specjax.decoding import batch, identity, loop, sampling, scheduler
+from specjax.decoding.drafters.states import StatesDrafter
 from specjax.decoding.prefill import state_axes
 from specjax.decoding.results import counts_of
 from specjax.decoding.sampling import Sampling
@@ -145,6 +146,35 @@ def test_rows_on_a_mesh_take_the_next_prompts(sizes, slots):
     assert_same_tokens(
         generated(ALONE, "greedy", count=16), generated(sizes, "greedy", count=16, slots=slots), "greedy"
     )
+
+
+@functools.cache
+def recorded(sizes, slots):
+    """The tokens of 16 prompts, and the target's states after each layer that decoding kept of them."""
+    (target, _), (mesh, params, _) = models()[0], placed(sizes)
+    plan = tiny.plan(target, gamma=0, slots=SLOTS, max_new=MAX_NEW, greedy=True)
+    drafter, texts_of, kept = StatesDrafter(target, 0, tuple(range(1, target.layers + 1))), texts() * 2, {}
+
+    def on_end(number, row, seconds, states):
+        length = len(texts_of[number]) + len(row.tokens)
+        kept[number] = row.tokens, [array[: length - 1] for array in states]
+
+    how = {"sampling": Sampling.of(0.0), "max_new_tokens": MAX_NEW, "eos_ids": (3,), "on_end": on_end, "slots": slots}
+    with meshes.use(mesh):
+        plan, put = dataclasses.replace(plan, drafter=drafter), batch.Placer(mesh)
+        scheduler.decode(plan, params, None, texts_of[:16], indices=range(16), seed=SEED, put=put, **how)
+    return kept
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 1, 8)])
+def test_a_mesh_records_the_states_of_one_device(sizes):
+    alone, there = recorded(ALONE, 16), recorded(sizes, 8)
+    assert sorted(alone) == sorted(there) == list(range(16))
+    for number, (tokens, states) in alone.items():
+        assert there[number][0] == tokens
+        for array, expected in zip(there[number][1], states, strict=True):
+            np.testing.assert_allclose(array, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.slow
