@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 from specjax.data import batches, tasks
 from specjax.decoding import batch, rules
 from specjax.decoding.drafters.model import ModelDraft
-from specjax.decoding.drafters.states import StatesDrafter
+from specjax.decoding.drafters.states import NoDrafter, StatesDrafter
 from specjax.decoding.drafters.table import build_drafter
 from specjax.decoding.results import Row
 from specjax.decoding.sampling import Sampling
@@ -134,7 +134,7 @@ class _Writer:
         generation, draft = self.config.data.generation, self.draft if gamma else None
         drafter = build_drafter(ModelDraft(), self.target.decoder, gamma, draft and draft.decoder)
         if layers:
-            drafter = StatesDrafter(self.target.decoder, gamma, layers, drafter)
+            drafter = StatesDrafter.of(drafter or NoDrafter(), gamma, self.target.decoder, layers)
         sampling = Sampling.of(generation.temperature, generation.top_k, generation.top_p)
         how = {"max_new_tokens": generation.max_new_tokens, "drafter": drafter, "gamma": gamma, "rule": self.rule}
         return Method.of(self.target, self.prompts, sampling, draft, **how)
@@ -193,22 +193,22 @@ class _Writer:
         length = len(self.target.decoder.start_text(self.prompts[number])) + len(emitted)
         states = {}
         for layer, array in zip(self.layers, recorded, strict=True):
-            states[layer] = np.zeros((length, array.shape[1]), np.float32)
-            states[layer][:-1] = array[: length - 1]
+            states[layer] = np.zeros((length, array.shape[1]), np.float16)
+            states[layer][:-1] = cached_text.rounded(array[: length - 1], layer)
         return EndedText(emitted, states)
 
     def _write_batch(self, directory: Path, number: int, texts: Sequence[EndedText], seconds: float) -> None:
         rows = self.rows(number, texts, seconds)
-        for layer in self.layers:
-            states = np.concatenate([text.states[layer] for text in texts])
-            if processes.first():
-                cached_text.write_states(directory, number, layer, states)
-            if layer == self.target.decoder.layers:
-                normalisers = self._normalisers(states, rows)
-                if processes.first():
-                    cached_text.write_normalisers(directory, number, normalisers)
-        if processes.first():
-            cached_text.write_rows(directory, number, rows)
+        states = {layer: np.concatenate([text.states[layer] for text in texts]) for layer in self.layers}
+        last = states.get(self.target.decoder.layers)
+        normalisers = None if last is None else self._normalisers(last, rows)
+        if not processes.first():
+            return
+        for layer, array in states.items():
+            cached_text.write_states(directory, number, layer, array)
+        if normalisers is not None:
+            cached_text.write_normalisers(directory, number, normalisers)
+        cached_text.write_rows(directory, number, rows)
 
     def rows(self, number: int, ended: Sequence[EndedText], seconds: float) -> dict[str, np.ndarray]:
         """The arrays to store for a batch: those of `data.batches`, and the seconds that it took."""
@@ -236,7 +236,7 @@ class _Writer:
 
     def _normalisers(self, last: Float[np.ndarray, "N D"], rows: dict[str, np.ndarray]) -> Float[np.ndarray, "N"]:
         """The normalisers of a batch's tokens, from their states after the last layer; 0 where no token of an answer
-        follows, as these are not trained on. States are rounded, as training reads them."""
+        follows, as these are not trained on."""
         parts = zip(rows["loss_start"], rows["lengths"], strict=True)
         predicts = np.concatenate([np.arange(1, length + 1) >= start for start, length in parts])
         predicts[np.cumsum(rows["lengths"]) - 1] = False
@@ -244,7 +244,7 @@ class _Writer:
         size = put.rows(_TOKENS_AT_ONCE)
         normalisers, dtype = np.zeros(len(last), np.float32), dtype_named(self.target.decoder.config.compute_dtype)
         for part in np.split(places, range(size, len(places), size)):
-            states = np.pad(last[part].astype(np.float16), ((0, size - len(part)), (0, 0)))
+            states = np.pad(last[part], ((0, size - len(part)), (0, 0)))
             computed = _normalisers(self.target.decoder, self.target.params, put(states).astype(dtype))
             normalisers[part] = processes.fetch(computed)[: len(part)]
         return normalisers

@@ -16,7 +16,7 @@ import tiny
 from ml_collections import ConfigDict
 
 from specjax.decoding import batch, identity, loop, sampling, scheduler
-from specjax.decoding.drafters.states import StatesDrafter
+from specjax.decoding.drafters.states import NoDrafter, StatesDrafter
 from specjax.decoding.prefill import state_axes
 from specjax.decoding.results import counts_of
 from specjax.decoding.sampling import Sampling
@@ -153,7 +153,11 @@ def recorded(sizes, slots):
     """The tokens of 16 prompts, and the target's states after each layer that decoding kept of them."""
     (target, _), (mesh, params, _) = models()[0], placed(sizes)
     plan = tiny.plan(target, gamma=0, slots=SLOTS, max_new=MAX_NEW, greedy=True)
-    drafter, texts_of, kept = StatesDrafter(target, 0, tuple(range(1, target.layers + 1))), texts() * 2, {}
+    drafter, texts_of, kept = (
+        StatesDrafter.of(NoDrafter(), 0, target, tuple(range(1, target.layers + 1))),
+        texts() * 2,
+        {},
+    )
 
     def on_end(number, row, seconds, states):
         length = len(texts_of[number]) + len(row.tokens)

@@ -243,6 +243,14 @@ def test_a_stopped_writer_keeps_the_states_of_texts_that_ended(home, with_states
         np.testing.assert_allclose(row, expected, rtol=1e-3)
 
 
+def test_states_that_float16_cannot_hold_are_refused():
+    states = np.full((2, 3), 6e4, np.float32)
+    assert cached_text.rounded(states, 7).dtype == np.float16
+    states[1, 2] = 1e5
+    with pytest.raises(UserError, match="after layer 7 are not finite in float16; take this layer out of `states`"):
+        cached_text.rounded(states, 7)
+
+
 def test_states_of_another_target_are_refused(home, with_states, tmp_path):
     directory, named = with_states.directory, {"target": str(home / "other"), "loss.divergence": "forward_kl"}
     with pytest.raises(UserError, match="is of another target than this run's; write it again"):

@@ -25,7 +25,7 @@ class Plan:
 
     Attributes:
       target: the target model.
-      drafter: proposes tokens; None for plain decoding (gamma = 0), unless a `StatesDrafter` keeps states.
+      drafter: proposes tokens; None for plain decoding (gamma = 0) without one that keeps states.
       rule: decides which drafted tokens are accepted; None only in prefill.
       gamma: maximum number of drafted tokens per block.
       capacity: number of cache slots and token slots of each row; see `capacity_for`.

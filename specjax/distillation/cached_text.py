@@ -81,8 +81,8 @@ def rows_file(directory: Path, number: int) -> Path:
     return directory / f"rows-{number:05d}.npz"
 
 
-def write_states(directory: Path, number: int, layer: int, states: Float[np.ndarray, "tokens D"]) -> None:
-    """Writes the states of one batch after this layer; called before `write_rows`, which completes the batch.
+def rounded(states: Float[np.ndarray, "tokens D"], layer: int) -> Float[np.ndarray, "tokens D"]:
+    """The states after this layer in float16, as they are stored.
 
     Raises:
       UserError: for states that float16 cannot hold.
@@ -93,7 +93,12 @@ def write_states(directory: Path, number: int, layer: int, states: Float[np.ndar
         raise UserError(
             f"the target's states after layer {layer} are not finite in float16; take this layer out of `states`"
         )
-    np.save(content := io.BytesIO(), stored)
+    return stored
+
+
+def write_states(directory: Path, number: int, layer: int, states: Float[np.ndarray, "tokens D"]) -> None:
+    """Writes the `rounded` states of one batch; called before `write_rows`, which completes the batch."""
+    np.save(content := io.BytesIO(), states)
     write_atomically(_states_file(directory, number, layer), content.getvalue())
 
 
@@ -123,7 +128,7 @@ class EndedText:
 
     Attributes:
       tokens: the emitted ids.
-      states: by layer, the states of the prompt's and the emitted tokens.
+      states: by layer, the `rounded` states of the prompt's and the emitted tokens.
     """
 
     tokens: Sequence[int]

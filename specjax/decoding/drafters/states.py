@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from specjax.decoding.drafters.base import Chunk, Context, Drafter, Outcome, Prompts
+from specjax.decoding.drafters.wrapping import Wrapping
 from specjax.models import kv_cache
 from specjax.models.language_model import LanguageModel
 from specjax.runtime.dtypes import dtype_named
@@ -35,42 +36,45 @@ class TextStates:
 
 
 @dataclasses.dataclass(frozen=True)
-class StatesDrafter(Drafter):
-    """Wraps a drafter that reads no states of the target; without one it is used at gamma 0, and drafts nothing.
+class NoDrafter(Drafter):
+    """Drafts nothing, in plain decoding."""
 
-    `recorded` has the states after each layer in `taps`, which are in ascending order.
+    gamma: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class StatesDrafter(Wrapping):
+    """Wraps a drafter that reads no states of the target, and does not change its proposals.
+
+    Attributes:
+      target: the target, whose states it keeps.
+      layers: the numbers of layers after which it keeps them, in ascending order, as `recorded` returns them.
     """
 
     target: LanguageModel
-    gamma: int
-    taps: tuple[int, ...]
-    inner: Drafter | None = None
+    layers: tuple[int, ...]
 
     def __post_init__(self):
-        if (self.inner is None) != (self.gamma == 0) or (self.inner and (self.inner.taps or self.inner.resumes)):
-            raise ValueError(f"a StatesDrafter of gamma {self.gamma} cannot wrap {self.inner}")
+        if self.inner.taps or self.inner.resumes:
+            raise ValueError(f"states are not kept around {self.inner}, which reads the target's states itself")
+
+    @property
+    def taps(self):
+        return self.layers
 
     @property
     def stops(self):
-        return self.inner is not None and self.inner.stops
-
-    @property
-    def idles(self):
-        return self.inner is not None and self.inner.idles
-
-    @property
-    def lag(self):
-        return Drafter.lag if self.inner is None else self.inner.lag
+        return self.inner.stops
 
     def start(self, params, target_params, prompts: Prompts) -> TextStates:
         config = self.target.config
         shape = prompts.lengths.shape[0], prompts.capacity, config.width
-        zeros = tuple(jnp.zeros(shape, dtype_named(config.compute_dtype)) for _ in self.taps)
-        return TextStates(zeros, self.inner.start(params, target_params, prompts) if self.inner else ())
+        zeros = tuple(jnp.zeros(shape, dtype_named(config.compute_dtype)) for _ in self.layers)
+        return TextStates(zeros, self.inner.start(params, target_params, prompts))
 
     def prefill(self, params, target_params, state: TextStates, chunk: Chunk) -> TextStates:
         own = dataclasses.replace(chunk, tap_states=())
-        inner = self.inner.prefill(params, target_params, state.inner, own) if self.inner else ()
+        inner = self.inner.prefill(params, target_params, state.inner, own)
         return state.write(chunk.tap_states, chunk.positions[:, 0], inner)
 
     def propose(self, params, target_params, state: TextStates, target_cache, context: Context):
@@ -78,8 +82,7 @@ class StatesDrafter(Drafter):
         return proposal, dataclasses.replace(state, inner=inner), target_cache
 
     def commit(self, params, state: TextStates, outcome: Outcome) -> TextStates:
-        own = dataclasses.replace(outcome, tap_states=())
-        inner = self.inner.commit(params, state.inner, own) if self.inner else ()
+        inner = self.inner.commit(params, state.inner, dataclasses.replace(outcome, tap_states=()))
         return state.write(outcome.tap_states, outcome.lengths - 1, inner)
 
     def recorded(self, state: TextStates) -> tuple[Float[Array, "B S D"], ...]:
