@@ -18,7 +18,7 @@ from specjax.hub import save as hub_save
 from specjax.hub.tokenizer import train_byte_bpe
 from specjax.models import experts, layers
 from specjax.models.decoder import Decoder
-from specjax.models.quantised import Quantised, dequantised, quantise
+from specjax.models.quantised import Quantised, quantise
 from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError
 
@@ -30,7 +30,16 @@ def kernel(*shape, seed=0):
 
 
 # Each in one program: of its operations alone every shape would compile dozens.
-floats_of = jax.jit(lambda integers: dequantised(integers, jnp.float32))
+@jax.jit
+def floats_of(kernel):
+    """The numbers that the integers and scales stand for; every byte of int4 holds two that follow in their group."""
+    integers = kernel.values.reshape(*kernel.shape[:-1], -1, kernel.scales.shape[-1]).astype(jnp.int32)
+    if kernel.values.dtype == jnp.uint8:
+        pairs = jnp.stack([integers & 15, integers >> 4], -2) - 8
+        integers = pairs.reshape(*kernel.shape[:-1], -1, kernel.scales.shape[-1])
+    return (integers.astype(jnp.float32) * kernel.scales[..., None, :]).reshape(kernel.shape)
+
+
 product = jax.jit(lambda rows, integers: layers.product(rows, integers, jnp.float32))
 # What accelerators compute.
 on_accelerators = jax.jit(lambda rows, integers: layers._summed(rows[None], integers, jnp.float32)[0])

@@ -137,15 +137,6 @@ def _scaled(integers: Array, scales: Array) -> Array:
     return (grouped * scales[..., None, :]).reshape(integers.shape)
 
 
-def dequantised(kernel: Kernel, dtype: Any) -> Float[Array, "*X O I"]:
-    """The kernel in this float dtype."""
-    if not isinstance(kernel, Quantised):
-        return kernel.astype(dtype)
-    planes = [_scaled(plane, kernel.scales).astype(dtype) for plane in _planes(kernel.values)]
-    rounds = [plane.reshape(*plane.shape[:-1], -1, kernel.scales.shape[-1]) for plane in planes]
-    return jnp.stack(rounds, -2).reshape(kernel.shape)
-
-
 def converted(kernel: Float[Array, "*X O I"], dtype: Any) -> Float[Array, "*X O I"]:
     """The kernel in this dtype; bfloat16 to float32 by shifts, because XLA on CPU converts one value at a time."""
     if kernel.dtype == jnp.bfloat16 and dtype == jnp.float32:
