@@ -1,5 +1,6 @@
 """The decoder: its forward against a plain writing of it, and every cached way through it against the forward."""
 
+import dataclasses
 import functools
 import math
 
@@ -12,6 +13,7 @@ import tiny
 from specjax.models import attention, kv_cache, layers
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
+from specjax.runtime import dtypes
 from specjax.runtime import mesh as meshes
 from specjax.runtime.errors import UserError
 
@@ -291,10 +293,43 @@ def test_bfloat16_computes_in_bfloat16_and_gives_float32_logits():
     hidden, cache = extend(low, params, cache, texts, positions_from(np.zeros(2), 7))
     logits = head(low, params, hidden)
     assert hidden.dtype == jnp.bfloat16 and logits.dtype == jnp.float32
-    assert {x.dtype for x in (*cache.keys, *cache.values)} == {jnp.dtype(jnp.bfloat16)}
+    # On CPU; see the next test.
+    assert {x.dtype for x in (*cache.keys, *cache.values)} == {jnp.dtype(jnp.float32)}
     exact = np.asarray(tiny.full_logits(model, params, texts))
     error = np.abs(np.asarray(logits) - exact)
     assert 0 < error.max() < 0.15 * exact.std() + 0.1
+
+
+def test_a_decoding_step_in_bfloat16_does_not_convert_the_cache():
+    model, rows, slots = Decoder(tiny.config(compute_dtype="bfloat16", layers=1)), 3, 40
+    cache, tokens = kv_cache.zeros(model.config, rows, slots), jnp.zeros((rows, 1), jnp.int32)
+
+    def step(params, keys, values):
+        hidden, extended = extend(model, params, dataclasses.replace(cache, keys=keys, values=values), tokens, tokens)
+        return hidden, extended.keys, extended.values
+
+    lowered = jax.jit(step, donate_argnums=(1, 2)).lower(model.init(jax.random.key(0)), cache.keys, cache.values)
+    program = lowered.compile().as_text()
+    shape = f"[{rows},{model.config.kv_heads},{slots},{model.config.head_size}]"
+    assert f"f32{shape}" in program and f"bf16{shape}" not in program
+
+
+def test_fastest_computes_in_bfloat16_on_a_cpu_with_instructions_for_its_products(monkeypatch):
+    for has_amx, chosen in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(dtypes, "_cpu_has_amx", lambda has_amx=has_amx: has_amx)
+        assert dtypes.compute_dtype("fastest") == chosen
+        assert dtypes.compute_dtype("auto") == "float32"
+    with pytest.raises(UserError, match='there is no dtype "fast"; did you mean "fastest"'):
+        dtypes.compute_dtype("fast")
+
+
+def test_products_in_bfloat16_and_their_gradients_are_summed_in_float32():
+    rows, kernel = jnp.ones((1, 70, 8), jnp.bfloat16), jnp.ones((6, 8), jnp.float32)
+    loss = lambda rows, kernel: jnp.sum(layers.product(rows, kernel, jnp.bfloat16).astype(jnp.float32) ** 2)
+    program = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(rows, kernel).as_text()
+    products = [line for line in program.splitlines() if "dot_general" in line]
+    assert len(products) == 3
+    assert all("bf16>, tensor" in line and line.rstrip().endswith("xf32>") for line in products)
 
 
 def test_gradients_reach_every_parameter():

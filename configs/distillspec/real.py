@@ -55,16 +55,19 @@ def get_config(variant: str = "") -> ConfigDict:
     config.answers = 7000  # of the target, for the arm `target`
     config.texts = 512  # held-out texts at each temperature, of about 100 tokens
     config.drafts = ConfigDict({name: dict(WHOLE, **shape) for name, shape in DRAFTS.items()})
-    if variant in ("small", "smoke"):
-        config.update({"steps": 60, "batch_size": 8, "size": 160, "answers": 160, "max_new_tokens": 96, "texts": 64})
-        config.update({"start_steps": 60, "writing_batch_size": 8})
+    config.update({"prompt_length_max": 256, "sequence_length": 384})
+    if variant == "small":
+        config.update({"start_steps": 144, "steps": 48, "batch_size": 8, "max_new_tokens": 96})
+        config.update({"answers": 400, "texts": 256, "prompt_length_max": 160, "sequence_length": 256})
+        del config.drafts["sixth"]
     if variant == "smoke":
         config.update({"steps": 2, "batch_size": 2, "size": 24, "answers": 4, "max_new_tokens": 8, "texts": 4})
         config.update({"start_steps": 2, "writing_batch_size": 2})
         config.drafts = ConfigDict({"sixth": dict(WHOLE, layers=1, mlp_width=8)})
     task = common.task("prompt_completion", config.get_ref("prompts"), size=config.get_ref("size"))
     held_out = common.task("prompt_completion", config.get_ref("held_out"))
-    seeds, divergences = (SEEDS[:1], DIVERGENCES[:1]) if variant else (SEEDS, DIVERGENCES)
+    seeds = SEEDS[:1] if variant in ("screen", "smoke") else SEEDS
+    divergences = DIVERGENCES[:1] if variant else DIVERGENCES
 
     stages = {"text": _text(config, task, 1.0, config.get_ref("answers"))}
     for name, shape in config.drafts.items():
@@ -91,15 +94,15 @@ def _training(config: ConfigDict, task: ConfigDict, init: str, shares: dict, ste
     section.mesh, section.task = common.reference(config.mesh), common.reference(task)
     section.data.update({"fixed": 0.0, "draft": 0.0, **shares, "target_path": "stage:text", **_lengths(config)})
     section.data.generation.max_new_tokens = config.get_ref("max_new_tokens")
-    section.loss.chunk = config.get_ref("chunk")
+    section.loss.chunk, section.model.compute_dtype = config.get_ref("chunk"), "fastest"
     section.train.update({"steps": config.get_ref(steps), "eval_every": 120, "checkpoint_every": 120})
     section.optimizer.warmup_steps = min(20, config.steps - 1)
     return section
 
 
 def _lengths(config: ConfigDict, rows: str = "batch_size") -> dict:
-    shared = {"batch_size": config.get_ref(rows), "chat": config.get_ref("chat")}
-    return {"sequence_length": 384, "prompt_length_min": 8, "prompt_length_max": 256, **shared}
+    shared = {"batch_size": config.get_ref(rows), "chat": config.get_ref("chat"), "prompt_length_min": 8}
+    return {**shared, **{name: config.get_ref(name) for name in ("sequence_length", "prompt_length_max")}}
 
 
 def _text(config: ConfigDict, task: ConfigDict, temperature: float, count: int) -> ConfigDict:
@@ -113,6 +116,7 @@ def _text(config: ConfigDict, task: ConfigDict, temperature: float, count: int) 
 def _cut(config: ConfigDict, task: ConfigDict, shape: ConfigDict) -> ConfigDict:
     section = ConfigDict({"binary": "design", "action": "prune", "seed": 0, "vocabulary": "", "param_dtype": "float32"})
     section.update({"source": config.get_ref("target"), "shape": common.reference(shape), "compute_dtype": "auto"})
-    section.calibration = ConfigDict({"text": "stage:text", "batches": 2, "batch_size": 2, "sequence_length": 384})
+    section.calibration = ConfigDict({"text": "stage:text", "batches": 2, "batch_size": 2})
+    section.calibration.sequence_length = config.get_ref("sequence_length")
     section.task = common.reference(task)
     return section

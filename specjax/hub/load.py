@@ -82,7 +82,7 @@ def load(
       directory: holds `config.json` and `model.safetensors`, or shards and their index; or a GGUF file, or a name on
         the Hugging Face hub (see `location.locate`).
       param_dtype: dtype of the parameters in memory; stored values are converted, see `hub.model.load`.
-      compute_dtype: dtype of activations; "auto" is float32 on CPU and bfloat16 on accelerators.
+      compute_dtype: dtype of activations; "auto" is float32 on CPU and bfloat16 on accelerators; see `runtime.dtypes`.
       shardings: a tree like the parameters with a `jax.sharding.Sharding` for each; every process then reads only its
         own part of each tensor. None puts everything on the default device.
 

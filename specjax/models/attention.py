@@ -52,8 +52,8 @@ def attend(
     scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1) if sinks is None else _softmax_with_sinks(scores, sinks)
     weights = weights.astype(values.dtype).reshape(batch, kv_heads, (heads // kv_heads) * steps, -1)
-    mixed = jnp.einsum("BKRS,BKSH->BKRH", weights, values)
-    return mixed.reshape(batch, heads, steps, size)
+    mixed = jnp.einsum("BKRS,BKSH->BKRH", weights, values, preferred_element_type=jnp.float32)
+    return mixed.astype(values.dtype).reshape(batch, heads, steps, size)
 
 
 # On CPU, `_products` of several texts with at most this many queries of a key head have the keys as the left factor.
@@ -147,6 +147,8 @@ def attend_to_prefix(queries, keys, values, positions, mask, *, window=0, bias=N
 
     On a GPU every switch makes the host wait for the device, once per layer, so attention reads all of the cache.
     """
+    dtype = queries.dtype
+    queries = queries.astype(keys.dtype)  # on CPU, caches of bfloat16 models are float32
     # T tokens occupy at least T slots, so shorter prefixes need no branch; each branch is compiled in every layer.
     lengths = [length for length in kv_cache.prefixes(keys.shape[2]) if length >= queries.shape[2]]
     lengths = lengths[-1:] if meshes.platform() == "gpu" else lengths
@@ -165,10 +167,11 @@ def attend_to_prefix(queries, keys, values, positions, mask, *, window=0, bias=N
         return run
 
     if len(lengths) == 1:
-        return branch(lengths[0])(queries, keys, values, positions, mask)
+        return branch(lengths[0])(queries, keys, values, positions, mask).astype(dtype)
     needed = jnp.max(positions) + 1
     index = jnp.sum(needed > jnp.asarray(lengths[:-1], needed.dtype))
-    return jax.lax.switch(index, [branch(n) for n in lengths], queries, keys, values, positions, mask)
+    mixed = jax.lax.switch(index, [branch(n) for n in lengths], queries, keys, values, positions, mask)
+    return mixed.astype(dtype)
 
 
 def attend_to_text(queries, keys, values, positions, mask, *, window=0, bias=None, causal=True, **how):

@@ -149,9 +149,9 @@ def _attend(queries, keys, values, visible, own_keys, own_values, scale):
         scores = jnp.where(visible[:, None, None, None], scores, jnp.finfo(jnp.float32).min)
         own = dots("BKGMTH,BKNTH->BKGMTN", grouped, own_keys) * scale
         weights = jax.nn.softmax(jnp.concatenate([scores, own], axis=-1), axis=-1).astype(dtype)
-        mixed = jnp.einsum("BKGMTS,BKSH->BKGMTH", weights[..., :slots], values.astype(dtype))
-        mixed = mixed + jnp.einsum("BKGMTN,BKNTH->BKGMTH", weights[..., slots:], own_values)
-        return mixed.reshape(queries.shape)
+        mixed = dots("BKGMTS,BKSH->BKGMTH", weights[..., :slots], values.astype(dtype))
+        mixed = mixed + dots("BKGMTN,BKNTH->BKGMTH", weights[..., slots:], own_values)
+        return mixed.astype(dtype).reshape(queries.shape)
 
     blocks_last = lambda x: x.swapaxes(2, 3)
     arguments = blocks_last(queries), visible, blocks_last(own_keys), blocks_last(own_values)

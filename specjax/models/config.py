@@ -29,7 +29,7 @@ class DecoderConfig:
       tied_head: whether the output head is the transposed embedding.
       param_dtype: dtype of the parameters. With int8 or int4, the kernels of attention and MLPs are integers, see
         `models.quantised`; the other parameters have `float_dtype`.
-      compute_dtype: dtype of activations and caches; logits are always float32.
+      compute_dtype: dtype of activations and caches; logits are always float32, and on CPU bfloat16's caches.
       remat: whether the backward pass computes each layer again instead of holding what is between its operations.
       family: `model_type` of the family in `hub.families` in whose format the model is exported.
       norm: "rms", "rms_plus_one" (Gemma: the gain is 1 + weight) or "layer" (with mean and bias).

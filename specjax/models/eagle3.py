@@ -179,7 +179,7 @@ def _attend(queries, keys, values, positions, own, step, scale):
         scores = [jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)]
         scores += [dots("BKGTH,BKTH->BKGT", grouped, key)[..., None] * scale for key, _ in own]
         weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(dtype)
-        mixed = jnp.einsum("BKGTS,BKSH->BKGTH", weights[..., :length], values.astype(dtype))
+        mixed = dots("BKGTS,BKSH->BKGTH", weights[..., :length], values.astype(dtype)).astype(dtype)
         for index, (_, value) in enumerate(own):
             mixed = mixed + weights[..., length + index, None] * value[:, :, None]
         return mixed.reshape(queries.shape)

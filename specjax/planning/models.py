@@ -45,8 +45,8 @@ class ModelCatalog:
     made: dict[str, LanguageModel] = dataclasses.field(default_factory=dict)
 
     def model(self, name: str, param_dtype: str, compute_dtype: str) -> LanguageModel:
-        """The model called `name` in these dtypes; "auto" is bfloat16, on every platform."""
-        param_dtype, compute_dtype = ("bfloat16" if d == "auto" else d for d in (param_dtype, compute_dtype))
+        """The model called `name` in these dtypes; "auto" and "fastest" are bfloat16, on every platform."""
+        param_dtype, compute_dtype = ("bfloat16" if d in dtypes.CHOICES else d for d in (param_dtype, compute_dtype))
         dtypes.check_param_dtype(param_dtype), dtypes.dtype_named(compute_dtype)
         if not name.startswith(_STAGE):
             return hub_load.describe(name, param_dtype=param_dtype, compute_dtype=compute_dtype)
@@ -82,7 +82,7 @@ class ModelCatalog:
         if init != distill.RANDOM:
             return distill.trained_for_blocks(config, self.model(init, *dtype_names).reduced(ids)), target
         section = config.model.copy_and_resolve_references()
-        section.compute_dtype = "bfloat16" if section.compute_dtype == "auto" else section.compute_dtype
+        section.compute_dtype = "bfloat16" if section.compute_dtype in dtypes.CHOICES else section.compute_dtype
         model = distill.random_model(section, self._vocabulary(config.tokenizer), 0).reduced(ids)
         return distill.trained_for_blocks(config, model), target
 
