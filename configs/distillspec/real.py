@@ -51,6 +51,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.size = 0  # prompts to train on; 0 takes all. Each is seen steps * batch_size / size times
     config.update({"start_steps": 480, "steps": 480, "batch_size": 32, "max_new_tokens": 192})
     config.chunk = 512  # predictions whose logits are in memory at one time; more is faster on a GPU
+    config.anchors = 0  # positions of each text to learn from in a step, drawn at random; 0 for all
     config.writing_batch_size = 32  # rows in which the target's answers are written
     config.answers = 7000  # of the target, for the arm `target`
     config.texts = 512  # held-out texts at each temperature, of about 100 tokens
@@ -59,6 +60,7 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant == "small":
         config.update({"start_steps": 144, "steps": 48, "batch_size": 8, "max_new_tokens": 96})
         config.update({"answers": 400, "texts": 256, "prompt_length_max": 160, "sequence_length": 256})
+        config.anchors = 64
         del config.drafts["sixth"]
     if variant == "smoke":
         config.update({"steps": 2, "batch_size": 2, "size": 24, "answers": 4, "max_new_tokens": 8, "texts": 4})
@@ -96,6 +98,7 @@ def _training(config: ConfigDict, task: ConfigDict, init: str, shares: dict, ste
     section.data.generation.max_new_tokens = config.get_ref("max_new_tokens")
     section.loss.chunk, section.model.compute_dtype = config.get_ref("chunk"), "fastest"
     section.train.update({"steps": config.get_ref(steps), "eval_every": 120, "checkpoint_every": 120})
+    section.loss.anchors = config.get_ref("anchors")
     section.optimizer.warmup_steps = min(20, config.steps - 1)
     return section
 
