@@ -41,8 +41,8 @@ from specjax.reporting import metrics
 from specjax.runtime.errors import UserError
 
 RULES = ("lossless", "block")
-# Predictions whose logits are in memory at one time, and the multiple to which texts are padded.
-_CHUNK, _WIDTH = 512, 128
+# Predictions whose logits are in memory at one time, and the multiples to which texts and their answers are padded.
+_CHUNK, _WIDTH, _WINDOW = 512, 128, 32
 
 Rows = Mapping[str, np.ndarray]
 
@@ -85,14 +85,22 @@ def expected_calls(
     return np.where(np.arange(longest + most)[None] < emitted[:, None], starts, 0).sum(1)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _token_probs(
-    model: LanguageModel, greedy: bool, params: Any, tokens: Int[Array, "B T"], sampling: Sampling
-) -> Float[Array, "B T P"]:
-    """For each prediction of the model at each position, the probability of the text's token that it predicts."""
+    model: LanguageModel,
+    greedy: bool,
+    width: int,
+    params: Any,
+    tokens: Int[Array, "B T"],
+    starts: Int[Array, "B"],
+    sampling: Sampling,
+) -> Float[Array, "B width P"]:
+    """For each prediction at the `width` positions of a row from its start on, the probability of the text's token that
+    it predicts."""
     hidden, _ = model.extend(params, None, tokens, consecutive(tokens))
     ahead = [jnp.roll(tokens, -1 - offset, axis=1) for offset, _ in model.predicts]
-    labels = jnp.stack(ahead, axis=-1)
+    cut = jax.vmap(functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=width))
+    hidden, labels = cut(hidden, starts), cut(jnp.stack(ahead, axis=-1), starts)
     chunk = max(_CHUNK // (tokens.shape[0] * len(ahead)), 1)
 
     def in_chunks(array):
@@ -114,7 +122,7 @@ def _token_probs(
         return jnp.where(inside, probs, 0).reshape(labels.shape)
 
     probs = jnp.moveaxis(jax.lax.map(of_chunk, (in_chunks(hidden), in_chunks(labels))), 0, 1)
-    return probs.reshape(tokens.shape[0], -1, len(ahead))[:, : tokens.shape[1]]
+    return probs.reshape(tokens.shape[0], -1, len(ahead))[:, :width]
 
 
 class Scorer:
@@ -134,8 +142,10 @@ class Scorer:
             self._target_probs = self._probs(target.decoder, target.params)[..., 0]
 
     def _probs(self, model: LanguageModel, params: Any) -> Float[np.ndarray, "N T P"]:
-        """`_token_probs` of all texts, in batches of similar lengths; undefined after the texts' ends."""
+        """`_token_probs` by position, in batches of similar lengths; undefined where nothing emitted is predicted."""
         lengths, tokens, size = self.rows["lengths"], self.rows["tokens"], self.batch_size
+        furthest = max(offset for offset, _ in model.predicts)
+        first_used = np.maximum(self.rows["loss_start"] - 1 - furthest, 0)
         probs = np.zeros((*tokens.shape, len(model.predicts)), np.float32)
         order = np.argsort(-lengths, kind="stable")
         greedy, sampling = self.temperature[0] == 0, Sampling.of(*self.temperature)
@@ -143,8 +153,13 @@ class Scorer:
             chosen = order[first : first + size]
             width = min(-(-int(lengths[chosen].max()) // _WIDTH) * _WIDTH, tokens.shape[1])
             padded = np.resize(chosen, size)  # repeats texts, so that few shapes are compiled
-            values = _token_probs(model, greedy, params, jnp.asarray(tokens[padded, :width]), sampling)
-            probs[chosen, :width] = np.asarray(values)[: len(chosen)]
+            used = int((lengths - first_used)[chosen].max())
+            window = min(-(-used // _WINDOW) * _WINDOW, width)
+            starts = np.minimum(first_used[padded], width - window)
+            batch_tokens = jnp.asarray(tokens[padded, :width])
+            values = _token_probs(model, greedy, window, params, batch_tokens, jnp.asarray(starts), sampling)
+            places = starts[: len(chosen), None] + np.arange(window)
+            probs[chosen[:, None], places] = np.asarray(values)[: len(chosen)]
         return probs
 
     def ratios(self, draft: Model | LoadedAttachment, gamma: int) -> Float[np.ndarray, "N E gamma"]:
