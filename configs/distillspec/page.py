@@ -1,6 +1,6 @@
 """The tables and figures of configs/distillspec/README.md, by record, and its claims, by the name of their table."""
 
-from configs.distillspec import claims, figures, recipe_sweep, tables
+from configs.distillspec import claims, figures, recipe_sweep, tables, texts
 
 TABLES = {
     "sweep": recipe_sweep.table,
@@ -9,6 +9,7 @@ TABLES = {
     "distillation_memory": tables.distillation_memory,
     "lossy": tables.lossy,
     "garden": tables.garden,
+    "real_texts_smollm2": texts.compared,
 }
 FIGURES = {
     "sweep": recipe_sweep.heat_map,

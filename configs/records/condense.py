@@ -3,13 +3,14 @@
     python -m configs.records.condense configs/records/lossy.json runs/lossy_0 runs/lossy_1 runs/lossy_2
 
 A record has the rows of every finished stage, each with its `stage`, the `run_seed` of its run, and the keys that the
-tables and figures read. A run that is not finished contributes its finished stages.
+tables and figures read; the export of a stage of the run is named "stage:NAME". A run that is not finished contributes
+its finished stages.
 """
 
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from specjax.reporting import records
@@ -20,6 +21,7 @@ from specjax.runtime.errors import UserError
 KEYS = (
     *("task", "seed", "divergence", "params", "steps", "train_seconds", "validation_loss", "validation_acceptance"),
     *("data", "last_quarter_improvement"),
+    *("texts", "parameters"),
     *("rows", "tokens", "seconds", "plain_tokens_per_second", "drafted_tokens_per_second", "same_text"),
     *("prompts", "drafter", "rule", "lenience", "gamma", "temperature", "batch_size"),
     *("block_efficiency", "block_efficiency_ci", "acceptance_rate", "tokens_per_second", "speedup", "speedup_ci"),
@@ -55,12 +57,19 @@ def condensed(workdirs: Sequence[str | Path]) -> dict:
             if path.exists():
                 result = records.read_results(path)
                 environment = environment or result["environment"]
-                brief_rows = [{key: row[key] for key in KEYS if key in row} for row in result["rows"]]
-                rows += [{"stage": stage, "run_seed": seed, **row} for row in brief_rows]
+                for row in result["rows"]:
+                    kept = {key: _named(row[key], config["stages"]) for key in KEYS if key in row}
+                    rows.append({"stage": stage, "run_seed": seed, **kept})
     if not rows:
         raise UserError(f"no stage of {', '.join(map(str, workdirs))} has finished; let one finish first")
     made = {"schema": records.SCHEMA, "binary": "condensed", "config": brief(first), "environment": environment}
     return {**made, "rows": rows}
+
+
+def _named(value: Any, stages: Sequence[str]) -> Any:
+    """ "stage:NAME" for the path of an export of one of the stages; any other value as it is."""
+    parts = PurePath(value).parts[-2:] if isinstance(value, str) else ()
+    return f"stage:{parts[0]}" if len(parts) == 2 and parts[0] in stages and parts[1] == "export" else value
 
 
 def _config(workdir: Path) -> dict:
