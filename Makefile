@@ -16,7 +16,7 @@ CORE := $(addprefix tests/test_,rules.py sampling.py divergences.py loop.py exac
 # The slowest of them, left to `make test`.
 SPARED := another_vocabulary or fill_the_capacity or callers_arrays or depend_on_its_batch or after_every_block
 
-.PHONY: quickstart checkpoint accelerator smoke test test-ci test-all test-peers speculators check tables
+.PHONY: quickstart checkpoint accelerator smoke test test-ci test-all test-peers test-parity speculators check tables
 .DEFAULT_GOAL := test
 
 quickstart: $(VENV)/.installed
@@ -37,17 +37,20 @@ smoke: $(VENV)/.installed-dev
 test: $(VENV)/.installed-dev
 	$(PYTEST) -n $(WORKERS) -m "not slow and not peers"
 
-# What every change has to pass: all but the longest runs.
+# What every change has to pass: all but the longest runs, and half of the slow cases of tests that have many.
 test-ci: check $(VENV)/.installed-tpu-compiler
 	$(PYTEST) -n $(WORKERS) -m "not peers and not thorough"
 
 test-all: check $(VENV)/.installed-tpu-compiler
 	$(PYTEST) -n $(WORKERS) -m "not peers"
 
-test-peers: $(VENV)/.installed-peers
+test-peers: test-parity
+	$(PYTEST) -m peers $(TIMED)
+
+# The comparisons of logits, texts and files, without those of speed.
+test-parity: $(VENV)/.installed-peers
 	-$(MAKE) speculators  # its tests are skipped where it cannot be installed
 	$(PYTEST) -n $(WORKERS) -m "peers and not slow" $(TIMED:%=--ignore=%) tests/peers
-	$(PYTEST) -m peers $(TIMED)
 
 # The package with the draft models of vLLM's project, for tests/peers/test_speculators.py; of its own dependencies,
 # only what these models import. Its transformers is older than the peers', so it has an environment of its own.

@@ -47,6 +47,24 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
+# Of a test with at least this many slow cases, `make test-ci` runs half.
+MANY = 4
+
+
+@pytest.hookimpl(tryfirst=True, specname="pytest_collection_modifyitems")
+def pytest_mark_half_of_many_slow_cases_as_thorough(items):
+    """Of every four cases in a row the first and the last stay, so that each value of the fastest argument does too."""
+    cases = {}
+    for item in items:
+        in_ci = item.get_closest_marker("slow") and not item.get_closest_marker("peers")
+        if in_ci and hasattr(item, "callspec") and item.path.name not in SPREAD:
+            cases.setdefault((item.path, item.originalname), []).append(item)
+    for of_test in cases.values():
+        for number, item in enumerate(of_test):
+            if len(of_test) >= MANY and number % 4 in (1, 2):
+                item.add_marker("thorough")
+
+
 # To search for garbage takes a sixth of the time of collecting the tests and a tenth of that of running them: imports
 # and traces make many objects, and most of them live.
 gc.disable()

@@ -34,6 +34,7 @@ ARMS = {
     "mixed": {"fixed": 0.5, "draft": 0.5},
     "assisted": {"assisted": 1.0},
 }
+SMALL_ARMS = ("ground_truth", "target", "draft")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "total_variation", "lk_hybrid")
 SEEDS = (0, 1, 2)
 # What is left of SmolLM2-135M (30 layers): 5 whole layers are 1/6 of 106 million parameters, and these 2 are 1/20.
@@ -59,7 +60,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.update({"prompt_length_max": 256, "sequence_length": 384})
     if variant == "small":
         config.update({"start_steps": 144, "steps": 48, "batch_size": 8, "max_new_tokens": 96})
-        config.update({"answers": 400, "texts": 256, "prompt_length_max": 160, "sequence_length": 256})
+        config.update({"answers": 400, "texts": 224, "prompt_length_max": 160, "sequence_length": 256})
         config.anchors = 64
         del config.drafts["sixth"]
     if variant == "smoke":
@@ -70,12 +71,13 @@ def get_config(variant: str = "") -> ConfigDict:
     held_out = common.task("prompt_completion", config.get_ref("held_out"))
     seeds = SEEDS[:1] if variant in ("screen", "smoke") else SEEDS
     divergences = DIVERGENCES[:1] if variant else DIVERGENCES
+    arms = SMALL_ARMS if variant == "small" else tuple(ARMS)
 
     stages = {"text": _text(config, task, 1.0, config.get_ref("answers"))}
     for name, shape in config.drafts.items():
         stages[f"cut_{name}"] = _cut(config, task, shape)
         stages[f"start_{name}"] = _training(config, task, f"stage:cut_{name}", ARMS["ground_truth"], "start_steps")
-    for seed, divergence, arm, name in itertools.product(seeds, divergences, ARMS, config.drafts):
+    for seed, divergence, arm, name in itertools.product(seeds, divergences, arms, config.drafts):
         section = _training(config, task, f"stage:start_{name}", ARMS[arm], "steps")
         section.seed, section.loss.divergence = seed, divergence
         stages[f"{name}_{arm}_{divergence}_{seed}"] = section
