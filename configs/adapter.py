@@ -47,6 +47,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
     # On the corpus, with the target's probabilities. Of `model` only the dtypes are read: the shape is the target's.
     config.adapter = common.distillation(target, kind, steps=STEPS)
+    config.adapter.model.compute_dtype = "fastest"
     config.adapter.model.vocabulary = config.get_ref("vocabulary")
     config.adapter.data.update({"batch_size": 4, "fixed": 1.0, "draft": 0.0})
     config.adapter.train.update({"eval_every": STEPS // 2, "checkpoint_every": STEPS // 2})

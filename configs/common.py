@@ -65,7 +65,9 @@ def training(steps: int, learning_rate: float, *, seed: int = 0) -> ConfigDict:
             # configs/draft_design/vocabulary.py writes it; "" for all.
             "vocabulary": "",
             "param_dtype": "float32",  # of the export; during training the trained parameters are always float32
-            "compute_dtype": "auto",  # of activations, the target's too: float32 on CPU, bfloat16 on accelerators
+            # Of activations, the target's too: "auto" is float32 on CPU and bfloat16 on accelerators, and "fastest" is
+            # bfloat16 also on a CPU that has instructions for it (AMX).
+            "compute_dtype": "auto",
             # True: the backward pass computes each layer again, which holds less memory and takes up to a third longer.
             "remat": False,
             "replicate": False,  # True: every device of the tensor axis holds all of the model (for a small draft)

@@ -64,6 +64,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.distilled.data.update({"batch_size": 16, "sequence_length": 128, "prompt_length_max": 32})
     config.distilled.data.generation.max_new_tokens = 96
 
+    for name in config.stages[:-1]:
+        config[name].model.compute_dtype = "fastest"
     if pard:
         config.distilled.pard = common.pard_draft(drafted=2 * max(GAMMAS))
         config.distilled.loss.anchors = 32  # positions of each text that a block is drafted from

@@ -22,7 +22,7 @@ Hardware: 2 CPU cores and 4 GiB, or with `configs/smollm2.py:accelerator` a GPU 
 there are more answers and steps. The same command resumes a stopped run. Time: on an H200, 16,384 questions took three
 minutes, of which two and a half were compiling, as other processes did; 14,244 were kept. On two cores with AVX2, 128
 answers with their states took 2.4 minutes (36 for the 1,920 of this config), and 500 steps of `eagle3` 37 while tests
-ran too for much of the time.
+ran too for much of the time. On a CPU with AMX, which computes in bfloat16, a step takes 0.53 of the time of float32.
 
 Expect text identical to plain decoding. The mean acceptance of two tokens drafted by `eagle3` on held-out answers was
 0.28 after the least-squares fit, 0.40 after 200 steps and 0.45 after 500; that of `adapter` 0.32 and of `medusa` 0.20.
@@ -143,7 +143,7 @@ def _training(config: ConfigDict, init: str) -> ConfigDict:
     """Distillation on the stored answers, by the forward KL given the ids of the vocabulary."""
     section = common.distillation(config.get_ref("target"), init, steps=config.get_ref("steps"), learning_rate=1e-3)
     section.model.vocabulary, section.model.param_dtype = "stage:vocabulary", config.get_ref("param_dtype")
-    section.loss.chunk = config.get_ref("chunk")
+    section.loss.chunk, section.model.compute_dtype = config.get_ref("chunk"), "fastest"
     section.data.update({"prompt_length_max": config.get_ref("prompt_length_max"), "chat": True})
     section.data.sequence_length = config.get_ref("sequence_length")
     section.data.batch_size = config.get_ref("batch_size")
