@@ -354,9 +354,18 @@ def test_a_limit_without_room_is_refused(model, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "free, asked, dtype", [(1e12, "auto", "float32"), (10, "auto", "bfloat16"), (10, "float32", "float32")]
+    "free, asked, amx, dtype",
+    [
+        (1e12, "auto", False, "float32"),
+        (1e12, "auto", True, "bfloat16"),
+        (10, "auto", False, "bfloat16"),
+        (10, "float32", True, "float32"),
+    ],
 )
-def test_16_bit_weights_become_float32_on_cpu_if_memory_allows_it(copy, monkeypatch, free, asked, dtype):
+def test_16_bit_weights_become_float32_where_memory_allows_it_and_the_cpu_lacks_amx(
+    copy, monkeypatch, free, asked, amx, dtype
+):
+    monkeypatch.setattr(dtypes, "cpu_has_amx", lambda: amx)
     change_tensors(copy, lambda tensors: {name: t.astype(jnp.bfloat16) for name, t in tensors.items()})
     monkeypatch.setattr(dtypes.process_memory, "free_bytes", lambda devices: free)
     decoder, params = load(copy, param_dtype=asked)

@@ -316,7 +316,7 @@ def test_a_decoding_step_in_bfloat16_does_not_convert_the_cache():
 
 def test_fastest_computes_in_bfloat16_on_a_cpu_with_instructions_for_its_products(monkeypatch):
     for has_amx, chosen in ((True, "bfloat16"), (False, "float32")):
-        monkeypatch.setattr(dtypes, "_cpu_has_amx", lambda has_amx=has_amx: has_amx)
+        monkeypatch.setattr(dtypes, "cpu_has_amx", lambda has_amx=has_amx: has_amx)
         assert dtypes.compute_dtype("fastest") == chosen
         assert dtypes.compute_dtype("auto") == "float32"
     with pytest.raises(UserError, match='there is no dtype "fast"; did you mean "fastest"'):
@@ -369,8 +369,10 @@ def test_a_projections_gradient_is_that_of_the_plain_product():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("amx", [False, True])
 @pytest.mark.parametrize("rows", [1, 3, 5, 70])
-def test_a_product_with_a_16_bit_kernel_is_that_with_the_same_values_in_float32(rows, dtype, monkeypatch):
+def test_a_product_with_a_16_bit_kernel_is_that_with_the_same_values_in_float32(rows, amx, dtype, monkeypatch):
+    monkeypatch.setattr(layers, "cpu_has_amx", lambda: amx)
     monkeypatch.setattr(layers, "_BLOCK_BYTES", 4 * 48 * 8)  # blocks of 8 outputs, the last of which overlaps
     inputs, kernel = jax.random.normal(jax.random.key(0), (1, rows, 48)), jax.random.normal(jax.random.key(1), (37, 48))
     kernel = kernel.astype(dtype)

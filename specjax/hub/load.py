@@ -172,7 +172,8 @@ def _auto_dtype(path: Path) -> str:
     sizes: dict[str, int] = {}
     for tensor in _stored_at(path).values():
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + math.prod(tensor.shape)
-    return dtypes.auto_param_dtype(_STORED.get(max(sizes, key=sizes.get), "bfloat16"), sum(sizes.values()))
+    stored = _STORED.get(max(sizes, key=sizes.get))
+    return dtypes.auto_param_dtype(stored or "bfloat16", sum(sizes.values()), rounds=stored is None)
 
 
 def _family(path: Path, fields: dict[str, Any]) -> base.Family:

@@ -48,13 +48,13 @@ def compute_dtype(name: str) -> str:
     if name not in CHOICES:
         dtype_named(name)
         return name
-    has_units = jax.default_backend() != "cpu" or (name == "fastest" and _cpu_has_amx())
+    has_units = jax.default_backend() != "cpu" or (name == "fastest" and cpu_has_amx())
     return "bfloat16" if has_units else "float32"
 
 
 @functools.cache
-def _cpu_has_amx() -> bool:
-    """Whether Linux reports the instructions; False on other systems."""
+def cpu_has_amx() -> bool:
+    """Whether Linux reports the processor's instructions for products of bfloat16; False on other systems."""
     processor = pathlib.Path("/proc/cpuinfo")
     return processor.exists() and "amx_bf16" in processor.read_text()
 
@@ -76,17 +76,22 @@ def rounding(dtype: str) -> float:
 _SHARE = 0.8
 
 
-def auto_param_dtype(stored: str, count: int) -> str:
+def auto_param_dtype(stored: str, count: int, *, rounds: bool = False) -> str:
     """The dtype in which a checkpoint's parameters decode fastest within memory.
 
-    On CPU it is float32 if that fits, because products read it two to three times as fast as 16-bit numbers; on
-    accelerators it is `stored`.
+    On accelerators it is `stored`. So it is on a CPU with AMX for bfloat16: SmolLM2 decodes 1.3 times as fast as in
+    float32, and verifying three tokens takes little more than one step. On other CPUs it is float32 if that fits,
+    because products read it two to three times as fast as 16-bit numbers.
 
     Args:
       stored: dtype of the checkpoint; bfloat16 for a quantised one.
       count: number of parameters.
+      rounds: whether bfloat16 does not hold the parameters exactly; then AMX makes no difference.
     """
     if stored == "float32" or jax.default_backend() != "cpu":
+        return stored
+    if stored == "bfloat16" and not rounds and cpu_has_amx():
+        logging.info("parameters stay in bfloat16, which this CPU multiplies faster than float32")
         return stored
     gigabytes, free = 4 * count / 1e9, process_memory.free_bytes(jax.local_devices()[:1]) / 1e9
     if gigabytes > _SHARE * free:
