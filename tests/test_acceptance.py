@@ -18,6 +18,12 @@ from specjax.runtime.errors import UserError
 VOCAB, NEW, GAMMA = 24, 14, 3
 
 
+@pytest.fixture(autouse=True)
+def several_chunks_of_a_window(monkeypatch):
+    monkeypatch.setattr(acceptance, "_CHUNK", 24)
+    monkeypatch.setattr(acceptance, "_WINDOW", 5)
+
+
 @pytest.fixture(scope="module")
 def target():
     tokenizer = train_byte_bpe(["a text"], 260)  # of which only the ids that end a text are used

@@ -104,7 +104,7 @@ def _token_probs(
     chunk = max(_CHUNK // (tokens.shape[0] * len(ahead)), 1)
 
     def in_chunks(array):
-        array = jnp.pad(array, ((0, 0), (0, -tokens.shape[1] % chunk), (0, 0)))
+        array = jnp.pad(array, ((0, 0), (0, -width % chunk), (0, 0)))
         return jnp.moveaxis(array.reshape(array.shape[0], -1, chunk, array.shape[2]), 1, 0)
 
     def of_chunk(part):
