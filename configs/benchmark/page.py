@@ -95,6 +95,7 @@ TABLES = {
     "accelerator_profile": accelerator,
     "experts": accelerator,
     "real_quantised_smollm2": quantised,
+    "real_amx_smollm2": quantised,
     "real_quantised_qwen": quantised,
     "peers": peers,
     "peers_qwen": peers,

@@ -61,7 +61,7 @@ def compared(record: Mapping) -> str:
     seeds = {named[1] for stage in trained(record) if (named := arm_of(stage))}
     about = (
         f"Expected tokens per target call at gamma {GAMMA} on {' and '.join(sorted(texts))}; {len(seeds)} seeds, "
-        "gains paired by seed with 95% intervals; seconds of one training, text included."
+        "gains paired by seed with 95% intervals; seconds of one training, with the text that it writes."
     )
     return f"{markdown(lines)}\n\n{about}\n\n{provenance(record)}"
 
