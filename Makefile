@@ -37,7 +37,7 @@ smoke: $(VENV)/.installed-dev
 test: $(VENV)/.installed-dev
 	$(PYTEST) -n $(WORKERS) -m "not slow and not peers"
 
-# What every change has to pass: all but the longest runs, and half of the slow cases of tests that have many.
+# What every change has to pass: all but the longest runs and some slow cases (tests/conftest.py).
 test-ci: check $(VENV)/.installed-tpu-compiler
 	$(PYTEST) -n $(WORKERS) -m "not peers and not thorough"
 

@@ -47,22 +47,23 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
-# Of a test with at least this many slow cases, `make test-ci` runs half.
-MANY = 4
-
-
 @pytest.hookimpl(tryfirst=True, specname="pytest_collection_modifyitems")
-def pytest_mark_half_of_many_slow_cases_as_thorough(items):
-    """Of every four cases in a row the first and the last stay, so that each value of the fastest argument does too."""
-    cases = {}
+def pytest_mark_slow_cases_without_a_new_value_as_thorough(items):
+    """A case stays if it has a value of an argument that no earlier one has, so that CI misses no drafter and no rule.
+    So do the first and the last of every four in a row, which alternate between two values."""
+    cases, seen = {}, set()
     for item in items:
         in_ci = item.get_closest_marker("slow") and not item.get_closest_marker("peers")
         if in_ci and hasattr(item, "callspec") and item.path.name not in SPREAD:
             cases.setdefault((item.path, item.originalname), []).append(item)
     for of_test in cases.values():
         for number, item in enumerate(of_test):
-            if len(of_test) >= MANY and number % 4 in (1, 2):
+            given = item.callspec.params.items()  # the same objects in every case that has them
+            values = {(item.path, item.originalname, name, id(value)) for name, value in given}
+            if number % 4 in (1, 2) and values <= seen:
                 item.add_marker("thorough")
+            else:
+                seen |= values
 
 
 # To search for garbage takes a sixth of the time of collecting the tests and a tenth of that of running them: imports

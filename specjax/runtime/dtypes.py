@@ -79,9 +79,9 @@ _SHARE = 0.8
 def auto_param_dtype(stored: str, count: int, *, rounds: bool = False) -> str:
     """The dtype in which a checkpoint's parameters decode fastest within memory.
 
-    On accelerators it is `stored`. So it is on a CPU with AMX for bfloat16: SmolLM2 decodes 1.3 times as fast as in
-    float32, and verifying three tokens takes little more than one step. On other CPUs it is float32 if that fits,
-    because products read it two to three times as fast as 16-bit numbers.
+    On accelerators it is `stored`. So it is on a CPU with AMX for bfloat16: SmolLM2 decodes 1.35 times as fast as in
+    float32. On other CPUs it is float32 if that fits, because products read it two to three times as fast as 16-bit
+    numbers.
 
     Args:
       stored: dtype of the checkpoint; bfloat16 for a quantised one.
