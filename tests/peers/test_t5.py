@@ -1,5 +1,7 @@
 """T5 against Hugging Face transformers on random checkpoints: logits, cached decoding, greedy texts, export."""
 
+import copy
+
 import numpy as np
 import pytest
 import tiny
@@ -56,14 +58,18 @@ def random_ids(seed, shape):
 
 
 def test_logits_agree_on_prompts_longer_than_every_bucket(pair):
+    """Within four times the reference's own rounding, which its logits in float64 show (1.7 times was measured)."""
     import torch
 
     _, theirs, ours = pair
     prompts, texts = random_ids(0, (3, 150)), random_ids(1, (3, 140))
+    ids = {"input_ids": torch.tensor(prompts), "decoder_input_ids": torch.tensor(texts)}
     with torch.no_grad():
-        expected = theirs(input_ids=torch.tensor(prompts), decoder_input_ids=torch.tensor(texts)).logits.numpy()
-    difference = np.abs(np.asarray(ours.logits(prompts, texts)) - expected).max()
-    assert difference < 1e-4 * expected.std()
+        rounded = theirs(**ids).logits.numpy()
+        exact = copy.deepcopy(theirs).double()(**ids).logits.numpy()
+    rounding = np.abs(rounded - exact).max()
+    assert rounding < 2e-4 * exact.std()
+    assert np.abs(np.asarray(ours.logits(prompts, texts)) - exact).max() < 4 * rounding
 
 
 def decoded(ours, prompts, drafter, gamma, options):
