@@ -121,6 +121,21 @@ def test_chances_are_those_of_all_drafts_enumerated(rule):
         np.testing.assert_allclose(acceptance.survival(ratios, rule), expected, rtol=1e-6)
 
 
+def test_the_gain_of_the_block_rule_is_paired_by_text(target):
+    _, rows = acceptance.decode(scorer_of(target, 1.0, 12), draft_of(target, "model"), "lossless", GAMMA, 12, NEW, 0)
+    scorer, draft = acceptance.Scorer(target, rows, (1.0, 0, 1.0), 12), draft_of(target, "model")
+    how = {"decoded": 0, "max_new_tokens": NEW, "seed": 0}
+    block, lossless = acceptance.score(scorer, draft, {"block": (GAMMA,), "lossless": (GAMMA,)}, **how)
+    assert lossless["over_lossless"] is None
+    assert block["over_lossless"] == pytest.approx(block["block_efficiency"] / lossless["block_efficiency"])
+    low, high = block["over_lossless_ci"]
+    assert 1 < low < block["over_lossless"] < high
+    apart = block["block_efficiency_ci"][1] - block["block_efficiency_ci"][0]
+    assert high - low < apart / 2, "an interval of the difference, where the texts that both share cancel"
+    (alone,) = acceptance.score(scorer, draft, {"block": (GAMMA,)}, **how)
+    assert alone == block
+
+
 def test_what_cannot_be_scored_is_refused(target):
     scorer = scorer_of(target, 0.0)
     with pytest.raises(UserError, match='known for the rules lossless and block, not for "coupled"'):

@@ -219,17 +219,23 @@ def score(
 ) -> Iterator[dict[str, Any]]:
     """Yields for each rule and gamma the expected block efficiency with its interval, a bootstrap over texts.
 
+    `over_lossless` is the block efficiency relative to that of the rule `lossless` at the same gamma (None for this rule
+    itself), with an interval that pairs the two by text.
+
     Args:
       decoded: number of texts whose prompts are decoded to check it; 0 for none. `decoded` is their block efficiency,
         `expected` that of the texts that this wrote, and `ratio` the former relative to the latter.
     """
     ratios = scorer.ratios(draft, max(max(gammas) for gammas in rules_and_gammas.values()))
+    calls_of = lambda rule, gamma: expected_calls(survival(ratios[..., :gamma], rule), scorer.emitted)
     for rule, gammas in rules_and_gammas.items():
         for gamma in gammas:
-            calls = expected_calls(survival(ratios[..., :gamma], rule), scorer.emitted)
+            calls = calls_of(rule, gamma)
             row = {"rule": rule, "gamma": gamma, "temperature": scorer.temperature[0]}
             row |= {"texts": len(calls), "tokens": int(scorer.emitted.sum())}
             row |= _efficiency("block_efficiency", scorer.emitted, calls, seed)
+            lossless = {"over_lossless": None, "over_lossless_ci": None}
+            row |= lossless if rule == "lossless" else _ratio("over_lossless", calls_of("lossless", gamma), calls, seed)
             if decoded:
                 counts, rows = decode(scorer, draft, rule, gamma, decoded, max_new_tokens, seed)
                 again = Scorer(scorer.target, rows, scorer.temperature, scorer.batch_size)
@@ -243,8 +249,14 @@ def score(
 
 def _efficiency(name: str, emitted: np.ndarray, calls: np.ndarray, seed: int) -> dict[str, Any]:
     """Tokens per call and its 95% interval, and half the interval's width relative to it."""
-    value = float(emitted.sum() / calls.sum())
-    of = lambda weights: {name: float(weights @ emitted / (weights @ calls))}
-    (interval,) = metrics.intervals(of, len(calls), seed=seed).values()
-    width = None if interval is None else (interval[1] - interval[0]) / 2 / value
-    return {name: value, f"{name}_ci": interval, f"{name}_within": width}
+    row = _ratio(name, emitted, calls, seed)
+    interval = row[f"{name}_ci"]
+    width = None if interval is None else (interval[1] - interval[0]) / 2 / row[name]
+    return row | {f"{name}_within": width}
+
+
+def _ratio(name: str, above: np.ndarray, below: np.ndarray, seed: int) -> dict[str, Any]:
+    """The ratio of two sums over texts and its 95% interval, a bootstrap over texts."""
+    of = lambda weights: {name: float(weights @ above / (weights @ below))}
+    (interval,) = metrics.intervals(of, len(below), seed=seed).values()
+    return of(np.ones(len(below))) | {f"{name}_ci": interval}

@@ -15,6 +15,7 @@ _FORMATS = {
     "r_squared": "{:.3f}",
     "spread": "{:.1%}",
     "block_efficiency_within": "{:.1%}",
+    "over_lossless": "{:.3f}",
     "decoded_within": "{:.1%}",
     "within_10_percent": "{:.0%}",
     "within_5_percent": "{:.0%}",
