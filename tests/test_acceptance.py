@@ -79,6 +79,7 @@ CASES = [("eagle3", "block"), ("model", "lossless"), ("block_parallel", "block")
 CASES[1:] = [pytest.param(*case, marks=pytest.mark.slow) for case in CASES[1:]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "rule"), CASES)
 def test_sampled_calls_are_those_of_decoding_on_average(target, kind, rule):
     decoded, expected, emitted = calls(target, draft_of(target, kind), rule, GAMMA, 1.0, count=256)

@@ -200,6 +200,7 @@ def test_programs_that_are_let_go_of_leave_room_for_others_to_be_mapped():
     assert crowded(0.0) and not crowded(1.0)
 
 
+@pytest.mark.slow
 def test_a_sparse_targets_verification_is_predicted_from_the_timed_numbers_of_tokens():
     rows = benchmark.experts(configs.load(f"{CONFIG.with_name('experts.py')}:smoke"))
     assert [row["tokens"] for row in rows] == [1, 2, 3]

@@ -55,6 +55,7 @@ def job_of(models, section):
 SECTION = {"kind": "early_exit", "exit_layer": 1, "rules": {"lossless": (2, 3)}}
 
 
+@pytest.mark.slow
 def test_a_config_gives_costs_or_has_them_measured(models):
     setting = cases.Setting("lossless", 0.0, 1)
     plain, two, three = cases.make_cases(job_of(models, {**SECTION, "adaptive": True, "costs": (0.25, 0.25)}), setting)

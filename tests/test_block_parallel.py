@@ -39,6 +39,7 @@ def trained_logits(target, params, network, own, tokens):
     return logits.reshape(*tokens.shape, network.config.drafted, -1)
 
 
+@pytest.mark.slow
 def test_a_block_does_not_read_the_tokens_that_it_predicts(target):
     target, params = target
     network, own = tiny.block_parallel(target, params, block_size=4)
@@ -51,6 +52,7 @@ def test_a_block_does_not_read_the_tokens_that_it_predicts(target):
     assert np.all(difference[6:] > 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gamma", [pytest.param(2, marks=SLOW), 3])
 def test_every_block_is_drafted_as_in_training(target, gamma):
     """A block's distributions are those of training on its text: nothing depends on what earlier blocks drafted."""
@@ -101,6 +103,7 @@ def confident(target, params, **changes):
     return network, own | {"confidence": {"kernel": jnp.linspace(-1.0, 1.0, 16)[None], "bias": jnp.full((1,), 0.3)}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vocabulary", [None, pytest.param(tuple(range(0, 24, 2)), marks=SLOW)])
 def test_a_confidence_head_learns_the_acceptance_and_changes_nothing_else(target, vocabulary):
     target, params = target
@@ -129,6 +132,7 @@ def test_a_confidence_head_learns_the_acceptance_and_changes_nothing_else(target
     assert added == pytest.approx(float(np.log1p(np.exp(0.3)) * sums.tokens - 0.3 * sums.acceptance), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_draft_ends_after_the_first_token_whose_confidence_is_below_the_threshold(target):
     target, params = target
     network, own = confident(target, params)

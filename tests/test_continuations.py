@@ -36,6 +36,7 @@ def plain(target):
     return api.generate(target, PROMPTS, **HOW)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drafter", DRAFTERS, ids=["plain", "ngram"])
 def test_a_text_ends_before_the_first_stop_string_also_where_it_spans_tokens(target, plain, drafter):
     stop = [plain.texts[0][18:21], plain.texts[1][30:34], "never in the text"]
@@ -102,6 +103,7 @@ def test_the_first_sample_is_the_text_of_one_sample_and_the_others_differ(target
     assert api.generate(target, PROMPTS[:1], samples=3, **HOW).tokens == out.tokens[:3]
 
 
+@pytest.mark.slow
 def test_log_probabilities_are_those_of_the_forward_pass_at_temperature_1(target):
     out = api.generate(target, PROMPTS, drafter="ngram", logprobs=True, top_k=5, **HOW)
     for prompt, tokens, scores in zip(PROMPTS, out.tokens, out.logprobs, strict=True):
@@ -111,6 +113,7 @@ def test_log_probabilities_are_those_of_the_forward_pass_at_temperature_1(target
         np.testing.assert_allclose(scores, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_log_probabilities_are_those_of_decoding_where_rotary_embeddings_depend_on_the_prompt(target, kind):
     decoder = dataclasses.replace(
@@ -171,6 +174,7 @@ def test_wrong_values_are_refused(target, settings, message):
         inspect.unwrap(api.generate)(target, PROMPTS[:1], max_new_tokens=2, **settings)
 
 
+@pytest.mark.slow
 def test_a_draft_with_fewer_positions_than_the_text_is_reported(target, capsys):
     decoder, params = tiny.decoder(2, layers=1, vocab_size=target.decoder.vocab_size, max_positions=16)
     draft = api.Model(decoder, params, target.tokenizer)

@@ -334,6 +334,7 @@ def check_stages(config, workdir):
                 tasks.load_task(section.task)
 
 
+@pytest.mark.slow
 def test_random_overrides_end_in_one_sentence(tmp_path, capsys):
     file = Path(__file__).resolve().parents[1] / "configs" / "quickstart.py"
     keys = [key for key, _ in configs.leaves(configs.load(f"{file}:smoke").to_dict())]

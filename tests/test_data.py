@@ -211,6 +211,7 @@ def test_arithmetic_never_shows_a_validation_problem_in_training_of_any_seed(mon
     assert not train & validation
 
 
+@pytest.mark.slow
 def test_arithmetic_is_a_function_of_its_seed_and_more_of_it_begins_the_same():
     first, again, longer, other = (
         load_task(config("arithmetic", seed=seed, size=size)) for seed, size in ((3, 50), (3, 50), (3, 80), (4, 50))

@@ -212,6 +212,7 @@ def loss_of(divergence, chunk=64, temperature=1.0):
     return loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "divergence", ["jsd", "cross_entropy", *(pytest.param(n, marks=pytest.mark.slow) for n in NAMES if n != "jsd")]
 )
@@ -264,6 +265,7 @@ def test_the_gradient_is_that_of_the_loss():
     np.testing.assert_allclose(sum(jax.tree.leaves(products)), slope, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_the_gradient_of_a_draft_that_computes_in_bfloat16_is_near_that_in_float32():
     draft, params, target, target_params = pair()
 

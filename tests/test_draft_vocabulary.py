@@ -254,6 +254,7 @@ def test_logits_are_computed_once_and_not_again_in_the_backward_pass(temperature
     assert logit_products(*reduced_pair(temperature), batch) == [1, 2]  # the latter of both models
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_stored_normalisers_replace_the_targets_whole_head_at_temperature_1(temperature):
     loss, params, target_params = reduced_pair(temperature)
@@ -287,6 +288,7 @@ def target():
 IDS = (*range(97, 120), 258)
 
 
+@pytest.mark.slow
 def test_an_option_cuts_the_head_of_a_draft_and_the_end_of_a_text_is_always_in_it(target):
     how = {"temperature": 0.0, "max_new_tokens": 12}
     plain = api.generate(target, ["a text", "words"], **how)
@@ -321,6 +323,7 @@ def test_a_reduced_draft_is_saved_with_its_ids_and_loads_again(target, tmp_path)
         api.load(tmp_path / "draft")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [pytest.param("adapter", marks=pytest.mark.slow), "medusa"])
 @pytest.mark.parametrize("own_head", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_attachments_draft_from_a_reduced_vocabulary(target, tmp_path, kind, own_head):

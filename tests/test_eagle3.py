@@ -74,6 +74,7 @@ def unrolled(target, params, network, own, tokens):
     return logits.reshape(*tokens.shape, network.config.steps, -1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS)
 def test_training_unrolls_what_decoding_does(target, options):
     target, params = target

@@ -210,6 +210,7 @@ def test_a_draft_is_distilled_on_text_of_any_source_and_exported(home, tmp_path,
     assert max(jax.tree.leaves(moved["encoder_blocks"])) > 0
 
 
+@pytest.mark.slow
 def test_two_kinds_of_model_do_not_draft_for_each_other():
     tokenizer = train_byte_bpe([TEXT], 280)
     target = api.Model(*model(2, vocab_size=tokenizer.vocab_size), tokenizer)

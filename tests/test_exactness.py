@@ -44,6 +44,7 @@ SHARING = ("skip_layers", "medusa", "eagle3", "block_parallel", "pard")
 SLOW_KINDS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("early_exit", *SHARING)]
 
 
+@pytest.mark.slow
 def test_the_loop_samples_the_targets_distribution_at_temperature_1(small):
     assert sample_p_value(small, "model", Sampling.of(1.0)) > 1e-4
 
@@ -54,6 +55,7 @@ def test_the_loop_samples_the_targets_distribution(small, kind, adjust):
     assert sample_p_value(small, kind, adjust, seed=1) > 1e-4
 
 
+@pytest.mark.slow
 @SETTINGS
 @pytest.mark.parametrize("padding", [-2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_draft_of_another_vocabulary_size_leaves_the_targets_distribution(small, padding, adjust):
@@ -65,6 +67,7 @@ REDUCED = draft_vocabulary([0, 2, 3])
 SLOW_REDUCED = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("model", "skip_layers")]
 
 
+@pytest.mark.slow
 @SETTINGS
 @pytest.mark.parametrize("kind", ["early_exit", *SLOW_REDUCED])
 def test_a_reduced_vocabulary_leaves_the_targets_distribution(small, kind, adjust):
@@ -75,6 +78,7 @@ def test_a_reduced_vocabulary_leaves_the_targets_distribution(small, kind, adjus
 UNSURE = {"threshold": 0.4, "leave_unsure": True}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["model", *SLOW_KINDS])
 def test_leaving_out_unsure_tokens_leaves_the_targets_distribution(small, kind):
     for adjust in (Sampling.of(1.0), CUT):
@@ -145,6 +149,7 @@ def test_greedy_speculative_equals_greedy_plain(pair):
     check_against_plain(pair, GREEDY, QUICK, "lossless")
 
 
+@pytest.mark.slow
 def test_coupled_equals_plain_decoding_with_the_same_noise(pair):
     # The slow tests try every drafter, and each cut alone: cuts are other programs.
     check_against_plain(pair, COUPLED[:1], QUICK[:2], "coupled")
@@ -166,6 +171,7 @@ def test_a_reduced_vocabulary_changes_no_token(pair, kind, rule, settings):
     list(compare_with_plain(pair, settings, [(plan, draft_params, {})], rule))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["model", *SLOW_KINDS])
 def test_leaving_out_unsure_tokens_changes_no_token(pair, kind):
     """Where the draft is unsure of the first token, the block has none and is one step of plain decoding."""

@@ -128,6 +128,7 @@ def test_the_balance_loss_is_k_for_even_use_and_grows_to_the_number_of_experts_f
     np.testing.assert_allclose(experts.balance_loss(padded[None], 1, mask), 4.0, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_balance_loss_reaches_the_router_once_for_each_counted_position(remat):
     model, params = tiny.decoder(0, **SPARSE, layers=1, remat=remat)
@@ -190,6 +191,7 @@ def check(pair, settings, rule, *kinds):
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kinds", [[("model", 3)], pytest.param([("ngram", 4), ("early_exit", 2)], marks=pytest.mark.slow)]
 )
@@ -219,6 +221,7 @@ def alone_and_together(pair, sizes=(1, 1, 1), gamma=3):
     return [texts_of(pair, [row], sizes, gamma)[0] for row in some], [together[row] for row in some]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gamma", [pytest.param(0, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("sizes", [(1, 1, 1), pytest.param((2, 2, 2), marks=pytest.mark.slow)])
 def test_a_rows_text_is_the_same_alone_and_in_a_batch_of_8_on_one_device_and_on_eight(pair, sizes, gamma):

@@ -167,6 +167,7 @@ def evaluation(home, drafter):
     return config
 
 
+@pytest.mark.slow
 def test_a_users_drafter_and_rule_are_evaluated_from_a_config(home, tmp_path):
     gammas = {"lossless": (2,), "none": {"rule": f"{home}/mine.py:RejectAll", "gammas": (2,)}}
     section = {"kind": f"{home}/mine.py:Repeat", "times": 2, "rules": gammas}
@@ -179,6 +180,7 @@ def test_a_users_drafter_and_rule_are_evaluated_from_a_config(home, tmp_path):
     assert all(row["identical_to_baseline"]["equal"] == 2 for row in rows[1:]) and rows[2]["acceptance_rate"] == 0
 
 
+@pytest.mark.slow
 def test_a_rule_that_claims_to_be_exact_and_is_not_ends_the_run_after_its_records(home, tmp_path, capsys):
     rule = {"wrong": {"rule": f"{home}/mine.py:AcceptAll", "gammas": (2,)}}
     config = evaluation(home, {"kind": f"{home}/mine.py:Repeat", "times": 2, "rules": rule})
@@ -193,6 +195,7 @@ def test_a_rule_that_claims_to_be_exact_and_is_not_ends_the_run_after_its_record
     assert 'class=" different"' in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_stopped_evaluation_keeps_its_finished_batches(home, tmp_path, monkeypatch):
     config = evaluation(home, {"kind": f"{home}/mine.py:Repeat", "rules": {"lossless": (2,)}})
     whole = evaluate.run(config, tmp_path / "whole")["rows"]

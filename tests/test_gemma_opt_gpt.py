@@ -262,6 +262,7 @@ def test_the_table_of_names_must_hold_every_parameter():
 # --- arithmetic ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "drafter, options",
     [

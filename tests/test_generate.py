@@ -49,6 +49,7 @@ def plain(printed: str) -> str:
     return re.sub("\033\\[[0-9]*m", "", printed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", ["none", *(pytest.param(k, marks=pytest.mark.slow) for k in ("model", "ngram", "early_exit"))]
 )
@@ -114,6 +115,7 @@ def converse(config, tmp_path, monkeypatch, lines):
     return generate.run(config, tmp_path)["rows"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ngram", pytest.param("model", marks=pytest.mark.slow)])
 def test_every_turn_of_a_conversation_is_the_text_of_the_whole_conversation(
     config, tmp_path, monkeypatch, capsys, kind

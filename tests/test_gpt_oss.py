@@ -194,6 +194,7 @@ def pair():
 SLOW = pytest.mark.slow
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["lossless", pytest.param("coupled", marks=SLOW)])
 @pytest.mark.parametrize("kind", ["model", pytest.param("ngram", marks=SLOW), pytest.param("early_exit", marks=SLOW)])
 def test_speculative_decoding_gives_the_tokens_of_plain_decoding(pair, kind, rule):

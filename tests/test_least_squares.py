@@ -123,6 +123,7 @@ class Batches(Iterator):
         self.place = place
 
 
+@pytest.mark.slow
 def test_training_starts_from_the_fit_and_reads_the_same_batches_after_it(target, tmp_path):
     config = common.distillation("", "eagle3", steps=1)
     config.optimizer.warmup_steps = 0
@@ -169,6 +170,7 @@ def test_what_cannot_be_fitted_is_refused(target):
         Eagle3Config(target[0].config, fitted_batches=8, norm_before_residual=True)
 
 
+@pytest.mark.slow
 @pytest.mark.standard_promotion
 def test_sums_over_rows_and_parameters_on_many_devices_are_those_on_one(target):
     network = Eagle3Layer(Eagle3Config(target[0].config, fitted_batches=1, fc_norm=True))

@@ -56,6 +56,7 @@ def assert_close(first, second):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5 * np.abs(other).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["decoder", *(pytest.param(kind, marks=SLOW) for kind in SELDOM)])
 @pytest.mark.usefixtures("layers_by_themselves")
 def test_blocks_of_queries_and_layers_computed_again_give_the_same_gradient(kind, monkeypatch):

@@ -45,12 +45,14 @@ def small_p(small, kind, adjust, rule="lossless", vocabulary=None, wrong=None, *
 CUT = Sampling.of(0.7, top_k=4, top_p=0.85)
 
 
+@pytest.mark.slow
 @KINDS
 def test_the_output_distribution_is_the_targets(small, kind):
     for adjust in (Sampling.of(1.0), CUT):
         assert small_p(small, kind, adjust) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["lossless", "block", pytest.param("coupled", marks=pytest.mark.slow)])
 def test_it_is_the_targets_where_the_head_has_few_ids_and_drafts_fewer_tokens(small, rule):
     """Looked-up tokens need not be among the head's ids."""
@@ -65,6 +67,7 @@ class TakenForDrawn(LookupFirstDrafter):
         return dataclasses.replace(super()._joined(*rows), one_hot=None)
 
 
+@pytest.mark.slow
 def test_the_chi_square_test_rejects_a_rule_that_takes_looked_up_tokens_for_drawn_ones(small):
     assert small_p(small, "model", Sampling.of(1.0), wrong=TakenForDrawn) < 1e-6
 
@@ -75,7 +78,7 @@ def pair():
 
 
 @KINDS
-@pytest.mark.parametrize("rule, settings", [("lossless", GREEDY), ("coupled", COUPLED[:1])])
+@pytest.mark.parametrize("rule, settings", [("lossless", GREEDY), pytest.param("coupled", COUPLED[:1], marks=SLOW)])
 @pytest.mark.parametrize("adaptive", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_tokens_equal_those_of_plain_decoding(pair, kind, rule, settings, adaptive):
     draft_params = tiny.draft_params_of(kind, pair.target, pair.params, pair.draft_params)
@@ -87,6 +90,7 @@ def test_tokens_equal_those_of_plain_decoding(pair, kind, rule, settings, adapti
         assert adaptive or drafted[3] > 0, "only lookup drafts four tokens"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, rows", [("model", 1), ("model", 64), ("eagle3", 32), pytest.param("pard", 32, marks=SLOW)]
 )

@@ -57,6 +57,7 @@ def test_after_every_block_cached_logits_equal_those_of_the_uncached_forward(mod
     assert accepted == set(range(gamma + 1)), "every number of accepted tokens has to occur"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ngram", pytest.param("model", marks=pytest.mark.slow)])
 def test_rows_that_fill_the_capacity_lose_nothing(models, kind):
     """Every slot is used: spare slots leave the text unchanged, one slot fewer changes it."""
@@ -78,6 +79,7 @@ def test_prompts_longer_than_the_cache_are_refused(models):
         loop.prefill(plan, models[1], None, texts, lengths, row_keys(0, jnp.arange(2)))
 
 
+@pytest.mark.slow
 def test_decoding_leaves_the_callers_arrays_alive(models):
     texts, lengths = tiny.prompts(3, BATCH, SLOTS, VOCAB)
     keys = row_keys(0, jnp.arange(BATCH))

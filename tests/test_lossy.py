@@ -215,6 +215,7 @@ CASES = [(name, greedy, "model") for name in LENIENT for greedy in (False, True)
 QUICK = (("lenient_exp", True, "model"),)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "greedy", "kind"),
     [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in CASES],
@@ -278,6 +279,7 @@ def test_only_lossy_rules_get_a_lenience_and_raw_probabilities_come_when_greedy(
         assert (plan.rule.seen[0].raw_target_probs is not None) == greedy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("greedy", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_ids_that_the_target_lacks_are_never_emitted(models, greedy):
     """A draft padded to a larger vocabulary likes its padding; so does a target whose own ids are cut from it."""

@@ -47,6 +47,7 @@ def guesses(target, params, heads_params, tokens):
     return np.stack(heads, axis=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own_head", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_heads_begin_with_the_targets_own_distribution_of_the_next_token(own_head):
     target, params = tiny.decoder(1, sharpness=2.0)

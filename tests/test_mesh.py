@@ -290,6 +290,7 @@ def assert_same_loss(alone, spread):
     assert difference < 1e-5 * optax.tree.norm(gradient)
 
 
+@pytest.mark.slow
 @pytest.mark.standard_promotion
 @pytest.mark.parametrize(
     "sizes", [pytest.param(sizes, marks=[pytest.mark.slow] * (sizes != (2, 2, 2))) for sizes in MESHES]

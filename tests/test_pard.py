@@ -52,6 +52,7 @@ def in_one_forward(model, params, text, count):
 # --- training ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "anchors",
     [pytest.param(None, marks=pytest.mark.slow), [[0, 3, 8], [2, 5, 7]]],
@@ -76,6 +77,7 @@ def test_training_drafts_from_every_anchor_as_one_forward_on_the_text_up_to_it_d
             np.testing.assert_allclose(logits[row, index, :inside], expected[:inside], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_loss_with_anchors_is_the_mean_over_drawn_positions_that_count(target, draft):
     network, own = draft
     tokens = jax.random.randint(jax.random.key(0), (2, 12), 0, VOCAB)
@@ -188,6 +190,7 @@ class OneForward(Tables):
                 yield draft, float(chance), len(draft)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["lossless", pytest.param("block", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "how",
@@ -246,6 +249,7 @@ def test_the_window_holds_the_last_tokens_and_the_masks_at_every_length(draft, c
 # --- files and refusals --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_export_names_the_mask_token_and_the_block_for_vllm_and_drafts_in_blocks(target, draft, tmp_path):
     tokenizer = train_byte_bpe(["x = 1\n" * 30], 258)
     target, params = tiny.decoder(1, vocab_size=tokenizer.vocab_size)

@@ -74,6 +74,7 @@ def test_the_targets_call_is_what_is_left_of_the_runs_own_blocks(monkeypatch):
     assert meter.parts(PLAN, [(0.1, 1)], [(6.0, 10)], seed=0).verify == 0.0
 
 
+@pytest.mark.slow
 def test_parts_are_timed_without_another_program_that_calls_the_target():
     make = lambda drafter, gamma, options: tiny.plan(
         TARGET, drafter, options, gamma=gamma, slots=32, max_new=16, greedy=True

@@ -206,6 +206,7 @@ def test_remat_is_refused_unless_it_is_true_or_false(tmp_path):
         executables.training(section, ModelCatalog(), meshes.make_mesh(section.mesh))
 
 
+@pytest.mark.slow
 @pytest.mark.standard_promotion
 @pytest.mark.parametrize("mesh", [(2, 2, 2), pytest.param((1, 4, 2), marks=pytest.mark.slow)], ids=str)
 def test_bytes_of_a_decoder_and_its_draft_are_those_of_a_run(tmp_path, mesh):

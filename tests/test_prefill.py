@@ -29,6 +29,7 @@ def speculative(models, kind, **changes):
     return tiny.plan(target, kind, options, gamma=GAMMA, max_new=NEW, **{"slots": 30, **changes}), draft
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, chunks", [("kangaroo", (7, 40)), *(pytest.param(k, (1, 7, 40), marks=SLOW) for k in ("kangaroo", "model"))]
 )
@@ -55,6 +56,7 @@ def turns(models, plan, draft, costs=None):
         texts = [[*text, *row[: 5 - turn], 7, 3, turn] for text, row in zip(texts, decoded[0].tokens, strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
     [

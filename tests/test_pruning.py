@@ -79,6 +79,7 @@ def test_padding_does_not_count(source, texts, matters):
         np.testing.assert_allclose(getattr(again, field.name), getattr(matters, field.name), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_same_channels_and_heads_within_groups_are_cut_everywhere(source, stated):
     model, params = source
     shape = shapes.reshaped(model.config, width=10, heads=2, kv_heads=2)

@@ -163,6 +163,7 @@ def test_the_loop_samples_the_distribution_of_a_quantised_target_with_the_unquan
 KINDS = ("model", "ngram", "early_exit")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings, rule, kinds",
     [
@@ -202,6 +203,7 @@ def assert_equal(read, expected):
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.slow
 @DTYPES
 def test_a_checkpoint_is_quantised_while_it_is_loaded_piece_by_piece(dtype, exported, monkeypatch):
     directory, model, params = exported

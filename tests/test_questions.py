@@ -59,6 +59,7 @@ def test_a_template_that_changes_the_users_text_is_refused(home, tmp_path):
         questions.run(config(tmp_path), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_questions_that_ended_are_kept_once_each(home, tmp_path):
     record = questions.run(config(home / "chat"), tmp_path)
     (row,), texts = record["rows"], prompts(tmp_path)

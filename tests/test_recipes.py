@@ -119,6 +119,7 @@ def learning(home, path, **changes):
     return config
 
 
+@pytest.mark.slow
 def test_a_draft_writes_along_and_the_text_is_still_the_targets(home, written):
     _, row = written
     assert row["same_text"] is True and row["rows"] == 5 and row["tokens"] > 0
@@ -163,6 +164,7 @@ def test_interrupted_writing_resumes_and_ends_with_the_same_text(home, written, 
     assert all(np.array_equal(again.rows[name], whole.rows[name]) for name in whole.rows)
 
 
+@pytest.mark.slow
 def test_a_stopped_writer_keeps_the_texts_that_ended(home, written, tmp_path, monkeypatch):
     ended, starts = [], []
     monkeypatch.setattr(stopping, "stop_asked", lambda: ended.append(1) or len(ended) == 3)
@@ -199,6 +201,7 @@ def with_states(home, tmp_path_factory):
     return cached_text.load(workdir / "export")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drafted", [False, True], ids=["plain", "with a draft"])
 def test_stored_states_are_those_of_the_target_on_the_text(home, with_states, tmp_path, drafted):
     """Although decoding computed them, with rows that took several prompts and drafted tokens that were refused."""

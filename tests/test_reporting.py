@@ -421,6 +421,7 @@ def report(tmp_path_factory):
     return folder / "report.html"
 
 
+@pytest.mark.slow
 def test_every_figure_is_saved_for_light_and_dark(report):
     names = sorted(file.name for file in (report.parent / "figures").iterdir())
     figures = ("acceptance", "speedup", "training_loss")

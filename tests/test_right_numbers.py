@@ -45,6 +45,7 @@ def texts(plan, params, draft_params, prompts, new=14, greedy=True, **how):
     return scheduler.decode(plan, params, draft_params, prompts, **{"sampling": sampling, **settings, **how})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dynamic", pytest.param("longrope", marks=pytest.mark.slow)])
 def test_a_text_that_outgrows_the_original_length_does_not_depend_on_gamma_capacity_or_neighbours(kind):
     target, params, draft_params = rotated(kind)
@@ -69,6 +70,7 @@ def drafting(kind, target, params, draft_params):
     return tiny.drafter_options(kind, target, adapter=adapter), own
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, drafter",
     [
@@ -129,6 +131,7 @@ def damaged(params, value=jnp.nan):
     return {**params, "norm": {"scale": params["norm"]["scale"].at[0].set(value)}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "greedy, rule, value",
     [(True, "lossless", np.inf), pytest.param(False, "coupled", np.nan, marks=pytest.mark.slow)],
@@ -148,6 +151,7 @@ def test_a_draft_whose_logits_are_not_finite_leaves_the_text_of_plain_decoding(g
 EVERY_CUT = Sampling.of(0.8, top_k=12, top_p=0.9, min_p=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["coupled", slow("lossless"), slow("block")])
 @pytest.mark.parametrize("drafter", ["kangaroo", *(slow(kind) for kind in TRAINED if kind != "kangaroo")])
 def test_of_each_drafter_logits_that_are_not_finite_are_refused_under_every_cut(drafter, rule):
@@ -167,6 +171,7 @@ def untied(seed=1):
     return target, params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["coupled", slow("block")])
 def test_a_row_whose_draft_fails_leaves_the_drafts_of_the_others(rule):
     target, params = untied()

@@ -40,6 +40,7 @@ def greedy(target, params, tokens):
     return np.pad(np.asarray(tiny.full_logits(target, params, jnp.asarray(tokens))).argmax(-1), ((0, 0), (1, 0)))
 
 
+@pytest.mark.slow
 def test_greedy_texts_are_the_targets_and_replays_what_the_draft_writes():
     batch, (target, params, draft_params, prompts, lengths) = rolled(0.0)
     rows = {name: array.reshape(BATCH, 1 + REPLAYS, *array.shape[1:]) for name, array in batch.items()}
@@ -141,6 +142,7 @@ def test_refused_positions_have_their_own_divergence_and_weight(refused):
     np.testing.assert_allclose(windowed.loss, sums.loss, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("selected", [0.4, pytest.param(0.15, marks=pytest.mark.slow)])
 def test_the_tokens_with_the_largest_gap_to_the_reference_are_selected(selected):
     """AdaSPEC: against a direct computation over all counted positions of the batch."""
@@ -181,6 +183,7 @@ ALL_ASSISTED = {"data.fixed": 0.0, "data.assisted": 1.0, "train.steps": 3, "trai
 SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("adapter", "eagle3", "block_parallel")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["model", *SLOW])
 def test_every_kind_of_draft_trains_on_assisted_rollouts(kind, tmp_path):
     config = test_trainer.make_config(**ALL_ASSISTED, **{"train.checkpoint_every": 2})

@@ -160,6 +160,7 @@ def test_choose_draws_in_proportion_to_unnormalised_weights_and_never_a_zero(noi
     assert p_value(counts[positive], np.asarray([3.3, 1, 0.5, 5.2, 1e-3]) / 10.001 * ROWS) < 1e-6
 
 
+@pytest.mark.slow
 def test_tails_of_262144_ids_are_drawn_as_often_as_they_weigh():
     """2% of the mass is spread over all ids but one, in the middle."""
     vocab, rows = 262144, 32

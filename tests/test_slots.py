@@ -65,6 +65,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [*list(CASES)[:2], *(pytest.param(case, marks=SLOW) for case in list(CASES)[2:])])
 def test_a_text_and_its_counts_do_not_depend_on_the_row_that_it_takes(models, case):
     plan, own = speculative(models, **CASES[case])
@@ -80,6 +81,7 @@ def test_a_text_and_its_counts_do_not_depend_on_the_row_that_it_takes(models, ca
     assert result.padded["target"] >= sum(row.executions["target"] for row in result.rows)
 
 
+@pytest.mark.slow
 def test_rows_are_useful_until_the_end_and_nothing_compiles_after_the_first_refills(models):
     plan, own = speculative(models, "ngram", gamma=0)
     texts, slots, how = prompts(64), SLOTS, {"eos_ids": (17, 17)}

@@ -307,6 +307,7 @@ def test_this_machines_library_holds_thousands_of_docstrings_that_a_copy_of_the_
 # Metrics
 
 
+@pytest.mark.slow
 def test_rouge_is_worked_by_hand():
     predictions, references = ["The cat sat", "a dog", ""], ["the cat sat down", "no match here", "x"]
     result = qualities.rouge(predictions, references).values()

@@ -224,6 +224,7 @@ def assert_close(left, right):
         assert norm(jax.tree.map(lambda x, y: x - y, a, b)) < 1e-5 * norm(a)
 
 
+@pytest.mark.slow
 def test_accumulated_microbatches_are_one_big_batch(whole_step):
     batch = doubled()
     assert len(set(batch["lengths"] - batch["loss_start"])) > 1  # a mean of means would differ
@@ -234,6 +235,7 @@ def test_accumulated_microbatches_are_one_big_batch(whole_step):
         np.testing.assert_allclose(metrics[name], value, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [pytest.param((8, 1, 1), marks=pytest.mark.slow), (2, 2, 2)])
 def test_a_step_on_eight_devices_is_the_step_on_one(sizes, whole_step):
     if jax.device_count() < 8:
@@ -314,6 +316,7 @@ def test_generated_rows_continue_their_prompts_and_are_judged_after_them():
         assert 0 not in new[:-1]
 
 
+@pytest.mark.slow
 def test_generated_text_is_a_function_of_seed_and_step():
     same, again = (generated(np.int32(3))[2]["tokens"] for _ in range(2))
     np.testing.assert_array_equal(same, again)
@@ -331,6 +334,7 @@ def test_prompt_widths_double():
 # The loop.
 
 
+@pytest.mark.slow
 def test_a_run_of_all_sources_compiles_once_for_each_shape_and_logs_what_it_did(tmp_path):
     config = make_config(**MIXTURE)
     run = make_trainer(config, tmp_path)
@@ -350,6 +354,7 @@ def test_a_run_of_all_sources_compiles_once_for_each_shape_and_logs_what_it_did(
     assert outcome.loss == trained[-1]["loss"]
 
 
+@pytest.mark.slow
 def test_plain_training_needs_no_target_but_measures_acceptance_with_one(tmp_path):
     config = make_config(**{"loss.divergence": "cross_entropy", "train.steps": 8})
     alone = make_trainer(config, tmp_path / "alone", inputs=make_inputs(config, with_target=False)).run()
@@ -495,6 +500,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_last_checkpoint(f
     assert_same_bits(restored.params, outcome.params)
 
 
+@pytest.mark.slow
 def test_training_continues_at_the_final_rate_until_the_time_is_reached(tmp_path):
     outcome = make_trainer(make_config(**{"train.steps": 4}), tmp_path, min_seconds=2.5).run()
     assert outcome.train_seconds >= 2.5 and outcome.steps > 4
@@ -591,6 +597,7 @@ def test_without_a_target_what_needs_one_is_refused(tmp_path):
             make_trainer(config, tmp_path, inputs=make_inputs(config, with_target=False))
 
 
+@pytest.mark.slow
 def test_a_stopped_run_saves_its_step_and_resumes_to_the_same_end(tmp_path, monkeypatch, straight):
     config, folder, straight = straight
     answers = iter([False] * 6 + [True])
@@ -678,6 +685,7 @@ def trained_target(tmp_path_factory):
     return workdir, distill.run(distill_config(), workdir)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_an_export_and_results_that_tell_how_it_went(trained_target):
     workdir, results = trained_target
     assert results == records.read_results(workdir / "results.json")
@@ -718,6 +726,7 @@ def test_an_export_has_the_dtype_that_was_asked_for(trained_target, tmp_path):
     assert {tensor.dtype for tensor in weights.stored_in(tmp_path / "export").values()} == {"BF16"}
 
 
+@pytest.mark.slow
 def test_training_starts_from_an_export_also_if_the_tokenizer_differs_in_an_unused_token(trained_target, tmp_path):
     workdir, results = trained_target
     export = workdir / "export"

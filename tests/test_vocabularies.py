@@ -90,6 +90,7 @@ def test_padding_rows_of_a_draft_change_not_one_token_and_not_one_count(target, 
     assert int(plain.statistics.accepted_at.sum()) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [VOCAB - 6, pytest.param(VOCAB + 8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("rule, greedy", [LOSSLESS_GREEDY, pytest.param(*COUPLED, marks=pytest.mark.slow)])
 def test_with_any_draft_vocabulary_the_tokens_are_those_of_plain_decoding(target, rows, rule, greedy):

@@ -219,8 +219,8 @@ def score(
 ) -> Iterator[dict[str, Any]]:
     """Yields for each rule and gamma the expected block efficiency with its interval, a bootstrap over texts.
 
-    `over_lossless` is the block efficiency relative to that of the rule `lossless` at the same gamma (None for this rule
-    itself), with an interval that pairs the two by text.
+    `over_lossless` is the block efficiency relative to that of the rule `lossless` at the same gamma, with an interval
+    that pairs the two by text; None for `lossless` itself.
 
     Args:
       decoded: number of texts whose prompts are decoded to check it; 0 for none. `decoded` is their block efficiency,
