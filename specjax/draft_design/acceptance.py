@@ -39,6 +39,7 @@ from specjax.models.attachment import AttachedDraft, runtime_params
 from specjax.models.language_model import LanguageModel, consecutive
 from specjax.reporting import metrics
 from specjax.runtime.errors import UserError
+from specjax.runtime.timing import progress
 
 RULES = ("lossless", "block")
 # Predictions whose logits are in memory at one time, and the multiples to which texts and their answers are padded.
@@ -139,9 +140,9 @@ class Scorer:
         # At temperature 0 the text's token has probability 1, also where another one ties with it.
         self._target_probs = None
         if temperature[0]:
-            self._target_probs = self._probs(target.decoder, target.params)[..., 0]
+            self._target_probs = self._probs(target.decoder, target.params, "the target")[..., 0]
 
-    def _probs(self, model: LanguageModel, params: Any) -> Float[np.ndarray, "N T P"]:
+    def _probs(self, model: LanguageModel, params: Any, name: str) -> Float[np.ndarray, "N T P"]:
         """`_token_probs` by position, in batches of similar lengths; undefined where nothing emitted is predicted."""
         lengths, tokens, size = self.rows["lengths"], self.rows["tokens"], self.batch_size
         furthest = max(offset for offset, _ in model.predicts)
@@ -149,7 +150,7 @@ class Scorer:
         probs = np.zeros((*tokens.shape, len(model.predicts)), np.float32)
         order = np.argsort(-lengths, kind="stable")
         greedy, sampling = self.temperature[0] == 0, Sampling.of(*self.temperature)
-        for first in range(0, len(order), size):
+        for first in progress(range(0, len(order), size), description=f"scoring: {name}", unit="batch"):
             chosen = order[first : first + size]
             width = min(-(-int(lengths[chosen].max()) // _WIDTH) * _WIDTH, tokens.shape[1])
             padded = np.resize(chosen, size)  # repeats texts, so that few shapes are compiled
@@ -169,7 +170,7 @@ class Scorer:
           UserError: if the draft drafts fewer than gamma tokens.
         """
         model, params = self._model_of(draft, gamma)
-        drafted = self._probs(model, params)
+        drafted = self._probs(model, params, "a draft")
         index = np.arange(self.emitted.max())[None, :, None] + np.arange(gamma)[None, None]
         predicts = [offset for offset, _ in model.predicts]
         alone = len(predicts) == 1  # one prediction serves every token of a block
