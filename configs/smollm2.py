@@ -68,7 +68,9 @@ def get_config(variant: str = "") -> ConfigDict:
         config.questions = "required:questions:a file of questions to answer, such as Spec-Bench's question.jsonl"
     # Steps and rows of a step in training, and the number of predictions whose logits are in memory at one time.
     config.update({"steps": 500, "batch_size": 16, "chunk": 512})
-    config.param_dtype = "float32"  # of the target in training and writing, and of the exported drafts
+    config.param_dtype = "float32"  # of the target in training, and of the exported drafts
+    # Of the target where it decodes, and of the drafts there: in `own_questions`, `text` and `evaluation`.
+    config.decoding = ConfigDict({"param_dtype": "auto", "compute_dtype": "auto"})
     config.eval_every = 100  # steps between two validations, and two checkpoints
     # Questions that the target writes, and answers: a question is asked several times, with other random numbers.
     config.update({"asked": 1280, "answers": 1920})
@@ -106,6 +108,7 @@ def get_config(variant: str = "") -> ConfigDict:
         {"text": "stage:text", "batches": 4, "batch_size": 16, "sequence_length": config.get_ref("sequence_length")}
     )
     config.evaluation = _evaluation(target, exit_layer, trained)
+    config.evaluation.update(common.reference(config.decoding))
     for name in config.stages:
         config[name].seed = config.get_ref("seed")
         if "mesh" in config[name]:
@@ -116,14 +119,14 @@ def get_config(variant: str = "") -> ConfigDict:
     config.evaluation.task = common.task("prompt_completion", config.get_ref("questions"))
     if variant == "accelerator":
         config.update({"steps": 2000, "batch_size": 64, "chunk": 8192, "eval_every": 500})
-        config.param_dtype = "bfloat16"
+        config.param_dtype = config.decoding.param_dtype = "bfloat16"
         config.update({"asked": 16384, "answers": 16384, "writing_batch_size": 256, "stored_states": ()})
     return _smoke(config) if variant == "smoke" else config
 
 
 def _questions(config: ConfigDict) -> ConfigDict:
     section = ConfigDict({"binary": "questions", "target": config.get_ref("target"), "mesh": common.mesh()})
-    section.update({"param_dtype": config.get_ref("param_dtype"), "compute_dtype": "auto"})
+    section.update(common.reference(config.decoding))
     section.count = config.get_ref("asked")
     section.batch_size = config.get_ref("writing_batch_size")
     section.generation = ConfigDict({"temperature": 1.0, "top_k": 0, "top_p": 0.9, "max_new_tokens": 96})
@@ -134,8 +137,8 @@ def _text(config: ConfigDict) -> ConfigDict:
     section = common.target_text(config.get_ref("target"), common.reference(config.task))
     shared = {key: config.draft.data.get_ref(key) for key in section.data}
     section.data = ConfigDict({**shared, "batch_size": config.get_ref("writing_batch_size")})
-    keys = {"param_dtype": "param_dtype", "count": "answers", "states": "stored_states"}
-    section.update({key: config.get_ref(name) for key, name in keys.items()})
+    section.update(common.reference(config.decoding))
+    section.update({"count": config.get_ref("answers"), "states": config.get_ref("stored_states")})
     return section
 
 
