@@ -291,7 +291,13 @@ class LanguageModel(Network):
 
 
 def look_up(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """The embeddings of these ids; an id past the table (another model's padding) gets the last row."""
+    """The embeddings of these ids; an id past the table (another model's padding) gets the last row.
+
+    A CPU looks rows of bfloat16 up in float32. In a loop, XLA would convert the whole table before the first step, which
+    takes longer than a step of decoding. What is behind a barrier with the tokens, which change, stays in the loop.
+    """
+    if meshes.platform() == "cpu":
+        table, tokens = jax.lax.optimization_barrier((table, tokens))
     return table.at[tokens].get(mode="clip")
 
 

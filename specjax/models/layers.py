@@ -25,8 +25,9 @@ ACTIVATIONS = {
 }
 
 
-# On CPU, products with at most this many rows are computed as in `_few_rows` or `quantised.integer_product`.
-_FEW_ROWS = 64
+# On CPU, products with at most this many rows are computed as in `_few_rows` or `quantised.integer_product`; with rows
+# of bfloat16 and AMX, 32 rows take 0.75 of the time otherwise.
+_FEW_ROWS, _FEW_AMX_ROWS = 64, 16
 
 # On CPU, float16 kernels are converted to float32 in blocks of this size, which stay in the processor's cache.
 _BLOCK_BYTES = 1 << 21
@@ -71,7 +72,8 @@ def _cpu_product(inputs, kernel, dtype):
     which made a training step 10% slower. Products of bfloat16 factors are summed in float32 and rounded last: the CPU
     has instructions for that (AMX), and takes four times as long to round within the product.
     """
-    if inputs.shape[0] * inputs.shape[1] <= _FEW_ROWS and meshes.on_one_cpu():
+    few = _FEW_AMX_ROWS if inputs.dtype == jnp.bfloat16 and cpu_has_amx() else _FEW_ROWS
+    if inputs.shape[0] * inputs.shape[1] <= few and meshes.on_one_cpu():
         kernel = kernel if inputs.dtype == jnp.float32 else kernel.astype(inputs.dtype)
         return _few_rows(inputs.reshape(-1, inputs.shape[2]), kernel, dtype).reshape(*inputs.shape[:2], -1)
     multiply = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
