@@ -23,15 +23,15 @@ there are more answers and steps. The same command resumes a stopped run. Time: 
 minutes, of which two and a half were compiling, as other processes did; 14,244 were kept. On two cores with AVX2, 128
 answers with their states took 2.4 minutes (36 for the 1,920 of this config), and 500 steps of `eagle3` 37 while tests
 ran too for much of the time. A CPU with AMX is faster in bfloat16, also where it decodes if you add
-`--config.decoding.param_dtype=bfloat16 --config.decoding.compute_dtype=bfloat16`: on two such cores the questions took 10
-minutes, the answers about 35 and 500 steps of `eagle3` 14.
+`--config.decoding.param_dtype=bfloat16 --config.decoding.compute_dtype=bfloat16`: on two such cores the questions took
+10 minutes, the answers about 35 and 500 steps of `eagle3` 14.
 
 Expect text identical to plain decoding. The mean acceptance of two tokens drafted by `eagle3` on held-out answers was
 0.28 after the least-squares fit, 0.40 after 200 steps and 0.45 after 500; that of `adapter` 0.32 and of `medusa` 0.20.
 On 80 short questions of Spec-Bench `eagle3_lookup` was 1.12 times as fast as plain decoding at temperature 0 and 1.02
 times at temperature 1; the others gained less or lost (configs/kangaroo/README.md). In bfloat16 with AMX, where five
-tokens are verified in 1.1 times the time of one, it was 1.31 times as fast at temperature 0; there, greedy texts may part
-where two candidates tie within bfloat16's rounding.
+tokens are verified in 1.1 times the time of one, it was 1.31 times as fast at temperature 0; there, greedy texts may
+differ where two candidates tie within bfloat16's rounding.
 `configs/smollm2.py:smoke` takes a few questions and steps; give it a tiny target.
 """
 
