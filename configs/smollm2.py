@@ -30,7 +30,7 @@ Expect text identical to plain decoding. The mean acceptance of two tokens draft
 0.28 after the least-squares fit, 0.40 after 200 steps and 0.45 after 500; that of `adapter` 0.32 and of `medusa` 0.20.
 On 80 short questions of Spec-Bench `eagle3_lookup` was 1.12 times as fast as plain decoding at temperature 0 and 1.02
 times at temperature 1; the others gained less or lost (configs/kangaroo/README.md). In bfloat16 with AMX, where five
-tokens are verified in 1.1 times the time of one, it was 1.31 times as fast at temperature 0; there, greedy texts may
+tokens are verified in 1.1 times the time of one, it was 1.31 and 1.19 times as fast; there, greedy texts may
 differ where two candidates tie within bfloat16's rounding.
 `configs/smollm2.py:smoke` takes a few questions and steps; give it a tiny target.
 """

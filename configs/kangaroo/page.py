@@ -10,6 +10,7 @@ TABLES = {
     "kangaroo_recipes_continued": tables.recipes,
     "kangaroo_spec_bench": tables.spec_bench,
     "real_drafts_smollm2": tables.real_drafts,
+    "real_drafts_smollm2_amx": tables.real_drafts,
 }
 FIGURES = {"kangaroo_ablations": figures.ablations, "kangaroo_spec_bench": spec_bench_page.figure}
 CLAIMS = {"kangaroo_claims": claims.CLAIMS}

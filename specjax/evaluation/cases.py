@@ -262,6 +262,9 @@ def make_job(config: Any) -> Job:
     )
     job = dataclasses.replace(job, prompts=prompts)
     job.check(job.ids)
+    for pair in config.compare:
+        if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(name, str) for name in pair):
+            raise UserError(f"compare has {pair!r}; give pairs of drafters, as in (('draft', 'ngram'),)")
     for name in (name for pair in config.compare for name in pair):
         if name not in config.drafters:
             raise UserError(f"compare names no drafter of this config: {name!r}{nearest(name, config.drafters)}.")
