@@ -244,6 +244,7 @@ def refused(run, config, workdir, capsys, *overrides):
         ("batch_sizes=5", "A batch size must lie in 1 .. 3, the number of prompts, not 5"),
         ("compute_dtype=float23", "float23"),
         ("compare=('draft',),", "compare has ('draft',); give pairs of drafters, as in (('draft', 'ngram'),)"),
+        ("compare=(('draft','nowhere'),)", "compare names no drafter of this config: 'nowhere'"),
         ("mesh.tensor=3", "a mesh of data 1 x fsdp 1 x tensor 3 needs 3 devices and there are"),
         ("max_new_tokns=4", 'config.max_new_tokns does not exist; did you mean "max_new_tokens"?'),
         ("max_new_tokens=four", 'config.max_new_tokens is of type int, such as 12, and "four" is not'),
