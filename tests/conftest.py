@@ -51,15 +51,16 @@ def pytest_collection_modifyitems(items):
 def pytest_mark_slow_cases_without_a_new_value_as_thorough(items):
     """A case stays if it has a value of an argument that no earlier one has, so that CI misses no drafter and no rule.
     So do the first and the last of every four in a row, which alternate between two values."""
-    cases, seen = {}, set()
+    cases = {}
     for item in items:
         in_ci = item.get_closest_marker("slow") and not item.get_closest_marker("peers")
         if in_ci and hasattr(item, "callspec") and item.path.name not in SPREAD:
             cases.setdefault((item.path, item.originalname), []).append(item)
     for of_test in cases.values():
+        seen = set()
         for number, item in enumerate(of_test):
-            given = item.callspec.params.items()  # the same objects in every case that has them
-            values = {(item.path, item.originalname, name, id(value)) for name, value in given}
+            # Values are the same objects in every case that has them.
+            values = {(name, id(value)) for name, value in item.callspec.params.items()}
             if number % 4 in (1, 2) and values <= seen:
                 item.add_marker("thorough")
             else:

@@ -131,8 +131,8 @@ def test_the_gain_of_the_block_rule_is_paired_by_text(target):
     assert block["over_lossless"] == pytest.approx(block["block_efficiency"] / lossless["block_efficiency"])
     low, high = block["over_lossless_ci"]
     assert 1 < low < block["over_lossless"] < high
-    apart = block["block_efficiency_ci"][1] - block["block_efficiency_ci"][0]
-    assert high - low < apart / 2, "an interval of the difference, where the texts that both share cancel"
+    unpaired = block["block_efficiency_ci"][1] - block["block_efficiency_ci"][0]
+    assert high - low < unpaired / 2, "an interval of the difference, where the texts that both share cancel"
     (alone,) = acceptance.score(scorer, draft, {"block": (GAMMA,)}, **how)
     assert alone == block
 

@@ -177,9 +177,9 @@ def _value(text: str, like: Any) -> Any:
             items = ast.literal_eval(text)
             if isinstance(items, (tuple, list)) and items and all(isinstance(item, str) for item in items):
                 return type(like)(items)  # quoted texts, which may hold spaces, commas and escapes such as "\n"
-            nested = not like or isinstance(like[0], (tuple, list))
-            if nested and isinstance(items, (tuple, list)) and items and all(isinstance(item, tuple) for item in items):
-                return type(like)(items)  # such as pairs of names
+            nested = isinstance(items, (tuple, list)) and items and all(isinstance(x, (tuple, list)) for x in items)
+            if nested and (not like or isinstance(like[0], (tuple, list))):
+                return type(like)(map(tuple, items))  # such as pairs of names
         parts = [part.strip(" \"'") for part in text.strip("()[] ").split(",")]
         # The last part of "(3,)" and of "" is empty.
         parts = parts if parts[-1] else parts[:-1]
