@@ -11,6 +11,7 @@ from lossless import blocks
 
 from specjax.decoding import loop
 from specjax.decoding.drafters.base import Context, Drafter, Prompts, Proposal
+from specjax.decoding.drafters.states import NoDrafter, StatesDrafter
 from specjax.decoding.plan import capacity_for
 from specjax.decoding.prefill import PLAIN, PROMPT, compiled_prefill
 from specjax.decoding.rules import Lossless
@@ -32,6 +33,25 @@ def make_plan(models, kind, gamma, **changes):
 
 
 # --- caches --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [None, "model", "kangaroo", "medusa", "eagle3", "block_parallel"])
+def test_no_state_in_bfloat16_grows_with_the_capacity_on_a_cpu(kind):
+    """XLA would convert such an array to float32 and back in every block, to write a few columns of it."""
+    target, params = tiny.decoder(1, compute_dtype="bfloat16")
+    plan = tiny.plan(target, gamma=0, slots=SLOTS, max_new=MAX_NEW)
+    adapter, draft_params = tiny.adapter(target)
+    if kind is None:
+        plan = dataclasses.replace(plan, drafter=StatesDrafter.of(NoDrafter(), 0, target, (1, 2)))
+    else:
+        options = tiny.drafter_options(kind, target, adapter=adapter)
+        plan = tiny.plan(target, kind, options, gamma=2, slots=SLOTS, max_new=MAX_NEW)
+        own = params if kind == "model" else draft_params
+        draft_params = tiny.draft_params_of(kind, target, params, own)
+    keys, texts = row_keys(0, jnp.arange(BATCH)), tiny.prompts(3, BATCH, SLOTS, VOCAB)
+    state = loop.prefill(plan, params, draft_params, *texts, keys)
+    long = [leaf.dtype for leaf in jax.tree.leaves(state) if plan.capacity in leaf.shape]
+    assert jnp.float32 in long and jnp.bfloat16 not in long
 
 
 @pytest.mark.parametrize("kind", ["model", "early_exit"])

@@ -89,14 +89,18 @@ class Cache:
         return dataclasses.replace(self, meter=self.meter.after(layers, columns))
 
 
-def zeros(config, batch: int, capacity: int, prompt_lengths: Int[Array, "B"] | None = None) -> Cache:
-    """An empty cache, filled with zeros: masked slots are multiplied by weight 0, and 0 * NaN would be NaN.
+def stored_dtype(config) -> jnp.dtype:
+    """The dtype of a cache that is written in every step: the compute dtype, but on CPU float32 for bfloat16.
 
-    Its dtype is the compute dtype, but on CPU float32 for bfloat16: XLA would convert the whole cache to float32 and
-    back for every write, which took two thirds of a step of 32 rows.
+    XLA would convert the whole cache to float32 and back for every write, which took two thirds of a step of 32 rows.
     """
-    shape, dtype = (batch, config.kv_heads, capacity, config.head_size), dtype_named(config.compute_dtype)
-    dtype = jnp.float32 if dtype == jnp.bfloat16 and meshes.platform() == "cpu" else dtype
+    dtype = dtype_named(config.compute_dtype)
+    return jnp.dtype(jnp.float32 if dtype == jnp.bfloat16 and meshes.platform() == "cpu" else dtype)
+
+
+def zeros(config, batch: int, capacity: int, prompt_lengths: Int[Array, "B"] | None = None) -> Cache:
+    """An empty cache, filled with zeros: masked slots are multiplied by weight 0, and 0 * NaN would be NaN."""
+    shape, dtype = (batch, config.kv_heads, capacity, config.head_size), stored_dtype(config)
     arrays = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(config.layers))
     return Cache(arrays(), arrays(), Meter.zeros(batch), prompt_lengths)
 

@@ -46,7 +46,8 @@ class Eagle3State:
 
     Attributes:
       cache: keys and values of the draft's layer.
-      features: the target's projected hidden states of all committed tokens but the pending one. Rows are not sharded,
+      features: the target's projected hidden states of all committed tokens but the pending one, in
+        `kv_cache.stored_dtype`. Rows are not sharded,
         because the compiler would gather complete weights to compute them.
     """
 
@@ -81,7 +82,7 @@ class Eagle3Drafter(Drafter):
 
     def start(self, params, target_params, prompts: Prompts) -> Eagle3State:
         config, batch = self.network.config.inner, prompts.lengths.shape[0]
-        features = jnp.zeros((batch, prompts.capacity, config.width), dtype_named(config.compute_dtype))
+        features = jnp.zeros((batch, prompts.capacity, config.width), kv_cache.stored_dtype(config))
         return Eagle3State(self.network.start(batch, prompts.capacity), features)
 
     def prefill(self, params, target_params, state: Eagle3State, chunk: Chunk) -> Eagle3State:
@@ -92,7 +93,7 @@ class Eagle3Drafter(Drafter):
 
     def _read(self, params, target_params, state: Eagle3State, tokens, positions) -> tuple[Any, Eagle3State]:
         """The draft's output at committed tokens, and the state with their keys and values."""
-        hidden = state.before(positions)
+        hidden = state.before(positions).astype(dtype_named(self.network.config.inner.compute_dtype))
         outputs, cache = self.network.draft_step(params, target_params, state.cache, tokens, hidden, positions)
         return outputs, dataclasses.replace(state, cache=cache)
 
@@ -121,7 +122,7 @@ class Eagle3Drafter(Drafter):
             output, cache = network.draft_step(params, target_params, state.cache, tokens[:, None], hidden, positions)
             return drafted(dataclasses.replace(state, cache=cache), output)
 
-        carry = state, jnp.zeros_like(state.features[:, :1])
+        carry = state, jnp.zeros_like(state.features[:, :1], dtype_named(network.config.inner.compute_dtype))
         how = {**self.ends, "vocabulary": network.vocabulary}
         proposal, (state, _) = draft(context, self.gamma, carry, first, step, **how)
         return proposal, state, target_cache

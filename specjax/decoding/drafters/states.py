@@ -11,7 +11,6 @@ from specjax.decoding.drafters.base import Chunk, Context, Drafter, Outcome, Pro
 from specjax.decoding.drafters.wrapping import Wrapping
 from specjax.models import kv_cache
 from specjax.models.language_model import LanguageModel
-from specjax.runtime.dtypes import dtype_named
 from specjax.runtime.mesh import axes
 
 
@@ -69,7 +68,7 @@ class StatesDrafter(Wrapping):
     def start(self, params, target_params, prompts: Prompts) -> TextStates:
         config = self.target.config
         shape = prompts.lengths.shape[0], prompts.capacity, config.width
-        zeros = tuple(jnp.zeros(shape, dtype_named(config.compute_dtype)) for _ in self.layers)
+        zeros = tuple(jnp.zeros(shape, kv_cache.stored_dtype(config)) for _ in self.layers)
         return TextStates(zeros, self.inner.start(params, target_params, prompts))
 
     def prefill(self, params, target_params, state: TextStates, chunk: Chunk) -> TextStates:
