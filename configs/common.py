@@ -186,6 +186,22 @@ def target_text(target: Any, section: ConfigDict, *, temperature: float = 1.0) -
     return config
 
 
+def acceptance(target: Any, drafts: Any, texts: tuple[str, ...] = ("stage:greedy", "stage:sampled")) -> ConfigDict:
+    """Every key of a stage that scores drafts on stored text of their target, without decoding.
+
+    Args:
+      target: the checkpoint.
+      drafts: folders of drafts, models or attachments.
+      texts: folders of text that the binary target_text wrote.
+    """
+    config = ConfigDict({"binary": "design", "action": "acceptance", "seed": 0, "target": target, "drafts": drafts})
+    config.update({"texts": texts, "param_dtype": "float32", "compute_dtype": "auto", "batch_size": 8})
+    config.count = 0  # texts of each folder that are scored; 0 takes all
+    config.rules = ConfigDict({"lossless": (1, 2, 4, 8), "block": (4, 8)})  # tokens drafted per block
+    config.decoded = 0  # texts whose prompts are decoded to check each number; 0 for none
+    return config
+
+
 def draft_vocabulary(target: Any, size: Any, target_text: Any = "") -> ConfigDict:
     """A stage that counts the ids of a target's text; `vocabulary` keys of later stages name it, as "stage:NAME".
 

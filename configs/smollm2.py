@@ -87,17 +87,17 @@ def get_config(variant: str = "") -> ConfigDict:
     target, exit_layer = config.get_ref("target"), config.get_ref("exit_layer")
 
     config.own_questions = _questions(config)
-    config.draft = _training(config, "stage:pruned")
+    config.draft = training(config, "stage:pruned")
     config.draft.data.update({"draft": 0.05, "target": 0.95})
-    config.pard = _training(config, "stage:draft")
+    config.pard = training(config, "stage:draft")
     config.pard.update({"pard": common.pard_draft(drafted=8)})
-    config.adapter = _training(config, "adapter")
+    config.adapter = training(config, "adapter")
     config.adapter.adapter = common.kangaroo_adapter(exit_layer)
-    config.medusa = _training(config, "medusa")
+    config.medusa = training(config, "medusa")
     config.medusa.medusa = common.medusa_heads(heads=3)
-    config.eagle3 = _training(config, "eagle3")
+    config.eagle3 = training(config, "eagle3")
     config.eagle3.eagle3 = common.eagle3_draft(STATES, steps=2)
-    config.block_parallel = _training(config, "block_parallel")
+    config.block_parallel = training(config, "block_parallel")
     config.block_parallel.block_parallel = common.block_parallel_draft(STATES)
     for name in ("pard", "block_parallel"):
         config[name].loss.anchors = 32
@@ -146,9 +146,9 @@ def _text(config: ConfigDict) -> ConfigDict:
     return section
 
 
-def _training(config: ConfigDict, init: str) -> ConfigDict:
+def training(config: ConfigDict, init: str, steps: str = "steps") -> ConfigDict:
     """Distillation on the stored answers, by the forward KL given the ids of the vocabulary."""
-    section = common.distillation(config.get_ref("target"), init, steps=config.get_ref("steps"), learning_rate=1e-3)
+    section = common.distillation(config.get_ref("target"), init, steps=config.get_ref(steps), learning_rate=1e-3)
     section.model.vocabulary, section.model.param_dtype = "stage:vocabulary", config.get_ref("param_dtype")
     section.loss.chunk, section.model.compute_dtype = config.get_ref("chunk"), "fastest"
     section.data.update({"prompt_length_max": config.get_ref("prompt_length_max"), "chat": True})

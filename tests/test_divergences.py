@@ -152,6 +152,14 @@ def test_underflowing_probabilities_give_finite_values_and_gradients(name, far):
     assert jnp.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize("name", divergences.FINITE)
+def test_at_any_weight_the_gradient_is_finite_where_the_draft_lacks_an_id(name):
+    """Positions of assisted rollouts weigh more than 1; an id that a reduced draft lacks has a logit of -inf."""
+    target, draft = random_logits(0), random_logits(1).at[..., -1].set(-jnp.inf)
+    gradient = jax.grad(lambda draft, weight: weight * named(name, 0.5)(target, draft).sum())
+    np.testing.assert_allclose(gradient(draft, 1000.0), 1000 * gradient(draft, 1.0), rtol=1e-4, atol=1e-5)
+
+
 def test_bfloat16_logits_are_compared_in_float32():
     target, draft = random_logits(0).astype(jnp.bfloat16), random_logits(1).astype(jnp.bfloat16)
     for name in NAMES:

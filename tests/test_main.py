@@ -258,10 +258,10 @@ def test_a_workdir_that_cannot_be_written_is_refused(config_file, tmp_path, caps
 
 def test_references_to_earlier_stages_become_paths(stages_file):
     config = configs.load(stages_file)
-    config.draft.others = ("workdir:target", "C:stage", 3)
+    config.draft.others = ("workdir:target", "C:stage", "stage:target/test.jsonl", 3)
     resolved = configs.resolve(config.draft, "runs/a", ("target",))
     assert resolved.target == "runs/a/target/export"
-    assert resolved.others == ("runs/a/target", "C:stage", 3)
+    assert resolved.others == ("runs/a/target", "C:stage", "runs/a/target/export/test.jsonl", 3)
     assert config.draft.target == "stage:target"
     with pytest.raises(UserError, match='names no earlier stage; did you mean "targets"'):
         configs.resolve(config.draft, "runs/a", ("targets",))
@@ -454,6 +454,7 @@ def test_data_that_changed_since_the_run_began_is_refused(tmp_path, capsys, fold
             'stage "drafft" has no section in the config; did you mean "draft"',
         ),
         ("--config.target.target=stage:draft", '"stage:draft" names no earlier stage'),
+        ("--config.target.target=stage:draft/x", '"stage:draft/x" names no earlier stage'),
     ],
 )
 def test_a_stage_that_cannot_run_is_found_before_the_first_one_starts(

@@ -72,6 +72,7 @@ def models(tmp_path_factory):
         "configs/distill.py:new-smoke": (target, text),
         "configs/distill.py:pard-smoke": (target, f"--config.draft={home}/draft", text),
         "configs/smollm2.py": (f"--config.target={home}/chat",),
+        "configs/distillspec/on_policy.py": (f"--config.target={home}/chat",),
         "configs/adapter.py": (target, text),
         "configs/adapter.py:medusa-smoke": (target, text),
         "configs/adapter.py:eagle3-smoke": (target, text),

@@ -86,10 +86,7 @@ def get_config(variant: str = "") -> ConfigDict:
     drafts = tuple(f"stage:{name}" for name in stages if name != "text")
     stages["greedy"] = _text(config, held_out, 0.0, config.get_ref("texts"))
     stages["sampled"] = _text(config, held_out, 1.0, config.get_ref("texts"))
-    stages["acceptance"] = ConfigDict({"binary": "design", "action": "acceptance", "seed": 0, "drafts": drafts})
-    stages["acceptance"].update({"target": config.get_ref("target"), "texts": ("stage:greedy", "stage:sampled")})
-    stages["acceptance"].update({"rules": {"lossless": (1, 2, 4, 8), "block": (4, 8)}, "batch_size": 8, "count": 0})
-    stages["acceptance"].update({"decoded": 0, "param_dtype": "float32", "compute_dtype": "auto"})
+    stages["acceptance"] = common.acceptance(config.get_ref("target"), drafts)
     config.stages = tuple(stages)
     config.update(stages)
     return config

@@ -37,15 +37,8 @@ def get_config(variant: str = "") -> ConfigDict:
     for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
         config[name] = _text(config, temperature)
 
-    config.acceptance = ConfigDict({"binary": "design", "action": "acceptance"})
-    config.acceptance.target = config.get_ref("target")
-    config.acceptance.drafts = config.get_ref("drafts")
-    config.acceptance.texts = ("stage:greedy", "stage:sampled")
-    config.acceptance.count = 0  # texts of each folder that are scored; 0 takes all
-    config.acceptance.rules = ConfigDict({"lossless": (1, 2, 4, 8), "block": (4, 8)})  # tokens drafted per block
-    config.acceptance.decoded = 32  # texts whose prompts are decoded to check each number; 0 for none
-    config.acceptance.batch_size = 8
-    config.acceptance.update({"param_dtype": "float32", "compute_dtype": "auto"})
+    config.acceptance = common.acceptance(config.get_ref("target"), config.get_ref("drafts"))
+    config.acceptance.decoded = 32
     for name in ("greedy", "sampled", "acceptance"):
         config[name].seed = config.get_ref("seed")
     if variant == "smoke":

@@ -123,6 +123,7 @@ def lk_hybrid(target_logits: Logits, draft_logits: Logits, *, weight: float | No
 
 
 _ETA = 3.0
+_LOWEST = -1e30
 
 # Divergences that are finite where the draft has probability 0 and the target does not; see `objective`.
 FINITE = ("reverse_kl", "jsd", "total_variation", "negative_log_acceptance")
@@ -201,8 +202,9 @@ def _wide(logits: Logits) -> Logits:
 
 
 def _log_probs(logits: Logits) -> Logits:
-    # Finite: a token with a logit of -inf in both distributions would give inf - inf.
-    return jnp.maximum(jax.nn.log_softmax(_wide(logits)), jnp.finfo(jnp.float32).min)
+    # Finite: a token with a logit of -inf in both distributions would give inf - inf. Its product with the weight of a
+    # position is finite too, which the gradient multiplies by a probability of 0.
+    return jnp.maximum(jax.nn.log_softmax(_wide(logits)), _LOWEST)
 
 
 def _kl(log_probs: Logits, other: Logits) -> Float[Array, "B T"]:

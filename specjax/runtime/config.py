@@ -20,7 +20,8 @@ from specjax.runtime.files import write_atomically
 
 # A folder of this name is made importable as a package when one of its configs is loaded.
 _PACKAGE = "configs"
-# The value "stage:NAME" is the folder that stage NAME exported to, "workdir:NAME" the folder it ran in.
+# The value "stage:NAME" is the folder that stage NAME exported to, "stage:NAME/FILE" a file in it, and "workdir:NAME"
+# the folder it ran in.
 _REFERENCES = {"stage": "export", "workdir": ""}
 # The value "required:KEY:WHAT" of a config must be replaced on the command line, by --config.KEY=...
 _REQUIRED = "required:"
@@ -153,7 +154,8 @@ def to_plain(config: Mapping | ConfigDict) -> dict:
 
 
 def resolve(config: ConfigDict, workdir: str | Path, earlier: Collection[str]) -> ConfigDict:
-    """Replaces "stage:NAME" with the folder that stage exported to, and "workdir:NAME" with the folder it ran in.
+    """Replaces "stage:NAME" with the folder that stage exported to, "stage:NAME/FILE" with a file in it, and
+    "workdir:NAME" with the folder it ran in.
 
     Args:
       config: the section of one stage.
@@ -172,12 +174,13 @@ def resolve(config: ConfigDict, workdir: str | Path, earlier: Collection[str]) -
             return {key: value(item) for key, item in x.items()}
         if isinstance(x, (list, tuple)):
             return type(x)(value(item) for item in x)
-        kind, colon, name = x.partition(":") if isinstance(x, str) else ("", "", "")
+        kind, colon, place = x.partition(":") if isinstance(x, str) else ("", "", "")
         if not colon or kind not in _REFERENCES:
             return x
+        name, _, file = place.partition("/")
         if name not in earlier:
             raise UserError(f'"{x}" names no earlier stage{nearest(name, earlier)}')
-        return str(Path(workdir) / name / _REFERENCES[kind])
+        return str(Path(workdir) / name / _REFERENCES[kind] / file)
 
     resolved = ConfigDict(value(config.to_dict()))
     resolved.lock()
