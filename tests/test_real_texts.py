@@ -50,6 +50,17 @@ def test_the_table_has_every_arm_with_its_gain_over_the_start(record):
     assert "900 tokens of 9 texts at T 1; 3 seeds" in table
 
 
+def test_without_fixed_text_gains_are_over_the_stored_text_and_over_the_draft_that_all_continue():
+    rows = scored("eagle3", 1.4)
+    for text, efficiency in {"target": 1.5, "assisted": 1.65, "longer": 1.6}.items():
+        stage = f"eagle3_{text}_forward_kl_0"
+        rows += [{"stage": stage, "train_seconds": 10.0}, *scored(stage, efficiency)]
+    lines = texts.compared({"rows": rows, "environment": ENVIRONMENT}).splitlines()
+    assert "over the stored text" in lines[0]
+    (assisted,) = [line for line in lines if "| assisted |" in line]
+    assert "| +17.9% (1 seed) | +10.0% (1 seed) |" in assisted
+
+
 def test_a_record_names_the_exports_of_its_run_by_stage(tmp_path):
     stage, other = tmp_path / "small_draft_reverse_kl_0", "/elsewhere/start_small/export"
     rows = [{"table": "acceptance", "draft": path, "gamma": 4} for path in (f"{stage}/export", other)]

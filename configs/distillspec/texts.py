@@ -1,20 +1,21 @@
-"""The table of `real.py`: drafts of a real target by the text that they learned from, and the gains over fixed text."""
+"""The tables of `real.py` and `on_policy.py`: drafts of a real target by the text that they learned from, and gains."""
 
 import statistics
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from configs.distillspec.real import ARMS
+from configs.distillspec import on_policy, real
 from configs.records.claims import Measured, Measures
 from configs.records.rows import gains, markdown, percent, provenance, trained
 
 FIXED = "ground_truth"
+ARMS = tuple(dict.fromkeys((*real.ARMS, *on_policy.ARMS)))
 # The setting that the claims are judged by.
 RULE, GAMMA = "lossless", 4
 
 
 class Arm(NamedTuple):
-    """One way to train a draft; `text` is a key of `real.ARMS`."""
+    """One way to train a draft; `text` is one of `ARMS`."""
 
     draft: str
     text: str
@@ -54,7 +55,8 @@ def gains_over_fixed(record: Mapping, divergence: str = "forward_kl") -> Measure
 
 
 def compared(record: Mapping) -> str:
-    """Every arm at every temperature: tokens per call over its seeds, gains over fixed text and over the start."""
+    """Every arm at every temperature: tokens per call over its seeds, gains over the start and over fixed text, or in
+    a study without it over the target's stored text."""
     lines = [line for temperature in _temperatures(record) for line in _lines(record, temperature)]
     rows = _scored(record)
     texts = {f"{row['tokens']:,} tokens of {row['texts']} texts at T {row['temperature']:g}" for row in rows}
@@ -70,9 +72,10 @@ def _lines(record: Mapping, temperature: float) -> Iterator[dict]:
     trainings = trained(record)
     values = efficiencies(record, temperature, GAMMA)
     starts = {_stage(row): row for row in _scored(record, temperature) if (row["gamma"], row["rule"]) == (GAMMA, RULE)}
+    base, name = (FIXED, "fixed text") if any(arm.text == FIXED for arm in values) else ("target", "the stored text")
     for arm, by_seed in values.items():
-        start = starts.get(f"start_{arm.draft}")
-        others = values.get(arm._replace(text=FIXED), {})
+        start = starts.get(f"start_{arm.draft}", starts.get(arm.draft))
+        others = values.get(arm._replace(text=base), {})
         over_start = gains(by_seed, dict.fromkeys(by_seed, start["block_efficiency"])) if start else []
         stages = [trainings[f"{arm.draft}_{arm.text}_{arm.divergence}_{seed}"] for seed in by_seed]
         yield {
@@ -82,7 +85,7 @@ def _lines(record: Mapping, temperature: float) -> Iterator[dict]:
             "temperature": temperature,
             "tokens per call": str(Measured.over_seeds(list(by_seed.values()))),
             "over the start": percent(over_start),
-            "over fixed text": percent(gains(by_seed, others)) if others and arm.text != FIXED else None,
+            f"over {name}": percent(gains(by_seed, others)) if others and arm.text != base else None,
             "seconds": statistics.fmean(row["train_seconds"] for row in stages),
         }
 
