@@ -45,6 +45,7 @@ def test_the_accelerators_script_leaves_out_parts_for_which_no_time_is_left(tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_the_accelerators_script_leaves_a_record_of_every_part(tmp_path):
     """Of two parts; tests/test_smoke.py runs all tables of the script in one process."""
     parts = ["bandwidth", "greedy_identity"]

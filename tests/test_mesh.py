@@ -357,7 +357,9 @@ def undivided(request, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.standard_promotion
-@pytest.mark.parametrize("undivided", ["two key/value heads", "few heads"], indirect=True)
+@pytest.mark.parametrize(
+    "undivided", ["few heads", pytest.param("two key/value heads", marks=pytest.mark.thorough)], indirect=True
+)
 def test_a_mesh_that_replicates_what_it_does_not_divide_says_what_one_device_says(undivided):
     sizes = 1, 1, 8
     assert_same_tokens(generated(ALONE, "sampled"), generated(sizes, "sampled"), "sampled")

@@ -162,7 +162,7 @@ def compare(config, mesh):
 
 @pytest.mark.slow
 @pytest.mark.standard_promotion
-@pytest.mark.parametrize("encoder_decoder", [False, True])
+@pytest.mark.parametrize("encoder_decoder", [False, pytest.param(True, marks=pytest.mark.thorough)])
 def test_more_devices_with_as_many_rows_each_hold_and_send_no_more(tmp_path, encoder_decoder):
     """Over `fsdp` the weights go to the rows: of a step, rows that went to the weights would be all rows of all."""
     write = t5_directory if encoder_decoder else directory

@@ -212,6 +212,7 @@ def test_four_stopped_processes_resume_and_end_as_one_process_does(home, alone, 
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_a_checkpoint_of_four_processes_resumes_in_one_on_another_mesh(home, alone, stopped):
     workdir = home / "elsewhere"
     shutil.copytree(stopped, workdir)

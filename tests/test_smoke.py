@@ -156,9 +156,12 @@ def test_a_config_without_a_smoke_run_of_its_own_differs_from_one_with_it_in_the
     assert compared[0] == compared[1] and f"{SAME[name]}:smoke" in RUNS
 
 
-# The papers' reproductions and benchmarks take two thirds of the time, and run what a user's configs run.
-PAPERS = tuple(f"configs/{name}" for name in ("benchmark", "distillspec", "draft_design", "kangaroo", "quickstart_c"))
-thorough = lambda name: [pytest.mark.thorough] if name.startswith(PAPERS) else []
+# The papers' reproductions and benchmarks take half of the time, and run what a user's configs run. These attachments
+# are trained by smollm2.py too.
+REPEATED = tuple(f"configs/{name}" for name in ("benchmark", "distillspec", "draft_design", "kangaroo", "quickstart_c"))
+REPEATED += tuple(f"configs/adapter.py:{kind}" for kind in ("smoke", "eagle3", "block_parallel"))
+REPEATED += ("configs/distill.py:new", "configs/evaluate.py:ngram")
+thorough = lambda name: [pytest.mark.thorough] if name.startswith(REPEATED) else []
 
 
 @pytest.mark.slow
