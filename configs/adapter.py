@@ -6,8 +6,9 @@
 `configs/adapter.py:medusa` trains Medusa heads in place of the adapter, `configs/adapter.py:eagle3` an EAGLE-3 draft,
 and `configs/adapter.py:block_parallel` a draft that writes a block in one forward, as DFlash does.
 The target is a Hugging Face checkpoint of a decoder-only family; it is not changed. The text is a file or a folder of
-files. For prompts with answers set `--config.task.name=prompt_completion`; configs/distillspec/README.md lists the
-layouts (conversations, Alpaca, ...).
+files. For prompts with answers, or conversations, set `--config.task.name=prompt_completion`, with a chat model
+`--config.chat=true`, and the lengths in tokens `--config.sequence_length` and `--config.prompt_length_max`;
+configs/distillspec/README.md lists the layouts (conversations, Alpaca, ...).
 
 Kangaroo (arXiv 2404.18911) puts an adapter on the first `exit_layer` layers; Medusa-1 (arXiv 2401.10774, without its
 tree) puts heads on the last hidden state; EAGLE-3 (arXiv 2503.01840, as a chain) puts a layer on three of its states,
@@ -15,7 +16,8 @@ which drafts token by token; the block-parallel draft has layers of its own that
 runs/adapter/adapter/export: small files that work with this target only (`api.load_adapter(DIR, target)`); vLLM serves
 those of EAGLE-3 (configs/export/README.md).
 
-Stages: `adapter`, and `evaluation` compared with plain decoding and with the same exit without an adapter.
+Stages: `adapter`, and `evaluation`, which compares with plain decoding, and Kangaroo with the same exit without an
+adapter.
 
 Hardware: whatever holds the target; `--config.mesh.fsdp=8` splits it over 8 devices. Time: not timed. Expect text
 identical to plain decoding at temperature 0, and a speed-up if the target is deep: the paper exits after 1/16 to 1/10
@@ -43,13 +45,16 @@ def get_config(variant: str = "") -> ConfigDict:
     config.text = "required:text:a file or a folder of text to train on"
     config.task = common.task("text", config.get_ref("text"))
     target = config.get_ref("target")
+    # Tokens of a row and of a prompt, and whether the tokenizer's chat template wraps prompts and answers.
+    config.update({"sequence_length": 128, "prompt_length_max": 32, "chat": False})
     config.vocabulary = ""  # the only ids that the draft can draft: the export of configs/draft_design/vocabulary.py
 
     # On the corpus, with the target's probabilities. Of `model` only the dtypes are read: the shape is the target's.
     config.adapter = common.distillation(target, kind, steps=STEPS)
     config.adapter.model.compute_dtype = "fastest"
     config.adapter.model.vocabulary = config.get_ref("vocabulary")
-    config.adapter.data.update({"batch_size": 4, "fixed": 1.0, "draft": 0.0})
+    config.adapter.data.update({"batch_size": 8, "fixed": 1.0, "draft": 0.0})
+    config.adapter.data.update({name: config.get_ref(name) for name in common.LENGTHS})
     config.adapter.train.update({"eval_every": STEPS // 2, "checkpoint_every": STEPS // 2})
     if kind == "eagle3":
         config.adapter.eagle3 = common.eagle3_draft()
@@ -76,6 +81,8 @@ def get_config(variant: str = "") -> ConfigDict:
             },
         }
     config.evaluation = common.evaluation(target, drafters)
+    config.evaluation.selection.length_max = config.get_ref("prompt_length_max")
+    config.evaluation.selection.chat = config.get_ref("chat")
     for name in config.stages:
         config[name].seed = config.get_ref("seed")
         config[name].mesh = common.reference(config.mesh)

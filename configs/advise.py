@@ -40,7 +40,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.max_new_tokens = 80
     # The workload: prompts of the task's validation split.
     config.task = common.task()
-    config.selection = ConfigDict({"count": 16, "length_min": 16, "length_max": 32})
+    config.selection = ConfigDict({"count": 16, "length_min": 16, "length_max": 32, "chat": False})
     config.param_dtype = "auto"
     config.compute_dtype = "auto"  # float32 on CPU, bfloat16 on accelerators
     if variant == "smoke":

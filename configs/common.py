@@ -11,6 +11,8 @@ from ml_collections import ConfigDict
 
 # A decoder that learns in seconds, for smoke runs.
 TINY_MODEL = {"layers": 1, "width": 32, "heads": 2, "kv_heads": 1, "head_size": 16, "mlp_width": 64}
+# Keys of `data` that configs for a user's own text have at the top.
+LENGTHS = ("sequence_length", "prompt_length_max", "chat")
 
 
 def check_variant(name: str, variant: str, variants: Iterable[str] = ("smoke",)) -> None:
@@ -177,7 +179,8 @@ def target_text(target: Any, section: ConfigDict, *, temperature: float = 1.0) -
     config = ConfigDict({"binary": "target_text", "seed": 0, "target": target, "mesh": mesh(), "task": section})
     config.update({"param_dtype": "float32", "compute_dtype": "auto"})
     config.count = 400  # number of texts; prompts are answered several times if there are fewer
-    config.states = ()  # numbers of layers after which the hidden states are stored with the text
+    # Layers after which the hidden states are stored with the text: 2 is the second, -1 the last, 0.5 half of them.
+    config.states = ()
     config.measure_batches = 1  # batches that are also written without the drafter, to compare the speed
     config.drafter = ConfigDict({"path": "", "gamma": 0, "rule": "lossless"})  # to write faster; "" for none
     config.data = ConfigDict({"batch_size": 8, "sequence_length": 512, "chat": False})
@@ -235,6 +238,7 @@ def eagle3_draft(states_after: tuple[int, ...] = (), steps: int = 4, fitted_batc
 
     Args:
       states_after: numbers of layers after which the target's states are read; () is 2, L // 2 and L - 3 of L layers.
+        -1 is the last layer, and 0.5 half of them.
       steps: number of tokens that training drafts from each position.
       fitted_batches: number of batches to which the layer is fitted by least squares before training; 0 for none.
     """
@@ -249,7 +253,7 @@ def block_parallel_draft(states_after: tuple[int, ...] = (), layers: int = 2, bl
     """The section `block_parallel` of a training stage: layers that draft a block in one forward, as DFlash does.
 
     Args:
-      states_after: numbers of layers after which the target's states are read; () is five, evenly spaced.
+      states_after: as of `eagle3_draft`; () is five layers, evenly spaced.
       layers: number of the draft's own layers.
       block_size: tokens of a block, the last committed one among them.
     """

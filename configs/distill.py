@@ -4,8 +4,10 @@
         --config.target=DIR --config.draft=DIR --config.text=FILE
 
 Target and draft are Hugging Face checkpoints with the same tokenizer. The text is a file or a folder of files; a tenth
-of it is held out for the evaluation. For prompts, with or without answers, set `--config.task.name=prompt_completion`;
-configs/distillspec/README.md lists the layouts (conversations, Alpaca, ...). The draft is left in
+of it is held out for the evaluation. For prompts, with or without answers, set `--config.task.name=prompt_completion`,
+with a chat model `--config.chat=true`, and the lengths in tokens `--config.sequence_length` and
+`--config.prompt_length_max`; configs/distillspec/README.md lists the layouts (conversations, Alpaca, ...). The draft is
+left in
 runs/draft/distilled/export, the report in runs/draft/report.html.
 
 `configs/distill.py:new` needs no draft: it trains one of the size `shape` from nothing, first plainly, then as above.
@@ -44,6 +46,9 @@ def get_config(variant: str = "") -> ConfigDict:
     config.text = "required:text:a file or a folder of text to train on"
     config.task = common.task("text", config.get_ref("text"))
     target = config.get_ref("target")
+    # Tokens of a row, and of these the most that the draft continues from; whether the tokenizer's chat template wraps
+    # prompts and answers.
+    config.update({"sequence_length": 128, "prompt_length_max": 32, "chat": False})
     config.vocabulary = ""  # the only ids that the draft can draft: the export of configs/draft_design/vocabulary.py
     if new:
         # Heads are 64 wide; 8/3 of the width is usual for the MLP.
@@ -60,12 +65,12 @@ def get_config(variant: str = "") -> ConfigDict:
     if new:
         config.distilled.optimizer.peak_learning_rate = 3e-3  # a small new model learns fast
     config.distilled.train.update({"eval_every": 50, "checkpoint_every": 50})
-    # Rows of a batch, tokens of a row, and how many of these the draft continues from.
-    config.distilled.data.update({"batch_size": 16, "sequence_length": 128, "prompt_length_max": 32})
+    config.distilled.data.batch_size = 16
     config.distilled.data.generation.max_new_tokens = 96
 
     for name in config.stages[:-1]:
         config[name].model.compute_dtype = "fastest"
+        config[name].data.update({key: config.get_ref(key) for key in common.LENGTHS})
     if pard:
         config.distilled.pard = common.pard_draft(drafted=2 * max(GAMMAS))
         config.distilled.loss.anchors = 32  # positions of each text that a block is drafted from
@@ -78,6 +83,8 @@ def get_config(variant: str = "") -> ConfigDict:
     }
     config.evaluation = common.evaluation(target, drafters)
     config.evaluation.compare = (("distilled", "undistilled"),)
+    config.evaluation.selection.length_max = config.get_ref("prompt_length_max")
+    config.evaluation.selection.chat = config.get_ref("chat")
     for name in config.stages[:-1]:
         config[name].model.vocabulary = config.get_ref("vocabulary")
     for name in config.stages:

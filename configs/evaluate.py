@@ -6,6 +6,8 @@
 Target and draft are Hugging Face checkpoints of any supported family with the same tokenizer. The file has one prompt
 per line, or records in a layout of configs/distillspec/README.md (prompts, questions, conversations, Alpaca, ...).
 The report is runs/pair/report.html; configs/evaluate/README.md defines every metric and rule.
+For a draft of another kind, such as EAGLE-3, add its kind: `--config.drafters.draft.kind=eagle3` (the kinds and options
+are listed below). A chat model needs `--config.selection.chat=true`.
 
 Hardware: whatever holds both models; `--config.mesh.tensor=8` splits them over 8 devices, and
 `--config.param_dtype=bfloat16` halves their memory. Time: at each temperature, every prompt is decoded once plainly and
@@ -48,7 +50,7 @@ def get_config(variant: str = "") -> ConfigDict:
     # Gammas to run under each rule. `block` is exact like `lossless` and accepts more when sampling. `coupled` runs at
     # temperatures above 0, where it must repeat plain decoding token for token. Lossy rules run at every one of
     # `leniences`. A rule of your own is {"NAME": {"rule": "file.py:Class", "gammas": (4,)}}.
-    rules = {"lossless": (2, 4, 6), "coupled": (4,)}
+    rules = {"lossless": (2, 4, 6), "block": (), "coupled": (4,)}
     rules |= {"lenient_linear": (), "lenient_square": (), "lenient_exp": (), "typical": ()}
     config.leniences = (0.7, 0.5, 0.3)  # in (0, 1]; smaller accepts more
     # Kinds: model, pard, kangaroo, medusa, eagle3, block_parallel (with a path), ngram (shortest, longest), early_exit
@@ -66,6 +68,12 @@ def get_config(variant: str = "") -> ConfigDict:
                 "kind": "model",
                 "path": config.drafter.get_ref("path"),
                 "param_dtype": config.drafter.get_ref("param_dtype"),
+                "threshold": 0.0,
+                "leave_unsure": False,
+                "lookup": 0.0,
+                "head_gamma": 0,
+                "adaptive": False,
+                "draft_sample_method": "probabilistic",  # or "greedy"
                 "rules": rules,
             },
             "ngram": {"kind": "ngram", "shortest": 1, "longest": 16, "rules": {"lossless": (4,)}},

@@ -40,7 +40,7 @@ from ml_collections import ConfigDict
 from configs import common
 
 TARGET = "checkpoints/smollm2-135m-instruct.gguf"
-STATES = (2, 15, 30)  # of the 30 layers
+STATES = (2, 0.5, -1)  # the second layer, that after half of them, and the last
 # The stages that train each kind of draft.
 KINDS = {
     "eagle3": ("eagle3",),

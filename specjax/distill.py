@@ -28,6 +28,7 @@ from specjax.models.attachment import AttachedDraft
 from specjax.models.config import DecoderConfig
 from specjax.models.decoder import Decoder
 from specjax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
+from specjax.models.fusing import layer_numbers
 from specjax.models.language_model import LanguageModel, Params
 from specjax.models.pard import ParallelDraft
 from specjax.models.table import ATTACHMENTS, is_attachment, make_attachment
@@ -180,9 +181,10 @@ class _Models:
         if not hub_adapter.holds_one(path):
             loaded = self.load(path, param_dtype=model.param_dtype, replicate=model.replicate)
             return loaded.decoder, loaded.params
-        after = self.config.eagle3.states_after if "eagle3" in self.config else ()
-        shardings = lambda network: network.shardings(self.mesh, replicate=model.replicate)
         target = _required(self.target, path), self.target_params
+        after = self.config.eagle3.states_after if "eagle3" in self.config else ()
+        after = layer_numbers(after, target[0].layers)
+        shardings = lambda network: network.shardings(self.mesh, replicate=model.replicate)
         loaded = hub_adapter.load(path, *target, states_after=after, shardings=shardings)
         loaded.check(hub_adapter.fingerprint(*target))
         return AttachedDraft.of(loaded.network), loaded.params
@@ -281,7 +283,10 @@ def new_attached_draft(
     if section not in config:
         raise UserError(f'model.init is "{init}", and its options are missing: add a section `{section}`')
     options = config[section].to_dict() | ({"vocabulary": vocabulary} if vocabulary else {})
-    return AttachedDraft.of(make_attachment(init, _required(target, init).config, options))
+    of_target = _required(target, init).config
+    if "states_after" in options:
+        options["states_after"] = layer_numbers(options["states_after"], of_target.layers)
+    return AttachedDraft.of(make_attachment(init, of_target, options))
 
 
 def _required(target: LanguageModel | None, init: str) -> LanguageModel:

@@ -34,6 +34,7 @@ from specjax.evaluation import engine
 from specjax.evaluation.continuations import note_positions
 from specjax.evaluation.engine import Method, Output
 from specjax.hub import model as hub_model
+from specjax.models.fusing import layer_numbers
 from specjax.models.language_model import LanguageModel, Params
 from specjax.reporting import records
 from specjax.runtime import cli, processes, stopping
@@ -225,14 +226,16 @@ class _Writer:
 
     def _layers_to_store(self, layers: Sequence[int]) -> tuple[int, ...]:
         decoder = self.target.decoder
-        for layer in layers:
-            if not isinstance(layer, int) or layer == 0 or not -1 <= layer <= decoder.layers:
+        numbers = layer_numbers(layers, decoder.layers)
+        for given, layer in zip(layers, numbers, strict=True):
+            if not isinstance(layer, int) or not 1 <= layer <= decoder.layers:
                 raise UserError(
-                    f"states has the layer {layer}; this target's layers are 1 .. {decoder.layers}, and -1 is the last"
+                    f"states has the layer {given}; this target's layers are 1 .. {decoder.layers}, -1 is the last, "
+                    "and 0.5 the one after half of them"
                 )
         if layers and decoder.is_encoder_decoder:
             raise UserError("states of an encoder-decoder are not stored; leave states empty")
-        return tuple(sorted({decoder.layers if layer == -1 else layer for layer in layers}))
+        return tuple(sorted(set(numbers)))
 
     def _normalisers(self, last: Float[np.ndarray, "N D"], rows: dict[str, np.ndarray]) -> Float[np.ndarray, "N"]:
         """The normalisers of a batch's tokens, from their states after the last layer; 0 where no token of an answer

@@ -143,3 +143,13 @@ def test_what_cannot_be_scored_is_refused(target):
         acceptance.survival(np.ones(3), "coupled")
     with pytest.raises(UserError, match="the draft drafts at most 4 tokens, not 5; take smaller gammas"):
         scorer.ratios(draft_of(target, "block_parallel"), 5)
+    how = {"decoded": 0, "max_new_tokens": NEW, "seed": 0}
+    with pytest.raises(UserError, match="drafts at most 4 tokens, and every gamma in rules is larger"):
+        next(acceptance.score(scorer, draft_of(target, "block_parallel"), {"lossless": (5,), "block": (8,)}, **how))
+
+
+def test_gammas_that_a_draft_cannot_draft_are_left_out(target):
+    how = {"decoded": 0, "max_new_tokens": NEW, "seed": 0}
+    for kind, gammas in (("block_parallel", [2, 4]), ("eagle3", [2, 4, 8])):
+        rows = acceptance.score(scorer_of(target, 0.0), draft_of(target, kind), {"lossless": (2, 4, 8)}, **how)
+        assert [row["gamma"] for row in rows] == gammas

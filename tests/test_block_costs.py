@@ -74,3 +74,16 @@ def test_costs_that_do_not_come_in_twos_or_are_not_positive_are_refused(models):
         cases.make_cases(job_of(models, {**SECTION, "adaptive": True, "costs": (0.1,)}), setting)
     with pytest.raises(UserError, match="and positive; not 0.1 and 0.0"):
         cases.make_cases(job_of(models, {**SECTION, "adaptive": True, "costs": (0.1, 0.0)}), setting)
+
+
+@pytest.mark.parametrize("kind", ["early_exit", "ngram"])
+def test_a_config_may_give_every_option_of_drafts_with_a_head_at_its_default(kind):
+    """configs/evaluate.py has them all, for the command line; another value is refused where it means nothing."""
+    usual = {"threshold": 0.0, "leave_unsure": False, "lookup": 0.0, "head_gamma": 0}
+    usual["draft_sample_method"] = "probabilistic"
+    section = {"kind": kind, "rules": {"lossless": (2,)}, **usual}
+    read = lambda section: cases.read_drafters(ConfigDict({"target": "T", "drafters": {"d": section}, "leniences": ()}))
+    assert read(section)["d"].options == read({"kind": kind, "rules": {"lossless": (2,)}})["d"].options
+    if kind == "ngram":
+        with pytest.raises(UserError, match="drafters.d.head_gamma"):
+            read(section | {"head_gamma": 2})

@@ -18,6 +18,7 @@ from specjax.distillation import divergences, objective
 from specjax.hub import adapter as hub_adapter
 from specjax.models.attachment import AttachedDraft, runtime_params
 from specjax.models.block_parallel import BlockParallel, BlockParallelConfig
+from specjax.models.fusing import layer_numbers
 from specjax.models.language_model import consecutive
 from specjax.models.vocabulary import draft_vocabulary
 from specjax.runtime.errors import UserError
@@ -201,6 +202,12 @@ def test_states_are_spread_over_the_targets_layers():
     assert of(36) == (2, 10, 18, 26, 34)  # as in the published draft of Qwen3-8B
     assert of(3) == (1, 2)
     assert of(1) == (1,)
+
+
+def test_layers_of_a_config_count_from_the_end_or_are_fractions():
+    assert layer_numbers((2, 0.5, -1), 30) == (2, 15, 30)
+    assert layer_numbers((1, 0.1, -2), 3) == (1, 1, 2)
+    assert layer_numbers((0, 1.5, 40, -40), 30) == (0, 1.5, 40, -9)  # refused where they are used
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,7 @@ def test_a_variant_and_overrides_of_every_type_reach_the_config(config_file):
         (r'["\n\n", " the", "a, b", "1"]', (), ("\n\n", " the", "a, b", "1")),
         ("4", (), (4,)),
         ("0.5,1,x", (), (0.5, 1, "x")),
+        ("1,0.5,-1", (2, 0.5, -1), (1, 0.5, -1)),
         ("None", None, None),
         ("runs/a", None, "runs/a"),
         ("1e3", 0.5, 1000.0),

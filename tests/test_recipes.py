@@ -350,6 +350,9 @@ def test_text_of_another_tokenizer_is_refused(written):
         ({"drafter.rule": "lenient_exp"}, "lenient_exp is lossy and would change the text"),
         ({"count": 0}, "count is 0; it must be 1 or more"),
         ({"states": (99,)}, "states has the layer 99; this target's layers are 1 .. "),
+        ({"states": (-99,)}, "states has the layer -99; this target's layers are 1 .. "),
+        ({"states": (0,)}, "states has the layer 0; this target's layers are 1 .. "),
+        ({"states": (1.5,)}, "states has the layer 1.5; this target's layers are 1 .. "),
         ({"seed": 7}, "contains text written with other settings; choose another --workdir"),
     ],
 )

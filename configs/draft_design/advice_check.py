@@ -25,7 +25,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.batch_sizes = (1, 4, 16)
     config.gammas = (2, 4)
     config.task = common.task()
-    config.selection = ConfigDict({"count": 16, "length_min": 1, "length_max": 200})
+    config.selection = ConfigDict({"count": 16, "length_min": 1, "length_max": 2048, "chat": False})
     if variant == "smoke":
         config.update({"batch_sizes": (2,), "gammas": (2,)})
         config.selection.update({"count": 2, "length_max": 8})

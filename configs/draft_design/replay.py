@@ -35,7 +35,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.top_k = 32  # most probable tokens stored per position; 0 stores none
     # The prompts: of the task's validation split.
     config.task = common.task()
-    config.selection = ConfigDict({"count": 40, "length_min": 16, "length_max": 32})
+    config.selection = ConfigDict({"count": 40, "length_min": 16, "length_max": 32, "chat": False})
     config.param_dtype = "float32"
     config.compute_dtype = "auto"  # float32 on CPU, bfloat16 on accelerators
     if variant == "smoke":

@@ -26,6 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jaxtyping import Array, Float, Int
 
 from specjax.decoding import batch, rules
@@ -226,7 +227,12 @@ def score(
     Args:
       decoded: number of texts whose prompts are decoded to check it; 0 for none. `decoded` is their block efficiency,
         `expected` that of the texts that this wrote, and `ratio` the former relative to the latter.
+      rules_and_gammas: gammas that the draft cannot draft are left out, which is logged.
+
+    Raises:
+      UserError: if it can draft none of them.
     """
+    rules_and_gammas = _drafted(draft, rules_and_gammas)
     ratios = scorer.ratios(draft, max(max(gammas) for gammas in rules_and_gammas.values()))
     calls_of = lambda rule, gamma: expected_calls(survival(ratios[..., :gamma], rule), scorer.emitted)
     for rule, gammas in rules_and_gammas.items():
@@ -246,6 +252,22 @@ def score(
                 row |= {"expected": float(again.emitted.sum() / expected.sum())}
                 row["ratio"] = row["decoded"] / row["expected"]
             yield row
+
+
+def _drafted(
+    draft: Model | LoadedAttachment, rules_and_gammas: Mapping[str, Sequence[int]]
+) -> dict[str, tuple[int, ...]]:
+    """The gammas of each rule that the draft can draft, without rules that have none."""
+    most = draft.network.most_drafted if isinstance(draft, LoadedAttachment) else None
+    if most is None:
+        return dict(rules_and_gammas)
+    drafted = {rule: tuple(gamma for gamma in gammas if gamma <= most) for rule, gammas in rules_and_gammas.items()}
+    if left_out := sorted({gamma for gammas in rules_and_gammas.values() for gamma in gammas if gamma > most}):
+        logging.info("the draft drafts at most %d tokens: no rows for gamma %s", most, ", ".join(map(str, left_out)))
+    drafted = {rule: gammas for rule, gammas in drafted.items() if gammas}
+    if not drafted:
+        raise UserError(f"the draft drafts at most {most} tokens, and every gamma in rules is larger; add smaller ones")
+    return drafted
 
 
 def _efficiency(name: str, emitted: np.ndarray, calls: np.ndarray, seed: int) -> dict[str, Any]:

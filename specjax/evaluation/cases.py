@@ -11,7 +11,7 @@ from typing import Any
 from specjax.data import batches, tasks
 from specjax.decoding import batch
 from specjax.decoding.drafters.adaptive import block_costs
-from specjax.decoding.drafters.base import Drafter, DrafterOptions
+from specjax.decoding.drafters.base import Drafter, DrafterOptions, HeadOptions
 from specjax.decoding.drafters.model import ModelDraft
 from specjax.decoding.drafters.table import build_drafter, make_options, options_class
 from specjax.decoding.rules import RULES, Rule, rule_named
@@ -72,6 +72,11 @@ def _read_section(config: Any, where: str, section: Any) -> DrafterSection:
             raise UserError(f"{where}{key} is missing; give it a value")
     loads = options_class(values["kind"]).loads
     options = {key: value for key, value in values.items() if key not in _SECTION_KEYS}
+    # A config may give every option of drafts with a head, so that each can be set on the command line. A drafter that
+    # lacks one is not refused for its default.
+    known = {field.name for field in dataclasses.fields(options_class(values["kind"]))}
+    usual = {field.name: field.default for field in dataclasses.fields(HeadOptions) if field.name not in known}
+    options = {key: value for key, value in options.items() if key not in usual or value != usual[key]}
     if isinstance(options.get("skipped"), str):
         options["skipped"] = records.chosen(options["skipped"])["skipped"]
     path, replicate, dtype = values.get("path", ""), values.get("replicate", False), values.get("param_dtype", "")

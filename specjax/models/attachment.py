@@ -151,9 +151,14 @@ class Attachment(Network):
         Raises:
           UserError: if it drafts fewer tokens.
         """
-        if 1 < len(self.predicts) < count:
-            raise UserError(f"the draft drafts at most {len(self.predicts)} tokens, not {count}; take smaller gammas")
+        if self.most_drafted is not None and self.most_drafted < count:
+            raise UserError(f"the draft drafts at most {self.most_drafted} tokens, not {count}; take smaller gammas")
         return self
+
+    @property
+    def most_drafted(self) -> int | None:
+        """The largest number of tokens that it can draft in a block; None if there is none."""
+        return len(self.predicts) if len(self.predicts) > 1 else None
 
     def init_on(self, key: Key[Array, ""], target: Decoder, target_params: Params) -> Params:
         """Parameters at step 0 of training; random by default, independent of the target's parameters."""

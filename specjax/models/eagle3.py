@@ -206,6 +206,11 @@ class Eagle3Layer(FusingDraft):
     def predicts(self) -> tuple[Prediction, ...]:
         return tuple(Prediction(0, _DECAY**step) for step in range(self.config.steps))
 
+    @property
+    def most_drafted(self) -> None:
+        """None: it drafts from its own states, so any number."""
+        return None
+
     def unrolled(self, count: int) -> "Eagle3Layer":
         return dataclasses.replace(self, config=dataclasses.replace(self.config, steps=count))
 

@@ -17,6 +17,20 @@ from specjax.runtime.dtypes import dtype_named
 from specjax.runtime.errors import UserError
 
 
+def layer_numbers(layers: Sequence[int | float], count: int) -> tuple[int | float, ...]:
+    """Numbers of layers of a config, which may count from the end or be fractions, for a target with `count` layers.
+
+    -1 is the last layer, and 0.5 the one after which half of the layers have run. Other numbers stay as they are.
+    """
+
+    def number(layer: int | float) -> int | float:
+        if isinstance(layer, int) and layer < 0:
+            return count + 1 + layer
+        return max(round(layer * count), 1) if 0 < layer < 1 else layer
+
+    return tuple(map(number, layers))
+
+
 @dataclasses.dataclass(frozen=True)
 class FusingConfig(AttachmentConfig):
     """Options of a draft that fuses states.

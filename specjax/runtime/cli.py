@@ -183,12 +183,13 @@ def _value(text: str, like: Any) -> Any:
         parts = [part.strip(" \"'") for part in text.strip("()[] ").split(",")]
         # The last part of "(3,)" and of "" is empty.
         parts = parts if parts[-1] else parts[:-1]
-        return type(like)(_value(part, like[0]) if like else _number_or_text(part) for part in parts)
+        of_one_type = len(set(map(type, like))) == 1
+        return type(like)(_value(part, like[0]) if of_one_type else _number_or_text(part) for part in parts)
     return type(like)(text)
 
 
 def _number_or_text(text: str) -> int | float | str:
-    """Parses an element of a list whose type is unknown, because the list is empty in the config."""
+    """Parses an element of a list whose type is unknown: that in the config is empty or has several types."""
     for kind in (int, float):
         with contextlib.suppress(ValueError):
             return kind(text)
