@@ -158,10 +158,17 @@ class _Models:
     def draft(self) -> tuple[LanguageModel, Params]:
         """The model or attachment to train, with its parameters at step 0, which are loaded from an export or new."""
         config, model, init = self.config, self.config.model, self.config.model.init
-        if hub_adapter.holds_one(init):
-            return self.trained_draft(init)
         ids = draft_vocabulary(model.vocabulary)
         ids = ids and ids.including(self.tokenizer.stop_ids)
+        if hub_adapter.holds_one(init):
+            draft, params = self.trained_draft(init)
+            if ids and ids != draft.attachment.config.vocabulary:
+                raise UserError(
+                    f"model.vocabulary has other ids than the draft in {init}; leave it out to train the draft's own"
+                )
+            if "eagle3" in config:
+                draft = AttachedDraft.of(draft.attachment.unrolled(config.eagle3.steps))
+            return draft, params
         if is_attachment(init):
             draft = new_attached_draft(config, self.target, ids)
             start = lambda key, target_params: draft.attachment.init_on(key, self.target, target_params)

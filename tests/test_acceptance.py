@@ -153,3 +153,11 @@ def test_gammas_that_a_draft_cannot_draft_are_left_out(target):
     for kind, gammas in (("block_parallel", [2, 4]), ("eagle3", [2, 4, 8])):
         rows = acceptance.score(scorer_of(target, 0.0), draft_of(target, kind), {"lossless": (2, 4, 8)}, **how)
         assert [row["gamma"] for row in rows] == gammas
+
+
+def test_a_draft_of_one_token_from_the_targets_states_is_not_scored_at_two(target):
+    network, params = tiny.block_parallel(target.decoder, target.params, block_size=2)
+    how = {"decoded": 0, "max_new_tokens": NEW, "seed": 0}
+    draft = LoadedAttachment(network, params, "")
+    (row,) = acceptance.score(scorer_of(target, 0.0), draft, {"lossless": (1, 2)}, **how)
+    assert row["gamma"] == 1

@@ -92,6 +92,10 @@ def test_a_loss_with_anchors_is_the_mean_over_drawn_positions_that_count(target,
     eligible = jnp.any(objective._ahead(counts, network.predicts) > 0, axis=2)
     anchors = np.asarray(data_sources.drawn_positions(tokens, eligible, 3))
     assert np.take_along_axis(np.asarray(eligible), anchors, 1).all() and (np.diff(anchors) > 0).all()
+    of_step = lambda step: data_sources.drawn_positions(tokens, eligible, 3, jnp.full(2, step))
+    drawn = [np.asarray(of_step(step)) for step in range(8)]
+    assert any((other != anchors).any() for other in drawn), "a text that is seen again has other positions"
+    assert set(np.concatenate(drawn, axis=1)[0].tolist()) == set(np.flatnonzero(eligible[0]).tolist())
     loss = weights = accepted = 0.0
     for row, anchor in zip([0, 0, 0, 1, 1, 1], anchors.reshape(-1), strict=True):
         guessed = jax.nn.log_softmax(in_one_forward(network, own, tokens[row, : anchor + 1].tolist(), 4))

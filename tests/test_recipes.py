@@ -336,6 +336,11 @@ def test_other_answers_to_the_prompts_of_validation_are_not_trained_on():
     rest, (batch,) = cached_text.CachedText(Path(), {}, rows, 0.0).held_out(1, 2)
     assert sorted(batch["tokens"][:, 1].tolist()) == [16, 17]
     assert rest.rows["tokens"][:, 0].tolist() == [3, 4, 5, 6]
+    # Every text of an encoder-decoder begins with the same token; its prompt is what it reads.
+    sources = {"sources": tokens[:, :3], "prompt_lengths": starts}
+    rows = {**rows, "tokens": np.where(np.arange(5) > 0, tokens, 0), **sources}
+    rest, _ = cached_text.CachedText(Path(), {}, rows, 0.0).held_out(1, 2)
+    assert rest.rows["sources"][:, 0].tolist() == [3, 4, 5, 6]
 
 
 def test_text_of_another_tokenizer_is_refused(written):

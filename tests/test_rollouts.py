@@ -1,5 +1,6 @@
 """Assisted rollouts: what the loop drafted and refused, the weights of their positions, and the selection of tokens."""
 
+import dataclasses
 import functools
 
 import jax
@@ -14,6 +15,7 @@ from specjax.decoding.sampling import Sampling
 from specjax.distillation import data_sources, divergences, objective, rollouts, settings
 from specjax.models.attachment import AttachedDraft
 from specjax.models.language_model import Prediction
+from specjax.models.vocabulary import draft_vocabulary
 from specjax.runtime.errors import UserError
 
 BATCH, SLOTS, NEW, GAMMA, REPLAYS, VOCAB = 4, 5, 14, 3, 2, 24
@@ -97,15 +99,16 @@ def test_replays_count_as_much_as_all_refused_blocks_of_their_text(temperature, 
 
 
 @pytest.mark.parametrize(
-    ("offsets", "places"),
+    ("offsets", "from_blocks", "places"),
     [
-        ((0, 0, 0), {(4, 2)}),  # EAGLE-3: step 3 reads the second drafted token
-        ((0, 1, 2), {(2, 2)}),  # block-parallel: all from the anchor
-        ((1, 2, 3), {(1, 2)}),  # Medusa: all from the token before the anchor
-        ((0,), {(4, 0)}),  # one prediction: the next token
+        ((0, 0, 0), True, {(4, 2)}),  # EAGLE-3: step 3 reads the second drafted token
+        ((0,), True, set()),  # EAGLE-3 that learns one token: it would read states of refused tokens
+        ((0, 1, 2), True, {(2, 2)}),  # block-parallel: all from the anchor
+        ((1, 2, 3), True, {(1, 2)}),  # Medusa: all from the token before the anchor
+        ((0,), False, {(4, 0)}),  # a model: the next token
     ],
 )
-def test_a_replay_counts_the_predictions_that_drafted_it(offsets, places):
+def test_a_replay_counts_the_predictions_that_drafted_it(offsets, from_blocks, places):
     """The anchor is at 2, tokens 3, 4 and 5 were drafted and 4 was refused, so 5 counts, with weight 0.5."""
     refusals = np.zeros((1, 8), np.float32)
     refusals[0, 5] = 0.5
@@ -113,9 +116,38 @@ def test_a_replay_counts_the_predictions_that_drafted_it(offsets, places):
     batch |= {"lengths": jnp.asarray([6]), "loss_start": jnp.asarray([5])}
     ahead = [Prediction(offset, 1.0) for offset in offsets]
     counted = objective._ahead(objective.counted(batch["lengths"], batch["loss_start"], 8), ahead)
-    weights, refused = rollouts.weights_in_blocks(counted, batch, offsets)
+    weights, refused = rollouts.weights_in_blocks(counted, batch, offsets, from_blocks)
     assert set(zip(*map(np.ndarray.tolist, np.nonzero(np.asarray(weights[0]))), strict=True)) == places
-    assert float(weights.max()) == 0.5 and all(bool(refused[0][place]) for place in places)
+    assert float(weights.max()) == 0.5 * bool(places) and all(bool(refused[0][place]) for place in places)
+
+
+def test_positions_that_are_drawn_leave_the_weight_of_texts_and_replays():
+    """A replay has one position to predict from and keeps it; a text of 40 keeps 8, which then count 5 times."""
+    target, params = tiny.decoder(0)
+    draft, own = tiny.block_parallel(target, params, block_size=4)
+    draft = AttachedDraft.of(draft)
+    tokens = jax.random.randint(jax.random.key(0), (2, 48), 0, target.vocab_size)
+    refusals = jnp.zeros((2, 48)).at[1, 12].set(3.0)
+    batch = {"tokens": tokens, "lengths": jnp.asarray([48, 13]), "loss_start": jnp.asarray([8, 12])}
+    batch |= {"refusals": refusals, "anchors": jnp.asarray([-1, 10])}
+    loss = lambda anchors: objective.Loss(draft, target, divergences.divergence("reverse_kl"), 1.0, 64, anchors=anchors)
+    every, drawn = (jax.jit(loss(anchors))(own, params, batch) for anchors in (0, 8))
+    np.testing.assert_allclose(drawn.tokens, every.tokens, rtol=1e-5)
+
+
+def test_a_replay_ends_after_its_first_end_token_and_an_underflowing_decay_is_no_acceptance():
+    target = tiny.decoder(0)[0]
+    generation = data_sources.Generation(0.0, 0, 1.0, NEW, (3,), seed=3)
+    made = dataclasses.replace(rollouts.Rollouts.of_config(SECTION, generation, target, target, False), decay=1e-25)
+    blocks = rollouts.Blocks(
+        jnp.zeros((1, 12), bool).at[0, 5].set(True),
+        jnp.full((1, 12), 4),
+        jnp.full((1, 12), 4),
+        jnp.tile(jnp.asarray([7, 8, 9, 3, 6, 5]), (1, 12, 1)),
+    )
+    rows = made._replay(jnp.full((1, 12), 1), blocks, jnp.asarray([5]), jnp.asarray([2.0]))
+    assert rows["tokens"].tolist() == [[1, 1, 1, 1, 7, 8, 9, 3, 0, 0, 0, 0]] and rows["lengths"].tolist() == [8]
+    assert np.flatnonzero(np.asarray(rows["refusals"][0])).tolist() == [6, 7]
 
 
 def distances(batch, target, params, draft_params, name):
@@ -170,8 +202,11 @@ def test_the_tokens_with_the_largest_gap_to_the_reference_are_selected(selected)
     np.testing.assert_allclose([everything.loss, everything.tokens], [own[counted].sum(), counted.sum()], rtol=1e-4)
 
 
-def test_a_reference_of_another_kind_is_refused():
+def test_a_reference_of_another_kind_or_vocabulary_is_refused():
     target, params = tiny.decoder(0)
+    first, second = (target.reduced(draft_vocabulary(range(start, 24, 2))) for start in (0, 1))
+    with pytest.raises(UserError, match="have different vocabularies, whose losses do not compare"):
+        objective.Loss(first, target, divergences.divergence("forward_kl"), 1.0, 4, None, 0.4, second)
     draft = AttachedDraft.of(tiny.eagle3(target, params, steps=2)[0])
     with pytest.raises(UserError, match="makes 2 predictions at a position and the one in loss.reference 1"):
         objective.Loss(draft, target, divergences.divergence("jsd", beta=0.5), 1.0, 4, None, 0.4, target)
@@ -205,6 +240,7 @@ def test_every_kind_of_draft_trains_on_assisted_rollouts(kind, tmp_path):
         ({"rollouts.gamma": 0}, "rollouts.gamma is 0; it must be 1 or more"),
         ({"rollouts.replays": 0}, "rollouts.replays is 0; it must be 1 or more"),
         ({"rollouts.decay": 0.0}, "rollouts.decay is 0.0; it must be above 0"),
+        ({"loss.refused": "cross_entropy"}, 'loss.refused is "cross_entropy", and a refused token has no label'),
         ({"rollouts.rule": "losless"}, 'did you mean "lossless"'),
         ({"rollouts.lenience": 2.0}, "lenience must lie in"),
     ],
@@ -214,3 +250,19 @@ def test_senseless_rollouts_are_refused(changes, message, tmp_path):
     with pytest.raises(UserError, match=message):
         settings.check(config, test_trainer.make_inputs(config))
         test_trainer.make_trainer(config, tmp_path)
+
+
+def test_a_gamma_beyond_what_the_draft_learns_of_a_block_is_refused():
+    target, params = tiny.decoder(0)
+    draft = AttachedDraft.of(tiny.eagle3(target, params, steps=2)[0])
+    generation = data_sources.Generation(0.0, 0, 1.0, NEW, (3,), seed=3)
+    with pytest.raises(UserError, match="rollouts.gamma is 3, and the draft learns 2 tokens of a block; set .* to 2"):
+        rollouts.Rollouts.of_config(SECTION, generation, draft, target, False)
+
+
+def test_labels_are_learned_where_they_surprise_more_than_a_reference(tmp_path):
+    config = test_trainer.make_config(**{"loss.divergence": "cross_entropy", "loss.selected": 0.5, "train.steps": 4})
+    inputs = test_trainer.make_inputs(config)
+    inputs = dataclasses.replace(inputs, reference=inputs.draft, reference_params=inputs.params)
+    result = test_trainer.make_trainer(config, tmp_path, inputs=inputs).run()
+    assert np.isfinite(result.loss) and result.validation[-1]["validation_acceptance"] > 0

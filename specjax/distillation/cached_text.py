@@ -222,9 +222,8 @@ class CachedText:
           UserError: if fewer than half of the rows are left to train on.
         """
         count, first = len(self), len(self) - batches * batch_size
-        prompts = [
-            row[:start].tobytes() for row, start in zip(self.rows["tokens"], self.rows["loss_start"], strict=True)
-        ]
+        names = ("sources", "prompt_lengths") if "sources" in self.rows else ("tokens", "loss_start")
+        prompts = [row[:length].tobytes() for row, length in zip(*(self.rows[name] for name in names), strict=True)]
         validated = set(prompts[max(first, 0) :])
         trained = [place for place in range(count) if prompts[place] not in validated]
         if first < 0 or 2 * len(trained) < count:

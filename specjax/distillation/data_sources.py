@@ -72,14 +72,26 @@ def window(counted: int, columns: int) -> int:
     return next((share for share in shares if counted <= share), 0)
 
 
-def drawn_positions(tokens: Int[Array, "B T"], counts: Bool[Array, "B T"], number: int) -> Int[Array, "B K"]:
+# Name of the array of a batch `[B]` with the step, so that a text that is seen again has other `drawn_positions`.
+DRAWS = "draws"
+
+
+def drawn_positions(
+    tokens: Int[Array, "B T"], counts: Bool[Array, "B T"], number: int, draws: Int[Array, "B"] | None = None
+) -> Int[Array, "B K"]:
     """Positions of each text in ascending order, as many as possible of those that count.
 
-    They are drawn by a hash of the text, so a resumed run draws the same ones, and a row does not depend on its batch.
+    They are drawn by a hash of the text and by `draws`, the step in training, so a resumed run draws the same ones, and
+    a row does not depend on its batch.
     """
     hashes = jnp.sum(tokens * jnp.arange(1, tokens.shape[1] + 1, dtype=tokens.dtype)[None], axis=1)
-    draw = lambda row: jax.random.uniform(jax.random.fold_in(jax.random.key(0), row), tokens.shape[1:])
-    scores = jnp.where(counts, jax.vmap(draw)(hashes), -1.0)
+    draws = jnp.zeros_like(hashes) if draws is None else draws
+
+    def draw(row, step):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), row), step)
+        return jax.random.uniform(key, tokens.shape[1:])
+
+    scores = jnp.where(counts, jax.vmap(draw)(hashes, draws), -1.0)
     return jnp.sort(jax.lax.top_k(scores, number)[1], axis=1)
 
 

@@ -61,8 +61,8 @@ class Sums:
 
 
 def mean(total: Array, tokens: Float[Array, ""]) -> Array:
-    """A sum over counted positions (or its gradient) divided by their number; 0 if nothing counted."""
-    return (total / jnp.maximum(tokens, 1.0).astype(total.dtype)).astype(total.dtype)
+    """A sum over counted positions (or its gradient) divided by the sum of their weights; 0 if nothing counted."""
+    return jnp.where(tokens > 0, total / jnp.where(tokens > 0, tokens, 1).astype(total.dtype), 0).astype(total.dtype)
 
 
 def counted(lengths: Int[Array, "B"], loss_start: Int[Array, "B"], positions: int) -> Float[Array, "B positions"]:
@@ -91,7 +91,7 @@ class Loss:
       reference: a draft with the same predictions; None if all are selected. The target's parameters are then given as
         `{"target": .., "reference": ..}`.
       balance: weight, per counted position, of the load-balancing loss of a sparse draft, averaged over its routers.
-      anchors: number of positions of each text at which the draft predicts, drawn by a hash of the text; 0 for all.
+      anchors: number of positions of each text at which the draft predicts, other ones in every step; 0 for all.
 
     Raises:
       UserError: for a divergence without a target, and for a reference that does not fit.
@@ -129,6 +129,13 @@ class Loss:
                 f"the draft makes {len(self.draft.predicts)} predictions at a position and the one in loss.reference "
                 f"{len(self.reference.predicts)}, or of other tokens; let loss.reference name a draft of the same kind"
             )
+        if self.reference is not None and self.reference.vocabulary != self.draft.vocabulary:
+            raise UserError(
+                "the draft and the one in loss.reference have different vocabularies, whose losses do not compare; let "
+                "loss.reference name a draft with the same one"
+            )
+        if self.reference is not None and self.reference.is_encoder_decoder != self.draft.is_encoder_decoder:
+            raise UserError("either the draft or the one in loss.reference is an encoder-decoder; take two of a kind")
 
     @classmethod
     def of_config(
@@ -141,15 +148,26 @@ class Loss:
         """The loss that a config's `loss` section describes."""
         compare = divergences.of_config(config)
         refused = divergences.of_config(config, "refused") if compare is not None else None
+        if compare is not None and refused is None:
+            raise UserError(
+                f'loss.refused is "{CROSS_ENTROPY}", and a refused token has no label to learn; name a divergence'
+            )
         how = config.temperature, config.chunk, refused, config.selected, reference, config.balance, config.anchors
         return cls(draft, target, compare, *how)
+
+    @property
+    def _drafts_from_blocks(self) -> bool:
+        """Whether predictions depend on where a block starts, and not on the text before them alone."""
+        reads_states = isinstance(self.draft, AttachedDraft) and not self.draft.attachment.writes
+        return reads_states or len(self.draft.predicts) > 1
 
     @property
     def _comparison(self) -> Comparison:
         return Comparison(self.draft, self.target, self.divergence, self.temperature, self.refused)
 
     def on_all(self) -> "Loss":
-        """This loss over all counted positions, without a reference or balance, as validation computes it."""
+        """This loss without a reference or balance, as validation computes it: over all counted positions or, with
+        `anchors`, always the same ones."""
         return dataclasses.replace(self, selected=1.0, reference=None, balance=0.0)
 
     def __call__(
@@ -173,14 +191,18 @@ class Loss:
         predicts = self.draft.predicts
         weight = jnp.asarray([weight for _, weight in predicts], jnp.float32)[None, None]
         weights = _ahead(counted(batch["lengths"], batch["loss_start"], tokens.shape[1]), predicts) * weight
-        weights, refused = rollouts.weights_in_blocks(weights, batch, tuple(offset for offset, _ in predicts))
+        offsets = tuple(offset for offset, _ in predicts)
+        weights, refused = rollouts.weights_in_blocks(weights, batch, offsets, self._drafts_from_blocks)
         parts = {"labels": _ahead(jnp.roll(tokens, -1, axis=1), predicts), "weights": weights}
         if refused is not None:
             parts["refused"] = refused
         anchors, balance = None, None
         if 0 < self.anchors < tokens.shape[1]:
-            anchors = data_sources.drawn_positions(tokens, jnp.any(weights > 0, axis=2), self.anchors)
+            counts, draws = jnp.any(weights > 0, axis=2), batch.get(data_sources.DRAWS)
+            anchors = data_sources.drawn_positions(tokens, counts, self.anchors, draws)
             parts = {name: at_positions(array, anchors) for name, array in parts.items()}
+            if refused is not None:
+                parts["weights"] = _as_before(weights, parts["weights"])
         with jax.named_scope("draft_trunk"):
             if self.balance and self.draft.is_sparse:
                 hidden, logits = self.draft.routed(params, tokens)
@@ -233,7 +255,7 @@ class Loss:
         return Sums(*(jnp.zeros((), jnp.float32) for _ in range(4 if has_outside else 3)))
 
     def _selected_weights(
-        self, params: Params, reference_params: Params, head: Head, chunks: dict[str, Array]
+        self, params: Params, reference_params: Params, head: Head | None, chunks: dict[str, Array]
     ) -> Float[Array, "chunks B C P"]:
         """The weights of all chunks, 0 for predictions that are not among the `selected`."""
         params, weights = jax.lax.stop_gradient(params), chunks["weights"]
@@ -292,6 +314,13 @@ def _scaled_gradient(loss: Loss, gradient: tuple[Params, dict], cotangent: Sums)
 
 
 _summed.defvjp(_summed_with_gradient, _scaled_gradient)
+
+
+def _as_before(weights: Float[Array, "B T P"], drawn: Float[Array, "B K P"]) -> Float[Array, "B K P"]:
+    """The weights at drawn positions, with the sum over all positions: a replay has one position, which would otherwise
+    count more beside a text of which few are drawn."""
+    whole, left = (jnp.sum(array, axis=(1, 2), keepdims=True) for array in (weights, drawn))
+    return drawn * jnp.where(left > 0, whole / jnp.where(left > 0, left, 1), 0)
 
 
 def _ahead(array: Array, predicts: Sequence[Prediction], anchors: Int[Array, "B K"] | None = None) -> Array:

@@ -27,6 +27,7 @@ from specjax.decoding.sampling import Sampling
 from specjax.distillation.data_sources import Generation
 from specjax.models.attachment import AttachedDraft
 from specjax.models.language_model import LanguageModel
+from specjax.runtime.errors import UserError
 
 # Logical axes of the arrays that a batch of rollouts has besides those of `data.batches`, see `Rollouts.__call__`.
 ROLLOUT_AXES = {"refusals": ("batch", None), "anchors": ("batch",)}
@@ -75,6 +76,12 @@ class Rollouts:
         Raises:
           UserError: for an unknown rule, and a lenience out of range.
         """
+        learnt = len(draft.predicts)
+        if 1 < learnt < section.gamma:
+            raise UserError(
+                f"rollouts.gamma is {section.gamma}, and the draft learns {learnt} tokens of a block; set "
+                f"rollouts.gamma to {learnt} or less"
+            )
         drafter = RecordingDrafter.of(drafter_of(draft, target, section.gamma), section.gamma)
         rule = rules.rule_named(section.rule)
         Sampling.of(lenience=section.lenience)
@@ -153,13 +160,17 @@ class Rollouts:
         inside = jnp.clip(index - first, 0, drafted.shape[1] - 1)
         replayed = jnp.take_along_axis(drafted, inside, axis=1)
         after = index - refused[:, None]
+        # A text ends after its first end token, and so does a replay.
+        ended = jnp.isin(replayed, jnp.asarray(self.generation.eos_ids, tokens.dtype)) & (after >= 0)
+        end = jnp.minimum(end, jnp.min(jnp.where(ended, index, tokens.shape[1]), axis=1, keepdims=True) + 1)
         decayed = weight[:, None] * self.decay ** after.astype(jnp.float32)
+        decayed = jnp.maximum(decayed, jnp.finfo(jnp.float32).tiny)  # 0 would say that nothing was refused
         counts = (after > 0) & (index < end)
         return {
             "tokens": jnp.where(index < first, tokens, jnp.where(index < end, replayed, 0)),
             "lengths": jnp.minimum(end[:, 0], tokens.shape[1]),
             "loss_start": jnp.where(weight > 0, refused + 1, tokens.shape[1]),
-            "refusals": jnp.where(counts, decayed, 0.0),
+            "refusals": jnp.where(counts & (weight[:, None] > 0), decayed, 0.0),
             "anchors": first[:, 0] - 1,
         }
 
@@ -204,22 +215,23 @@ class Blocks:
 
 
 def weights_in_blocks(
-    weights: Float[Array, "B T P"], batch: Mapping[str, Array], offsets: tuple[int, ...]
+    weights: Float[Array, "B T P"], batch: Mapping[str, Array], offsets: tuple[int, ...], from_blocks: bool
 ) -> tuple[Float[Array, "B T P"], Bool[Array, "B T P"] | None]:
     """The weights of a batch's predictions, those of rollouts included, and which predictions are of refused positions.
 
-    A draft with several predictions predicts the i-th token of a replayed block from the state that decoding did, with
-    its i-th prediction; other predictions of a replay do not count.
+    A draft that drafts from where a block starts predicts the i-th token of a replayed block from the state that
+    decoding did, with its i-th prediction; other predictions of a replay do not count.
 
     Args:
       weights: of the predictions at each position, see `objective`.
       offsets: a prediction at position t with an offset is of the token at t + 1 + offset.
+      from_blocks: whether the draft is such a one; others predict any token from the text before it.
     """
     if "refusals" not in batch:
         return weights, None
     of = jnp.arange(1, weights.shape[1] + 1)[:, None] + jnp.asarray(offsets)[None]  # [T, P]
     refusals = jnp.pad(batch["refusals"], ((0, 0), (0, max(offsets) + 1)))[:, of]
-    if len(offsets) > 1:
+    if from_blocks:
         anchors = batch["anchors"][:, None, None]
         drafted = of[None] == anchors + 1 + jnp.arange(len(offsets))[None, None]
         weights = jnp.where((anchors < 0) | drafted, weights, 0)

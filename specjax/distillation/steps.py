@@ -66,7 +66,7 @@ def make_functions(
     loss = objective.Loss.of_config(config.loss, draft, target, reference)
     has_teacher = loss.divergence is not None
     # With hard labels training skips the target's forward pass; the validation loss still measures the acceptance.
-    training_loss = loss if has_teacher or reference else dataclasses.replace(loss, target=None)
+    training_loss = loss if has_teacher else dataclasses.replace(loss, target=None)
     rate = update.learning_rate(config.optimizer, config.train.steps)
     step = update.make_step(training_loss, optimizer, rate, config.optimizer.accumulation)
     replicated = jax.NamedSharding(mesh, jax.P())

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from specjax.distillation import objective
+from specjax.distillation import data_sources, objective
 from specjax.models.language_model import Params
 from specjax.runtime import mesh as meshes
 from specjax.runtime.dtypes import dtype_named
@@ -94,6 +94,7 @@ def make_step(
     """
 
     def step(state: TrainState, target_params: Params | None, batch: Mapping, window: int = 0):
+        batch = {**batch, data_sources.DRAWS: jnp.full_like(batch["lengths"], state.step)}
         sums, gradient = _gradient_of_sum(loss, state.params, target_params, batch, accumulation, window)
         gradient = jax.tree.map(lambda total: objective.mean(total, sums.tokens), gradient)
         # optax needs implicit dtype promotion; our own modules also run with strict promotion.

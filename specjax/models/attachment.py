@@ -157,8 +157,9 @@ class Attachment(Network):
 
     @property
     def most_drafted(self) -> int | None:
-        """The largest number of tokens that it can draft in a block; None if there is none."""
-        return len(self.predicts) if len(self.predicts) > 1 else None
+        """The largest number of tokens that it can draft in a block; None if there is none, as for one whose prediction
+        depends on the text alone."""
+        return None if self.predicts == NEXT and self.writes else len(self.predicts)
 
     def init_on(self, key: Key[Array, ""], target: Decoder, target_params: Params) -> Params:
         """Parameters at step 0 of training; random by default, independent of the target's parameters."""
