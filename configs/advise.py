@@ -10,6 +10,10 @@ are those of decoding, without the prompt's prefill. With `--config.batch_sizes=
 size: whether to speculate, and how much; texts of different acceptance share a batch, which it takes into account.
 `--config.check=True` then measures whether what it advises is within 5% of the fastest.
 
+Drafts are models, or "ngram"; those that attach to the target are measured with configs/evaluate.py. The workload is
+Python source unless you name prompts: `--config.task.name=prompts --config.task.path=FILE`, with
+`--config.selection.length_max=2048` and for a chat model `--config.selection.chat=true`.
+
 Hardware: whatever holds the target. Time: every candidate compiles once per gamma; two drafts and three shapes took six
 minutes on 2 CPU cores with a target of 14M parameters. `configs/advise.py:smoke` times one shape.
 """

@@ -285,7 +285,7 @@ def evaluation(target: Any, drafters: dict, *, seed: int = 1) -> ConfigDict:
     """
     config = ConfigDict({"binary": "evaluate", "seed": seed, "mesh": mesh(), "task": task()})
     config.target = target
-    config.param_dtype = "float32"  # dtype of parameters in memory: float32, bfloat16 or float16
+    config.param_dtype = "float32"  # of parameters in memory: float32, bfloat16, float16, int8, int4 or auto
     config.compute_dtype = "auto"  # dtype of activations: float32 on CPU, bfloat16 on accelerators
     # Prompts of the task's validation split: their number (0: all), their numbers of tokens (for tasks with prompts,
     # only length_max is used), and whether each is wrapped as a user's turn by the tokenizer's chat template.

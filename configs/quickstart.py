@@ -4,7 +4,7 @@
     python -m specjax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
 Hardware: 2 CPU cores. Time: under ten minutes. Expect the distilled draft to decode about one and a half times as fast
-as plain decoding; the tables of configs/benchmark/README.md have every number, with its spread over three seeds.
+as plain decoding; the tables of configs/benchmark/README.md have every number.
 `configs/quickstart.py:smoke` runs every stage in under a minute.
 
 Stages: `target` (and its tokenizer); `supervised`, a draft trained plainly to its plateau; `distilled`, the same draft

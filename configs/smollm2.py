@@ -20,7 +20,7 @@ runs/smollm2/report.html.
 
 Hardware: 2 CPU cores and 4 GiB, or with `configs/smollm2.py:accelerator` a GPU of 40 GiB, where batches are larger and
 there are more answers and steps. The same command resumes a stopped run. Time: on an H200, 16,384 questions took three
-minutes, of which two and a half were compiling, as other processes did; 14,244 were kept. On two cores with AVX2, 128
+minutes, 2.5 of them compiling, while other processes compiled too; 14,244 were kept. On two cores with AVX2, 128
 answers with their states took 2.4 minutes (36 for the 1,920 of this config), and 500 steps of `eagle3` 37 while tests
 ran too for much of the time. A CPU with AMX is faster in bfloat16, also where it decodes if you add
 `--config.decoding.param_dtype=bfloat16 --config.decoding.compute_dtype=bfloat16`: on two such cores the questions took

@@ -198,11 +198,7 @@ class Loss:
             parts["refused"] = refused
         anchors, balance = None, None
         if 0 < self.anchors < tokens.shape[1]:
-            counts, draws = jnp.any(weights > 0, axis=2), batch.get(data_sources.DRAWS)
-            anchors = data_sources.drawn_positions(tokens, counts, self.anchors, draws)
-            parts = {name: at_positions(array, anchors) for name, array in parts.items()}
-            if refused is not None:
-                parts["weights"] = _as_before(weights, parts["weights"])
+            anchors, parts = self._at_anchors(parts, batch)
         with jax.named_scope("draft_trunk"):
             if self.balance and self.draft.is_sparse:
                 hidden, logits = self.draft.routed(params, tokens)
@@ -242,6 +238,17 @@ class Loss:
         with jax.named_scope("heads"):
             sums = _summed(self, trained, (attached_to, head), chunks)
         return sums if balance is None else dataclasses.replace(sums, loss=sums.loss + balance * sums.tokens)
+
+    def _at_anchors(
+        self, parts: dict[str, Array], batch: Mapping[str, Array]
+    ) -> tuple[Int[Array, "B K"], dict[str, Array]]:
+        """The drawn positions, and the parts there."""
+        counts, draws = jnp.any(parts["weights"] > 0, axis=2), batch.get(data_sources.DRAWS)
+        anchors = data_sources.drawn_positions(batch["tokens"], counts, self.anchors, draws)
+        drawn = {name: at_positions(array, anchors) for name, array in parts.items()}
+        if "refused" in parts:
+            drawn["weights"] = _as_before(parts["weights"], drawn["weights"])
+        return anchors, drawn
 
     def _balance(self, logits: Sequence[Float[Array, "B T E"]], lengths: Int[Array, "B"]) -> Float[Array, ""]:
         """The weighted load-balancing loss over all tokens of the texts, prompts included."""
