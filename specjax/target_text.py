@@ -224,7 +224,7 @@ class _Writer:
         rows = {"tokens": tokens, "lengths": lengths, "loss_start": starts, "prompt_lengths": prompt_lengths}
         return rows | ({"sources": sources} if decoder.is_encoder_decoder else {}) | {"seconds": np.asarray(seconds)}
 
-    def _layers_to_store(self, layers: Sequence[int]) -> tuple[int, ...]:
+    def _layers_to_store(self, layers: Sequence[int | float]) -> tuple[int, ...]:
         decoder = self.target.decoder
         numbers = layer_numbers(layers, decoder.layers)
         for given, layer in zip(layers, numbers, strict=True):
