@@ -28,6 +28,10 @@ if [[ -n ${WHEELS:-} ]]; then
   export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
 fi
 variant=${SMOKE:+:smoke}
+if [[ -z ${SMOKE:-} ]] && ! "$python" -c 'import jax, sys; sys.exit(jax.default_backend() == "cpu")'; then
+  echo "error: JAX finds no GPU or TPU: install its build for this machine, such as jax[cuda12], or set SMOKE=1" >&2
+  exit 2
+fi
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$out/programs}
 
 # part SECONDS NAME COMMAND..: runs a command with a time limit, prints how it ended.

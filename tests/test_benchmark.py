@@ -30,7 +30,7 @@ def smoke():
 
 def accelerator(folder: Path, **settings: str) -> subprocess.CompletedProcess:
     """The script's smoke run with these settings."""
-    settings |= {"PYTHON": sys.executable, "SMOKE": "1", "XLA_FLAGS": flags.QUICK}
+    settings = {"PYTHON": sys.executable, "SMOKE": "1", "XLA_FLAGS": flags.QUICK} | settings
     settings["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     script = CONFIG.parents[2] / "launch" / "accelerator.sh"
     return subprocess.run([script, folder], env=os.environ | settings, capture_output=True, text=True, check=False)
@@ -42,6 +42,11 @@ def test_the_accelerators_script_leaves_out_parts_for_which_no_time_is_left(tmp_
     assert run.stdout.splitlines() == [
         f"{part}: left out, the 9 s of all parts are over" for part in ("bandwidth", "profile")
     ]
+
+
+def test_without_an_accelerator_the_script_says_what_to_install(tmp_path):
+    run = accelerator(tmp_path, SMOKE="", JAX_PLATFORMS="cpu")
+    assert run.returncode == 2 and "JAX finds no GPU or TPU" in run.stderr
 
 
 @pytest.mark.slow
