@@ -227,10 +227,10 @@ class _Writer:
     def _layers_to_store(self, layers: Sequence[int | float]) -> tuple[int, ...]:
         decoder = self.target.decoder
         numbers = layer_numbers(layers, decoder.layers)
-        for given, layer in zip(layers, numbers, strict=True):
+        for asked, layer in zip(layers, numbers, strict=True):
             if not isinstance(layer, int) or not 1 <= layer <= decoder.layers:
                 raise UserError(
-                    f"states has the layer {given}; this target's layers are 1 .. {decoder.layers}, -1 is the last, "
+                    f"states has the layer {asked}; this target's layers are 1 .. {decoder.layers}, -1 is the last, "
                     "and 0.5 the one after half of them"
                 )
         if layers and decoder.is_encoder_decoder:

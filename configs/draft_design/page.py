@@ -50,6 +50,27 @@ def advice_checked(record: Mapping) -> str:
     return f"{markdown(lines)}\n\n{counted}\n\n{provenance(record)}"
 
 
+def block_rule(record: Mapping) -> str:
+    """Expected tokens per target call of each draft with both exact rules, and their ratio paired by text."""
+    rows = [row for row in record["rows"] if row.get("table") == "acceptance"]
+    lossless = {_setting(row): row for row in rows if row["rule"] == "lossless"}
+    lines = []
+    for row in rows:
+        if row["rule"] == "block" and row["temperature"]:  # at temperature 0 both rules accept the same tokens
+            low, high = row["over_lossless_ci"]
+            lines.append(
+                {"draft": row["draft"].removeprefix("stage:"), "T": f"{row['temperature']:g}", "gamma": row["gamma"]}
+                | {"tokens": f"{row['tokens']:,}", "lossless": f"{lossless[_setting(row)]['block_efficiency']:.3f}"}
+                | {"block": f"{row['block_efficiency']:.3f}"}
+                | {"block over lossless": f"{row['over_lossless']:.3f} [{low:.3f}, {high:.3f}]"}
+            )
+    return f"{markdown(lines)}\n\n{provenance(record)}"
+
+
+def _setting(row: Mapping) -> tuple:
+    return row["draft"], row["gamma"], row["temperature"]
+
+
 def _named(draft: str | None, gamma: int) -> str:
     return f"{'n-gram' if draft == 'ngram' else 'the draft'}, {gamma} tokens" if draft else "plain"
 
@@ -57,6 +78,7 @@ def _named(draft: str | None, gamma: int) -> str:
 TABLES = {
     "advice_quickstart": advice_checked,
     "real_advice_smollm2": advice_checked,
+    "real_block_smollm2": block_rule,
     "design_published": all_tables,
     "design_profile": all_tables,
     "design_study": all_tables,

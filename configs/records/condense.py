@@ -21,7 +21,7 @@ from specjax.runtime.errors import UserError
 KEYS = (
     *("task", "seed", "divergence", "params", "steps", "train_seconds", "validation_loss", "validation_acceptance"),
     *("data", "last_quarter_improvement"),
-    *("texts", "parameters"),
+    *("texts", "parameters", "over_lossless", "over_lossless_ci", "decoded", "decoded_tokens", "expected", "ratio"),
     *("rows", "tokens", "seconds", "plain_tokens_per_second", "drafted_tokens_per_second", "same_text"),
     *("prompts", "drafter", "rule", "lenience", "gamma", "temperature", "batch_size"),
     *("block_efficiency", "block_efficiency_ci", "acceptance_rate", "tokens_per_second", "speedup", "speedup_ci"),

@@ -324,8 +324,10 @@ _summed.defvjp(_summed_with_gradient, _scaled_gradient)
 
 
 def _as_before(weights: Float[Array, "B T P"], drawn: Float[Array, "B K P"]) -> Float[Array, "B K P"]:
-    """The weights at drawn positions, with the sum over all positions: a replay has one position, which would otherwise
-    count more beside a text of which few are drawn."""
+    """The weights at drawn positions, scaled so that those of a row have the same sum as before.
+
+    Otherwise a replay, which has one position and keeps it, would count more than a text, which keeps a few of many.
+    """
     whole, left = (jnp.sum(array, axis=(1, 2), keepdims=True) for array in (weights, drawn))
     return drawn * jnp.where(left > 0, whole / jnp.where(left > 0, left, 1), 0)
 
