@@ -187,7 +187,8 @@ class _Writer:
             for first in range(0, len(missing), _TEXTS_AT_ONCE * size):
                 part = missing[first : first + _TEXTS_AT_ONCE * size]
                 how = {"indices": part, "on_end": functools.partial(on_end, part), **self._decoding}
-                unwritten += self.method.decode([self.prompts[number] for number in part], **how).seconds
+                decoded = self.method.decode([self.prompts[number] for number in part], **how)
+                unwritten += decoded.seconds  # `on_end` has changed it
 
     def _text(self, number: int, emitted: Sequence[int], recorded: tuple[Float[np.ndarray, "S D"], ...]) -> EndedText:
         """The text of a prompt. The last token has no states, and nothing follows that training could predict."""

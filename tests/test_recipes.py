@@ -17,6 +17,7 @@ from specjax import api, design, distill, main, target_text
 from specjax.decoding import loop, sampling, scheduler
 from specjax.distillation import cached_text, recipes
 from specjax.distillation.data_sources import fractions_of
+from specjax.evaluation.engine import Method
 from specjax.hub.tokenizer import train_byte_bpe
 from specjax.models.language_model import states_after
 from specjax.runtime import config as configs
@@ -227,6 +228,16 @@ def test_recording_states_does_not_change_the_text(home, with_states, tmp_path):
     target_text.run(writing(home, **PLAINLY), tmp_path)
     plain = cached_text.load(tmp_path / "export")
     assert all(np.array_equal(with_states.rows[name], plain.rows[name]) for name in plain.rows)
+
+
+def test_text_in_several_parts_is_the_same_and_counts_each_second_once(home, with_states, tmp_path, monkeypatch):
+    results, decode = [], Method.decode
+    monkeypatch.setattr(target_text, "_TEXTS_AT_ONCE", 1)
+    monkeypatch.setattr(Method, "decode", lambda *args, **how: results.append(decode(*args, **how)) or results[-1])
+    target_text.run(writing(home, **PLAINLY), tmp_path)
+    parts = cached_text.load(tmp_path / "export")
+    assert all(np.array_equal(with_states.rows[name], parts.rows[name]) for name in parts.rows)
+    assert len(results) > 1 and 0 < parts.seconds < 1.001 * sum(result.seconds for result in results)
 
 
 def test_a_stopped_writer_keeps_the_states_of_texts_that_ended(home, with_states, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ TABLES = {
     "kangaroo_spec_bench": tables.spec_bench,
     "real_drafts_smollm2": tables.real_drafts,
     "real_drafts_smollm2_amx": tables.real_drafts,
+    "real_drafts_smollm2_amx_more": tables.real_drafts,
 }
 FIGURES = {"kangaroo_ablations": figures.ablations, "kangaroo_spec_bench": spec_bench_page.figure}
 CLAIMS = {"kangaroo_claims": claims.CLAIMS}
