@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from specjax import api
+from specjax.decoding.drafters.base import DrafterOptions
 from specjax.decoding.drafters.table import make_options
 from specjax.hub import model as hub_model
 from specjax.reporting import records, tables
@@ -42,9 +43,10 @@ def run(config: Any, workdir: str | Path) -> dict:
     """
     mesh = meshes.make_mesh(config.mesh)
     _check(config)
+    options = _options(config.drafter)
     load = hub_model.loader(config, mesh)
     target = load(config.target)
-    drafter = _drafter(config.drafter, target, load)
+    drafter = _drafter(config.drafter, options, target, load)
     write = lambda rows: records.write_results(
         Path(workdir) / "results.json", binary="generate", config=configs.to_plain(config), rows=rows
     )
@@ -78,16 +80,23 @@ def _check(config: Any) -> None:
                 raise UserError(f"config.{key} is for one prompt and not for a conversation; leave it at {neutral}")
 
 
-def _drafter(section: Any, target: hub_model.Model, load: Callable[[str], hub_model.Model]) -> Any:
-    """The `drafter` argument of `api.generate` for a config section; options with value 0 or () are not passed."""
+def _options(section: Any) -> DrafterOptions | None:
+    """The options in a drafter's section, checked; those with value 0 or () are left out. None for no drafter."""
     if section.kind == "none":
         return None
     values = {key: value for key, value in section.items() if key not in ("kind", "path", "param_dtype") and value}
     options = make_options(section.kind, values, "drafter.")
-    if not options.loads:
-        return options
-    if not section.path:
+    if options.loads and not section.path:
         raise UserError("config.drafter.path is empty; name the draft's directory, or another drafter.kind")
+    return options
+
+
+def _drafter(
+    section: Any, options: DrafterOptions | None, target: hub_model.Model, load: Callable[[str], hub_model.Model]
+) -> Any:
+    """The `drafter` argument of `api.generate`, with what its path names."""
+    if options is None or not options.loads:
+        return options
     if options.loads == "model":
         loaded = load(section.path, **({"param_dtype": section.param_dtype} if section.param_dtype else {}))
     else:

@@ -98,6 +98,14 @@ def test_what_is_missing_or_wrong_is_named(config, tmp_path, key, value, message
     assert not (tmp_path / "results.json").exists()
 
 
+def test_a_drafter_that_cannot_be_is_refused_before_the_target_is_loaded(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(generate.hub_model, "loader", lambda *args: pytest.fail("it loads"))
+    for changes, message in (({"path": ""}, "drafter.path is empty"), ({"kind": "modle"}, "there is no drafter")):
+        config.drafter.update(changes)
+        with pytest.raises(UserError, match=message):
+            generate.run(config, tmp_path)
+
+
 def test_a_prompt_can_be_compared_with_plain_decoding(config, tmp_path, capsys):
     config.drafter.kind, config.compare = "ngram", True
     config.gamma = 5  # no other test drafts as many tokens, so this run compiles
