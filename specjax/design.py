@@ -25,7 +25,6 @@ from specjax.evaluation import expert_use, throughput
 from specjax.hub import adapter as hub_adapter
 from specjax.hub import load as hub_load
 from specjax.hub import model as hub_model
-from specjax.hub.location import locate
 from specjax.hub.tokenizer import Tokenizer
 from specjax.models.vocabulary import FILE as VOCABULARY_FILE
 from specjax.models.vocabulary import draft_vocabulary, most_written_ids
@@ -230,7 +229,7 @@ def accepted(config: Any, workdir: Path) -> list[dict]:
 
 def _draft_of(config: Any, path: str, target: hub_model.Model) -> hub_model.Model | hub_adapter.LoadedAttachment:
     """Loads a draft model, or an attachment of the target."""
-    if hub_adapter.holds_one(locate(path)):
+    if hub_adapter.holds_one(path):
         return hub_model.load_adapter(path, target)
     draft = hub_model.loader(config)(path)
     hub_model.check_pair(target, draft)
@@ -250,14 +249,12 @@ def advise(config: Any, workdir: Path) -> list[dict]:
     work = _workload(config, target)
     gamma, drafts, candidates = max(config.gammas), {}, []
     for name in config.drafts:
-        if name != advice.LOOKUP and hub_adapter.holds_one(locate(name)):
+        drafts[name] = draft = None if name == advice.LOOKUP else _draft_of(config, name, target)
+        if isinstance(draft, hub_adapter.LoadedAttachment):
             raise UserError(
                 f"advice is for draft models and n-gram lookup, and {name} attaches to a target; measure it with "
                 "--config=configs/evaluate.py"
             )
-        drafts[name] = draft = None if name == advice.LOOKUP else hub_model.loader(config)(name)
-        if draft is not None:
-            hub_model.check_pair(target, draft)
         thresholds = config.thresholds if draft is not None and 1 in work.batch_sizes else ()
         measure = functools.partial(_acceptance, config, target, draft, work)
         acceptance = {eta: measure(gamma, eta) for eta in (0.0, *thresholds)}

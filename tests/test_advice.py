@@ -21,6 +21,7 @@ from specjax.draft_design import advice
 from specjax.evaluation import throughput
 from specjax.evaluation.expert_use import ExpertUse
 from specjax.evaluation.throughput import PartSeconds
+from specjax.hub import adapter as hub_adapter
 from specjax.hub.tokenizer import train_byte_bpe
 from specjax.models.decoder import Decoder
 from specjax.reporting import metrics, row_tables
@@ -193,6 +194,9 @@ def test_what_advice_cannot_be_given_on_is_refused(tmp_path):
     model = Decoder(tiny.config(vocab_size=270))
     api.save(api.Model(model, tiny.decoder(vocab_size=270)[1], tokenizer), tmp_path / "target")
     config.target = str(tmp_path / "target")
+    target = api.load(config.target)
+    attached = hub_adapter.LoadedAttachment(*tiny.eagle3(target.decoder, target.params), target.fingerprint)
+    hub_adapter.save(tmp_path / "eagle3", attached)
     config.task.update({"name": "text", "path": str(tmp_path / "text.py")})
     (tmp_path / "text.py").write_text("".join(f"def f_{i}(x):\n    return x\n\n\n" for i in range(300)))
     for changes, message in (
@@ -201,6 +205,10 @@ def test_what_advice_cannot_be_given_on_is_refused(tmp_path):
         ({"gammas": (0, 1)}, r"gammas are \(0, 1\); set one or more"),
         ({"gammas": ()}, r"gammas are \(\); set one or more"),
         ({"share": 0.0}, "share is 0.0; set a fraction"),
+        (
+            {"drafts": (str(tmp_path / "eagle3"),)},
+            "advice is for draft models and n-gram lookup, and .*eagle3 attaches",
+        ),
         ({"share": 1e-6}, "no shape of 1 layers in these proportions"),
         ({"batch_sizes": (1, 3)}, r"batch_sizes must lie in 1 .. 2, the number of prompts, not 3"),
         ({"check": True}, "check decodes with drafts that exist, and there are none; set drafts"),

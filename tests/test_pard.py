@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import lossless
 import numpy as np
+import optax
 import pytest
 import tiny
 from enumeration import EMITTED, Tables, block_distribution, emitted_distribution
@@ -20,7 +21,7 @@ from specjax.decoding.drafters.pard import Pard, PardDrafter
 from specjax.decoding.drafters.table import build_drafter
 from specjax.decoding.rules import Block, Lossless, rule_named
 from specjax.decoding.sampling import Noise, Sampling, row_keys
-from specjax.distillation import data_sources, divergences, objective
+from specjax.distillation import data_sources, divergences, objective, update
 from specjax.hub import adapter as hub_adapter
 from specjax.hub.tokenizer import train_byte_bpe
 from specjax.models.decoder import Decoder
@@ -314,3 +315,18 @@ def test_fields_that_configs_got_later_leave_the_fingerprint_of_a_target_as_it_w
     ones = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), model.abstract_params())
     assert hub_adapter.fingerprint(model, ones) == "235cb666a471ee23674dd6ffa9a92287"
     assert hub_adapter.fingerprint(tiny.masked(model), ones) != hub_adapter.fingerprint(model, ones)
+
+
+@pytest.mark.slow
+@pytest.mark.standard_promotion
+def test_a_text_that_is_seen_again_is_learned_at_other_positions(target, draft):
+    network, own = draft
+    tokens = jax.random.randint(jax.random.key(0), (2, 24), 0, VOCAB)
+    batch = {"tokens": tokens, "lengths": jnp.asarray([24, 24]), "loss_start": jnp.asarray([3, 3])}
+    loss = objective.Loss(network, target[0], divergences.divergence("forward_kl"), 1.0, 8, anchors=3)
+    step = jax.jit(update.make_step(loss, optax.sgd(0.0), lambda step: 0.0, 1))  # nothing is learned between the steps
+    losses, state = [], update.TrainState(own, optax.sgd(0.0).init(own), jnp.int32(0))
+    for _ in range(3):
+        state, metrics = step(state, target[1], batch)
+        losses.append(float(metrics["loss"]))
+    assert len(set(losses)) == 3

@@ -23,8 +23,9 @@ import pytest
 import tiny as tiny_models
 
 from configs import common
-from specjax import distill
+from specjax import api, distill
 from specjax.distillation import data_sources, meter, objective, trainer, update
+from specjax.hub import adapter as hub_adapter
 from specjax.hub import load as hub_load
 from specjax.hub import save as hub_save
 from specjax.hub import weights
@@ -32,6 +33,7 @@ from specjax.hub.tokenizer import Tokenizer
 from specjax.models.attachment import AttachedDraft
 from specjax.models.decoder import Decoder
 from specjax.models.table import make_attachment
+from specjax.models.vocabulary import draft_vocabulary
 from specjax.reporting import records
 from specjax.runtime import mesh as meshes
 from specjax.runtime import stopping
@@ -724,6 +726,24 @@ def test_an_export_has_the_dtype_that_was_asked_for(trained_target, tmp_path):
     overrides = {"model.init": export, "target": export, "tokenizer.path": export, "model.param_dtype": "bfloat16"}
     distill.run(distill_config(**overrides, target_param_dtype="float32"), tmp_path)
     assert {tensor.dtype for tensor in weights.stored_in(tmp_path / "export").values()} == {"BF16"}
+
+
+@pytest.mark.slow
+def test_an_attachment_that_is_trained_further_unrolls_the_steps_of_the_config_and_keeps_its_ids(
+    trained_target, tmp_path
+):
+    export, ids = str(trained_target[0] / "export"), draft_vocabulary(range(290))
+    target = api.load(export)
+    network, params = tiny_models.eagle3(target.decoder, steps=2, states_after=(1,), vocabulary=ids)
+    hub_adapter.save(tmp_path / "draft", hub_adapter.LoadedAttachment(network, params, target.fingerprint))
+    config = distill_config(**{"model.init": str(tmp_path / "draft"), "target": export, "tokenizer.path": export})
+    config.eagle3 = common.eagle3_draft(steps=3)
+    draft = lambda: distill._Models(config, target.tokenizer, meshes.make_mesh(config.mesh)).with_target().draft()[0]
+    assert len(draft().predicts) == 3 and draft().vocabulary == ids
+    (tmp_path / "ids.json").write_text(json.dumps({"ids": list(range(280))}))
+    config.model.vocabulary = str(tmp_path / "ids.json")
+    with pytest.raises(UserError, match="model.vocabulary has other ids than the draft in .*; leave it out"):
+        draft()
 
 
 @pytest.mark.slow

@@ -201,8 +201,10 @@ def save_for_engines(
 
 
 def holds_one(directory: str | Path) -> bool:
-    """Whether the directory holds an adapter of specjax, or a published draft that attaches to a target."""
-    return (Path(directory) / weights.SPECJAX_ADAPTER_FILE).is_file() or draft_files.holds_one(directory)
+    """Whether the directory, here or on the hub (see `locate`), holds an adapter of specjax or a published draft that
+    attaches to a target."""
+    directory = locate(directory)
+    return (directory / weights.SPECJAX_ADAPTER_FILE).is_file() or draft_files.holds_one(directory)
 
 
 def load(

@@ -47,8 +47,8 @@ class Eagle3State:
     Attributes:
       cache: keys and values of the draft's layer.
       features: the target's projected hidden states of all committed tokens but the pending one, in
-        `kv_cache.stored_dtype`. Rows are not sharded,
-        because the compiler would gather complete weights to compute them.
+        `kv_cache.stored_dtype`. Rows are not sharded, because the compiler would gather complete weights to compute
+        them.
     """
 
     cache: kv_cache.Cache
@@ -80,6 +80,10 @@ class Eagle3Drafter(Drafter):
     def lag(self):
         return self.gamma + 1
 
+    @property
+    def _dtype(self) -> jnp.dtype:
+        return jnp.dtype(dtype_named(self.network.config.inner.compute_dtype))
+
     def start(self, params, target_params, prompts: Prompts) -> Eagle3State:
         config, batch = self.network.config.inner, prompts.lengths.shape[0]
         features = jnp.zeros((batch, prompts.capacity, config.width), kv_cache.stored_dtype(config))
@@ -93,7 +97,7 @@ class Eagle3Drafter(Drafter):
 
     def _read(self, params, target_params, state: Eagle3State, tokens, positions) -> tuple[Any, Eagle3State]:
         """The draft's output at committed tokens, and the state with their keys and values."""
-        hidden = state.before(positions).astype(dtype_named(self.network.config.inner.compute_dtype))
+        hidden = state.before(positions).astype(self._dtype)
         outputs, cache = self.network.draft_step(params, target_params, state.cache, tokens, hidden, positions)
         return outputs, dataclasses.replace(state, cache=cache)
 
@@ -122,7 +126,7 @@ class Eagle3Drafter(Drafter):
             output, cache = network.draft_step(params, target_params, state.cache, tokens[:, None], hidden, positions)
             return drafted(dataclasses.replace(state, cache=cache), output)
 
-        carry = state, jnp.zeros_like(state.features[:, :1], dtype_named(network.config.inner.compute_dtype))
+        carry = state, jnp.zeros_like(state.features[:, :1], self._dtype)
         how = {**self.ends, "vocabulary": network.vocabulary}
         proposal, (state, _) = draft(context, self.gamma, carry, first, step, **how)
         return proposal, state, target_cache
