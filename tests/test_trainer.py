@@ -740,7 +740,7 @@ def test_an_attachment_that_is_trained_further_unrolls_the_steps_of_the_config_a
     config.eagle3 = common.eagle3_draft(steps=3)
     draft = lambda: distill._Models(config, target.tokenizer, meshes.make_mesh(config.mesh)).with_target().draft()[0]
     assert len(draft().predicts) == 3 and draft().vocabulary == ids
-    (tmp_path / "ids.json").write_text(json.dumps({"ids": list(range(280))}))
+    (tmp_path / "ids.json").write_text(json.dumps(list(range(280))))
     config.model.vocabulary = str(tmp_path / "ids.json")
     with pytest.raises(UserError, match="model.vocabulary has other ids than the draft in .*; leave it out"):
         draft()
